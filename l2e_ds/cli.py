@@ -1,0 +1,65 @@
+"""`l2e-ds VERB`: one thin sub-command a verb."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import l2e_ds
+from l2e_ds.errors import L2EError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="l2e-ds", description=l2e_ds.__doc__)
+    parser.add_argument("--version", action="version", version=l2e_ds.__version__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    from l2e_ds import train
+
+    training = verbs.add_parser("train", help="pretrain as a run file says", description=train.__doc__)
+    train.add_arguments(training)
+    training.set_defaults(action=train.run)
+
+    export = verbs.add_parser("export", help="write a model that transformers loads")
+    export.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    export.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    export.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
+    export.set_defaults(action=_export)
+
+    summary = verbs.add_parser("summary", help="print a run's first and last figures")
+    summary.add_argument("run", type=Path, metavar="RUN")
+    summary.set_defaults(action=_summary)
+
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.action(arguments)
+    except L2EError as error:
+        print(f"l2e-ds: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from l2e_ds.evaluation.export import export
+    from l2e_ds.train import quiet_libraries
+
+    quiet_libraries()
+    done = export(arguments.source, arguments.output, arguments.step, arguments.precision)
+    print(
+        f"exported step {done['step']} ({done['parameters']:,} parameters, {done['precision']},"
+        f" {'with' if done['tokenizer'] else 'without a'} tokenizer) to {arguments.output}"
+    )
+    return 0
+
+
+def _summary(arguments: argparse.Namespace) -> int:
+    from l2e_ds.evaluation.summary import summarise
+
+    print(summarise(arguments.run))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

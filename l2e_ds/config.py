@@ -1,0 +1,443 @@
+"""One run file (YAML) becomes one frozen, fully checked `RunConfig`.
+
+Unknown keys, wrong types and values out of range are refused with the key's dotted path; nothing is dropped
+or converted silently. What depends on the number of ranks (`batch_arithmetic`) and on the DeepSpeed JSON
+(`l2e_ds.training.deepspeed_config`) is checked beside this, also before any process group is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from l2e_ds.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+LAYER_CHOICES = ("mid-2", "mid-third", "top-bottom", "all")
+LayerChoice = Literal["mid-2", "mid-third", "top-bottom", "all"]
+Method = Literal["none", "l2e", "memel"]
+Retrieval = Literal["threshold", "top-k"]
+Mechanism = Literal["regulariser", "reverse-deactivation", "naive-deactivation"]
+
+# What each method is made of (METHOD, sections 4 to 6). The other pairs are the paper's ablation.
+METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
+    "none": ("threshold", "regulariser"),
+    "l2e": ("threshold", "regulariser"),
+    "memel": ("top-k", "reverse-deactivation"),
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which network, and where its first weights come from."""
+
+    name: str | None = None
+    """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
+    pretrained: str | None = None
+    """Instead of `name`: a local folder or a hub name whose weights the run starts from."""
+    revision: str | None = None
+    """Branch, tag or commit of `pretrained` on the hub, e.g. `step3000`."""
+    vocab_size: int | None = Field(None, gt=0)
+    """Rows of the embedding. Default: the published number."""
+    num_layers: int | None = Field(None, gt=0)
+    """Overrides the family's number of layers (for small studies and tests)."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Overrides the family's hidden size."""
+    num_heads: int | None = Field(None, gt=0)
+    """Overrides the family's number of attention heads."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: bool = False
+    """Recompute every layer in backward (non-reentrant)."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.name is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of model.name and model.pretrained")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("model.revision needs model.pretrained")
+        if self.pretrained is not None:
+            for key in ("vocab_size", "num_layers", "hidden_size", "num_heads"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"model.{key} cannot change a pretrained model; remove it")
+        return self
+
+
+class DataConfig(Section):
+    """Where the text comes from and how it becomes sequences of tokens."""
+
+    source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"]
+    """`stdlib`: the Python standard library of this machine. `indexed`: a Megatron .bin/.idx pair."""
+    path: str | list[str] | None = None
+    """Files, folders or glob patterns; for `indexed` the common prefix of the pair; for `hub` the data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    streaming: bool = False
+    """Read a hub data set as a stream, only as far as `max_tokens` (default: what the run consumes)."""
+    text_key: str = "text"
+    """The field that holds the text (jsonl, parquet, hub)."""
+    max_documents: int | None = Field(None, gt=0)
+    """Take only the first documents."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Stop tokenising after so many tokens."""
+    tokenizer: str | None = None
+    """A tokenizer.json, a folder or a hub name. Not needed with `indexed`, except for export."""
+    train_tokenizer: int | None = Field(None, ge=260)
+    """Instead of `tokenizer`: train a byte-level BPE with this vocabulary on the training documents."""
+    sequence_length: int = Field(2048, ge=2)
+    """Tokens a sequence, T."""
+    held_out: float = Field(0.01, ge=0, lt=1)
+    """Share of the documents kept apart for evaluation (chosen by a hash of their content)."""
+    order: Literal["shuffled", "stored"] = "shuffled"
+    """`stored`: sequences in the order of the file (the preshuffled Pile)."""
+    cache: str | None = None
+    """Where tokenised data is kept. Default: `data/` in the run directory."""
+
+    @model_validator(mode="after")
+    def _source_needs(self) -> DataConfig:
+        if self.source == "stdlib":
+            if self.path is not None:
+                raise ValueError("data.path is not used with data.source: stdlib; remove it")
+        elif self.path is None:
+            raise ValueError(f"data.path is required with data.source: {self.source}")
+        if self.source in ("hub", "indexed") and not isinstance(self.path, str):
+            raise ValueError(f"data.path must be one string with data.source: {self.source}")
+        if self.source != "hub":
+            for key in ("subset", "revision", "streaming"):
+                if key in self.model_fields_set and getattr(self, key):
+                    raise ValueError(f"data.{key} is for data.source: hub only; remove it")
+        if self.source == "indexed":
+            if self.train_tokenizer is not None:
+                raise ValueError("data.train_tokenizer needs text; data.source: indexed holds tokens")
+        elif (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("give exactly one of data.tokenizer and data.train_tokenizer")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with a cosine schedule; Pythia's published values are the defaults (METHOD, section 10)."""
+
+    peak_learning_rate: float | None = Field(None, gt=0)
+    """Default: the published one of `model.name`."""
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """0.1 in the released configuration files (0.01 in the paper's text). Not applied to biases and norms."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global 2-norm of the gradient; 0 turns clipping off."""
+    warmup: float = Field(0.01, ge=0, lt=1)
+    """Share of `schedule_steps` over which the learning rate rises linearly."""
+    schedule_steps: int | None = Field(None, gt=0)
+    """Length of the cosine in steps. Default: `training.steps`."""
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of the cosine as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: got {self.betas}, both must be in [0, 1)")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in which batches, in which precision."""
+
+    run_directory: str = ""
+    """Where everything of this run goes. Default: `runs/` and the run file's name."""
+    steps: int = Field(gt=0)
+    """Optimizer steps, one global batch each."""
+    global_batch: int = Field(1024, gt=0)
+    """Sequences a step, over all ranks and accumulation steps."""
+    micro_batch: int = Field(1, gt=0)
+    """Sequences a rank takes through the network at once."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on an accelerator that has it, else fp32."""
+    seed: int = Field(1234, ge=0)
+    resume: str = "auto"
+    """`auto`: go on from the newest checkpoint if there is one. `never`: refuse a directory that has one. Or a path."""
+    evaluate_every: int = Field(1000, ge=0)
+    """Steps between held-out evaluations (also at the start and the end); 0: never."""
+    evaluation_sequences: int = Field(64, gt=0)
+    """Held-out sequences an evaluation reads."""
+    max_skipped_steps: int = Field(20, gt=0)
+    """Stop with an error after so many non-finite steps in a row."""
+    timeout: float = Field(30, gt=0)
+    """Minutes a collective may wait for another rank before the run ends with an error."""
+
+
+class InhibitionConfig(Section):
+    """The method (METHOD, sections 3 to 7)."""
+
+    method: Method = "l2e"
+    """`l2e`: threshold + regulariser. `memel`: top-k + reverse deactivation. `none`: plain pretraining."""
+    retrieval: Retrieval | None = None
+    """Overrides how the method selects activations (ablation)."""
+    mechanism: Mechanism | None = None
+    """Overrides what the method does with selected activations (ablation)."""
+    loss: Literal["published", "scale-invariant"] = "published"
+    """The regulariser: eq. 5, or the variant that a layer cannot lower by shrinking (METHOD, 5.1)."""
+    layers: LayerChoice | list[int] = "mid-2"
+    """Where neurons are inhibited (with `none`: observed at evaluation)."""
+    target_share: float = Field(0.02, gt=0, lt=1)
+    """Share of (token, neuron) pairs to select."""
+    coefficient: float = Field(1e-3, ge=0)
+    """lambda, the weight of the inhibition loss."""
+    coefficient_warmup: int = Field(0, ge=0)
+    """Steps over which the coefficient rises linearly from 0."""
+    statistics_window: int | Literal["cumulative"] = 50
+    """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
+    reduce: Literal["step", "forward"] = "step"
+    """When statistics cross ranks: once a step, or in every forward before selection (exact, slower)."""
+
+    @model_validator(mode="after")
+    def _method_parts(self) -> InhibitionConfig:
+        if self.method == "none":
+            for key in ("retrieval", "mechanism"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
+        if isinstance(self.statistics_window, int) and self.statistics_window < 1:
+            raise ValueError(
+                f"inhibition.statistics_window: got {self.statistics_window}, allowed: an integer >= 1 or 'cumulative'"
+            )
+        if isinstance(self.layers, list):
+            if not self.layers:
+                raise ValueError("inhibition.layers: got [], give at least one layer")
+            if len(set(self.layers)) != len(self.layers):
+                raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
+        return self
+
+    @property
+    def parts(self) -> tuple[Retrieval, Mechanism]:
+        """Retrieval and mechanism after the overrides."""
+        retrieval, mechanism = METHODS[self.method]
+        return self.retrieval or retrieval, self.mechanism or mechanism
+
+
+class DeepSpeedConfig(Section):
+    """The engine."""
+
+    config: str = "ds_configs/zero1.json"
+    """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(1000, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    early: bool = False
+    """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
+    keep_last: int | None = Field(None, gt=0)
+    """Delete all but the newest so many. Default: keep all."""
+
+
+class LoggingConfig(Section):
+    """What is written beside `metrics.jsonl`, and how often."""
+
+    every: int = Field(10, gt=0)
+    """Steps between lines of metrics (means over those steps)."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+    tensorboard: bool = False
+    csv: bool = False
+    wandb_project: str | None = None
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
+
+
+class RunConfig(Section):
+    """Everything that a run is; `dump` gives it back as YAML."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    inhibition: InhibitionConfig = InhibitionConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+
+    def replace(self, section: str, **values: Any) -> RunConfig:
+        """A copy with some keys of one section changed."""
+        part = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: part})
+
+
+# --- batch arithmetic -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchArithmetic:
+    """global_batch = micro_batch * ranks * accumulation (sequences); tokens = global_batch * sequence_length."""
+
+    global_batch: int
+    micro_batch: int
+    ranks: int
+    accumulation: int
+    tokens_per_step: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch} sequences = {self.micro_batch} micro-batch x {self.ranks} ranks"
+            f" x {self.accumulation} accumulation steps; {self.tokens_per_step:,} tokens a step"
+        )
+
+
+def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
+    """Raises ConfigError where no whole number of accumulation steps gives the global batch."""
+    batch, micro = config.training.global_batch, config.training.micro_batch
+    if batch % (micro * ranks):
+        fitting = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0] if batch >= ranks else []
+        allowed = f"allowed micro-batches: {_abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
+        raise ConfigError(
+            f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
+            f" {allowed}"
+        )
+    return BatchArithmetic(batch, micro, ranks, batch // (micro * ranks), batch * config.data.sequence_length)
+
+
+def _abbreviate(numbers: Sequence[int]) -> str:
+    shown = [str(n) for n in numbers]
+    return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `1e-3` is a number, and a key given twice is an error."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        key = str(loader.construct_object(key_node, deep=True))
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply `section.key=value` overrides (values are YAML).
+
+    Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{path}: {reason or error}") from None
+    raw = _parse_yaml(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    config = run_config_from_dict(raw, str(path))
+    if not config.training.run_directory:
+        name = path.parent.name if path.stem == "config" else path.stem
+        config = config.replace("training", run_directory=f"runs/{name}")
+    return config
+
+
+def run_config_from_dict(raw: dict, where: str) -> RunConfig:
+    """Check a nested mapping. `where` begins the error's line. Raises ConfigError."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        raise ConfigError(f"{where}: {_describe(first)}{more}") from None
+
+
+def _apply_override(raw: dict, override: str) -> None:
+    key, separator, value = override.partition("=")
+    path = key.strip().split(".")
+    if not separator or len(path) != 2 or not all(path):
+        raise ConfigError(f"override {override!r}: write section.key=value, e.g. training.steps=100")
+    section = raw.setdefault(path[0], {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path[0]}: got {section!r}, must be a mapping")
+    section[path[1]] = _parse_yaml(value, f"override {override!r}")
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error: dotted key, what was given, what is allowed."""
+    location = [str(part) for part in error["loc"]]
+    known = _known_keys(location)
+    while location and known is None and error["type"] != "extra_forbidden":  # drop the union branch's name
+        parent = _known_keys(location[:-1])
+        if (parent and location[-1] in parent) or len(location) <= 2:
+            break
+        location = location[:-1]
+        known = _known_keys(location)
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        allowed = _known_keys(location[:-1]) or []
+        close = difflib.get_close_matches(location[-1], allowed, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "missing":
+        return f"{key}: is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _known_keys(location: Sequence[str]) -> list[str] | None:
+    """The keys allowed below a dotted path, or None where the path is no section."""
+    if not location:
+        return list(RunConfig.model_fields)
+    field = RunConfig.model_fields.get(location[0])
+    if field is None or len(location) > 1:
+        return None
+    return list(field.annotation.model_fields)  # type: ignore[union-attr]
+
+
+def find_file(name: str, beside: str | Path | None = None) -> Path | None:
+    """A file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
+    candidates = [Path(name).expanduser()]
+    if not candidates[0].is_absolute():
+        candidates += [Path(beside).parent / name] if beside else []
+        candidates += [REPOSITORY / name, Path(__file__).resolve().parent / name]
+    return next((path.resolve() for path in candidates if path.is_file()), None)

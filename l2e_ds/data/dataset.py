@@ -1,0 +1,68 @@
+"""Packed sequences over a flat array of tokens. T: tokens a sequence, n: sequences a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from l2e_ds.errors import DataError
+
+
+class TokenDataset:
+    """Sequence i is tokens[start + i*stride : ... + T + 1], all below `stop`: T inputs and, one further, T targets.
+
+    With the default stride T, as in Megatron and GPT-NeoX, the last target of a sequence is the first input of the
+    next. Stride T + 1 is for data stored as separate sequences of T + 1 tokens (Pythia's preshuffled Pile).
+    `tokens`: integers, flat, usually memory-mapped. `name`: the file, for errors.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        start: int,
+        stop: int,
+        sequence_length: int,
+        vocab_size: int,
+        name: str,
+        stride: int | None = None,
+    ) -> None:
+        if not 0 <= start <= stop <= len(tokens):
+            raise ValueError(f"tokens {start} to {stop} of {len(tokens)}")
+        self.tokens, self.start, self.stop = tokens, start, stop
+        self.sequence_length, self.vocab_size, self.name = sequence_length, vocab_size, name
+        self.stride = sequence_length if stride is None else stride
+        if self.stride < 1:
+            raise ValueError(f"stride {self.stride}")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.stop - self.start
+
+    def __len__(self) -> int:
+        return max(0, (self.num_tokens - self.sequence_length - 1) // self.stride + 1)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """int64 [T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
+        return self.batch([i])[0]
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """int64 [n, T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
+        width = self.sequence_length + 1
+        rows = np.empty((len(indices), width), dtype=np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            if not 0 <= index < len(self):
+                raise IndexError(f"{self.name}: sequence {index} of {len(self)}")
+            first = self.start + int(index) * self.stride
+            row[:] = self.tokens[first : first + width]
+        if rows.size and (rows.max() >= self.vocab_size or rows.min() < 0):
+            raise self._foreign_token(rows, indices)
+        return rows
+
+    def _foreign_token(self, rows: np.ndarray, indices: Sequence[int] | np.ndarray) -> DataError:
+        row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
+        position = self.start + int(indices[row]) * self.stride + int(column)
+        return DataError(
+            f"{self.name}: token id {rows[row, column]} at position {position},"
+            f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
+        )

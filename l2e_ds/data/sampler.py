@@ -1,0 +1,95 @@
+"""Which sequences make global batch `step`, from (seed, step) alone.
+
+The shuffle is a keyed permutation that is evaluated at single points: a Feistel network over the smallest power of
+four that holds all sequences, repeated until it lands inside ("cycle walking"; Black and Rogaway, 2002). It needs no
+memory, and any step costs the same. G: global batch, m: micro-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from l2e_ds.errors import DataError
+
+_ROUNDS = 6
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Finaliser of splitmix64, elementwise on uint64 (which wraps around)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class GlobalBatchSampler:
+    """Global batches of `global_batch` sequences out of `num_sequences`, epoch after epoch without a gap.
+
+    `order`: "shuffled", another permutation every epoch, or "stored". Raises DataError without sequences.
+    """
+
+    def __init__(
+        self,
+        num_sequences: int,
+        global_batch: int,
+        seed: int,
+        order: Literal["shuffled", "stored"] = "shuffled",
+    ) -> None:
+        if num_sequences < 1:
+            raise DataError("data: no sequence to sample from; give more text or lower data.sequence_length")
+        if global_batch < 1 or order not in ("shuffled", "stored"):
+            raise ValueError(f"global_batch {global_batch}, order {order!r}")
+        self.num_sequences, self.global_batch, self.seed, self.order = num_sequences, global_batch, seed, order
+        # At least 16 points: fewer leave the network too few bits to mix.
+        self._half_bits = max(2, ((num_sequences - 1).bit_length() + 1) // 2)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Sequences of global batch `step`, int64 [G]."""
+        return self._sequences(self._first(step) + np.arange(self.global_batch, dtype=np.int64))
+
+    def micro_batch_rows(
+        self, step: int, rank: int, ranks: int, accumulation_step: int, micro_batch: int
+    ) -> np.ndarray:
+        """The part of `indices(step)` that one rank takes in one accumulation step, int64 [m].
+
+        Accumulation step a takes rows a*m*ranks to (a+1)*m*ranks, of which rank r takes r*m to (r+1)*m: together the
+        ranks see the same sequences in accumulation step a whatever ranks and m are, as long as ranks*m is the same.
+        """
+        together = ranks * micro_batch
+        if self.global_batch % together:
+            raise ValueError(f"global batch {self.global_batch} is not a multiple of {ranks} ranks x {micro_batch}")
+        if not (0 <= rank < ranks and 0 <= accumulation_step < self.global_batch // together):
+            raise ValueError(f"rank {rank} of {ranks}, accumulation step {accumulation_step}")
+        first = self._first(step) + accumulation_step * together + rank * micro_batch
+        return self._sequences(first + np.arange(micro_batch, dtype=np.int64))
+
+    def _first(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"step {step}")
+        return step * self.global_batch
+
+    def _sequences(self, positions: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(positions, self.num_sequences)
+        return places if self.order == "stored" else self._permute(places, epochs)
+
+    def _permute(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        seed = _mix(np.array([self.seed % 2**64], dtype=np.uint64) + _GOLDEN)
+        keys = _mix(seed + epochs.astype(np.uint64))  # no symmetry: (seed, epoch) and (epoch, seed) differ
+        values = self._feistel(places.astype(np.uint64), keys)
+        outside = np.flatnonzero(values >= self.num_sequences)
+        while outside.size:
+            values[outside] = self._feistel(values[outside], keys[outside])
+            outside = outside[values[outside] >= self.num_sequences]
+        return values.astype(np.int64)
+
+    def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """A permutation of [0, 4**half_bits) for every key, elementwise."""
+        bits = np.uint64(self._half_bits)
+        mask = (np.uint64(1) << bits) - np.uint64(1)
+        left, right = values >> bits, values & mask
+        for _ in range(_ROUNDS):
+            keys = _mix(keys + _GOLDEN)
+            left, right = right, left ^ (_mix(right ^ keys) & mask)
+        return (left << bits) | right

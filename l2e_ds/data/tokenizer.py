@@ -1,0 +1,99 @@
+"""Load a tokenizer, or train a byte-level BPE."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2e_ds.data.files import one_line
+from l2e_ds.data.sources import looks_local
+from l2e_ds.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """From a tokenizer.json, a local folder or a hub name. Raises DataError with one line."""
+    path = Path(name).expanduser()
+    if not path.exists() and (looks_local(name) or name.endswith(".json")):
+        raise DataError(f"data.tokenizer: no such file or folder: {name}")
+    try:
+        tokenizer: Any = _from_file(path) if path.is_file() else _from_pretrained(str(path) if path.is_dir() else name)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.tokenizer: cannot load {name!r}: {one_line(error)}") from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json; a fast tokenizer is needed")
+    # Documents are packed, never cut or filled up, whatever the file asks for.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(path))
+    return _wrap(backend, special=backend.token_to_id(END_OF_TEXT) is not None)
+
+
+def _from_pretrained(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name, use_fast=True)
+
+
+def _wrap(backend: object, special: bool) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("bos_token", "eos_token", "unk_token") if special else ()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **dict.fromkeys(names, END_OF_TEXT)
+    )
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` entries; <|endoftext|> is id 0, the 256 bytes are ids 1 to 256.
+
+    The same texts in the same order give the same tokenizer. Fewer entries come out where the texts hold too
+    few repeated pairs. Raises DataError for a vocabulary that cannot hold all bytes.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise DataError(f"data.train_tokenizer: got {vocab_size}, must be at least {len(alphabet) + 1}")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=sys.stderr.isatty(),
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _wrap(backend, special=True)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Largest id + 1, added tokens included: the rows that an embedding needs."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id put after every document. Raises DataError where the tokenizer names none."""
+    if tokenizer.eos_token_id is not None:
+        return int(tokenizer.eos_token_id)
+    vocabulary = tokenizer.get_vocab()
+    for token in (END_OF_TEXT, "</s>"):
+        if token in vocabulary:
+            return vocabulary[token]
+    raise DataError(f"data.tokenizer: has neither an eos_token nor {END_OF_TEXT} to end a document with")

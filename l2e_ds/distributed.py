@@ -1,0 +1,198 @@
+"""Process groups, ranks and the few collectives that this project calls itself.
+
+`join` works under the deepspeed launcher and torchrun (RANK ...), srun (SLURM_...), mpirun (mpi4py, through
+DeepSpeed) and alone. R is the number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l2e_ds.errors import ConfigError, L2EError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands: its rank among `size`, its place on the node, and who said so."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+
+
+def find_launch(environment: dict[str, str] | None = None) -> Launch:
+    """Read the launcher's variables; touches no network. Raises ConfigError where they contradict each other."""
+    env = dict(os.environ) if environment is None else environment
+
+    def read(*names: str) -> list[int]:
+        try:
+            return [int(env[name]) for name in names]
+        except KeyError as error:
+            raise ConfigError(f"launcher: {names[0]} is set but {error.args[0]} is not") from None
+        except ValueError:
+            given = {name: env[name] for name in names}
+            raise ConfigError(f"launcher: expected numbers, got {given}") from None
+
+    if "RANK" in env and "WORLD_SIZE" in env:
+        rank, size, local = read("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        launch = Launch("torchrun or deepspeed", rank, size, local)
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        rank, size, local = read("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        launch = Launch("mpirun", rank, size, local)
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # inside srun; a bare batch script has no step of its own
+        rank, size, local = read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        launch = Launch("srun", rank, size, local)
+    else:
+        launch = Launch("alone", 0, 1, 0)
+    if not 0 <= launch.rank < launch.size:
+        raise ConfigError(f"launcher: rank {launch.rank} of {launch.size} ranks ({launch.launcher})")
+    return launch
+
+
+def join(launch: Launch, timeout_minutes: float) -> torch.device:
+    """Make the process group (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Raises L2EError where the group that formed has another size than the launcher said: N tasks that each
+    think they are alone would be N runs in one directory (DEEPSPEED.md, silent failure 10).
+    """
+    import deepspeed
+
+    if launch.launcher == "srun":
+        os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.size), LOCAL_RANK=str(launch.local_rank))
+        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
+        os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
+    elif launch.launcher == "alone":
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if torch.cuda.is_available():
+        if launch.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"launcher: local rank {launch.local_rank}, but this node has {torch.cuda.device_count()} GPUs"
+            )
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo",
+        auto_mpi_discovery=launch.launcher == "mpirun",
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
+        raise L2EError(
+            f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
+            f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
+        )
+    return device
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _first_slurm_host() -> str:
+    import subprocess
+
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.split()
+        address = subprocess.run(
+            ["scontrol", "show", "node", listed[0], "--oneliner"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(f"srun: cannot find the first node of {nodes!r} ({error}); set MASTER_ADDR") from None
+    # NodeAddr is what SLURM itself connects to; a node's name need not resolve
+    return next((word[9:] for word in address.split() if word.startswith("NodeAddr=")), listed[0])
+
+
+def _slurm_port() -> int:
+    """A port that every task of this job step computes alike, and other jobs on the node do not."""
+    job, step = int(os.environ.get("SLURM_JOB_ID", 0)), os.environ["SLURM_STEP_ID"]
+    return 20000 + (job * 31 + (int(step) if step.isdigit() else 0)) % 20000
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- ranks and collectives ---------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size(group: Any = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes what is written once."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    if size() > 1:
+        dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
+    """Sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
+    if size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def main_decides(value: Any) -> Any:
+    """Rank 0's (picklable, small) value, on every rank."""
+    box = [value]
+    if size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def agree(error: L2EError | None) -> None:
+    """Collective: raise on every rank if any rank brings an error, so that all end together with its message."""
+    errors: list[L2EError | None] = [error]
+    if size() > 1:
+        errors = [None] * size()
+        dist.all_gather_object(errors, error)
+    first: L2EError | None = error or next((e for e in errors if e is not None), None)
+    if first is not None:
+        first.on_every_rank = True
+        raise first
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's (picklable, small) value, in the order of ranks."""
+    values: list[Any] = [value]
+    if size() > 1:
+        values = [None] * size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: Iterable[float], device: torch.device) -> list[float]:
+    """Sums over all ranks of a few numbers, in float64."""
+    return all_reduce_sum(torch.tensor(list(values), dtype=torch.float64, device=device)).tolist()

@@ -1,0 +1,36 @@
+"""The exceptions a user may meet. All of them end the command with one line and exit code 2."""
+
+
+class L2EError(Exception):
+    """Base of the errors whose message is written for the user: where, what was given, what is allowed."""
+
+    exit_code = 2
+    on_every_rank = False
+    """Whether all ranks raise it alike, so that rank 0 alone need report it."""
+
+
+class ConfigError(L2EError):
+    """A run file, an override or a DeepSpeed JSON says something impossible. Names the dotted key."""
+
+    on_every_rank = True
+
+
+class DataError(L2EError):
+    """A corpus, tokenizer or token file is missing, empty or broken. Names the file."""
+
+
+class CheckpointError(L2EError):
+    """A checkpoint is missing, incomplete or belongs to another run."""
+
+
+class SelfTestError(L2EError):
+    """A hook was not called as often as it should be, or its gradient did not arrive (DEEPSPEED.md, 3)."""
+
+    on_every_rank = True
+
+
+class TrainingError(L2EError):
+    """The run cannot go on, e.g. too many non-finite steps in a row."""
+
+    exit_code = 3
+    on_every_rank = True

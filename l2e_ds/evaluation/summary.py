@@ -1,0 +1,55 @@
+"""`l2e-ds summary RUN`: the first and last figures of a run, as a short table. Reads the run directory only."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+from l2e_ds.errors import DataError
+from l2e_ds.training.metrics import read_metrics
+
+
+def summarise(run: Path) -> str:
+    """Raises DataError where the run has no metrics yet."""
+    try:
+        training, evaluations = (read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "evaluation"))
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{run}: is no run directory ({error.strerror}: {error.filename})") from None
+    if not training:
+        raise DataError(f"{run}: has no training metrics yet")
+    method, target = config["inhibition"]["method"], config["inhibition"]["target_share"]
+    last = training[-1]
+    speeds = sorted(line["tokens_per_second"] for line in training)
+    rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {method}")]
+    if evaluations:
+        first, final = evaluations[0], evaluations[-1]
+        rows.append(
+            (
+                "held-out LM loss",
+                f"{first['held_out_loss']:.4f} (step {first['step']}) -> {final['held_out_loss']:.4f}"
+                f" (step {final['step']})",
+            )
+        )
+    if "observed_share" in last:
+        rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
+    if evaluations:
+        for layer in _layers(final):
+            for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
+                key = f"layer{layer}/{name}"
+                rows.append((f"layer {layer}: {label}", f"{_number(first[key])} -> {_number(final[key])}"))
+    rows.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f} (median)"))
+    rows.append(("metrics", str(run / "metrics.jsonl")))
+    rows.append(("checkpoints", str(run / "checkpoints")))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _layers(line: dict) -> list[int]:
+    return sorted({int(found[1]) for key in line if (found := re.match(r"layer(\d+)/", key))})
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

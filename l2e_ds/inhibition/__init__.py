@@ -1,0 +1,5 @@
+"""The method, on its own: nothing here knows of DeepSpeed, transformers or run files."""
+
+from l2e_ds.inhibition.hook import Inhibitor, NeuronSite, Settings
+
+__all__ = ["Inhibitor", "NeuronSite", "Settings"]

@@ -1,0 +1,427 @@
+"""`Inhibitor` puts the method into any PyTorch training loop:
+
+    inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
+    with inhibitor:                                    # hooks on; removed at the end, also after an exception
+        for batch in batches:
+            loss = inhibitor.attach_loss(language_model_loss(model(batch)))
+            loss.backward()                            # or engine.backward(loss)
+            optimizer.step()
+            inhibitor.step()                           # one packed all-reduce; moments and tau move
+
+Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
+Statistics and tau are the same on every rank, frozen within an optimizer step, and move only in `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from l2e_ds.distributed import all_reduce_sum
+from l2e_ds.errors import SelfTestError
+from l2e_ds.inhibition import losses, memel
+from l2e_ds.inhibition.losses import FrozenStatistics
+from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, shifted_sums
+from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
+
+
+@dataclass(frozen=True)
+class NeuronSite:
+    """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection)."""
+
+    layer: int
+    module: nn.Module
+    attribute: str
+    kind: Literal["activation", "projection"]
+    neurons: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the hooks do; the run file's section `inhibition` documents the choices."""
+
+    retrieval: Literal["threshold", "top-k"] = "threshold"
+    mechanism: Literal["regulariser", "reverse-deactivation", "naive-deactivation"] = "regulariser"
+    scale_invariant: bool = False
+    target_share: float = 0.02
+    coefficient: float = 1e-3
+    coefficient_warmup: int = 0
+    statistics_window: int | None = 50
+    reduce: Literal["step", "forward"] = "step"
+
+
+@dataclass
+class Calls:
+    """How often a hook ran within this optimizer step (for the self-test)."""
+
+    forward: int = 0
+    recomputed: int = 0
+    backward: int = 0
+
+
+class NeuronHook:
+    """One layer's share of the method: sees its neurons, sums statistics, selects, inhibits."""
+
+    HEADER = 3  # tokens, inhibition loss (sum over the selected), score (sum over the selected)
+
+    def __init__(self, owner: Inhibitor, site: NeuronSite, sums: Tensor) -> None:
+        self.owner, self.site, self.settings = owner, site, owner.settings
+        self.sums = sums  # [HEADER + 3 N] float64, a view of the packed buffer: d, d^2, selected per neuron
+        self.moments = Moments.empty(site.neurons, sums.device)
+        self.tau = torch.tensor(initial_threshold(self.settings.target_share), dtype=torch.float64, device=sums.device)
+        self.selected = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)  # faded count per neuron
+        self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
+        self.calls = Calls()
+        self.largest_gradient = torch.zeros((), device=sums.device)
+        self.weight: Tensor | None = None
+        self._freeze()
+
+    @staticmethod
+    def buffer_size(neurons: int) -> int:
+        return NeuronHook.HEADER + 3 * neurons
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of the sums: header [3], d [N], d^2 [N], selected [N]."""
+        n = self.site.neurons
+        header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
+        return header, d, d2, selected
+
+    def _freeze(self) -> None:
+        """Make float32 constants of the state, for one optimizer step."""
+        self.frozen = self.frozen_now = self.for_loss = self._statistics(self.moments)
+
+    def _statistics(self, moments: Moments) -> FrozenStatistics:
+        rate = self.selected / self.selectable.clamp(min=1)
+        return FrozenStatistics(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
+
+    # --- forward -------------------------------------------------------------------------------------------------
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
+        z = activations.reshape(-1, self.site.neurons)
+        if self.owner.in_backward:  # activation checkpointing runs forward again: same statistics, nothing counted
+            self.calls.recomputed += 1
+            selected = None
+        else:
+            self.calls.forward += 1
+            self.weight = self.owner.token_weight(z)
+            selected = self._observe(z.detach())
+        if self.settings.mechanism == "regulariser":
+            return losses.add_inhibition_gradient(z, self._gradient).view_as(activations)
+        deactivate = {
+            "reverse-deactivation": memel.reverse_deactivation,
+            "naive-deactivation": memel.naive_deactivation,
+        }[self.settings.mechanism]
+        if selected is None:
+            selected = self._select(losses.score(z.detach(), self.frozen_now))
+        return deactivate(z, self.frozen_now.mean, selected, self._count_backward).view_as(activations)
+
+    @torch.no_grad()
+    def _observe(self, z: Tensor) -> Tensor:
+        """Add this micro-batch to the step's sums; with `reduce: forward` ask the other ranks first.
+
+        Returns what is selected, [M, N] bool.
+        """
+        header, d, d2, selected_per_neuron = self._parts()
+        shift = self.frozen.mean
+        sums = shifted_sums if self.owner.steps else exact_sums  # without history the mean may be far away
+        sum_d, sum_d2 = sums(z, shift, self.weight)
+        tokens = sum_d.new_tensor(z.shape[0]) if self.weight is None else self.weight.double().sum()
+        self.frozen_now = self.for_loss = self.frozen
+        if self.settings.reduce == "forward":
+            self._freeze_for_micro_batch(tokens, sum_d, sum_d2)
+        scores = losses.score(z, self.frozen_now)
+        selected = self._select(scores)
+        count = selected.sum(0).double()
+        if self.settings.reduce == "forward" and self.settings.scale_invariant:
+            self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
+        loss = losses.inhibition_loss(z, selected, self.for_loss, self.settings.scale_invariant)
+        header += torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
+        d += sum_d
+        d2 += sum_d2
+        selected_per_neuron += count
+        return selected
+
+    def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
+        """`reduce: forward`: statistics of all samples so far, this micro-batch of every rank included."""
+        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
+        count, sum_d, sum_d2 = packed.split([1, self.site.neurons, self.site.neurons])
+        batch = Moments.from_sums(count[0], sum_d, sum_d2, self.frozen.mean.double())
+        self.frozen_now = self.for_loss = self._statistics(self.moments.fade(self.owner.fade).merge(batch))
+
+    def _freeze_for_exact_loss(self, selected: Tensor, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
+        """`reduce: forward`, scale-invariant: rate and mean d^2 of this very micro-batch over all ranks."""
+        n = self.site.neurons
+        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
+        count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
+        offset = self.frozen.mean.double() - self.frozen_now.mean.double()
+        spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
+        self.for_loss = replace(self.frozen_now, variance=spread.float(), rate=(selected / count).float())
+
+    def _select(self, scores: Tensor) -> Tensor:
+        if self.settings.retrieval == "threshold":
+            selected = losses.select_by_threshold(scores, self.frozen_now)
+        else:
+            selected = losses.select_top_k(scores, self.frozen_now, self.settings.target_share)
+        return selected if self.weight is None else selected & (self.weight > 0)
+
+    # --- backward ------------------------------------------------------------------------------------------------
+
+    def _count_backward(self) -> None:
+        self.calls.backward += 1
+
+    def _gradient(self, z: Tensor) -> Tensor | None:
+        """What to add to the gradient of z [M, N]: loss gradient * lambda / n * dL/dz; None where lambda is 0."""
+        self._count_backward()
+        coefficient = self.owner.coefficient
+        if coefficient == 0:
+            return None
+        selected = self._select(losses.score(z, self.frozen_now))
+        gradient = losses.inhibition_gradient(z, selected, self.for_loss, self.settings.scale_invariant)
+        tokens: Tensor | int = z.shape[0]
+        if self.weight is not None:
+            gradient, tokens = gradient * self.weight, self.weight.sum().clamp(min=1)
+        strength = self.owner.loss_gradient_here().float() * coefficient
+        gradient = gradient * (strength / (self.settings.target_share * tokens * self.site.neurons))
+        if self.owner.self_test_pending:
+            self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max())
+        return gradient
+
+    # --- once a step ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def update(self) -> Tensor:
+        """Move moments and tau by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64."""
+        header, d, d2, selected = self._parts()
+        tokens, loss, score = header.unbind()
+        pairs = tokens * self.site.neurons
+        batch = Moments.from_sums(tokens, d, d2, self.frozen.mean.double())
+        moments = self.moments.fade(self.owner.fade).merge(batch)
+        before = moments if self.settings.reduce == "forward" else self.moments
+        possible = (before.variance > losses.VARIANCE_FLOOR).any()
+        total = selected.sum()
+        statistics = torch.stack(
+            [
+                total / pairs.clamp(min=1),
+                self.tau,
+                score / total.clamp(min=1),
+                moments.variance.sqrt().mean(),
+                loss / (self.settings.target_share * pairs).clamp(min=1),
+            ]
+        )
+        self.tau = moved_threshold(self.tau, total, pairs, self.settings.target_share, possible)
+        self.selected = self.selected * self.owner.fade + selected
+        self.selectable = self.selectable * self.owner.fade + torch.where(possible, tokens, 0.0)
+        self.moments = moments
+        self._freeze()
+        return statistics
+
+
+class InhibitedActivation(nn.Module):
+    """Stands in the place of an activation function; survives torch.compile, unlike a forward hook."""
+
+    def __init__(self, activation: nn.Module, hook: NeuronHook) -> None:
+        super().__init__()
+        self.activation = activation
+        self._hook = hook
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.activation(x)
+        return self._hook(z) if self.training else z
+
+
+class Inhibitor:
+    """Owns the hooks of a model, their running statistics and thresholds. A context manager."""
+
+    STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss")
+
+    def __init__(
+        self,
+        sites: Sequence[NeuronSite],
+        settings: Settings | None = None,
+        device: torch.device | str = "cpu",
+        group: Any = None,
+    ) -> None:
+        """`group`: the data-parallel process group whose tokens count together (default: all ranks)."""
+        if not sites:
+            raise ValueError("no neurons to inhibit: sites is empty")
+        self.settings = settings or Settings()
+        self.group = group
+        self.steps = 0  # applied optimizer steps that the statistics have seen
+        self.fade = fade_factor(self.settings.statistics_window)
+        self.in_backward = False
+        self.self_test_pending = True
+        self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
+        self._loss_gradient: Tensor | None = None
+        self._micro_batches = 0
+        self._token_mask: Tensor | None = None
+        sizes = [NeuronHook.buffer_size(site.neurons) for site in sites]
+        self._packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+        self.hooks = [NeuronHook(self, site, sums) for site, sums in zip(sites, self._packed.split(sizes), strict=True)]
+        self._undo: list[Any] = []
+
+    @property
+    def coefficient(self) -> float:
+        """lambda of the coming step, after its warm-up."""
+        warmup = self.settings.coefficient_warmup
+        return self.settings.coefficient * (min(1.0, (self.steps + 1) / warmup) if warmup else 1.0)
+
+    # --- hooks on and off ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Inhibitor:
+        self.attach()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Put the hooks into the model (before deepspeed.initialize under ZeRO-3)."""
+        for hook in self.hooks:
+            module, attribute = hook.site.module, hook.site.attribute
+            child = getattr(module, attribute)
+            if hook.site.kind == "activation":
+                setattr(module, attribute, InhibitedActivation(child, hook))
+                self._undo.append(
+                    lambda module=module, attribute=attribute, child=child: setattr(module, attribute, child)
+                )
+            else:
+                self._undo.append(child.register_forward_pre_hook(_projection_hook(hook)).remove)
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        while self._undo:
+            self._undo.pop()()
+
+    # --- every micro-batch ---------------------------------------------------------------------------------------
+
+    def attach_loss(self, loss: Tensor) -> Tensor:
+        """The same LM loss []; its backward tells the hooks the scale at which gradients arrive."""
+        self._micro_batches += 1
+        return losses.note_loss_gradient(loss, self._begin_backward)
+
+    def set_token_mask(self, mask: Tensor | None) -> None:
+        """Mask of the coming micro-batches, [B, T], nonzero where a token counts. Padding never counts."""
+        self._token_mask = mask
+
+    def token_weight(self, z: Tensor) -> Tensor | None:
+        """[M, 1] float32 of 0 and 1, or None without padding."""
+        if self._token_mask is None:
+            return None
+        weight = (self._token_mask != 0).reshape(-1, 1).to(z.device, torch.float32)
+        if weight.shape[0] != z.shape[0]:
+            raise ValueError(f"token mask of {weight.shape[0]} tokens, activations of {z.shape[0]}")
+        return weight
+
+    def _begin_backward(self, gradient: Tensor) -> None:
+        self._loss_gradient = gradient
+        self.in_backward = True
+        # the way that DDP and FSDP learn that a backward pass is over
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self.in_backward = False
+
+    def loss_gradient_here(self) -> Tensor:
+        """[] gradient that arrived at the LM loss (loss scale / accumulation steps)."""
+        if not self.in_backward or self._loss_gradient is None:
+            raise SelfTestError("inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss")
+        return self._loss_gradient
+
+    # --- every step ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, applied: bool = True) -> None:
+        """After the optimizer's step: reduce the step's sums over ranks, move moments and tau, start anew.
+
+        `applied` False (an overflow, a non-finite gradient; the same on every rank): the sums are dropped.
+        Raises SelfTestError in the first step if a hook missed a call, or later if its gradient was zero.
+        """
+        if self.self_test_pending:
+            self._check_calls()
+        if applied:
+            all_reduce_sum(self._packed, self.group)
+            self.last = torch.stack([hook.update() for hook in self.hooks])
+            if self.self_test_pending:
+                self._check_gradients()
+            self.steps += 1
+        self._packed.zero_()
+        self._micro_batches = 0
+        self.in_backward = False
+        for hook in self.hooks:
+            hook.calls = Calls()
+
+    def _check_calls(self) -> None:
+        """Each hook once a micro-batch forward and backward; recomputed never or once a micro-batch."""
+        expected = self._micro_batches
+        for hook in self.hooks:
+            calls = hook.calls
+            if expected == 0 or not (calls.forward == calls.backward == expected and calls.recomputed in (0, expected)):
+                raise SelfTestError(
+                    f"inhibition self-test: layer {hook.site.layer} saw {calls.forward} forward,"
+                    f" {calls.recomputed} recomputed and {calls.backward} backward passes in a step of"
+                    f" {expected} micro-batches; expected {expected}, 0 or {expected}, and {expected}."
+                    " Something between the loss and the model drops the hook or its gradient."
+                )
+
+    def _check_gradients(self) -> None:
+        """Passed once every layer that selected something has also injected a gradient that is not zero."""
+        assert self.last is not None
+        if self.settings.mechanism != "regulariser" or self.coefficient == 0:
+            self.self_test_pending = bool(self.settings.coefficient_warmup and self.coefficient == 0)
+            return
+        # one rank may have selected nothing of a layer in a small batch; over all ranks the gradient must be there
+        largest = all_reduce_sum(torch.stack([hook.largest_gradient for hook in self.hooks]), self.group)
+        shares = self.last[:, 0]
+        for hook, share, gradient in zip(self.hooks, shares.tolist(), largest.tolist(), strict=True):
+            if share > 0 and gradient == 0:
+                raise SelfTestError(
+                    f"inhibition self-test: layer {hook.site.layer} selected {share:.2%} of its activations,"
+                    " but the gradient it injected is zero on every rank"
+                )
+        self.self_test_pending = not bool((shares > 0).all())
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the method remembers, as tensors on the CPU (float64 and int64), the same on every rank."""
+        state = {"steps": torch.tensor(self.steps)}
+        for hook in self.hooks:
+            state |= {
+                f"layers.{hook.site.layer}.{name}": tensor.detach().cpu().clone()
+                for name, tensor in {
+                    "count": hook.moments.count,
+                    "mean": hook.moments.mean,
+                    "m2": hook.moments.m2,
+                    "tau": hook.tau,
+                    "selected": hook.selected,
+                    "selectable": hook.selectable,
+                }.items()
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where the state is of other layers or sizes."""
+        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        given = {name: tensor.shape for name, tensor in state.items()}
+        if expected != given:
+            different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
+            raise ValueError(f"inhibition state does not fit this model's hooked layers: {', '.join(different[:4])}")
+        self.steps = int(state["steps"])
+        for hook in self.hooks:
+            prefix, device = f"layers.{hook.site.layer}.", self._packed.device
+            part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}
+            hook.moments = Moments(part["count"], part["mean"], part["m2"])
+            hook.tau, hook.selected, hook.selectable = part["tau"], part["selected"], part["selectable"]
+            hook._freeze()
+
+
+def _projection_hook(hook: NeuronHook) -> Any:
+    def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return (hook(inputs[0]), *inputs[1:]) if module.training else None
+
+    return before_forward

@@ -1,0 +1,141 @@
+"""How monosemantic the neurons of some layers are on given text, whatever the training method was.
+
+Two passes over the same batches: exact moments, then scores with those moments. Only reads activations.
+Shapes: M tokens of a micro-batch, N neurons of a layer, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2e_ds.distributed import all_reduce_sum
+from l2e_ds.inhibition.hook import NeuronSite
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR
+from l2e_ds.inhibition.moments import Moments, exact_sums
+
+# Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
+# at the edge of the top share is approximate, by at most the bin's width of 1.1 %.
+BINS, LOWEST, HIGHEST = 2048, -4.0, 6.0
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """top_share_score: mean MS of the highest `share` of all (token, neuron) pairs; mean_s: mean over neurons of
+    the standard deviation S; kurtosis: median over live neurons of E[phi^2] (3 for a normal distribution);
+    dead_share: share of neurons that do not vary."""
+
+    layer: int
+    top_share_score: float
+    mean_s: float
+    kurtosis: float
+    dead_share: float
+
+
+@contextmanager
+def observed(sites: Sequence[NeuronSite], see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Calls `see(index of the site, neurons [M, N])` in every forward pass; removed at the end."""
+    handles: list[Any] = []
+    try:
+        for index, site in enumerate(sites):
+            child = getattr(site.module, site.attribute)
+            if site.kind == "activation":
+                handles.append(
+                    child.register_forward_hook(
+                        lambda _m, _i, output, index=index, n=site.neurons: see(index, output.detach().reshape(-1, n))
+                    )
+                )
+            else:
+                handles.append(
+                    child.register_forward_pre_hook(
+                        lambda _m, inputs, index=index, n=site.neurons: see(index, inputs[0].detach().reshape(-1, n))
+                    )
+                )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure_scores(
+    sites: Sequence[NeuronSite],
+    passes: Callable[[Callable[[Tensor | None], None]], None],
+    share: float,
+    device: torch.device | str,
+    group: Any = None,
+) -> list[LayerScores]:
+    """Run `passes` twice and measure. Collective over `group`; the result is the same on every rank.
+
+    passes(set_weight): runs the model over all batches of this rank, in the same order each time; before a forward
+    it may call set_weight([M, 1] of 0 and 1, or None) to leave tokens out.
+    """
+    weight: list[Tensor | None] = [None]
+
+    def set_weight(value: Tensor | None) -> None:
+        weight[0] = value
+
+    zero = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in sites]
+    moments = [Moments.empty(site.neurons, device) for site in sites]
+
+    def add_moments(index: int, z: Tensor) -> None:
+        count = z.new_tensor(z.shape[0], dtype=torch.float64) if weight[0] is None else weight[0].double().sum()
+        sums = exact_sums(z, zero[index], weight[0])
+        moments[index] = moments[index].merge(Moments.from_sums(count, *sums, zero[index]))
+
+    with observed(sites, add_moments):
+        passes(set_weight)
+    moments = [_merge_over_ranks(part, group) for part in moments]
+
+    inverse = [torch.where(m.variance > VARIANCE_FLOOR, 1 / m.variance.clamp(min=VARIANCE_FLOOR), 0.0) for m in moments]
+    histograms = torch.zeros(len(sites), 2, BINS, dtype=torch.float64, device=device)
+    squares = [torch.zeros_like(part) for part in zero]
+
+    def add_scores(index: int, z: Tensor) -> None:
+        scores = (z.float() - moments[index].mean.float()).square() * inverse[index].float()
+        kept = torch.ones_like(scores) if weight[0] is None else weight[0].float().expand_as(scores)
+        squares[index] += (scores.square() * kept).sum(0).double()
+        position = (scores.clamp(min=10**LOWEST).log10() - LOWEST) * (BINS / (HIGHEST - LOWEST))
+        bins = position.long().clamp(0, BINS - 1).flatten()
+        histograms[index, 0] += torch.bincount(bins, kept.double().flatten(), BINS)
+        histograms[index, 1] += torch.bincount(bins, (scores * kept).double().flatten(), BINS)
+
+    with observed(sites, add_scores):
+        passes(set_weight)
+    all_reduce_sum(histograms, group)
+    results = []
+    for index, site in enumerate(sites):
+        alive = moments[index].variance > VARIANCE_FLOOR
+        fourth = all_reduce_sum(squares[index], group) / moments[index].count
+        results.append(
+            LayerScores(
+                site.layer,
+                _mean_of_top(histograms[index, 0], histograms[index, 1], share),
+                float(moments[index].variance.sqrt().mean()),
+                float(fourth[alive].median()) if bool(alive.any()) else float("nan"),
+                float(1 - alive.double().mean()),
+            )
+        )
+    return results
+
+
+def _merge_over_ranks(moments: Moments, group: Any) -> Moments:
+    """Pairwise merge as sums around the mean of all ranks."""
+    count = all_reduce_sum(moments.count.clone(), group)
+    mean = all_reduce_sum(moments.mean * moments.count, group) / count.clamp(min=1)
+    m2 = all_reduce_sum(moments.m2 + moments.count * (moments.mean - mean).square(), group)
+    return Moments(count, mean, m2)
+
+
+def _mean_of_top(counts: Tensor, sums: Tensor, share: float) -> float:
+    """Mean of the highest `share` of the counted values; [BINS], [BINS]."""
+    wanted = share * counts.sum()
+    above = counts.flip(0).cumsum(0)
+    taken = (wanted - (above - counts.flip(0))).clamp(min=0).minimum(counts.flip(0))
+    mean = sums.flip(0) / counts.flip(0).clamp(min=1)
+    return float((taken * mean).sum() / wanted)

@@ -1,0 +1,85 @@
+"""Running mean and variance per neuron, merged by the pairwise formula of Chan, Golub and LeVeque (1983).
+
+Shapes: M samples (tokens), N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and sum of squared deviations of (possibly faded) samples; float64, nothing is updated in place.
+
+    count: [] weight of the samples seen (their number, where nothing faded)
+    mean:  [N]
+    m2:    [N] weighted sum of (z - mean)^2
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @classmethod
+    def empty(cls, neurons: int, device: torch.device | str | None = None) -> Moments:
+        zeros = torch.zeros(neurons, dtype=torch.float64, device=device)
+        return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros.clone())
+
+    @classmethod
+    def from_sums(cls, count: Tensor, sum_d: Tensor, sum_d2: Tensor, shift: Tensor) -> Moments:
+        """From sums of d = z - shift and of d^2 over samples; [], [N], [N], [N], all float64."""
+        safe = count.clamp(min=1)
+        return cls(count, shift + sum_d / safe, (sum_d2 - sum_d * sum_d / safe).clamp(min=0))
+
+    def fade(self, factor: float) -> Moments:
+        """Every sample so far weighs `factor` of what it did."""
+        return Moments(self.count * factor, self.mean, self.m2 * factor)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both sets of samples together."""
+        count = self.count + other.count
+        weight = other.count / count.clamp(min=torch.finfo(torch.float64).tiny)
+        delta = other.mean - self.mean
+        return Moments(
+            count,
+            self.mean + delta * weight,
+            self.m2 + other.m2 + delta * delta * self.count * weight,
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """[N] sample variance S^2 (denominator count - 1); 0 before two samples were seen."""
+        return torch.where(self.count >= 2, self.m2 / (self.count - 1).clamp(min=1), torch.zeros_like(self.m2))
+
+
+def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums over samples of d and d^2 with d = z - shift, in float64.
+
+    z: [M, N] any float dtype; shift: [N]; weight: [M, 1] of 0 and 1 (padding), or None.
+    Around a shift near the mean float32 differences lose nothing to cancellation (METHOD, section 3); for
+    samples whose mean is not known yet use `exact_sums`.
+    """
+    d = z.float() - shift.float()
+    if weight is not None:
+        d = d * weight
+    return d.sum(0).double(), (d * d).sum(0).double()
+
+
+def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `shifted_sums` for any shift: two passes, around the samples' own mean, moved to `shift` in float64."""
+    z = z.float()
+    count = z.new_tensor(z.shape[0], dtype=torch.float64) if weight is None else weight.double().sum()
+    weighted = z if weight is None else z * weight
+    mean = (weighted.sum(0).double() / count.clamp(min=1)).float()
+    sum_d, sum_d2 = shifted_sums(z, mean, weight)
+    offset = mean.double() - shift.double()
+    return sum_d + count * offset, sum_d2 + 2 * offset * sum_d + count * offset * offset
+
+
+def fade_factor(window: int | None) -> float:
+    """Weight that a sample keeps from one step to the next: exp(-1 / window); None: cumulative, nothing fades."""
+    return 1.0 if window is None else float(torch.exp(torch.tensor(-1.0 / window, dtype=torch.float64)))

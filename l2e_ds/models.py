@@ -1,0 +1,231 @@
+"""The Pythia family: sizes, published hyper-parameters, initialisation, and where its neurons are.
+
+Sources: Biderman et al. 2023 and the released configuration files (METHOD, section 10). GPT-NeoX initialises
+with `small_init` (Nguyen & Salazar 2019) and, where a layer writes to the residual stream, `wang_init`.
+Shapes: N neurons of a layer = 4 * hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from l2e_ds.config import ModelConfig
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition.hook import NeuronSite
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PythiaSize:
+    """One row of the family table."""
+
+    layers: int
+    hidden: int
+    heads: int
+    learning_rate: float
+    vocabulary: int
+
+
+PYTHIA = {
+    "pythia-14m": PythiaSize(6, 128, 4, 1.0e-3, 50304),
+    "pythia-31m": PythiaSize(6, 256, 8, 1.0e-3, 50304),
+    "pythia-70m": PythiaSize(6, 512, 8, 1.0e-3, 50304),
+    "pythia-160m": PythiaSize(12, 768, 12, 6.0e-4, 50304),
+    "pythia-410m": PythiaSize(24, 1024, 16, 3.0e-4, 50304),
+    "pythia-1b": PythiaSize(16, 2048, 8, 2.5e-4, 50304),
+    "pythia-1.4b": PythiaSize(24, 2048, 16, 2.0e-4, 50304),
+    "pythia-2.8b": PythiaSize(32, 2560, 32, 1.6e-4, 50304),
+    "pythia-6.9b": PythiaSize(32, 4096, 32, 1.2e-4, 50432),
+    "pythia-12b": PythiaSize(36, 5120, 40, 1.2e-4, 50688),
+}
+
+
+def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfig:
+    """The Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
+    if config.pretrained is not None:
+        return _pretrained_config(config)
+    from transformers import GPTNeoXConfig
+
+    if config.name not in PYTHIA:
+        raise ConfigError(f"model.name: got {config.name!r}, allowed: {', '.join(PYTHIA)}")
+    size = PYTHIA[config.name]
+    hidden, heads = config.hidden_size or size.hidden, config.num_heads or size.heads
+    if hidden % heads or (hidden // heads) % 2:
+        raise ConfigError(
+            f"model.num_heads: {heads} heads do not divide model.hidden_size {hidden} into heads of even size"
+        )
+    return GPTNeoXConfig(
+        vocab_size=config.vocab_size or size.vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=config.num_layers or size.layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        hidden_act="gelu",  # exact, not the tanh approximation
+        # the published 25 % rotary dimensions; longer contexts only where the run asks for them
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        max_position_embeddings=max(2048, sequence_length),
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        use_cache=False,
+    )
+
+
+def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        network = AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.pretrained: cannot load {config.pretrained!r}"
+            f"{f' at revision {config.revision!r}' if config.revision else ''}: {str(error).splitlines()[0]}"
+        ) from None
+    if network.model_type != "gpt_neox":
+        raise ConfigError(f"model.pretrained: {config.pretrained!r} is a {network.model_type}, allowed: gpt_neox")
+    return network
+
+
+def published_learning_rate(config: ModelConfig) -> float:
+    """Peak learning rate of the family table. Raises ConfigError for a pretrained model, which has none there."""
+    if config.name is None:
+        raise ConfigError("optimizer.peak_learning_rate: is required with model.pretrained")
+    return PYTHIA[config.name].learning_rate
+
+
+def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zero3: dict | None) -> PreTrainedModel:
+    """The network in float32 with its first weights, in training mode, on the CPU.
+
+    zero3: the DeepSpeed configuration under ZeRO-3, whose parameters are sharded while the network is built so
+    that no rank ever holds more than one whole tensor; else None. The weights depend on the seed alone: not on
+    the number of ranks, the stage or the order of construction.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if config.pretrained is not None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        # alive while loading: this is how transformers learns to shard as it reads
+        sharding = HfDeepSpeedConfig(zero3) if zero3 is not None else None
+        model = AutoModelForCausalLM.from_pretrained(
+            config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
+        )
+        del sharding
+    else:
+        with _sharded(zero3), _no_default_init():
+            model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
+        initialise(model, seed)
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    return model
+
+
+@contextlib.contextmanager
+def _sharded(zero3: dict | None) -> Iterator[None]:
+    if zero3 is None:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=zero3, dtype=torch.float32 if not _half(zero3) else None):
+        yield
+
+
+def _half(ds_config: dict) -> bool:
+    return any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+
+
+@contextlib.contextmanager
+def _no_default_init() -> Iterator[None]:
+    """Skip transformers' own initialisation: `initialise` writes every weight."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Pythia's initialisation: small_init, wang_init on residual outputs, zero biases, unit norms.
+
+    small_init: N(0, 2 / (5 h)); wang_init: N(0, (2 / (L sqrt(h)))^2), h hidden size, L layers (METHOD, section 10).
+    """
+    hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
+    small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]
+    for name, parameter in model.named_parameters():
+        with _gathered(parameter):
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = wang if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else small
+                # a generator per parameter: the same weights in any order of construction and on any rank
+                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+                generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+                shape = parameter.shape
+                parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32).mul_(std))
+
+
+@contextlib.contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[None]:
+    if not hasattr(parameter, "ds_id"):  # not under ZeRO-3
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        yield
+
+
+# --- neurons -----------------------------------------------------------------------------------------------------
+
+
+def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
+    """Indices of the hooked layers (METHOD, section 7), ascending. Raises ConfigError where out of range."""
+    if isinstance(choice, list):
+        wrong = [i for i in choice if not 0 <= i < layers]
+        if wrong:
+            raise ConfigError(f"inhibition.layers: got {wrong[0]}, allowed: 0 to {layers - 1} ({layers} layers)")
+        return sorted(choice)
+    if choice == "all":
+        return list(range(layers))
+    if choice == "top-bottom":
+        return sorted({0, layers - 1})
+    width = min(layers, 2) if choice == "mid-2" else max(1, round(layers / 3))
+    first = (layers - width) // 2
+    return list(range(first, first + width))
+
+
+def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
+    """Where the neurons of the chosen layers are: the output of each MLP's activation, [B, T, N]."""
+    blocks = model.gpt_neox.layers
+    neurons = model.config.intermediate_size
+    return [
+        NeuronSite(index, blocks[index].mlp, "act", "activation", neurons)
+        for index in chosen_layers(layers, len(blocks))
+    ]
+
+
+def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
+    """Parameters in all, and those outside the embedding and the output matrix."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(network)
+    total = sum(p.numel() for p in model.parameters())
+    embeddings = network.vocab_size * network.hidden_size * (1 if network.tie_word_embeddings else 2)
+    return total, total - embeddings

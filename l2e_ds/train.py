@@ -1,0 +1,230 @@
+"""`l2e-ds train RUN.yaml [section.key=value ...]`, also `python -m l2e_ds.train` for launchers.
+
+Everything that a user can get wrong is checked by `preflight`, before any process group or model is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2e_ds import distributed
+from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
+from l2e_ds.distributed import Launch
+from l2e_ds.errors import ConfigError, L2EError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: configuration, DeepSpeed configuration, batches, network, hooked layers."""
+
+    config: RunConfig
+    ds: dict
+    batch: BatchArithmetic
+    network: Any
+    layers: list[int]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    parser.add_argument("--ranks", type=int, help="with --dry-run: for so many ranks instead of this launch's")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m l2e_ds.train", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0; 2 for what the user can mend; 3 for a run that cannot go on. One line on stderr says why."""
+    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0"))))
+    try:
+        quiet_libraries()
+        launch = distributed.find_launch()
+        if arguments.ranks is not None and not arguments.dry_run:
+            raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
+        if arguments.dry_run:
+            plan = preflight(arguments.run_file, arguments.overrides, arguments.ranks or launch.size)
+            if launch.rank == 0:
+                print(describe(plan))
+        else:
+            plan = preflight(arguments.run_file, arguments.overrides, launch.size, this_machine=True)
+            train(plan, launch)
+    except L2EError as error:
+        if rank == 0 or not error.on_every_rank:
+            where = f" rank {rank}:" if distributed.size() > 1 and not error.on_every_rank else ""
+            print(f"l2e-ds: error:{where} {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        print(f"l2e-ds: rank {rank} failed", file=sys.stderr)
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
+    return 0
+
+
+def quiet_libraries() -> None:
+    """Keep the terminal for our own lines; warnings and errors still come through."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+    import warnings
+
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
+    """Check a run completely, without a process group, a model, or anything written.
+
+    this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
+    """
+    from l2e_ds.data import check_data
+    from l2e_ds.models import chosen_layers, network_config, published_learning_rate
+    from l2e_ds.training.deepspeed_config import check_device, resolve
+
+    if ranks < 1:
+        raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
+    config = load_run_config(run_file, overrides)
+    network = network_config(config.model, config.data.sequence_length)
+    config, ds, batch = resolve(config, ranks, run_file)
+    if this_machine:
+        check_device(config)
+    if config.optimizer.peak_learning_rate is None:
+        config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
+    layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
+    if config.data.sequence_length > network.max_position_embeddings:
+        raise ConfigError(
+            f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
+            f" {network.max_position_embeddings}"
+        )
+    try:
+        check_data(config.data, network.vocab_size)
+    except L2EError as error:
+        error.on_every_rank = True
+        raise
+    return Plan(config, ds, batch, network, layers)
+
+
+def describe(plan: Plan) -> str:
+    """What `--dry-run` prints."""
+    from l2e_ds.models import parameter_counts
+
+    config, network = plan.config, plan.network
+    total, rest = parameter_counts(network)
+    neurons = network.intermediate_size
+    tokens = plan.batch.tokens_per_step * config.training.steps
+    retrieval, mechanism = config.inhibition.parts
+    method = config.inhibition.method
+    what = "no inhibition; observed at evaluation" if method == "none" else f"{retrieval} + {mechanism}"
+    return "\n".join(
+        [
+            "# resolved configuration",
+            config.dump().rstrip(),
+            "",
+            "# DeepSpeed configuration",
+            json.dumps(plan.ds),
+            "",
+            f"batch       {plan.batch}",
+            f"run         {config.training.steps:,} steps, {tokens:,} tokens",
+            f"parameters  {total:,} ({rest:,} without embeddings)",
+            f"precision   {config.training.precision}",
+            f"method      {method} ({what})",
+            f"layers      {', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}",
+            f"neurons     {len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}",
+        ]
+    )
+
+
+def train(plan: Plan, launch: Launch) -> None:
+    """Join the other ranks, prepare the data, train, leave."""
+    from l2e_ds.data import PreparedData, prepare_data
+    from l2e_ds.training.trainer import Trainer
+
+    config = plan.config
+    directory = Path(config.training.run_directory)
+    device = distributed.join(launch, config.training.timeout)
+
+    def prepare() -> PreparedData:
+        cache = Path(config.data.cache) if config.data.cache else directory / "data"
+        needed = plan.batch.tokens_per_step * config.training.steps + config.data.sequence_length
+        return prepare_data(config.data, cache, needed, plan.network.vocab_size)
+
+    data = _main_first(prepare)
+    if distributed.is_main():
+        _freeze(plan, directory, data)
+    with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
+        trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
+        trainer.train()
+    distributed.leave()
+
+
+def _main_first(action: Any) -> Any:
+    """Run on rank 0, then on the others, which find its result on disk; an error of any ends all."""
+    result, error = None, None
+    for turn in (True, False):
+        if distributed.is_main() == turn:
+            try:
+                result = action()
+            except L2EError as raised:
+                error = raised
+        distributed.agree(error)
+    return result
+
+
+def _freeze(plan: Plan, directory: Path, data: Any) -> None:
+    """Keep what was run beside what came of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(plan.config.dump(), encoding="utf-8")
+    (directory / "deepspeed.json").write_text(json.dumps(plan.ds, indent=2) + "\n", encoding="utf-8")
+    plan.network.save_pretrained(directory / "model")
+    if data.tokenizer is not None:
+        data.tokenizer.save_pretrained(directory / "tokenizer")
+
+
+def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[str, Any]:
+    import platform
+
+    import deepspeed
+    import torch
+    import transformers
+
+    import l2e_ds
+    from l2e_ds.models import parameter_counts
+
+    return {
+        "ranks": distributed.size(),
+        "launcher": launch.launcher,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "parameters": parameter_counts(plan.network)[0],
+        "train_tokens": data.train_tokens,
+        "held_out_tokens": data.held_out_tokens,
+        "versions": {
+            "l2e_ds": l2e_ds.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

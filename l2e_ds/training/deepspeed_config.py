@@ -1,0 +1,275 @@
+"""A DeepSpeed JSON and a run file become one consistent pair.
+
+The JSON is taken as it is. Where run file and JSON speak of the same value, one may leave it out (or write
+"auto", as with the Hugging Face Trainer) and the other's value holds; two different values are an error. What
+DeepSpeed would ignore or do wrong without a word is refused here, before any process group or model is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from l2e_ds import distributed
+from l2e_ds.config import BatchArithmetic, RunConfig, batch_arithmetic, find_file
+from l2e_ds.errors import ConfigError
+
+# What DeepSpeed 0.19.8 reads at the top level; it ignores anything else (DEEPSPEED.md, silent failure 9). A unit
+# test compares this list with the keys that the installed version asks for.
+_KEYS = """
+    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
+    communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency
+    data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue
+    elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
+    gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine log_level
+    managed_gradient_accumulation memory_breakdown nebula optimizer pipeline prescale_gradients
+    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
+    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
+    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown
+    wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+TOP_LEVEL_KEYS = frozenset(_KEYS.split())
+
+# JSON path -> (section, key) of the run file
+SHARED_VALUES: dict[tuple[str, ...], tuple[str, str]] = {
+    ("train_batch_size",): ("training", "global_batch"),
+    ("train_micro_batch_size_per_gpu",): ("training", "micro_batch"),
+    ("gradient_clipping",): ("optimizer", "gradient_clipping"),
+    ("optimizer", "params", "lr"): ("optimizer", "peak_learning_rate"),
+    ("optimizer", "params", "betas"): ("optimizer", "betas"),
+    ("optimizer", "params", "eps"): ("optimizer", "eps"),
+    ("optimizer", "params", "weight_decay"): ("optimizer", "weight_decay"),
+}
+
+# Sections that would change the training loop behind this project's back.
+REFUSED = {
+    "scheduler": "the schedule is set by optimizer.warmup, optimizer.schedule_steps and optimizer.final_ratio"
+    " (DeepSpeed's WarmupCosineLR gives two steps at zero and never reaches its peak)",
+    "bfloat16": 'write "bf16"',
+    "tensor_parallel": "tensor parallelism is not supported",
+    "torch_autocast": "set training.precision",
+    "managed_gradient_accumulation": "accumulation follows from training.global_batch and training.micro_batch",
+}
+
+
+def resolve(
+    config: RunConfig, ranks: int, run_file: str | Path | None = None
+) -> tuple[RunConfig, dict, BatchArithmetic]:
+    """The run configuration and the DeepSpeed configuration, each completed by the other, and the batch arithmetic.
+
+    Raises ConfigError (dotted key, what was given, what is allowed).
+    """
+    path = find_file(config.deepspeed.config, run_file)
+    if path is None:
+        raise ConfigError(f"deepspeed.config: no such file: {config.deepspeed.config}")
+    ds = _read_json(path)
+    where = f"deepspeed.config: {path.name}"
+    for key in ds:
+        if key not in TOP_LEVEL_KEYS:
+            close = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
+            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if key in REFUSED:
+            raise ConfigError(f"{where}: {key}: remove it; {REFUSED[key]}")
+    config = _take_shared_values(config, ds, where)
+    config = _take_precision(config, ds, where)
+    config, batch = _take_batch(config, ds, where, ranks)
+    _check_stage(config, ds, where)
+    ds = _without_auto(ds)
+    _complete(ds, config, batch)
+    _check_by_deepspeed(ds, batch, where)
+    return config, ds, batch
+
+
+def zero_stage(ds: dict) -> int:
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def _read_json(path: Path) -> dict:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"deepspeed.config: {path}: key {twice!r} is given twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed.config: {path}: must hold a JSON object")
+    return content
+
+
+def _lookup(ds: dict, path: tuple[str, ...]) -> Any:
+    """The value at a path, or None where it is missing or "auto"."""
+    value: Any = ds
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return None if value == "auto" else value
+
+
+def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
+    for path, (section, key) in SHARED_VALUES.items():
+        given = _lookup(ds, path)
+        if given is None:
+            continue
+        part = getattr(config, section)
+        own = getattr(part, key)
+        if key in part.model_fields_set and own is not None and own != given:
+            raise ConfigError(
+                f"{section}.{key}: got {own}, but {where} says {'.'.join(path)}: {given};"
+                ' make them equal, or write "auto" there'
+            )
+        config = _checked(config, section, key, given, f"{where}: {'.'.join(path)}")
+    return config
+
+
+def _checked(config: RunConfig, section: str, key: str, value: Any, where: str) -> RunConfig:
+    """A copy with one key changed, its type and range checked as in a run file."""
+    from pydantic import ValidationError
+
+    part = getattr(config, section)
+    given = {k: getattr(part, k) for k in part.model_fields_set} | {key: value}
+    try:
+        checked = type(part).model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: got {value!r}; {error.errors()[0]['msg']}") from None
+    return config.model_copy(update={section: checked})
+
+
+def _take_precision(config: RunConfig, ds: dict, where: str) -> RunConfig:
+    enabled = {name: _lookup(ds, (name, "enabled")) for name in ("bf16", "fp16")}
+    if enabled["bf16"] and enabled["fp16"]:
+        raise ConfigError(f"{where}: bf16 and fp16 are both enabled")
+    given = next((name for name, on in enabled.items() if on), None)
+    if given is None and all(on is False for on in enabled.values()):
+        given = "fp32"
+    own: str = config.training.precision
+    excluded = own in enabled and enabled[own] is False
+    if own != "auto" and ((given is not None and own != given) or excluded):
+        raise ConfigError(
+            f"training.precision: got {own}, but {where} says"
+            f' {given or f"{own}.enabled: false"}; make them equal, or write "auto" there'
+        )
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    on_gpu = accelerator.device_name() != "cpu"
+    if own == "auto":
+        own = given or ("bf16" if on_gpu and accelerator.is_bf16_supported() else "fp32")
+    return config.replace("training", precision=own)
+
+
+def check_device(config: RunConfig) -> None:
+    """Raises ConfigError where the resolved precision is not to be had on this machine's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": bool(accelerator.is_bf16_supported()),
+        "fp16": bool(accelerator.is_fp16_supported()),
+    }
+    if not supported[config.training.precision]:
+        device = "CPU" if accelerator.device_name() == "cpu" else "device"
+        raise ConfigError(
+            f"training.precision: got {config.training.precision}, which this {device} does not support;"
+            f" allowed: {', '.join(name for name, able in supported.items() if able)}"
+        )
+
+
+def _take_batch(config: RunConfig, ds: dict, where: str, ranks: int) -> tuple[RunConfig, BatchArithmetic]:
+    accumulation = _lookup(ds, ("gradient_accumulation_steps",))
+    if accumulation is not None and "global_batch" not in config.training.model_fields_set:
+        config = config.replace("training", global_batch=config.training.micro_batch * ranks * accumulation)
+    batch = batch_arithmetic(config, ranks)
+    if accumulation is not None and accumulation != batch.accumulation:
+        raise ConfigError(
+            f"training.global_batch: {batch.global_batch} needs {batch.accumulation} accumulation steps"
+            f" ({batch}), but {where} says gradient_accumulation_steps: {accumulation}"
+        )
+    return config, batch
+
+
+def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
+    stage = _lookup(ds, ("zero_optimization", "stage")) or 0
+    if config.training.precision == "fp16" and stage == 0:
+        raise ConfigError(
+            f"training.precision: got fp16, but {where} has ZeRO stage 0, where DeepSpeed divides by a loss scale"
+            " that it never multiplied by; use bf16, fp32, or a stage from 1 to 3"
+        )
+    accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
+    if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):
+        raise ConfigError(
+            f"{where}: data_types.grad_accum_dtype: got {accumulation_type}; DeepSpeed's stage 0 accumulates"
+            " bf16 gradients in bf16 only; remove it or use a stage from 1 to 3"
+        )
+
+
+def _without_auto(value: Any) -> Any:
+    """Drop what is left to us or to DeepSpeed's defaults."""
+    if isinstance(value, dict):
+        return {key: _without_auto(part) for key, part in value.items() if part != "auto"}
+    return value
+
+
+def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
+    """Write the run's values where the JSON has none."""
+    ds["train_batch_size"] = batch.global_batch
+    ds["train_micro_batch_size_per_gpu"] = batch.micro_batch
+    ds["gradient_accumulation_steps"] = batch.accumulation
+    ds["gradient_clipping"] = config.optimizer.gradient_clipping
+    if "optimizer" in ds:
+        from l2e_ds.models import published_learning_rate
+
+        parameters = ds["optimizer"].setdefault("params", {})
+        parameters["lr"] = config.optimizer.peak_learning_rate or published_learning_rate(config.model)
+        if str(ds["optimizer"].get("type", "")).lower() in ("adam", "adamw"):
+            parameters.update(
+                betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay
+            )
+    for name in ("bf16", "fp16"):
+        if config.training.precision == name or name in ds:
+            ds.setdefault(name, {})["enabled"] = config.training.precision == name
+    ds.setdefault("checkpoint", {}).setdefault("tag_validation", "Fail")
+    _add_monitors(ds, config)
+
+
+def _add_monitors(ds: dict, config: RunConfig) -> None:
+    directory = config.training.run_directory
+    asked: dict[str, dict[str, Any]] = {}
+    if config.logging.tensorboard:
+        asked["tensorboard"] = {"output_path": f"{directory}/", "job_name": "tensorboard"}
+    if config.logging.csv:
+        asked["csv_monitor"] = {"output_path": f"{directory}/", "job_name": "csv"}
+    if config.logging.wandb_project:
+        asked["wandb"] = {"project": config.logging.wandb_project}
+    for name, settings in asked.items():
+        if name in ds:
+            raise ConfigError(f"deepspeed.config: {name} is set there and by the section logging; remove one of them")
+        ds[name] = {"enabled": True, **settings}
+
+
+def _check_by_deepspeed(ds: dict, batch: BatchArithmetic, where: str) -> None:
+    """Let DeepSpeed read it now, rather than after the model is built."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    # before the process group is made, DeepSpeed counts one rank
+    alone = ds | {"train_batch_size": batch.micro_batch * batch.accumulation * distributed.size()}
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(alone)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        section = error.title.removeprefix("DeepSpeed").removesuffix("Config")
+        raise ConfigError(f"{where}: {section}: {key}: got {first['input']!r}; {first['msg']}") from None
+    except (DeepSpeedConfigError, ValueError, AssertionError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: {str(error) or type(error).__name__}".splitlines()[0]) from None

@@ -1,0 +1,177 @@
+"""What a run reports: names, units, reductions and where each number comes from.
+
+Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.every` steps (means are over the
+steps since the line before; all numbers are global, over every rank):
+
+| key | unit | what, and where it comes from |
+|---|---|---|
+| step | steps | global batches consumed so far (`TrainState.step`) |
+| applied_steps | steps | of these, optimizer steps that changed the weights (engine.was_step_applied) |
+| tokens | tokens | consumed so far |
+| lm_loss | nats/token | mean cross-entropy of the training batches, without the inhibition loss; mean over ranks |
+| inhibition_loss | nats | raw L_MS summed over hooked layers (METHOD eq. 5, n = share * tokens * N); mean |
+| inhibition_loss_weighted | nats | coefficient times inhibition_loss; 0 where the mechanism is a deactivation |
+| coefficient | 1 | lambda of the newest step, after its warm-up |
+| observed_share | 1 | share of (token, neuron) pairs selected, mean over hooked layers; mean |
+| layerI/observed_share | 1 | the same for layer I |
+| layerI/tau | 1 | threshold on the score that selected in the newest step (METHOD section 4) |
+| layerI/selected_score | 1 | mean MS (eq. 1) of the selected activations; mean |
+| layerI/mean_s | activation | mean over neurons of the running standard deviation S; shows a run that only shrinks |
+| gradient_norm | 1 | global 2-norm before clipping, loss scale removed (engine.get_global_grad_norm); newest step |
+| learning_rate | 1 | of the newest step |
+| loss_scale | 1 | present dynamic loss scale; 1 without fp16 |
+| skipped_steps | steps | steps since the line before that were skipped for non-finite gradients |
+| tokens_per_second | tokens/s | all ranks, evaluation and checkpoints not counted |
+| step_seconds | s | mean time of a step |
+| data_seconds | s | of this, reading the batch; rank 0 |
+| mfu | 1 | model FLOPs utilisation, (6 P + 6 L h T) * tokens/s over the devices' peak (PaLM, appendix B, causal |
+| | | attention counted half; P without the input embedding); left out where the peak is not known |
+| peak_memory_gib | GiB | largest device memory allocated so far (on CPUs: resident memory), largest of all ranks |
+
+`kind: evaluation`, on held-out text, inhibition off:
+
+| key | unit | what, and where it comes from |
+|---|---|---|
+| step, tokens | | as above |
+| held_out_loss | nats/token | mean cross-entropy |
+| layerI/top_share_score | 1 | mean MS of the highest `target_share` of pairs, moments of the held-out text itself |
+| layerI/mean_s | activation | mean over neurons of S on the held-out text |
+| layerI/kurtosis | 1 | median over live neurons of E[phi^2]; 3 for a normal distribution |
+| layerI/dead_share | 1 | share of neurons that never vary |
+
+`kind: start`, whenever a process starts or resumes: versions, device, ranks, parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+# Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
+PEAK_TFLOPS = {
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "V100": 125.0,
+    "RTX 4090": 165.2,
+}
+
+
+def peak_tflops(device: torch.device, given: float | None) -> float | None:
+    """Peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
+    if given is not None or device.type != "cuda":
+        return given
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+
+
+def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
+    """Forward and backward, without recomputation: 6 P for the matrices, 6 L h T for causal attention.
+
+    parameters: all but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
+    attention; a causal mask needs half.
+    """
+    return 6 * parameters + 6 * layers * hidden * sequence_length
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class MetricsWriter:
+    """Writes metrics on rank 0: JSON lines, DeepSpeed's monitors, and a progress bar or plain lines."""
+
+    def __init__(
+        self, run_directory: Path, engine: Any, steps: int, first_step: int, progress: bool, main: bool
+    ) -> None:
+        self.main = main
+        self.engine = engine
+        self.path = run_directory / "metrics.jsonl"
+        self.bar: tqdm | None = None
+        self.plain = False
+        if not main:
+            return
+        drop_lines_after(self.path, first_step)
+        self._file = self.path.open("a", encoding="utf-8")
+        if progress:
+            self.plain = not sys.stderr.isatty()
+            if not self.plain:
+                self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """One line; numbers also go to the monitors, under `kind/key`."""
+        if not self.main:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        line = {"kind": kind, "step": step, **finite}  # NaN is no JSON
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if kind != "start" and self.engine.monitor.enabled:
+            numbers = [(f"{kind}/{k}", float(v), step) for k, v in finite.items() if isinstance(v, int | float)]
+            self.engine.monitor.write_events(numbers)
+
+    def show(self, step: int, values: dict[str, Any], steps: int) -> None:
+        """Progress: on a terminal a bar, else a line, so that log files stay readable."""
+        shown = {
+            "loss": f"{values['lm_loss']:.3f}",
+            **({"share": f"{values['observed_share']:.2%}"} if "observed_share" in values else {}),
+            "tok/s": f"{values['tokens_per_second']:,.0f}",
+        }
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self.plain and self.main:
+            minutes = (steps - step) * values["step_seconds"] / 60
+            text = "  ".join(f"{key} {value}" for key, value in shown.items())
+            self.say(f"step {step}/{steps}  {text}  {minutes:.1f} min left")
+
+    def say(self, text: str) -> None:
+        """A line for the user that does not tear the progress bar."""
+        if self.main:
+            if self.bar is not None:
+                tqdm.write(text, file=sys.stderr)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.main:
+            self._file.close()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget what a run wrote after the checkpoint that it goes on from, and a line cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_metrics(path: Path, kind: str) -> list[dict]:
+    """The lines of one kind, in order."""
+    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line["kind"] == kind]

@@ -1,0 +1,299 @@
+"""The training loop: `Trainer.train` reads top to bottom.
+
+Shapes: B micro-batch sequences, T tokens a sequence, L hooked layers. One step = one global batch = `accumulation`
+micro-batches on each of R ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2e_ds import distributed
+from l2e_ds.config import BatchArithmetic, RunConfig
+from l2e_ds.data import GlobalBatchSampler, PreparedData
+from l2e_ds.errors import TrainingError
+from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.models import build_network, chosen_layers, neuron_sites
+from l2e_ds.training import metrics
+from l2e_ds.training.checkpoint import CheckpointManager, Identity, is_due
+from l2e_ds.training.deepspeed_config import zero_stage
+from l2e_ds.training.engine import (
+    build_engine,
+    is_plain_float32,
+    learning_rate,
+    loss_scale,
+    peak_learning_rate,
+    set_learning_rate,
+)
+from l2e_ds.training.held_out import evaluate
+from l2e_ds.training.loss import language_model_loss
+from l2e_ds.training.state import TrainState, seed_everything
+
+
+def inhibition_settings(config: RunConfig) -> Settings:
+    """The method's settings as the run file's section `inhibition` gives them."""
+    section = config.inhibition
+    retrieval, mechanism = section.parts
+    return Settings(
+        retrieval=retrieval,
+        mechanism=mechanism,
+        scale_invariant=section.loss == "scale-invariant",
+        target_share=section.target_share,
+        coefficient=section.coefficient,
+        coefficient_warmup=section.coefficient_warmup,
+        statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
+        reduce=section.reduce,
+    )
+
+
+class Trainer:
+    """One run on this rank: engine, inhibitor, data position, checkpoints and metrics. A context manager."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        ds: dict,
+        batch: BatchArithmetic,
+        network: Any,
+        data: PreparedData,
+        device: torch.device,
+    ) -> None:
+        """network: the Hugging Face configuration of the model. Builds everything; resumes if there is something
+        to resume. Collective. Raises CheckpointError."""
+        self.config, self.ds, self.batch, self.data, self.device = config, ds, batch, data, device
+        self.run_directory = Path(config.training.run_directory)
+        self.state = TrainState()
+        self.skipped_in_row = 0
+        self.checkpoints = CheckpointManager(self.run_directory, config.checkpoint.keep_last)
+        resume_from = self.checkpoints.find(config.training.resume)
+
+        seed_everything(config.training.seed, distributed.rank())
+        model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
+        self.sites = neuron_sites(model, config.inhibition.layers)
+        self.inhibitor: Inhibitor | None = None
+        if config.inhibition.method != "none":
+            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device)
+            self.inhibitor.attach()
+        self.plain_float32 = is_plain_float32(config, ds)
+        self.engine = build_engine(model, config, ds, device)
+        self.sampler = GlobalBatchSampler(len(data.train), batch.global_batch, config.training.seed, config.data.order)
+        self.identity = Identity(
+            ranks=distributed.size(),
+            zero_stage=zero_stage(ds),
+            precision=config.training.precision,
+            sequences=len(data.train),
+            sequence_length=config.data.sequence_length,
+            global_batch=batch.global_batch,
+            seed=config.training.seed,
+            order=config.data.order,
+            layers=chosen_layers(config.inhibition.layers, network.num_hidden_layers) if self.inhibitor else [],
+        )
+        if resume_from is not None:
+            self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
+        self.metrics = metrics.MetricsWriter(
+            self.run_directory,
+            self.engine,
+            config.training.steps,
+            self.state.step,
+            config.logging.progress,
+            distributed.is_main(),
+        )
+        if resume_from is not None:
+            self.metrics.say(f"resumed from {resume_from}")
+        self._peak_rate = peak_learning_rate(config)
+        self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
+        matrices = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+        matrices -= network.vocab_size * network.hidden_size
+        self._flops_per_token = metrics.flops_per_token(
+            matrices, network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+        )
+        self._start_interval()
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """From the present step to `training.steps`, with evaluations, metrics and checkpoints on the way."""
+        training, checkpoint, last = self.config.training, self.config.checkpoint, self.config.training.steps
+        if self.state.step == 0:
+            self.evaluate()
+            if is_due(0, last, checkpoint.every, checkpoint.early):
+                self.save()
+        while self.state.step < last:
+            self.train_step()
+            step = self.state.step
+            if step % self.config.logging.every == 0 or step == last:
+                self.log()
+            if training.evaluate_every and (step % training.evaluate_every == 0 or step == last):
+                self.evaluate()
+            if is_due(step, last, checkpoint.every, checkpoint.early):
+                self.save()
+
+    def train_step(self) -> bool:
+        """One optimizer step on one global batch; returns whether it changed the weights (same on every rank)."""
+        rate = learning_rate(self.state.applied, self._peak_rate, self._schedule_steps, self.config.optimizer)
+        set_learning_rate(self.engine, rate)
+        self._rate = rate
+        for accumulation_step in range(self.batch.accumulation):
+            inputs, targets = self._read_micro_batch(accumulation_step)
+            loss = language_model_loss(self.engine(input_ids=inputs, use_cache=False).logits, targets)
+            self._loss_sum += loss.detach().double() / self.batch.accumulation
+            if self.inhibitor is not None:
+                loss = self.inhibitor.attach_loss(loss)
+            self.engine.backward(loss)
+            finite = self._clip_plain_float32()
+            self.engine.step()
+        applied = finite and self.engine.was_step_applied()
+        if self.inhibitor is not None:
+            self.inhibitor.step(applied)
+        self._count_step(applied)
+        return applied
+
+    def _read_micro_batch(self, accumulation_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of this rank, [B, T] int64 each."""
+        begin = time.perf_counter()
+        rows = self.sampler.micro_batch_rows(
+            self.state.step, distributed.rank(), distributed.size(), accumulation_step, self.batch.micro_batch
+        )
+        batch = torch.from_numpy(self.data.train.batch(np.asarray(rows))).to(self.device, non_blocking=True)
+        self._data_seconds += time.perf_counter() - begin
+        return batch[:, :-1], batch[:, 1:]
+
+    def _clip_plain_float32(self) -> bool:
+        """Float32 under ZeRO-0 is plain data parallelism, where DeepSpeed neither reports a gradient norm nor skips
+        non-finite steps: clip, measure and skip here. Returns whether the gradients are finite.
+
+        After the boundary's all-reduce every rank holds the same gradients, so all decide alike.
+        """
+        if not self.plain_float32 or not self.engine.is_gradient_accumulation_boundary():
+            return True
+        parameters = list(self.engine.module.parameters())
+        limit = self.config.optimizer.gradient_clipping or math.inf
+        self._gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if math.isfinite(self._gradient_norm):
+            return True
+        for parameter in parameters:
+            parameter.grad = None  # AdamW passes over parameters without a gradient
+        return False
+
+    def _count_step(self, applied: bool) -> None:
+        self.state.step += 1
+        self.state.applied += applied
+        self.state.tokens += self.batch.tokens_per_step
+        self._interval_steps += 1
+        self._interval_skipped += not applied
+        self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        if self.inhibitor is not None and applied and self.inhibitor.last is not None:
+            self._statistics.append(self.inhibitor.last)
+        if self.skipped_in_row >= self.config.training.max_skipped_steps:
+            raise TrainingError(
+                f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
+                f" loss scale {loss_scale(self.engine):g}); the limit is training.max_skipped_steps"
+            )
+
+    def evaluate(self) -> None:
+        """Held-out loss and scores of the hooked layers, inhibition off."""
+        if self.data.held_out is None or not self.config.training.evaluate_every:
+            return
+        begin = time.perf_counter()
+        values = evaluate(
+            self.engine,
+            self.data.held_out,
+            self.sites,
+            self.config.inhibition.target_share,
+            self.config.training.evaluation_sequences,
+            self.batch.micro_batch,
+        )
+        self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
+        self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+        self._paused += time.perf_counter() - begin
+
+    def save(self) -> Path:
+        """A checkpoint of this step; collective."""
+        begin = time.perf_counter()
+        path = self.checkpoints.save(
+            self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
+        )
+        self._paused += time.perf_counter() - begin
+        return path
+
+    # --- metrics -------------------------------------------------------------------------------------------------
+
+    def _start_interval(self) -> None:
+        self._interval_begin, self._paused, self._data_seconds = time.perf_counter(), 0.0, 0.0
+        self._interval_steps = self._interval_skipped = 0
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
+
+    def log(self) -> None:
+        """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
+        lm_loss = distributed.all_reduce_sum(self._loss_sum).item() / (self._interval_steps * distributed.size())
+        seconds = max(time.perf_counter() - self._interval_begin - self._paused, 1e-9)
+        tokens_per_second = self._interval_steps * self.batch.tokens_per_step / seconds
+        norm = self._gradient_norm if self.plain_float32 else self.engine.get_global_grad_norm()
+        values: dict[str, Any] = {
+            "applied_steps": self.state.applied,
+            "tokens": self.state.tokens,
+            "lm_loss": lm_loss,
+            **self._inhibition_values(),
+            "gradient_norm": None if norm is None or not math.isfinite(norm) else float(norm),
+            "learning_rate": self._rate,
+            "loss_scale": loss_scale(self.engine),
+            "skipped_steps": self._interval_skipped,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": seconds / self._interval_steps,
+            "data_seconds": self._data_seconds / self._interval_steps,
+        }
+        peak = metrics.peak_tflops(self.device, self.config.logging.peak_tflops)
+        if peak is not None:
+            values["mfu"] = self._flops_per_token * tokens_per_second / (peak * 1e12 * distributed.size())
+        memory = distributed.all_gather_objects(metrics.peak_memory_bytes(self.device))
+        values["peak_memory_gib"] = max(memory) / 2**30
+        self.metrics.write("train", self.state.step, values)
+        self.metrics.show(self.state.step, values, self.config.training.steps)
+        self._start_interval()
+
+    def _inhibition_values(self) -> dict[str, float]:
+        if self.inhibitor is None or not self._statistics:
+            return {}
+        means = torch.stack(self._statistics).mean(0).tolist()
+        newest = self._statistics[-1].tolist()
+        values: dict[str, float] = {}
+        names = Inhibitor.STATISTICS
+        for hook, mean, last in zip(self.inhibitor.hooks, means, newest, strict=True):
+            mean, last = dict(zip(names, mean, strict=True)), dict(zip(names, last, strict=True))
+            prefix = f"layer{hook.site.layer}/"
+            values |= {f"{prefix}{name}": mean[name] for name in ("observed_share", "selected_score")}
+            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s")}
+        share, loss = names.index("observed_share"), names.index("inhibition_loss")
+        raw = sum(row[loss] for row in means)
+        regularises = self.inhibitor.settings.mechanism == "regulariser"
+        coefficient = self.inhibitor.coefficient if regularises else 0.0
+        return {
+            "inhibition_loss": raw,
+            "inhibition_loss_weighted": coefficient * raw,
+            "coefficient": coefficient,
+            "observed_share": sum(row[share] for row in means) / len(means),
+            **values,
+        }
+
+    # --- end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Remove the hooks and close the files; also after an exception."""
+        if self.inhibitor is not None:
+            self.inhibitor.detach()
+        self.metrics.close()
+        self.engine.destroy()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Makes (or reuses) the virtual environment and installs the package with pinned versions.
+# usage: source launch/install.sh [extra requirements file]   ->  sets VENV and puts it on PATH
+# L2E_DS_VENV chooses the folder (default: .venv beside the repository's files).
+REPOSITORY=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+VENV=${L2E_DS_VENV:-$REPOSITORY/.venv}
+
+install_l2e_ds() {
+    local python=${PYTHON:-python3} log stamp requirements=("$REPOSITORY/launch/requirements.txt" "$@")
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        { echo "l2e-ds needs Python 3.10 or newer; $python is $("$python" --version 2>&1). Set PYTHON." >&2; return 2; }
+    command -v "${CXX:-g++}" >/dev/null ||
+        { echo "l2e-ds needs a C++ compiler (DeepSpeed builds a small operation): install g++." >&2; return 2; }
+    [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || return 2
+    # what is installed already is known by the checksum of everything that decides it
+    stamp=$(cat "${requirements[@]}" "$REPOSITORY/setup.py" | sha256sum | cut -c1-16)
+    if [ ! -f "$VENV/.l2e-ds-$stamp" ]; then
+        echo "installing into $VENV (a few minutes; log: $VENV/install.log)"
+        log=$VENV/install.log
+        {
+            # torch and the build tools first: DeepSpeed and mpi4py look for them
+            grep -hE '^(torch|setuptools|wheel|ninja)==' "$REPOSITORY/launch/requirements.txt" >"$VENV/first.txt" &&
+                "$VENV/bin/pip" install --disable-pip-version-check -r "$VENV/first.txt" &&
+                "$VENV/bin/pip" install --disable-pip-version-check "${requirements[@]/#/-r}" &&
+                "$VENV/bin/pip" install --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
+        } >"$log" 2>&1 || { tail -n 20 "$log" >&2; echo "installation failed; see $log" >&2; return 1; }
+        touch "$VENV/.l2e-ds-$stamp"
+    fi
+    export PATH="$VENV/bin:$PATH"
+}

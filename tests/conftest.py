@@ -1,0 +1,75 @@
+"""Shared by all tests: starting real ranks, and finding out what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment() -> dict[str, str]:
+    """For child processes: this repository importable, one thread a rank, no device but the CPU's."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")},
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., None]:
+    """run_ranks(ranks, script, *arguments): under the real `deepspeed` launcher; fails with the output's end."""
+
+    def run(ranks: int, script: Path, *arguments: object, timeout: float = 500) -> None:
+        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        command += ["--log_level", "error", "--no_local_rank", str(script), *map(str, arguments)]
+        done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=timeout)
+        assert done.returncode == 0, f"{script.name} on {ranks} ranks: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def train_cases(run_ranks, tmp_path_factory) -> Callable[[int, dict], Path]:
+    """train_cases(ranks, {name: case}): runs them one after another in one launch; returns the folder of their runs.
+
+    A case: {section: {key: value}, ...} over the tiny base run, and optionally "options" (see workers/train_cases.py).
+    """
+
+    def train(ranks: int, cases: dict) -> Path:
+        output = tmp_path_factory.mktemp(f"ranks{ranks}")
+        (output / "cases.json").write_text(json.dumps(cases))
+        run_ranks(ranks, REPOSITORY / "tests/distributed/workers/train_cases.py", output)
+        return output
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def metric_lines() -> Callable[[Path, str], list[dict]]:
+    def read(run: Path, kind: str = "train") -> list[dict]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        found = [line for line in lines if line["kind"] == kind]
+        assert found, f"{run} has no lines of kind {kind}"
+        return found
+
+    return read

@@ -1,0 +1,129 @@
+"""Runs on every rank: the real Trainer on a tiny network and random tokens, for each case of OUTPUT/cases.json.
+
+Options of a case: "stop_after": k (train k steps, close, and go on in a second Trainer), "nan": [rank, steps]
+(that rank's loss is not a number in those steps), "logits": true (save the engine's logits at the end),
+"expect": name of the exception that training must raise, "continues": another case whose run directory to use.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from l2e_ds import distributed
+from l2e_ds.config import run_config_from_dict
+from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.models import network_config
+from l2e_ds.train import quiet_libraries
+from l2e_ds.training import trainer as trainer_module
+from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.training.trainer import Trainer
+
+VOCABULARY, LENGTH = 64, 16
+
+BASE = {
+    "model": {"name": "pythia-14m", "vocab_size": VOCABULARY, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+    "data": {"source": "stdlib", "train_tokenizer": 300, "sequence_length": LENGTH},
+    "optimizer": {"peak_learning_rate": 3e-3, "warmup": 0.2, "schedule_steps": 20},
+    "training": {"steps": 10, "global_batch": 8, "precision": "fp32", "evaluate_every": 5, "evaluation_sequences": 7},
+    "inhibition": {"coefficient": 1e-2, "statistics_window": 5},
+    "deepspeed": {"config": "ds_configs/zero1.json"},
+    "checkpoint": {"every": 0},
+    "logging": {"every": 1, "progress": False},
+}
+
+
+def tokens(count: int, seed: int) -> np.ndarray:
+    """A text of sorts: a random walk, so that there is something to learn."""
+    steps = np.random.default_rng(seed).integers(-2, 3, count)
+    return (np.cumsum(steps) % VOCABULARY).astype(np.uint16)
+
+
+def data() -> PreparedData:
+    train, held_out = tokens(200 * LENGTH + 1, 0), tokens(20 * LENGTH + 1, 1)
+
+    def dataset(array: np.ndarray, name: str) -> TokenDataset:
+        return TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, name)
+
+    return PreparedData(dataset(train, "train"), dataset(held_out, "held out"), None, len(train), len(held_out), None)
+
+
+def make_trainer(case: dict, directory: Path, device: torch.device, steps: int | None = None) -> Trainer:
+    raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items()}
+    raw["training"]["run_directory"] = str(directory)
+    raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // distributed.size())
+    if steps is not None:
+        raw["training"]["steps"] = steps
+    config, ds, batch = resolve(run_config_from_dict(raw, "case"), distributed.size())
+    directory.mkdir(parents=True, exist_ok=True)
+    network = network_config(config.model, LENGTH)
+    if distributed.is_main():
+        network.save_pretrained(directory / "model")
+    return Trainer(config, ds, batch, network, data(), device)
+
+
+def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
+    real = trainer_module.language_model_loss
+
+    def poisoned(logits, targets):
+        bad = distributed.rank() == rank and trainer.state.step in steps
+        return real(logits, targets) * (float("nan") if bad else 1.0)
+
+    trainer_module.language_model_loss = poisoned
+
+
+def finish(trainer: Trainer, directory: Path, logits: bool) -> None:
+    if logits:
+        trainer.engine.eval()
+        inputs = torch.arange(2 * LENGTH, device=trainer.device).reshape(2, LENGTH) % VOCABULARY
+        with torch.no_grad():
+            output = trainer.engine(input_ids=inputs, use_cache=False).logits
+        if distributed.is_main():
+            save_file({"logits": output.contiguous()}, directory / "logits.safetensors")
+
+
+def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
+    options = case.pop("options", {})
+    directory = output / options.get("continues", name)
+    real_loss = trainer_module.language_model_loss
+    raised = None
+    try:
+        if "stop_after" in options:
+            with make_trainer(case, directory, device, steps=options["stop_after"]) as first:
+                first.train()
+        with make_trainer(case, directory, device) as trainer:
+            if "nan" in options:
+                poison(*options["nan"], trainer)
+            trainer.train()
+            finish(trainer, directory, options.get("logits", False))
+    except Exception as error:
+        raised = error
+        if type(error).__name__ != options.get("expect"):
+            raise
+    finally:
+        trainer_module.language_model_loss = real_loss
+    if "expect" in options:
+        assert raised is not None, f"{name}: expected {options['expect']}"
+        (directory / f"raised-rank{distributed.rank()}.txt").write_text(str(raised))
+
+
+def main() -> None:
+    quiet_libraries()
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: (
+        True
+    )  # torch computes fp16 on CPUs; DeepSpeed only doubts it
+    output = Path(sys.argv[1])
+    launch = distributed.find_launch()
+    device = distributed.join(launch, timeout_minutes=5)
+    for name, case in json.loads((output / "cases.json").read_text()).items():
+        run_case(name, case, output, device)
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from l2e_ds.config import DataConfig
+from l2e_ds.data import check_data, prepare, prepare_data
+from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
+from l2e_ds.data.tokenizer import train_tokenizer
+from l2e_ds.errors import DataError
+
+WORDS = ["the", "of", "and", "neuron", "layer", "token", "model", "a", "to", "in", "is", "score", "share", "step"]
+
+
+def text(i, words=40):
+    generator = np.random.default_rng(i)
+    return " ".join(generator.choice(WORDS, words)) + f" number {i}\n"
+
+
+def corpus(tmp_path, texts):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def config(path, **more):
+    more = {"held_out": 0.1, "sequence_length": 8} | more
+    if "tokenizer" not in more:
+        more.setdefault("train_tokenizer", 300)
+    return DataConfig(source=more.pop("source", "jsonl"), path=str(path), **more)
+
+
+def texts_of(prepared, part):
+    """The stored documents as text."""
+    indexed = IndexedTokens(prepared.directory / part)
+    ids = [indexed.document(i).tolist() for i in range(indexed.num_documents)]
+    assert all(document[-1] == 0 for document in ids)
+    return [prepared.tokenizer.decode(document[:-1]) for document in ids]
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_every_document_is_stored_once_on_one_side(tmp_path, cache):
+    texts = [text(i) for i in range(200)] + [text(i) for i in range(50)]
+    prepared = prepare_data(config(corpus(tmp_path, texts)), cache, 1000, 300)
+    train, held_out = texts_of(prepared, "train"), texts_of(prepared, "held_out")
+    assert sorted(train + held_out) == sorted(texts)
+    assert not set(train) & set(held_out)
+    assert 5 <= len(set(held_out)) <= 40  # 10 % of 200
+    assert [t for t in texts if t in set(train)] == train
+    meta = json.loads((prepared.directory / "meta.json").read_text())
+    assert meta["documents"] == {"train": len(train), "held_out": len(held_out)}
+    assert meta["tokens"] == {"train": prepared.train_tokens, "held_out": prepared.held_out_tokens}
+    assert len(prepared.train) == (prepared.train_tokens - 1) // 8
+    assert sorted(path.name for path in cache.iterdir()) == [prepared.directory.name]
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    one, two = (prepare_data(data, tmp_path / name, 1000, 300).directory for name in ("a", "b"))
+    assert one.name == two.name
+    for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "tokenizer/tokenizer.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+
+
+def test_a_finished_cache_is_reused_until_something_changes(tmp_path, cache, monkeypatch):
+    path = corpus(tmp_path, [text(i) for i in range(50)])
+    first = prepare_data(config(path), cache, 1000, 300)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_build", lambda *_: pytest.fail("tokenised again"))
+        again = prepare_data(config(path, sequence_length=16, order="stored"), cache, 2000, 300)
+        assert again.directory == first.directory
+        assert again.train.sequence_length == 16
+    assert prepare_data(config(path, held_out=0.2), cache, 1000, 300).directory != first.directory
+    corpus(tmp_path, [text(i) for i in range(51)])
+    assert prepare_data(config(path), cache, 1000, 300).directory != first.directory
+
+
+def test_the_tokenizer_learns_from_training_documents_only(tmp_path, cache, monkeypatch):
+    seen = []
+
+    def spy(texts, vocab_size):
+        seen.extend(texts)
+        return train_tokenizer(iter(seen), vocab_size)
+
+    monkeypatch.setattr(prepare, "train_tokenizer", spy)
+    prepared = prepare_data(config(corpus(tmp_path, [text(i) for i in range(100)])), cache, 1000, 300)
+    assert seen == texts_of(prepared, "train")
+    assert texts_of(prepared, "held_out")
+
+
+def test_the_last_document_is_held_out_if_the_hash_chose_none(tmp_path, cache):
+    texts = [text(1), text(0), text(2), text(0)]
+    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9), cache, 1000, 300)
+    assert texts_of(prepared, "train") == [text(1), text(2)]
+    assert texts_of(prepared, "held_out") == [text(0), text(0)]
+
+
+@pytest.mark.parametrize("texts", [[text(0)], [text(0)] * 3])
+def test_nothing_to_hold_out(tmp_path, cache, texts):
+    path = corpus(tmp_path, texts)
+    with pytest.raises(DataError, match=r"data\.held_out: .* fewer than 2 different documents"):
+        prepare_data(config(path, held_out=1e-9), cache, 1000, 300)
+    assert list(cache.iterdir()) == []
+    prepared = prepare_data(config(path, held_out=0.0), cache, 1000, 300)
+    assert (prepared.held_out, prepared.held_out_tokens) == (None, 0)
+    assert texts_of(prepared, "train") == texts
+
+
+def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
+    path = corpus(tmp_path, [text(i) for i in range(300)])
+    whole = prepare_data(config(path), cache, 1000, 300)
+    longest = int(IndexedTokens(whole.directory / "train").lengths.max())
+    prepared = prepare_data(config(path, max_tokens=1000), cache, 10, 300)
+    assert 1000 <= prepared.train_tokens < 1000 + longest
+    assert prepared.train.tokens.tolist() == whole.train.tokens[: prepared.train_tokens].tolist()
+    assert 0 < prepared.held_out_tokens < whole.held_out_tokens
+
+
+def test_max_tokens_reached_before_the_first_held_out_document(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1)
+    texts = [text(i) for i in range(30)]
+    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9, max_tokens=10), cache, 10, 300)
+    assert texts_of(prepared, "train") == texts[:1]
+    assert texts_of(prepared, "held_out") == texts[-1:]
+
+
+def test_a_stream_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
+    (tmp_path / "set").mkdir()
+    corpus(tmp_path, [text(i) for i in range(300)]).rename(tmp_path / "set" / "train.jsonl")
+    stream = config(tmp_path / "set", source="hub", streaming=True)
+    short, long = (prepare_data(stream, cache, needed, 300) for needed in (500, 1000))
+    assert 500 < short.train_tokens < 1000 < long.train_tokens < 2000
+    assert short.directory != long.directory
+
+
+def test_long_documents_are_cut_without_changing_tokens(tmp_path, cache, monkeypatch):
+    texts = [text(0, 3000), "a  b\n\n c\t d" * 200, "x" * 5000, text(1)]
+    path = corpus(tmp_path, texts)
+    whole = prepare_data(config(path, held_out=0.0), cache, 1000, 300)
+    monkeypatch.setattr(prepare, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 300)
+    cut = prepare_data(config(path, held_out=0.0), tmp_path / "other", 1000, 300)
+    assert cut.train.tokens.tolist() == whole.train.tokens.tolist()
+    assert texts_of(cut, "train") == texts
+    assert all("".join(prepare._pieces(t)) == t for t in texts)
+    assert len(list(prepare._pieces(texts[0]))) > 100
+
+
+def test_a_killed_preparation_is_redone(tmp_path, cache):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    child = os.fork()
+    if child == 0:
+        try:
+            prepare.vocabulary_size = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            prepare_data(data, cache, 1000, 300)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(cache.iterdir())) == 1
+    assert list(cache.rglob("meta.json")) == []
+    prepared = prepare_data(data, cache, 1000, 300)
+    assert len(prepared.train) > 0
+    assert [path.name for path in cache.iterdir()] == [prepared.directory.name]
+
+
+def test_an_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    with monkeypatch.context() as patch:
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(IndexedWriter, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_data(data, cache, 1000, 300)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_folder_without_meta_is_replaced(tmp_path, cache):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    folder = prepare_data(data, cache, 1000, 300).directory
+    expected = (folder / "train.bin").read_bytes()
+    (folder / "meta.json").unlink()
+    (folder / "train.bin").write_bytes(b"junk")
+    assert prepare_data(data, cache, 1000, 300).directory == folder
+    assert (folder / "train.bin").read_bytes() == expected
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path, cache, monkeypatch):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    build, inner = prepare._build, []
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(prepare, "_build", build)
+        inner.append(prepare_data(data, cache, 1000, 300))  # another process, from start to end
+        build(*arguments)
+
+    monkeypatch.setattr(prepare, "_build", overtaken)
+    outer = prepare_data(data, cache, 1000, 300)
+    assert outer.directory == inner[0].directory
+    assert np.array_equal(outer.train[3], inner[0].train[3])
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    with pytest.raises(DataError, match=r"data\.cache: cannot write .*file"):
+        prepare_data(data, tmp_path / "file" / "cache", 1000, 300)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer((text(i) for i in range(50)), 300).save_pretrained(folder)
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "vocab_size", "message"),
+    [
+        ({"tokenizer": "FILE"}, 299, r"^data\.tokenizer: .* has 300 entries, more than model\.vocab_size 299"),
+        ({"train_tokenizer": 301}, 300, r"^data\.train_tokenizer: got 301, more than model\.vocab_size 300"),
+        ({"tokenizer": "gone.json"}, 300, r"^data\.tokenizer: no such file"),
+        ({"path": "gone.jsonl"}, 300, r"^data\.path: no such file"),
+    ],
+)
+def test_preflight_and_preparation_refuse_alike(tmp_path, cache, tokenizer_file, changes, vocab_size, message):
+    changes = {key: tokenizer_file if value == "FILE" else value for key, value in changes.items()}
+    path = changes.pop("path", corpus(tmp_path, [text(i) for i in range(50)]))
+    bad = config(path, **changes)
+    with pytest.raises(DataError, match=message):
+        check_data(bad, vocab_size)
+    assert not cache.exists()
+    with pytest.raises(DataError, match=message):
+        prepare_data(bad, cache, 1000, vocab_size)
+    assert list(cache.rglob("*")) == []
+
+
+def test_preflight_writes_nothing(tmp_path, tokenizer_file):
+    path = corpus(tmp_path, [text(0)])
+    check_data(config(path, tokenizer=tokenizer_file), 300)
+    check_data(config(path, train_tokenizer=300), 300)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("length", "held_out", "message"),
+    [
+        (5000, 0.0, r"data\.sequence_length: the training documents .* tokens, a sequence needs 5001"),
+        (500, 1e-9, r"data\.held_out: the held-out documents .* hold \d+ tokens, a sequence needs 501; raise"),
+    ],
+)
+def test_too_short(tmp_path, cache, length, held_out, message):
+    path = corpus(tmp_path, [text(i) for i in range(20)])
+    with pytest.raises(DataError, match=message):
+        prepare_data(config(path, sequence_length=length, held_out=held_out), cache, 1000, 300)
+
+
+# --- indexed ----------------------------------------------------------------------------------------------------
+
+
+def indexed(tmp_path, documents):
+    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+        for document in documents:
+            writer.add(document)
+    return tmp_path / "tokens"
+
+
+def open_indexed(prefix, vocab_size=1000, **more):
+    data = DataConfig(source="indexed", path=str(prefix), **({"sequence_length": 4} | more))
+    check_data(data, vocab_size)
+    return prepare_data(data, prefix.parent / "unused", 1000, vocab_size)
+
+
+def test_indexed_holds_out_the_last_documents(tmp_path):
+    prefix = indexed(tmp_path, [range(i * 10, i * 10 + 9) for i in range(10)])
+    prepared = open_indexed(prefix, held_out=0.2)
+    assert (prepared.train_tokens, prepared.held_out_tokens) == (72, 18)
+    assert prepared.train[0].tolist() == [0, 1, 2, 3, 4]
+    assert prepared.train[1].tolist() == [4, 5, 6, 7, 8]
+    assert prepared.held_out[0].tolist() == [80, 81, 82, 83, 84]
+    assert prepared.tokenizer is prepared.directory is None
+    assert not (tmp_path / "unused").exists()
+    assert open_indexed(prefix, held_out=0.001).held_out_tokens == 9
+    whole = open_indexed(prefix, held_out=0.0)
+    assert (whole.train_tokens, whole.held_out) == (90, None)
+
+
+def test_indexed_sequences_stored_apart_share_no_token(tmp_path):
+    prefix = indexed(tmp_path, [range(i * 5, i * 5 + 5) for i in range(10)])
+    prepared = open_indexed(prefix, held_out=0.1)
+    assert [row.tolist() for row in prepared.train.batch(range(9))] == [list(range(i, i + 5)) for i in range(0, 45, 5)]
+    assert len(prepared.train) == 9
+    assert prepared.held_out.batch([0]).tolist() == [[45, 46, 47, 48, 49]]
+    assert len(open_indexed(prefix, held_out=0.0, sequence_length=3).train) == 16
+
+
+def test_indexed_limits(tmp_path):
+    prefix = indexed(tmp_path, [range(9)] * 10)
+    first = open_indexed(prefix, held_out=0.2, max_documents=5)
+    assert (first.train_tokens, first.held_out_tokens) == (36, 9)
+    stops = [open_indexed(prefix, held_out=0.1, max_tokens=n).train_tokens for n in (5, 9, 10, 81, 500)]
+    assert stops == [9, 9, 18, 81, 81]
+
+
+def test_indexed_tokenizer_and_refusals(tmp_path, tokenizer_file):
+    prefix = indexed(tmp_path, [range(9)] * 3)
+    assert open_indexed(prefix, held_out=0.0, tokenizer=tokenizer_file).tokenizer.eos_token_id == 0
+    with pytest.raises(DataError, match=r"data\.tokenizer: .* has 300 entries"):
+        open_indexed(prefix, 299, tokenizer=tokenizer_file)
+    with pytest.raises(DataError, match=r"data\.held_out: 3 of 3 documents"):
+        open_indexed(prefix, held_out=0.9)
+    with pytest.raises(DataError, match=r"data\.sequence_length: the training documents .* hold 27 tokens"):
+        open_indexed(prefix, held_out=0.0, sequence_length=27)
+    with pytest.raises(DataError, match=r"data\.held_out: the held-out documents .* hold 9 tokens"):
+        open_indexed(prefix, held_out=0.1, sequence_length=9)
+    with pytest.raises(DataError, match=r"tokens\.bin: token id 8 at position 8"):
+        open_indexed(prefix, 8, held_out=0.0).train[1]

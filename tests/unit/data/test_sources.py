@@ -1,0 +1,167 @@
+import bz2
+import gzip
+import json
+import sysconfig
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from l2e_ds.config import DataConfig
+from l2e_ds.data.indexed import IndexedWriter
+from l2e_ds.data.sources import check_source, documents, source_files
+from l2e_ds.errors import DataError
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+def config(source, path=None, **more):
+    if source != "indexed":
+        more.setdefault("train_tokenizer", 300)
+    return DataConfig(source=source, path=path if path is None or isinstance(path, list) else str(path), **more)
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_stdlib_is_sorted_and_without_tests():
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = [path.relative_to(root).as_posix() for path in source_files(config("stdlib"))]
+    assert names == sorted(names)
+    assert {"argparse.py", "json/decoder.py"} <= set(names)
+    assert not [name for name in names if {"test", "tests", "site-packages"} & set(name.split("/")[:-1])]
+    first = list(documents(config("stdlib", max_documents=3)))
+    assert len(first) == 3
+    assert first == list(documents(config("stdlib", max_documents=3)))
+
+
+def test_text_from_file_folder_glob_and_list(tmp_path):
+    for name, text in {"b.txt": "B", "a.txt": "A", "blank.txt": " \n", "c.md": "C", "sub/d.txt": "D"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert list(documents(config("text", tmp_path / "c.md"))) == ["C"]
+    assert list(documents(config("text", tmp_path))) == ["A", "B"]
+    assert list(documents(config("text", f"{tmp_path}/**/*.txt"))) == ["A", "B", "D"]
+    both = [str(tmp_path / "c.md"), str(tmp_path), f"{tmp_path}/a*"]
+    assert list(documents(config("text", both))) == ["C", "A", "B"]
+    assert list(documents(config("text", both, max_documents=2))) == ["C", "A"]
+
+
+def test_text_keeps_line_ends_and_drops_the_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo \xc3\xa9")
+    assert list(documents(config("text", tmp_path / "a.txt"))) == ["one\r\ntwo é"]
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress)]
+)
+def test_jsonl(tmp_path, name, pack):
+    lines = b'{"text": "one"}\n\n{"text": "\\u00e9", "meta": 1}\n{"text": null}\n{"text": "x\\ud800y"}'
+    (tmp_path / name).write_bytes(pack(lines))
+    assert list(documents(config("jsonl", tmp_path))) == ["one", "é", "x\ufffdy"]
+
+
+def test_parquet(tmp_path):
+    parquet.write_table(pa.table({"body": ["one", " ", None, "two"], "n": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    assert list(documents(config("parquet", tmp_path, text_key="body"))) == ["one", "two"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_reads_a_local_folder(tmp_path, streaming):
+    (tmp_path / "set").mkdir()
+    jsonl(tmp_path / "set" / "train.jsonl", [{"text": "one"}, {"text": " "}, {"text": "two"}])
+    hub = config("hub", tmp_path / "set", streaming=streaming)
+    check_source(hub)
+    assert list(documents(hub)) == ["one", "two"]
+    with pytest.raises(DataError, match="set data.text_key to one of: text"):
+        list(documents(config("hub", tmp_path / "set", streaming=streaming, text_key="content")))
+
+
+def test_hub_reads_what_save_to_disk_wrote(tmp_path):
+    part = datasets.Dataset.from_dict({"text": ["one", "two"]})
+    part.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"validation": part}).save_to_disk(tmp_path / "dict")
+    assert list(documents(config("hub", tmp_path / "one"))) == ["one", "two"]
+    assert list(documents(config("hub", tmp_path / "dict", split="validation"))) == ["one", "two"]
+    with pytest.raises(DataError, match=r"data\.split: .* no split 'train'; allowed: validation"):
+        list(documents(config("hub", tmp_path / "dict")))
+
+
+def test_hub_errors_are_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"^data\.path: cannot load data set .*empty") as caught:
+        list(documents(config("hub", tmp_path / "empty")))
+    assert "\n" not in str(caught.value)
+    check_source(config("hub", "owner/name"))  # not asked for
+    with pytest.raises(DataError, match=r"data\.path: no such file or folder"):
+        check_source(config("hub", tmp_path / "gone"))
+
+
+def bad_inputs(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"}\n{"text": \n')
+    (tmp_path / "list.jsonl").write_text("[1]\n")
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / "plain.jsonl.gz").write_bytes(b'{"text": "one"}\n')
+    jsonl(tmp_path / "keys.jsonl", [{"body": "x", "meta": 1}])
+    jsonl(tmp_path / "number.jsonl", [{"text": 5}])
+    (tmp_path / "no.parquet").write_bytes(b"nothing")
+    parquet.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "keys.parquet")
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "message"),
+    [
+        ("text", "gone.txt", r"data\.path: no such file or folder: .*gone\.txt"),
+        ("text", "folder", r"data\.path: folder .*folder holds no \*\.txt"),
+        ("text", "gone*.txt", r"data\.path: no file matches .*gone\*\.txt"),
+        ("text", "latin.txt", r"latin\.txt: not UTF-8 text \(byte 3\)"),
+        ("text", "blank.txt", r"data\.path: .*blank\.txt holds no text"),
+        ("jsonl", "broken.jsonl", r"broken\.jsonl:2: not JSON"),
+        ("jsonl", "list.jsonl", r"list\.jsonl:1: a JSON list"),
+        ("jsonl", "bytes.jsonl", r"bytes\.jsonl:1: not JSON .*utf-8"),
+        ("jsonl", "keys.jsonl", r"keys\.jsonl:1: no key 'text'; set data\.text_key to one of: body, meta"),
+        ("jsonl", "number.jsonl", r"number\.jsonl:1: 'text' is a int, must be text"),
+        ("jsonl", "plain.jsonl.gz", r"plain\.jsonl\.gz: Not a gzipped file"),
+        ("parquet", "no.parquet", r"no\.parquet: cannot be read as Parquet"),
+        ("parquet", "keys.parquet", r"keys\.parquet: no key 'text'; set data\.text_key to one of: body, n"),
+        ("indexed", "gone", r"gone\.bin: no such file"),
+    ],
+)
+def test_bad_input(tmp_path, source, path, message):
+    bad_inputs(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    bad = config(source, tmp_path / path)
+    with pytest.raises(DataError, match=message) as caught:
+        check_source(bad)
+        list(documents(bad))
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_indexed(tmp_path):
+    with IndexedWriter(tmp_path / "a", np.uint16):
+        pass
+    with pytest.raises(DataError, match="holds no tokens"):
+        check_source(config("indexed", tmp_path / "a"))
+    with pytest.raises(DataError, match="holds tokens, not text"):
+        documents(config("indexed", tmp_path / "a"))
+    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
+        writer.add([1])
+    check_source(config("indexed", tmp_path / "a"))
+
+
+def test_no_entry_at_all():
+    with pytest.raises(DataError, match=r"data\.path: got \[\]"):
+        check_source(config("text", []))

@@ -1,0 +1,320 @@
+"""Score, selection and the gradient of the inhibition loss. Shapes: M tokens, N neurons, V vocabulary."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.inhibition.losses import (
+    VARIANCE_FLOOR,
+    FrozenStatistics,
+    add_inhibition_gradient,
+    inhibition_gradient,
+    inhibition_loss,
+    note_loss_gradient,
+    score,
+    select_by_threshold,
+    select_top_k,
+)
+
+TOKENS, NEURONS = 40, 16
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(tau: float = 1.5) -> tuple[torch.Tensor, FrozenStatistics]:
+    z = 0.2 + 0.7 * numbers(0, TOKENS, NEURONS)
+    mean, variance = 0.3 * numbers(1, NEURONS), 0.2 + numbers(2, NEURONS).square()
+    rate = torch.rand(NEURONS, generator=torch.Generator().manual_seed(3)) * 0.1
+    return z, FrozenStatistics(mean, variance, torch.tensor(tau), rate)
+
+
+def test_score_is_equation_1():
+    """phi = (z - mean)^2 / S^2, element by element."""
+    z, statistics = example()
+    expected = (z.double().numpy() - statistics.mean.double().numpy()) ** 2 / statistics.variance.double().numpy()
+    np.testing.assert_allclose(score(z, statistics).numpy(), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_selection_includes_tau_itself():
+    """A score equal to tau is selected (phi >= tau), one just below is not."""
+    _, statistics = example(tau=2.0)
+    scores = torch.tensor([[2.0] * NEURONS, [np.nextafter(np.float32(2), np.float32(0))] * NEURONS])
+    assert select_by_threshold(scores, statistics).tolist() == [[True] * NEURONS, [False] * NEURONS]
+
+
+def test_published_loss_and_gradient():
+    """Value and gradient of sum sel * log((z - mean)^2) (eq. 5, before the division by n), statistics constant."""
+    z, statistics = example()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    assert 0 < int(selected.sum()) < selected.numel()
+    exact = z.double().requires_grad_()
+    loss = ((exact - statistics.mean.double()) ** 2)[selected].log().sum()
+    loss.backward()
+    gradient = inhibition_gradient(z, selected, statistics, False)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        inhibition_loss(z, selected, statistics, False).double(), loss.detach(), rtol=1e-5, atol=0
+    )
+
+
+def test_scale_invariant_tangent_form():
+    """`reduce: step`: sum sel * log(d^2 / S^2) - rate * (d^2 / S^2 - 1), rate and S constant."""
+    z, statistics = example()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    exact = z.double().requires_grad_()
+    ratio = (exact - statistics.mean.double()) ** 2 / statistics.variance.double()
+    loss = ratio[selected].log().sum() - (statistics.rate.double() * (ratio - 1)).sum()
+    loss.backward()
+    gradient = inhibition_gradient(z, selected, statistics, True)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        inhibition_loss(z, selected, statistics, True).double(), loss.detach(), rtol=1e-5, atol=0
+    )
+
+
+def exact_statistics(z: torch.Tensor, statistics: FrozenStatistics, selected: torch.Tensor) -> FrozenStatistics:
+    """rate = n_j / M and S^2 = mean d^2 of this very batch, as `reduce: forward` takes them."""
+    spread = (z.double() - statistics.mean.double()).square().mean(0)
+    return FrozenStatistics(
+        statistics.mean, spread.float(), statistics.tau, (selected.double().sum(0) / z.shape[0]).float()
+    )
+
+
+def test_scale_invariant_exact_form():
+    """With rate and S of the batch: the gradient of sum sel * log(d^2 / S_batch^2) *through* S_batch."""
+    z, statistics = example()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    exact = z.double().requires_grad_()
+    d2 = (exact - statistics.mean.double()) ** 2
+    loss = (d2 / d2.mean(0))[selected].log().sum()
+    loss.backward()
+    of_batch = exact_statistics(z, statistics, selected)
+    gradient = inhibition_gradient(z, selected, of_batch, True)
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        inhibition_loss(z, selected, of_batch, True).double(), loss.detach(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 100.0])
+def test_scale_invariant_gradient_cannot_shrink_a_neuron(scale):
+    """Its inner product with d is zero for each neuron, so scaling a neuron changes nothing to first order."""
+    z, statistics = example()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    z = statistics.mean + scale * (z - statistics.mean)
+    d = z - statistics.mean
+    gradient = inhibition_gradient(z, selected, exact_statistics(z, statistics, selected), True)
+    inner = (gradient * d).double().sum(0)
+    assert float(inner.abs().max()) < 1e-4 * float((gradient * d).double().abs().sum(0).max())
+    published = (inhibition_gradient(z, selected, statistics, False) * d).double().sum(0)
+    torch.testing.assert_close(published, 2.0 * selected.double().sum(0), rtol=1e-4, atol=1e-4)  # METHOD 5.1
+
+
+def test_dead_neurons_are_never_selected():
+    """S = 0 (or below the floor): score 0, not selected by a threshold of 0 nor by top-k; loss and gradient finite."""
+    z, statistics = example(tau=0.0)
+    variance = statistics.variance.clone()
+    variance[[0, 3]] = torch.tensor([0.0, VARIANCE_FLOOR])
+    statistics = FrozenStatistics(statistics.mean, variance, statistics.tau, statistics.rate)
+    scores = score(z, statistics)
+    assert scores[:, [0, 3]].count_nonzero() == 0 and bool(scores.isfinite().all())
+    for selected in (select_by_threshold(scores, statistics), select_top_k(scores, statistics, 0.99)):
+        assert selected.any(0).tolist() == [j not in (0, 3) for j in range(NEURONS)]
+        for scale_invariant in (False, True):
+            gradient = inhibition_gradient(z, selected, statistics, scale_invariant)
+            assert bool(gradient.isfinite().all()) and gradient[:, [0, 3]].count_nonzero() == 0
+            assert bool(inhibition_loss(z, selected, statistics, scale_invariant).isfinite())
+
+
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_activation_at_its_mean(scale_invariant):
+    """d = 0 has score 0; not selected, it has no part in loss and gradient (no NaN from log 0 or 1/0)."""
+    _, statistics = example()
+    z = statistics.mean.expand(3, NEURONS).clone()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    assert not selected.any()
+    assert inhibition_gradient(z, selected, statistics, scale_invariant).count_nonzero() == 0
+    assert bool(inhibition_loss(z, selected, statistics, scale_invariant).isfinite())
+
+
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_top_k_where_few_neurons_differ_from_their_mean(scale_invariant):
+    """Top-k must take k neurons even where fewer live ones are away from their mean; the gradient stays finite."""
+    _, statistics = example()
+    z = statistics.mean.expand(3, NEURONS).clone()
+    z[:, 0] += 1
+    selected = select_top_k(score(z, statistics), statistics, 4 / NEURONS)
+    assert bool(inhibition_gradient(z, selected, statistics, scale_invariant).isfinite().all())
+    assert bool(inhibition_loss(z, selected, statistics, scale_invariant).isfinite())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_low_precision_activations(dtype, scale_invariant):
+    """Scores and gradients of 16-bit activations are the float64 ones of the numbers that these are."""
+    z, statistics = example()
+    low = z.to(dtype)
+    scores = score(low, statistics)
+    assert scores.dtype == torch.float32
+    selected = select_by_threshold(scores, statistics)
+    gradient = inhibition_gradient(low, selected, statistics, scale_invariant)
+    d = low.double() - statistics.mean.double()
+    expected = torch.where(selected, 2 / d, 0.0)
+    if scale_invariant:
+        expected = expected - 2 * statistics.rate.double() * d / statistics.variance.double()
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_add_inhibition_gradient(dtype):
+    """Forward the same numbers; backward adds what the function returns, in the gradient's own precision."""
+    z = numbers(4, 5, 6).to(dtype).requires_grad_()
+    incoming, extra = numbers(5, 5, 6).to(dtype), numbers(6, 5, 6)
+    seen = []
+
+    def gradient_of(value):
+        seen.append(value)
+        return extra
+
+    out = add_inhibition_gradient(z, gradient_of)
+    assert torch.equal(out, z) and seen == []
+    out.backward(incoming)
+    assert len(seen) == 1 and torch.equal(seen[0], z)
+    assert z.grad.dtype == dtype and torch.equal(z.grad, incoming + extra.to(dtype))
+    z.grad = None
+    add_inhibition_gradient(z, lambda _: None).backward(incoming)
+    assert torch.equal(z.grad, incoming)
+
+
+def test_note_loss_gradient_comes_first():
+    """The loss is unchanged; its incoming gradient is noted before any layer's backward runs."""
+    order = []
+    x = torch.ones(3, requires_grad=True)
+    hidden = add_inhibition_gradient(x * 2, lambda _: order.append("layer"))
+    loss = note_loss_gradient(hidden.sum(), lambda gradient: order.append(float(gradient)))
+    assert float(loss.detach()) == 6
+    (loss * 4096 / 4).backward()
+    assert order == [1024.0, "layer"]
+    assert x.grad.tolist() == [2048.0] * 3
+
+
+# --- through a real small model ----------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Two residual MLPs between an embedding and an output matrix."""
+
+    def __init__(self, hidden: int = 12, neurons: int = 24, vocabulary: int = 17) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.up = nn.ModuleList(nn.Linear(hidden, neurons) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.ModuleDict({"act": nn.GELU()}) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(neurons, hidden) for _ in range(2))
+        self.head = nn.Linear(hidden, vocabulary)
+        self.neurons: list[torch.Tensor] = []  # of the newest forward pass, for the written-out loss
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        self.neurons = []
+        for up, block, down in zip(self.up, self.blocks, self.down, strict=True):
+            z = block.act(up(x))
+            self.neurons.append(z)
+            x = x + down(z)
+        return self.head(x)
+
+
+def make_network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+def sites_of(network: Network) -> list[NeuronSite]:
+    return [NeuronSite(i, block, "act", "activation", 24) for i, block in enumerate(network.blocks)]
+
+
+def text(seed: int) -> torch.Tensor:
+    return torch.randint(0, 17, (4, 33), generator=torch.Generator().manual_seed(seed))
+
+
+def lm_loss(network: Network, tokens: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(network(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("loss", ["published", "tangent", "exact"])
+@pytest.mark.parametrize(("scale", "accumulation"), [(1.0, 1), (4096.0, 1), (1.0, 4), (65536.0, 4)])
+def test_parameter_gradients_are_those_of_the_written_out_sum(loss, scale, accumulation):
+    """Hooks on the layers and on the LM loss give the gradient of LM loss + lambda * sum over layers of L_MS.
+
+    Under a loss scale and a division by the accumulation steps both terms scale alike. The reference computes
+    statistics with NumPy and the loss in float64 by autograd.
+    """
+    share, coefficient = 0.05, 0.3
+    network = make_network()
+    settings = Settings(
+        target_share=share,
+        coefficient=coefficient,
+        statistics_window=None,
+        scale_invariant=loss != "published",
+        reduce="forward" if loss == "exact" else "step",
+    )
+    inhibitor = Inhibitor(sites_of(network), settings)
+    reference = copy.deepcopy(network).double()
+    history: list[list[np.ndarray]] = []
+    with inhibitor:
+        for seed in (1, 2):  # history for the statistics; the weights do not move
+            inhibitor.attach_loss(lm_loss(network, text(seed))).backward()
+            inhibitor.step()
+            reference(text(seed)[:, :-1])
+            history.append([z.detach().reshape(-1, 24).numpy() for z in reference.neurons])
+        network.zero_grad()
+        taus = [float(hook.tau) for hook in inhibitor.hooks]
+        (inhibitor.attach_loss(lm_loss(network, text(3))) * scale / accumulation).backward()
+
+    total = lm_loss(reference, text(3))
+    for layer, tau in enumerate(taus):
+        z = reference.neurons[layer].reshape(-1, 24)
+        earlier = [step[layer] for step in history]
+        if loss == "exact":
+            earlier.append(z.detach().numpy())
+        seen = np.concatenate(earlier)
+        mean, variance = torch.from_numpy(seen.mean(0)), torch.from_numpy(seen.var(0, ddof=1))
+        d2 = (z - mean) ** 2
+        selected = d2.detach() / variance >= tau
+        assert 0 < int(selected.sum()) < selected.numel()
+        n = share * z.shape[0] * 24
+        if loss == "published":
+            value = d2[selected].log().sum()
+        elif loss == "exact":
+            value = (d2 / d2.mean(0))[selected].log().sum()
+        else:
+            value = _tangent_value(d2, selected, variance, _selection_rate(inhibitor, layer, history, taus))
+        total = total + coefficient * value / n
+    (total * scale / accumulation).backward()
+    for (name, parameter), exact in zip(network.named_parameters(), reference.parameters(), strict=True):
+        largest = float(exact.grad.abs().max())
+        torch.testing.assert_close(parameter.grad.double(), exact.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
+def _tangent_value(d2, selected, variance, rate):
+    ratio = d2 / variance
+    return ratio[selected].log().sum() - (rate * (ratio - 1)).sum()
+
+
+def _selection_rate(inhibitor, layer, history, taus) -> torch.Tensor:
+    """Share of selected tokens per neuron in the second step, the only one with a history before it."""
+    first, second = history[0][layer], history[1][layer]
+    scores = (second - first.mean(0)) ** 2 / first.var(0, ddof=1)
+    # the second step selected with the initial threshold: nothing could move it in the first
+    from scipy.stats import chi2
+
+    return torch.from_numpy((scores >= chi2.isf(inhibitor.settings.target_share, 1)).mean(0))

@@ -1,0 +1,184 @@
+"""The moving threshold: where it starts, one update, and the share that it holds on a real small Pythia."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import nn
+from torch.nn import functional
+
+from l2e_ds.config import ModelConfig
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
+from l2e_ds.models import build_network, network_config, neuron_sites
+
+PAIRS = 100_000.0
+
+
+def number(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def move(tau: float, share: float, target: float, possible: bool = True) -> float:
+    return float(moved_threshold(number(tau), number(share * PAIRS), number(PAIRS), target, torch.tensor(possible)))
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.02, 0.03, 0.1, 0.5, 0.9])
+def test_initial_threshold_is_the_normal_distribution_s(share):
+    """The score of a normally distributed activation is chi-squared with one degree of freedom."""
+    assert initial_threshold(share) == pytest.approx(float(chi2.isf(share, 1)), rel=1e-9)
+
+
+@pytest.mark.parametrize("target", [0.005, 0.02, 0.2])
+@pytest.mark.parametrize("start", [0.6, 0.9, 1.0, 1.3, 1.9])
+def test_exact_in_one_step_for_a_gaussian_tail(target, start):
+    """Where P(phi >= t) = exp(-a t^2), one update lands on the quantile (METHOD, section 4)."""
+    a = 0.07
+    quantile = math.sqrt(-math.log(target) / a)
+    assert move(start * quantile, math.exp(-a * (start * quantile) ** 2), target) == pytest.approx(quantile, rel=1e-12)
+
+
+@pytest.mark.parametrize("target", [0.005, 0.02, 0.2])
+def test_contracts_for_an_exponential_tail(target):
+    """Where P(phi >= t) = exp(-t), the distance to the quantile (in log) halves with every update."""
+    quantile = -math.log(target)
+    tau = 1.5 * quantile
+    for _ in range(5):
+        before = math.log(tau / quantile)
+        tau = move(tau, math.exp(-tau), target)
+        assert math.log(tau / quantile) == pytest.approx(before / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("target", [0.001, 0.02, 0.3])
+def test_extreme_shares_move_tau_by_at_most_two(target):
+    """Nothing or everything selected: tau moves the right way, by no more than a factor of 2, and stays finite."""
+    assert 0.5 * 3 <= move(3.0, 0.0, target) < 3
+    assert 3 < move(3.0, 1.0, target) <= 2 * 3
+    tau = 3.0
+    for _ in range(100):
+        tau = move(tau, 1.0, target)
+    assert math.isfinite(tau)
+    for _ in range(200):
+        tau = move(tau, 0.0, target)
+    assert tau > 0
+
+
+def test_where_nothing_could_be_selected_tau_stays():
+    """No history or no live neuron: the share says nothing; no pairs at all gives no NaN either."""
+    assert move(3.0, 0.0, 0.02, possible=False) == 3.0
+    empty = moved_threshold(number(3.0), number(0.0), number(0.0), 0.02, torch.tensor(False))
+    assert float(empty) == 3.0
+
+
+# --- on a real network -------------------------------------------------------------------------------------------
+
+
+def pythia() -> nn.Module:
+    config = ModelConfig(name="pythia-14m", num_layers=2, hidden_size=64, num_heads=4, vocab_size=128)
+    return build_network(config, network_config(config, 64), seed=1, zero3=None)
+
+
+@pytest.mark.parametrize(("share", "scale_invariant"), [(0.02, False), (0.02, True), (0.005, False), (0.1, False)])
+def test_share_is_held_in_training(share, scale_invariant):
+    """From initialisation the share is within 10 % of the target after 50 steps and stays there, in every layer;
+    and again after a jump of the activations' distribution."""
+    model = pythia()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inhibitor = Inhibitor(
+        neuron_sites(model, "all"), Settings(target_share=share, scale_invariant=scale_invariant, coefficient=1e-3)
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def train(steps: int) -> torch.Tensor:
+        shares = []
+        for _ in range(steps):
+            tokens = torch.randint(0, 128, (16, 33), generator=generator)
+            logits = model(tokens[:, :-1]).logits
+            loss = functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            inhibitor.attach_loss(loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            inhibitor.step()
+            shares.append(inhibitor.last[:, 0])
+        return torch.stack(shares)
+
+    with inhibitor:
+        shares = train(100)
+        assert float((shares[50:] / share - 1).abs().max()) < 0.1
+        with torch.no_grad():
+            for block in model.gpt_neox.layers:
+                up = block.mlp.dense_h_to_4h
+                up.weight *= 1.5
+                up.bias += 1.5 * torch.randn(up.bias.shape, generator=generator)
+        shares = train(100)
+        assert float((shares[0] / share - 1).abs().min()) > 0.3, "the jump was none"
+        assert float((shares[50:] / share - 1).abs().max()) < 0.1
+
+
+class Identity(nn.Module):
+    """A layer whose neurons are just its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.Identity()
+
+
+def run(inhibitor: Inhibitor, layer: Identity, z: torch.Tensor) -> torch.Tensor:
+    z = z.clone().requires_grad_()
+    inhibitor.attach_loss(layer.act(z).sum()).backward()
+    inhibitor.step()
+    return z.grad
+
+
+@pytest.mark.parametrize("retrieval", ["threshold", "top-k"])
+@pytest.mark.parametrize("reduce", ["step", "forward"])
+@pytest.mark.parametrize("scale_invariant", [False, True])
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_all_equal_layer(retrieval, reduce, scale_invariant, value):
+    """A layer that never varies: nothing is ever selected, tau stays, gradients are the LM loss's own."""
+    layer = Identity()
+    settings = Settings(retrieval=retrieval, reduce=reduce, scale_invariant=scale_invariant, coefficient=1.0)
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], settings)
+    with inhibitor:
+        for _ in range(4):
+            assert torch.equal(run(inhibitor, layer, torch.full((2, 5, 8), value)), torch.ones(2, 5, 8))
+            assert float(inhibitor.last[0, 0]) == 0 and bool(inhibitor.last.isfinite().all())
+            assert float(inhibitor.hooks[0].tau) == initial_threshold(0.02)
+
+
+@pytest.mark.parametrize("retrieval", ["threshold", "top-k"])
+@pytest.mark.parametrize("reduce", ["step", "forward"])
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_dead_neuron_among_live_ones(retrieval, reduce, scale_invariant):
+    """A dead neuron gets no inhibition gradient; its neighbours do; everything stays finite."""
+    layer = Identity()
+    settings = Settings(
+        retrieval=retrieval, reduce=reduce, scale_invariant=scale_invariant, target_share=0.2, coefficient=1.0
+    )
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], settings)
+    generator = torch.Generator().manual_seed(0)
+    with inhibitor:
+        for _ in range(4):
+            z = torch.randn(2, 50, 8, generator=generator)
+            z[..., 3] = 0.25
+            extra = run(inhibitor, layer, z) - 1
+            assert bool(extra.isfinite().all()) and extra[..., 3].count_nonzero() == 0
+            assert bool(inhibitor.last.isfinite().all())
+        assert float(inhibitor.last[0, 0]) > 0.1
+        assert extra.flatten(0, 1).count_nonzero(0).ne(0).tolist() == [j != 3 for j in range(8)]
+
+
+def test_first_step_has_no_history():
+    """In the first step nothing is selected, tau stays, and gradients are those of the LM loss alone."""
+    layer = Identity()
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], Settings(coefficient=1.0))
+    with inhibitor:
+        z = torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(run(inhibitor, layer, z), torch.ones(4, 50, 8))
+        assert float(inhibitor.last[0, 0]) == 0
+        assert float(inhibitor.hooks[0].tau) == initial_threshold(0.02)
+        run(inhibitor, layer, z)
+        assert float(inhibitor.last[0, 0]) > 0
