@@ -6,6 +6,8 @@ DeepSpeed) and alone. R is the number of ranks.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import socket
 from collections.abc import Iterable
@@ -83,12 +85,13 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        auto_mpi_discovery=launch.launcher == "mpirun",
-        timeout=timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=launch.launcher == "mpirun",
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
             f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"

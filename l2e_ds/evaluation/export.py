@@ -45,16 +45,56 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     return path
 
 
-def checkpoint_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Full float32 weights by name, put together from the shards by DeepSpeed; on the CPU."""
-    if read_state(checkpoint)["identity"]["zero_stage"] == 0:
-        # written by this project and listed in its manifest; DeepSpeed stores more than tensors in it
-        state = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in state["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def checkpoint_weights(checkpoint: Path, precision: str) -> dict[str, torch.Tensor]:
+    """Full weights by name in `precision`, on the CPU, put together from the shards.
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    In the run's own precision these are the very weights that the engine computed with; in float32 its master weights.
+    """
+    identity = read_state(checkpoint)["identity"]
+    if identity["zero_stage"] <= 2 and precision == identity["precision"]:
+        weights = _read(checkpoint / "mp_rank_00_model_states.pt")["module"]
+    elif identity["zero_stage"] == 0:
+        raise CheckpointError(
+            f"--precision: {checkpoint} holds {identity['precision']} weights only (ZeRO stage 0 keeps one copy);"
+            f" allowed: {identity['precision']}"
+        )
+    elif identity["zero_stage"] == 1 and _is_of_bf16_optimizer(checkpoint):
+        weights = _master_weights_of_bf16_optimizer(checkpoint)
+    else:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it narrates
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    return {name: tensor.to(DTYPES[precision]) for name, tensor in weights.items()}
+
+
+def _read(shard: Path) -> dict[str, Any]:
+    """A shard of ours, listed in its manifest; DeepSpeed stores more than tensors in it."""
+    return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
+
+
+def _is_of_bf16_optimizer(checkpoint: Path) -> bool:
+    shard = checkpoint / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    return shard.exists() and "zero_stage" not in _read(shard)["optimizer_state_dict"]
+
+
+def _master_weights_of_bf16_optimizer(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """ZeRO-1 with bf16 and float32 accumulation, which DeepSpeed's own zero_to_fp32 does not read: each rank holds a
+    flat float32 part of each parameter group, and says which slice of it belongs to which parameter."""
+    shapes = {
+        name: shape
+        for group in _read(checkpoint / "mp_rank_00_model_states.pt")["param_shapes"]
+        for name, shape in group.items()
+    }
+    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
+    shards = checkpoint.glob("bf16_zero_pp_rank_*_optim_states.pt")
+    for shard in sorted(shards, key=lambda path: int(path.name.split("_")[4])):  # by rank
+        state = _read(shard)["optimizer_state_dict"]
+        groups = zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True)
+        for flat, slices in groups:
+            for name, piece in slices.items():
+                pieces[name].append(flat.narrow(0, piece.start, piece.numel))
+    return {name: torch.cat(pieces[name]).view(shape) for name, shape in shapes.items()}
 
 
 def export(source: Path, output: Path, step: int | None = None, precision: str | None = None) -> dict[str, Any]:
@@ -77,7 +117,7 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
     network.use_cache = True
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(network, dtype=DTYPES[precision])
-    weights = {name: tensor.to(DTYPES[precision]) for name, tensor in checkpoint_weights(checkpoint).items()}
+    weights = checkpoint_weights(checkpoint, precision)
     expected = {name for name, _ in model.named_parameters()}
     if expected - weights.keys():
         raise CheckpointError(f"{checkpoint}: lacks the weights {', '.join(sorted(expected - weights.keys())[:3])}")

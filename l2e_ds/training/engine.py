@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from typing import Any
 
@@ -49,9 +51,10 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
         optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
     if is_plain_float32(config, ds):
         ds = ds | {"gradient_clipping": 0.0}  # the trainer clips, measures and skips
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
+        )
     return engine
 
 

@@ -107,7 +107,7 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
         trainer_module.language_model_loss = real_loss
     if "expect" in options:
         assert raised is not None, f"{name}: expected {options['expect']}"
-        (directory / f"raised-rank{distributed.rank()}.txt").write_text(str(raised))
+        (output / f"{name}-rank{distributed.rank()}.txt").write_text(str(raised))
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def test_equal_numpy_on_the_concatenated_data(offset, dtype, how):
     reference = as_numpy(data)
     assert float(total.count) == len(reference)
     np.testing.assert_allclose(total.mean.numpy(), reference.mean(0), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(total.variance.numpy(), reference.var(0, ddof=1), rtol=2e-5)
+    np.testing.assert_allclose(total.variance.numpy(), reference.var(0, ddof=1), rtol=2e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("sums", [exact_sums, shifted_sums])

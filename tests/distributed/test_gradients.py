@@ -1,0 +1,39 @@
+"""What DeepSpeed is about to apply equals float64 autograd of the written-out loss, whatever the set-up."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "workers/gradient_matrix.py"
+# float32: rounding. Half precisions: activations near the threshold fall on the other side of it, so the bound is
+# wide; it still lies far below what the inhibition loss contributes, which is what would be missing.
+LARGEST_ERROR = {"fp32": 2e-6, "fp16": 0.03, "bf16": 0.1}
+
+
+@pytest.fixture(scope="module")
+def matrix(run_ranks, tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("matrix")
+    run_ranks(2, WORKER, output)
+    return json.loads((output / "matrix.json").read_text())
+
+
+def test_matrix_is_whole(matrix):
+    """Stages 0-3, three precisions (not fp16 under stage 0), accumulation 1 and 2, checkpointing off and on, and
+    the scale-invariant loss for every stage with and without checkpointing."""
+    assert len(matrix) == (4 * 3 - 1) * 2 * 2 + 4 * 2
+
+
+def test_gradients_equal_float64_autograd(matrix):
+    for name, result in matrix.items():
+        assert result["part"] > 0.4, name
+        assert result["error"] < LARGEST_ERROR[name.split("-")[1]], (name, result)
+        assert 0.01 < result["selected"] < 0.1, name
+
+
+def test_hooks_are_called_once_a_micro_batch(matrix):
+    for name, result in matrix.items():
+        micro_batches = {"4": 1, "2": 2}[name.split("-")[2]]
+        recomputed = micro_batches if name.split("-")[3] == "True" else 0
+        expected = [micro_batches, recomputed, micro_batches]
+        assert result["calls"] == {"1": expected, "2": expected}, name

@@ -1,0 +1,172 @@
+"""Whole runs on two ranks: the baseline, resuming, non-finite steps, export, monitors."""
+
+import csv
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from l2e_ds.evaluation.export import checkpoint_weights, export
+from l2e_ds.training.checkpoint import CheckpointManager, check_manifest
+
+STAGES = (0, 1, 2, 3)
+
+
+def zero(stage: int, **sections) -> dict:
+    return {"deepspeed": {"config": f"ds_configs/zero{stage}.json"}, **sections}
+
+
+def cases() -> dict:
+    found = {}
+    for stage in STAGES:
+        five = {"training": {"steps": 5}}
+        found[f"none{stage}"] = zero(stage, inhibition={"method": "none"}, **five)
+        found[f"zero-coefficient{stage}"] = zero(stage, inhibition={"coefficient": 0}, **five)
+        found[f"nan{stage}"] = zero(stage, options={"nan": [1, [3, 4]]})
+        found[f"straight{stage}"] = zero(stage, options={"logits": True})
+        found[f"resumed{stage}"] = zero(stage, options={"stop_after": 4})
+    for precision in ("bf16", "fp16"):
+        training = {"precision": precision}
+        found[f"straight-{precision}"] = zero(1, training=training, options={"logits": True})
+        found[f"resumed-{precision}"] = zero(1, training=training, options={"stop_after": 4})
+        found[f"straight3-{precision}"] = zero(3, training=training, options={"logits": True})
+        found[f"nan-{precision}"] = zero(2, training=training, options={"nan": [1, [3, 4]]})
+    found["hopeless"] = zero(
+        1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
+    )
+    found["other-batch"] = zero(
+        1, training={"global_batch": 4}, options={"continues": "straight1", "expect": "CheckpointError"}
+    )
+    found["never"] = zero(
+        1, training={"resume": "never"}, options={"continues": "straight1", "expect": "CheckpointError"}
+    )
+    found["pythia-checkpoints"] = zero(1, checkpoint={"early": True, "every": 5, "keep_last": 4})
+    found["monitored"] = zero(1, logging={"csv": True, "tensorboard": True})
+    # ZeRO-3 last: it replaces torch's linear for the rest of the process (see the export test)
+    return dict(sorted(found.items(), key=lambda item: item[1]["deepspeed"]["config"]))
+
+
+@pytest.fixture(scope="module")
+def runs(train_cases):
+    return train_cases(2, cases())
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    clock = ("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu")
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_coefficient_zero_is_the_baseline_to_the_bit(runs, metric_lines, stage):
+    """Hooks on with coefficient 0, hooks off: the same losses, gradients and held-out losses over 5 steps."""
+    plain, hooked = (metric_lines(runs / f"{name}{stage}") for name in ("none", "zero-coefficient"))
+    assert len(plain) == 5
+    for key in ("lm_loss", "gradient_norm"):
+        assert [line[key] for line in plain] == [line[key] for line in hooked]
+    assert all("observed_share" in line for line in hooked)
+    assert not any("observed_share" in line for line in plain)
+    plain, hooked = (metric_lines(runs / f"{name}{stage}", "evaluation") for name in ("none", "zero-coefficient"))
+    assert plain == hooked
+
+
+@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16"])
+def test_resumed_is_bit_identical(runs, metric_lines, name):
+    """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""
+    straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
+    assert timeless(metric_lines(resumed)) == timeless(metric_lines(straight))
+    first, second = (run / "checkpoints/step00000010" for run in (straight, resumed))
+    # float32: the master weights, where the stage keeps them
+    weights, others = checkpoint_weights(first, "fp32"), checkpoint_weights(second, "fp32")
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+    for file in ("inhibition", "rng-rank00000", "rng-rank00001"):
+        ours, theirs = (load_file(path / f"{file}.safetensors") for path in (first, second))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16"])
+def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
+    """Rank 1's loss is not a number in two steps: no rank moves weights, schedule, moments or tau."""
+    lines = metric_lines(runs / f"nan{name}")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+    assert lines[-1]["applied_steps"] == 8
+    assert lines[3]["lm_loss"] is None
+    assert lines[5]["learning_rate"] > lines[2]["learning_rate"]
+    assert all(math.isfinite(line["lm_loss"]) for line in lines[5:])
+    state = load_file(runs / f"nan{name}/checkpoints/step00000010/inhibition.safetensors")
+    assert int(state["steps"]) == 8
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+    weights = checkpoint_weights(runs / f"nan{name}/checkpoints/step00000010", "fp32")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_too_many_skipped_steps_end_the_run_on_every_rank(runs):
+    for rank in (0, 1):
+        message = (runs / f"hopeless-rank{rank}.txt").read_text()
+        assert "3 steps in a row" in message
+        assert "training.max_skipped_steps" in message
+
+
+def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
+    for rank in (0, 1):
+        assert "global_batch 8, this run has global_batch 4" in (runs / f"other-batch-rank{rank}.txt").read_text()
+        assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ["0", "1", "2", "3", "-bf16", "-fp16", "3-bf16", "3-fp16"])
+def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
+    from transformers import AutoModelForCausalLM
+
+    run = runs / f"straight{name}"
+    done = export(run, tmp_path / "model")
+    assert done["step"] == 10
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
+    precision = name.partition("-")[2] or "fp32"
+    assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    expected = load_file(run / "logits.safetensors")["logits"]
+    with torch.no_grad():
+        logits = model(torch.arange(32).reshape(2, 16) % 64).logits
+    if name.startswith("3-"):
+        # DeepSpeed's linear under ZeRO-3 rounds twice in half precision: after x W^T and after adding the bias
+        rounding = {"bf16": 2**-8, "fp16": 2**-11}[precision]
+        assert float((logits - expected).abs().max()) < 8 * rounding * float(expected.abs().max())
+    else:
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["-bf16", "-fp16", "3-bf16"])
+def test_exported_master_weights_round_to_the_engine_s(runs, name):
+    """`--precision fp32` writes the float32 master weights; rounded, they are what the engine computed with."""
+    checkpoint = runs / f"straight{name}/checkpoints/step00000010"
+    precision = name.partition("-")[2]
+    master, half = checkpoint_weights(checkpoint, "fp32"), checkpoint_weights(checkpoint, precision)
+    assert master.keys() == half.keys()
+    assert all(torch.equal(master[key].to(half[key].dtype), half[key]) for key in half)
+    assert any(not torch.equal(master[key], half[key].float()) for key in half)
+
+
+def test_checkpoints_at_pythias_steps(runs):
+    kept = [path.name for path in CheckpointManager(runs / "pythia-checkpoints").complete()]
+    assert kept == ["step00000004", "step00000005", "step00000008", "step00000010"]
+    assert (runs / "pythia-checkpoints/checkpoints/latest").read_text().strip() == kept[-1]
+
+
+def test_checkpoint_is_complete_and_ours_is_not_pickle(runs):
+    path = runs / "straight3/checkpoints/step00000010"
+    assert check_manifest(path) is None
+    names = {file.name for file in path.iterdir()}
+    assert {"state.json", "inhibition.safetensors", "rng-rank00000.safetensors", "rng-rank00001.safetensors"} <= names
+    assert all(name.endswith((".json", ".safetensors", "_states.pt")) for name in names)
+    assert sum(name.endswith("optim_states.pt") for name in names) == 2
+
+
+def test_monitors_get_the_metrics(runs, metric_lines):
+    run = runs / "monitored"
+    files = list((run / "csv").rglob("*.csv"))
+    table = {file.stem: list(csv.reader(file.open())) for file in files}
+    name = next(stem for stem in table if "lm_loss" in stem)
+    values = [float(row[1]) for row in table[name][1:]]
+    assert values == pytest.approx([line["lm_loss"] for line in metric_lines(run)])
+    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))

@@ -1,0 +1,158 @@
+"""Runs on two ranks: for stage x precision x accumulation x checkpointing, the gradients that DeepSpeed holds before
+its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Two
+losses: the published one with `reduce: step`, and, in float32, the scale-invariant one with `reduce: forward`.
+
+Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
+the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share}}.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from deepspeed.utils import safe_get_full_grad
+from train_cases import LENGTH, data, make_trainer
+from torch.nn import functional
+
+from l2e_ds import distributed
+from l2e_ds.config import ModelConfig
+from l2e_ds.models import build_network, network_config
+from l2e_ds.train import quiet_libraries
+from l2e_ds.training.engine import loss_scale
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COEFFICIENT, SHARE, WINDOW, SEED = 0.3, 0.02, 5, 1234
+
+
+def combinations():
+    for stage, precision, micro_batch, checkpointing in itertools.product(
+        range(4), DTYPES, (4, 2), (False, True)
+    ):
+        if (stage, precision) != (0, "fp16"):  # refused, see test_deepspeed_config
+            yield stage, precision, micro_batch, checkpointing, "published"
+            if (precision, micro_batch) == ("fp32", 4):  # with accumulation `forward` sees other batches
+                yield stage, precision, micro_batch, checkpointing, "scale-invariant"
+
+
+def measured(stage, precision, micro_batch, checkpointing, loss, directory, device):
+    """Of the second step: gradients by name (float64), hook calls, share and tau; the first fills the moments."""
+    case = {
+        "model": {"activation_checkpointing": checkpointing},
+        "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
+        "training": {"precision": precision, "micro_batch": micro_batch, "evaluate_every": 0, "seed": SEED},
+        "inhibition": {"coefficient": COEFFICIENT, "loss": loss, "target_share": SHARE, "statistics_window": WINDOW},
+        "deepspeed": {"config": f"ds_configs/zero{stage}.json"},
+    }
+    if loss == "scale-invariant":
+        case["inhibition"]["reduce"] = "forward"
+    with make_trainer(case, directory, device) as trainer:
+        trainer.train_step()
+        gradients, calls = {}, {}
+        engine_step, inhibitor_step = trainer.engine.step, trainer.inhibitor.step
+
+        def step_and_look():
+            if trainer.engine.is_gradient_accumulation_boundary():
+                scale = loss_scale(trainer.engine)
+                for name, parameter in trainer.engine.module.named_parameters():
+                    gradient = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
+                    gradients[name] = gradient.double().clone() / scale
+            engine_step()
+
+        def count_and_step(applied=True):
+            for hook in trainer.inhibitor.hooks:
+                calls[hook.site.layer] = [hook.calls.forward, hook.calls.recomputed, hook.calls.backward]
+            inhibitor_step(applied)
+
+        trainer.engine.step, trainer.inhibitor.step = step_and_look, count_and_step
+        applied = trainer.train_step()
+        assert applied
+        share, tau = trainer.inhibitor.last[:, 0].mean(), trainer.inhibitor.last[:, 1].tolist()
+    return gradients, calls, float(share), tau
+
+
+def moments_of(batches, fade):
+    """Mean and sample variance of samples that weigh `fade` once a later batch has come; [M, N] each, by definition."""
+    weights = torch.cat([torch.full((len(z), 1), fade ** (len(batches) - 1 - i)).double() for i, z in enumerate(batches)])
+    z = torch.cat(batches)
+    mean = (weights * z).sum(0) / weights.sum()
+    return mean, (weights * (z - mean) ** 2).sum(0) / (weights.sum() - 1)
+
+
+def reference(precision, loss, tau):
+    """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, on the whole second batch; by name.
+
+    tau: [layers], as it was in the second step.
+    """
+    config = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=4, hidden_size=32, num_heads=2)
+    model = build_network(config, network_config(config, LENGTH), SEED, None)
+    model = model.to(DTYPES[precision]).double()
+    neurons = {}
+    for layer in (1, 2):
+        model.gpt_neox.layers[layer].mlp.act.register_forward_hook(
+            lambda _m, _i, z, layer=layer: neurons.__setitem__(layer, z.flatten(0, 1))
+        )
+
+    def run(step):
+        from l2e_ds.data import GlobalBatchSampler
+
+        train = data().train
+        rows = GlobalBatchSampler(len(train), 8, SEED, "shuffled").indices(step)
+        batch = torch.from_numpy(train.batch(np.asarray(rows)))
+        logits = model(input_ids=batch[:, :-1]).logits
+        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+    with torch.no_grad():
+        run(0)
+    first = dict(neurons)
+    lm_loss = run(1)
+    total = lm_loss
+    for (layer, z), threshold in zip(neurons.items(), tau, strict=True):
+        samples = [first[layer]] if loss == "published" else [first[layer], z.detach()]
+        mean, variance = moments_of(samples, float(np.exp(-1 / WINDOW)))
+        d2 = (z - mean) ** 2
+        selected = (d2 / variance >= threshold).double()
+        log = torch.log(d2) if loss == "published" else torch.log(d2 / d2.mean(0))
+        total = total + COEFFICIENT * (selected * log).sum() / (SHARE * z.numel())
+    names = [name for name, _ in model.named_parameters()]
+    whole = torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
+    plain = torch.autograd.grad(lm_loss, list(model.parameters()))
+    return dict(zip(names, whole, strict=True)), dict(zip(names, plain, strict=True))
+
+
+def norm(gradients):
+    return float(torch.sqrt(sum((g.double() ** 2).sum() for g in gradients)))
+
+
+def main() -> None:
+    quiet_libraries()
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    output = Path(sys.argv[1])
+    device = distributed.join(distributed.find_launch(), timeout_minutes=5)
+    results, references = {}, {}
+    for combination in combinations():
+        name = "-".join(map(str, combination))
+        gradients, calls, share, tau = measured(*combination, output / name, device)
+        if distributed.is_main():
+            key = (combination[1], combination[4])
+            if key not in references:
+                references[key] = reference(*key, tau)
+            whole, plain = references[key]
+            assert gradients.keys() == whole.keys()
+            results[name] = {
+                "error": norm(gradients[k] - whole[k] for k in whole) / norm(whole.values()),
+                "part": norm(whole[k] - plain[k] for k in whole) / norm(whole.values()),
+                "calls": calls,
+                "selected": share,
+            }
+    if distributed.is_main():
+        (output / "matrix.json").write_text(json.dumps(results, indent=1))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""The run file: what is refused and how the one line reads, what is accepted, overrides, and the dump."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import yaml
+
+from l2e_ds.config import RunConfig, batch_arithmetic, find_file, load_run_config, run_config_from_dict
+from l2e_ds.errors import ConfigError
+
+VALID = {
+    "model": {"name": "pythia-14m"},
+    "data": {"source": "stdlib", "train_tokenizer": 512},
+    "training": {"steps": 10, "global_batch": 8},
+}
+
+
+def changed(**sections) -> dict:
+    """The valid file with some keys changed; `...` removes a key."""
+    raw = copy.deepcopy(VALID)
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raw[section] = values
+            continue
+        raw.setdefault(section, {}).update(values)
+        raw[section] = {key: value for key, value in raw[section].items() if value is not ...}
+    return raw
+
+
+def write(tmp_path: Path, content: dict | str, name: str = "run.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
+def message_of(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path, overrides)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+# what is wrong, the dotted key, what else the line must say (given and allowed)
+REFUSED = {
+    "unknown key": (changed(training={"step": 3}), "training.step: ", ["unknown key", "did you mean 'steps'?"]),
+    "far from any key": (
+        changed(checkpoint={"zzz": 3}),
+        "checkpoint.zzz: ",
+        ["unknown key", "every, early, keep_last"],
+    ),
+    "unknown section": (changed(trainning={}), "trainning: ", ["unknown key", "did you mean 'training'?"]),
+    "no mapping": (changed(optimizer=3), "optimizer: ", ["3"]),
+    "text for a number": (changed(training={"steps": "ten"}), "training.steps: ", ["'ten'", "integer"]),
+    "float for an integer": (changed(training={"steps": 10.5}), "training.steps: ", ["10.5", "integer"]),
+    "whole float": (changed(training={"steps": 10.0}), "training.steps: ", ["10.0", "integer"]),
+    "truth for a number": (changed(training={"steps": True}), "training.steps: ", ["True", "integer"]),
+    "number for text": (changed(data={"text_key": 3}), "data.text_key: ", ["3", "string"]),
+    "number for truth": (changed(checkpoint={"early": 1}), "checkpoint.early: ", ["1", "bool"]),
+    "null": (changed(training={"steps": None}), "training.steps: ", ["None", "integer"]),
+    "zero steps": (changed(training={"steps": 0}), "training.steps: ", ["0", "greater than 0"]),
+    "share": (changed(inhibition={"target_share": 1.0}), "inhibition.target_share: ", ["1.0", "less than 1"]),
+    "negative": (
+        changed(inhibition={"coefficient": -0.1}),
+        "inhibition.coefficient: ",
+        ["-0.1", "greater than or equal"],
+    ),
+    "nan": (changed(inhibition={"target_share": float("nan")}), "inhibition.target_share: ", ["nan"]),
+    "nan coefficient": (changed(inhibition={"coefficient": float("nan")}), "inhibition.coefficient: ", ["nan"]),
+    "infinite": (changed(inhibition={"coefficient": float("inf")}), "inhibition.coefficient: ", ["inf"]),
+    "choice": (changed(training={"precision": "fp8"}), "training.precision: ", ["'fp8'", "'bf16'", "'fp16'"]),
+    "layer choice": (changed(inhibition={"layers": "mid-3"}), "inhibition.layers: ", ["'mid-3'", "'mid-2'", "'all'"]),
+    "layer type": (changed(inhibition={"layers": [1, "x"]}), "inhibition.layers", ["x"]),
+    "no layer": (changed(inhibition={"layers": []}), "inhibition.layers: ", ["[]", "at least one"]),
+    "layer twice": (changed(inhibition={"layers": [1, 1]}), "inhibition.layers: ", ["[1, 1]", "twice"]),
+    "window": (
+        changed(inhibition={"statistics_window": 0}),
+        "inhibition.statistics_window: ",
+        ["0", ">= 1", "cumulative"],
+    ),
+    "window text": (
+        changed(inhibition={"statistics_window": "all"}),
+        "inhibition.statistics_window: ",
+        ["'all'", "cumul"],
+    ),
+    "beta": (changed(optimizer={"betas": [0.9, 1.0]}), "optimizer.betas: ", ["1.0", "[0, 1)"]),
+    "one beta": (changed(optimizer={"betas": [0.9]}), "optimizer.betas: ", ["[0.9]", "2"]),
+    "beta type": (changed(optimizer={"betas": [0.9, "x"]}), "optimizer.betas", ["'x'", "number"]),
+    "missing key": (changed(training={"steps": ...}), "training.steps: ", ["required"]),
+    "missing source": (changed(data={"source": ...}), "data.source: ", ["required"]),
+    "two origins": (changed(model={"pretrained": "x"}), "model.name", ["model.pretrained", "exactly one"]),
+    "no origin": (changed(model={"name": ...}), "model.name", ["model.pretrained", "exactly one"]),
+    "revision": (changed(model={"revision": "step1"}), "model.revision", ["model.pretrained"]),
+    "resized pretrained": (
+        changed(model={"name": ..., "pretrained": "x", "num_layers": 2}),
+        "model.num_layers",
+        ["pretrained", "remove"],
+    ),
+    "two tokenizers": (changed(data={"tokenizer": "x"}), "data.tokenizer", ["data.train_tokenizer", "exactly one"]),
+    "no tokenizer": (changed(data={"train_tokenizer": ...}), "data.tokenizer", ["data.train_tokenizer", "exactly one"]),
+    "tokenizer of tokens": (changed(data={"source": "indexed", "path": "x"}), "data.train_tokenizer", ["indexed"]),
+    "path with stdlib": (changed(data={"path": "x"}), "data.path", ["data.source: stdlib", "remove"]),
+    "no path": (changed(data={"source": "text"}), "data.path", ["required", "data.source: text"]),
+    "many hub sets": (
+        changed(data={"source": "hub", "path": ["a", "b"]}),
+        "data.path",
+        ["one string", "data.source: hub"],
+    ),
+    "hub key": (changed(data={"subset": "x"}), "data.subset", ["data.source: hub", "remove"]),
+    "streamed stdlib": (changed(data={"streaming": True}), "data.streaming", ["data.source: hub", "remove"]),
+    "plain with parts": (
+        changed(inhibition={"method": "none", "mechanism": "regulariser"}),
+        "inhibition.mechanism",
+        ["inhibition.method: none", "remove"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case, tmp_path):
+    """One line: the file, the dotted key, what was given and what is allowed."""
+    raw, key, parts = REFUSED[case]
+    path = write(tmp_path, raw)
+    message = message_of(path)
+    assert message.startswith(f"{path}: ")
+    rest = message.removeprefix(f"{path}: ")
+    assert key in rest
+    assert "more)" not in rest, "one mistake is counted as several"
+    for part in parts:
+        assert part in rest, message
+
+
+def test_several_errors_are_counted(tmp_path):
+    """Still one line, which says that there is more."""
+    message = message_of(write(tmp_path, changed(training={"steps": 0, "seed": -1, "resum": "x"})))
+    assert message.endswith("(and 2 more)")
+
+
+@pytest.mark.parametrize("section", ["model", "data", "training"])
+def test_missing_section(section, tmp_path):
+    """A section that has no defaults is required by name."""
+    raw = {key: value for key, value in VALID.items() if key != section}
+    path = write(tmp_path, raw)
+    assert message_of(path) == f"{path}: {section}: is required"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "part"),
+    [
+        ("model:\n  name: a\n  name: b\n", 3, "key 'name' is given twice"),
+        ("model: {name: a}\ndata: {}\nmodel: {}\n", 3, "key 'model' is given twice"),
+        ("model:\n  name: [a\ndata: 1\n", 3, "expected ',' or ']'"),
+        ("model:\n\tname: a\n", 2, "cannot start any token"),
+        ("model: a: b\n", 1, "mapping values are not allowed"),
+        ("model: !!python/object/apply:os.system [x]\n", 1, "could not determine a constructor"),
+    ],
+)
+def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
+    """Syntax errors, keys given twice and tags that would run code: file:line and the reason."""
+    path = write(tmp_path, text)
+    message = message_of(path)
+    assert message.startswith(f"{path}:{line}: ") and part in message
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n", "3\n"])
+def test_not_a_mapping(text, tmp_path):
+    """An empty file or one that holds no mapping says what a run file is."""
+    path = write(tmp_path, text)
+    message = message_of(path)
+    assert message.startswith(f"{path}: ") and "model, data" in message
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    """A missing file, a folder, and bytes that are no text."""
+    assert message_of(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: No such file or directory"
+    assert message_of(tmp_path) == f"{tmp_path}: Is a directory"
+    (tmp_path / "latin.yaml").write_bytes(b"model: \xff\xfe")
+    assert message_of(tmp_path / "latin.yaml") == f"{tmp_path / 'latin.yaml'}: is not UTF-8 text"
+
+
+@pytest.mark.parametrize("override", ["steps=3", "training.steps", "training.=3", ".steps=3", "a.b.c=1", "", "="])
+def test_override_syntax(override, tmp_path):
+    """An override that is not section.key=value is repeated, with how to write it."""
+    message = message_of(write(tmp_path, VALID), (override,))
+    assert repr(override) in message and "section.key=value" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("training.steps=[1", ["override 'training.steps=[1'"]),
+        ("training.steps=ten", ["training.steps: ", "'ten'", "integer"]),
+        ("training.stepz=10", ["training.stepz: unknown key", "'steps'"]),
+        ("nowhere.steps=10", ["nowhere: unknown key"]),
+        ("training.steps=", ["training.steps: ", "None"]),
+    ],
+)
+def test_override_values_are_checked_like_the_file(override, parts, tmp_path):
+    """Overrides pass through the same checks and the same errors."""
+    message = message_of(write(tmp_path, VALID), (override,))
+    for part in parts:
+        assert part in message
+
+
+def test_overrides_apply_in_order(tmp_path):
+    """Values are YAML; the last one wins; sections that the file lacks may be set."""
+    config = load_run_config(
+        write(tmp_path, VALID),
+        [
+            "training.steps=20",
+            "training.steps=30",
+            "inhibition.layers=[1, 3]",
+            "inhibition.coefficient=1e-2",
+            "model.name=pythia-70m",
+            "logging.wandb_project=a=b",
+            "checkpoint.early=true",
+        ],
+    )
+    assert config.training.steps == 30 and config.inhibition.layers == [1, 3]
+    assert config.inhibition.coefficient == 0.01 and config.model.name == "pythia-70m"
+    assert config.logging.wandb_project == "a=b" and config.checkpoint.early is True
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "+1e-3", "1.0e-3", "1.e-3", ".001", "1_0e-4", "0.1e-2", "0.001"])
+def test_numbers_as_people_write_them(text, tmp_path):
+    """`1e-3` is a number in a run file, which plain YAML 1.1 reads as text."""
+    content = yaml.safe_dump(VALID) + f"optimizer: {{peak_learning_rate: {text}, weight_decay: 1e0}}\n"
+    config = load_run_config(write(tmp_path, content))
+    assert config.optimizer.peak_learning_rate == pytest.approx(1e-3, rel=1e-12)
+    assert config.optimizer.weight_decay == 1.0
+
+
+@pytest.mark.parametrize("text", ["e3", "1e", "1e-3x", "pythia-1e3", "0x1e-3"])
+def test_text_that_looks_like_a_number_stays_text(text, tmp_path):
+    """The number rule takes nothing that is not a whole number in scientific notation."""
+    config = load_run_config(write(tmp_path, VALID), [f"data.text_key={text}"])
+    assert config.data.text_key == text
+
+
+FULL = changed(
+    model={"num_layers": 3, "activation_checkpointing": True},
+    data={"source": "text", "path": ["a b", "c: d"], "held_out": 0.25, "max_tokens": 10},
+    optimizer={"peak_learning_rate": 1e-3, "eps": 1e-8, "betas": [0.9, 0.999]},
+    training={"precision": "bf16", "run_directory": "some: where", "resume": "never"},
+    inhibition={"method": "memel", "layers": [0, 2], "statistics_window": "cumulative", "retrieval": "threshold"},
+    logging={"wandb_project": "yes", "peak_tflops": 1e3},
+)
+
+
+@pytest.mark.parametrize("raw", [VALID, FULL], ids=["defaults", "full"])
+def test_dump_reads_back_equal(raw, tmp_path):
+    """The dump of a configuration, read again, is an equal configuration, and so is its own dump."""
+    config = load_run_config(write(tmp_path, raw))
+    again = load_run_config(write(tmp_path, config.dump(), "again.yaml"))
+    assert again == config
+    assert again.dump() == config.dump()
+
+
+def test_run_directory_default(tmp_path):
+    """`runs/` and the file's name; for a run directory's own config.yaml the directory's name."""
+    assert load_run_config(write(tmp_path, VALID, "study.yaml")).training.run_directory == "runs/study"
+    (tmp_path / "old").mkdir()
+    assert load_run_config(write(tmp_path / "old", VALID, "config.yaml")).training.run_directory == "runs/old"
+
+
+def test_configuration_is_frozen():
+    """A checked configuration cannot be changed in place; `replace` makes a copy."""
+    config = run_config_from_dict(VALID, "here")
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 3
+    other = config.replace("training", steps=3)
+    assert (config.training.steps, other.training.steps, type(other)) == (10, 3, RunConfig)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_batch_arithmetic(ranks, micro):
+    """global batch = micro-batch * ranks * accumulation, or an error that names both keys."""
+    config = run_config_from_dict(changed(training={"micro_batch": micro}, data={"sequence_length": 128}), "here")
+    if micro * ranks > 8:
+        with pytest.raises(
+            ConfigError, match=r"training\.global_batch: 8 .* training\.micro_batch 2 x 8 ranks; .*: 1$"
+        ):
+            batch_arithmetic(config, ranks)
+        return
+    batch = batch_arithmetic(config, ranks)
+    assert batch.micro_batch * batch.ranks * batch.accumulation == batch.global_batch == 8
+    assert batch.tokens_per_step == 8 * 128
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "ranks", "allowed"),
+    [
+        (12, 5, 2, "allowed micro-batches: 1, 2, 3, 6"),
+        (7, 1, 2, "make it a multiple of 2"),
+        (3, 1, 4, "make it a multiple of 4"),
+        (720, 11, 1, "allowed micro-batches: 1, 2, 3, 4, ..., 240, 360, 720"),
+    ],
+)
+def test_impossible_batches(batch, micro, ranks, allowed):
+    """One line: the key, what was given, and the micro-batches that would do."""
+    config = run_config_from_dict(changed(training={"global_batch": batch, "micro_batch": micro}), "here")
+    with pytest.raises(ConfigError) as caught:
+        batch_arithmetic(config, ranks)
+    assert str(caught.value) == (
+        f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks; {allowed}"
+    )
+
+
+def test_find_file(tmp_path):
+    """As given, else beside the run file, else in the repository; else None."""
+    run_file = write(tmp_path, VALID)
+    (tmp_path / "mine.json").write_text("{}", encoding="utf-8")
+    assert find_file("mine.json", run_file) == (tmp_path / "mine.json").resolve()
+    assert find_file(str(tmp_path / "mine.json")) == (tmp_path / "mine.json").resolve()
+    assert find_file("ds_configs/zero1.json", run_file).name == "zero1.json"
+    assert find_file("nowhere.json", run_file) is None and find_file("/nowhere.json", run_file) is None

@@ -1,0 +1,332 @@
+"""DeepSpeed JSON and run file: completed by each other, or refused with both named."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from l2e_ds.config import REPOSITORY, run_config_from_dict
+from l2e_ds.errors import ConfigError
+from l2e_ds.training.deepspeed_config import TOP_LEVEL_KEYS, check_device, resolve, zero_stage
+
+FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+ON_CPU = get_accelerator().device_name() == "cpu"
+
+
+def run(path: Path | str, **sections):
+    """A run configuration with the given DeepSpeed JSON; sections may change or add keys."""
+    raw = {
+        "model": {"name": "pythia-14m"},
+        "data": {"source": "stdlib", "train_tokenizer": 512},
+        "training": {"steps": 10, "precision": "fp32"},
+        "deepspeed": {"config": str(path)},
+    }
+    for section, values in sections.items():
+        raw.setdefault(section, {}).update(values)
+    raw["training"] = {key: value for key, value in raw["training"].items() if value is not ...}
+    return run_config_from_dict(raw, "here")
+
+
+def write(tmp_path: Path, content: dict | str) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def message_of(config, ranks: int = 1) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolve(config, ranks)
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+class Recording(dict):
+    """A dict that notes which keys it was asked for."""
+
+    asked: ClassVar[set[str]] = set()
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key):
+        self.asked.add(key)
+        return super().__contains__(key)
+
+    def keys(self):
+        recording = self
+
+        class Keys(set):
+            def __contains__(self, key):
+                recording.asked.add(key)
+                return super().__contains__(key)
+
+        return Keys(super().keys())
+
+
+def test_top_level_keys_are_those_of_the_installed_version():
+    """What DeepSpeed asks its configuration for is what we let pass: it ignores all else without a word."""
+    Recording.asked = set()
+    DeepSpeedConfig(Recording(train_batch_size=2))
+    asked = {key for key in Recording.asked if isinstance(key, str)}
+    assert asked == TOP_LEVEL_KEYS, (
+        f"not in our list: {sorted(asked - TOP_LEVEL_KEYS)}; never asked for: {sorted(TOP_LEVEL_KEYS - asked)}"
+    )
+
+
+# --- the shipped files -------------------------------------------------------------------------------------------
+
+
+def test_files_are_there():
+    """The stages that the documentation promises."""
+    assert {path.stem for path in FILES} >= {"zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_file_resolves(path, precision):
+    """Each file of ds_configs/ makes a complete configuration in each precision; fp16 without ZeRO is refused."""
+    config = run(path, training={"precision": precision, "global_batch": 16, "micro_batch": 2})
+    if precision == "fp16" and "zero0" in path.stem:
+        message = message_of(config, 4)
+        assert "training.precision: got fp16" in message and path.name in message and "stage 0" in message
+        return
+    resolved, ds, batch = resolve(config, 4)
+    assert "auto" not in json.dumps(ds)
+    assert (ds["train_batch_size"], ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"]) == (
+        16,
+        2,
+        2,
+    )
+    assert batch.accumulation == 2 and resolved.training.precision == precision
+    assert ds["gradient_clipping"] == 1.0
+    assert zero_stage(ds) == int(path.stem.removeprefix("zero")[0])
+    enabled = [name for name in ("bf16", "fp16") if ds.get(name, {}).get("enabled")]
+    assert enabled == ([] if precision == "fp32" else [precision])
+    assert ds["checkpoint"]["tag_validation"] == "Fail"
+    understood = DeepSpeedConfig(copy.deepcopy(ds) | {"train_batch_size": 4})
+    assert understood.zero_config.stage == zero_stage(ds) and understood.gradient_clipping == 1.0
+
+
+def test_auto_precision_is_resolved():
+    """`auto` becomes what the device has; on a CPU fp32."""
+    resolved, _, _ = resolve(run(REPOSITORY / "ds_configs/zero1.json", training={"precision": "auto"}), 1)
+    assert resolved.training.precision == "fp32" if ON_CPU else resolved.training.precision in ("fp32", "bf16")
+
+
+# --- one value, two places ---------------------------------------------------------------------------------------
+
+SHARED = [
+    # section, key, the run's value, where the JSON has it, its value
+    ("training", "global_batch", 16, ("train_batch_size",), 32),
+    ("training", "micro_batch", 2, ("train_micro_batch_size_per_gpu",), 4),
+    ("optimizer", "gradient_clipping", 1.0, ("gradient_clipping",), 0.5),
+    ("optimizer", "peak_learning_rate", 1e-3, ("optimizer", "params", "lr"), 1e-4),
+    ("optimizer", "betas", [0.9, 0.95], ("optimizer", "params", "betas"), [0.9, 0.999]),
+    ("optimizer", "eps", 1e-8, ("optimizer", "params", "eps"), 1e-6),
+    ("optimizer", "weight_decay", 0.1, ("optimizer", "params", "weight_decay"), 0.01),
+]
+
+
+def nested(path: tuple[str, ...], value) -> dict:
+    for key in reversed(path):
+        value = {key: value}
+    if "optimizer" in value:
+        value["optimizer"]["type"] = "AdamW"
+    return value
+
+
+@pytest.mark.parametrize(("section", "key", "own", "path", "other"), SHARED)
+def test_conflicts_name_both(section, key, own, path, other, tmp_path):
+    """Two different values for one thing: the run file's key and value, the JSON's key and value."""
+    message = message_of(run(write(tmp_path, nested(path, other)), **{section: {key: own}}))
+    for part in (f"{section}.{key}: got {own}", "ds.json", f"{'.'.join(path)}: {other}"):
+        assert part in message, message
+
+
+@pytest.mark.parametrize(("section", "key", "own", "path", "other"), SHARED)
+def test_equal_values_are_no_conflict(section, key, own, path, other, tmp_path):
+    """Saying the same twice is allowed."""
+    resolved, ds, _ = resolve(run(write(tmp_path, nested(path, own)), **{section: {key: own}}), 1)
+    assert getattr(getattr(resolved, section), key) == own
+    for part in path:
+        ds = ds[part]
+    assert ds == own
+
+
+@pytest.mark.parametrize(("section", "key", "own", "path", "other"), SHARED)
+def test_values_of_the_json_alone_become_the_run_s(section, key, own, path, other, tmp_path):
+    """What only the JSON says holds for the run, in its dump and for DeepSpeed alike."""
+    resolved, ds, _ = resolve(run(write(tmp_path, nested(path, other))), 1)
+    assert getattr(getattr(resolved, section), key) == other
+    for part in path:
+        ds = ds[part]
+    assert ds == other
+
+
+@pytest.mark.parametrize(("section", "key", "own", "path", "other"), SHARED)
+def test_auto_is_filled(section, key, own, path, other, tmp_path):
+    """`"auto"` in the JSON takes the run's value."""
+    _, ds, _ = resolve(run(write(tmp_path, nested(path, "auto")), **{section: {key: own}}), 1)
+    for part in path:
+        ds = ds[part]
+    assert ds == own
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [(("train_batch_size",), -4), (("gradient_clipping",), "one"), (("optimizer", "params", "eps"), 0)],
+)
+def test_json_values_are_checked_like_the_run_s(path, wrong, tmp_path):
+    """A value of the JSON out of range names the JSON's key."""
+    message = message_of(run(write(tmp_path, nested(path, wrong))))
+    assert "ds.json" in message and ".".join(path) in message and repr(wrong) in message
+
+
+def test_accumulation(tmp_path):
+    """The JSON's accumulation steps alone make the global batch; with a global batch they must agree."""
+    path = write(tmp_path, {"gradient_accumulation_steps": 3})
+    resolved, ds, batch = resolve(run(path, training={"micro_batch": 2}), 4)
+    assert resolved.training.global_batch == batch.global_batch == ds["train_batch_size"] == 24
+    message = message_of(run(path, training={"micro_batch": 2, "global_batch": 16}), 4)
+    assert "training.global_batch: 16" in message and "gradient_accumulation_steps: 3" in message
+
+
+def test_impossible_batch_product(tmp_path):
+    """A global batch that no number of accumulation steps gives is refused here too."""
+    message = message_of(run(write(tmp_path, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4})))
+    assert "training.global_batch: 10" in message and "training.micro_batch 4" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "precision"),
+    [
+        ({"bf16": {"enabled": True}}, "fp32"),
+        ({"bf16": {"enabled": False}}, "bf16"),
+        ({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "bf16"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": False}}, "bf16"),
+    ],
+)
+def test_precision_conflicts(content, precision, tmp_path):
+    """Precision said twice, differently: both are named."""
+    message = message_of(run(write(tmp_path, content), training={"precision": precision}))
+    assert f"training.precision: got {precision}" in message and "ds.json" in message
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_precision_of_the_json_alone(name, tmp_path):
+    """With `auto` in the run file the JSON decides."""
+    path = write(tmp_path, {name: {"enabled": True}, "zero_optimization": {"stage": 1}})
+    resolved, ds, _ = resolve(run(path, training={"precision": "auto"}), 1)
+    assert resolved.training.precision == name and ds[name]["enabled"] is True
+
+
+def test_both_precisions(tmp_path):
+    """bf16 and fp16 at once is refused."""
+    message = message_of(run(write(tmp_path, {"bf16": {"enabled": True}, "fp16": {"enabled": True}})))
+    assert "bf16 and fp16 are both enabled" in message
+
+
+# --- refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"zero_optimisation": {"stage": 1}}, ["unknown key 'zero_optimisation'", "did you mean 'zero_optimization'?"]),
+        ({"zzzzzz": 1}, ["unknown key 'zzzzzz'"]),
+        ({"zero_optimization": {"stag": 1}}, ["stag"]),
+        ({"zero_optimization": {"stage": 7}}, ["stage", "7"]),
+        ({"bf16": {"enable": True}}, ["enable"]),
+        ({"fp16": {"loss_scal": 0}}, ["loss_scal"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "remove it", "optimizer.warmup"]),
+        ({"tensor_parallel": {}}, ["tensor_parallel", "not supported"]),
+        ({"elasticity": {"enabled": True}}, ["lasticity"]),
+    ],
+)
+def test_refused_keys(content, parts, tmp_path):
+    """Misspelt keys, top-level or nested, and sections that would change the loop: the file and the key."""
+    message = message_of(run(write(tmp_path, content)))
+    for part in ["ds.json", *parts]:
+        assert part in message, message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ('{"gradient_clipping": 1,\n "gradient_clipping": 2}', ["'gradient_clipping' is given twice"]),
+        ('{"bf16": {"enabled": true, "enabled": false}}', ["'enabled' is given twice"]),
+        ('{"bf16":\n {"enabled": true,}\n}', ["ds.json:2: "]),
+        ("", ["ds.json:1: "]),
+        ("[1, 2]", ["must hold a JSON object"]),
+        ('"text"', ["must hold a JSON object"]),
+    ],
+)
+def test_broken_json(text, parts, tmp_path):
+    """Keys given twice, syntax errors (with the line) and files that hold no object."""
+    path = write(tmp_path, text)
+    message = message_of(run(path))
+    for part in ["deepspeed.config: ", str(path), *parts]:
+        assert part in message
+
+
+def test_missing_json():
+    """A file that is not there is named as it was given."""
+    assert message_of(run("ds_configs/zero9.json")) == "deepspeed.config: no such file: ds_configs/zero9.json"
+
+
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}, {"zero_optimization": {}}])
+def test_fp16_without_zero(zero, tmp_path):
+    """fp16 with ZeRO-0 divides by a loss scale that it never multiplied by: refused, from either side."""
+    for content, precision in ((zero, "fp16"), (zero | {"fp16": {"enabled": True}}, "auto")):
+        message = message_of(run(write(tmp_path, content), training={"precision": precision}))
+        assert "training.precision: got fp16" in message and "stage 0" in message
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "auto"])
+def test_bf16_accumulation(stage, kind, tmp_path):
+    """Stage 0 accumulates bf16 gradients in bf16 only; asked for fp32 it would raise after the model is built."""
+    content = {"data_types": {"grad_accum_dtype": kind}, "zero_optimization": {"stage": stage}}
+    config = run(write(tmp_path, content), training={"precision": "bf16"})
+    if stage == 0 and kind == "fp32":
+        message = message_of(config)
+        assert "data_types.grad_accum_dtype: got fp32" in message and "stage 0" in message
+    else:
+        resolve(config, 1)
+
+
+@pytest.mark.skipif(bool(get_accelerator().is_fp16_supported()), reason="this device supports fp16")
+def test_fp16_on_a_cpu_without_it():
+    """A precision that the device lacks is refused, with those that it has."""
+    config, _, _ = resolve(run(REPOSITORY / "ds_configs/zero1.json", training={"precision": "fp16"}), 1)
+    with pytest.raises(ConfigError, match=r"^training\.precision: got fp16, .*CPU does not support; allowed: fp32"):
+        check_device(config)
+
+
+def test_fp32_is_everywhere():
+    """fp32 passes on every device."""
+    check_device(run(REPOSITORY / "ds_configs/zero1.json"))
+
+
+@pytest.mark.parametrize(
+    ("logging", "section"),
+    [({"tensorboard": True}, "tensorboard"), ({"csv": True}, "csv_monitor"), ({"wandb_project": "p"}, "wandb")],
+)
+def test_monitors(logging, section, tmp_path):
+    """The run file's monitors reach DeepSpeed; set in both places they are refused."""
+    _, ds, _ = resolve(run(write(tmp_path, {}), logging=logging, training={"run_directory": "here"}), 1)
+    assert ds[section]["enabled"] is True
+    message = message_of(run(write(tmp_path, {section: {"enabled": False}}), logging=logging))
+    assert f"{section} is set there and by the section logging" in message
