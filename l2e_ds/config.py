@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -384,9 +384,12 @@ def run_config_from_dict(raw: dict, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-        raise ConfigError(f"{where}: {_describe(first)}{more}") from None
+        problems: dict[str, list[Any]] = {}
+        for problem in error.errors():
+            problems.setdefault(_dotted_key(problem["loc"]), []).append(problem)
+        key, alike = next(iter(problems.items()))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: {_describe(key, alike)}{more}") from None
 
 
 def _apply_override(raw: dict, override: str) -> None:
@@ -400,38 +403,40 @@ def _apply_override(raw: dict, override: str) -> None:
     section[path[1]] = _parse_yaml(value, f"override {override!r}")
 
 
-def _describe(error: Any) -> str:
-    """One line for one pydantic error: dotted key, what was given, what is allowed."""
-    location = [str(part) for part in error["loc"]]
-    known = _known_keys(location)
-    while location and known is None and error["type"] != "extra_forbidden":  # drop the union branch's name
-        parent = _known_keys(location[:-1])
-        if (parent and location[-1] in parent) or len(location) <= 2:
-            break
-        location = location[:-1]
-        known = _known_keys(location)
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        allowed = _known_keys(location[:-1]) or []
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
+def _dotted_key(location: Sequence[int | str]) -> str:
+    """`section.key` of a pydantic location, without the names of union branches or positions in a list."""
+    return ".".join(str(part) for part in location[:2])
+
+
+def _describe(key: str, problems: Sequence[Any]) -> str:
+    """One line for what is wrong with one key: what was given, what is allowed (in a union: any of its branches)."""
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        *section, name = key.split(".")
+        allowed = _keys_of(section)
+        close = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
-    if error["type"] == "missing":
+    if first["type"] == "missing":
         return f"{key}: is required"
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    return f"{key}: got {error['input']!r}; {message[0].lower()}{message[1:]}"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    messages = [
+        problem["msg"].removeprefix("Input should be ").replace("List should", "it should") for problem in problems
+    ]
+    be = "must be " if first["msg"].startswith("Input should be ") else ""
+    return f"{key}: got {_given(problems)!r}; {be}{' or '.join(dict.fromkeys(messages))}"
 
 
-def _known_keys(location: Sequence[str]) -> list[str] | None:
-    """The keys allowed below a dotted path, or None where the path is no section."""
-    if not location:
+def _given(problems: Sequence[Any]) -> Any:
+    """The value of the key itself: the input of a problem that does not lie deeper than the key."""
+    return min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
+
+
+def _keys_of(section: Sequence[str]) -> list[str]:
+    if not section:
         return list(RunConfig.model_fields)
-    field = RunConfig.model_fields.get(location[0])
-    if field is None or len(location) > 1:
-        return None
-    return list(field.annotation.model_fields)  # type: ignore[union-attr]
+    return list(RunConfig.model_fields[section[0]].annotation.model_fields)  # type: ignore[union-attr]
 
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:

@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0; 2 for what the user can mend; 3 for a run that cannot go on. One line on stderr says why."""
-    rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("SLURM_PROCID", "0"))))
+    rank = 0
     try:
         quiet_libraries()
         launch = distributed.find_launch()
+        rank = launch.rank
         if arguments.ranks is not None and not arguments.dry_run:
             raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
         if arguments.dry_run:

@@ -139,7 +139,7 @@ class NeuronHook:
         count = selected.sum(0).double()
         if self.settings.reduce == "forward" and self.settings.scale_invariant:
             self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
-        loss = losses.inhibition_loss(z, selected, self.for_loss, self.settings.scale_invariant)
+        loss = losses.inhibition_loss(z, selected, self.for_loss, self.settings.scale_invariant, self.weight)
         header += torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
         d += sum_d
         d2 += sum_d2
@@ -202,7 +202,7 @@ class NeuronHook:
         batch = Moments.from_sums(tokens, d, d2, self.frozen.mean.double())
         moments = self.moments.fade(self.owner.fade).merge(batch)
         before = moments if self.settings.reduce == "forward" else self.moments
-        possible = (before.variance > losses.VARIANCE_FLOOR).any()
+        possible = losses.is_alive(before.mean, before.variance).any()
         total = selected.sum()
         statistics = torch.stack(
             [

@@ -29,8 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A neuron with a smaller variance counts as dead: 1 / d of a selected activation stays below ~ 1e6 / sqrt(tau).
+# A neuron whose S is below 1e-6 of (1 + |mean|) counts as dead: below that float32 sees rounding, not variance.
 VARIANCE_FLOOR = 1e-12
+# Top-k takes k activations whatever they are. The loss passes over one this near to its mean, whose gradient 2 / d
+# would know no bound; the threshold never selects such.
+SCORE_FLOOR = 1e-6
+
+
+def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
+    """[N], [N] -> [N] bool: neurons that vary at all; no other is ever selected."""
+    return variance > VARIANCE_FLOOR * (1 + mean * mean)
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class FrozenStatistics:
 
     @property
     def alive(self) -> Tensor:
-        """[N] bool: neurons that vary at all; no other is ever selected."""
-        return self.variance > VARIANCE_FLOOR
+        """[N] bool, see `is_alive`."""
+        return is_alive(self.mean, self.variance)
 
     @property
     def inverse_variance(self) -> Tensor:
@@ -75,22 +83,28 @@ def select_top_k(scores: Tensor, statistics: FrozenStatistics, target_share: flo
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top, True) & statistics.alive
 
 
-def inhibition_loss(z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool) -> Tensor:
-    """Sum over the selected, before the division by n; [M, N], [M, N] bool -> [] float32."""
+def inhibition_loss(
+    z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool, weight: Tensor | None = None
+) -> Tensor:
+    """Sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
     d = z.float() - statistics.mean
     d2 = d * d
+    selected = selected & (d2 * statistics.inverse_variance > SCORE_FLOOR)
     # log of 1 outside the selection: `where` after a log of 0 would still give NaN gradients
     log_d2 = torch.where(selected, d2, 1.0).log()
     if not scale_invariant:
         return log_d2.sum()
     log_variance = statistics.variance.clamp(min=VARIANCE_FLOOR).log()
     tangent = statistics.rate * (d2 * statistics.inverse_variance - statistics.alive.float())
+    if weight is not None:
+        tangent = tangent * weight
     return (torch.where(selected, log_d2 - log_variance, 0.0) - tangent).sum()
 
 
 def inhibition_gradient(z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool) -> Tensor:
     """d inhibition_loss / dz, written out; [M, N], [M, N] bool -> [M, N] float32."""
     d = z.float() - statistics.mean
+    selected = selected & (d * d * statistics.inverse_variance > SCORE_FLOOR)
     gradient = torch.where(selected, 2 / torch.where(selected, d, 1.0), 0.0)
     if scale_invariant:
         gradient = gradient - 2 * statistics.rate * statistics.inverse_variance * d

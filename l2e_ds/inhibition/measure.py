@@ -16,7 +16,7 @@ from torch import Tensor
 
 from l2e_ds.distributed import all_reduce_sum
 from l2e_ds.inhibition.hook import NeuronSite
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR, is_alive
 from l2e_ds.inhibition.moments import Moments, exact_sums
 
 # Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
@@ -92,7 +92,10 @@ def measure_scores(
         passes(set_weight)
     moments = [_merge_over_ranks(part, group) for part in moments]
 
-    inverse = [torch.where(m.variance > VARIANCE_FLOOR, 1 / m.variance.clamp(min=VARIANCE_FLOOR), 0.0) for m in moments]
+    alive = [is_alive(m.mean, m.variance) for m in moments]
+    inverse = [
+        torch.where(live, 1 / m.variance.clamp(min=VARIANCE_FLOOR), 0.0) for live, m in zip(alive, moments, strict=True)
+    ]
     histograms = torch.zeros(len(sites), 2, BINS, dtype=torch.float64, device=device)
     squares = [torch.zeros_like(part) for part in zero]
 
@@ -110,15 +113,15 @@ def measure_scores(
     all_reduce_sum(histograms, group)
     results = []
     for index, site in enumerate(sites):
-        alive = moments[index].variance > VARIANCE_FLOOR
+        live = alive[index]
         fourth = all_reduce_sum(squares[index], group) / moments[index].count
         results.append(
             LayerScores(
                 site.layer,
                 _mean_of_top(histograms[index, 0], histograms[index, 1], share),
                 float(moments[index].variance.sqrt().mean()),
-                float(fourth[alive].median()) if bool(alive.any()) else float("nan"),
-                float(1 - alive.double().mean()),
+                float(fourth[live].median()) if bool(live.any()) else float("nan"),
+                float(1 - live.double().mean()),
             )
         )
     return results

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
-from train_cases import LENGTH, data, make_trainer
 from torch.nn import functional
+from train_cases import LENGTH, data, make_trainer
 
 from l2e_ds import distributed
 from l2e_ds.config import ModelConfig
@@ -28,9 +28,7 @@ COEFFICIENT, SHARE, WINDOW, SEED = 0.3, 0.02, 5, 1234
 
 
 def combinations():
-    for stage, precision, micro_batch, checkpointing in itertools.product(
-        range(4), DTYPES, (4, 2), (False, True)
-    ):
+    for stage, precision, micro_batch, checkpointing in itertools.product(range(4), DTYPES, (4, 2), (False, True)):
         if (stage, precision) != (0, "fp16"):  # refused, see test_deepspeed_config
             yield stage, precision, micro_batch, checkpointing, "published"
             if (precision, micro_batch) == ("fp32", 4):  # with accumulation `forward` sees other batches
@@ -75,7 +73,9 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
 
 def moments_of(batches, fade):
     """Mean and sample variance of samples that weigh `fade` once a later batch has come; [M, N] each, by definition."""
-    weights = torch.cat([torch.full((len(z), 1), fade ** (len(batches) - 1 - i)).double() for i, z in enumerate(batches)])
+    weights = torch.cat(
+        [torch.full((len(z), 1), fade ** (len(batches) - 1 - i)).double() for i, z in enumerate(batches)]
+    )
     z = torch.cat(batches)
     mean = (weights * z).sum(0) / weights.sum()
     return mean, (weights * (z - mean) ** 2).sum(0) / (weights.sum() - 1)

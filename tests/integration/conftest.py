@@ -1,0 +1,55 @@
+"""A tiny corpus of real sentences, and a run file over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+SENTENCES = """The old pilot counted the lights along the coast. Rain came in from the west before noon.
+She wrote the numbers twice and crossed out the second. Nobody at the station knew where the train had gone.
+A function returns what its body says, and nothing else. The river froze early that year.
+def mean(values): return sum(values) / len(values)
+Bread, salt, two lemons and a map of the harbour lay on the table. Le chat dort sur la table.""".splitlines()
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """Forty text files, each other words in another order."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for index in range(40):
+        lines = [SENTENCES[(index * 3 + line) % 5] + f" {index * line}" for line in range(8)]
+        (folder / f"{index:02d}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture
+def run_file(tmp_path, corpus) -> Path:
+    content = {
+        "model": {"name": "pythia-14m", "vocab_size": 320, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+        "data": {
+            "source": "text",
+            "path": str(corpus),
+            "train_tokenizer": 320,
+            "sequence_length": 16,
+            "held_out": 0.1,
+            "cache": str(tmp_path / "cache"),
+        },
+        "optimizer": {"peak_learning_rate": 3e-3, "schedule_steps": 12},
+        "training": {
+            "run_directory": str(tmp_path / "run"),
+            "steps": 6,
+            "global_batch": 8,
+            "micro_batch": 2,
+            "precision": "fp32",
+            "evaluate_every": 3,
+            "evaluation_sequences": 10,
+        },
+        "inhibition": {"coefficient": 0.01},
+        "logging": {"every": 1},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path

@@ -1,0 +1,147 @@
+"""What a user can get wrong ends in one line, exit code 2, and nothing written: the real main(), in this process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from l2e_ds.train import main
+
+
+def broken_pair(folder: Path) -> None:
+    from l2e_ds.data.indexed import IndexedWriter
+
+    with IndexedWriter(folder / "pair", np.uint16) as writer:
+        for start in range(100):
+            writer.add(np.arange(start, start + 50, dtype=np.uint16))
+    with open(folder / "pair.bin", "r+b") as file:
+        file.truncate(1000)
+
+
+def write_json(path: Path, content: object) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+# name: (overrides from the test's folder, what the line must say)
+CASES = {
+    "unknown key": (lambda t: ["training.stesp=3"], ["training.stesp", "unknown key", "'steps'"]),
+    "unknown section": (lambda t: ["trainin.steps=3"], ["trainin", "unknown key", "'training'"]),
+    "wrong type": (lambda t: ["training.steps=many"], ["training.steps", "'many'", "integer"]),
+    "out of range": (lambda t: ["inhibition.target_share=1.5"], ["inhibition.target_share", "1.5", "less than 1"]),
+    "bad choice": (lambda t: ["inhibition.reduce=never"], ["inhibition.reduce", "'never'", "'step' or 'forward'"]),
+    "bad override": (lambda t: ["steps=3"], ["steps=3", "section.key=value"]),
+    "batch product": (lambda t: ["training.micro_batch=3"], ["training.global_batch", "8", "allowed micro-batches"]),
+    "missing corpus": (lambda t: [f"data.path={t / 'nowhere'}"], ["data.path", "nowhere"]),
+    "empty corpus": (lambda t: [f"data.path={write_json(t / 'e.txt', '  ')}"], ["data.path", "e.txt", "no text"]),
+    "missing tokenizer": (
+        lambda t: ["data.train_tokenizer=null", f"data.tokenizer={t / 'no.json'}"],
+        ["data.tokenizer", "no.json"],
+    ),
+    "large vocabulary": (lambda t: ["model.vocab_size=300"], ["data.train_tokenizer", "320", "300"]),
+    "layer out of range": (lambda t: ["inhibition.layers=[1,4]"], ["inhibition.layers", "4", "0 to 3"]),
+    "unknown model": (lambda t: ["model.name=pythia-3m"], ["model.name", "pythia-3m", "pythia-14m"]),
+    "pretrained missing": (
+        lambda t: [
+            *(f"model.{key}=null" for key in ("name", "vocab_size", "num_layers", "hidden_size", "num_heads")),
+            f"model.pretrained={t / 'nowhere'}",
+        ],
+        ["model.pretrained", "nowhere"],
+    ),
+    "fp16 without support": (lambda t: ["training.precision=fp16"], ["training.precision", "fp16", "allowed: fp32"]),
+    "fp16 with ZeRO-0": (
+        lambda t: ["training.precision=fp16", "deepspeed.config=ds_configs/zero0.json"],
+        ["training.precision", "fp16", "stage"],
+    ),
+    "missing DeepSpeed JSON": (lambda t: ["deepspeed.config=zero9.json"], ["deepspeed.config", "zero9.json"]),
+    "misspelt DeepSpeed key": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'zero_optimisation': {}})}"],
+        ["deepspeed.config", "zero_optimisation", "zero_optimization"],
+    ),
+    "misspelt nested DeepSpeed key": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'zero_optimization': {'stag': 1}})}"],
+        ["deepspeed.config", "stag"],
+    ),
+    "DeepSpeed JSON is no JSON": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', '{bad')}"],
+        ["deepspeed.config", "ds.json:1"],
+    ),
+    "two values": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'train_batch_size': 16})}"],
+        ["training.global_batch", "8", "train_batch_size: 16"],
+    ),
+    "truncated .bin": (
+        lambda t: [
+            broken_pair(t) or "data.source=indexed",
+            f"data.path={t / 'pair'}",
+            "data.train_tokenizer=null",
+        ],
+        ["pair.bin", "1000"],
+    ),
+    "ranks without dry run": (lambda t: ["--ranks", "4"], ["--ranks", "--dry-run"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_code_2(name, run_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make, words = CASES[name]
+    if name == "fp16 without support":
+        from deepspeed.accelerator import get_accelerator
+
+        if get_accelerator().is_fp16_supported():
+            make = lambda t: ["training.precision=fp12"]  # noqa: E731 - this CPU has fp16; the check is in test_deepspeed_config
+            words = ["training.precision", "fp12"]
+    overrides = make(tmp_path)
+    assert main([str(run_file), *overrides]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("l2e-ds: error: ")
+    for word in words:
+        assert word in error[0]
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+    import torch.distributed
+
+    assert not torch.distributed.is_initialized()
+
+
+def test_missing_and_broken_run_files(tmp_path, capsys):
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in capsys.readouterr().err
+    (tmp_path / "twice.yaml").write_text("model:\n  name: pythia-14m\nmodel:\n  name: pythia-31m\n")
+    assert main([str(tmp_path / "twice.yaml")]) == 2
+    assert "twice.yaml:3: key 'model' is given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
+        ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "expected numbers"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "rank 0 of 0"),
+    ],
+)
+def test_contradicting_launcher(run_file, capsys, monkeypatch, environment, words):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert main([str(run_file)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+
+
+def test_dry_run_writes_nothing(run_file, tmp_path, capsys):
+    assert main([str(run_file), "--dry-run", "--ranks", "2"]) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "8 sequences = 2 micro-batch x 2 ranks x 2 accumulation steps; 128 tokens a step",
+        "layers      1, 2 of 0-3",
+        "neurons     2 x 128 = 256",
+        "peak_learning_rate: 0.003",
+        "threshold + regulariser",
+    ):
+        assert words in printed
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()

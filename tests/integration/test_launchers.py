@@ -1,0 +1,131 @@
+"""`l2e-ds train` under every launcher that runs here, on the same global batches: the same run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def environment() -> dict[str, str]:
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+
+
+def port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+LAUNCHERS = {
+    "alone": lambda: [sys.executable, "-m", "l2e_ds.train"],
+    "cli": lambda: [sys.executable, "-m", "l2e_ds.cli", "train"],
+    "deepspeed": lambda: [
+        *("deepspeed", "--num_accelerators", "2", "--master_port", port(), "--module", "l2e_ds.train")
+    ],
+    "torchrun": lambda: ["torchrun", "--nproc-per-node", "2", "--master-port", port(), "-m", "l2e_ds.train"],
+    "mpirun": lambda: [
+        *("mpirun", "-n", "2", "--oversubscribe", "--bind-to", "none", "-x", "MASTER_PORT=" + port()),
+        *(sys.executable, "-m", "l2e_ds.train"),
+    ],
+}
+
+
+def lines(run: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in found if line["kind"] == kind]
+
+
+def test_every_launcher_makes_the_same_run(run_file, tmp_path):
+    runs = {}
+    for name, command in LAUNCHERS.items():
+        run = tmp_path / name
+        done = subprocess.run(
+            [*command(), str(run_file), f"training.run_directory={run}"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        runs[name] = lines(run, "train")
+        assert len(runs[name]) == 6
+        start = lines(run, "start")[0]
+        assert start["ranks"] == (1 if name in ("alone", "cli") else 2)
+    for name, found in runs.items():
+        for line, expected in zip(found, runs["alone"], strict=True):
+            for key in ("lm_loss", "observed_share", "layer1/tau", "gradient_norm"):
+                assert line[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (name, key)
+    assert runs["alone"][-1]["lm_loss"] < runs["alone"][0]["lm_loss"]
+
+    # the run directory has what the README says; its frozen configuration gives the same run again
+    run = tmp_path / "deepspeed"
+    assert {path.name for path in run.iterdir()} == {
+        *("checkpoints", "config.yaml", "deepspeed.json", "metrics.jsonl", "model", "tokenizer")
+    }
+    again = yaml.safe_load((run / "config.yaml").read_text())
+    assert again["training"]["run_directory"] == str(run)
+    _resume_from_the_frozen_configuration(run)
+    _export_and_generate(run, tmp_path / "export")
+    _a_user_s_mistake_ends_all_ranks(run_file)
+
+
+def _resume_from_the_frozen_configuration(run: Path) -> None:
+    done = subprocess.run(
+        [*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "training.steps=8"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "resumed from" in done.stderr
+    assert [line["step"] for line in lines(run, "train")] == list(range(1, 9))
+
+
+def _export_and_generate(run: Path, output: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from l2e_ds.cli import main
+
+    assert main(["export", str(run), "--output", str(output), "--step", "6"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    text = "The old pilot counted"
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == text
+    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == ids.shape[1] + 3
+    assert tokenizer.eos_token_id == model.config.eos_token_id
+    assert main(["export", str(run), "--output", str(output)]) == 2  # not empty
+    assert main(["export", str(run), "--output", str(output) + "2", "--step", "7"]) == 2
+    shutil.rmtree(output)
+
+
+def _a_user_s_mistake_ends_all_ranks(run_file: Path) -> None:
+    done = subprocess.run(
+        [*LAUNCHERS["deepspeed"](), str(run_file), "inhibition.layers=[9]"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "l2e-ds: error" in line]
+    assert said == ["l2e-ds: error: inhibition.layers: got 9, allowed: 0 to 3 (4 layers)"]

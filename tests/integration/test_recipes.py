@@ -1,0 +1,57 @@
+"""Every recipe and every DeepSpeed configuration of this repository parses, resolves and builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from l2e_ds.config import load_run_config
+from l2e_ds.inhibition import Inhibitor
+from l2e_ds.models import PYTHIA, network_config, neuron_sites
+from l2e_ds.training.deepspeed_config import resolve, zero_stage
+from l2e_ds.training.trainer import inhibition_settings
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RECIPES = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
+
+
+def test_there_is_a_recipe_for_every_size():
+    assert {path.stem for path in RECIPES} == {*PYTHIA, "quickstart"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds(path):
+    from transformers import AutoModelForCausalLM
+
+    config = load_run_config(path)
+    ranks = 2 if path.stem == "quickstart" else 64
+    config, ds, batch = resolve(config, ranks, path)
+    assert batch.micro_batch * ranks * batch.accumulation == config.training.global_batch
+    network = network_config(config.model, config.data.sequence_length)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(network)
+    sites = neuron_sites(model, config.inhibition.layers)
+    middle = network.num_hidden_layers // 2
+    assert [site.layer for site in sites] == [middle - 1, middle]
+    assert all(site.neurons == 4 * network.hidden_size for site in sites)
+    with Inhibitor(sites, inhibition_settings(config)):
+        assert model.gpt_neox.layers[middle].mlp.act is not sites[1]
+    assert zero_stage(ds) in (1, 3)
+    if path.stem == "quickstart":
+        return
+    size = PYTHIA[path.stem]
+    assert config.training.steps == 14300
+    assert config.optimizer.schedule_steps == 143000
+    assert config.optimizer.peak_learning_rate == size.learning_rate
+    assert batch.tokens_per_step == 2_097_152
+    assert (ds["fp16"]["enabled"], ds["fp16"]["initial_scale_power"]) == (True, 12)
+    for ranks in (8, 1024 // config.training.micro_batch):
+        resolve(config, ranks, path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_says_only_what_it_must(path):
+    """Each key is known, and none is given as null."""
+    for section, values in yaml.safe_load(path.read_text()).items():
+        assert all(value is not None for value in values.values()), section
