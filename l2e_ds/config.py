@@ -36,7 +36,14 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # docs/generate.py makes docs/run-files.md of them
+    )
 
 
 class ModelConfig(Section):
@@ -57,6 +64,7 @@ class ModelConfig(Section):
     num_heads: int | None = Field(None, gt=0)
     """Overrides the family's number of attention heads."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in transformers."""
     activation_checkpointing: bool = False
     """Recompute every layer in backward (non-reentrant)."""
 
@@ -77,7 +85,7 @@ class DataConfig(Section):
     """Where the text comes from and how it becomes sequences of tokens."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"]
-    """`stdlib`: the Python standard library of this machine. `indexed`: a Megatron .bin/.idx pair."""
+    """Kind of corpus. `stdlib`: the Python standard library of this machine. `indexed`: a Megatron .bin/.idx pair."""
     path: str | list[str] | None = None
     """Files, folders or glob patterns; for `indexed` the common prefix of the pair; for `hub` the data set."""
     subset: str | None = None
@@ -101,7 +109,7 @@ class DataConfig(Section):
     sequence_length: int = Field(2048, ge=2)
     """Tokens a sequence, T."""
     held_out: float = Field(0.01, ge=0, lt=1)
-    """Share of the documents kept apart for evaluation (chosen by a hash of their content)."""
+    """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones."""
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
     cache: str | None = None
@@ -134,7 +142,9 @@ class OptimizerConfig(Section):
     peak_learning_rate: float | None = Field(None, gt=0)
     """Default: the published one of `model.name`."""
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
     weight_decay: float = Field(0.1, ge=0)
     """0.1 in the released configuration files (0.01 in the paper's text). Not applied to biases and norms."""
     gradient_clipping: float = Field(1.0, ge=0)
@@ -167,6 +177,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0)
+    """Decides the first weights and the order of the data, alike on any number of ranks."""
     resume: str = "auto"
     """`auto`: go on from the newest checkpoint if there is one. `never`: refuse a directory that has one. Or a path."""
     evaluate_every: int = Field(1000, ge=0)
@@ -253,8 +264,11 @@ class LoggingConfig(Section):
     progress: bool = True
     """Progress bar on rank 0."""
     tensorboard: bool = False
+    """Also to TensorBoard, in `tensorboard/` of the run directory (through DeepSpeed's monitor)."""
     csv: bool = False
+    """Also to CSV files, in `csv/` of the run directory (through DeepSpeed's monitor)."""
     wandb_project: str | None = None
+    """Also to this project of Weights & Biases (through DeepSpeed's monitor)."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
 

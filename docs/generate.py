@@ -1,0 +1,70 @@
+"""Writes docs/run-files.md and docs/metrics.md from the docstrings; a test compares them.
+
+usage: python docs/generate.py
+"""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from types import UnionType
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+
+from l2e_ds.config import RunConfig
+from l2e_ds.training import metrics
+
+DOCS = Path(__file__).resolve().parent
+SIGNS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
+
+
+def run_files() -> str:
+    parts = [
+        "# Run files\n",
+        "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused;",
+        "`section.key=value` on the command line overrides one value. Made by `docs/generate.py`.\n",
+    ]
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        parts += [f"## {section}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, entry in model.model_fields.items():
+            default = "required" if entry.is_required() else f"`{_yaml(entry.default)}`"
+            meaning = " ".join(entry.description.split()).replace("|", "\\|")
+            limits = [
+                f"{SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in entry.metadata if type(m) in SIGNS
+            ]
+            kind = _type(entry.annotation) + (f", {' and '.join(limits)}" if limits else "")
+            parts.append(f"| `{key}` | {kind} | {default} | {meaning} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _type(annotation: typing.Any) -> str:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, UnionType):
+        return " or ".join(_type(part) for part in typing.get_args(annotation) if part is not type(None))
+    if origin is typing.Literal:
+        return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
+    if origin is list:
+        return f"list of {_type(typing.get_args(annotation)[0])}"
+    return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+
+
+def _yaml(value: object) -> str:
+    """As it would stand in a run file."""
+    if value == "":
+        return "runs/NAME"
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+
+
+def metrics_page() -> str:
+    body = metrics.__doc__.replace("What a run reports: names, units", "Names, units")
+    return f"# Metrics\n\n{body.strip()}\n\nMade by `docs/generate.py` from `l2e_ds/training/metrics.py`.\n"
+
+
+PAGES = {"run-files.md": run_files, "metrics.md": metrics_page}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
