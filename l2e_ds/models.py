@@ -114,14 +114,10 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     from transformers import AutoModelForCausalLM
 
     if config.pretrained is not None:
-        from transformers.integrations import HfDeepSpeedConfig
-
-        # alive while loading: this is how transformers learns to shard as it reads
-        sharding = HfDeepSpeedConfig(zero3) if zero3 is not None else None
-        model = AutoModelForCausalLM.from_pretrained(
-            config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
-        )
-        del sharding
+        with _loading_sharded(zero3):
+            model = AutoModelForCausalLM.from_pretrained(
+                config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
+            )
     else:
         with _sharded(zero3), _no_default_init():
             model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
@@ -140,12 +136,33 @@ def _sharded(zero3: dict | None) -> Iterator[None]:
         return
     import deepspeed
 
-    with deepspeed.zero.Init(config_dict_or_path=zero3, dtype=torch.float32 if not _half(zero3) else None):
+    # no dtype given: with one, 0.19.8 builds in bfloat16 wherever fp16 is not supported, whatever was asked for
+    with deepspeed.zero.Init(config_dict_or_path=zero3):
         yield
 
 
-def _half(ds_config: dict) -> bool:
-    return any(ds_config.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+@contextlib.contextmanager
+def _loading_sharded(zero3: dict | None) -> Iterator[None]:
+    """Within, transformers' from_pretrained shards the network while rank 0 reads it tensor by tensor."""
+    if zero3 is None:
+        yield
+        return
+    from transformers.integrations import deepspeed as integration
+
+    class Zero3:
+        """What from_pretrained asks of HfDeepSpeedConfig, which itself would need the package accelerate."""
+
+        config = zero3
+
+        def is_zero3(self) -> bool:
+            return True
+
+    known = Zero3()  # transformers keeps a weak reference only
+    integration.set_hf_deepspeed_config(known)
+    try:
+        yield
+    finally:
+        integration.unset_hf_deepspeed_config()
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class Identity:
     ranks: int
     zero_stage: int
     precision: str
-    sequences: int  # in the training set
+    data: str  # fingerprint of the training tokens
     sequence_length: int
     global_batch: int
     seed: int

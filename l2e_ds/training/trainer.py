@@ -88,7 +88,7 @@ class Trainer:
             ranks=distributed.size(),
             zero_stage=zero_stage(ds),
             precision=config.training.precision,
-            sequences=len(data.train),
+            data=data.train.fingerprint(),
             sequence_length=config.data.sequence_length,
             global_batch=batch.global_batch,
             seed=config.training.seed,

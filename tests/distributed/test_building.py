@@ -1,0 +1,35 @@
+"""Networks under ZeRO-3 are built in shards; statistics count tokens, not ranks; one rank's error is everybody's."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+WORKER = Path(__file__).parent / "workers/building.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks, tmp_path_factory) -> list[dict]:
+    output = tmp_path_factory.mktemp("building")
+    run_ranks(2, WORKER, output)
+    return [json.loads((output / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("origin", ["random", "pretrained"])
+def test_zero3_builds_shards_of_the_same_weights(ranks, origin):
+    for rank in ranks:
+        built = rank[origin]
+        assert built["same"]
+        assert built["held_outside_forward"] == 0
+        assert built["whole"] / 2 <= built["shards"] < 0.51 * built["whole"]
+
+
+def test_moments_of_unequal_token_counts_equal_numpy(ranks):
+    for rank in ranks:
+        assert rank["unequal"]["count"] == 0
+        assert rank["unequal"]["mean"] < 1e-6
+        assert rank["unequal"]["variance"] < 1e-6
+
+
+def test_error_of_one_rank_ends_all(ranks):
+    assert [rank["error"] for rank in ranks] == ["DataError: broken here"] * 2

@@ -1,0 +1,98 @@
+"""Runs on two ranks: building networks under ZeRO-3, statistics of unequal batches, and errors of one rank.
+
+Writes OUTPUT/rankN.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from l2e_ds import distributed
+from l2e_ds.config import ModelConfig
+from l2e_ds.errors import DataError, L2EError
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.models import build_network, network_config
+from l2e_ds.train import quiet_libraries
+
+ZERO3 = {
+    "train_batch_size": 2,
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
+    """A network built under ZeRO-3 beside the same one built whole: what this rank holds, and whether they agree."""
+    import deepspeed
+
+    network = network_config(config, sequence_length)
+    whole = dict(build_network(config, network, 7, None).named_parameters())
+    sharded = dict(build_network(config, network, 7, ZERO3).named_parameters())
+    same = sharded.keys() == whole.keys()
+    for name, parameter in sharded.items():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            same = same and torch.equal(parameter.detach(), whole[name].detach())
+    return {
+        "whole": sum(p.numel() for p in whole.values()),
+        "held_outside_forward": sum(p.numel() for p in sharded.values()),
+        "shards": sum(p.ds_tensor.numel() for p in sharded.values()),
+        "same": same,
+    }
+
+
+def unequal_batches() -> dict:
+    """Moments over three steps in which the ranks see different numbers of tokens, some of them padding."""
+    neurons = 6
+    layer = nn.Sequential(nn.Identity())
+    settings = Settings(statistics_window=None, coefficient=0.0)
+    inhibitor = Inhibitor([NeuronSite(0, layer, "0", "activation", neurons)], settings)
+    random = np.random.default_rng(3)
+    seen = []
+    with inhibitor:
+        for _ in range(3):
+            for rank, (sequences, real) in enumerate([(2, 5), (3, 4)]):
+                z = random.normal(2.0, 3.0, (sequences, 5, neurons)).astype(np.float32)
+                seen.append(z[:, :real].reshape(-1, neurons))
+                if rank == distributed.rank():
+                    mask = torch.zeros(sequences, 5)
+                    mask[:, :real] = 1
+                    inhibitor.set_token_mask(mask)
+                    inhibitor.attach_loss(layer(torch.from_numpy(z).requires_grad_()).sum()).backward()
+            inhibitor.step()
+    samples = np.concatenate(seen).astype(np.float64)
+    moments = inhibitor.hooks[0].moments
+    return {
+        "count": float(moments.count) - len(samples),
+        "mean": float(np.abs(moments.mean.numpy() - samples.mean(0)).max()),
+        "variance": float(np.abs(moments.variance.numpy() / samples.var(0, ddof=1) - 1).max()),
+    }
+
+
+def error_of_one_rank() -> str:
+    try:
+        distributed.agree(DataError("broken here") if distributed.rank() == 1 else None)
+    except L2EError as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def main() -> None:
+    quiet_libraries()
+    output = Path(sys.argv[1])
+    distributed.join(distributed.find_launch(), timeout_minutes=5)
+    small = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
+    result = {"unequal": unequal_batches(), "error": error_of_one_rank(), "random": sharded_and_whole(small, 16)}
+    if distributed.is_main():
+        build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
+    distributed.barrier()
+    result["pretrained"] = sharded_and_whole(ModelConfig(pretrained=str(output / "weights")), 16)
+    (output / f"rank{distributed.rank()}.json").write_text(json.dumps(result))
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    main()
