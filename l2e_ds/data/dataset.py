@@ -48,7 +48,7 @@ class TokenDataset:
         return self.batch([i])[0]
 
     def fingerprint(self) -> str:
-        """16 hex digits of the content: the number of sequences and 256 of them, evenly spaced. Not of where it lies."""
+        """16 hex digits of the content (number of sequences and 256 of them, evenly spaced), not of where it lies."""
         digest = hashlib.sha256(f"{len(self)}/{self.sequence_length}".encode())
         for index in np.unique(np.linspace(0, len(self) - 1, 256).astype(np.int64)):
             digest.update(self[int(index)].tobytes())
