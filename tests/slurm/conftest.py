@@ -40,9 +40,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
 JobRequeue=1
-NodeName=DEFAULT NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2
-NodeName=n1 Port={first} ThreadsPerCore=1 RealMemory=2000
-NodeName=n2 Port={second} ThreadsPerCore=1 RealMemory=2000
+NodeName=DEFAULT CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=2000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second}
 PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -75,6 +75,11 @@ def _start_munge(folder: Path) -> None:
         check=True,
         capture_output=True,
     )
+
+
+def _start(daemon: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(daemon, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{daemon}: {done.stdout}{done.stderr}"
 
 
 def _idle_nodes(environment: dict[str, str]) -> int:
@@ -116,10 +121,10 @@ def slurm() -> Iterator[dict[str, str]]:
         )
         environment = {**os.environ, "SLURM_CONF": str(configuration)}
         (folder / "state").mkdir()
-        subprocess.run(["slurmctld"], env=environment, check=True, capture_output=True)
+        _start(["slurmctld"], environment)
         for node in ("n1", "n2"):
             (folder / f"spool.{node}").mkdir()
-            subprocess.run(["slurmd", "-N", node], env=environment, check=True, capture_output=True)
+            _start(["slurmd", "-N", node], environment)
         deadline = time.monotonic() + 60
         while _idle_nodes(environment) < 2:
             if time.monotonic() > deadline:
