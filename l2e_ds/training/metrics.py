@@ -133,12 +133,16 @@ class MetricsWriter:
             "tok/s": f"{values['tokens_per_second']:,.0f}",
         }
         if self.bar is not None:
-            self.bar.set_postfix(shown, refresh=False)
-            self.bar.update(step - self.bar.n)
+            self.bar.set_postfix(shown)
         elif self.plain and self.main:
             minutes = (steps - step) * values["step_seconds"] / 60
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
             self.say(f"step {step}/{steps}  {text}  {minutes:.1f} min left")
+
+    def advance(self) -> None:
+        """One step further on the progress bar."""
+        if self.bar is not None:
+            self.bar.update()
 
     def say(self, text: str) -> None:
         """A line for the user that does not tear the progress bar."""

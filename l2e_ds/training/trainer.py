@@ -127,6 +127,7 @@ class Trainer:
                 self.save()
         while self.state.step < last:
             self.train_step()
+            self.metrics.advance()
             step = self.state.step
             if step % self.config.logging.every == 0 or step == last:
                 self.log()
