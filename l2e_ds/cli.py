@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary.add_argument("run", type=Path, metavar="RUN")
     summary.set_defaults(action=_summary)
 
-    arguments = parser.parse_args(argv)
+    arguments = train.parse(parser, argv)
     try:
         return arguments.action(arguments)
     except L2EError as error:

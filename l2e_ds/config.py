@@ -95,7 +95,7 @@ class DataConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     streaming: bool = False
-    """Read a hub data set as a stream, only as far as `max_tokens` (default: what the run consumes)."""
+    """Read a hub data set as a stream, only as far as `max_tokens`."""
     text_key: str = "text"
     """The field that holds the text (jsonl, parquet, hub)."""
     max_documents: int | None = Field(None, gt=0)
@@ -128,6 +128,8 @@ class DataConfig(Section):
             for key in ("subset", "revision", "streaming"):
                 if key in self.model_fields_set and getattr(self, key):
                     raise ValueError(f"data.{key} is for data.source: hub only; remove it")
+        if self.streaming and self.max_tokens is None:
+            raise ValueError("data.max_tokens is required with data.streaming: how far the stream is read")
         if self.source == "indexed":
             if self.train_tokenizer is not None:
                 raise ValueError("data.train_tokenizer needs text; data.source: indexed holds tokens")
@@ -176,10 +178,12 @@ class TrainingConfig(Section):
     """Sequences a rank takes through the network at once."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
-    seed: int = Field(1234, ge=0)
+    seed: int = Field(1234, ge=0, lt=2**62)
     """Decides the first weights and the order of the data, alike on any number of ranks."""
     resume: str = "auto"
-    """`auto`: go on from the newest checkpoint if there is one. `never`: refuse a directory that has one. Or a path."""
+    """`auto`: go on from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
+    one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
+    checkpoints of its own, go on from those."""
     evaluate_every: int = Field(1000, ge=0)
     """Steps between held-out evaluations (also at the start and the end); 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
@@ -319,13 +323,18 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
     """Raises ConfigError where no whole number of accumulation steps gives the global batch."""
     batch, micro = config.training.global_batch, config.training.micro_batch
     if batch % (micro * ranks):
-        fitting = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0] if batch >= ranks else []
+        fitting = _divisors(batch // ranks) if batch % ranks == 0 else []
         allowed = f"allowed micro-batches: {_abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
         raise ConfigError(
             f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
             f" {allowed}"
         )
     return BatchArithmetic(batch, micro, ranks, batch // (micro * ranks), batch * config.data.sequence_length)
+
+
+def _divisors(number: int) -> list[int]:
+    """Those up to 10,000: no micro-batch is larger."""
+    return [m for m in range(1, min(number, 10_000) + 1) if number % m == 0]
 
 
 def _abbreviate(numbers: Sequence[int]) -> str:

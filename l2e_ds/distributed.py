@@ -10,7 +10,9 @@ import contextlib
 import io
 import os
 import socket
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -54,6 +56,14 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
     elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # inside srun; a bare batch script has no step of its own
         rank, size, local = read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
         launch = Launch("srun", rank, size, local)
+    elif "PMI_SIZE" in env:  # MPICH, Intel MPI; mpi4py then finds the rest
+        rank, size = read("PMI_RANK", "PMI_SIZE")
+        launch = Launch("mpirun", rank, size, int(env.get("MPI_LOCALRANKID", rank)))
+    elif "PMIX_RANK" in env:
+        # one of several tasks that would each take themselves for the only one (DEEPSPEED.md, silent failure 10)
+        raise ConfigError(
+            "launcher: PMIX_RANK is set, but the number of ranks is not; set RANK, WORLD_SIZE, LOCAL_RANK"
+        )
     else:
         launch = Launch("alone", 0, 1, 0)
     if not 0 <= launch.rank < launch.size:
@@ -173,6 +183,34 @@ def main_decides(value: Any) -> Any:
     if size() > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def main_works(action: Callable[[], Any]) -> Any:
+    """Rank 0 does `action` while the others wait, however long it takes: they meet in a small collective every second,
+    so that no timeout ends a long piece of work. Returns the result on rank 0 and None elsewhere.
+
+    Raises what the action raised: on rank 0 itself, on the others as L2EError.
+    """
+    if size() == 1:
+        return action()
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = action()
+        except BaseException as error:
+            outcome["error"] = error
+
+    worker = threading.Thread(target=work, daemon=True)
+    if is_main():
+        worker.start()
+    while not main_decides(is_main() and not worker.is_alive()):
+        worker.join(1.0) if is_main() else time.sleep(1.0)
+    error = outcome.get("error")
+    if error is not None and not isinstance(error, L2EError):
+        raise error  # the launcher ends the others
+    agree(error)
+    return outcome.get("result")
 
 
 def agree(error: L2EError | None) -> None:

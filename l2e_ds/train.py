@@ -43,7 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(parse(parser, argv))
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As parse_args, but overrides may also follow options (`RUN.yaml --dry-run section.key=value`)."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -56,7 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ranks is not None and not arguments.dry_run:
             raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
         if arguments.dry_run:
-            plan = preflight(arguments.run_file, arguments.overrides, arguments.ranks or launch.size)
+            ranks = launch.size if arguments.ranks is None else arguments.ranks
+            plan = preflight(arguments.run_file, arguments.overrides, ranks)
             if launch.rank == 0:
                 print(describe(plan))
         else:
@@ -108,6 +119,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     config, ds, batch = resolve(config, ranks, run_file)
     if this_machine:
         check_device(config)
+        _check_machine(config)
     if config.optimizer.peak_learning_rate is None:
         config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
     layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
@@ -122,6 +134,25 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
         error.on_every_rank = True
         raise
     return Plan(config, ds, batch, network, layers)
+
+
+def _check_machine(config: RunConfig) -> None:
+    """That what the run needs beside its device is here. Raises ConfigError."""
+    from importlib.util import find_spec
+
+    directory = Path(config.training.run_directory)
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError(f"training.run_directory: cannot write below {parent}")
+    resume = Path(config.training.resume).expanduser()
+    if config.training.resume not in ("auto", "never") and not resume.is_dir():
+        raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
+    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
+    monitors = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb_project}
+    for package, wanted in monitors.items():
+        if wanted and find_spec(package) is None:
+            raise ConfigError(f"logging: {package} is asked for, but the package is not installed")
 
 
 def describe(plan: Plan) -> str:
@@ -165,13 +196,12 @@ def train(plan: Plan, launch: Launch) -> None:
 
     def prepare() -> PreparedData:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
-        needed = plan.batch.tokens_per_step * config.training.steps + config.data.sequence_length
-        return prepare_data(config.data, cache, needed, plan.network.vocab_size)
+        return prepare_data(config.data, cache, plan.network.vocab_size)
 
     data = _main_first(prepare)
-    if distributed.is_main():
-        _freeze(plan, directory, data)
     with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
+        if distributed.is_main():
+            _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
         trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
         trainer.train()
     distributed.leave()
@@ -179,14 +209,13 @@ def train(plan: Plan, launch: Launch) -> None:
 
 def _main_first(action: Any) -> Any:
     """Run on rank 0, then on the others, which find its result on disk; an error of any ends all."""
-    result, error = None, None
-    for turn in (True, False):
-        if distributed.is_main() == turn:
-            try:
-                result = action()
-            except L2EError as raised:
-                error = raised
-        distributed.agree(error)
+    result, error = distributed.main_works(action), None
+    if not distributed.is_main():
+        try:
+            result = action()
+        except L2EError as raised:
+            error = raised
+    distributed.agree(error)
     return result
 
 

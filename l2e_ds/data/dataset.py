@@ -47,6 +47,15 @@ class TokenDataset:
         """int64 [T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
         return self.batch([i])[0]
 
+    def check_vocabulary(self, at_most: int = 1 << 24) -> None:
+        """Raise DataError where an id is outside the vocabulary; of larger sets evenly spaced sequences are looked at,
+        about `at_most` tokens in all. (Every batch is checked again when it is read.)"""
+        count = min(len(self), max(1, at_most // (self.sequence_length + 1)))
+        for part in np.array_split(
+            np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)), max(1, count // 512)
+        ):
+            self.batch(part)
+
     def fingerprint(self) -> str:
         """16 hex digits of the content (number of sequences and 256 of them, evenly spaced), not of where it lies."""
         digest = hashlib.sha256(f"{len(self)}/{self.sequence_length}".encode())

@@ -20,7 +20,7 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 
@@ -188,7 +188,7 @@ class IndexedWriter:
     def documents(self) -> int:
         return len(self._lengths)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> IndexedWriter:
         self._file = open(self._temporary_bin, "wb")
         return self
 

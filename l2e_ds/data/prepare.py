@@ -62,7 +62,10 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
     """The preflight: source and tokenizer are there, readable and fit the model. Writes nothing. Raises DataError."""
     check_source(config)
     if config.source == "indexed":
-        _open_indexed(config, vocab_size)
+        prepared = _open_indexed(config, vocab_size)
+        for part in (prepared.train, prepared.held_out):
+            if part is not None:
+                part.check_vocabulary()
     elif config.tokenizer is not None:
         tokenizer = load_tokenizer(config.tokenizer)
         _check_vocabulary(tokenizer, config, vocab_size)
@@ -71,19 +74,19 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
         raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
 
 
-def prepare_data(config: DataConfig, cache: Path, tokens_needed: int, vocab_size: int) -> PreparedData:
+def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
     """Tokenise the source into `cache`, unless that was done before, and open it.
 
     Call it on rank 0 first and on the others after a barrier; simultaneous calls do no harm, only work twice.
-    `tokens_needed`: training tokens the run consumes, the end of a streamed source. `vocab_size`: model.vocab_size.
-    Raises DataError where source or tokenizer are broken, do not fit the model, or hold less than one sequence.
+    `vocab_size`: model.vocab_size. Raises DataError where source or tokenizer are broken, do not fit the model, or hold
+    less than one sequence.
     """
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     if config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
         raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
-    limit = _token_limit(config, tokens_needed)
-    folder = Path(cache) / f"{config.source}-{_fingerprint(config, limit)}"
+    limit = config.max_tokens
+    folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
         try:
             with building(folder, proof=META) as temporary:
@@ -94,14 +97,8 @@ def prepare_data(config: DataConfig, cache: Path, tokens_needed: int, vocab_size
     return _open_prepared(config, folder, vocab_size)
 
 
-def _token_limit(config: DataConfig, tokens_needed: int) -> int | None:
-    if config.max_tokens is not None:
-        return config.max_tokens
-    return tokens_needed + 1 if config.streaming else None  # + 1: the target of the last input
-
-
-def _fingerprint(config: DataConfig, limit: int | None) -> str:
-    """12 hex digits over all that decides what is stored: fields, local files, the limit of a stream."""
+def _fingerprint(config: DataConfig) -> str:
+    """12 hex digits over all that decides what is stored: fields and local files."""
     stored: dict[str, Any] = {name: getattr(config, name) for name in _STORED_FIELDS}
     if config.source == "stdlib":
         files = source_files(config)
@@ -114,7 +111,7 @@ def _fingerprint(config: DataConfig, limit: int | None) -> str:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
         stored["tokenizer_files"] = [_file_identity(file) for file in local if file.is_file()]
-    stored["limit"], stored["format"] = limit, FORMAT
+    stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]
 
 

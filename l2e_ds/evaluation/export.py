@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -121,25 +122,35 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
     expected = {name for name, _ in model.named_parameters()}
     if expected - weights.keys():
         raise CheckpointError(f"{checkpoint}: lacks the weights {', '.join(sorted(expected - weights.keys())[:3])}")
+    wrong = [name for name, p in model.named_parameters() if p.shape != weights[name].shape]
+    if wrong:
+        raise CheckpointError(f"{checkpoint}: {wrong[0]} is of another shape than {run_directory / 'model'} says")
     model.load_state_dict(weights, strict=False, assign=True)  # buffers are not in the checkpoint
 
-    temporary = output.with_name(output.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    has_tokenizer = (run_directory / "tokenizer").is_dir()
-    if has_tokenizer:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(run_directory / "tokenizer").save_pretrained(temporary)
-    provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
-    (temporary / "l2e_run.yaml").write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
-    if output.exists():
-        output.rmdir()
-    temporary.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        _write(model, run_directory, state, temporary)
+        temporary.chmod(0o755)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return {
         "step": state["train"]["step"],
         "precision": precision,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer": has_tokenizer,
+        "tokenizer": (output / "tokenizer.json").exists(),
     }
+
+
+def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
+    model.save_pretrained(folder)
+    if (run_directory / "tokenizer").is_dir():
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(run_directory / "tokenizer").save_pretrained(folder)
+    provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
+    (folder / "l2e_run.yaml").write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")

@@ -147,7 +147,7 @@ class NeuronHook:
         return selected
 
     def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
-        """`reduce: forward`: statistics of all samples so far, this micro-batch of every rank included."""
+        """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
         count, sum_d, sum_d2 = packed.split([1, self.site.neurons, self.site.neurons])
         batch = Moments.from_sums(count[0], sum_d, sum_d2, self.frozen.mean.double())
@@ -256,6 +256,7 @@ class Inhibitor:
         self.in_backward = False
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
+        self.last_coefficient = 0.0  # lambda of that step; 0 where the mechanism is a deactivation
         self._loss_gradient: Tensor | None = None
         self._micro_batches = 0
         self._token_mask: Tensor | None = None
@@ -346,6 +347,7 @@ class Inhibitor:
         if applied:
             all_reduce_sum(self._packed, self.group)
             self.last = torch.stack([hook.update() for hook in self.hooks])
+            self.last_coefficient = self.coefficient if self.settings.mechanism == "regulariser" else 0.0
             if self.self_test_pending:
                 self._check_gradients()
             self.steps += 1

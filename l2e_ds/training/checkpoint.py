@@ -48,6 +48,7 @@ class Identity:
     global_batch: int
     seed: int
     order: str
+    network: str
     layers: list[int]  # hooked
 
 
@@ -111,6 +112,14 @@ class CheckpointManager:
                 )
             return present[-1] if present else None
         path = Path(resume).expanduser()
+        own = self.complete()
+        if own:  # requeued, or started again: PATH was where this run began
+            if path.resolve().parent == self.directory.resolve() and path.resolve() != own[-1].resolve():
+                raise CheckpointError(
+                    f"training.resume: {path} is not the newest checkpoint of its run ({own[-1].name}); choose another"
+                    " training.run_directory to branch off, or remove the later checkpoints"
+                )
+            return own[-1]
         if (path / "checkpoints").is_dir():
             newest = CheckpointManager(path).complete()
             if not newest:
@@ -193,7 +202,7 @@ class CheckpointManager:
         Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
         """
         content = read_state(path)
-        _check_identity(path, content["identity"], asdict(identity))
+        check_identity(path, content["identity"], asdict(identity))
 
         def load_parts() -> None:
             loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
@@ -215,14 +224,27 @@ def _together(action: Callable[[], Any], path: Path) -> None:
     except L2EError as raised:
         error = raised
     except Exception as raised:
-        error = CheckpointError(f"{path}: rank {distributed.rank()}: {type(raised).__name__}: {raised}")
+        reason = " ".join(str(raised).split())[:300]
+        error = CheckpointError(f"{path}: rank {distributed.rank()}: {type(raised).__name__}: {reason}")
     distributed.agree(error)
 
 
-def _check_identity(path: Path, saved: dict, current: dict) -> None:
+def check_identity(path: Path, saved: dict, current: dict) -> None:
+    """Raises CheckpointError naming the first thing in which checkpoint and run differ."""
     for key, value in current.items():
         if saved.get(key) != value:
             raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
+
+
+def changed_values(path: Path, config: dict) -> list[str]:
+    """What the run file says otherwise than when the checkpoint was written, as `section.key: old -> new`."""
+    saved = read_state(path)["config"]
+    return [
+        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
+        for section, values in config.items()
+        for key, value in values.items()
+        if saved.get(section, {}).get(key) != value
+    ]
 
 
 def check_manifest(path: Path) -> str | None:

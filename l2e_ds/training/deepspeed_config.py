@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ _KEYS = """
     wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
 TOP_LEVEL_KEYS = frozenset(_KEYS.split())
+
+# What DeepSpeed reads of the blocks that it does not check itself.
+BLOCK_KEYS = {
+    "activation_checkpointing": "contiguous_memory_optimization cpu_checkpointing number_checkpoints"
+    " partition_activations profile synchronize_checkpoint_boundary",
+    "checkpoint": "checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage writer",
+    "data_types": "buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype",
+    "flops_profiler": "detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules",
+    "optimizer": "legacy_fusion params type",
+}
+ADAM_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "bias_correction", "amsgrad")
 
 # JSON path -> (section, key) of the run file
 SHARED_VALUES: dict[tuple[str, ...], tuple[str, str]] = {
@@ -66,12 +78,7 @@ def resolve(
         raise ConfigError(f"deepspeed.config: no such file: {config.deepspeed.config}")
     ds = _read_json(path)
     where = f"deepspeed.config: {path.name}"
-    for key in ds:
-        if key not in TOP_LEVEL_KEYS:
-            close = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        if key in REFUSED:
-            raise ConfigError(f"{where}: {key}: remove it; {REFUSED[key]}")
+    _check_keys(ds, where)
     config = _take_shared_values(config, ds, where)
     config = _take_precision(config, ds, where)
     config, batch = _take_batch(config, ds, where, ranks)
@@ -80,6 +87,37 @@ def resolve(
     _complete(ds, config, batch)
     _check_by_deepspeed(ds, batch, where)
     return config, ds, batch
+
+
+def _check_keys(ds: dict, where: str) -> None:
+    """Refuse what DeepSpeed would ignore, or take for something else."""
+    _refuse_unknown(ds, TOP_LEVEL_KEYS, where)
+    for key, value in ds.items():
+        if key in REFUSED:
+            raise ConfigError(f"{where}: {key}: remove it; {REFUSED[key]}")
+        if key in BLOCK_KEYS or key in ("bf16", "fp16", "zero_optimization"):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where}: {key}: got {value!r}, must be an object")
+            if key in BLOCK_KEYS:
+                _refuse_unknown(value, BLOCK_KEYS[key].split(), f"{where}: {key}")
+    optimizer = ds.get("optimizer")
+    if optimizer is not None:
+        if not isinstance(optimizer.get("type"), str):
+            raise ConfigError(f"{where}: optimizer.type: is required, e.g. AdamW")
+        parameters = optimizer.get("params", {})
+        if not isinstance(parameters, dict):
+            raise ConfigError(f"{where}: optimizer.params: got {parameters!r}, must be an object")
+        if optimizer["type"].lower() in ("adam", "adamw"):
+            _refuse_unknown(parameters, ADAM_PARAMETERS, f"{where}: optimizer.params")
+
+
+def _refuse_unknown(given: dict, known: Iterable[str], where: str) -> None:
+    known = list(known)
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
 
 
 def zero_stage(ds: dict) -> int:

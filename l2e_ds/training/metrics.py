@@ -10,7 +10,7 @@ steps since the line before; all numbers are global, over every rank):
 | tokens | tokens | consumed so far |
 | lm_loss | nats/token | mean cross-entropy of the training batches, without the inhibition loss; mean over ranks |
 | inhibition_loss | nats | raw L_MS summed over hooked layers (METHOD eq. 5, n = share * tokens * N); mean |
-| inhibition_loss_weighted | nats | coefficient times inhibition_loss; 0 where the mechanism is a deactivation |
+| inhibition_loss_weighted | nats | coefficient times L_MS, step by step; mean; 0 where a deactivation takes its place |
 | coefficient | 1 | lambda of the newest step, after its warm-up |
 | observed_share | 1 | share of (token, neuron) pairs selected, mean over hooked layers; mean |
 | layerI/observed_share | 1 | the same for layer I |

@@ -22,7 +22,7 @@ from l2e_ds.errors import TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, chosen_layers, neuron_sites
 from l2e_ds.training import metrics
-from l2e_ds.training.checkpoint import CheckpointManager, Identity, is_due
+from l2e_ds.training.checkpoint import CheckpointManager, Identity, changed_values, is_due
 from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.engine import (
     build_engine,
@@ -93,6 +93,8 @@ class Trainer:
             global_batch=batch.global_batch,
             seed=config.training.seed,
             order=config.data.order,
+            network=f"{network.num_hidden_layers} layers x {network.hidden_size}, {network.num_attention_heads} heads,"
+            f" {network.vocab_size} rows",
             layers=chosen_layers(config.inhibition.layers, network.num_hidden_layers) if self.inhibitor else [],
         )
         if resume_from is not None:
@@ -107,6 +109,10 @@ class Trainer:
         )
         if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
+            for change in changed_values(resume_from, config.model_dump(mode="json")):
+                self.metrics.say(f"changed since that checkpoint: {change}")
+            if self.state.step >= config.training.steps:
+                self.metrics.say(f"nothing to do: training.steps is {config.training.steps}")
         self._peak_rate = peak_learning_rate(config)
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
         matrices = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
@@ -192,6 +198,7 @@ class Trainer:
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if self.inhibitor is not None and applied and self.inhibitor.last is not None:
             self._statistics.append(self.inhibitor.last)
+            self._coefficients.append(self.inhibitor.last_coefficient)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
             raise TrainingError(
                 f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
@@ -231,6 +238,7 @@ class Trainer:
         self._interval_steps = self._interval_skipped = 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
+        self._coefficients: list[float] = []  # lambda of the same steps
 
     def log(self) -> None:
         """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
@@ -263,7 +271,8 @@ class Trainer:
     def _inhibition_values(self) -> dict[str, float]:
         if self.inhibitor is None or not self._statistics:
             return {}
-        means = torch.stack(self._statistics).mean(0).tolist()
+        statistics = torch.stack(self._statistics)  # [steps, L, len(STATISTICS)]
+        means = statistics.mean(0).tolist()
         newest = self._statistics[-1].tolist()
         values: dict[str, float] = {}
         names = Inhibitor.STATISTICS
@@ -273,13 +282,12 @@ class Trainer:
             values |= {f"{prefix}{name}": mean[name] for name in ("observed_share", "selected_score")}
             values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s")}
         share, loss = names.index("observed_share"), names.index("inhibition_loss")
-        raw = sum(row[loss] for row in means)
-        regularises = self.inhibitor.settings.mechanism == "regulariser"
-        coefficient = self.inhibitor.coefficient if regularises else 0.0
+        losses = statistics[:, :, loss].sum(1).tolist()
+        weighted = [coefficient * raw for coefficient, raw in zip(self._coefficients, losses, strict=True)]
         return {
-            "inhibition_loss": raw,
-            "inhibition_loss_weighted": coefficient * raw,
-            "coefficient": coefficient,
+            "inhibition_loss": sum(losses) / len(losses),
+            "inhibition_loss_weighted": sum(weighted) / len(weighted),
+            "coefficient": self._coefficients[-1],
             "observed_share": sum(row[share] for row in means) / len(means),
             **values,
         }

@@ -31,5 +31,9 @@ def test_moments_of_unequal_token_counts_equal_numpy(ranks):
         assert rank["unequal"]["variance"] < 1e-6
 
 
+def test_others_wait_for_rank_0(ranks):
+    assert [rank["work"] for rank in ranks] == [["done", "empty"], [None, "empty"]]
+
+
 def test_error_of_one_rank_ends_all(ranks):
     assert [rank["error"] for rank in ranks] == ["DataError: broken here"] * 2

@@ -43,6 +43,7 @@ def cases() -> dict:
     )
     found["pythia-checkpoints"] = zero(1, checkpoint={"early": True, "every": 5, "keep_last": 4})
     found["monitored"] = zero(1, logging={"csv": True, "tensorboard": True})
+    found["warming-up"] = zero(1, inhibition={"coefficient": 0.1, "coefficient_warmup": 4}, logging={"every": 5})
     # ZeRO-3 last: it replaces torch's linear for the rest of the process (see the export test)
     return dict(sorted(found.items(), key=lambda item: item[1]["deepspeed"]["config"]))
 
@@ -160,6 +161,14 @@ def test_checkpoint_is_complete_and_ours_is_not_pickle(runs):
     assert {"state.json", "inhibition.safetensors", "rng-rank00000.safetensors", "rng-rank00001.safetensors"} <= names
     assert all(name.endswith((".json", ".safetensors", "_states.pt")) for name in names)
     assert sum(name.endswith("optim_states.pt") for name in names) == 2
+
+
+def test_coefficient_warms_up(runs, metric_lines):
+    """The coefficient of the newest step, and the mean of each step's coefficient times its loss."""
+    lines = metric_lines(runs / "warming-up")
+    assert [line["coefficient"] for line in lines] == pytest.approx([0.1, 0.1])
+    assert lines[1]["inhibition_loss_weighted"] == pytest.approx(0.1 * lines[1]["inhibition_loss"])
+    assert lines[0]["inhibition_loss_weighted"] != pytest.approx(0.1 * lines[0]["inhibition_loss"])
 
 
 def test_monitors_get_the_metrics(runs, metric_lines):

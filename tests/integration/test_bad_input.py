@@ -19,6 +19,14 @@ def broken_pair(folder: Path) -> None:
         file.truncate(1000)
 
 
+def large_token(folder: Path) -> None:
+    from l2e_ds.data.indexed import IndexedWriter
+
+    with IndexedWriter(folder / "large", np.uint16) as writer:
+        for start in range(100):
+            writer.add(np.full(50, 999 if start == 37 else start, dtype=np.uint16))
+
+
 def write_json(path: Path, content: object) -> str:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
@@ -79,6 +87,48 @@ CASES = {
         ],
         ["pair.bin", "1000"],
     ),
+    "token past the vocabulary": (
+        lambda t: [
+            large_token(t) or "data.source=indexed",
+            f"data.path={t / 'large'}",
+            "data.train_tokenizer=null",
+        ],
+        ["large.bin", "999", "320"],
+    ),
+    "stream without an end": (
+        lambda t: ["data.source=hub", f"data.path={t / 'corpus'}", "data.streaming=true"],
+        ["data.max_tokens", "data.streaming"],
+    ),
+    "large prime batch": (
+        lambda t: ["training.global_batch=1000000007", "training.micro_batch=2"],
+        ["training.global_batch", "1000000007", "allowed micro-batches: 1"],
+    ),
+    "block is no object": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'bf16': True})}"],
+        ["bf16", "True", "object"],
+    ),
+    "optimizer without type": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'optimizer': {}})}"],
+        ["optimizer.type", "required"],
+    ),
+    "misspelt optimizer parameter": (
+        lambda t: [
+            "deepspeed.config="
+            + write_json(t / "ds.json", {"optimizer": {"type": "AdamW", "params": {"weight_decy": 1e-3}}})
+        ],
+        ["optimizer.params", "weight_decy", "weight_decay"],
+    ),
+    "misspelt block key": (
+        lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'data_types': {'grad_acum_dtype': 'fp32'}})}"],
+        ["data_types", "grad_acum_dtype", "grad_accum_dtype"],
+    ),
+    "run directory is a file": (
+        lambda t: [f"training.run_directory={t / 'run.yaml'}"],
+        ["training.run_directory", "run.yaml"],
+    ),
+    "resume from nowhere": (lambda t: [f"training.resume={t / 'nowhere'}"], ["training.resume", "nowhere"]),
+    "huge seed": (lambda t: ["training.seed=99999999999999999999"], ["training.seed", "less than"]),
+    "zero ranks": (lambda t: ["--dry-run", "--ranks", "0"], ["--ranks", "0"]),
     "ranks without dry run": (lambda t: ["--ranks", "4"], ["--ranks", "--dry-run"]),
 }
 
@@ -121,6 +171,8 @@ def test_missing_and_broken_run_files(tmp_path, capsys):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK"),
         ({"RANK": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "expected numbers"),
         ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ({"PMI_SIZE": "2"}, "PMI_RANK"),
+        ({"PMIX_RANK": "0"}, "the number of ranks is not"),
         ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, "rank 0 of 0"),
     ],
 )
@@ -133,13 +185,13 @@ def test_contradicting_launcher(run_file, capsys, monkeypatch, environment, word
 
 
 def test_dry_run_writes_nothing(run_file, tmp_path, capsys):
-    assert main([str(run_file), "--dry-run", "--ranks", "2"]) == 0
+    assert main([str(run_file), "--dry-run", "--ranks", "2", "optimizer.peak_learning_rate=4e-3"]) == 0
     printed = capsys.readouterr().out
     for words in (
         "8 sequences = 2 micro-batch x 2 ranks x 2 accumulation steps; 128 tokens a step",
         "layers      1, 2 of 0-3",
         "neurons     2 x 128 = 256",
-        "peak_learning_rate: 0.003",
+        "peak_learning_rate: 0.004",
         "threshold + regulariser",
     ):
         assert words in printed

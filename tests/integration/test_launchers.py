@@ -64,7 +64,7 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
             text=True,
             timeout=300,
         )
-        assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[:6000]}\n...\n{done.stderr[-3000:]}"
         runs[name] = lines(run, "train")
         assert len(runs[name]) == 6
         start = lines(run, "start")[0]
@@ -82,9 +82,26 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
     }
     again = yaml.safe_load((run / "config.yaml").read_text())
     assert again["training"]["run_directory"] == str(run)
+    _a_refused_resume_leaves_the_run_as_it_was(run)
     _resume_from_the_frozen_configuration(run)
     _export_and_generate(run, tmp_path / "export")
     _a_user_s_mistake_ends_all_ranks(run_file)
+
+
+def _a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        [*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "model.hidden_size=64"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if "l2e-ds: error" in line]
+    assert len(said) == 1
+    assert "was written with network 4 layers x 32, 2 heads, 320 rows, this run has network 4 layers x 64" in said[0]
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def _resume_from_the_frozen_configuration(run: Path) -> None:
@@ -97,6 +114,7 @@ def _resume_from_the_frozen_configuration(run: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed from" in done.stderr
+    assert "changed since that checkpoint: training.steps: 6 -> 8" in done.stderr
     assert [line["step"] for line in lines(run, "train")] == list(range(1, 9))
 
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from l2e_ds.config import REPOSITORY, run_config_from_dict
 from l2e_ds.errors import ConfigError
-from l2e_ds.training.deepspeed_config import TOP_LEVEL_KEYS, check_device, resolve, zero_stage
+from l2e_ds.training.deepspeed_config import BLOCK_KEYS, TOP_LEVEL_KEYS, check_device, resolve, zero_stage
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ON_CPU = get_accelerator().device_name() == "cpu"
@@ -52,6 +52,11 @@ class Recording(dict):
 
     asked: ClassVar[set[str]] = set()
 
+    def __init__(self, content=(), asked=None, **entries):
+        super().__init__(content, **entries)
+        if asked is not None:
+            self.asked = asked
+
     def get(self, key, default=None):
         self.asked.add(key)
         return super().get(key, default)
@@ -83,6 +88,15 @@ def test_top_level_keys_are_those_of_the_installed_version():
     assert asked == TOP_LEVEL_KEYS, (
         f"not in our list: {sorted(asked - TOP_LEVEL_KEYS)}; never asked for: {sorted(TOP_LEVEL_KEYS - asked)}"
     )
+
+
+def test_keys_of_blocks_are_those_of_the_installed_version():
+    """The same for the blocks of which DeepSpeed ignores unknown keys."""
+    blocks = {name: Recording(asked=set()) for name in BLOCK_KEYS}
+    blocks["optimizer"] = Recording({"type": "AdamW", "params": {}}, asked=set())
+    DeepSpeedConfig(Recording({"train_batch_size": 2, **blocks}))
+    for name, block in blocks.items():
+        assert {key for key in block.asked if isinstance(key, str)} == set(BLOCK_KEYS[name].split()), name
 
 
 # --- the shipped files -------------------------------------------------------------------------------------------

@@ -35,6 +35,30 @@ def test_find_checkpoint(tmp_path, capsys):
             find_checkpoint(source, step)
 
 
+def test_what_resume_means(tmp_path):
+    from l2e_ds.errors import CheckpointError
+    from l2e_ds.training.checkpoint import CheckpointManager
+
+    own, other = tmp_path / "own", tmp_path / "other"
+    manager = CheckpointManager(own)
+    start = checkpoint(other, 40)
+    assert manager.find("auto") is None
+    assert manager.find("never") is None
+    assert manager.find(str(other)) == start
+    assert manager.find(str(start)) == start
+    first, second = checkpoint(own, 5), checkpoint(own, 10)
+    assert manager.find("auto") == second
+    assert manager.find(str(start)) == second  # a job that was requeued must not begin again
+    assert manager.find(str(second)) == second
+    for resume, words in [("never", "holds step00000010"), (str(first), "not the newest checkpoint")]:
+        with pytest.raises(CheckpointError, match=words):
+            manager.find(resume)
+    (first / "shard.pt").unlink()
+    (second / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none is complete"):
+        manager.find("auto")
+
+
 @pytest.mark.parametrize("arguments", [["export", "nowhere", "--output", "out"], ["summary", "nowhere"]])
 def test_a_missing_run_is_one_line(arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ Writes OUTPUT/rankN.json.
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,20 @@ def unequal_batches() -> dict:
     }
 
 
+def long_work() -> list:
+    """Rank 0 works while the others wait; its mistake is everybody's."""
+    done = distributed.main_works(lambda: time.sleep(2.5) or "done")
+
+    def fail() -> None:
+        raise DataError("empty")
+
+    try:
+        distributed.main_works(fail)
+    except L2EError as error:
+        return [done, str(error)]
+    return [done, "none"]
+
+
 def error_of_one_rank() -> str:
     try:
         distributed.agree(DataError("broken here") if distributed.rank() == 1 else None)
@@ -85,7 +100,12 @@ def main() -> None:
     output = Path(sys.argv[1])
     distributed.join(distributed.find_launch(), timeout_minutes=5)
     small = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
-    result = {"unequal": unequal_batches(), "error": error_of_one_rank(), "random": sharded_and_whole(small, 16)}
+    result = {
+        "unequal": unequal_batches(),
+        "error": error_of_one_rank(),
+        "work": long_work(),
+        "random": sharded_and_whole(small, 16),
+    }
     if distributed.is_main():
         build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
     distributed.barrier()

@@ -47,7 +47,7 @@ def cache(tmp_path):
 
 def test_every_document_is_stored_once_on_one_side(tmp_path, cache):
     texts = [text(i) for i in range(200)] + [text(i) for i in range(50)]
-    prepared = prepare_data(config(corpus(tmp_path, texts)), cache, 1000, 300)
+    prepared = prepare_data(config(corpus(tmp_path, texts)), cache, 300)
     train, held_out = texts_of(prepared, "train"), texts_of(prepared, "held_out")
     assert sorted(train + held_out) == sorted(texts)
     assert not set(train) & set(held_out)
@@ -62,7 +62,7 @@ def test_every_document_is_stored_once_on_one_side(tmp_path, cache):
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
-    one, two = (prepare_data(data, tmp_path / name, 1000, 300).directory for name in ("a", "b"))
+    one, two = (prepare_data(data, tmp_path / name, 300).directory for name in ("a", "b"))
     assert one.name == two.name
     for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "tokenizer/tokenizer.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -70,15 +70,15 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
 
 def test_a_finished_cache_is_reused_until_something_changes(tmp_path, cache, monkeypatch):
     path = corpus(tmp_path, [text(i) for i in range(50)])
-    first = prepare_data(config(path), cache, 1000, 300)
+    first = prepare_data(config(path), cache, 300)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "_build", lambda *_: pytest.fail("tokenised again"))
-        again = prepare_data(config(path, sequence_length=16, order="stored"), cache, 2000, 300)
+        again = prepare_data(config(path, sequence_length=16, order="stored"), cache, 300)
         assert again.directory == first.directory
         assert again.train.sequence_length == 16
-    assert prepare_data(config(path, held_out=0.2), cache, 1000, 300).directory != first.directory
+    assert prepare_data(config(path, held_out=0.2), cache, 300).directory != first.directory
     corpus(tmp_path, [text(i) for i in range(51)])
-    assert prepare_data(config(path), cache, 1000, 300).directory != first.directory
+    assert prepare_data(config(path), cache, 300).directory != first.directory
 
 
 def test_the_tokenizer_learns_from_training_documents_only(tmp_path, cache, monkeypatch):
@@ -89,14 +89,14 @@ def test_the_tokenizer_learns_from_training_documents_only(tmp_path, cache, monk
         return train_tokenizer(iter(seen), vocab_size)
 
     monkeypatch.setattr(prepare, "train_tokenizer", spy)
-    prepared = prepare_data(config(corpus(tmp_path, [text(i) for i in range(100)])), cache, 1000, 300)
+    prepared = prepare_data(config(corpus(tmp_path, [text(i) for i in range(100)])), cache, 300)
     assert seen == texts_of(prepared, "train")
     assert texts_of(prepared, "held_out")
 
 
 def test_the_last_document_is_held_out_if_the_hash_chose_none(tmp_path, cache):
     texts = [text(1), text(0), text(2), text(0)]
-    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9), cache, 1000, 300)
+    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9), cache, 300)
     assert texts_of(prepared, "train") == [text(1), text(2)]
     assert texts_of(prepared, "held_out") == [text(0), text(0)]
 
@@ -105,9 +105,9 @@ def test_the_last_document_is_held_out_if_the_hash_chose_none(tmp_path, cache):
 def test_nothing_to_hold_out(tmp_path, cache, texts):
     path = corpus(tmp_path, texts)
     with pytest.raises(DataError, match=r"data\.held_out: .* fewer than 2 different documents"):
-        prepare_data(config(path, held_out=1e-9), cache, 1000, 300)
+        prepare_data(config(path, held_out=1e-9), cache, 300)
     assert list(cache.iterdir()) == []
-    prepared = prepare_data(config(path, held_out=0.0), cache, 1000, 300)
+    prepared = prepare_data(config(path, held_out=0.0), cache, 300)
     assert (prepared.held_out, prepared.held_out_tokens) == (None, 0)
     assert texts_of(prepared, "train") == texts
 
@@ -115,9 +115,9 @@ def test_nothing_to_hold_out(tmp_path, cache, texts):
 def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
     path = corpus(tmp_path, [text(i) for i in range(300)])
-    whole = prepare_data(config(path), cache, 1000, 300)
+    whole = prepare_data(config(path), cache, 300)
     longest = int(IndexedTokens(whole.directory / "train").lengths.max())
-    prepared = prepare_data(config(path, max_tokens=1000), cache, 10, 300)
+    prepared = prepare_data(config(path, max_tokens=1000), cache, 300)
     assert 1000 <= prepared.train_tokens < 1000 + longest
     assert prepared.train.tokens.tolist() == whole.train.tokens[: prepared.train_tokens].tolist()
     assert 0 < prepared.held_out_tokens < whole.held_out_tokens
@@ -126,7 +126,7 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, mo
 def test_max_tokens_reached_before_the_first_held_out_document(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1)
     texts = [text(i) for i in range(30)]
-    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9, max_tokens=10), cache, 10, 300)
+    prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9, max_tokens=10), cache, 300)
     assert texts_of(prepared, "train") == texts[:1]
     assert texts_of(prepared, "held_out") == texts[-1:]
 
@@ -138,19 +138,21 @@ def test_a_stream_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
     (tmp_path / "set").mkdir()
     corpus(tmp_path, [text(i) for i in range(300)]).rename(tmp_path / "set" / "train.jsonl")
-    stream = config(tmp_path / "set", source="hub", streaming=True)
-    short, long = (prepare_data(stream, cache, needed, 300) for needed in (500, 1000))
-    assert 500 < short.train_tokens < 1000 < long.train_tokens < 2000
+    short, long = (
+        prepare_data(config(tmp_path / "set", source="hub", streaming=True, max_tokens=limit), cache, 300)
+        for limit in (500, 1000)
+    )
+    assert 500 <= short.train_tokens < 1000 <= long.train_tokens < 2000
     assert short.directory != long.directory
 
 
 def test_long_documents_are_cut_without_changing_tokens(tmp_path, cache, monkeypatch):
     texts = [text(0, 3000), "a  b\n\n c\t d" * 200, "x" * 5000, text(1)]
     path = corpus(tmp_path, texts)
-    whole = prepare_data(config(path, held_out=0.0), cache, 1000, 300)
+    whole = prepare_data(config(path, held_out=0.0), cache, 300)
     monkeypatch.setattr(prepare, "_PIECE_CHARACTERS", 50)
     monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 300)
-    cut = prepare_data(config(path, held_out=0.0), tmp_path / "other", 1000, 300)
+    cut = prepare_data(config(path, held_out=0.0), tmp_path / "other", 300)
     assert cut.train.tokens.tolist() == whole.train.tokens.tolist()
     assert texts_of(cut, "train") == texts
     assert all("".join(prepare._pieces(t)) == t for t in texts)
@@ -163,13 +165,13 @@ def test_a_killed_preparation_is_redone(tmp_path, cache):
     if child == 0:
         try:
             prepare.vocabulary_size = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-            prepare_data(data, cache, 1000, 300)
+            prepare_data(data, cache, 300)
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert len(list(cache.iterdir())) == 1
     assert list(cache.rglob("meta.json")) == []
-    prepared = prepare_data(data, cache, 1000, 300)
+    prepared = prepare_data(data, cache, 300)
     assert len(prepared.train) > 0
     assert [path.name for path in cache.iterdir()] == [prepared.directory.name]
 
@@ -183,17 +185,17 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch)
 
         patch.setattr(IndexedWriter, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            prepare_data(data, cache, 1000, 300)
+            prepare_data(data, cache, 300)
     assert list(cache.iterdir()) == []
 
 
 def test_a_folder_without_meta_is_replaced(tmp_path, cache):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
-    folder = prepare_data(data, cache, 1000, 300).directory
+    folder = prepare_data(data, cache, 300).directory
     expected = (folder / "train.bin").read_bytes()
     (folder / "meta.json").unlink()
     (folder / "train.bin").write_bytes(b"junk")
-    assert prepare_data(data, cache, 1000, 300).directory == folder
+    assert prepare_data(data, cache, 300).directory == folder
     assert (folder / "train.bin").read_bytes() == expected
     assert len(list(cache.iterdir())) == 1
 
@@ -204,11 +206,11 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path, cache, monkeypatch):
 
     def overtaken(*arguments):
         monkeypatch.setattr(prepare, "_build", build)
-        inner.append(prepare_data(data, cache, 1000, 300))  # another process, from start to end
+        inner.append(prepare_data(data, cache, 300))  # another process, from start to end
         build(*arguments)
 
     monkeypatch.setattr(prepare, "_build", overtaken)
-    outer = prepare_data(data, cache, 1000, 300)
+    outer = prepare_data(data, cache, 300)
     assert outer.directory == inner[0].directory
     assert np.array_equal(outer.train[3], inner[0].train[3])
     assert len(list(cache.iterdir())) == 1
@@ -218,7 +220,7 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
     with pytest.raises(DataError, match=r"data\.cache: cannot write .*file"):
-        prepare_data(data, tmp_path / "file" / "cache", 1000, 300)
+        prepare_data(data, tmp_path / "file" / "cache", 300)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +247,7 @@ def test_preflight_and_preparation_refuse_alike(tmp_path, cache, tokenizer_file,
         check_data(bad, vocab_size)
     assert not cache.exists()
     with pytest.raises(DataError, match=message):
-        prepare_data(bad, cache, 1000, vocab_size)
+        prepare_data(bad, cache, vocab_size)
     assert list(cache.rglob("*")) == []
 
 
@@ -266,7 +268,7 @@ def test_preflight_writes_nothing(tmp_path, tokenizer_file):
 def test_too_short(tmp_path, cache, length, held_out, message):
     path = corpus(tmp_path, [text(i) for i in range(20)])
     with pytest.raises(DataError, match=message):
-        prepare_data(config(path, sequence_length=length, held_out=held_out), cache, 1000, 300)
+        prepare_data(config(path, sequence_length=length, held_out=held_out), cache, 300)
 
 
 # --- indexed ----------------------------------------------------------------------------------------------------
@@ -282,7 +284,7 @@ def indexed(tmp_path, documents):
 def open_indexed(prefix, vocab_size=1000, **more):
     data = DataConfig(source="indexed", path=str(prefix), **({"sequence_length": 4} | more))
     check_data(data, vocab_size)
-    return prepare_data(data, prefix.parent / "unused", 1000, vocab_size)
+    return prepare_data(data, prefix.parent / "unused", vocab_size)
 
 
 def test_indexed_holds_out_the_last_documents(tmp_path):
