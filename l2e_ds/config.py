@@ -21,7 +21,6 @@ from l2e_ds.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-LAYER_CHOICES = ("mid-2", "mid-third", "top-bottom", "all")
 LayerChoice = Literal["mid-2", "mid-third", "top-bottom", "all"]
 Method = Literal["none", "l2e", "memel"]
 Retrieval = Literal["threshold", "top-k"]

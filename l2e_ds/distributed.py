@@ -12,7 +12,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -78,36 +78,48 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     think they are alone would be N runs in one directory (DEEPSPEED.md, silent failure 10).
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    on_gpu = get_accelerator().device_name() == "cuda"
+    variables = {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(launch.local_rank)}
     if launch.launcher == "srun":
-        os.environ.update(RANK=str(launch.rank), WORLD_SIZE=str(launch.size), LOCAL_RANK=str(launch.local_rank))
+        os.environ.update(variables)
+        if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
+            os.environ["LOCAL_RANK"] = "0"
         os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
         os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
     elif launch.launcher == "alone":
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        os.environ["MASTER_PORT"] = str(_free_port())
-    if torch.cuda.is_available():
-        if launch.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"launcher: local rank {launch.local_rank}, but this node has {torch.cuda.device_count()} GPUs"
-            )
-        device = torch.device("cuda", launch.local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+        os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
+        os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
+        os.environ.setdefault("MASTER_PORT", "29500")
+    device = _local_device(on_gpu)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=launch.launcher == "mpirun",
+            distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
+    device = device or _local_device(on_gpu) or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
             f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
             f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
         )
     return device
+
+
+def _local_device(on_gpu: bool) -> torch.device | None:
+    """This rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
+    if not on_gpu or "LOCAL_RANK" not in os.environ:
+        return None
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def leave() -> None:
@@ -163,11 +175,6 @@ def size(group: Any = None) -> int:
 def is_main() -> bool:
     """Whether this is rank 0, which writes what is written once."""
     return rank() == 0
-
-
-def barrier() -> None:
-    if size() > 1:
-        dist.barrier()
 
 
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
@@ -232,8 +239,3 @@ def all_gather_objects(value: Any) -> list[Any]:
         values = [None] * size()
         dist.all_gather_object(values, value)
     return values
-
-
-def total(values: Iterable[float], device: torch.device) -> list[float]:
-    """Sums over all ranks of a few numbers, in float64."""
-    return all_reduce_sum(torch.tensor(list(values), dtype=torch.float64, device=device)).tolist()

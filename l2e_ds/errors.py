@@ -1,4 +1,4 @@
-"""The exceptions a user may meet. All of them end the command with one line and exit code 2."""
+"""The exceptions a user may meet. Each ends the command with one line and its `exit_code`."""
 
 
 class L2EError(Exception):
@@ -20,7 +20,9 @@ class DataError(L2EError):
 
 
 class CheckpointError(L2EError):
-    """A checkpoint is missing, incomplete or belongs to another run."""
+    """A checkpoint is missing, incomplete or belongs to another run. Ranks agree before they raise it."""
+
+    on_every_rank = True
 
 
 class SelfTestError(L2EError):

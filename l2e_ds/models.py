@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from l2e_ds import distributed
 from l2e_ds.config import ModelConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition.hook import NeuronSite
@@ -135,9 +136,12 @@ def _sharded(zero3: dict | None) -> Iterator[None]:
         yield
         return
     import deepspeed
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+    # The first keeps rotary frequencies in float32: Init would round every floating tensor made within it, and an
+    # exported model would not be the trained one.
     # no dtype given: with one, 0.19.8 builds in bfloat16 wherever fp16 is not supported, whatever was asked for
-    with deepspeed.zero.Init(config_dict_or_path=zero3):
+    with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=zero3):
         yield
 
 
@@ -193,8 +197,9 @@ def initialise(model: nn.Module, seed: int) -> None:
                 # a generator per parameter: the same weights in any order of construction and on any rank
                 key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-                shape = parameter.shape
-                parameter.copy_(torch.randn(shape, generator=generator, dtype=torch.float32).mul_(std))
+                if not hasattr(parameter, "ds_id") or distributed.is_main():  # under ZeRO-3 rank 0's values are taken
+                    values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                    parameter.copy_(values.mul_(std))
 
 
 @contextlib.contextmanager

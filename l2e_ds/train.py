@@ -77,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         if rank == 0 or not error.on_every_rank:
             where = f" rank {rank}:" if distributed.size() > 1 and not error.on_every_rank else ""
             print(f"l2e-ds: error:{where} {error}", file=sys.stderr, flush=True)
+        if distributed.size() > 1 and not error.on_every_rank:
+            os._exit(error.exit_code)  # the others wait for this rank: the launcher must end them
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -109,7 +111,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
     """
     from l2e_ds.data import check_data
-    from l2e_ds.models import chosen_layers, network_config, published_learning_rate
+    from l2e_ds.models import chosen_layers, network_config
     from l2e_ds.training.deepspeed_config import check_device, resolve
 
     if ranks < 1:
@@ -120,8 +122,6 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     if this_machine:
         check_device(config)
         _check_machine(config)
-    if config.optimizer.peak_learning_rate is None:
-        config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
     layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
     if config.data.sequence_length > network.max_position_embeddings:
         raise ConfigError(

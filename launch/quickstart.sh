@@ -24,9 +24,12 @@ if ((16 % (4 * RANKS) != 0)); then BATCH=("training.global_batch=$((4 * RANKS))"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / RANKS > 0 ? $(nproc) / RANKS : 1))}
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
+COUNT=()  # given a number, the launcher would forget CUDA_VISIBLE_DEVICES; without one it takes all visible GPUs
+((GPUS)) || COUNT=(--num_accelerators "$RANKS")
+
 train() {
-    deepspeed --num_accelerators "$RANKS" --master_port "$PORT" --log_level warning \
-        --module l2e_ds.train launch/recipes/quickstart.yaml "${BATCH[@]}" "$@"
+    deepspeed ${COUNT[@]+"${COUNT[@]}"} --master_port "$PORT" --log_level warning \
+        --module l2e_ds.train launch/recipes/quickstart.yaml ${BATCH[@]+"${BATCH[@]}"} "$@"
 }
 
 echo "pretraining pythia-14m with L2E on $RANKS ranks -> $RUN"

@@ -1,6 +1,6 @@
 """`Inhibitor` puts the method into any PyTorch training loop:
 
-    inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
+    inhibitor = Inhibitor(neuron_sites(model, "mid-2"), device=device)
     with inhibitor:                                    # hooks on; removed at the end, also after an exception
         for batch in batches:
             loss = inhibitor.attach_loss(language_model_loss(model(batch)))
@@ -25,7 +25,7 @@ from l2e_ds.distributed import all_reduce_sum
 from l2e_ds.errors import SelfTestError
 from l2e_ds.inhibition import losses, memel
 from l2e_ds.inhibition.losses import FrozenStatistics
-from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, shifted_sums
+from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, sample_count, shifted_sums
 from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
 
 
@@ -130,7 +130,7 @@ class NeuronHook:
         shift = self.frozen.mean
         sums = shifted_sums if self.owner.steps else exact_sums  # without history the mean may be far away
         sum_d, sum_d2 = sums(z, shift, self.weight)
-        tokens = sum_d.new_tensor(z.shape[0]) if self.weight is None else self.weight.double().sum()
+        tokens = sample_count(z, self.weight)
         self.frozen_now = self.for_loss = self.frozen
         if self.settings.reduce == "forward":
             self._freeze_for_micro_batch(tokens, sum_d, sum_d2)
@@ -374,7 +374,7 @@ class Inhibitor:
         """Passed once every layer that selected something has also injected a gradient that is not zero."""
         assert self.last is not None
         if self.settings.mechanism != "regulariser" or self.coefficient == 0:
-            self.self_test_pending = bool(self.settings.coefficient_warmup and self.coefficient == 0)
+            self.self_test_pending = False
             return
         # one rank may have selected nothing of a layer in a small batch; over all ranks the gradient must be there
         largest = all_reduce_sum(torch.stack([hook.largest_gradient for hook in self.hooks]), self.group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from l2e_ds.distributed import all_reduce_sum
 from l2e_ds.inhibition.hook import NeuronSite
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, is_alive
-from l2e_ds.inhibition.moments import Moments, exact_sums
+from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count
 
 # Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
 # at the edge of the top share is approximate, by at most the bin's width of 1.1 %.
@@ -84,7 +84,7 @@ def measure_scores(
     moments = [Moments.empty(site.neurons, device) for site in sites]
 
     def add_moments(index: int, z: Tensor) -> None:
-        count = z.new_tensor(z.shape[0], dtype=torch.float64) if weight[0] is None else weight[0].double().sum()
+        count = sample_count(z, weight[0])
         sums = exact_sums(z, zero[index], weight[0])
         moments[index] = moments[index].merge(Moments.from_sums(count, *sums, zero[index]))
 

@@ -56,6 +56,13 @@ class Moments:
         return torch.where(self.count >= 2, self.m2 / (self.count - 1).clamp(min=1), torch.zeros_like(self.m2))
 
 
+def sample_count(z: Tensor, weight: Tensor | None) -> Tensor:
+    """[] float64 number of samples, without those of weight 0; filled on the device, so that no host waits for it."""
+    if weight is None:
+        return torch.full((), z.shape[0], dtype=torch.float64, device=z.device)
+    return weight.double().sum()
+
+
 def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums over samples of d and d^2 with d = z - shift, in float64.
 
@@ -72,7 +79,7 @@ def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tupl
 def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `shifted_sums` for any shift: two passes, around the samples' own mean, moved to `shift` in float64."""
     z = z.float()
-    count = z.new_tensor(z.shape[0], dtype=torch.float64) if weight is None else weight.double().sum()
+    count = sample_count(z, weight)
     weighted = z if weight is None else z * weight
     mean = (weighted.sum(0).double() / count.clamp(min=1)).float()
     sum_d, sum_d2 = shifted_sums(z, mean, weight)

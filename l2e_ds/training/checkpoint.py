@@ -16,7 +16,6 @@ publish: all files into `stepN.tmp`, fsync, agreement of all ranks, manifest, re
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -29,6 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2e_ds import distributed
+from l2e_ds.data.files import fsync_path
 from l2e_ds.errors import CheckpointError, L2EError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.training.state import TrainState, rng_state, set_rng_state
@@ -155,21 +155,27 @@ class CheckpointManager:
         def publish() -> None:
             if not distributed.is_main():
                 return
+            written = len(list(temporary.glob("rng-rank*.safetensors")))
+            if written != distributed.size():
+                raise CheckpointError(
+                    f"{final}: holds the files of {written} of {distributed.size()} ranks;"
+                    " training.run_directory must lie on a file system that all nodes share"
+                )
             manifest = {}
             for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                _fsync(path)
+                fsync_path(path)
                 manifest[str(path.relative_to(temporary))] = path.stat().st_size
             (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
-            _fsync(temporary / "manifest.json")
-            _fsync(temporary)
+            fsync_path(temporary / "manifest.json")
+            fsync_path(temporary)
             if final.exists():
                 shutil.rmtree(final)
             temporary.rename(final)
             pointer = self.directory / "latest.tmp"
             pointer.write_text(final.name + "\n", encoding="utf-8")
-            _fsync(pointer)
+            fsync_path(pointer)
             pointer.replace(self.directory / "latest")
-            _fsync(self.directory)
+            fsync_path(self.directory)
             self._prune()
 
         _together(prepare, final)
@@ -280,11 +286,3 @@ def _versions() -> dict:
     return {
         "versions": {"l2e_ds": l2e_ds.__version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}
     }
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,6 +16,7 @@ from typing import Any
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig, batch_arithmetic, find_file
 from l2e_ds.errors import ConfigError
+from l2e_ds.models import published_learning_rate
 
 # What DeepSpeed 0.19.8 reads at the top level; it ignores anything else (DEEPSPEED.md, silent failure 9). A unit
 # test compares this list with the keys that the installed version asks for.
@@ -80,6 +81,8 @@ def resolve(
     where = f"deepspeed.config: {path.name}"
     _check_keys(ds, where)
     config = _take_shared_values(config, ds, where)
+    if config.optimizer.peak_learning_rate is None:
+        config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
     config = _take_precision(config, ds, where)
     config, batch = _take_batch(config, ds, where, ranks)
     _check_stage(config, ds, where)
@@ -199,10 +202,16 @@ def _take_precision(config: RunConfig, ds: dict, where: str) -> RunConfig:
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    on_gpu = accelerator.device_name() != "cpu"
     if own == "auto":
-        own = given or ("bf16" if on_gpu and accelerator.is_bf16_supported() else "fp32")
+        own = given or ("bf16" if accelerator.device_name() == "cuda" and _has_bf16() else "fp32")
     return config.replace("training", precision=own)
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself; DeepSpeed also counts emulation, which is slower than float32."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def check_device(config: RunConfig) -> None:
@@ -212,7 +221,7 @@ def check_device(config: RunConfig) -> None:
     accelerator = get_accelerator()
     supported = {
         "fp32": True,
-        "bf16": bool(accelerator.is_bf16_supported()),
+        "bf16": accelerator.device_name() != "cuda" or _has_bf16(),
         "fp16": bool(accelerator.is_fp16_supported()),
     }
     if not supported[config.training.precision]:
@@ -265,10 +274,8 @@ def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
     ds["gradient_accumulation_steps"] = batch.accumulation
     ds["gradient_clipping"] = config.optimizer.gradient_clipping
     if "optimizer" in ds:
-        from l2e_ds.models import published_learning_rate
-
         parameters = ds["optimizer"].setdefault("params", {})
-        parameters["lr"] = config.optimizer.peak_learning_rate or published_learning_rate(config.model)
+        parameters["lr"] = config.optimizer.peak_learning_rate
         if str(ds["optimizer"].get("type", "")).lower() in ("adam", "adamw"):
             parameters.update(
                 betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay

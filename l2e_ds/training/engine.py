@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from l2e_ds.config import OptimizerConfig, RunConfig
-from l2e_ds.models import published_learning_rate
 from l2e_ds.training.deepspeed_config import zero_stage
 
 
@@ -35,7 +34,7 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
     optimizer_config = config.optimizer
     groups = parameter_groups(model, optimizer_config.weight_decay)
     arguments: dict[str, Any] = {
-        "lr": peak_learning_rate(config),
+        "lr": config.optimizer.peak_learning_rate,
         "betas": tuple(optimizer_config.betas),
         "eps": optimizer_config.eps,
     }
@@ -61,10 +60,6 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
 def is_plain_float32(config: RunConfig, ds: dict) -> bool:
     """Whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
     return zero_stage(ds) == 0 and config.training.precision == "fp32"
-
-
-def peak_learning_rate(config: RunConfig) -> float:
-    return config.optimizer.peak_learning_rate or published_learning_rate(config.model)
 
 
 def learning_rate(step: int, peak: float, schedule_steps: int, config: OptimizerConfig) -> float:

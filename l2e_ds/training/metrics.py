@@ -39,6 +39,9 @@ steps since the line before; all numbers are global, over every rank):
 | layerI/kurtosis | 1 | median over live neurons of E[phi^2]; 3 for a normal distribution |
 | layerI/dead_share | 1 | share of neurons that never vary |
 
+On GPUs top_share_score may differ in its last digits from one evaluation of the same weights to the next (the
+histogram is summed by atomic additions).
+
 `kind: start`, whenever a process starts or resumes: versions, device, ranks, parameters.
 """
 
@@ -46,6 +49,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import sys
 from pathlib import Path
@@ -75,7 +79,7 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
@@ -106,6 +110,7 @@ class MetricsWriter:
         self.plain = False
         if not main:
             return
+        run_directory.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self.path, first_step)
         self._file = self.path.open("a", encoding="utf-8")
         if progress:

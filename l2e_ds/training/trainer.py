@@ -29,7 +29,6 @@ from l2e_ds.training.engine import (
     is_plain_float32,
     learning_rate,
     loss_scale,
-    peak_learning_rate,
     set_learning_rate,
 )
 from l2e_ds.training.held_out import evaluate
@@ -113,7 +112,8 @@ class Trainer:
                 self.metrics.say(f"changed since that checkpoint: {change}")
             if self.state.step >= config.training.steps:
                 self.metrics.say(f"nothing to do: training.steps is {config.training.steps}")
-        self._peak_rate = peak_learning_rate(config)
+        assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
+        self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
         matrices = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         matrices -= network.vocab_size * network.hidden_size

@@ -33,6 +33,7 @@ ON_TWO_RANKS = {
     **{f"zero{number}": stage(number) for number in range(4)},
     "offload2": {"deepspeed": {"config": "ds_configs/zero2_offload.json"}},
     "offload3": {"deepspeed": {"config": "ds_configs/zero3_offload.json"}},
+    "own-json": {"deepspeed": {"config": "tests/distributed/workers/own_deepspeed.json"}},
     "accumulated": {"training": {"micro_batch": 1}},
     **{f"recomputed-{name}": recomputed(METHODS[name]) for name in ("step-published", "forward-published", "memel")},
     "recomputed-zero3": recomputed(stage(3)),
@@ -92,6 +93,11 @@ def test_any_zero_stage(runs, assert_same, name):
 
 
 @pytest.mark.parametrize("name", ["step-published", "forward-published", "memel", "zero3"])
+def test_a_user_s_own_json(runs, assert_same):
+    """Optimizer and clipping set in a DeepSpeed JSON instead of the run file: DeepSpeed builds the same optimizer."""
+    assert_same(runs[2] / "own-json", runs[2] / "zero2")
+
+
 def test_activation_checkpointing_counts_nothing_twice(runs, assert_same, name):
     assert_same(runs[2] / f"recomputed-{name}", runs[2] / name)
 

@@ -32,6 +32,7 @@ def cases() -> dict:
         found[f"resumed-{precision}"] = zero(1, training=training, options={"stop_after": 4})
         found[f"straight3-{precision}"] = zero(3, training=training, options={"logits": True})
         found[f"nan-{precision}"] = zero(2, training=training, options={"nan": [1, [3, 4]]})
+        found[f"nan1-{precision}"] = zero(1, training=training, options={"nan": [1, [3, 4]]})
     found["hopeless"] = zero(
         1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
     )
@@ -87,7 +88,7 @@ def test_resumed_is_bit_identical(runs, metric_lines, name):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16"])
+@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "1-bf16", "1-fp16"])
 def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     """Rank 1's loss is not a number in two steps: no rank moves weights, schedule, moments or tau."""
     lines = metric_lines(runs / f"nan{name}")

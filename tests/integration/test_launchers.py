@@ -131,9 +131,28 @@ def _export_and_generate(run: Path, output: Path) -> None:
     assert tokenizer.decode(ids[0]) == text
     assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] == ids.shape[1] + 3
     assert tokenizer.eos_token_id == model.config.eos_token_id
+    _start_from_pretrained(run, output)
     assert main(["export", str(run), "--output", str(output)]) == 2  # not empty
     assert main(["export", str(run), "--output", str(output) + "2", "--step", "7"]) == 2
     shutil.rmtree(output)
+
+
+def _start_from_pretrained(run: Path, weights: Path) -> None:
+    """A run on the exported weights and tokenizer starts at the held-out loss that the first run ended with."""
+    overrides = [f"model.{key}=null" for key in ("name", "vocab_size", "num_layers", "hidden_size", "num_heads")]
+    overrides += [f"model.pretrained={weights}", "data.train_tokenizer=null", f"data.tokenizer={weights}"]
+    overrides += [f"training.run_directory={run}-pretrained", "training.steps=2", "training.global_batch=4"]
+    done = subprocess.run(
+        [*LAUNCHERS["alone"](), str(run / "config.yaml"), *overrides],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ended = next(line for line in lines(run, "evaluation") if line["step"] == 6)
+    began = lines(Path(f"{run}-pretrained"), "evaluation")[0]
+    assert began["held_out_loss"] == pytest.approx(ended["held_out_loss"], rel=1e-6)
 
 
 def _a_user_s_mistake_ends_all_ranks(run_file: Path) -> None:

@@ -37,7 +37,12 @@ def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
     for name, parameter in sharded.items():
         with deepspeed.zero.GatheredParameters([parameter]):
             same = same and torch.equal(parameter.detach(), whole[name].detach())
+    rotary = [
+        build_network(config, network, 7, zero3).gpt_neox.rotary_emb.inv_freq
+        for zero3 in (None, {**ZERO3, "bf16": {"enabled": True}})
+    ]
     return {
+        "rotary_kept": rotary[1].dtype == torch.float32 and torch.equal(*rotary),
         "whole": sum(p.numel() for p in whole.values()),
         "held_outside_forward": sum(p.numel() for p in sharded.values()),
         "shards": sum(p.ds_tensor.numel() for p in sharded.values()),
@@ -108,7 +113,7 @@ def main() -> None:
     }
     if distributed.is_main():
         build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
-    distributed.barrier()
+    distributed.agree(None)
     result["pretrained"] = sharded_and_whole(ModelConfig(pretrained=str(output / "weights")), 16)
     (output / f"rank{distributed.rank()}.json").write_text(json.dumps(result))
     distributed.leave()
