@@ -100,7 +100,9 @@ def quiet_libraries() -> None:
     import warnings
 
     from deepspeed.utils import logger
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 

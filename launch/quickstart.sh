@@ -25,10 +25,10 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) / RANKS > 0 ? $(nproc) / R
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 COUNT=()  # given a number, the launcher would forget CUDA_VISIBLE_DEVICES; without one it takes all visible GPUs
-((GPUS)) || COUNT=(--num_accelerators "$RANKS")
+((GPUS)) || { COUNT=(--num_accelerators "$RANKS"); export DS_ACCELERATOR=cpu; }
 
 train() {
-    deepspeed ${COUNT[@]+"${COUNT[@]}"} --master_port "$PORT" --log_level warning \
+    deepspeed ${COUNT[@]+"${COUNT[@]}"} --master_port "$PORT" --log_level error \
         --module l2e_ds.train launch/recipes/quickstart.yaml ${BATCH[@]+"${BATCH[@]}"} "$@"
 }
 
@@ -39,4 +39,4 @@ train "$@" training.steps=160
 l2e-ds export "$RUN" --output "$RUN/export"
 echo
 l2e-ds summary "$RUN"
-echo "exported model     $RUN/export   (transformers: AutoModelForCausalLM.from_pretrained)"
+echo "exported model             $RUN/export   (transformers: AutoModelForCausalLM.from_pretrained)"

@@ -11,6 +11,10 @@ from l2e_ds.errors import DataError
 from l2e_ds.training.metrics import read_metrics
 
 
+# The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
+SHRUNK = 0.5
+
+
 def summarise(run: Path) -> str:
     """Raises DataError where the run has no metrics yet."""
     try:
@@ -40,6 +44,9 @@ def summarise(run: Path) -> str:
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
                 key = f"layer{layer}/{name}"
                 rows.append((f"layer {layer}: {label}", f"{_number(first[key])} -> {_number(final[key])}"))
+            shrunk = final[f"layer{layer}/mean_s"] / first[f"layer{layer}/mean_s"]
+            if shrunk < SHRUNK:
+                rows.append(("", f"layer {layer} shrank to {shrunk:.0%} of its first scale (docs/method.md, 5.1)"))
     rows.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f} (median)"))
     rows.append(("metrics", str(run / "metrics.jsonl")))
     rows.append(("checkpoints", str(run / "checkpoints")))
