@@ -10,7 +10,6 @@ import yaml
 from l2e_ds.errors import DataError
 from l2e_ds.training.metrics import read_metrics
 
-
 # The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
 SHRUNK = 0.5
 
