@@ -21,16 +21,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def rank_environment() -> dict[str, str]:
-    """For child processes: this repository importable, one thread a rank, no device but the CPU's."""
+def rank_environment(accelerator: str = "cpu") -> dict[str, str]:
+    """For child processes: this repository importable, one thread a rank, and no device but the one asked for."""
     scripts = str(Path(sys.executable).parent)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if accelerator == "cpu" else {}
     return {
         **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")},
         "PYTHONPATH": str(REPOSITORY),
         "PATH": scripts + os.pathsep + os.environ["PATH"],
         "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": accelerator,
+        **hidden,
+        "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
     }
 
@@ -39,10 +41,12 @@ def rank_environment() -> dict[str, str]:
 def run_ranks() -> Callable[..., None]:
     """run_ranks(ranks, script, *arguments): under the real `deepspeed` launcher; fails with the output's end."""
 
-    def run(ranks: int, script: Path, *arguments: object, timeout: float = 500) -> None:
+    def run(ranks: int, script: Path, *arguments: object, timeout: float = 500, accelerator: str = "cpu") -> None:
         command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
         command += ["--log_level", "error", "--no_local_rank", str(script), *map(str, arguments)]
-        done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(
+            command, env=rank_environment(accelerator), capture_output=True, text=True, timeout=timeout
+        )
         assert done.returncode == 0, f"{script.name} on {ranks} ranks: {done.stdout[-2000:]}\n{done.stderr[-6000:]}"
 
     return run

@@ -21,6 +21,7 @@ def environment() -> dict[str, str]:
         "PATH": scripts + os.pathsep + os.environ["PATH"],
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "PYTHONFAULTHANDLER": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     }

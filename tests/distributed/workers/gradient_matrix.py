@@ -56,7 +56,7 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
                 scale = loss_scale(trainer.engine)
                 for name, parameter in trainer.engine.module.named_parameters():
                     gradient = parameter.grad if stage == 0 else safe_get_full_grad(parameter)
-                    gradients[name] = gradient.double().clone() / scale
+                    gradients[name] = gradient.double().cpu().clone() / scale
             engine_step()
 
         def count_and_step(applied=True):
@@ -130,7 +130,8 @@ def main() -> None:
     quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
-    type(get_accelerator()).is_fp16_supported = lambda self: True
+    if get_accelerator().device_name() == "cpu":
+        type(get_accelerator()).is_fp16_supported = lambda self: True
     output = Path(sys.argv[1])
     device = distributed.join(distributed.find_launch(), timeout_minutes=5)
     results, references = {}, {}
