@@ -1,6 +1,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -159,16 +162,25 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, cache, monkeyp
     assert len(list(prepare._pieces(texts[0]))) > 100
 
 
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from l2e_ds.config import DataConfig
+from l2e_ds.data import prepare
+prepare.vocabulary_size = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+prepare.prepare_data(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), 300)
+"""
+
+
 def test_a_killed_preparation_is_redone(tmp_path, cache):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
-    child = os.fork()
-    if child == 0:
-        try:
-            prepare.vocabulary_size = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-            prepare_data(data, cache, 300)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    # a process of its own, not a fork: a fork of a process with threads may wait for them for ever
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, data.model_dump_json(), str(cache)],
+        env={**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[2])},
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL
     assert len(list(cache.iterdir())) == 1
     assert list(cache.rglob("meta.json")) == []
     prepared = prepare_data(data, cache, 300)
