@@ -57,7 +57,7 @@ setup(
             "tensorboard",
         ],
     },
-    entry_points={"console_scripts": ["l2e-ds = l2e_ds.cli:main"]},
+    entry_points={"console_scripts": ["l2e-ds = l2e_ds.cli:command"]},
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

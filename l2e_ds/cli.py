@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import l2e_ds
 from l2e_ds.errors import L2EError
@@ -61,5 +62,12 @@ def _summary(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def command() -> NoReturn:
+    """The console script `l2e-ds`."""
+    from l2e_ds.train import leave_process
+
+    leave_process(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -17,7 +17,7 @@ from l2e_ds.config import ModelConfig
 from l2e_ds.errors import DataError, L2EError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.models import build_network, network_config
-from l2e_ds.train import quiet_libraries
+from l2e_ds.train import leave_process, quiet_libraries
 
 ZERO3 = {
     "train_batch_size": 2,
@@ -121,3 +121,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

@@ -20,7 +20,7 @@ from train_cases import LENGTH, data, make_trainer
 from l2e_ds import distributed
 from l2e_ds.config import ModelConfig
 from l2e_ds.models import build_network, network_config
-from l2e_ds.train import quiet_libraries
+from l2e_ds.train import leave_process, quiet_libraries
 from l2e_ds.training.engine import loss_scale
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -157,3 +157,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)

@@ -17,7 +17,7 @@ from l2e_ds import distributed
 from l2e_ds.config import run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.models import network_config
-from l2e_ds.train import quiet_libraries
+from l2e_ds.train import leave_process, quiet_libraries
 from l2e_ds.training import trainer as trainer_module
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.trainer import Trainer
@@ -127,3 +127,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave_process(0)
