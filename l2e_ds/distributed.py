@@ -222,10 +222,7 @@ def main_works(action: Callable[[], Any]) -> Any:
 
 def agree(error: L2EError | None) -> None:
     """Collective: raise on every rank if any rank brings an error, so that all end together with its message."""
-    errors: list[L2EError | None] = [error]
-    if size() > 1:
-        errors = [None] * size()
-        dist.all_gather_object(errors, error)
+    errors = all_gather_objects(error)
     first: L2EError | None = error or next((e for e in errors if e is not None), None)
     if first is not None:
         first.on_every_rank = True

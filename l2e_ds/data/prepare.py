@@ -70,8 +70,8 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
         tokenizer = load_tokenizer(config.tokenizer)
         _check_vocabulary(tokenizer, config, vocab_size)
         end_of_text_id(tokenizer)
-    elif config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
-        raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
+    else:
+        _check_trained_size(config, vocab_size)
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
@@ -83,8 +83,7 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
     """
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
-    if config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
-        raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
+    _check_trained_size(config, vocab_size)
     limit = config.max_tokens
     folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
@@ -290,6 +289,11 @@ def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, boo
 
 
 # --- opening ----------------------------------------------------------------------------------------------------
+
+
+def _check_trained_size(config: DataConfig, vocab_size: int) -> None:
+    if config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
+        raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vocab_size: int) -> None:

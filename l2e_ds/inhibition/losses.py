@@ -83,13 +83,18 @@ def select_top_k(scores: Tensor, statistics: FrozenStatistics, target_share: flo
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top, True) & statistics.alive
 
 
+def _counted(d2: Tensor, selected: Tensor, statistics: FrozenStatistics) -> Tensor:
+    """Of the selected, those that the loss counts: all but activations at their mean; [M, N], [M, N] -> [M, N] bool."""
+    return selected & (d2 * statistics.inverse_variance > SCORE_FLOOR)
+
+
 def inhibition_loss(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool, weight: Tensor | None = None
 ) -> Tensor:
     """Sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
     d = z.float() - statistics.mean
     d2 = d * d
-    selected = selected & (d2 * statistics.inverse_variance > SCORE_FLOOR)
+    selected = _counted(d2, selected, statistics)
     # log of 1 outside the selection: `where` after a log of 0 would still give NaN gradients
     log_d2 = torch.where(selected, d2, 1.0).log()
     if not scale_invariant:
@@ -104,7 +109,7 @@ def inhibition_loss(
 def inhibition_gradient(z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool) -> Tensor:
     """d inhibition_loss / dz, written out; [M, N], [M, N] bool -> [M, N] float32."""
     d = z.float() - statistics.mean
-    selected = selected & (d * d * statistics.inverse_variance > SCORE_FLOOR)
+    selected = _counted(d * d, selected, statistics)
     gradient = torch.where(selected, 2 / torch.where(selected, d, 1.0), 0.0)
     if scale_invariant:
         gradient = gradient - 2 * statistics.rate * statistics.inverse_variance * d

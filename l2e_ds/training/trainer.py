@@ -20,7 +20,7 @@ from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import GlobalBatchSampler, PreparedData
 from l2e_ds.errors import TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
-from l2e_ds.models import build_network, chosen_layers, neuron_sites
+from l2e_ds.models import build_network, neuron_sites
 from l2e_ds.training import metrics
 from l2e_ds.training.checkpoint import CheckpointManager, Identity, changed_values, is_due
 from l2e_ds.training.deepspeed_config import zero_stage
@@ -94,7 +94,7 @@ class Trainer:
             order=config.data.order,
             network=f"{network.num_hidden_layers} layers x {network.hidden_size}, {network.num_attention_heads} heads,"
             f" {network.vocab_size} rows",
-            layers=chosen_layers(config.inhibition.layers, network.num_hidden_layers) if self.inhibitor else [],
+            layers=[site.layer for site in self.sites] if self.inhibitor else [],
         )
         if resume_from is not None:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)

@@ -27,6 +27,10 @@ def environment() -> dict[str, str]:
     }
 
 
+def execute(*command: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+
+
 def port() -> str:
     import socket
 
@@ -58,13 +62,7 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
     runs = {}
     for name, command in LAUNCHERS.items():
         run = tmp_path / name
-        done = subprocess.run(
-            [*command(), str(run_file), f"training.run_directory={run}"],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        done = execute(*command(), str(run_file), f"training.run_directory={run}")
         assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[:6000]}\n...\n{done.stderr[-3000:]}"
         runs[name] = lines(run, "train")
         assert len(runs[name]) == 6
@@ -91,13 +89,7 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
 
 def _a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = subprocess.run(
-        [*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "model.hidden_size=64"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = execute(*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "model.hidden_size=64")
     assert done.returncode == 2
     said = [line for line in done.stderr.splitlines() if "l2e-ds: error" in line]
     assert len(said) == 1
@@ -106,13 +98,7 @@ def _a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
 
 
 def _resume_from_the_frozen_configuration(run: Path) -> None:
-    done = subprocess.run(
-        [*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "training.steps=8"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = execute(*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "training.steps=8")
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resumed from" in done.stderr
     assert "changed since that checkpoint: training.steps: 6 -> 8" in done.stderr
@@ -143,13 +129,7 @@ def _start_from_pretrained(run: Path, weights: Path) -> None:
     overrides = [f"model.{key}=null" for key in ("name", "vocab_size", "num_layers", "hidden_size", "num_heads")]
     overrides += [f"model.pretrained={weights}", "data.train_tokenizer=null", f"data.tokenizer={weights}"]
     overrides += [f"training.run_directory={run}-pretrained", "training.steps=2", "training.global_batch=4"]
-    done = subprocess.run(
-        [*LAUNCHERS["alone"](), str(run / "config.yaml"), *overrides],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = execute(*LAUNCHERS["alone"](), str(run / "config.yaml"), *overrides)
     assert done.returncode == 0, done.stderr[-4000:]
     ended = next(line for line in lines(run, "evaluation") if line["step"] == 6)
     began = lines(Path(f"{run}-pretrained"), "evaluation")[0]
@@ -157,13 +137,7 @@ def _start_from_pretrained(run: Path, weights: Path) -> None:
 
 
 def _a_user_s_mistake_ends_all_ranks(run_file: Path) -> None:
-    done = subprocess.run(
-        [*LAUNCHERS["deepspeed"](), str(run_file), "inhibition.layers=[9]"],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = execute(*LAUNCHERS["deepspeed"](), str(run_file), "inhibition.layers=[9]")
     assert done.returncode == 2
     said = [line for line in (done.stdout + done.stderr).splitlines() if "l2e-ds: error" in line]
     assert said == ["l2e-ds: error: inhibition.layers: got 9, allowed: 0 to 3 (4 layers)"]
