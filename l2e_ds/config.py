@@ -189,6 +189,9 @@ class TrainingConfig(Section):
     """Held-out sequences an evaluation reads."""
     max_skipped_steps: int = Field(20, gt=0)
     """Stop with an error after so many non-finite steps in a row."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes after which the run saves a checkpoint and stops with exit code 75, as after a signal; saving comes on
+    top. The same command goes on."""
     timeout: float = Field(30, gt=0)
     """Minutes a collective may wait for another rank before the run ends with an error."""
 

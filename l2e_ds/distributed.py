@@ -23,6 +23,8 @@ from torch import Tensor
 
 from l2e_ds.errors import ConfigError, L2EError
 
+_control: Any = None  # gloo group of all ranks for decisions: they wait for no GPU and mix with no gradient
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -102,6 +104,8 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
+    global _control
+    _control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
     device = device or _local_device(on_gpu) or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
@@ -123,7 +127,9 @@ def _local_device(on_gpu: bool) -> torch.device | None:
 
 
 def leave() -> None:
-    """Take the process group down, if there is one."""
+    """Take the process groups down, if there are any."""
+    global _control
+    _control = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -184,22 +190,30 @@ def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     return tensor
 
 
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says True; a few microseconds between hosts, cheap enough for every step."""
+    if size() == 1:
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=_control)
+    return bool(flags)
+
+
 def main_decides(value: Any) -> Any:
     """Rank 0's (picklable, small) value, on every rank."""
     box = [value]
     if size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_control)
     return box[0]
 
 
-def main_works(action: Callable[[], Any]) -> Any:
+def main_works(action: Callable[[], Any], tick: Callable[[], None]) -> Any:
     """Rank 0 does `action` while the others wait, however long it takes: they meet in a small collective every second,
     so that no timeout ends a long piece of work. Returns the result on rank 0 and None elsewhere.
 
+    tick: called each second on every rank; may raise, on all ranks alike, which gives the work up.
     Raises what the action raised: on rank 0 itself, on the others as L2EError.
     """
-    if size() == 1:
-        return action()
     outcome: dict[str, Any] = {}
 
     def work() -> None:
@@ -212,6 +226,7 @@ def main_works(action: Callable[[], Any]) -> Any:
     if is_main():
         worker.start()
     while not main_decides(is_main() and not worker.is_alive()):
+        tick()
         worker.join(1.0) if is_main() else time.sleep(1.0)
     error = outcome.get("error")
     if error is not None and not isinstance(error, L2EError):
@@ -234,5 +249,5 @@ def all_gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [value]
     if size() > 1:
         values = [None] * size()
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=_control)
     return values

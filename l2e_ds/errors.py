@@ -36,3 +36,10 @@ class TrainingError(L2EError):
 
     exit_code = 3
     on_every_rank = True
+
+
+class Interrupted(L2EError):
+    """The run was asked to stop (signal, time limit, stop file) and can be gone on with. EX_TEMPFAIL of sysexits.h."""
+
+    exit_code = 75
+    on_every_rank = True

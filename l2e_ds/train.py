@@ -14,12 +14,14 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.distributed import Launch
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.errors import ConfigError, Interrupted, L2EError
+from l2e_ds.training import preemption
+
+if TYPE_CHECKING:
+    from l2e_ds.distributed import Launch
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0; 2 for what the user can mend; 3 for a run that cannot go on. One line on stderr says why."""
+    """Exit code 0; 2 for what the user can mend; 3 for a run that cannot go on; 75 for one that was asked to stop and
+    can be gone on with. One line on stderr says why."""
+    preemption.listen()
+    from l2e_ds import distributed
+
     rank = 0
     try:
         quiet_libraries()
@@ -74,6 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             plan = preflight(arguments.run_file, arguments.overrides, launch.size, this_machine=True)
             train(plan, launch)
+    except Interrupted as stopped:
+        if rank == 0:
+            print(f"l2e-ds: stopped: {stopped}; start again to go on", file=sys.stderr, flush=True)
+        return stopped.exit_code
     except L2EError as error:
         if rank == 0 or not error.on_every_rank:
             where = f" rank {rank}:" if distributed.size() > 1 and not error.on_every_rank else ""
@@ -190,12 +200,14 @@ def describe(plan: Plan) -> str:
 
 def train(plan: Plan, launch: Launch) -> None:
     """Join the other ranks, prepare the data, train, leave."""
+    from l2e_ds import distributed
     from l2e_ds.data import PreparedData, prepare_data
     from l2e_ds.training.trainer import Trainer
 
     config = plan.config
     directory = Path(config.training.run_directory)
     device = distributed.join(launch, config.training.timeout)
+    preemption.watch(directory, config.training.time_limit)
 
     def prepare() -> PreparedData:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
@@ -212,7 +224,9 @@ def train(plan: Plan, launch: Launch) -> None:
 
 def _main_first(action: Any) -> Any:
     """Run on rank 0, then on the others, which find its result on disk; an error of any ends all."""
-    result, error = distributed.main_works(action), None
+    from l2e_ds import distributed
+
+    result, error = distributed.main_works(action, preemption.stop_if_asked), None
     if not distributed.is_main():
         try:
             result = action()
@@ -240,6 +254,7 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[s
     import transformers
 
     import l2e_ds
+    from l2e_ds import distributed
     from l2e_ds.models import parameter_counts
 
     return {
@@ -260,12 +275,12 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[s
 
 
 def leave_process(code: int) -> NoReturn:
-    """End this process; after success without the destructors of C++ libraries.
+    """End this process; after success, or a stop that was asked for, without the destructors of C++ libraries.
 
     Seen now and then after a finished run on several ranks: "terminate called without an active exception", a thread
     of a library that outlived its owner, and exit code 250 for a run that was complete and saved.
     """
-    if code != 0:
+    if code not in (0, Interrupted.exit_code):
         sys.exit(code)
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")

@@ -22,9 +22,18 @@ from l2e_ds.training.loss import token_losses
 
 @torch.no_grad()
 def evaluate(
-    engine: Any, dataset: TokenDataset, sites: Sequence[NeuronSite], share: float, sequences: int, micro_batch: int
+    engine: Any,
+    dataset: TokenDataset,
+    sites: Sequence[NeuronSite],
+    share: float,
+    sequences: int,
+    micro_batch: int,
+    tick: Callable[[], None],
 ) -> dict[str, float]:
-    """The metrics of `kind: evaluation`, the same on every rank. Collective."""
+    """The metrics of `kind: evaluation`, the same on every rank. Collective.
+
+    tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
+    """
     count = min(sequences, len(dataset))
     rank, ranks = distributed.rank(), distributed.size()
     rounds = -(-count // (micro_batch * ranks))
@@ -33,6 +42,7 @@ def evaluate(
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
         for index in range(rounds):
+            tick()
             rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
             batch = torch.from_numpy(dataset.batch(np.minimum(rows, count - 1))).to(engine.device)
             inputs, targets = batch[:, :-1], batch[:, 1:]

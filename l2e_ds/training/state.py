@@ -13,11 +13,12 @@ from torch import Tensor
 @dataclass
 class TrainState:
     """step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
-    tokens: consumed in training."""
+    tokens: consumed in training; evaluated: step of the newest finished evaluation."""
 
     step: int = 0
     applied: int = 0
     tokens: int = 0
+    evaluated: int = -1
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import GlobalBatchSampler, PreparedData
-from l2e_ds.errors import TrainingError
+from l2e_ds.errors import Interrupted, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, neuron_sites
-from l2e_ds.training import metrics
+from l2e_ds.training import metrics, preemption
 from l2e_ds.training.checkpoint import CheckpointManager, Identity, changed_values, is_due
 from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.engine import (
@@ -70,6 +70,7 @@ class Trainer:
         self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
         self.skipped_in_row = 0
+        self.saved_step: int | None = None
         self.checkpoints = CheckpointManager(self.run_directory, config.checkpoint.keep_last)
         resume_from = self.checkpoints.find(config.training.resume)
 
@@ -98,6 +99,7 @@ class Trainer:
         )
         if resume_from is not None:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
+            self.saved_step = self.state.step
         self.metrics = metrics.MetricsWriter(
             self.run_directory,
             self.engine,
@@ -125,22 +127,50 @@ class Trainer:
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """From the present step to `training.steps`, with evaluations, metrics and checkpoints on the way."""
-        training, checkpoint, last = self.config.training, self.config.checkpoint, self.config.training.steps
-        if self.state.step == 0:
-            self.evaluate()
-            if is_due(0, last, checkpoint.every, checkpoint.early):
+        """From the present step to `training.steps`, with evaluations, metrics and checkpoints on the way.
+
+        Raises Interrupted, after saving, where any rank was asked to stop.
+        """
+        try:
+            self._train()
+        except Interrupted as reason:
+            raise Interrupted(f"{reason}; {self._save_before_stopping()}") from None
+
+    def _train(self) -> None:
+        logging, last = self.config.logging, self.config.training.steps
+        while True:
+            step = self.state.step
+            if self._evaluation_is_due():
+                self.evaluate()
+            if self._checkpoint_is_due():
                 self.save()
-        while self.state.step < last:
+            if step >= last:
+                break
+            preemption.stop_if_asked()
             self.train_step()
             self.metrics.advance()
-            step = self.state.step
-            if step % self.config.logging.every == 0 or step == last:
+            # a checkpoint begins a new interval, so that the lines of a resumed run are those of the run itself
+            if self.state.step % logging.every == 0 or self.state.step == last or self._checkpoint_is_due():
                 self.log()
-            if training.evaluate_every and (step % training.evaluate_every == 0 or step == last):
-                self.evaluate()
-            if is_due(step, last, checkpoint.every, checkpoint.early):
-                self.save()
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.config.training.evaluate_every
+        due = every and (step % every == 0 or step == self.config.training.steps)
+        return bool(due) and self.data.held_out is not None and self.state.evaluated != step
+
+    def _checkpoint_is_due(self) -> bool:
+        step, checkpoint = self.state.step, self.config.checkpoint
+        return self.saved_step != step and is_due(step, self.config.training.steps, checkpoint.every, checkpoint.early)
+
+    def _save_before_stopping(self) -> str:
+        """Returns what to tell the user."""
+        step = self.state.step
+        if step > 0 and self.saved_step != step:
+            if self._interval_steps:
+                self.log()
+            self.save()
+        preemption.honoured()
+        return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:
         """One optimizer step on one global batch; returns whether it changed the weights (same on every rank)."""
@@ -207,8 +237,7 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out loss and scores of the hooked layers, inhibition off."""
-        if self.data.held_out is None or not self.config.training.evaluate_every:
-            return
+        assert self.data.held_out is not None
         begin = time.perf_counter()
         values = evaluate(
             self.engine,
@@ -217,19 +246,21 @@ class Trainer:
             self.config.inhibition.target_share,
             self.config.training.evaluation_sequences,
             self.batch.micro_batch,
+            preemption.stop_if_asked,
         )
+        self.state.evaluated = self.state.step
         self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
         self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
         self._paused += time.perf_counter() - begin
 
-    def save(self) -> Path:
+    def save(self) -> None:
         """A checkpoint of this step; collective."""
         begin = time.perf_counter()
-        path = self.checkpoints.save(
+        self.checkpoints.save(
             self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
         )
+        self.saved_step = self.state.step
         self._paused += time.perf_counter() - begin
-        return path
 
     # --- metrics -------------------------------------------------------------------------------------------------
 

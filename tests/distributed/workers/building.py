@@ -80,13 +80,13 @@ def unequal_batches() -> dict:
 
 def long_work() -> list:
     """Rank 0 works while the others wait; its mistake is everybody's."""
-    done = distributed.main_works(lambda: time.sleep(2.5) or "done")
+    done = distributed.main_works(lambda: time.sleep(2.5) or "done", tick=lambda: None)
 
     def fail() -> None:
         raise DataError("empty")
 
     try:
-        distributed.main_works(fail)
+        distributed.main_works(fail, tick=lambda: None)
     except L2EError as error:
         return [done, str(error)]
     return [done, "none"]

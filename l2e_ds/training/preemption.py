@@ -1,0 +1,101 @@
+"""When a run must stop early: signals, a file, a time limit, a launcher that is gone.
+
+Each rank only notes what it hears; `stop_if_asked` is a collective in which all ranks learn whether any of them heard
+something, so that they leave the same loop at the same step. Called in every loop: steps, evaluation rounds, ticks
+of data preparation. Imports nothing heavy: `listen` comes before torch, which takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from l2e_ds.errors import Interrupted
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+STOP_FILE = "stop"
+
+
+class _Heard:
+    """What this process knows. One a process, as signal handlers are."""
+
+    signal_name: str | None = None
+    began = time.monotonic()
+    parent: int | None = None  # of a launcher that is to outlive its ranks
+    stop_file: Path | None = None
+    time_limit: float | None = None  # seconds since `began`
+
+
+def listen() -> None:
+    """Note SIGUSR1 and SIGTERM from now on instead of dying of them; count the time limit from here.
+
+    Processes forked from this one (data workers) get the default handlers back.
+    """
+    _Heard.signal_name, _Heard.began = None, time.monotonic()
+    _Heard.stop_file = _Heard.time_limit = None
+    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (DEEPSPEED.md, silent failure 8)
+    has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    _Heard.parent = os.getppid() if has_launcher else None
+    for number in SIGNALS:
+        signal.signal(number, _note)
+    os.register_at_fork(after_in_child=_forget)
+
+
+def watch(run_directory: Path, time_limit_minutes: float | None) -> None:
+    """Also heed the run's stop file and its time limit (on rank 0, which decides them)."""
+    _Heard.stop_file = run_directory / STOP_FILE
+    _Heard.time_limit = None if time_limit_minutes is None else 60 * time_limit_minutes
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _Heard.signal_name = signal.Signals(number).name
+
+
+def _forget() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler may send it to every process of the job
+
+
+def _reason_here() -> str | None:
+    """Why this rank would stop, or None."""
+    from l2e_ds import distributed
+
+    who = f"rank {distributed.rank()}"
+    if _Heard.signal_name is not None:
+        return f"{_Heard.signal_name} at {who}"
+    if _Heard.parent is not None and os.getppid() != _Heard.parent:
+        return f"the launcher of {who} is gone"
+    if distributed.is_main():
+        if _Heard.time_limit is not None and time.monotonic() - _Heard.began > _Heard.time_limit:
+            return "training.time_limit is over"
+        if _Heard.stop_file is not None and _Heard.stop_file.exists():
+            return f"{_Heard.stop_file} was written"
+    return None
+
+
+def stop_reason() -> str | None:
+    """Collective: why to stop now, the same on every rank, or None."""
+    from l2e_ds import distributed
+
+    here = _reason_here()
+    if not distributed.any_rank(here is not None):
+        return None
+    return next(reason for reason in distributed.all_gather_objects(here) if reason is not None)
+
+
+def stop_if_asked() -> None:
+    """Collective: raises Interrupted on every rank if any has heard something."""
+    reason = stop_reason()
+    if reason is not None:
+        raise Interrupted(reason)
+
+
+def honoured() -> None:
+    """The stop file has done its work: the next start must not find it."""
+    from l2e_ds import distributed
+
+    if distributed.is_main() and _Heard.stop_file is not None:
+        _Heard.stop_file.unlink(missing_ok=True)
