@@ -260,6 +260,9 @@ class CheckpointConfig(Section):
     """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
     keep_last: int | None = Field(None, gt=0)
     """Delete all but the newest so many. Default: keep all."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """Where a checkpoint cannot be written (a full disk): end the run, or say so, train on and try again when the next
+    is due. The last good checkpoint stays in any case; the last checkpoint of a run must succeed."""
 
 
 class LoggingConfig(Section):

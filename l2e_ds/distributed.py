@@ -23,6 +23,8 @@ from torch import Tensor
 
 from l2e_ds.errors import ConfigError, L2EError
 
+_doing = "starting"
+_progressed = time.monotonic()
 _control: Any = None  # gloo group of all ranks for decisions: they wait for no GPU and mix with no gradient
 
 
@@ -96,16 +98,17 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
         os.environ.setdefault("MASTER_PORT", "29500")
     device = _local_device(on_gpu)
+    patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=launch.launcher == "mpirun",
             distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=patience,
             verbose=False,
         )
     global _control
-    _control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    _control = dist.new_group(backend="gloo", timeout=patience)
     device = device or _local_device(on_gpu) or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
@@ -183,6 +186,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def progress(doing: str) -> None:
+    """This rank's main thread moves on; `doing` in a few words, for the case that it does not come back."""
+    global _doing, _progressed
+    _doing, _progressed = doing, time.monotonic()
+
+
+def doing() -> str:
+    return _doing
+
+
+def idle_seconds() -> float:
+    """Seconds since the main thread last made progress."""
+    return time.monotonic() - _progressed
+
+
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     """Sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
     if size(group) > 1:
@@ -191,11 +209,13 @@ def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says True; a few microseconds between hosts, cheap enough for every step."""
+    """Whether any rank says True. A small collective that waits for no GPU: cheap enough for every step."""
     if size() == 1:
+        progress(_doing)
         return flag
     flags = torch.tensor([flag], dtype=torch.int32)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=_control)
+    progress(_doing)
     return bool(flags)
 
 
@@ -204,6 +224,7 @@ def main_decides(value: Any) -> Any:
     box = [value]
     if size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
+    progress(_doing)
     return box[0]
 
 

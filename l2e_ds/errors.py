@@ -25,6 +25,13 @@ class CheckpointError(L2EError):
     on_every_rank = True
 
 
+class SaveError(L2EError):
+    """A checkpoint could not be written (a full disk). Ranks agree before they raise it."""
+
+    exit_code = 3
+    on_every_rank = True
+
+
 class SelfTestError(L2EError):
     """A hook was not called as often as it should be, or its gradient did not arrive (DEEPSPEED.md, 3)."""
 

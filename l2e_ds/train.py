@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 from l2e_ds.training import preemption
+from l2e_ds.training.run_lock import RunLock
 
 if TYPE_CHECKING:
     from l2e_ds.distributed import Launch
@@ -93,9 +95,15 @@ def run(arguments: argparse.Namespace) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        print(f"l2e-ds: rank {rank} failed", file=sys.stderr)
-        traceback.print_exc()
+    except Exception as error:
+        from l2e_ds.training.watchdog import is_lost_contact
+
+        if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
+            reason = str(error).splitlines()[0][:200]
+            print(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason}", file=sys.stderr)
+        else:
+            print(f"l2e-ds: error: rank {rank} failed", file=sys.stderr)
+            traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
     return 0
@@ -203,6 +211,7 @@ def train(plan: Plan, launch: Launch) -> None:
     from l2e_ds import distributed
     from l2e_ds.data import PreparedData, prepare_data
     from l2e_ds.training.trainer import Trainer
+    from l2e_ds.training.watchdog import Watchdog
 
     config = plan.config
     directory = Path(config.training.run_directory)
@@ -213,13 +222,34 @@ def train(plan: Plan, launch: Launch) -> None:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
         return prepare_data(config.data, cache, plan.network.vocab_size)
 
-    data = _main_first(prepare)
-    with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
-        if distributed.is_main():
-            _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
-        trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
-        trainer.train()
+    with _locked(directory) as lock, Watchdog(config.training.timeout, lock.renew):
+        distributed.progress("data preparation")
+        data = _main_first(prepare)
+        distributed.progress("building the model")
+        with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
+            if distributed.is_main():
+                _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
+            trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
+            trainer.train()
     distributed.leave()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[RunLock]:
+    """No other run writes here meanwhile. Collective; raises ConfigError on every rank."""
+    from l2e_ds import distributed
+
+    lock, error = RunLock(directory), None
+    if distributed.is_main():
+        try:
+            lock.acquire()
+        except L2EError as raised:
+            error = raised
+    distributed.agree(error)
+    try:
+        yield lock
+    finally:
+        lock.release()
 
 
 def _main_first(action: Any) -> Any:

@@ -17,7 +17,8 @@ import torch
 import yaml
 
 from l2e_ds.errors import CheckpointError
-from l2e_ds.training.checkpoint import NAME, CheckpointManager, check_manifest, read_state
+from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
+from l2e_ds.training.manifest import verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,12 +36,12 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
             present = ", ".join(str(int(c.name[4:])) for c in CheckpointManager(path).complete()) or "none"
             wanted = f"step {step}" if step is not None else "complete checkpoint"
             raise CheckpointError(f"{path}: has no {wanted}; complete steps: {present}")
-        return complete[-1]
-    if not path.is_dir() or not NAME.fullmatch(path.name):
+        path = complete[-1]
+    elif not path.is_dir() or not NAME.fullmatch(path.name):
         raise CheckpointError(f"{path}: is neither a run directory nor one of its checkpoints")
-    if step is not None:
+    elif step is not None:
         raise CheckpointError(f"--step: goes with a run directory, {path} is a checkpoint")
-    problem = check_manifest(path)
+    problem = verify(path)  # before anything of it is unpickled
     if problem:
         raise CheckpointError(f"{path}: {problem}")
     return path

@@ -7,19 +7,24 @@
         state.json                   step, tokens, data position, configuration, versions
         inhibition.safetensors       moments and tau of every hooked layer
         rng-rank00000.safetensors    random states, one file a rank
-        manifest.json                every file with its size; written last
+        manifest.json                every file with its size and checksum; written last
 
 DeepSpeed writes `latest` before the other ranks' shards are on disk (DEEPSPEED.md, silent failure 5), so we
-publish: all files into `stepN.tmp`, fsync, agreement of all ranks, manifest, rename, then `latest`.
+publish: all files into `stepN.tmp`; each rank brings its own to the disk and computes their checksums, in the
+background while training goes on; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
+Whether that has happened is agreed by all ranks once a step (`advance`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +34,9 @@ from safetensors.torch import load_file, save_file
 
 from l2e_ds import distributed
 from l2e_ds.data.files import fsync_path
-from l2e_ds.errors import CheckpointError, L2EError
+from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
+from l2e_ds.training import manifest
 from l2e_ds.training.state import TrainState, rng_state, set_rng_state
 
 NAME = re.compile(r"step(\d{8})")
@@ -59,92 +65,140 @@ def is_due(step: int, last: int, every: int, early: bool) -> bool:
     return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
 
 
+@dataclass(frozen=True)
+class Published:
+    """What a save cost: the time that training stood still, the time until it counted, its size."""
+
+    step: int
+    blocked_seconds: float
+    published_seconds: float
+    bytes: int
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is written, but does not count yet."""
+
+    step: int
+    final: Path
+    began: float
+    blocked_seconds: float
+    task: Future
+    entries: manifest.Entries | None = None  # of all ranks, once all have secured their files
+
+
 class CheckpointManager:
     """Saves, finds and loads the checkpoints of one run directory."""
 
     def __init__(self, run_directory: Path, keep_last: int | None = None) -> None:
         self.directory = run_directory / "checkpoints"
         self.keep_last = keep_last
+        self._pending: _Pending | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     # --- finding -------------------------------------------------------------------------------------------------
+
+    def published(self) -> list[Path]:
+        """Checkpoints under their final name, oldest first, good or not."""
+        found = self.directory.glob("step*") if self.directory.is_dir() else []
+        return sorted(path for path in found if NAME.fullmatch(path.name))
 
     def complete(self) -> list[Path]:
         """Published checkpoints with every file of their manifest, oldest first. Says which ones are left out."""
         found = []
-        for path in sorted(self.directory.glob("step*")) if self.directory.is_dir() else []:
-            if not NAME.fullmatch(path.name):
-                continue
-            problem = check_manifest(path)
+        for path in self.published():
+            problem = manifest.check_files(path)
             if problem:
-                print(f"checkpoint {path}: {problem}; it is not used", file=sys.stderr)
+                _say_not_used(path, problem)
             else:
                 found.append(path)
         return found
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that `training.resume` means, or None for a fresh start. Rank 0 decides for all.
-
-        Raises CheckpointError on every rank.
-        """
-        found: Path | L2EError | None = None
+        """The checkpoint that `training.resume` means, or None for a fresh start: the newest whose every byte is as
+        it was written. Collective; the ranks share the reading. Raises CheckpointError on every rank."""
+        candidates: list[Path] | L2EError = []
         if distributed.is_main():
             try:
-                found = self._find(resume)
+                candidates = self._candidates(resume)
             except CheckpointError as error:
-                found = error
-        found = distributed.main_decides(found)
-        if isinstance(found, L2EError):
-            raise found
-        return found
+                candidates = error
+        candidates = distributed.main_decides(candidates)
+        if isinstance(candidates, L2EError):
+            raise candidates
+        for path in reversed(candidates):
+            problem = verify_together(path)
+            if problem is None:
+                return path
+            if distributed.is_main():
+                _say_not_used(path, problem)
+        if candidates:
+            raise CheckpointError(
+                f"training.resume: {candidates[-1].parent} holds checkpoints, but none is complete and undamaged;"
+                " move them away to start afresh"
+            )
+        return None
 
-    def _find(self, resume: str) -> Path | None:
+    def _candidates(self, resume: str) -> list[Path]:
+        """Oldest first; which of them are good is not looked at here."""
+        own = self.published()
+        if resume == "never" and own:
+            raise CheckpointError(
+                f"training.resume: got never, but {self.directory} holds {own[-1].name};"
+                " choose another training.run_directory or resume: auto"
+            )
         if resume in ("auto", "never"):
-            present = self.complete()
-            if resume == "never" and present:
-                raise CheckpointError(
-                    f"training.resume: got never, but {self.directory} holds {present[-1].name};"
-                    " choose another training.run_directory or resume: auto"
-                )
-            if not present and self.directory.is_dir() and any(self.directory.glob("step*[0-9]")):
-                raise CheckpointError(
-                    f"training.resume: {self.directory} holds checkpoints, but none is complete;"
-                    " move them away to start afresh"
-                )
-            return present[-1] if present else None
+            return own
         path = Path(resume).expanduser()
-        own = self.complete()
         if own:  # requeued, or started again: PATH was where this run began
             if path.resolve().parent == self.directory.resolve() and path.resolve() != own[-1].resolve():
                 raise CheckpointError(
                     f"training.resume: {path} is not the newest checkpoint of its run ({own[-1].name}); choose another"
                     " training.run_directory to branch off, or remove the later checkpoints"
                 )
-            return own[-1]
+            return own
         if (path / "checkpoints").is_dir():
-            newest = CheckpointManager(path).complete()
-            if not newest:
+            found = [checkpoint.resolve() for checkpoint in CheckpointManager(path).published()]
+            if not found:
                 raise CheckpointError(f"training.resume: no complete checkpoint in {path}")
-            return newest[-1].resolve()
-        problem = check_manifest(path) if path.is_dir() else "no such folder"
+            return found
+        problem = manifest.check_files(path) if path.is_dir() else "no such folder"
         if problem:
             raise CheckpointError(f"training.resume: {path}: {problem}; allowed: auto, never, a run or a checkpoint")
-        return path.resolve()
+        return [path.resolve()]
 
     # --- saving --------------------------------------------------------------------------------------------------
 
     def save(
         self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
-    ) -> Path:
-        """Write and publish a checkpoint; collective. Raises CheckpointError on every rank if any rank failed."""
+    ) -> None:
+        """Write a checkpoint and begin to publish it; collective. `advance` and `finish` carry on.
+
+        Raises SaveError on every rank if any rank failed; what was written is then removed.
+        """
+        self.finish()
+        began = time.perf_counter()
         final = self.directory / f"step{state.step:08d}"
         temporary = final.with_suffix(".tmp")
 
         def prepare() -> None:
             if distributed.is_main():
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for left_over in self.directory.glob("*.tmp"):
+                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                temporary.mkdir()
 
         def write() -> None:
+            with _noting_failed_writes(engine) as failed:
+                # everything of ours under one key: others would overwrite the engine's own (silent failure 7)
+                engine.save_checkpoint(
+                    str(self.directory),
+                    tag=temporary.name,
+                    client_state={"l2e_ds": {"step": state.step}},
+                    save_latest=False,
+                )
+            if failed:
+                raise failed[0]
             save_file(rng_state(engine.device), temporary / f"rng-rank{distributed.rank():05d}.safetensors")
             if distributed.is_main():
                 if inhibitor is not None:
@@ -152,52 +206,74 @@ class CheckpointManager:
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
                 (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-        def publish() -> None:
-            if not distributed.is_main():
-                return
-            written = len(list(temporary.glob("rng-rank*.safetensors")))
-            if written != distributed.size():
-                raise CheckpointError(
-                    f"{final}: holds the files of {written} of {distributed.size()} ranks;"
-                    " training.run_directory must lie on a file system that all nodes share"
-                )
-            manifest = {}
-            for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-                fsync_path(path)
-                manifest[str(path.relative_to(temporary))] = path.stat().st_size
-            (temporary / "manifest.json").write_text(json.dumps({"files": manifest}, indent=1) + "\n", encoding="utf-8")
-            fsync_path(temporary / "manifest.json")
-            fsync_path(temporary)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            pointer = self.directory / "latest.tmp"
-            pointer.write_text(final.name + "\n", encoding="utf-8")
-            fsync_path(pointer)
-            pointer.replace(self.directory / "latest")
-            fsync_path(self.directory)
-            self._prune()
+        for part in (prepare, write):
+            self._agree_or_remove(_error_of(part), final)
+        rank = distributed.rank()
+        task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
+        self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
 
-        _together(prepare, final)
-        # everything of ours under one key: others would overwrite the engine's own (silent failure 7)
-        _together(
-            lambda: engine.save_checkpoint(
-                str(self.directory),
-                tag=temporary.name,
-                client_state={"l2e_ds": {"step": state.step}},
-                save_latest=False,
-            ),
-            final,
-        )
-        _together(write, final)
-        _together(publish, final)
-        return final
+    def advance(self, wait: bool = False) -> Published | None:
+        """Collective: see how far the pending checkpoint is; returns it when it has just been published.
 
-    def _prune(self) -> None:
+        Raises SaveError on every rank if any rank failed; what was written is then removed.
+        """
+        while self._pending is not None:
+            pending = self._pending
+            if distributed.any_rank(not pending.task.done()):
+                if not wait:
+                    return None
+                time.sleep(0.02)
+                continue
+            self._agree_or_remove(pending.task.exception(), pending.final)
+            if pending.entries is None:
+                parts = distributed.all_gather_objects(pending.task.result())
+                pending.entries = {name: entry for part in parts for name, entry in part.items()}
+                pending.task = self._background.submit(self._publish, pending) if distributed.is_main() else _done()
+                continue
+            self._pending = None
+            size = sum(int(entry["bytes"]) for entry in pending.entries.values())
+            return Published(pending.step, pending.blocked_seconds, time.perf_counter() - pending.began, size)
+        return None
+
+    def finish(self) -> Published | None:
+        """Collective: wait until the pending checkpoint, if any, is published. Raises SaveError."""
+        return self.advance(wait=True)
+
+    def _publish(self, pending: _Pending) -> None:
+        """Rank 0, in the background: from here on the checkpoint counts."""
+        assert pending.entries is not None
+        final, temporary = pending.final, pending.final.with_suffix(".tmp")
+        unseen = [name for name in pending.entries if not (temporary / name).is_file()]
+        if unseen:
+            raise SaveError(
+                f"rank 0 does not see {unseen[0]}; training.run_directory must lie on a file system shared by all nodes"
+            )
+        manifest.write_manifest(temporary, pending.entries)
+        if final.exists():  # a damaged one, or one of another branch of this run
+            _remove(final)
+        temporary.rename(final)
+        pointer = self.directory / "latest.tmp"
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        fsync_path(pointer)
+        pointer.replace(self.directory / "latest")
+        fsync_path(self.directory)
         if self.keep_last is not None:
-            published = sorted(p for p in self.directory.glob("step*") if NAME.fullmatch(p.name))
-            for path in published[: -self.keep_last]:
-                shutil.rmtree(path)
+            for path in self.published()[: -self.keep_last]:
+                _remove(path)
+
+    def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
+        """Collective: if any rank failed, remove what was written and raise on all."""
+        reason = None if error is None else f"rank {distributed.rank()}: {_in_one_line(error)}"
+        reasons = [found for found in distributed.all_gather_objects(reason) if found is not None]
+        if not reasons:
+            return
+        self._pending = None
+        kept = ""
+        if distributed.is_main():
+            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+            good = [path.name for path in self.published() if manifest.check_files(path) is None]
+            kept = f"the newest good checkpoint is {good[-1]}" if good else "there is no good checkpoint yet"
+        raise SaveError(f"{final}: was not saved: {reasons[0]}; {distributed.main_decides(kept)}")
 
     # --- loading -------------------------------------------------------------------------------------------------
 
@@ -224,14 +300,9 @@ class CheckpointManager:
 
 def _together(action: Callable[[], Any], path: Path) -> None:
     """Run on every rank; if it failed on any, raise on all."""
-    error: L2EError | None = None
-    try:
-        action()
-    except L2EError as raised:
-        error = raised
-    except Exception as raised:
-        reason = " ".join(str(raised).split())[:300]
-        error = CheckpointError(f"{path}: rank {distributed.rank()}: {type(raised).__name__}: {reason}")
+    error = _error_of(action)
+    if error is not None and not isinstance(error, L2EError):
+        error = CheckpointError(f"{path}: rank {distributed.rank()}: {_in_one_line(error)}")
     distributed.agree(error)
 
 
@@ -253,21 +324,69 @@ def changed_values(path: Path, config: dict) -> list[str]:
     ]
 
 
-def check_manifest(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None."""
+def verify_together(path: Path) -> str | None:
+    """Collective: what is wrong with a checkpoint, or None; each rank reads its share of the files."""
+    problem = manifest.check_files(path) or manifest.check_contents(path, distributed.rank(), distributed.size())
+    return next((found for found in distributed.all_gather_objects(problem) if found is not None), None)
+
+
+@contextlib.contextmanager
+def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
+    """DeepSpeed writes between barriers: a rank that cannot write must still meet the others there.
+
+    Its recovery scripts, which rank 0 would copy beside the checkpoints, are left out: `l2e-ds export` does their work.
+    """
+    failed: list[Exception] = []
+    write = engine.checkpoint_engine.save
+
+    def save(*arguments: Any, **named: Any) -> Any:
+        try:
+            return write(*arguments, **named)
+        except Exception as error:  # a full disk may come as OSError or, from torch's writer, as RuntimeError
+            failed.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda _folder: None
     try:
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return "has no manifest (it was not finished)"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its manifest is not readable"
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        yield failed
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+
+
+def _remove(checkpoint: Path) -> None:
+    """Not half: first the name goes, then the files."""
+    doomed = checkpoint.with_suffix(".removed.tmp")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(None)
+    return future
+
+
+def _error_of(action: Callable[[], Any]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
     return None
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, L2EError):
+        return str(error)
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__ is not None:
+        cause = cause.__context__  # torch's writer fails to close the file after the write failed
+    if isinstance(cause, OSError):
+        return cause.strerror or type(cause).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _say_not_used(path: Path, problem: str) -> None:
+    print(f"l2e-ds: checkpoint {path}: {problem}; it is not used", file=sys.stderr, flush=True)
 
 
 def read_state(path: Path) -> dict:

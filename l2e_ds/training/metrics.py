@@ -1,7 +1,7 @@
 """What a run reports: names, units, reductions and where each number comes from.
 
-Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.every` steps (means are over the
-steps since the line before; all numbers are global, over every rank):
+Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.every` steps and before each checkpoint
+(means are over the steps since the line before; all numbers are global, over every rank):
 
 | key | unit | what, and where it comes from |
 |---|---|---|
@@ -41,6 +41,16 @@ steps since the line before; all numbers are global, over every rank):
 
 On GPUs top_share_score may differ in its last digits from one evaluation of the same weights to the next (the
 histogram is summed by atomic additions).
+
+`kind: checkpoint`, when a checkpoint has been published (`step` is the checkpoint's):
+
+| key | unit | what, and where it comes from |
+|---|---|---|
+| blocked_seconds | s | for which training stood still: DeepSpeed's shards and our state are written |
+| published_seconds | s | from the same beginning until the checkpoint counted; fsync, checksums and deleting are done |
+| | | beside training |
+| bytes | B | size of all its files |
+| error | | instead of these: why it could not be written (`checkpoint.on_error: continue`) |
 
 `kind: start`, whenever a process starts or resumes: versions, device, ranks, parameters.
 """

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import GlobalBatchSampler, PreparedData
-from l2e_ds.errors import Interrupted, TrainingError
+from l2e_ds.errors import Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, neuron_sites
 from l2e_ds.training import metrics, preemption
@@ -146,12 +149,14 @@ class Trainer:
                 self.save()
             if step >= last:
                 break
+            self._carry_on_saving()
             preemption.stop_if_asked()
             self.train_step()
             self.metrics.advance()
             # a checkpoint begins a new interval, so that the lines of a resumed run are those of the run itself
             if self.state.step % logging.every == 0 or self.state.step == last or self._checkpoint_is_due():
                 self.log()
+        self._carry_on_saving(must_succeed=True)
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.training.evaluate_every
@@ -168,7 +173,8 @@ class Trainer:
         if step > 0 and self.saved_step != step:
             if self._interval_steps:
                 self.log()
-            self.save()
+            self.save(must_succeed=True)
+        self._carry_on_saving(must_succeed=True)
         preemption.honoured()
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
@@ -178,9 +184,12 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         self._rate = rate
         for accumulation_step in range(self.batch.accumulation):
+            distributed.progress(f"step {self.state.step + 1}, reading a batch")
             inputs, targets = self._read_micro_batch(accumulation_step)
+            distributed.progress(f"step {self.state.step + 1}")
             loss = language_model_loss(self.engine(input_ids=inputs, use_cache=False).logits, targets)
             self._loss_sum += loss.detach().double() / self.batch.accumulation
+            self._newest_loss = loss.detach()
             if self.inhibitor is not None:
                 loss = self.inhibitor.attach_loss(loss)
             self.engine.backward(loss)
@@ -230,15 +239,22 @@ class Trainer:
             self._statistics.append(self.inhibitor.last)
             self._coefficients.append(self.inhibitor.last_coefficient)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
+            bad = [r for r, finite in enumerate(distributed.all_gather_objects(self._loss_is_finite())) if not finite]
+            where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
             raise TrainingError(
                 f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
-                f" loss scale {loss_scale(self.engine):g}); the limit is training.max_skipped_steps"
+                f" loss scale {loss_scale(self.engine):g}; {where}); the limit is training.max_skipped_steps"
             )
+
+    def _loss_is_finite(self) -> bool:
+        """Of this rank's newest micro-batch."""
+        return math.isfinite(float(self._newest_loss))
 
     def evaluate(self) -> None:
         """Held-out loss and scores of the hooked layers, inhibition off."""
         assert self.data.held_out is not None
         begin = time.perf_counter()
+        distributed.progress(f"the evaluation of step {self.state.step}")
         values = evaluate(
             self.engine,
             self.data.held_out,
@@ -253,14 +269,37 @@ class Trainer:
         self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
         self._paused += time.perf_counter() - begin
 
-    def save(self) -> None:
-        """A checkpoint of this step; collective."""
+    def save(self, must_succeed: bool = False) -> None:
+        """Write a checkpoint of this step; collective. It counts once `_carry_on_saving` has seen it published."""
+        must_succeed = must_succeed or self.state.step >= self.config.training.steps
+        self._carry_on_saving(wait=True)
         begin = time.perf_counter()
-        self.checkpoints.save(
-            self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
-        )
+        distributed.progress(f"the checkpoint of step {self.state.step}")
         self.saved_step = self.state.step
+        with self._allowing_failure(must_succeed):
+            self.checkpoints.save(
+                self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
+            )
         self._paused += time.perf_counter() - begin
+
+    def _carry_on_saving(self, wait: bool = False, must_succeed: bool = False) -> None:
+        """Collective, once a step: note a checkpoint that has been published meanwhile."""
+        with self._allowing_failure(must_succeed):
+            done = self.checkpoints.advance(wait or must_succeed)
+            if done is not None:
+                values = asdict(done)
+                self.metrics.write("checkpoint", values.pop("step"), values)
+
+    @contextmanager
+    def _allowing_failure(self, must_succeed: bool) -> Iterator[None]:
+        """As `checkpoint.on_error` says. Raises SaveError."""
+        try:
+            yield
+        except SaveError as error:
+            if must_succeed or self.config.checkpoint.on_error == "stop":
+                raise
+            self.metrics.write("checkpoint", self.state.step, {"error": str(error)})
+            self.metrics.say(f"l2e-ds: warning: {error}; training goes on (checkpoint.on_error)")
 
     # --- metrics -------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from l2e_ds.evaluation.export import checkpoint_weights, export
-from l2e_ds.training.checkpoint import CheckpointManager, check_manifest
+from l2e_ds.training.checkpoint import CheckpointManager
+from l2e_ds.training.manifest import verify
 
 STAGES = (0, 1, 2, 3)
 
@@ -157,7 +158,7 @@ def test_checkpoints_at_pythias_steps(runs):
 
 def test_checkpoint_is_complete_and_ours_is_not_pickle(runs):
     path = runs / "straight3/checkpoints/step00000010"
-    assert check_manifest(path) is None
+    assert verify(path) is None
     names = {file.name for file in path.iterdir()}
     assert {"state.json", "inhibition.safetensors", "rng-rank00000.safetensors", "rng-rank00001.safetensors"} <= names
     assert all(name.endswith((".json", ".safetensors", "_states.pt")) for name in names)

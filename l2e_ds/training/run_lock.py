@@ -1,0 +1,98 @@
+"""One run at a time writes to a run directory.
+
+Rank 0 holds a POSIX lock on the file `lock` (which ends with the process, and which child processes do not inherit)
+and touches the file every few seconds, for file systems on which other hosts do not see locks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from l2e_ds.errors import ConfigError
+
+NAME = "lock"
+RENEWED_EVERY = 5.0
+"""Seconds between signs of life."""
+WATCHED_FOR = 3 * RENEWED_EVERY
+"""Seconds for which the lock of another host is looked at before it is taken for a dead run's."""
+
+
+class RunLock:
+    """Of one run directory; `acquire` before anything is written there."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.path = run_directory / NAME
+        self._descriptor: int | None = None
+
+    def acquire(self) -> None:
+        """Raises ConfigError where another run, here or on another host, is alive."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        while self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = self._holder(descriptor)
+                os.close(descriptor)
+                if isinstance(error, BlockingIOError | PermissionError):
+                    raise self._refusal(holder) from None
+                raise ConfigError(
+                    f"training.run_directory: {self.path.parent}: file locks do not work there ({error.strerror})"
+                ) from None
+            if not self._is_current(descriptor):  # removed by its holder between our open and our lock
+                os.close(descriptor)
+                continue
+            holder = self._holder(descriptor)
+            if holder.get("host") not in (None, socket.gethostname()) and self._is_renewed(descriptor):
+                os.close(descriptor)
+                raise self._refusal(holder)
+            self._descriptor = descriptor
+        content = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(content).encode(), 0)
+
+    def renew(self) -> None:
+        """A sign of life; from any thread."""
+        if self._descriptor is not None:
+            os.utime(self._descriptor)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            self.path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _is_renewed(self, descriptor: int) -> bool:
+        """Whether somebody touches the file while we look."""
+        before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCHED_FOR
+        while time.monotonic() < deadline:
+            time.sleep(1)
+            if not self._is_current(descriptor) or os.stat(self.path).st_mtime_ns != before:
+                return True
+        return False
+
+    @staticmethod
+    def _holder(descriptor: int) -> dict:
+        try:
+            found = json.loads(os.pread(descriptor, 10_000, 0))
+            return found if isinstance(found, dict) else {}
+        except ValueError:
+            return {}
+
+    def _refusal(self, holder: dict) -> ConfigError:
+        who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
+        return ConfigError(
+            f"training.run_directory: another run is writing to {self.path.parent} ({who}); wait for it, stop it"
+            " or choose another folder"
+        )

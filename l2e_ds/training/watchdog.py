@@ -1,0 +1,176 @@
+"""Says which rank is lost, and ends a run that no longer moves.
+
+A thread on every rank tells a small store, held by rank 0, what its main thread is doing. Ranks 0 and 1 read it: a
+rank that falls silent was killed, stopped or cut off. A main thread that has made no progress for `training.timeout`
+ends its process, so that the launcher can start again; without this, ranks wait in a collective for one that will
+never come. R: number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import timedelta
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from l2e_ds import distributed
+
+INTERVAL = 2.0
+"""Seconds between two reports of a rank."""
+SILENT = 3.5 * INTERVAL
+"""Seconds without a report after which a rank counts as silent."""
+EXIT_CODE = 1
+
+_LOST_CONTACT = re.compile(r"connection|timed? ?out|peer|socket|gloo|nccl", re.IGNORECASE)
+
+
+class Watchdog:
+    """Runs between `__enter__` and `__exit__`; entering is collective."""
+
+    def __init__(self, timeout_minutes: float, also: Callable[[], None]) -> None:
+        """also: done at every interval, e.g. a sign of life for others."""
+        self.timeout = 60 * timeout_minutes
+        self.also = also
+        self._reports: dict[int, dict[str, Any]] = {}  # newest of every rank
+        self._changed: dict[int, float] = {}  # when it last changed, by this rank's clock
+        self._missed: set[int] = set()  # reported as silent
+        self._store: Any = None
+        self._beats = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if distributed.size() > 1:
+            self._store = _make_store()
+            self._changed = dict.fromkeys(range(distributed.size()), time.monotonic())
+        distributed.progress("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if is_lost_contact(error):
+            self._name_the_lost()
+        self._over.set()
+        self._thread.join(timeout=2 * INTERVAL)
+
+    def _name_the_lost(self) -> None:
+        """Wait until it shows which ranks are gone, and say so."""
+        deadline = time.monotonic() + SILENT + 2 * INTERVAL
+        while self._reads and not self._missed and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    @property
+    def _reads(self) -> bool:
+        """Ranks 0 and 1 read and speak: rank 1 for the case that rank 0 is the lost one."""
+        return self._store is not None and distributed.rank() <= 1
+
+    # --- the thread ----------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._over.wait(INTERVAL):
+            self.also()
+            self._report()
+            if self._reads:
+                self._read()
+                self._name_silent()
+            if distributed.idle_seconds() > self.timeout:
+                self._give_up()
+
+    def _report(self) -> None:
+        if self._store is None:
+            return
+        self._beats += 1
+        report = {
+            "beats": self._beats,
+            "doing": distributed.doing(),
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+        }
+        with contextlib.suppress(Exception):  # without rank 0 there is no store; rank 1 will name it
+            self._store.set(str(distributed.rank()), json.dumps(report))
+
+    def _read(self) -> None:
+        now = time.monotonic()
+        try:
+            ranks = [rank for rank in range(distributed.size()) if self._store.check([str(rank)])]
+            found = self._store.multi_get([str(rank) for rank in ranks])
+        except Exception:
+            return  # then rank 0's report does not change either
+        self._changed[0] = now if distributed.rank() else self._changed[0]  # the store is rank 0's: it answered
+        for rank, raw in zip(ranks, found, strict=True):
+            report = json.loads(raw)
+            if report != self._reports.get(rank):
+                self._reports[rank], self._changed[rank] = report, now
+
+    def _silent(self) -> list[int]:
+        now = time.monotonic()
+        silent = [rank for rank, at in self._changed.items() if now - at > SILENT and rank != distributed.rank()]
+        # without rank 0 there is no store: nothing is known of the others
+        return [0] if 0 in silent else silent
+
+    def _name_silent(self) -> None:
+        if distributed.rank() == 1 and 0 not in self._silent():
+            return  # rank 0 speaks
+        silent = set(self._silent())
+        for rank in sorted(silent - self._missed):
+            _say(f"{self._who(rank)} has been silent for {SILENT:.0f} s: killed, stopped or cut off")
+        for rank in sorted(self._missed - silent):
+            _say(f"{self._who(rank)} is back")
+        self._missed = silent
+
+    def _give_up(self) -> None:
+        minutes = self.timeout / 60
+        if self._reads and not (distributed.rank() == 1 and 0 not in self._silent()):
+            silent = self._silent()
+            where: dict[str, list[int]] = defaultdict(list)
+            for rank, report in sorted(self._reports.items()):
+                if rank not in silent:
+                    where[report["doing"]].append(rank)
+            lost = [f"{self._who(rank)} is silent" for rank in silent]
+            busy = [f"{_ranks(ranks)} in {doing}" for doing, ranks in where.items()]
+            reason = "; ".join([*lost, *busy])
+            _say(f"no progress for {minutes:g} minutes (training.timeout): {reason}", "error")
+        elif self._store is None:
+            _say(f"no progress for {minutes:g} minutes (training.timeout) in {distributed.doing()}", "error")
+        os._exit(EXIT_CODE)
+
+    def _who(self, rank: int) -> str:
+        report = self._reports.get(rank)
+        if report is None:
+            return f"rank {rank}"
+        return f"rank {rank} (host {report['host']}, process {report['process']}, last seen in {report['doing']})"
+
+
+def is_lost_contact(error: BaseException | None) -> bool:
+    """Whether a collective failed because a rank is gone; backends say so in their own words."""
+    known = isinstance(error, RuntimeError) and distributed.size() > 1
+    return known and _LOST_CONTACT.search(str(error)) is not None
+
+
+def _make_store() -> Any:
+    address, limit = os.environ["MASTER_ADDR"], timedelta(seconds=SILENT)
+    store = None
+    if distributed.is_main():
+        store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
+    port = distributed.main_decides(store.port if store else None)
+    return store or dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
+
+
+def _say(text: str, kind: str = "warning") -> None:
+    print(f"l2e-ds: {kind}: rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
