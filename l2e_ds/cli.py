@@ -34,12 +34,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary.add_argument("run", type=Path, metavar="RUN")
     summary.set_defaults(action=_summary)
 
+    checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
+    _add_checkpoint_verbs(checkpoint)
+
     arguments = train.parse(parser, argv)
     try:
         return arguments.action(arguments)
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="list|verify|prune")
+    listing = verbs.add_parser("list", help="steps, sizes, ranks and what is wrong with them by name and size")
+    listing.add_argument("run", type=Path, metavar="RUN")
+    verifying = verbs.add_parser("verify", help="read every byte and compare with the manifest")
+    verifying.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
+    verifying.add_argument("--step", type=int, help="of a run: only this checkpoint")
+    pruning = verbs.add_parser("prune", help="remove old checkpoints")
+    pruning.add_argument("run", type=Path, metavar="RUN")
+    pruning.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N good ones")
+    pruning.add_argument("--keep-every", type=int, metavar="K", help="also keep those whose step is a multiple of K")
+    pruning.add_argument("--dry-run", action="store_true", help="print what would be removed, and stop")
+    parser.set_defaults(action=_checkpoint)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from l2e_ds.checkpoints import list_checkpoints, prune_checkpoints, verify_checkpoints
+
+    if arguments.checkpoint_verb == "list":
+        return list_checkpoints(arguments.run)
+    if arguments.checkpoint_verb == "verify":
+        return verify_checkpoints(arguments.run, arguments.step)
+    return prune_checkpoints(arguments.run, arguments.keep_last, arguments.keep_every, arguments.dry_run)
 
 
 def _export(arguments: argparse.Namespace) -> int:

@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0; 2 for what the user can mend; 3 for a run that cannot go on; 75 for one that was asked to stop and
     can be gone on with. One line on stderr says why."""
     preemption.listen()
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
     from l2e_ds import distributed
 
     rank = 0

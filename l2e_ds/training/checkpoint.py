@@ -250,7 +250,7 @@ class CheckpointManager:
             )
         manifest.write_manifest(temporary, pending.entries)
         if final.exists():  # a damaged one, or one of another branch of this run
-            _remove(final)
+            remove_checkpoint(final)
         temporary.rename(final)
         pointer = self.directory / "latest.tmp"
         pointer.write_text(final.name + "\n", encoding="utf-8")
@@ -259,7 +259,7 @@ class CheckpointManager:
         fsync_path(self.directory)
         if self.keep_last is not None:
             for path in self.published()[: -self.keep_last]:
-                _remove(path)
+                remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
         """Collective: if any rank failed, remove what was written and raise on all."""
@@ -353,7 +353,11 @@ def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
         del engine.checkpoint_engine.save, engine._copy_recovery_script
 
 
-def _remove(checkpoint: Path) -> None:
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step"))
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
     """Not half: first the name goes, then the files."""
     doomed = checkpoint.with_suffix(".removed.tmp")
     checkpoint.rename(doomed)
