@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.errors import ConfigError, Interrupted, L2EError
+from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
 
@@ -97,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = error.filename or "a file of the run"
+            print(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}", file=sys.stderr, flush=True)
+            os._exit(SaveError.exit_code)
         from l2e_ds.training.watchdog import is_lost_contact
 
         if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's

@@ -57,8 +57,10 @@ histogram is summed by atomic additions).
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import resource
 import sys
@@ -122,7 +124,9 @@ class MetricsWriter:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
         drop_lines_after(self.path, first_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._size = self.path.stat().st_size
+        self._writable = True
         if progress:
             self.plain = not sys.stderr.isatty()
             if not self.plain:
@@ -134,11 +138,26 @@ class MetricsWriter:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"kind": kind, "step": step, **finite}  # NaN is no JSON
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._append((json.dumps(line) + "\n").encode())
         if kind != "start" and self.engine.monitor.enabled:
             numbers = [(f"{kind}/{k}", float(v), step) for k, v in finite.items() if isinstance(v, int | float)]
             self.engine.monitor.write_events(numbers)
+
+    def _append(self, line: bytes) -> None:
+        """Whole lines only. A full disk costs lines, not the run: whether that goes on, its checkpoints decide."""
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._file.truncate(self._size)
+            if self._writable:
+                self.say(
+                    f"l2e-ds: warning: {self.path}: {error.strerror}; lines are lost until it can be written again"
+                )
+            self._writable = False
+        else:
+            self._size += len(line)
+            self._writable = True
 
     def show(self, step: int, values: dict[str, Any], steps: int) -> None:
         """Progress: on a terminal a bar, else a line, so that log files stay readable."""

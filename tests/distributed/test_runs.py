@@ -14,6 +14,17 @@ from l2e_ds.training.manifest import verify
 STAGES = (0, 1, 2, 3)
 
 
+# evaluations are due at 0, 5 and 10, checkpoints at 8 and 10
+INTERRUPTIONS = [
+    [1, "SIGTERM", "evaluation", 0],
+    [1, "SIGUSR1", "step", 1],
+    [0, "stop", "step", 3],
+    [0, "SIGTERM", "evaluation", 5],
+    [1, "SIGUSR1", "step", 6],
+    [0, "SIGUSR1", "saving", 8],
+]
+
+
 def zero(stage: int, **sections) -> dict:
     return {"deepspeed": {"config": f"ds_configs/zero{stage}.json"}, **sections}
 
@@ -27,6 +38,7 @@ def cases() -> dict:
         found[f"nan{stage}"] = zero(stage, options={"nan": [1, [3, 4]]})
         found[f"straight{stage}"] = zero(stage, options={"logits": True})
         found[f"resumed{stage}"] = zero(stage, options={"stop_after": 4})
+        found[f"interrupted{stage}"] = zero(stage, checkpoint={"every": 8}, options={"interrupt": INTERRUPTIONS})
     for precision in ("bf16", "fp16"):
         training = {"precision": precision}
         found[f"straight-{precision}"] = zero(1, training=training, options={"logits": True})
@@ -73,11 +85,37 @@ def test_coefficient_zero_is_the_baseline_to_the_bit(runs, metric_lines, stage):
     assert plain == hooked
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_interrupted_is_bit_identical(runs, metric_lines, stage):
+    """Asked to stop again and again, in training, evaluation and saving, by either rank: all ranks save and stop at the
+    same step, and in the end every number is that of the run itself."""
+    straight, interrupted = runs / f"straight{stage}", runs / f"interrupted{stage}"
+    told = (interrupted / "interrupted-rank0.txt").read_text()
+    assert told == (interrupted / "interrupted-rank1.txt").read_text()
+    expected = [
+        "SIGTERM at rank 1; nothing was done yet",
+        "SIGUSR1 at rank 1; step 2 is saved",
+        f"{interrupted / 'stop'} was written; step 4 is saved",
+        "SIGTERM at rank 0; step 5 is saved",
+        "SIGUSR1 at rank 1; step 7 is saved",
+        "SIGUSR1 at rank 0; step 8 is saved",
+    ]
+    assert told.splitlines() == expected
+    assert not (interrupted / "stop").exists()
+    for kind in ("train", "evaluation"):
+        assert timeless(metric_lines(interrupted, kind)) == timeless(metric_lines(straight, kind))
+    _same_checkpoint(straight, interrupted)
+
+
 @pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16"])
 def test_resumed_is_bit_identical(runs, metric_lines, name):
     """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""
     straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
     assert timeless(metric_lines(resumed)) == timeless(metric_lines(straight))
+    _same_checkpoint(straight, resumed)
+
+
+def _same_checkpoint(straight, resumed):
     first, second = (run / "checkpoints/step00000010" for run in (straight, resumed))
     # float32: the master weights, where the stage keeps them
     weights, others = checkpoint_weights(first, "fp32"), checkpoint_weights(second, "fp32")

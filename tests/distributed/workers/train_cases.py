@@ -2,10 +2,14 @@
 
 Options of a case: "stop_after": k (train k steps, close, and go on in a second Trainer), "nan": [rank, steps]
 (that rank's loss is not a number in those steps), "logits": true (save the engine's logits at the end),
-"expect": name of the exception that training must raise, "continues": another case whose run directory to use.
+"expect": name of the exception that training must raise, "continues": another case whose run directory to use,
+"interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
+that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation" or "saving".
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,8 +20,10 @@ from safetensors.torch import save_file
 from l2e_ds import distributed
 from l2e_ds.config import run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.errors import Interrupted
 from l2e_ds.models import network_config
 from l2e_ds.train import leave_process, quiet_libraries
+from l2e_ds.training import preemption
 from l2e_ds.training import trainer as trainer_module
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.trainer import Trainer
@@ -75,6 +81,43 @@ def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
     trainer_module.language_model_loss = poisoned
 
 
+def interrupted(case: dict, directory: Path, device: torch.device, rank: int, kind: str, where: str, step: int) -> None:
+    """A trainer that is asked to stop: by a real signal to this very process, or by the stop file."""
+    preemption.listen()
+    preemption.watch(directory, None)
+    with make_trainer(case, directory, device) as trainer:
+
+        def ask() -> None:
+            if distributed.rank() == rank and trainer.state.step == step:
+                if kind == "stop":
+                    (directory / "stop").touch()
+                else:
+                    os.kill(os.getpid(), signal.Signals[kind])
+
+        def before(owner: object, name: str) -> None:
+            real = getattr(owner, name)
+
+            def asked(*arguments, **named):
+                ask()
+                return real(*arguments, **named)
+
+            setattr(owner, name, asked)
+
+        if where == "step":
+            before(trainer, "train_step")
+        elif where == "saving":
+            before(trainer.checkpoints, "save")
+        else:
+            before(trainer.engine, "eval")
+        try:
+            trainer.train()
+        except Interrupted as stopped:
+            (directory / f"interrupted-rank{distributed.rank()}.txt").open("a").write(f"{stopped}\n")
+        else:
+            raise AssertionError(f"{kind} on rank {rank} at {where} of step {step} was not heard")
+    preemption.listen()
+
+
 def finish(trainer: Trainer, directory: Path, logits: bool) -> None:
     if logits:
         trainer.engine.eval()
@@ -94,6 +137,8 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
         if "stop_after" in options:
             with make_trainer(case, directory, device, steps=options["stop_after"]) as first:
                 first.train()
+        for interruption in options.get("interrupt", []):
+            interrupted(case, directory, device, *interruption)
         with make_trainer(case, directory, device) as trainer:
             if "nan" in options:
                 poison(*options["nan"], trainer)

@@ -1,0 +1,122 @@
+"""A checkpoint is what its manifest says, to the byte; anything else is named in a few words."""
+
+import json
+import pickle
+
+import pytest
+
+from l2e_ds.training import manifest
+from l2e_ds.training.checkpoint import CheckpointManager
+
+
+def make(folder, step=7):
+    path = folder / f"checkpoints/step{step:08d}"
+    path.mkdir(parents=True)
+    (path / "mp_rank_00_model_states.pt").write_bytes(bytes(range(256)) * 40)
+    (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"zero" * 100)
+    (path / "zero_pp_rank_11_mp_rank_00_optim_states.pt").write_bytes(b"eleven" * 100)
+    (path / "rng-rank00011.safetensors").write_bytes(b"r")
+    entries = {}
+    for rank in (0, 11):
+        entries |= manifest.secure(path, manifest.files_of_rank(path, rank))
+    manifest.write_manifest(path, entries)
+    return path
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def forge(path):
+    """A manifest that names a file elsewhere."""
+    content = json.loads((path / "manifest.json").read_text())
+    content["files"]["../../x.pt"] = {"bytes": 1, "sha256": "0" * 64}
+    (path / "manifest.json").write_text(json.dumps(content))
+
+
+SHARD = "zero_pp_rank_11_mp_rank_00_optim_states.pt"
+DAMAGES = {
+    "truncated": (lambda p: (p / SHARD).write_bytes(b"eleven" * 99), f"{SHARD} has 594 bytes instead of 600"),
+    "zero length": (lambda p: (p / SHARD).write_bytes(b""), f"{SHARD} has 0 bytes instead of 600"),
+    "missing": (lambda p: (p / SHARD).unlink(), f"{SHARD} is missing"),
+    "bit flipped": (lambda p: flip(p / SHARD), f"{SHARD} is not what was written (its checksum differs)"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "has no manifest (it was not finished)"),
+    "cut manifest": (lambda p: (p / "manifest.json").write_text('{"files": {'), "its manifest is not readable"),
+    "empty manifest": (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "its manifest is empty"),
+    "foreign file": (
+        lambda p: (p / "zero_pp_rank_2_mp_rank_00_optim_states.pt").write_bytes(pickle.dumps("x")),
+        "zero_pp_rank_2_mp_rank_00_optim_states.pt is not in its manifest",
+    ),
+    "forged name": (forge, "its manifest is not readable"),
+}
+
+
+def test_each_rank_describes_its_own_files(tmp_path):
+    path = make(tmp_path)
+    names = {rank: [p.name for p in manifest.files_of_rank(path, rank)] for rank in (0, 1, 11)}
+    assert names[1] == []
+    assert set(names[11]) == {SHARD, "rng-rank00011.safetensors"}
+    assert set(names[0]) == {
+        *("manifest.json", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    }
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, damage):
+    good, bad = make(tmp_path, 3), make(tmp_path, 7)
+    assert manifest.verify(bad) is None
+    assert CheckpointManager(tmp_path).find("auto") == bad
+    do, expected = DAMAGES[damage]
+    do(bad)
+    assert manifest.verify(bad) == expected
+    assert CheckpointManager(tmp_path).find("auto") == good
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"l2e-ds: checkpoint {bad}: {expected}; it is not used"]
+
+
+def test_shares_of_the_ranks_cover_every_file(tmp_path):
+    path = make(tmp_path)
+    flip(path / SHARD)
+    found = [manifest.check_contents(path, part, 3) for part in range(3)]
+    assert [problem is not None for problem in found].count(True) == 1
+
+
+def test_nothing_good_is_an_error_not_a_fresh_start(tmp_path):
+    from l2e_ds.errors import CheckpointError
+
+    flip(make(tmp_path) / SHARD)
+    with pytest.raises(CheckpointError, match="none is complete and undamaged"):
+        CheckpointManager(tmp_path).find("auto")
+    with pytest.raises(CheckpointError, match="holds step00000007"):
+        CheckpointManager(tmp_path).find("never")
+    assert CheckpointManager(tmp_path / "other").find("auto") is None
+
+
+def test_checkpoint_commands(tmp_path, capsys):
+    from l2e_ds.cli import main
+
+    paths = [make(tmp_path, step) for step in (2, 4, 6, 8)]
+    (tmp_path / "checkpoints/step00000009.tmp").mkdir()
+    flip(paths[3] / SHARD)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 2
+    output = capsys.readouterr()
+    assert "step00000008  zero_pp_rank_11" in output.out
+    assert output.out.count("good") == 3
+    assert "1 of 4 checkpoints cannot be used" in output.err
+    assert main(["checkpoint", "verify", str(tmp_path), "--step", "4"]) == 0
+    assert main(["checkpoint", "verify", str(tmp_path), "--step", "5"]) == 2
+
+    prune = ["checkpoint", "prune", str(tmp_path), "--keep-last", "1", "--keep-every", "4"]
+    assert main([*prune, "--dry-run"]) == 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
+    assert main(prune) == 0  # the damaged newest does not count as kept; 4 and 8 are multiples of 4
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step00000004", "step00000006", "step00000008"}
+    flip(paths[2] / SHARD)
+    (paths[1] / SHARD).unlink()
+    capsys.readouterr()
+    assert main(prune) == 2
+    assert "no undamaged checkpoint; nothing is removed" in capsys.readouterr().err
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    assert main(["checkpoint", "list", str(tmp_path / "nowhere")]) == 2

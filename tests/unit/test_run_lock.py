@@ -1,0 +1,58 @@
+"""Two runs never write to one directory; a dead run's lock is nobody's."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from l2e_ds.errors import ConfigError
+from l2e_ds.training import run_lock
+from l2e_ds.training.run_lock import RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from l2e_ds.training.run_lock import RunLock
+RunLock(Path(sys.argv[1])).acquire()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_second_is_refused_until_the_first_has_ended(tmp_path):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"another run is writing to .* process {holder.pid}"):
+            RunLock(tmp_path).acquire()
+    finally:
+        holder.kill()
+        holder.wait()
+    lock = RunLock(tmp_path)  # the killed run left its file behind
+    begin = time.monotonic()
+    lock.acquire()
+    assert time.monotonic() - begin < 1
+    assert json.loads(lock.path.read_text())["process"] == os.getpid()
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_host_s_lock_counts_as_long_as_it_is_renewed(tmp_path, monkeypatch):
+    """As on a file system where hosts do not see each other's locks."""
+    monkeypatch.setattr(run_lock, "WATCHED_FOR", 3)
+    path = tmp_path / "lock"
+    path.write_text(json.dumps({"host": "another", "process": 1, "since": "yesterday"}))
+    touch = subprocess.Popen(["bash", "-c", f"while true; do sleep 0.5; touch -c '{path}'; done"])
+    try:
+        with pytest.raises(ConfigError, match="host another, process 1"):
+            RunLock(tmp_path).acquire()
+    finally:
+        touch.kill()
+        touch.wait()
+    assert json.loads(path.read_text())["host"] == "another"
+    lock = RunLock(tmp_path)
+    lock.acquire()  # it has stopped: the host is dead
+    lock.release()
