@@ -18,7 +18,9 @@ Whether that has happened is agreed by all ranks once a step (`advance`).
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -263,6 +265,8 @@ class CheckpointManager:
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
         """Collective: if any rank failed, remove what was written and raise on all."""
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.directory).free < 1 << 20:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch's writer does not say it
         reason = None if error is None else f"rank {distributed.rank()}: {_in_one_line(error)}"
         reasons = [found for found in distributed.all_gather_objects(reason) if found is not None]
         if not reasons:
@@ -342,7 +346,7 @@ def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
     def save(*arguments: Any, **named: Any) -> Any:
         try:
             return write(*arguments, **named)
-        except Exception as error:  # a full disk may come as OSError or, from torch's writer, as RuntimeError
+        except Exception as error:
             failed.append(error)
 
     engine.checkpoint_engine.save = save
@@ -381,11 +385,8 @@ def _error_of(action: Callable[[], Any]) -> Exception | None:
 def _in_one_line(error: BaseException) -> str:
     if isinstance(error, L2EError):
         return str(error)
-    cause = error
-    while not isinstance(cause, OSError) and cause.__context__ is not None:
-        cause = cause.__context__  # torch's writer fails to close the file after the write failed
-    if isinstance(cause, OSError):
-        return cause.strerror or type(cause).__name__
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

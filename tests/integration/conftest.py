@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+
+from tests.integration.running import Launch
 
 SENTENCES = """The old pilot counted the lights along the coast. Rain came in from the west before noon.
 She wrote the numbers twice and crossed out the second. Nobody at the station knew where the train had gone.
@@ -53,3 +58,19 @@ def run_file(tmp_path, corpus) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+@pytest.fixture
+def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
+    """launch(*command, **environment): started in the background; nothing of it outlives the test."""
+    started: list[Launch] = []
+
+    def start(*command: object, **environment: str) -> Launch:
+        started.append(Launch(tmp_path / f"launch{len(started)}.log", *command, **environment))
+        return started[-1]
+
+    yield start
+    for one in started:
+        for process in [*one.seen.values(), one.process]:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.kill()

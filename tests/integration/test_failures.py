@@ -1,0 +1,159 @@
+"""What happens to a run when a rank fails, a second run comes, the disk fills, a checkpoint is damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.integration.running import REPOSITORY, Launch, lines, newest, saved
+
+ALONE = [sys.executable, "-m", "l2e_ds.train"]
+LONG = ["training.steps=3000", "training.evaluate_every=0", "checkpoint.every=10", "logging.progress=false"]
+
+
+def two_ranks(*script: str) -> list[str]:
+    with_port = ["--master_port", str(20000 + os.getpid() % 20000)]
+    return ["deepspeed", "--num_accelerators", "2", *with_port, "--log_level", "error", *script]
+
+
+def rank(one: Launch, number: int):
+    """The process of a rank."""
+    return next(p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == str(number))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_named_and_ends_the_others(launch, run_file, tmp_path, lost):
+    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG)
+    one.wait_for(lambda: newest(tmp_path / "run") >= 15)
+    one.find("python")
+    process = rank(one, lost)
+    process.kill()
+    assert one.end(60) not in (0, 2, 3, 75)
+    said = one.said()
+    assert f"rank {1 - lost}: rank {lost} (host" in said and f"process {process.pid}, last seen in" in said
+    assert f"l2e-ds: error: rank {1 - lost}: lost contact with another rank" in said
+    assert "Traceback" not in said
+    assert saved(tmp_path / "run") >= 10
+
+
+def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch, run_file, tmp_path):
+    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG, "training.timeout=0.5")
+    one.wait_for(lambda: newest(tmp_path / "run") >= 5)
+    process = rank(one, 1)
+    process.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
+    one.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in one.said())
+    assert 20 < time.monotonic() - begin < 45  # 30 s and the watchdog's interval, not the launcher's patience
+    process.kill()  # else launch.py does, after 30 s
+    assert one.end(60) == 1
+    line = next(line for line in one.said().splitlines() if "no progress" in line)
+    assert line.startswith("l2e-ds: error: rank 0: ")
+    assert f"rank 1 (host {os.uname().nodename}, process {process.pid}, last seen in" in line
+    assert "is silent" in line
+
+
+def test_a_raising_rank_is_named_with_its_reason(launch, run_file):
+    script = REPOSITORY / "tests/distributed/workers/raising.py"
+    one = launch(*two_ranks(str(script)), run_file, "training.steps=10")
+    assert one.end(60) == 1
+    assert "l2e-ds: error: rank 1 failed" in one.said()
+    assert "ZeroDivisionError: broken on purpose" in one.said()
+
+
+def test_a_second_run_is_refused_and_a_killed_one_makes_room(launch, run_file, tmp_path):
+    """Also: what the environment keeps secret is nowhere in what a run writes or says."""
+    secrets = {name: f"secret-of-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
+    first = launch(*ALONE, run_file, *LONG, **secrets)
+    first.wait_for(lambda: newest(tmp_path / "run") >= 11)
+    second = launch(*ALONE, run_file, *LONG)
+    assert second.end() == 2
+    assert len(second.said().splitlines()) == 1
+    assert f"another run is writing to {tmp_path / 'run'} (host" in second.said()
+    step = newest(tmp_path / "run")
+    first.wait_for(lambda: newest(tmp_path / "run") > step)  # undisturbed
+    first.process.kill()
+    first.process.wait()
+    third = launch(*ALONE, run_file, *LONG, f"training.steps={newest(tmp_path / 'run') + 5}", **secrets)
+    assert third.end() == 0, third.said()
+    assert not (tmp_path / "run/lock").exists()
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in [*files, first.log, third.log]:
+        assert b"secret-of-" not in path.read_bytes(), path
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(launch, run_file, tmp_path):
+    words = [run_file, "training.steps=9", "checkpoint.every=3", "logging.progress=false"]
+    straight = tmp_path / "straight"
+    assert launch(*ALONE, *words, f"training.run_directory={straight}").end() == 0
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    checkpoints = run / "checkpoints"
+    shard = checkpoints / "step00000009/zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 4
+    shard.write_bytes(content)
+    (checkpoints / "step00000006/mp_rank_00_model_states.pt").unlink()
+    one = launch(*ALONE, *words)
+    assert one.end() == 0
+    assert [line for line in one.said().splitlines() if "it is not used" in line] == [
+        f"l2e-ds: checkpoint {checkpoints}/step00000009: {shard.name} is not what was written (its checksum differs);"
+        " it is not used",
+        f"l2e-ds: checkpoint {checkpoints}/step00000006: mp_rank_00_model_states.pt is missing; it is not used",
+    ]
+    assert "resumed from " + str(checkpoints / "step00000003") in one.said()
+    assert [line["lm_loss"] for line in lines(run)] == [line["lm_loss"] for line in lines(straight)]
+    listed = subprocess.run(
+        [sys.executable, "-m", "l2e_ds.cli", "checkpoint", "list", str(run)], capture_output=True, text=True
+    )
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "3", "6", "9"]
+    assert listed.stdout.count("complete") == 3  # 6 and 9 were written again
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system (needs root): {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
+    """`stop`: one line, exit code 3, the last good checkpoint stays. `continue`: on it goes, and once there is room it
+    saves again."""
+    run = small_disk / "run"
+    words = [run_file, f"training.run_directory={run}", "logging.progress=false", "training.evaluate_every=0"]
+    words += ["training.steps=3000", "checkpoint.every=2", "optimizer.schedule_steps=3000"]
+    two = two_ranks("--module", "l2e_ds.train")
+    one = launch(*two, *words)
+    assert one.end() == 3
+    said = [line for line in one.said().splitlines() if "was not saved" in line]
+    assert len(said) == 1 and "No space left on device; the newest good checkpoint is step" in said[0], one.said()
+    good = saved(run)
+    assert good >= 4
+    checkpoints = run / "checkpoints"
+    assert not list(checkpoints.glob("*.tmp"))
+    verified = subprocess.run([sys.executable, "-m", "l2e_ds.cli", "checkpoint", "verify", str(run)])
+    assert verified.returncode == 0
+
+    one = launch(*two, *words, "checkpoint.on_error=continue")
+    one.wait_for(lambda: one.said().count("training goes on (checkpoint.on_error)") >= 2)
+    assert saved(run) == good
+    for path in sorted(checkpoints.glob("step*"))[:-1]:
+        shutil.rmtree(path)
+    one.wait_for(lambda: saved(run) > good)
+    one.process.send_signal(signal.SIGKILL)
+    for line in Path(run / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)  # whole lines only
