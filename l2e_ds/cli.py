@@ -13,6 +13,13 @@ from l2e_ds.errors import L2EError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].startswith("--local_rank="):
+        del words[0]  # the deepspeed launcher puts it before the verb
+    if words[:1] == ["doctor"]:  # before anything else is imported: it must run where that fails
+        from l2e_ds import doctor
+
+        return doctor.main(words[1:])
     parser = argparse.ArgumentParser(prog="l2e-ds", description=l2e_ds.__doc__)
     parser.add_argument("--version", action="version", version=l2e_ds.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -36,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
     _add_checkpoint_verbs(checkpoint)
+    verbs.add_parser("doctor", help="what this machine and launcher offer a run, and what mends the rest")
 
-    arguments = train.parse(parser, argv)
+    arguments = train.parse(parser, words)
     try:
         return arguments.action(arguments)
     except L2EError as error:
@@ -92,9 +100,16 @@ def _summary(arguments: argparse.Namespace) -> int:
 
 def command() -> NoReturn:
     """The console script `l2e-ds`."""
+    leave(main())
+
+
+def leave(code: int) -> NoReturn:
+    """End this process (train.py: leave_process), also where that cannot be imported."""
+    if code != 0:
+        sys.exit(code)
     from l2e_ds.train import leave_process
 
-    leave_process(main())
+    leave_process(code)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""`l2e-ds doctor` alone: what it finds missing here when something is, and what mends it. Ranks: tests/integration."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from l2e_ds import doctor
+from l2e_ds.all_reduce import Measurement, Timing
+from l2e_ds.doctor import Finding
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECRET = "hf_neverPrintThisOne"
+
+
+def run_doctor(*arguments: str, **environment: str) -> tuple[int, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "OMPI", "HF_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "l2e_ds.cli", "doctor", *arguments],
+        env={**kept, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def the(findings: list[Finding], name: str, *states: str) -> Finding:
+    found = [finding for finding in findings if finding.name == name and finding.state in (states or ("ok",))]
+    assert len(found) == 1, findings
+    return found[0]
+
+
+def install(folder: Path, name: str, version: str, *lines: str) -> None:
+    """What pip leaves of a package for importlib.metadata."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]))
+
+
+def test_a_machine_where_a_run_can_start(tmp_path):
+    path = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+    code, said = run_doctor(
+        *("--directory", str(tmp_path), "--seconds", "1"), PATH=path, HF_TOKEN=SECRET, HF_HUB_OFFLINE="1"
+    )
+    assert code == 0, said
+    lines = said.splitlines()
+    assert lines[-1] == "a run can start here"
+    assert all(re.match(r"(ok|note) +[a-z-]+|  -> \w", line) for line in lines[:-1]), said
+    for expected in (
+        "launcher +alone",
+        "backend +gloo",
+        "compiler",
+        "ninja",
+        "all-reduce +a group of one",
+        "hub.*a token",
+    ):
+        assert re.search(rf"^ok +{expected}", said, re.MULTILINE), (expected, said)
+    assert SECRET not in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_machine_where_none_can(tmp_path):
+    absent = tmp_path / "not there"
+    code, said = run_doctor(
+        *("--directory", str(absent), "--seconds", "1"),
+        PATH="",
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+        HF_TOKEN=SECRET,
+        HF_ENDPOINT=f"http://me:{SECRET}@127.0.0.1:9",
+    )
+    assert code == 1, said
+    for name, mend in {
+        "compiler": "apt-get install g++",
+        "ninja": f"export PATH={Path(sys.executable).parent}:$PATH",
+        "directory": f"mkdir -p '{absent}'",
+        "all-reduce": "first mend what is missing above",
+    }.items():
+        assert re.search(rf"^missing +{name} .*\n  -> {re.escape(mend)}$", said, re.MULTILINE), (name, said)
+    assert re.search(r"^note +hub +127.0.0.1:9 does not answer", said, re.MULTILINE), said
+    assert said.splitlines()[-1] == "a run cannot start here; missing: compiler, ninja, directory, all-reduce"
+    assert SECRET not in said
+    assert "Traceback" not in said
+
+
+def test_a_torch_that_cannot_be_imported(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.99: cannot open shared object file')")
+    code, said = run_doctor(PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}", HF_HUB_OFFLINE="1")
+    assert code == 1
+    assert re.search(r"^missing +torch .*libcudart.so.99.*\n  -> pip install ", said, re.MULTILINE), said
+    assert re.search(r"^ok +directory", said, re.MULTILINE)  # the rest is looked at all the same
+    assert said.splitlines()[-1] == "a run cannot start here; missing: torch"
+
+
+def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
+    install(tmp_path, "torch", "2.5.1")
+    install(tmp_path, "tqdm", "4.66.1")
+    install(tmp_path, "rich", "1.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    findings = doctor.check_versions()
+    torch = the(findings, "torch", "missing")
+    assert torch.text == "2.5.1, needed: >=2.6"
+    assert re.fullmatch(r"pip install torch==2\.[\d.]+", torch.mend)
+    assert re.fullmatch(r"4\.66\.1, tested with 4\.[\d.]+", the(findings, "tqdm", "note").text)
+    assert "rich 1.0 (pinned 15" in the(findings, "versions", "note").text
+    assert "deepspeed 0.19.8" in "".join(finding.text for finding in findings if finding.state == "ok")
+
+
+def test_versions_of_an_installed_package_without_its_repository(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "PINS", tmp_path / "none")
+    required = ("Requires-Python: >=3.99", "Requires-Dist: nosuch>=1", 'Requires-Dist: never; extra == "test"')
+    install(tmp_path, "l2e_ds", "0.1.0", *required)
+    monkeypatch.syspath_prepend(tmp_path)
+    findings = doctor.check_versions()
+    assert the(findings, "nosuch", "missing").mend == "pip install 'nosuch>=1'"
+    assert the(findings, "python", "missing").text.endswith("needed: >=3.99")
+    assert "never" not in str(findings)
+
+
+def test_folders(tmp_path, monkeypatch):
+    good = the(doctor.check_directory(tmp_path), "directory")
+    assert re.search(r"GB free, writes \d+ MB/s \(fsync\), locks work", good.text)
+    refused = the(doctor.check_directory(Path("/proc")), "directory", "missing")  # by root as well
+    assert "cannot write to /proc" in refused.text
+    strange = the(doctor.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
+    assert strange.mend == f"mkdir -p '{tmp_path}/; rm -rf x'"
+
+
+def test_limits_and_shared_memory(monkeypatch):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        low = the(doctor.check_limits(), "open files", "note")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert "at most 512 open files" in low.text
+    assert low.mend.startswith("ulimit -n ")
+    monkeypatch.setattr(doctor, "SHARED_MEMORY", 2**60)
+    low = the(doctor.check_shared_memory(), "shared memory", "note")
+    assert "/dev/shm" in low.text
+    assert "--shm-size" in low.mend
+
+
+def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
+    """torch waits for ever for the lock of a build that was killed."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "cpu_adam/lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert not [finding for finding in doctor.check_operations() if finding.state == "missing"]  # somebody builds now
+    os.utime(lock, (0, 0))
+    assert the(doctor.check_operations(), "operations", "missing").mend == f"rm {lock}"
+
+
+def _facts(host: str, **changes) -> dict:
+    fact = {"host": host, "versions": {"torch": "2.13.0"}, "device": "CPU", "gpu": None, "busy": 0.0}
+    return {**fact, "cores": 8, "threads": 1, "findings": [], **changes}
+
+
+def test_what_other_hosts_lack_is_said_once():
+    shared, own = Finding("note", "ssh", "no pdsh"), Finding("missing", "compiler", "none", "install it")
+    fine = Finding("ok", "ninja", "1.13")
+    facts = [_facts("a", findings=[shared]), *(_facts(host, findings=[shared, own, fine]) for host in "bcdefg")]
+    assert doctor.other_hosts(facts) == [Finding("missing", "compiler", "b, c, d, e and 2 more: none", "install it")]
+
+
+def test_hosts_and_versions_that_differ():
+    facts = [_facts("a"), _facts("a"), _facts("b"), _facts("b", versions={"torch": "2.12.0"})]
+    bad = the(doctor.check_alike(facts), "versions", "missing")
+    assert bad.text == "rank 3 (b): torch 2.12.0, the other ranks 2.13.0"
+    assert bad.mend.startswith("pip install torch==2.13.0")
+    assert [finding.text for finding in doctor.check_hosts(facts)] == [
+        "a: ranks 0, 1; CPU; 1 thread a rank",
+        "b: ranks 2, 3; CPU; 1 thread a rank",
+    ]
+    crowded = doctor.check_hosts([_facts("a", threads=8) for _ in range(4)])
+    assert the(crowded, "host", "note").mend == "export OMP_NUM_THREADS=2"
+    gpus = [_facts("a", device="GPU", gpu=uuid, busy=busy) for uuid, busy in (("x", 0.0), ("y", 0.5), ("y", 0.5))]
+    assert the(doctor.check_hosts(gpus), "host", "missing").text == "a: 3 ranks on 2 GPUs"
+    assert "(ranks 1, 2)" in the(doctor.check_hosts(gpus), "host", "note").text
+
+
+def test_what_is_said_of_an_all_reduce():
+    timings = [Timing(8, 100, 2e-5, 1e-3), Timing(10**9, 10, 1.0, 1.1)]
+    facts = [_facts(host) for host in ("a", "a", "b", "b")]
+    measured = [Measurement(timings, [], speed) for speed in (100.0, 101.0, 99.0, 40.0)]
+    findings = doctor.all_reduce_findings(measured, facts, "gloo", 10.0)
+    assert the(findings, "all-reduce").text.startswith("the sum of 4 ranks was right 110 times")
+    assert the(findings, "latency").text.strip() == "8 B: 20 us (longest 1,000 us)"
+    assert "1,000.0 ms, 1.00 GB/s (bus 1.50 GB/s)" in the(findings, "bandwidth").text  # 2 (R - 1) / R of 1 GB/s
+    assert the(findings, "slowest rank", "note").text.startswith("rank 3 (b): 40 GFLOP/s, median 100")
+    measured[1] = Measurement(timings, [10**9], 100.0)
+    wrong = the(doctor.all_reduce_findings(measured, facts, "nccl", 10.0), "all-reduce", "missing")
+    assert wrong.text == "wrong sums at rank 1 (a), sizes 953 MiB (nccl)"
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "601"])
+def test_seconds_out_of_range(seconds, capsys):
+    with pytest.raises(SystemExit) as ended:
+        doctor.main(["--seconds", seconds])
+    assert ended.value.code == 2
+    assert f"got {seconds}, allowed: above 0, at most 600" in capsys.readouterr().err
