@@ -204,7 +204,7 @@ def check_versions() -> list[Finding]:
         for name, pin in pins.items()
         if name not in direct and (version := installed_version(name)) and not _is(version, pin)
     ]
-    lines = [", ".join(good[first : first + 7]) for first in range(0, len(good), 7)]
+    lines = [", ".join(good[first : first + 5]) for first in range(0, len(good), 5)]
     findings = [*(Finding("ok", "versions", line) for line in lines), *bad]
     if others:
         text = f"{_number(len(others), 'other package')} not as pinned: {', '.join(others[:4])}"
@@ -289,11 +289,11 @@ def check_operations() -> list[Finding]:
             text = f"{name}: a build was left unfinished, and every run would wait for it for ever"
             findings.append(Finding("missing", "operations", text, f"rm {shlex.quote(str(lock))}"))
         if installed_ops.get(name) or _is_built(name):
-            texts.append(f"{name} ({use}) is built")
+            texts.append(f"{name} for {use}: built")
         elif compatible.get(name):
-            texts.append(f"{name} ({use}) is still to be built, at its first use")
+            texts.append(f"{name} for {use}: to be built at its first use")
         else:
-            text = f"{name} ({use}) cannot be built on this machine"
+            text = f"{name} for {use} cannot be built on this machine"
             findings.append(Finding("note", "operations", text, "ds_report   (says why)"))
     return [Finding("ok", "operations", ", ".join(texts)), *findings] if texts else findings
 
