@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
 PACKAGE = Path(__file__).resolve().parent
 PINS = PACKAGE.parent / "launch/requirements.txt"
-JOIN_MINUTES = 2.0
-"""How long a rank waits for the others: long enough for a slow file system, short enough to be waited for."""
+PATIENCE = 1.0
+"""Minutes without progress after which a rank gives up; the process group waits one more (distributed.join), two in all
+for ranks that do not come: long enough for a slow file system, short enough to be waited for."""
 WRITTEN = 64 * 2**20
 """Bytes written to measure a folder's speed."""
 SHARED_MEMORY = 512 * 2**20
@@ -96,8 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _together(launch, shown, arguments)
     except Exception as error:  # the others may wait for this rank for ever: the launcher must end them
-        where = f"rank {launch.rank} ({host()}): " if launch.size > 1 else ""
-        failed = Finding("missing", "all-reduce", f"{where}{_one_line(error)}", _mend_for_all_reduce(launch, shown))
+        failed = _why_no_all_reduce(error, launch, shown)
         if launch.rank == 0:
             _conclude([*shown, failed], [failed])
         else:
@@ -224,6 +224,7 @@ def installed_version(package: str) -> str | None:
 
 def check_imports() -> list[Finding]:
     """That what is installed can be imported: a torch for other CUDA libraries, say, cannot."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
     findings = []
     for module in ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "pydantic", "yaml"):
         try:
@@ -346,17 +347,18 @@ def check_accelerator() -> list[Finding]:
 
 
 def check_backend() -> list[Finding]:
-    """NCCL where runs are on GPUs, gloo where they are on CPUs."""
+    """NCCL where runs are on GPUs; gloo for runs on CPUs, and for the ranks' decisions everywhere."""
     import torch
     import torch.distributed as dist
 
-    backend = "nccl" if _on_gpu() else "gloo"
-    if not dist.is_available() or not dist.is_backend_available(backend):
-        text = f"this torch ({torch.__version__}) was built without {backend}"
-        return [Finding("missing", "backend", text, "pip install --force-reinstall torch")]
-    if backend == "nccl":
-        backend = f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    return [Finding("ok", "backend", backend)]
+    wanted = ["nccl", "gloo"] if _on_gpu() else ["gloo"]
+    for backend in wanted:
+        if not dist.is_available() or not dist.is_backend_available(backend):
+            text = f"this torch ({torch.__version__}) was built without {backend}"
+            return [Finding("missing", "backend", text, "pip install --force-reinstall torch")]
+    if _on_gpu():
+        wanted[0] += f" {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    return [Finding("ok", "backend", ", ".join(wanted))]
 
 
 def check_mpi(needed: bool) -> list[Finding]:
@@ -515,8 +517,9 @@ def check_limits() -> list[Finding]:
 def _together(launch: Launch, local: list[Finding], arguments: argparse.Namespace) -> int:
     """Collective: compare the ranks, then measure; rank 0 prints. Returns the same exit code on every rank."""
     from l2e_ds import distributed
+    from l2e_ds.training.watchdog import Watchdog
 
-    device = distributed.join(launch, JOIN_MINUTES)
+    device = distributed.join(launch, PATIENCE)
     facts = distributed.all_gather_objects(_facts(local, device))
     clocks = distributed.all_gather_objects(time.time())  # the gather before it is a barrier
     findings = other_hosts(facts) + check_alike(facts) + check_hosts(facts)
@@ -525,7 +528,8 @@ def _together(launch: Launch, local: list[Finding], arguments: argparse.Namespac
     if distributed.is_main():
         for finding in findings:
             print(finding, flush=True)
-    measured = _all_reduce(device, arguments.seconds, facts, launch)
+    with Watchdog(PATIENCE, also=lambda: None):
+        measured = _all_reduce(device, arguments.seconds, facts, launch)
     code = 0
     if distributed.is_main():
         code = _conclude([*local, *findings, *measured], measured)
@@ -668,6 +672,7 @@ def _all_reduce(device: Any, seconds: float, facts: list[dict[str, Any]], launch
         if right:
             return [Finding("ok", "all-reduce", text, "torchrun --nproc-per-node RANKS -m l2e_ds.doctor   (measures)")]
         return [Finding("missing", "all-reduce", f"wrong sums in {text}", "pip install --force-reinstall torch")]
+    distributed.progress("the all-reduce")
     began = time.perf_counter()
     found: list[Measurement] = distributed.all_gather_objects(measure(device, seconds))
     return all_reduce_findings(found, facts, backend, time.perf_counter() - began)
@@ -712,18 +717,33 @@ def all_reduce_findings(
     return findings
 
 
-def _mend_for_all_reduce(launch: Launch, shown: list[Finding]) -> str:
+def _why_no_all_reduce(error: Exception, launch: Launch, shown: list[Finding]) -> Finding:
+    where = f"rank {launch.rank} ({host()}): " if launch.size > 1 else ""
+    text = f"{where}{_one_line(error)}"
     if any(finding.state == "missing" for finding in shown):
-        return "first mend what is missing above"
+        return Finding("missing", "all-reduce", text, "first mend what is missing above")
     if launch.size == 1:
-        return "pip install --force-reinstall torch deepspeed"
-    variable = "NCCL_SOCKET_IFNAME" if os.environ.get("DS_ACCELERATOR") == "cuda" else "GLOO_SOCKET_IFNAME"
-    why = f"the interface between the hosts; and is {os.environ.get('MASTER_ADDR', 'rank 0')} reachable from all?"
+        return Finding("missing", "all-reduce", text, "pip install --force-reinstall torch deepspeed")
+    import torch.distributed
+
+    from l2e_ds.training.watchdog import is_lost_contact
+
+    on_gpu = os.environ.get("DS_ACCELERATOR") == "cuda"
+    if torch.distributed.is_initialized() and not (on_gpu and is_lost_contact(error)):
+        # the ranks had met (NCCL connects later): not the network's matter
+        return Finding("missing", "all-reduce", text)
+    address = os.environ.get("MASTER_ADDR", "rank 0's address")
+    if address.startswith("127.") or address == "localhost":
+        mend = f"export MASTER_ADDR=HOST   (rank 0's; {address} is only right where all ranks are on one host)"
+        return Finding("missing", "all-reduce", text, mend)
+    why = f"the interface between the hosts; and is {address} reachable from all?"
     with contextlib.suppress(OSError):
         own = socket.gethostbyname(socket.gethostname())
         if own.startswith("127."):  # what gloo then tells the other hosts to connect to
             why = f"this host's name is {own} to itself, which no other host can reach"
-    return f"export {variable}={','.join(_interfaces()[:1]) or 'eth0'}   ({why})"
+    variable = "NCCL_SOCKET_IFNAME" if on_gpu else "GLOO_SOCKET_IFNAME"
+    mend = f"export {variable}={','.join(_interfaces()[:1]) or 'eth0'}   ({why})"
+    return Finding("missing", "all-reduce", text, mend)
 
 
 def _interfaces() -> list[str]:
