@@ -88,14 +88,10 @@ def stop_reason() -> str | None:
 
 def stop_if_asked() -> None:
     """Collective: raises Interrupted on every rank if any has heard something."""
-    reason = stop_reason()
-    if reason is not None:
-        raise Interrupted(reason)
-
-
-def honoured() -> None:
-    """The stop file has done its work: the next start must not find it."""
     from l2e_ds import distributed
 
-    if distributed.is_main() and _Heard.stop_file is not None:
-        _Heard.stop_file.unlink(missing_ok=True)
+    reason = stop_reason()
+    if reason is not None:
+        if distributed.is_main() and _Heard.stop_file is not None:
+            _Heard.stop_file.unlink(missing_ok=True)  # it is heard; the next start must not find it
+        raise Interrupted(reason)

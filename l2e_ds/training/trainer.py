@@ -175,7 +175,6 @@ class Trainer:
                 self.log()
             self.save(must_succeed=True)
         self._carry_on_saving(must_succeed=True)
-        preemption.honoured()
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:

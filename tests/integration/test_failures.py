@@ -157,3 +157,17 @@ def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
     one.process.send_signal(signal.SIGKILL)
     for line in Path(run / "metrics.jsonl").read_text().splitlines():
         json.loads(line)  # whole lines only
+
+
+def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_path):
+    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG)
+    one.wait_for(lambda: len([p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == "1"]) == 1)
+    time.sleep(1.5)  # it imports torch
+    rank(one, 1).send_signal(signal.SIGUSR1)
+    assert one.end() == 75
+    assert "l2e-ds: stopped: SIGUSR1 at rank 1; " in one.said()
+
+    one = launch(*ALONE, run_file, *LONG, "training.time_limit=0.25")
+    assert one.end() == 75
+    assert f"training.time_limit is over; step {newest(tmp_path / 'run')} is saved" in one.said()
+    assert 0 < saved(tmp_path / "run") == newest(tmp_path / "run") < 3000
