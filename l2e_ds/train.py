@@ -87,11 +87,13 @@ def run(arguments: argparse.Namespace) -> int:
     except Interrupted as stopped:
         if rank == 0:
             print(f"l2e-ds: stopped: {stopped}; start again to go on", file=sys.stderr, flush=True)
+        _note_exit_code(stopped.exit_code)
         return stopped.exit_code
     except L2EError as error:
         if rank == 0 or not error.on_every_rank:
             where = f" rank {rank}:" if distributed.size() > 1 and not error.on_every_rank else ""
             print(f"l2e-ds: error:{where} {error}", file=sys.stderr, flush=True)
+        _note_exit_code(error.exit_code)
         if distributed.size() > 1 and not error.on_every_rank:
             os._exit(error.exit_code)  # the others wait for this rank: the launcher must end them
         return error.exit_code
@@ -113,6 +115,14 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
     return 0
+
+
+def _note_exit_code(code: int) -> None:
+    """Tell l2e_ds.supervise, which may only see the launcher's code: torchrun ends with 1, whatever its ranks said."""
+    noted = Path(os.environ.get(preemption.EXIT_FILE, ""))
+    if noted.is_file():  # not on other hosts
+        with noted.open("a", encoding="utf-8") as file:
+            file.write(f"{code}\n")
 
 
 def quiet_libraries() -> None:

@@ -28,3 +28,15 @@ install_l2e_ds() {
     fi
     export PATH="$VENV/bin:$PATH"
 }
+
+# usage: need_l2e_ds MODULE ...   ->  2 and a line on stderr where this shell's python lacks the package or a module
+need_l2e_ds() {
+    local module
+    for module in l2e_ds "$@"; do
+        if ! python -c "import sys; from importlib.util import find_spec; sys.exit(find_spec('$module') is None)" 2>/dev/null; then
+            echo "$(command -v python || echo 'python (not on PATH)') has no $module: put an environment that has it on PATH," \
+                "or make one: source $REPOSITORY/launch/install.sh && install_l2e_ds" >&2
+            return 2
+        fi
+    done
+}

@@ -17,6 +17,7 @@ from l2e_ds.errors import Interrupted
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 STOP_FILE = "stop"
+EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
 
 
 class _Heard:

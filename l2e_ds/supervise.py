@@ -1,0 +1,224 @@
+"""Starts a run through any launcher, stops it without losing a step, and restarts it after a failure:
+
+    python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ...
+
+runs `LAUNCHER ... RUN.yaml section.key=value ...`, e.g. with `-- torchrun --nproc-per-node 8 -m l2e_ds.train`.
+Launchers pass signals on badly (DEEPSPEED.md, silent failure 8), so launcher and ranks get a session of their own,
+which signals to this process's group do not reach; the run is asked to stop by the file `stop` in its run directory
+instead, which rank 0 looks for at every step. Exit codes are those of `l2e-ds train` (docs/clusters.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from l2e_ds.config import load_run_config
+from l2e_ds.errors import ConfigError, Interrupted, TrainingError
+from l2e_ds.training.preemption import EXIT_FILE, STOP_FILE
+
+ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOPPED = Interrupted.exit_code
+# what no restart mends
+FINAL = {
+    ConfigError.exit_code: "something must be changed first",
+    TrainingError.exit_code: "the run cannot go on",
+    STOPPED: "stopped as asked",
+}
+
+_received: list[tuple[float, signal.Signals]] = []  # when, which
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    split = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(
+        usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
+    )
+    parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS", "3"))
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments, launcher = parser.parse_args(words[:split]), words[split + 1 :]
+    try:
+        if not launcher:
+            raise ConfigError("give the launcher after --, e.g. -- torchrun --nproc-per-node 8 -m l2e_ds.train")
+        if not arguments.restarts.isdecimal():
+            raise ConfigError(f"--restarts (or L2E_DS_RESTARTS): got {arguments.restarts!r}, allowed: an integer >= 0")
+        return supervise(launcher, arguments.run_file, arguments.overrides, int(arguments.restarts))
+    except ConfigError as error:
+        say(f"error: {error}")
+        return error.exit_code
+
+
+def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], restarts: int) -> int:
+    """Start, and start again after failures; returns the exit code. Raises ConfigError before anything is started."""
+    training = load_run_config(run_file, overrides).training
+    directory = Path(training.run_directory)
+    stop_file = directory / STOP_FILE
+    first = launch_command(launcher, [run_file, *overrides])
+    resume = ["training.resume=auto"] if training.resume == "never" else []
+    again = launch_command(launcher, [run_file, *overrides, *resume])
+
+    ctypes.CDLL(None).prctl(
+        36, 1, 0, 0, 0
+    )  # PR_SET_CHILD_SUBREAPER: ranks that lose their launcher become our children
+    for number in ASK:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _note)
+    stop_file.unlink(missing_ok=True)  # meant for a run that is over
+
+    for attempt in range(1 + restarts):
+        say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(again if attempt else first)}")
+        code, noted = run_once(again if attempt else first, run_file, stop_file, 60 * training.timeout)
+        asked = bool(_received) or stop_file.exists()
+        stop_file.unlink(missing_ok=True)
+        outcome, why = judge(code, noted, asked, newest_step(directory), training.steps)
+        say(f"end of start {attempt + 1}: {why}")
+        if outcome == 0 or outcome in FINAL or asked:
+            break
+    return outcome
+
+
+def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int]]:
+    """Start the launcher; wait until it and all its processes have ended.
+
+    patience: seconds that ranks without their launcher may take to save and leave before they are killed.
+    Returns the launcher's code (negative: killed by that signal) and the exit codes that ranks here noted.
+    """
+    with tempfile.NamedTemporaryFile("r", prefix="l2e-ds-exit-codes-") as noted:
+        launcher = subprocess.Popen(
+            command,
+            env={**os.environ, EXIT_FILE: noted.name},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            # launchers would die of it and leave their ranks; ranks set their own handler
+            preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
+        )
+        asked, ended_at, killed = False, None, False
+        while launcher.poll() is None or leftovers(launcher.pid, run_file):
+            now = time.monotonic()
+            if launcher.returncode is not None and ended_at is None:
+                ended_at = now
+            late = ended_at is not None and now > ended_at + patience
+            if (late or impatient()) and not killed:
+                say("killing all processes of the run")
+                kill_all()
+                killed = True
+            if not asked and (_received or (ended_at is not None and now > ended_at + 2)):
+                asked = True
+                say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
+                write_stop_file(stop_file)
+            time.sleep(0.2)
+        code = launcher.returncode
+        return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()]
+
+
+def judge(code: int, noted: Sequence[int], asked: bool, step: int, steps: int) -> tuple[int, str]:
+    """What became of a launch: the exit code that says so, and why.
+
+    code: the launcher's, negative: killed by that signal. noted: exit codes of ranks, where they could tell (torchrun
+    turns all into 1). asked: whether somebody wanted a stop. step, steps: of the newest checkpoint, of the whole run.
+    """
+    if code in FINAL:
+        return code, FINAL[code]
+    for final in (ConfigError.exit_code, TrainingError.exit_code):
+        if final in noted:
+            return final, FINAL[final]
+    # ranks also leave in agreement when their launcher was killed, which nobody asked for: `deepspeed` then says 0
+    if STOPPED in noted and (asked or code > 0 or -code in ASK):
+        return STOPPED, FINAL[STOPPED]
+    if code == 0 and step >= steps:
+        return 0, f"finished at step {step}"
+    if code == 0:
+        said = f"the launcher says 0, but the newest checkpoint is of step {step} of {steps}"
+        return (STOPPED, f"stopped as asked; {said}") if asked else (1, said)
+    killed_by = -code if code < 0 else 256 - code  # launch.py exits with -9, so 247, for a rank that SIGKILL ended
+    signals = {number.value: number.name for number in signal.Signals}
+    return (128 - code if code < 0 else code), f"exit code {code}" + (
+        f" ({signals[killed_by]})" if killed_by in signals else ""
+    )
+
+
+def launch_command(launcher: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """The launcher's words and the run's. Raises ConfigError for a folder that no other host could be told."""
+    if "--force_multi" not in launcher:  # launch/deepspeed.sh gives it exactly when pdsh is used
+        return [*launcher, *arguments]
+    if re.search(r"[^\w@+=:,./-]", os.getcwd()):
+        raise ConfigError(f"the current folder {os.getcwd()!r} holds characters that DeepSpeed cannot pass on by ssh")
+    return [*launcher, *map(quoted_for_pdsh, arguments)]
+
+
+def quoted_for_pdsh(word: str) -> str:
+    """DeepSpeed's PDSHRunner hands words to a remote shell: bare, or in double quotes where there is a space (with
+    inner double quotes escaped). Written so that the remote shell gives back exactly `word`; pdsh itself replaces
+    %h, %n and %u."""
+    word = word.replace("%", "%%")
+    return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _received.append((time.monotonic(), signal.Signals(number)))
+
+
+def leftovers(session: int, run_file: str) -> list[psutil.Process]:
+    """Living processes of the launch: of its session, or of torchrun's own sessions with the run file as an argument.
+    Not what went its own way, such as ssh's master connection."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            ours = os.getsid(process.pid) == session or run_file in process.cmdline()
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):
+            pass  # gone meanwhile
+    return found
+
+
+def impatient() -> bool:
+    """Whether SIGINT or SIGTERM came again; two within two seconds are one wish, sent by two ways."""
+    wishes = [when for when, number in _received if number in (signal.SIGINT, signal.SIGTERM)]
+    return bool(wishes) and wishes[-1] > wishes[0] + 2
+
+
+def kill_all() -> None:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def write_stop_file(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        say(f"cannot write {path}: {error.strerror}")
+
+
+def newest_step(run_directory: Path) -> int:
+    """Of the checkpoint that `latest` names; 0 if there is none."""
+    try:
+        return int((run_directory / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step"))
+    except (OSError, ValueError):
+        return 0
+
+
+def say(line: str) -> None:
+    print(f"l2e-ds: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
