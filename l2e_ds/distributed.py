@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -99,6 +100,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.setdefault("MASTER_PORT", "29500")
     device = _local_device(on_gpu)
     patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
+    _name_gloo_interface()
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
@@ -127,6 +129,24 @@ def _local_device(on_gpu: bool) -> torch.device | None:
         raise ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def _name_gloo_interface() -> None:
+    """Gloo listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host; the
+    interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing; chooses the route
+            here = probe.getsockname()[0]
+    except OSError:
+        return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == here for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
 
 
 def leave() -> None:

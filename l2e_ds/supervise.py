@@ -146,11 +146,9 @@ def judge(code: int, noted: Sequence[int], asked: bool, step: int, steps: int) -
     if code == 0:
         said = f"the launcher says 0, but the newest checkpoint is of step {step} of {steps}"
         return (STOPPED, f"stopped as asked; {said}") if asked else (1, said)
-    killed_by = -code if code < 0 else 256 - code  # launch.py exits with -9, so 247, for a rank that SIGKILL ended
-    signals = {number.value: number.name for number in signal.Signals}
-    return (128 - code if code < 0 else code), f"exit code {code}" + (
-        f" ({signals[killed_by]})" if killed_by in signals else ""
-    )
+    killed_by = -code if code < 0 else 256 - code if 192 < code < 251 else 0  # launch.py passes a rank's -9 on as 247
+    name = f" ({signal.Signals(killed_by).name})" if killed_by in set(signal.Signals) else ""
+    return (128 - code if code < 0 else code), f"exit code {code}{name}"
 
 
 def launch_command(launcher: Sequence[str], arguments: Sequence[str]) -> list[str]:

@@ -1,0 +1,211 @@
+"""`python -m l2e_ds.supervise` with the real launchers on this machine: stopping, restarting, exit codes.
+
+One run, stopped, killed and resumed in many ways, must end with the numbers of a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEEPSPEED = [str(REPOSITORY / "launch/deepspeed.sh"), "--num_accelerators", "2"]
+
+
+class Launch:
+    """A started command; `log` is what it said."""
+
+    def __init__(self, log: Path, *command: object) -> None:
+        scripts = str(Path(sys.executable).parent)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": scripts + os.pathsep + os.environ["PATH"],
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "OMPI_ALLOW_RUN_AS_ROOT": "1",
+            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        }
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+        self.seen: dict[int, psutil.Process] = {}
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def find(self, *words: str) -> list[psutil.Process]:
+        """Its processes with all these words in their command lines, in the order of their ids."""
+        found = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                line = process.cmdline()
+            except psutil.Error:
+                continue
+            self.seen[process.pid] = process
+            if all(any(word in part for part in line) for word in words):
+                found.append(process)
+        return sorted(found, key=lambda process: process.pid)
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.said()[-3000:]}"
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.02)
+        self.find("python")  # remember all that are there
+
+    def end(self, timeout: float = 120) -> int:
+        """Its exit code; nothing that it started may be alive then."""
+        code = self.process.wait(timeout)
+        alive = [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        assert not alive, f"orphans: {alive}\n{self.said()[-3000:]}"
+        return code
+
+
+def lines(run: Path, kind: str = "train") -> list[dict]:
+    path = run / "metrics.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [line for line in found if line["kind"] == kind]
+
+
+def newest(run: Path) -> int:
+    return max((line["step"] for line in lines(run)), default=0)
+
+
+def saved(run: Path) -> int:
+    return int((run / "checkpoints/latest").read_text().strip().removeprefix("step"))
+
+
+@pytest.fixture
+def launch(tmp_path, run_file):
+    """launch(*command) with the run's words at the end where the command has none."""
+    started: list[Launch] = []
+
+    def start(*command: object) -> Launch:
+        started.append(Launch(tmp_path / f"launch{len(started)}.log", *command))
+        return started[-1]
+
+    yield start
+    for one in started:
+        for process in [*one.seen.values(), one.process]:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.kill()
+
+
+def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_file, tmp_path):
+    words = [run_file, "training.steps=120", "checkpoint.every=10", "training.evaluate_every=0"]
+    words += ["training.timeout=1", "logging.progress=false"]
+    run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    assert launch(*DEEPSPEED, *words, f"training.run_directory={undisturbed}").end() == 0
+    words += [f"training.run_directory={run}"]
+
+    # SIGUSR1 does nothing to the launcher's processes; SIGTERM to `deepspeed` ends it alone: the run must still stop
+    one = launch(*DEEPSPEED, *words)
+    one.wait_for(lambda: newest(run) >= 3)
+    launcher, node = one.find("bin/deepspeed")[0], one.find("deepspeed.launcher.launch")[0]
+    ranks = [p for p in one.find("l2e_ds.train") if p.ppid() == node.pid]
+    assert len(ranks) == 2
+    launcher.send_signal(signal.SIGUSR1)
+    node.send_signal(signal.SIGUSR1)
+    step = newest(run)
+    one.wait_for(lambda: newest(run) >= step + 3)
+    launcher.send_signal(signal.SIGTERM)
+    assert one.end() == 75, one.said()
+    first = saved(run)
+    assert first == newest(run) < 60, "too late"
+    assert not (run / "stop").exists()
+
+    # SIGTERM to launch.py; then the supervisor
+    one = launch(*DEEPSPEED, *words)
+    one.wait_for(lambda: newest(run) >= first + 2)
+    one.find("deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
+    assert one.end() == 75, one.said()
+    assert first < saved(run) == newest(run)
+
+    # a rank is killed, launch.py is killed; the third start is stopped by SIGUSR1 to the script
+    one = launch(*DEEPSPEED, "--restarts", "2", *words)
+    begin = saved(run)
+    one.wait_for(lambda: newest(run) >= begin + 2)
+    one.find("l2e_ds.train", str(run_file))[-1].kill()
+    one.wait_for(lambda: "start 2 of at most 3" in one.said() and len(lines(run, "start")) >= 4)
+    one.wait_for(lambda: newest(run) >= lines(run, "start")[-1]["step"] + 2)
+    one.find("deepspeed.launcher.launch")[0].kill()
+    one.wait_for(lambda: "start 3 of at most 3" in one.said() and len(lines(run, "start")) >= 5)
+    one.wait_for(lambda: newest(run) >= lines(run, "start")[-1]["step"] + 2)
+    one.process.send_signal(signal.SIGUSR1)
+    assert one.end() == 75, one.said()
+    assert "exit code 247 (SIGKILL)" in one.said()
+    assert "the launcher says 0, but the newest checkpoint is of step" in one.said()
+    assert saved(run) == newest(run) < 120, "too late"
+
+    # to the end, by another launcher
+    assert launch(REPOSITORY / "launch/mpirun.sh", "-n", "2", *words).end() == 0
+    assert [line["step"] for line in lines(run)] == list(range(1, 121))
+    for line, expected in zip(lines(run), lines(undisturbed), strict=True):
+        assert line["lm_loss"] == expected["lm_loss"], line["step"]
+
+
+def supervise(launch, words, launcher, *options: object) -> Launch:
+    return launch(sys.executable, "-m", "l2e_ds.supervise", *options, *words, "--", *launcher)
+
+
+def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
+    """A launcher that only has an exit code; what it says is not believed where the run is not finished."""
+    run = tmp_path / "run"
+    for code, expected, starts in ((0, 1, 2), (1, 1, 2), (2, 2, 1), (3, 3, 1), (75, 75, 1), (-9, 137, 2)):
+        how = f"kill {code} $$" if code < 0 else f"exit {code}"
+        one = supervise(launch, [run_file], ["sh", "-c", how], "--restarts", "1")
+        assert one.end(30) == expected, one.said()
+        assert one.said().count("l2e-ds: start ") == starts, one.said()
+
+    # a run that must begin afresh goes on from its own checkpoints when it is started again
+    words = [run_file, "training.resume=never"]
+    one = supervise(launch, words, ["sh", "-c", 'echo "words: $*"; exit 1', "sh"], "--restarts", "1")
+    assert one.end(30) == 1
+    said = [line for line in one.said().splitlines() if line.startswith("words: ")]
+    assert said == [f"words: {run_file} training.resume=never" + end for end in ("", " training.resume=auto")]
+
+    # bad words: one line, 2, and nothing is started or made
+    for words, expected in (
+        ([tmp_path / "no.yaml", "--", "true"], "no.yaml: No such file or directory"),
+        ([run_file, "--restarts", "x", "--", "true"], "--restarts (or L2E_DS_RESTARTS): got 'x'"),
+        ([run_file, "training.steps=many", "--", "true"], "training.steps: got 'many'"),
+        ([run_file], "give the launcher after --"),
+    ):
+        one = launch(sys.executable, "-m", "l2e_ds.supervise", *words)
+        assert one.end(30) == 2
+        assert len(one.said().splitlines()) == 1 and expected in one.said()
+    assert not run.exists()
+
+
+def test_torchrun_and_a_single_process(launch, run_file, tmp_path):
+    """torchrun says 1 whatever its ranks said."""
+    words = [run_file, "training.steps=400", "training.evaluate_every=0", "logging.progress=false"]
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", "0", "-m", "l2e_ds.train"]
+    one = supervise(launch, words, torchrun)
+    run = tmp_path / "run"
+    one.wait_for(lambda: newest(run) >= 3)
+    one.process.send_signal(signal.SIGINT)
+    assert one.end() == 75, one.said()
+    assert saved(run) == newest(run) < 400
+    one = supervise(launch, [*words, "inhibition.layers=[9]"], torchrun)
+    assert one.end() == 2, one.said()
+
+    alone = [*words, "training.steps=12", f"training.run_directory={tmp_path / 'alone'}"]
+    one = supervise(launch, alone, [sys.executable, "-m", "l2e_ds.train"])
+    assert one.end() == 0, one.said()
+    assert "finished at step 12" in one.said()
