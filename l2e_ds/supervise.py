@@ -30,6 +30,7 @@ import psutil
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.training.preemption import EXIT_FILE, STOP_FILE
+from l2e_ds.training.run_lock import RunLock
 
 ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = Interrupted.exit_code
@@ -82,6 +83,8 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     stop_file.unlink(missing_ok=True)  # meant for a run that is over
 
     for attempt in range(1 + restarts):
+        if attempt:
+            wait_until_free(directory, stop_file, 60 * training.timeout)
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(again if attempt else first)}")
         code, noted = run_once(again if attempt else first, run_file, stop_file, 60 * training.timeout)
         asked = bool(_received) or stop_file.exists()
@@ -123,6 +126,8 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
                 say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
                 write_stop_file(stop_file)
             time.sleep(0.2)
+        if asked:
+            stop_file.unlink(missing_ok=True)  # if nobody was left to heed it
         code = launcher.returncode
         return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()]
 
@@ -190,6 +195,21 @@ def impatient() -> bool:
     """Whether SIGINT or SIGTERM came again; two within two seconds are one wish, sent by two ways."""
     wishes = [when for when, number in _received if number in (signal.SIGINT, signal.SIGTERM)]
     return bool(wishes) and wishes[-1] > wishes[0] + 2
+
+
+def wait_until_free(directory: Path, stop_file: Path, patience: float) -> None:
+    """Ranks on other hosts, which are not seen from here, may outlive their launcher for as long as they save."""
+    lock, deadline = RunLock(directory), time.monotonic() + patience
+    while lock.path.exists() and time.monotonic() < deadline and not _received:
+        try:
+            lock.acquire()
+        except ConfigError as error:
+            say(f"asking the run that is still there to stop: {error}")
+            write_stop_file(stop_file)
+            time.sleep(5)
+        else:
+            lock.release()
+    stop_file.unlink(missing_ok=True)
 
 
 def kill_all() -> None:

@@ -103,6 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or "a file of the run"
             print(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}", file=sys.stderr, flush=True)
+            _note_exit_code(SaveError.exit_code)
             os._exit(SaveError.exit_code)
         from l2e_ds.training.watchdog import is_lost_contact
 

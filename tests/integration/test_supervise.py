@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,12 @@ def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_fi
         assert line["lm_loss"] == expected["lm_loss"], line["step"]
 
 
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def supervise(launch, words, launcher, *options: object) -> Launch:
     return launch(sys.executable, "-m", "l2e_ds.supervise", *options, *words, "--", *launcher)
 
@@ -195,7 +202,7 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
 def test_torchrun_and_a_single_process(launch, run_file, tmp_path):
     """torchrun says 1 whatever its ranks said."""
     words = [run_file, "training.steps=400", "training.evaluate_every=0", "logging.progress=false"]
-    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", "0", "-m", "l2e_ds.train"]
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", port(), "-m", "l2e_ds.train"]
     one = supervise(launch, words, torchrun)
     run = tmp_path / "run"
     one.wait_for(lambda: newest(run) >= 3)

@@ -181,82 +181,72 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.timeout(400)
+def wait_for_start(run: Path, number: int, process: subprocess.Popen) -> None:
+    """Until the run has begun so many times, and then done a step or two."""
+    while len(lines(run, "start")) < number:
+        assert process.poll() is None, f"ended with {process.returncode} before start {number}"
+        time.sleep(0.05)
+    wait_for_step(run, lines(run, "start")[-1]["step"] + 2, process)
+
+
+@pytest.mark.timeout(500)
 def test_two_hosts(cluster, run_file, tmp_path):
-    overrides = ["training.steps=60", "checkpoint.every=10", "training.evaluate_every=0", "training.timeout=0.5"]
+    overrides = ["training.steps=60", "checkpoint.every=10", "training.evaluate_every=0", "training.timeout=0.4"]
     alone = tmp_path / "alone"
     command = [sys.executable, "-m", "l2e_ds.train", run_file, *overrides, f"training.run_directory={alone}"]
     environment = {**cluster.environment, "PATH": PATH}
     subprocess.run(command, env=environment, check=True, timeout=200, capture_output=True)
     expected = lines(alone)
 
-    _words_reach_the_other_host_as_they_are(cluster, run_file, overrides, expected)
-    run = tmp_path / "run"
-    overrides.append(f"training.run_directory={run}")
-    _a_signal_stops_both_hosts(cluster, run_file, overrides, run)
-    _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, run_file, overrides, run, expected)
-    _a_dead_host_ends_the_run(cluster, run_file, overrides, tmp_path / "dead")
-
-
-def same(run: Path, expected: list[dict]) -> None:
-    """Each step once, with the numbers of one process."""
-    found = lines(run)
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, other in zip(found, expected, strict=True):
-        assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-4), line["step"]
-
-
-def _words_reach_the_other_host_as_they_are(cluster, run_file, overrides, expected) -> None:
-    """A run called `; touch pwned` is a run called so, and the numbers are those of one process."""
+    # what the remote shells are given must be these words and nothing else
     odd = cluster.folder / "; touch pwned; $(touch pwned) `touch pwned` \"'%n\\ &"
     odd.mkdir()
     moved = shutil.copy(run_file, odd / "$(touch pwned);'%h.yaml")
-    done = cluster.launch(moved, *overrides, f"training.run_directory={json.dumps(str(odd / 'run'))}")
-    assert done.wait(200) == 0, cluster.said()
-    same(odd / "run", expected)
-    start = lines(odd / "run", "start")[0]
-    assert start["ranks"] == 2
-    assert not list(cluster.folder.rglob("pwned"))
-    assert not (Path.home() / "pwned").exists()
+    run = odd / "run"
+    words = [moved, *overrides, f"training.run_directory={json.dumps(str(run))}"]
+
+    _a_signal_stops_both_hosts(cluster, words, run)
+    _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run)
+    assert [line["step"] for line in lines(run)] == [line["step"] for line in expected]
+    for line, other in zip(lines(run), expected, strict=True):
+        assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-4), line["step"]
+    assert not [path for path in (*cluster.folder.rglob("*"), *Path.home().iterdir()) if path.name == "pwned"]
+
+    _a_dead_host_ends_the_run(cluster, [run_file, *overrides], tmp_path / "run")
 
 
-def _a_signal_stops_both_hosts(cluster, run_file, overrides, run) -> None:
-    launch = cluster.launch(run_file, *overrides)
+def _a_signal_stops_both_hosts(cluster, words, run) -> None:
+    launch = cluster.launch(*words)
     wait_for_step(run, 13, launch)
+    assert lines(run, "start")[0]["ranks"] == 2
     assert all(host.rank() for host in cluster.hosts)
     launch.send_signal(signal.SIGTERM)
     assert launch.wait(60) == 75, cluster.said()
     assert cluster.idle()
     assert "stop was written" in cluster.said()
     saved = (run / "checkpoints/latest").read_text().strip()
-    assert int(saved.removeprefix("step")) == lines(run)[-1]["step"] >= 13
+    assert 60 > int(saved.removeprefix("step")) == lines(run)[-1]["step"] >= 13
     assert not (run / "stop").exists()
 
 
-def _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, run_file, overrides, run, expected) -> None:
+def _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run) -> None:
     done = lines(run)[-1]["step"]
-    launch = cluster.launch("--restarts", "2", run_file, *overrides)
-    wait_for_step(run, done + 12, launch)
+    launch = cluster.launch("--restarts", "2", *words)
+    wait_for_step(run, done + 2, launch)
     cluster.hosts[1].rank().kill()
-    while "start 2 of at most 3" not in cluster.said():
-        assert launch.poll() is None, cluster.said()
-        time.sleep(0.1)
-    # metrics are cut back to the checkpoint that the second start goes on from
-    while len(lines(run, "start")) < 3:
-        time.sleep(0.05)
-    wait_for_step(run, lines(run, "start")[-1]["step"] + 2, launch)
+    wait_for_start(run, 3, launch)
     cluster.hosts[1].launcher().kill()
     assert launch.wait(200) == 0, cluster.said()
     assert "start 3 of at most 3" in cluster.said()
     assert cluster.idle()
-    same(run, expected)
 
 
-def _a_dead_host_ends_the_run(cluster, run_file, overrides, run) -> None:
-    launch = cluster.launch("--restarts", "0", run_file, *overrides, f"training.run_directory={run}")
+def _a_dead_host_ends_the_run(cluster, words, run) -> None:
+    launch = cluster.launch("--restarts", "0", *words)
     wait_for_step(run, 3, launch)
     host = cluster.hosts[1]
     subprocess.run(["ip", "-n", host.namespace, "link", "set", "eth0", "down"], check=True)  # no goodbye is heard
     host.init.kill()
-    assert launch.wait(90) not in (0, 2, 3, 75), cluster.said()
+    assert launch.wait(80) not in (0, 2, 3, 75), cluster.said()
+    assert "host node2" in cluster.said() and "silent" in cluster.said()
     assert not cluster.hosts[0].processes()
