@@ -88,7 +88,6 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(again if attempt else first)}")
         code, noted = run_once(again if attempt else first, run_file, stop_file, 60 * training.timeout)
         asked = bool(_received) or stop_file.exists()
-        stop_file.unlink(missing_ok=True)
         outcome, why = judge(code, noted, asked, newest_step(directory), training.steps)
         say(f"end of start {attempt + 1}: {why}")
         if outcome == 0 or outcome in FINAL or asked:
@@ -121,13 +120,13 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
                 say("killing all processes of the run")
                 kill_all()
                 killed = True
-            if not asked and (_received or (ended_at is not None and now > ended_at + 2)):
+            if not asked and (_received or (ended_at is not None and now > ended_at + 0.5)):
                 asked = True
                 say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
                 write_stop_file(stop_file)
             time.sleep(0.2)
-        if asked:
-            stop_file.unlink(missing_ok=True)  # if nobody was left to heed it
+        if asked and not impatient():  # then ranks on other hosts may still heed it
+            stop_file.unlink(missing_ok=True)
         code = launcher.returncode
         return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()]
 

@@ -49,8 +49,8 @@ if [[ -n $HOSTFILE ]]; then
     PORT=${PORT:-29500}
     # ssh brings no environment along; anything else that the hosts need goes into .deepspeed_env (docs/clusters.md)
     TRAIN=(--no_python env)
-    for NAME in PATH OMP_NUM_THREADS DS_ACCELERATOR GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME NCCL_DEBUG HF_HOME \
-        HF_HUB_OFFLINE HF_DATASETS_OFFLINE HF_DATASETS_CACHE TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR PYTHONFAULTHANDLER; do
+    for NAME in PATH LD_LIBRARY_PATH OMP_NUM_THREADS DS_ACCELERATOR GLOO_SOCKET_IFNAME HF_HOME HF_HUB_OFFLINE \
+        HF_DATASETS_OFFLINE HF_DATASETS_CACHE TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR; do
         [[ -n ${!NAME:-} ]] || continue
         [[ ${!NAME} =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] || fail "$NAME=${!NAME} cannot be passed to other hosts by ssh"
         TRAIN+=("$NAME=${!NAME}")

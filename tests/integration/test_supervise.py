@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -127,7 +128,7 @@ def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_fi
     launcher.send_signal(signal.SIGTERM)
     assert one.end() == 75, one.said()
     first = saved(run)
-    assert first == newest(run) < 60, "too late"
+    assert first == newest(run) < 90, "too late"
     assert not (run / "stop").exists()
 
     # SIGTERM to launch.py; then the supervisor
@@ -179,6 +180,18 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
         assert one.end(30) == expected, one.said()
         assert one.said().count("l2e-ds: start ") == starts, one.said()
 
+    # a second SIGTERM does not wait; one that comes by two ways does
+    one = supervise(launch, [run_file], ["sh", "-c", "sleep 60"])
+    one.wait_for(lambda: one.find("sleep"))
+    for pause in (0.1, 2.5):
+        one.process.send_signal(signal.SIGTERM)
+        time.sleep(pause)
+    assert one.process.poll() is None
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end(30) == 137, one.said()
+    assert (run / "stop").exists()
+    shutil.rmtree(run)
+
     # a run that must begin afresh goes on from its own checkpoints when it is started again
     words = [run_file, "training.resume=never"]
     one = supervise(launch, words, ["sh", "-c", 'echo "words: $*"; exit 1', "sh"], "--restarts", "1")
@@ -199,18 +212,27 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
     assert not run.exists()
 
 
-def test_torchrun_and_a_single_process(launch, run_file, tmp_path):
+def test_torchrun_mpirun_and_a_single_process(launch, run_file, tmp_path):
     """torchrun says 1 whatever its ranks said."""
     words = [run_file, "training.steps=400", "training.evaluate_every=0", "logging.progress=false"]
     torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", port(), "-m", "l2e_ds.train"]
-    one = supervise(launch, words, torchrun)
     run = tmp_path / "run"
+    one = supervise(launch, words, torchrun)
     one.wait_for(lambda: newest(run) >= 3)
     one.process.send_signal(signal.SIGINT)
     assert one.end() == 75, one.said()
-    assert saved(run) == newest(run) < 400
+    first = saved(run)
+    assert 3 <= first == newest(run) < 400
+
+    one = launch(REPOSITORY / "launch/mpirun.sh", "-n", "2", *words)
+    one.wait_for(lambda: newest(run) >= first + 3)
+    one.process.send_signal(signal.SIGHUP)
+    assert one.end() == 75, one.said()
+    assert first < saved(run) == newest(run) < 400
+
     one = supervise(launch, [*words, "inhibition.layers=[9]"], torchrun)
     assert one.end() == 2, one.said()
+    assert one.said().count("l2e-ds: start ") == 1
 
     alone = [*words, "training.steps=12", f"training.run_directory={tmp_path / 'alone'}"]
     one = supervise(launch, alone, [sys.executable, "-m", "l2e_ds.train"])
