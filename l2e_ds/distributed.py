@@ -101,6 +101,9 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     device = _local_device(on_gpu)
     patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
     _name_gloo_interface()
+    # With it DeepSpeed makes 66 MB a rank in /dev/shm that it never removes, and waits there for ever for a rank that
+    # died; used in inference only (docs/deepspeed.md).
+    os.environ.pop("LOCAL_SIZE", None)
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
