@@ -39,14 +39,16 @@ from l2e_ds.data.files import fsync_path
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.training import manifest
-from l2e_ds.training.state import TrainState, rng_state, set_rng_state
+from l2e_ds.training.elastic import ElasticLoad, layout, loss_scaler_state
+from l2e_ds.training.state import TrainState, reseed, rng_state, set_rng_state
 
 NAME = re.compile(r"step(\d{8})")
+ELASTIC = ("ranks", "zero_stage")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What must not change between a checkpoint and the run that goes on from it."""
+    """What must not change between a checkpoint and the run that goes on from it, but for ELASTIC."""
 
     ranks: int
     zero_stage: int
@@ -206,6 +208,7 @@ class CheckpointManager:
                 if inhibitor is not None:
                     save_file(inhibitor.state_dict(), temporary / "inhibition.safetensors")
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
+                content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
                 (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
         for part in (prepare, write):
@@ -285,21 +288,58 @@ class CheckpointManager:
     def load(path: Path, engine: Any, inhibitor: Inhibitor | None, identity: Identity) -> TrainState:
         """Bring engine, inhibitor and this rank's random states to where the checkpoint was. Collective.
 
+        The same ranks and ZeRO stage go on to the bit. Others get the same weights, moments, tau and global batches; on
+        another number of ranks each rank's random states start anew from (seed, step, rank): nothing in Pythia or the
+        method draws from them in training.
         Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
         """
         content = read_state(path)
-        check_identity(path, content["identity"], asdict(identity))
+        saved, state = content["identity"], TrainState(**content["train"])
+        check_identity(path, saved, asdict(identity))
+        old, new = content.get("layout", {}), layout(engine)
+        stages = saved["zero_stage"], identity.zero_stage
+        elastic = any(new[key] != old.get(key, saved.get(key, new[key])) for key in new)
+        if elastic and stages != (0, 0):  # stage 0 keeps everything in one file
+            CheckpointManager._load_elastic(path, engine, content, identity)
+        else:
+            _together(lambda: CheckpointManager._load_as_saved(path, engine, state), path)
 
-        def load_parts() -> None:
-            loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-            if loaded is None or client.get("l2e_ds", {}).get("step") != content["train"]["step"]:
-                raise CheckpointError(f"{path}: DeepSpeed did not load it")
+        def load_ours() -> None:
             if inhibitor is not None:
                 inhibitor.load_state_dict(load_file(path / "inhibition.safetensors"))
-            set_rng_state(load_file(path / f"rng-rank{distributed.rank():05d}.safetensors"), engine.device)
+            if saved["ranks"] == identity.ranks:
+                set_rng_state(load_file(path / f"rng-rank{distributed.rank():05d}.safetensors"), engine.device)
+            else:
+                reseed(identity.seed, state.step, distributed.rank())
 
-        _together(load_parts, path)
-        return TrainState(**content["train"])
+        _together(load_ours, path)
+        if elastic and distributed.is_main():
+            before, after = (
+                f"{ranks} ranks, ZeRO {stage}"
+                for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
+            )
+            print(f"resumed elastically: {before} -> {after}", file=sys.stderr, flush=True)
+        return state
+
+    @staticmethod
+    def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
+        loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
+            raise CheckpointError(f"{path}: DeepSpeed did not load it")
+
+    @staticmethod
+    def _load_elastic(path: Path, engine: Any, content: dict, identity: Identity) -> None:
+        saved, state = content["identity"], TrainState(**content["train"])
+        if identity.precision == "fp16" and "loss_scaler" not in content:
+            raise CheckpointError(
+                f"{path}: was written by a version that did not note the loss scale; save once more with"
+                f" {saved['ranks']} ranks and ZeRO stage {saved['zero_stage']} before changing them"
+            )
+        load = ElasticLoad(path, engine, saved["zero_stage"], state.applied, content.get("loss_scaler", {}))
+        _together(load.copy_own_part, path)
+        _together(load.spread_and_check, path)
+        engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
+        engine.global_samples = state.step * identity.global_batch
 
 
 def _together(action: Callable[[], Any], path: Path) -> None:
@@ -313,7 +353,7 @@ def _together(action: Callable[[], Any], path: Path) -> None:
 def check_identity(path: Path, saved: dict, current: dict) -> None:
     """Raises CheckpointError naming the first thing in which checkpoint and run differ."""
     for key, value in current.items():
-        if saved.get(key) != value:
+        if key not in ELASTIC and saved.get(key) != value:
             raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
 
 

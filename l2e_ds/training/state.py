@@ -54,3 +54,8 @@ def seed_everything(seed: int, rank: int) -> None:
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Streams of their own for a rank that goes on at `step` without the states of a rank before it."""
+    seed_everything(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]), 0)

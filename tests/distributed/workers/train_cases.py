@@ -5,10 +5,13 @@ Options of a case: "stop_after": k (train k steps, close, and go on in a second 
 "expect": name of the exception that training must raise, "continues": another case whose run directory to use,
 "interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
 that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation" or "saving".
+"copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
+A case's section "model" replaces the base's where it names a pretrained one.
 """
 
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -59,6 +62,8 @@ def data() -> PreparedData:
 
 def make_trainer(case: dict, directory: Path, device: torch.device, steps: int | None = None) -> Trainer:
     raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items()}
+    if "pretrained" in raw["model"]:
+        raw["model"] = case["model"]
     raw["training"]["run_directory"] = str(directory)
     raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // distributed.size())
     if steps is not None:
@@ -128,11 +133,34 @@ def finish(trainer: Trainer, directory: Path, logits: bool) -> None:
             save_file({"logits": output.contiguous()}, directory / "logits.safetensors")
 
 
+def save_held(trainer: Trainer, file: Path) -> None:
+    """Master weights, moments, step counts and low-precision weights, whole, by DeepSpeed's own functions."""
+    import deepspeed
+
+    found, wrapper = {}, trainer.engine.optimizer
+    adam = getattr(wrapper, "optimizer", wrapper)
+    for name, parameter in trainer.engine.module.named_parameters():
+        found[f"{name}/fp32"] = deepspeed.utils.safe_get_full_fp32_param(parameter)
+        for key in ("exp_avg", "exp_avg_sq") if trainer.state.applied else ():
+            found[f"{name}/{key}"] = deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
+            if trainer.engine.zero_optimization_stage() == 0:
+                found[f"{name}/fp32"], found[f"{name}/{key}"] = parameter, adam.state[parameter][key]
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            found[f"{name}/weights"] = parameter.detach().clone()
+    found["steps"] = torch.tensor(sorted({float(state["step"]) for state in adam.state.values()}))
+    found["weight_decay"] = torch.tensor([group["weight_decay"] for group in adam.param_groups])
+    if distributed.is_main():
+        save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}, file)
+
+
 def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
     options = case.pop("options", {})
     directory = output / options.get("continues", name)
     real_loss = trainer_module.language_model_loss
     raised = None
+    if "copies" in options and distributed.is_main():
+        shutil.copytree(options["copies"], directory)
+    distributed.agree(None)  # the copy is there
     try:
         if "stop_after" in options:
             with make_trainer(case, directory, device, steps=options["stop_after"]) as first:
@@ -142,6 +170,8 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
         with make_trainer(case, directory, device) as trainer:
             if "nan" in options:
                 poison(*options["nan"], trainer)
+            if options.get("held"):
+                save_held(trainer, directory / "held.safetensors")
             trainer.train()
             finish(trainer, directory, options.get("logits", False))
     except Exception as error:

@@ -1,0 +1,335 @@
+"""Elastic resume: on other ranks and other ZeRO stages than the checkpoint's, runs go on as if nothing had changed."""
+
+import contextlib
+import io
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from l2e_ds.training.checkpoint import read_state
+
+# sizes that 4 ranks do not divide, so that ZeRO-3 pads; a decay that shows within a few steps wherever it is applied
+NETWORK = {"vocab_size": 65, "hidden_size": 30, "num_heads": 3, "num_layers": 3}
+STOP, LAST, DECAY = 6, 16, 5.0
+WORKERS = Path(__file__).parent / "workers"
+REVISION, COMMIT = "step3000", "0123456789abcdef0123456789abcdef01234567"
+
+# name of a run that stops after step STOP: ranks, DeepSpeed configuration, precision, the uninterrupted run
+SOURCES = {
+    "one1": (1, "zero1", "fp32", "straight"),
+    "two0": (2, "zero0", "fp32", "straight"),
+    "two1": (2, "zero1", "fp32", "straight"),
+    "two2": (2, "zero2", "fp32", "straight"),
+    "two3": (2, "zero3", "fp32", "straight"),
+    "two3-groups": (2, "groups", "fp32", "straight"),
+    "two2-offload": (2, "zero2_offload", "fp32", "straight"),
+    "two1-bf16": (2, "zero1", "bf16", "straight1-bf16"),
+    "two3-bf16": (2, "zero3", "bf16", "straight3-bf16"),
+    "two2-fp16": (2, "zero2", "fp16", "straight2-fp16"),
+    "pretrained": (2, "zero2", "fp32", "straight-pretrained"),
+}
+STRAIGHT = {
+    "straight": ("zero1", "fp32"),
+    "straight1-bf16": ("zero1", "bf16"),
+    "straight3-bf16": ("zero3", "bf16"),
+    "straight2-fp16": ("zero2", "fp16"),
+    "straight0-bf16": ("zero0", "bf16"),
+    "straight-pretrained": ("zero2", "fp32"),
+}
+# source, ranks and DeepSpeed configuration that go on from it
+PAIRS = [
+    ("one1", 2, "zero1"),
+    ("one1", 2, "zero3"),
+    ("two0", 1, "zero3"),
+    ("two1", 1, "zero2"),
+    ("two1", 2, "zero2"),
+    ("two1", 4, "groups"),
+    ("two2", 1, "zero0"),
+    ("two2", 2, "zero2_offload"),
+    ("two3", 1, "zero1"),
+    ("two3-groups", 2, "zero2"),
+    ("two3", 1, "zero3_offload"),
+    ("two3", 4, "zero2"),
+    ("two2-offload", 2, "zero3"),
+    ("two2-offload", 4, "zero2_offload"),
+    ("two1-bf16", 1, "zero1"),
+    ("two1-bf16", 4, "zero3"),
+    ("two3-bf16", 1, "zero1"),
+    ("two2-fp16", 1, "zero3"),
+    ("two2-fp16", 4, "zero1"),
+    ("pretrained", 1, "zero3"),
+]
+
+# Largest differences over the 10 steps after the resume, relative to the mean. Ranks and stages add up in another
+# order. Half precision shows it, as much as with another micro-batch in an uninterrupted run ("other-order").
+TOLERANCE = {
+    "fp32": {"lm_loss": 1e-5, "rest": 1e-5},
+    "bf16": {"lm_loss": 5e-4, "rest": 5e-2},
+    "fp16": {"lm_loss": 1e-4, "rest": 5e-2},
+}
+COMPARED = ("lm_loss", "observed_share", "gradient_norm", "layer0/tau", "layer1/tau", "layer1/mean_s")
+EXACT = ("step", "applied_steps", "tokens", "learning_rate", "loss_scale", "skipped_steps", "coefficient")
+
+
+def label(source: str, ranks: int, zero: str) -> str:
+    return f"{source}-to-{ranks}-{zero}"
+
+
+def case(zero: str, precision: str, origin: str = "", steps: int = LAST, **options) -> dict:
+    """zero: a file of ds_configs, or of the tests' own: "groups" is ZeRO-3 in many small groups, with an optimizer that
+    DeepSpeed builds."""
+    file = f"{zero}_deepspeed.json"
+    zero = f"tests/distributed/workers/{file}" if (WORKERS / file).exists() else f"ds_configs/{zero}.json"
+    if precision == "fp16" and "copies" not in options:
+        options["nan"] = [1, [2, 3]]  # the loss scale is halved, two steps are not applied
+    pretrained = {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION}
+    return {
+        "model": pretrained if "pretrained" in origin else NETWORK,
+        "optimizer": {"weight_decay": DECAY},
+        "training": {"steps": steps, "precision": precision, "evaluate_every": 8},
+        "inhibition": {"layers": [0, 1]},
+        "deepspeed": {"config": zero},
+        "options": options,
+    }
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A hub cache as downloads would leave it, with tiny weights; the launches find it through HF_HOME."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub/models--EleutherAI--pythia-14m"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / REVISION).write_text(COMMIT)
+    network = GPTNeoXConfig(
+        vocab_size=65,
+        hidden_size=30,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=120,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(3)
+    GPTNeoXForCausalLM(network).save_pretrained(repository / "snapshots" / COMMIT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(home))
+        patch.delenv("HF_HUB_CACHE", raising=False)
+        yield repository / "snapshots" / COMMIT
+
+
+@pytest.fixture(scope="module")
+def runs(train_cases, hub) -> dict[str, Path]:
+    """Run directories by name; four launches. "chain...": stage 1 on 2 ranks, 2 on 1, 3 on 4, 1 on 2."""
+    found: dict[str, Path] = {}
+
+    def launch(ranks: int, cases: dict) -> None:
+        for name, (own, zero, precision, _) in SOURCES.items():
+            if own == ranks and name not in found:
+                cases[name] = case(zero, precision, name, steps=STOP)
+        for source, own, zero in PAIRS:
+            if own == ranks and source in found:
+                copied = {"copies": str(found[source]), "held": True}
+                cases[label(source, own, zero)] = case(zero, SOURCES[source][2], source, **copied)
+        # ZeRO-3 last: DeepSpeed replaces torch's linear for the rest of the process
+        output = train_cases(
+            ranks,
+            dict(
+                sorted(
+                    cases.items(),
+                    key=lambda item: any(word in item[1]["deepspeed"]["config"] for word in ("zero3", "groups")),
+                )
+            ),
+        )
+        found.update({name: output / name for name in cases})
+
+    def link(previous: str, zero: str, steps: int) -> dict:
+        return case(zero, "fp32", steps=steps, copies=str(found[previous]), held=True)
+
+    def refused(previous: str, zero: str, precision: str) -> dict:
+        return case(zero, precision, copies=str(found[previous]), expect="CheckpointError")
+
+    straight = {name: case(zero, precision, name) for name, (zero, precision) in STRAIGHT.items()}
+    other_order = case("zero1", "bf16")
+    other_order["training"]["micro_batch"] = 2  # the same ranks and stage, two micro-batches for one
+    first = {
+        "other-order": other_order,
+        "two0-bf16": case("zero0", "bf16", steps=STOP),
+        "from-hub": case("zero2", "fp32", "pretrained", steps=1, held=True),
+    }
+    launch(2, straight | first)
+    launch(
+        1,
+        {
+            "chain2": link("two1", "zero2", 9),
+            "zero0-bf16": case("zero0", "bf16", copies=str(found["two0-bf16"])),
+            "from-0": refused("two0-bf16", "zero1", "bf16"),
+            "to-0": refused("two1-bf16", "zero0", "bf16"),
+            "sgd": refused("two2", "sgd", "fp32"),
+            "robin": refused("two2", "round_robin", "fp32"),
+        },
+    )
+    launch(4, {"chain3": link("chain2", "zero3", 12)})
+    launch(2, {"chain1": link("chain3", "zero1", LAST)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def differences(metric_lines):
+    """differences(run, straight): of each metric after step STOP, the largest, relative to its mean."""
+
+    def compare(run: Path, straight: Path) -> dict[str, float]:
+        lines, others = (
+            [line for line in metric_lines(path) if line["step"] > STOP and line["kind"] == "train"]
+            for path in (run, straight)
+        )
+        assert [line["step"] for line in lines] == list(range(STOP + 1, LAST + 1))
+        found = {}
+        for key in (*EXACT, *COMPARED):
+            ours, theirs = (torch.tensor([line[key] for line in side], dtype=torch.float64) for side in (lines, others))
+            found[key] = float((ours - theirs).abs().max() / theirs.abs().mean().clamp_min(1e-30))
+        held_out = [
+            next(line["held_out_loss"] for line in metric_lines(path, "evaluation") if line["step"] == LAST)
+            for path in (run, straight)
+        ]
+        return found | {"held_out_loss": abs(held_out[0] / held_out[1] - 1)}
+
+    return compare
+
+
+def assert_close(found: dict[str, float], precision: str) -> None:
+    assert all(found[key] == 0 for key in EXACT), found
+    for key in (*COMPARED, "held_out_loss"):
+        assert found[key] <= TOLERANCE[precision]["lm_loss" if key.endswith("loss") else "rest"], found
+
+
+@pytest.mark.parametrize(("source", "ranks", "zero"), PAIRS)
+def test_goes_on_like_the_uninterrupted_run(runs, differences, source, ranks, zero):
+    """Losses, tau, shares, gradient norms and rates of the 10 steps after the resume."""
+    found = differences(runs[label(source, ranks, zero)], runs[SOURCES[source][3]])
+    print(label(source, ranks, zero), {key: f"{value:.1e}" for key, value in found.items() if value})
+    assert_close(found, SOURCES[source][2])
+
+
+def test_from_stage_to_stage_and_back(runs, differences):
+    """Stage 1 on 2 ranks, after step 6 stage 2 on 1, after 9 stage 3 on 4, after 12 stage 1 on 2."""
+    assert_close(differences(runs["chain1"], runs["straight"]), "fp32")
+
+
+def test_half_precision_differs_no_more_than_by_its_rounding(runs, differences):
+    """What the tolerances allow in bf16 another micro-batch does too, without any resume."""
+    found = differences(runs["other-order"], runs["straight1-bf16"])
+    print({key: f"{value:.1e}" for key, value in found.items() if value})
+    assert 1e-5 < found["lm_loss"] <= TOLERANCE["bf16"]["lm_loss"]
+
+
+def test_zero_0_in_half_precision_changes_its_ranks(runs, differences):
+    found = differences(runs["zero0-bf16"], runs["straight0-bf16"])
+    print({key: f"{value:.1e}" for key, value in found.items() if value})
+    assert_close(found, "bf16")
+
+
+# --- what the engine holds ---------------------------------------------------------------------------------------
+
+
+def universal(checkpoint: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments by DeepSpeed's own slow conversion, which reads stages 1 to 3 (and writes them to files)."""
+    from deepspeed.checkpoint.ds_to_universal import main
+
+    arguments = Namespace(
+        input_folder=str(checkpoint),
+        output_folder=str(folder),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        main(arguments)
+    found = {
+        f"{file.parent.name}/{file.stem}": torch.load(file, weights_only=False)
+        for file in folder.glob("zero/*/*.pt")
+        if file.stem in ("fp32", "exp_avg", "exp_avg_sq")
+    }
+    # of stage 3 it writes bare tensors
+    return {key: value["param"] if isinstance(value, dict) else value for key, value in found.items()}
+
+
+def whole(checkpoint: Path, names: list[str]) -> dict[str, torch.Tensor]:
+    """The same of ZeRO-0 in float32; Adam's state is numbered: first the matrices, which decay, then the rest."""
+    content = torch.load(checkpoint / "mp_rank_00_model_states.pt", weights_only=False)
+    weights = {name: content["module"][name] for name in content["module"] if name in names}
+    order = sorted(weights, key=lambda name: weights[name].ndim < 2)
+    states = content["optimizer"]["state"]
+    moments = {
+        f"{name}/{key}": states[place][key] for place, name in enumerate(order) for key in ("exp_avg", "exp_avg_sq")
+    }
+    return moments | {f"{name}/fp32": tensor for name, tensor in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    """written(source): what its checkpoint holds, put together without any code of ours."""
+    found = {}
+
+    def read(source: str, names: list[str]) -> dict[str, torch.Tensor]:
+        if source not in found:
+            checkpoint = runs[source] / f"checkpoints/step{STOP:08d}"
+            if SOURCES[source][1] == "zero0":
+                found[source] = whole(checkpoint, names)
+            else:
+                found[source] = universal(checkpoint, tmp_path_factory.mktemp("universal"))
+        return found[source]
+
+    return read
+
+
+@pytest.mark.parametrize(("source", "ranks", "zero"), PAIRS)
+def test_holds_what_was_written(runs, written, source, ranks, zero):
+    """Before the first step: master weights, both moments and the step count to the bit, rounded weights, and weight
+    decay on matrices only."""
+    held = load_file(runs[label(source, ranks, zero)] / "held.safetensors")
+    skipped = 2 if SOURCES[source][2] == "fp16" else 0
+    assert held.pop("steps").tolist() == [STOP - skipped]
+    assert set(held.pop("weight_decay").tolist()) == {DECAY, 0.0}
+    names = {key.partition("/")[0] for key in held}
+    expected = written(source, list(names))
+    assert len(names) == 40
+    for name in names:
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            assert torch.equal(held[f"{name}/{key}"].flatten(), expected[f"{name}/{key}"].flatten()), (name, key)
+        weights = held[f"{name}/weights"]
+        assert torch.equal(weights.flatten(), expected[f"{name}/fp32"].flatten().to(weights.dtype)), name
+    assert any(bool(tensor.abs().max() > 0) for key, tensor in held.items() if key.endswith("exp_avg"))
+
+
+def test_starts_from_a_revision_of_the_hub(runs, hub):
+    """`held-0` was saved before the first step: the weights of the cached revision."""
+    assert read_state(runs["pretrained"] / f"checkpoints/step{STOP:08d}")["config"]["model"]["revision"] == REVISION
+    first, cached = load_file(runs["from-hub"] / "held.safetensors"), load_file(hub / "model.safetensors")
+    assert cached
+    for name, tensor in cached.items():
+        assert torch.equal(first[f"{name}/weights"], tensor), name
+
+
+# --- what is said ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("from-0", "was written with ZeRO stage 0, this run has 1; allowed in bf16"),
+        ("to-0", "was written with ZeRO stage 1, this run has 0; allowed in bf16"),
+        ("sgd", "only with optimizers that keep exp_avg and exp_avg_sq (Adam, AdamW); got SGD"),
+        ("robin", "only without round_robin_gradients"),
+    ],
+)
+def test_refuses_in_one_line(runs, name, words):
+    message = (runs[name].parent / f"{name}-rank0.txt").read_text()
+    assert words in message
+    assert "\n" not in message
