@@ -138,6 +138,10 @@ def _sharded(zero3: dict | None) -> Iterator[None]:
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
+    # Now, not when it is first used within Init, which puts functions of its own in place of torch's constructors:
+    # torch._dynamo, which this imports, compares their signatures and gives up.
+    from transformers.models.gpt_neox import modeling_gpt_neox  # noqa: F401
+
     # The first keeps rotary frequencies in float32: Init would round every floating tensor made within it, and an
     # exported model would not be the trained one.
     # no dtype given: with one, 0.19.8 builds in bfloat16 wherever fp16 is not supported, whatever was asked for

@@ -40,6 +40,7 @@ from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.training import manifest
 from l2e_ds.training.elastic import ElasticLoad, layout, loss_scaler_state
+from l2e_ds.training.engine import hyper_parameters, set_hyper_parameters
 from l2e_ds.training.state import TrainState, reseed, rng_state, set_rng_state
 
 NAME = re.compile(r"step(\d{8})")
@@ -315,7 +316,7 @@ class CheckpointManager:
         _together(load_ours, path)
         if elastic and distributed.is_main():
             before, after = (
-                f"{ranks} ranks, ZeRO {stage}"
+                f"{ranks} rank{'s' * (ranks != 1)}, ZeRO {stage}"
                 for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
             )
             print(f"resumed elastically: {before} -> {after}", file=sys.stderr, flush=True)
@@ -323,7 +324,9 @@ class CheckpointManager:
 
     @staticmethod
     def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
+        own = hyper_parameters(engine)
         loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+        set_hyper_parameters(engine, own)  # the run file's, which the user may have changed
         if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
             raise CheckpointError(f"{path}: DeepSpeed did not load it")
 

@@ -80,6 +80,17 @@ def set_learning_rate(engine: Any, rate: float) -> None:
         group["lr"] = rate
 
 
+def hyper_parameters(engine: Any) -> list[dict[str, Any]]:
+    """Of every parameter group, what loading a checkpoint would overwrite."""
+    names = ("weight_decay", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
+
+
+def set_hyper_parameters(engine: Any, values: list[dict[str, Any]]) -> None:
+    for group, own in zip(engine.optimizer.param_groups, values, strict=True):
+        group.update(own)
+
+
 def loss_scale(engine: Any) -> float:
     """The present loss scale; 1 without fp16."""
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0

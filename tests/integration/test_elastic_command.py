@@ -1,0 +1,43 @@
+"""The command itself, in a fresh process each time: ZeRO-3 alone, then the same run file on two ranks under ZeRO-1."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def train(ranks: int, *arguments: object) -> str:
+    """What the run printed on stderr."""
+    scripts = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": scripts + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    # without a launcher, and under torchrun at a free port of its own choice
+    launcher = [sys.executable] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
+    command = [*launcher, "-m", "l2e_ds.train", *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return done.stderr
+
+
+def test_other_ranks_and_stage_by_resume_alone(run_file, tmp_path, metric_lines):
+    stage_1, stage_3 = (f"deepspeed.config=ds_configs/zero{stage}.json" for stage in (1, 3))
+    straight = f"training.run_directory={tmp_path / 'straight'}"
+    train(1, run_file, stage_3, "training.steps=3")
+    said = train(2, run_file, stage_1)
+    assert "resumed elastically: 1 rank, ZeRO 3 -> 2 ranks, ZeRO 1\n" in said
+    train(2, run_file, stage_1, straight)
+    resumed, uninterrupted = (
+        [[line[key] for key in ("step", "lm_loss", "learning_rate", "layer1/tau")] for line in metric_lines(path)]
+        for path in (tmp_path / "run", tmp_path / "straight")
+    )
+    assert len(resumed) == 6
+    for ours, theirs in zip(resumed, uninterrupted, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
