@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2e_ds.training.metrics import drop_lines_after, flops_per_token, read_metrics
-from l2e_ds.training.state import rng_state, seed_everything, set_rng_state
+from l2e_ds.training.state import reseed, rng_state, seed_everything, set_rng_state
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,16 @@ def test_taking_the_state_draws_nothing():
     seed_everything(7, rank=1)
     rng_state(CPU)
     assert draw() == expected
+
+
+def test_reseeded_streams_follow_from_seed_step_and_rank():
+    """Any of the three makes other streams, and the same three the same."""
+    drawn = []
+    for triple in [(7, 100, 0), (8, 100, 0), (7, 101, 0), (7, 100, 1), (100, 7, 0), (7, 100, 0)]:
+        reseed(*triple)
+        drawn.append(str(draw()))
+    assert drawn[-1] == drawn[0]
+    assert len(set(drawn)) == 5
 
 
 def test_seeds_differ_between_ranks_and_seeds():
