@@ -45,7 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_checkpoint_verbs(checkpoint)
     verbs.add_parser("doctor", help="what this machine and launcher offer a run, and what mends the rest")
 
+    from l2e_ds import slurm, submit
+
+    submission = verbs.add_parser("submit", help="give a run to SLURM", description=submit.__doc__)
+    submission.formatter_class = argparse.RawDescriptionHelpFormatter
+    submit.add_arguments(submission)
+    submission.set_defaults(action=submit.run)
+
+    words, for_sbatch = slurm.split_at_dashes(words) if words[:1] == ["submit"] else (words, [])
     arguments = train.parse(parser, words)
+    arguments.for_sbatch = for_sbatch
     try:
         return arguments.action(arguments)
     except L2EError as error:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l2e_ds import slurm
 from l2e_ds.errors import ConfigError, L2EError
 
 _doing = "starting"
@@ -91,8 +92,8 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.update(variables)
         if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
             os.environ["LOCAL_RANK"] = "0"
-        os.environ.setdefault("MASTER_ADDR", _first_slurm_host())
-        os.environ.setdefault("MASTER_PORT", str(_slurm_port()))
+        os.environ.setdefault("MASTER_ADDR", slurm.first_host())
+        os.environ.setdefault("MASTER_PORT", str(slurm.rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
         os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
     elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
@@ -158,33 +159,6 @@ def leave() -> None:
     _control = None
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _first_slurm_host() -> str:
-    import subprocess
-
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.split()
-        address = subprocess.run(
-            ["scontrol", "show", "node", listed[0], "--oneliner"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        ).stdout
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ConfigError(f"srun: cannot find the first node of {nodes!r} ({error}); set MASTER_ADDR") from None
-    # NodeAddr is what SLURM itself connects to; a node's name need not resolve
-    return next((word[9:] for word in address.split() if word.startswith("NodeAddr=")), listed[0])
-
-
-def _slurm_port() -> int:
-    """A port that every task of this job step computes alike, and other jobs on the node do not."""
-    job, step = int(os.environ.get("SLURM_JOB_ID", 0)), os.environ["SLURM_STEP_ID"]
-    return 20000 + (job * 31 + (int(step) if step.isdigit() else 0)) % 20000
 
 
 def _free_port() -> int:

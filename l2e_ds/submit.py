@@ -1,0 +1,321 @@
+"""`l2e-ds submit RUN.yaml [section.key=value ...] --gpus-per-node G --time HH:MM:SS [...] [-- options of sbatch]`.
+
+Checks the run, freezes it in a folder `submit-N` of its run directory, and gives the script in there to sbatch:
+
+    submit-1/
+      submit.sbatch     readable; `sbatch submit.sbatch` starts the same again
+      run.yaml          the resolved configuration, and deepspeed.json, which it names
+      code.json         command, git commit, whether files were changed, versions of packages
+      code.diff         the changes, if there are any
+      slurm-JOB.log     what the job prints
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2e_ds.config import REPOSITORY, RunConfig, find_file, load_run_config
+from l2e_ds.errors import ConfigError
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
+SECRET_VARIABLE = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+SHORTEST_SECRET = 8  # characters; shorter values would be found in any text
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors", "mpi4py")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job asks SLURM for. time: as SLURM writes it; signal_seconds: before its end, to stop and save."""
+
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    time: str
+    signal_seconds: int
+    job_name: str | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    extra: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="one rank a GPU; 0: on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node, with --gpus-per-node 0")
+    parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit after which the job is requeued")
+    parser.add_argument("--partition", metavar="P")
+    parser.add_argument("--account", metavar="A")
+    parser.add_argument("--qos", metavar="Q")
+    parser.add_argument("--job-name", metavar="NAME", help="default: the run directory's name")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="S", help="stop and save so long before the limit (300)"
+    )
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help="after a crash, within one job (3)")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    parser.epilog = "Options of sbatch follow `--`, e.g. `-- --cpus-per-task=12 --mem=0 --exclusive`."
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
+    from l2e_ds.train import preflight, quiet_libraries
+
+    resources = _resources(arguments)
+    if arguments.restarts < 0:
+        raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
+    if not arguments.dry_run and shutil.which("sbatch") is None:
+        raise ConfigError("submit: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+    for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
+        _refuse_control_characters("submit", word)
+    quiet_libraries()
+    config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
+    # `auto` is for the node that runs it to decide, not for this one
+    asked = load_run_config(arguments.run_file, arguments.overrides).training.precision
+    config = config.replace("training", precision=asked)
+
+    directory = Path(config.training.run_directory)
+    _refuse_control_characters("training.run_directory", str(directory))
+    if "\\" in str(directory.absolute()):  # turns off the replacement of %j in the log's name
+        raise ConfigError(f"training.run_directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+    if arguments.dry_run:
+        number = len(list(directory.glob("submit-*"))) + 1
+        print(script(directory, number, resources, arguments.restarts), end="")
+        return 0
+
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    folder, number = _new_folder(directory)
+    try:
+        _freeze(folder, config, arguments, resources)
+        path = folder / "submit.sbatch"
+        path.write_text(_without_secrets(script(directory, number, resources, arguments.restarts), path.name))
+        job = _submit(path)
+    except BaseException:
+        shutil.rmtree(folder)  # nothing was queued
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+    print(f"job     {job}: {resources.nodes} nodes x {resources.tasks_per_node} ranks, {resources.time}")
+    print(f"script  {path}")
+    print(f"log     {folder / f'slurm-{job}.log'}")
+    return 0
+
+
+def script(directory: Path, number: int, resources: Resources, restarts: int) -> str:
+    """The batch script of submission `number` of the run in `directory`.
+
+    Values are quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines.
+    """
+    folder = directory / f"submit-{number}"
+    log = str(folder.absolute()).replace("%", "%%") + "/slurm-%j.log"
+    options = {
+        "job-name": resources.job_name or _plain(directory.absolute().name),
+        "nodes": resources.nodes,
+        "ntasks-per-node": resources.tasks_per_node,
+        "gpus-per-node": resources.gpus_per_node or None,
+        "time": resources.time,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "output": log,
+        "open-mode": "append",
+        "signal": f"B:USR1@{resources.signal_seconds}",
+    }
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue")
+    if resources.extra:
+        lines.append(f"#SBATCH {shlex.join(resources.extra)}")
+    python = shlex.quote(sys.executable)
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
+            *lines,
+            "",
+            f"cd {shlex.quote(os.getcwd())} || exit 2",
+            f"exec {python} -m l2e_ds.slurm --restarts {restarts} {shlex.quote(str(folder / 'run.yaml'))} \\",
+            f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+            "",
+        ]
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "l2e-ds"
+
+
+def _resources(arguments: argparse.Namespace) -> Resources:
+    """Checked. Raises ConfigError naming the option, what was given and what is allowed."""
+    gpus, tasks = arguments.gpus_per_node, arguments.tasks_per_node
+    if arguments.nodes < 1:
+        raise ConfigError(f"--nodes: got {arguments.nodes}, allowed: an integer >= 1")
+    if gpus < 0:
+        raise ConfigError(f"--gpus-per-node: got {gpus}, allowed: an integer >= 0")
+    if gpus and tasks is not None:
+        raise ConfigError("--tasks-per-node: is for --gpus-per-node 0; with GPUs there is one rank a GPU")
+    if not gpus and (tasks is None or tasks < 1):
+        raise ConfigError(f"--tasks-per-node: got {tasks}, --gpus-per-node 0 needs the number of ranks a node, >= 1")
+    for option in ("job_name", "partition", "account", "qos"):
+        value = getattr(arguments, option)
+        if value is not None and not NAME.fullmatch(value):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name}: got {value!r}, allowed: letters, digits and _ . , @ = + : -")
+    limit = _seconds(arguments.time)
+    if not 0 < arguments.signal_seconds < min(limit, 65536):
+        raise ConfigError(
+            f"--signal-seconds: got {arguments.signal_seconds}, allowed: 1 to less than the {limit} s of --time"
+        )
+    extra = tuple(arguments.for_sbatch)
+    for word in extra:
+        _refuse_control_characters("submit", word)
+    if extra and not extra[0].startswith("-"):
+        raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
+    return Resources(
+        arguments.nodes,
+        gpus,
+        gpus or tasks,
+        arguments.time,
+        arguments.signal_seconds,
+        arguments.job_name,
+        arguments.partition,
+        arguments.account,
+        arguments.qos,
+        extra,
+    )
+
+
+def _seconds(limit: str) -> int:
+    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        raise ConfigError(f"--time: got {limit!r}, allowed: e.g. 12:00:00 (hours, minutes, seconds) or 2-12:00:00")
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None:  # minutes come first, unless there are three numbers
+        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: numbers}[len(numbers)]
+    else:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _refuse_control_characters(where: str, text: str) -> None:
+    if not text.isprintable():
+        raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
+
+
+def _new_folder(directory: Path) -> tuple[Path, int]:
+    number = 1
+    while True:
+        folder = directory / f"submit-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder, number
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConfigError(f"training.run_directory: cannot make {folder}: {error.strerror}") from None
+
+
+def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, resources: Resources) -> None:
+    """Write what is run, and by which code, beside the script."""
+    source = find_file(config.deepspeed.config, arguments.run_file)
+    assert source is not None  # preflight has read it
+    json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
+    json_path.write_text(_without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
+    frozen = config.replace("deepspeed", config=str(json_path))
+    run_path.write_text(_without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
+    versions, (commit, status, difference) = _versions(), _code()
+    code = {
+        "command": ["l2e-ds", "submit", arguments.run_file, *arguments.overrides],
+        "ranks": resources.ranks,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": {"commit": commit, "changed": status},
+        "versions": versions,
+    }
+    text = _without_secrets(json.dumps(code, indent=2), "the command line")
+    (folder / "code.json").write_text(text + "\n", encoding="utf-8")
+    if difference:
+        for _, value in _secrets(os.environ):
+            difference = difference.replace(value, "[left out: value of an environment variable]")
+        (folder / "code.diff").write_text(difference, encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import l2e_ds
+
+    found = {"l2e_ds": l2e_ds.__version__, "python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _code() -> tuple[str | None, list[str], str]:
+    """Commit, `git status` lines and diff of the checkout that this package is run from; (None, [], "") of a copy."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, errors="replace").stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "l2e_ds/__init__.py")  # else some other checkout around an installed copy
+        return git("rev-parse", "HEAD").strip(), git("status", "--porcelain").splitlines(), git(*DIFF)
+    except (OSError, subprocess.SubprocessError):
+        return None, [], ""
+
+
+DIFF = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
+
+
+def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [
+        (name, value)
+        for name, value in environment.items()
+        if SECRET_VARIABLE.search(name.upper()) and len(value) >= SHORTEST_SECRET
+    ]
+
+
+def _without_secrets(text: str, where: str) -> str:
+    """The text itself. Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it."""
+    for name, value in _secrets(os.environ):
+        if value in text:
+            raise ConfigError(f"submit: {where} contains the value of {name}; leave it to the environment alone")
+    return text
+
+
+def _submit(path: Path) -> str:
+    """Queue the script and return the job's id."""
+    leftover = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in leftover and not name.startswith("SLURM_STEP")  # of a launcher that this is called under
+    }
+    command: Sequence[str] = ["sbatch", "--parsable", str(path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
+        raise ConfigError(f"submit: {reason}")
+    return done.stdout.strip().split(";")[0]

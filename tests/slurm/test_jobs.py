@@ -1,0 +1,288 @@
+"""Jobs on two nodes of a real SLURM: submitted, stopped, requeued, preempted, cancelled, robbed of a node."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS = 150
+NOT_REPRODUCIBLE = ("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "time", "mfu")
+
+
+class Site:
+    """A user's folder on the cluster, with a run file, and what the user does there."""
+
+    limited = ""
+    """The job of a run with a time limit of two minutes."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.folder = folder
+        self.environment = {
+            **environment,
+            "PYTHONPATH": str(REPOSITORY),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
+            "OMP_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "TEST_API_KEY": "a-secret-of-the-submitting-shell",
+        }
+        content = {
+            "model": {"name": "pythia-14m", "vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+            "data": {"source": "stdlib", "train_tokenizer": 300, "max_documents": 20, "max_tokens": 20000},
+            "optimizer": {"schedule_steps": STEPS},
+            "training": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
+            "inhibition": {"coefficient": 0.01},
+            "checkpoint": {"every": 25},
+            "logging": {"every": 1, "progress": False},
+        }
+        content["data"] |= {"sequence_length": 16, "held_out": 0.1, "cache": "cache"}
+        content["training"] |= {"evaluate_every": 0}
+        (folder / "run.yaml").write_text(yaml.safe_dump(content))
+
+    def call(self, *command: object, code: int = 0) -> str:
+        words = [str(word) for word in command]
+        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        return done.stdout + done.stderr
+
+    def submit(self, directory: str, *words: object, code: int = 0) -> str:
+        """The id of a job of two nodes with one rank each."""
+        options = ["--nodes", 2, "--gpus-per-node", 0, "--tasks-per-node", 1]
+        overrides = ["run.yaml", f"training.run_directory={directory}"]
+        said = self.call(sys.executable, "-m", "l2e_ds.cli", "submit", *overrides, *options, *words, code=code)
+        return said if code else re.search(r"job +(\d+):", said).group(1)
+
+    def show(self, job: str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S+)", self.call("scontrol", "show", "job", job, "--oneliner")))
+
+    def start_now(self, job: str) -> None:
+        """A requeued job waits two minutes otherwise: SLURM 22.05 loses its way where it starts at once."""
+        self.wait(lambda: self.show(job)["JobState"] == "PENDING", f"job {job} is requeued")
+        time.sleep(2)
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def lines(self, directory: str, kind: str = "train") -> list[dict]:
+        path = self.folder / directory / "metrics.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in found if line["kind"] == kind]
+
+    def reached(self, directory: str, step: int) -> None:
+        self.wait(lambda: any(line["step"] >= step for line in self.lines(directory)), f"{directory}: step {step}")
+
+    def started(self, directory: str, times: int) -> list[int]:
+        """The steps from which it started, once it has started so many times."""
+        self.wait(lambda: len(self.lines(directory, "start")) >= times, f"{directory}: start {times}")
+        return [line["step"] for line in self.lines(directory, "start")]
+
+    def finished(self, job: str) -> None:
+        self.wait(lambda: self.show(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), f"job {job} ends")
+        assert self.show(job)["JobState"] == "COMPLETED", self.logs()
+
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 100) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (
+                f"waited {seconds} s until {what}\n{self.call('scontrol', 'show', 'job')}{self.logs()}"
+            )
+            time.sleep(0.2)
+
+    def logs(self) -> str:
+        """The ends of what jobs and daemons wrote."""
+        daemons = Path(self.environment["SLURM_CONF"]).parent.glob("slurm*.log")
+        files = [*self.folder.rglob("slurm-*.log"), *daemons]
+        return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in files)
+
+    def log(self, directory: str) -> str:
+        (path,) = (self.folder / directory).glob("submit-1/slurm-*.log")
+        return path.read_text()
+
+
+@pytest.fixture(scope="module")
+def site(slurm, tmp_path_factory) -> Site:
+    site = Site(tmp_path_factory.mktemp("site"), slurm)
+    # one process, six steps: what jobs are compared with, and the tokens that all runs share
+    site.call(sys.executable, "-m", "l2e_ds.train", "run.yaml", "training.steps=6", "training.run_directory=alone")
+    # runs beside the first tests, until SLURM's signal a minute before its time limit
+    minutes = ["--time", "2:00", "--signal-seconds", 60]
+    site.limited = site.submit("limited", "training.steps=1000000", "checkpoint.every=0", *minutes)
+    return site
+
+
+def comparable(lines: list[dict]) -> dict[int, dict]:
+    """By step. A step that was done twice must have come to the same."""
+    found: dict[int, dict] = {}
+    for line in lines:
+        numbers = {key: value for key, value in line.items() if key not in NOT_REPRODUCIBLE}
+        assert found.setdefault(line["step"], numbers) == numbers
+    return found
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob(f"checkpoints/step{STEPS:08d}/**/*model_states.pt")
+    return torch.load(path, map_location="cpu", weights_only=False)["module"]
+
+
+def kill_node(site: Site, name: str) -> None:
+    """SIGKILL to slurmd and to everything that it started, as when the power fails (but sockets are closed)."""
+    pid = int((Path(site.environment["SLURM_CONF"]).parent / f"slurmd.{name}.pid").read_text())
+    doomed = [psutil.Process(pid)]
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+        except psutil.Error:
+            continue
+        here = variables.get("SLURM_CONF") == site.environment["SLURM_CONF"]
+        if here and variables.get("SLURMD_NODENAME") == name and "SLURM_STEP_ID" in variables:
+            doomed += [parent for parent in process.parents() if parent.name() == "slurmstepd"] + [process]
+    assert len(doomed) > 2, "no task was running there"
+    for process in doomed:
+        process.kill()
+
+
+def test_array_tasks_are_runs_of_their_own(site):
+    array = REPOSITORY / "launch/slurm/array.sbatch"
+    (site.folder / "list").write_text(
+        "# a comment and an empty line are no runs\n\n"
+        "run.yaml training.steps=3 'training.run_directory=array 0 $(touch pwned)'\n"
+        "run.yaml training.steps=1000000 training.run_directory=array1 checkpoint.every=0  # runs until it is stopped\n"
+    )
+    (site.folder / "bad").write_text("run.yaml ; touch pwned\n")
+    sbatch = ["sbatch", "--parsable", "--ntasks-per-node=1"]
+    job = site.call(*sbatch, "--array=0-1", array, "list").strip()
+    bad = site.call(*sbatch, "--array=0", array, "bad").strip()
+
+    site.finished(f"{job}_0")
+    assert [line["step"] for line in site.lines("array 0 $(touch pwned)")] == [1, 2, 3]
+    # all at once on the same nodes, each with its own rendezvous
+    site.reached("limited", 1)
+    assert site.show(f"{job}_1")["NodeList"] in ("n1", "n2") and site.show(site.limited)["NodeList"] == "n[1-2]"
+    # the last task of an array has the array's own job id: requeueing that would requeue them all
+    site.reached("array1", 1)
+    assert site.show(f"{job}_1")["JobId"] == job
+    site.call("scancel", "--signal=USR1", f"{job}_1")
+    site.wait(lambda: site.show(f"{job}_1")["JobState"] == "PENDING", "the task is requeued")
+    assert site.show(f"{job}_0")["JobState"] == "COMPLETED"
+    site.call("scancel", job)
+
+    site.wait(lambda: site.show(f"{bad}_0")["JobState"] == "FAILED", "a list that cannot be read is refused")
+    assert site.show(f"{bad}_0")["ExitCode"] == "2:0"
+    assert "bad:1: override ';': write section.key=value" in (site.folder / f"slurm-{bad}_0.log").read_text()
+    assert not list(site.folder.rglob("pwned"))
+
+
+def test_what_sbatch_refuses_leaves_nothing_behind(site):
+    said = site.submit("refused", "--time", "30:00", "--partition", "no-such", code=2)
+    assert "l2e-ds: error: submit:" in said and "partition" in said
+    assert not (site.folder / "refused/submit-1").exists()
+
+
+def test_stopped_requeued_preempted_and_robbed_of_a_node_is_the_run_that_never_stopped(site):
+    strange = 'runs/it\'s; touch pwned $(touch pwned) "x" %j'
+    limited = site.limited
+    whole = site.submit(strange, "--time", "30:00", "--", "--comment=; touch pwned")
+    site.finished(whole)
+    expected = comparable(site.lines(strange))
+    assert list(expected) == list(range(1, STEPS + 1))
+    start = site.lines(strange, "start")[0]
+    assert (start["ranks"], start["launcher"]) == (2, "srun")
+    alone = comparable(site.lines("alone"))
+    for step, line in alone.items():
+        assert expected[step]["lm_loss"] == pytest.approx(line["lm_loss"], rel=1e-5)
+    site.wait(lambda: site.show(limited)["JobState"] == "PENDING", "the signal before the time limit stops the other")
+    site.call("scontrol", "hold", limited)  # until it is its turn again
+
+    # what was frozen; nothing of it was run as a command, and no secret is in it
+    folder = site.folder / strange / "submit-1"
+    assert {path.name for path in folder.iterdir()} - {"code.diff"} == {
+        *("submit.sbatch", "run.yaml", "deepspeed.json", "code.json", f"slurm-{whole}.log")
+    }
+    code = json.loads((folder / "code.json").read_text())
+    assert code["versions"]["torch"] == str(torch.__version__)
+    assert re.fullmatch(r"[0-9a-f]{40}", code["git"]["commit"])
+    assert not list(site.folder.rglob("pwned"))
+    for path in site.folder.rglob("*"):
+        assert not path.is_file() or site.environment["TEST_API_KEY"].encode() not in path.read_bytes(), path
+
+    # one run, three interruptions, each in its own way
+    job = site.submit("run", "--time", "30:00", "--restarts", 1)
+    site.reached("run", 20)
+    site.call("scancel", "--signal=USR1", job)  # to the tasks
+    site.start_now(job)
+    first, second = site.started("run", 2)
+    assert first == 0 and second >= 20, "the step at which it stopped was saved"
+    assert "stopped: SIGUSR1 at rank" in site.log("run")
+    assert f"the run stopped on request; requeueing job {job}" in site.log("run")
+
+    site.reached("run", second + 5)
+    urgent = ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=true"]
+    site.call("sbatch", *urgent)  # SLURM preempts the run, and requeues it itself
+    site.start_now(job)
+    third = site.started("run", 3)[-1]
+    assert third >= second + 5
+    assert "is not requeued" in site.log("run")
+
+    site.reached("run", third + 1)
+    kill_node(site, "n2")
+    site.wait(lambda: site.show(job)["Restarts"] == "3", "SLURM misses the node")
+    site.wait(lambda: site.show(job)["JobState"] == "PENDING", "SLURM requeues the job")
+    site.call("slurmd", "-N", "n2")
+    state = ["sinfo", "--noheader", "--nodes=n2", "--format=%T"]
+    site.wait(lambda: set(site.call(*state).split()) == {"idle"}, "the node is back")
+    site.start_now(job)
+    site.finished(job)
+    assert len(site.started("run", 4)) == 4
+    assert comparable(site.lines("run")) == expected
+    ours, theirs = weights(site.folder / "run"), weights(site.folder / strange)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    # the time limit's signal went to the batch script, which had the run saved; the next start goes on
+    assert "asking the run to save and stop" in site.log("limited")
+    saved = site.lines("limited")[-1]["step"]
+    site.start_now(limited)
+    site.call("scontrol", "release", limited)
+    site.reached("limited", saved + 1)
+    assert site.started("limited", 2) == [0, saved]
+    assert site.show(limited)["Restarts"] == "1"
+    reached = comparable(site.lines("limited"))
+    assert all(reached[step] == line for step, line in expected.items() if step in reached)
+
+    # cancelled: the run saves, and stays cancelled
+    site.call("scancel", limited)
+    site.wait(lambda: site.show(limited)["JobState"] == "CANCELLED", "the job is cancelled")
+    last = site.lines("limited")[-1]["step"]
+    assert (site.folder / "limited/checkpoints/latest").read_text().strip() == f"step{last:08d}"
+    assert f"job {limited} is not requeued: it was cancelled" in site.log("limited")
+    time.sleep(2)
+    assert site.show(limited)["JobState"] == "CANCELLED"
+
+
+def test_two_steps_of_one_job_and_a_script_without_a_step(site):
+    """In sbatch itself find_launch sees one process; two steps at once have their own rendezvous."""
+    step = "srun --exact --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m l2e_ds.train run.yaml training.steps=2"
+    (site.folder / "steps.sbatch").write_text(
+        "#!/bin/bash\n"
+        "python -c 'from l2e_ds.distributed import find_launch; print(find_launch())'\n"
+        f"{step} training.run_directory=step0 & one=$!\n"
+        f"{step} training.run_directory=step1 || exit 1\n"
+        "wait $one\n"
+    )
+    said = site.call(
+        *("sbatch", "--wait", "--nodes=2", "--ntasks-per-node=2", "--output=slurm-steps.log", "steps.sbatch")
+    )
+    assert "Submitted" in said
+    log = (site.folder / "slurm-steps.log").read_text()
+    assert "Launch(launcher='alone', rank=0, size=1, local_rank=0)" in log
+    for name in ("step0", "step1"):
+        assert site.lines(name, "start")[0]["ranks"] == 2
+        assert len(site.lines(name)) == 2
