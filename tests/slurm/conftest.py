@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sinfo")
@@ -98,11 +100,17 @@ def _idle_nodes(environment: dict[str, str]) -> int:
 
 
 def _stop(folder: Path) -> None:
+    """The daemons, and what they leave running: slurmstepd and the jobs of a test that failed."""
     for file in folder.glob("*.pid"):
         try:
             os.kill(int(file.read_text()), signal.SIGTERM)
         except (ValueError, ProcessLookupError):
             continue
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
+            if ours and process.name() not in ("slurmctld", "slurmd"):
+                process.kill()
 
 
 @pytest.fixture(scope="session")
