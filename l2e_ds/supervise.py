@@ -16,6 +16,7 @@ import ctypes
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.training.preemption import EXIT_FILE, STOP_FILE
 from l2e_ds.training.run_lock import RunLock
 
+PR_SET_CHILD_SUBREAPER = 36
 ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = Interrupted.exit_code
 # what no restart mends
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if not launcher:
             raise ConfigError("give the launcher after --, e.g. -- torchrun --nproc-per-node 8 -m l2e_ds.train")
+        if shutil.which(launcher[0]) is None:
+            raise ConfigError(f"no such launcher: {launcher[0]}")
         if not arguments.restarts.isdecimal():
             raise ConfigError(f"--restarts (or L2E_DS_RESTARTS): got {arguments.restarts!r}, allowed: an integer >= 0")
         return supervise(launcher, arguments.run_file, arguments.overrides, int(arguments.restarts))
@@ -74,9 +78,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     resume = ["training.resume=auto"] if training.resume == "never" else []
     again = launch_command(launcher, [run_file, *overrides, *resume])
 
-    ctypes.CDLL(None).prctl(
-        36, 1, 0, 0, 0
-    )  # PR_SET_CHILD_SUBREAPER: ranks that lose their launcher become our children
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks that lose their launcher become our children
     for number in ASK:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note)
@@ -85,8 +87,10 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     for attempt in range(1 + restarts):
         if attempt:
             wait_until_free(directory, stop_file, 60 * training.timeout)
+        if attempt and _received:
+            break
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(again if attempt else first)}")
-        code, noted = run_once(again if attempt else first, run_file, stop_file, 60 * training.timeout)
+        code, noted = run_once(again if attempt else first, run_file, stop_file, 2 * 60 * training.timeout)
         asked = bool(_received) or stop_file.exists()
         outcome, why = judge(code, noted, asked, newest_step(directory), training.steps)
         say(f"end of start {attempt + 1}: {why}")
@@ -98,7 +102,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
 def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int]]:
     """Start the launcher; wait until it and all its processes have ended.
 
-    patience: seconds that ranks without their launcher may take to save and leave before they are killed.
+    patience: seconds that ranks may take to save and leave, once asked, before they are killed.
     Returns the launcher's code (negative: killed by that signal) and the exit codes that ranks here noted.
     """
     with tempfile.NamedTemporaryFile("r", prefix="l2e-ds-exit-codes-") as noted:
@@ -110,22 +114,22 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
             # launchers would die of it and leave their ranks; ranks set their own handler
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
-        asked, ended_at, killed = False, None, False
+        asked_at, ended_at, killed = None, None, False
         while launcher.poll() is None or leftovers(launcher.pid, run_file):
             now = time.monotonic()
             if launcher.returncode is not None and ended_at is None:
                 ended_at = now
-            late = ended_at is not None and now > ended_at + patience
+            late = asked_at is not None and now > asked_at + patience
             if (late or impatient()) and not killed:
                 say("killing all processes of the run")
                 kill_all()
                 killed = True
-            if not asked and (_received or (ended_at is not None and now > ended_at + 0.5)):
-                asked = True
+            if asked_at is None and (_received or (ended_at is not None and now > ended_at + 0.5)):
+                asked_at = now
                 say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
                 write_stop_file(stop_file)
             time.sleep(0.2)
-        if asked and not impatient():  # then ranks on other hosts may still heed it
+        if asked_at is not None and not impatient():  # then ranks on other hosts may still heed it
             stop_file.unlink(missing_ok=True)
         code = launcher.returncode
         return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()]

@@ -103,7 +103,9 @@ def launch(tmp_path, run_file):
 
     yield start
     for one in started:
-        for process in [*one.seen.values(), one.process]:
+        if one.process.poll() is None:
+            one.find()  # the supervisor's children outlive it
+        for process in [one.process, *one.seen.values()]:
             with contextlib.suppress(psutil.Error, OSError):
                 process.kill()
 
@@ -205,6 +207,7 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
         ([run_file, "--restarts", "x", "--", "true"], "--restarts (or L2E_DS_RESTARTS): got 'x'"),
         ([run_file, "training.steps=many", "--", "true"], "training.steps: got 'many'"),
         ([run_file], "give the launcher after --"),
+        ([run_file, "--", "tochrun"], "no such launcher: tochrun"),
     ):
         one = launch(sys.executable, "-m", "l2e_ds.supervise", *words)
         assert one.end(30) == 2
