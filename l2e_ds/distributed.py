@@ -102,9 +102,9 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     device = _local_device(on_gpu)
     patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
     _name_gloo_interface()
-    # With it DeepSpeed makes 66 MB a rank in /dev/shm that it never removes, and waits there for ever for a rank that
-    # died; used in inference only (docs/deepspeed.md).
-    os.environ.pop("LOCAL_SIZE", None)
+    # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
+    # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",

@@ -248,9 +248,8 @@ def check_imports() -> list[Finding]:
 
 
 def check_compiler() -> list[Finding]:
-    """DeepSpeed builds its operations at their first use: on CPUs when a run starts, on GPUs for offload only."""
-    on_cpu, built = not _on_gpu(), _is_built("deepspeed_shm_comm")
-    use = "needed at the start of every run on CPUs" if on_cpu else "needed for offload to the CPU only"
+    """DeepSpeed builds the operation of CPU offload at its first use; no other run needs a compiler."""
+    use = "needed for offload to the CPU only"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     said = _output([*compiler, "--version"])
     findings = []
@@ -258,45 +257,40 @@ def check_compiler() -> list[Finding]:
         findings.append(Finding("ok", "compiler", said.splitlines()[0] if said else compiler[0]))
     else:
         text = f"{compiler[0]} does not run ({'CXX' if 'CXX' in os.environ else 'no C++ compiler on PATH'}); {use}"
-        if built:
-            text += "; enough while the operation built before stays"
-        state = "missing" if on_cpu and not built else "note"
-        findings.append(Finding(state, "compiler", text, _install(apt="g++", dnf="gcc-c++")))
+        findings.append(Finding("note", "compiler", text, _install(apt="g++", dnf="gcc-c++")))
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
-        state = "missing" if on_cpu and not built else "note"
-        text = f"Python.h is not there; {use}"
-        findings.append(Finding(state, "headers", text, _install(apt="python3-dev", dnf="python3-devel")))
+        mend = _install(apt="python3-dev", dnf="python3-devel")
+        findings.append(Finding("note", "headers", f"Python.h is not there; {use}", mend))
     ninja = _output(["ninja", "--version"])
     if ninja is not None:
         findings.append(Finding("ok", "ninja", ninja.strip()))
     else:
         mend = _on_path("ninja", otherwise="pip install --force-reinstall ninja")
-        findings.append(Finding("missing" if on_cpu else "note", "ninja", f"not on PATH, or broken; {use}", mend))
+        findings.append(Finding("note", "ninja", f"not on PATH, or broken; {use}", mend))
     return findings
 
 
 def check_operations() -> list[Finding]:
-    """The two DeepSpeed operations that a run here may use: can they be built, are they already?"""
+    """The one DeepSpeed operation that a run may use: can it be built, is it already?"""
     import deepspeed
     from deepspeed.git_version_info import installed_ops
 
     with contextlib.redirect_stdout(io.StringIO()):
         compatible = deepspeed.ops.__compatible_ops__
-    findings, texts = [], []
-    for name in ("cpu_adam",) if _on_gpu() else ("deepspeed_shm_comm", "cpu_adam"):
-        use = "offload" if name == "cpu_adam" else "CPU runs"
-        lock = _build_folder(name) / "lock"
-        if lock.is_file() and time.time() - lock.stat().st_mtime > 900:
-            text = f"{name}: a build was left unfinished, and every run would wait for it for ever"
-            findings.append(Finding("missing", "operations", text, f"rm {shlex.quote(str(lock))}"))
-        if installed_ops.get(name) or _is_built(name):
-            texts.append(f"{name} for {use}: built")
-        elif compatible.get(name):
-            texts.append(f"{name} for {use}: to be built at its first use")
-        else:
-            text = f"{name} for {use} cannot be built on this machine"
-            findings.append(Finding("note", "operations", text, "ds_report   (says why)"))
-    return [Finding("ok", "operations", ", ".join(texts)), *findings] if texts else findings
+    name, findings = "cpu_adam", []
+    if installed_ops.get(name) or _is_built(name):
+        findings.append(Finding("ok", "operations", f"{name} for offload: built"))
+    elif compatible.get(name):
+        findings.append(Finding("ok", "operations", f"{name} for offload: to be built at its first use"))
+    else:
+        findings.append(
+            Finding("note", "operations", f"{name} for offload cannot be built here", "ds_report   (says why)")
+        )
+    lock = _build_folder(name) / "lock"
+    if lock.is_file() and time.time() - lock.stat().st_mtime > 900:
+        text = f"{name}: a build was left unfinished, and every run with offload would wait for it for ever"
+        findings.append(Finding("note", "operations", text, f"rm {shlex.quote(str(lock))}"))
+    return findings
 
 
 def _build_folder(operation: str) -> Path:
@@ -519,7 +513,17 @@ def _together(launch: Launch, local: list[Finding], arguments: argparse.Namespac
     from l2e_ds import distributed
     from l2e_ds.training.watchdog import Watchdog
 
-    device = distributed.join(launch, PATIENCE)
+    with Watchdog(PATIENCE) as watchdog:
+        device = distributed.join(launch, PATIENCE)
+        watchdog.meet()
+        code = _compare_and_measure(launch, device, local, arguments)
+    distributed.leave()
+    return code
+
+
+def _compare_and_measure(launch: Launch, device: Any, local: list[Finding], arguments: argparse.Namespace) -> int:
+    from l2e_ds import distributed
+
     facts = distributed.all_gather_objects(_facts(local, device))
     clocks = distributed.all_gather_objects(time.time())  # the gather before it is a barrier
     findings = other_hosts(facts) + check_alike(facts) + check_hosts(facts)
@@ -528,14 +532,11 @@ def _together(launch: Launch, local: list[Finding], arguments: argparse.Namespac
     if distributed.is_main():
         for finding in findings:
             print(finding, flush=True)
-    with Watchdog(PATIENCE, also=lambda: None):
-        measured = _all_reduce(device, arguments.seconds, facts, launch)
+    measured = _all_reduce(device, arguments.seconds, facts, launch)
     code = 0
     if distributed.is_main():
         code = _conclude([*local, *findings, *measured], measured)
-    code = distributed.main_decides(code)
-    distributed.leave()
-    return code
+    return distributed.main_decides(code)
 
 
 def _facts(local: list[Finding], device: Any) -> dict[str, Any]:

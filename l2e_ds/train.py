@@ -232,22 +232,25 @@ def train(plan: Plan, launch: Launch) -> None:
 
     config = plan.config
     directory = Path(config.training.run_directory)
-    device = distributed.join(launch, config.training.timeout)
-    preemption.watch(directory, config.training.time_limit)
 
     def prepare() -> PreparedData:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
         return prepare_data(config.data, cache, plan.network.vocab_size)
 
-    with _locked(directory) as lock, Watchdog(config.training.timeout, lock.renew):
-        distributed.progress("data preparation")
-        data = _main_first(prepare)
-        distributed.progress("building the model")
-        with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
-            if distributed.is_main():
-                _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
-            trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
-            trainer.train()
+    with Watchdog(config.training.timeout) as watchdog:
+        device = distributed.join(launch, config.training.timeout)
+        watchdog.meet()
+        preemption.watch(directory, config.training.time_limit)
+        with _locked(directory) as lock:
+            watchdog.also = lock.renew
+            distributed.progress("data preparation")
+            data = _main_first(prepare)
+            distributed.progress("building the model")
+            with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
+                if distributed.is_main():
+                    _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
+                trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
+                trainer.train()
     distributed.leave()
 
 

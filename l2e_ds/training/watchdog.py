@@ -36,12 +36,12 @@ _LOST_CONTACT = re.compile(r"connection|timed? ?out|peer|socket|gloo|nccl", re.I
 
 
 class Watchdog:
-    """Runs between `__enter__` and `__exit__`; entering is collective."""
+    """Runs between `__enter__` and `__exit__`; knows of the other ranks from `meet` on."""
 
-    def __init__(self, timeout_minutes: float, also: Callable[[], None]) -> None:
-        """also: done at every interval, e.g. a sign of life for others."""
+    def __init__(self, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
-        self.also = also
+        self.also: Callable[[], None] = lambda: None
+        """Done at every interval, e.g. a sign of life for others."""
         self._reports: dict[int, dict[str, Any]] = {}  # newest of every rank
         self._changed: dict[int, float] = {}  # when it last changed, by this rank's clock
         self._missed: set[int] = set()  # reported as silent
@@ -51,12 +51,16 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if distributed.size() > 1:
-            self._store = _make_store()
-            self._changed = dict.fromkeys(range(distributed.size()), time.monotonic())
         distributed.progress("starting")
         self._thread.start()
         return self
+
+    def meet(self) -> None:
+        """Collective: from now on ranks know of each other."""
+        if distributed.size() > 1:
+            store = _make_store()
+            self._changed = dict.fromkeys(range(distributed.size()), time.monotonic())
+            self._store = store
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if is_lost_contact(error):

@@ -71,6 +71,8 @@ def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
 
     yield start
     for one in started:
-        for process in [*one.seen.values(), one.process]:
+        if one.process.poll() is None:
+            one.find()  # children that would outlive it
+        for process in [one.process, *one.seen.values()]:
             with contextlib.suppress(psutil.Error, OSError):
                 process.kill()

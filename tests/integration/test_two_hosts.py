@@ -21,6 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.integration.running import lines
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("sshd", "ssh", "pdsh", "ip", "unshare", "nsenter")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
@@ -166,12 +168,6 @@ def cluster(tmp_path) -> Iterator[Cluster]:
                 host.init.kill()  # and with it everything on that host
                 host.init.wait()
             subprocess.run(["ip", "netns", "delete", host.namespace])
-
-
-def lines(run: Path, kind: str = "train") -> list[dict]:
-    path = run / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [line for line in found if line["kind"] == kind]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
