@@ -92,16 +92,15 @@ class Site:
     def wait(self, condition: Callable[[], bool], what: str, seconds: float = 100) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, (
-                f"waited {seconds} s until {what}\n{self.call('sinfo', '-N')}{self.call('scontrol', 'show', 'job')}{self.logs()}"
-            )
+            assert time.monotonic() < deadline, f"waited {seconds} s until {what}\n{self.logs()}"
             time.sleep(0.2)
 
     def logs(self) -> str:
         """The ends of what jobs and daemons wrote."""
         daemons = Path(self.environment["SLURM_CONF"]).parent.glob("slurm*.log")
         files = [*self.folder.rglob("slurm-*.log"), *daemons]
-        return "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in files)
+        known = self.call("sinfo", "-N") + self.call("scontrol", "show", "job")
+        return known + "\n".join(f"--- {file}\n{file.read_text()[-3000:]}" for file in files)
 
     def log(self, directory: str) -> str:
         (path,) = (self.folder / directory).glob("submit-1/slurm-*.log")
