@@ -23,6 +23,7 @@ setup(
         "l2e_ds.data",
         "l2e_ds.training",
         "l2e_ds.evaluation",
+        "l2e_ds.benchmarks",
         "l2e_ds.ds_configs",
         "l2e_ds.launch.recipes",
     ],

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
 import l2e_ds
+from l2e_ds import benchmarks
 from l2e_ds.errors import L2EError
 
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
     _add_checkpoint_verbs(checkpoint)
+    _add_benchmarks(verbs.add_parser("bench", help="measure on this machine what the documentation says"))
     verbs.add_parser("doctor", help="what this machine and launcher offer a run, and what mends the rest")
 
     from l2e_ds import slurm, submit
@@ -75,6 +78,15 @@ def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:
     pruning.add_argument("--keep-every", type=int, metavar="K", help="also keep those whose step is a multiple of K")
     pruning.add_argument("--dry-run", action="store_true", help="print what would be removed, and stop")
     parser.set_defaults(action=_checkpoint)
+
+
+def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
+    names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
+    for name, purpose in benchmarks.NAMES.items():
+        benchmark = import_module(f"l2e_ds.benchmarks.{name}")
+        one = names.add_parser(name, help=purpose, description=benchmark.__doc__)
+        benchmark.add_arguments(one)
+        one.set_defaults(action=benchmark.run)
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,3 @@
+"""What users can measure on their own machines: `l2e-ds bench NAME`."""
+
+NAMES = {"faults": "kill, hang and damage a small run again and again; compare each resume with the undisturbed run"}

@@ -1,0 +1,176 @@
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, for tests and measurements."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from l2e_ds.errors import L2EError
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
+
+CONFIGURATION = """\
+ClusterName=l2e
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CryptoType=crypto/munge
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmdTimeout=10
+KillWait=10
+NodeName=DEFAULT CPUs=2 Boards=1 SocketsPerBoard=1 CoresPerSocket=2 ThreadsPerCore=1 RealMemory=2000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second}
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
+"""
+
+
+def why_not() -> str | None:
+    """What keeps a SLURM from being started here, or None."""
+    if not all(shutil.which(program) for program in PROGRAMS):
+        return "SLURM is not installed; on Debian: apt-get install slurm-wlm munge"
+    if os.geteuid() != 0:
+        return "a SLURM of our own is started as root"
+    return None
+
+
+@contextmanager
+def virtual_slurm() -> Iterator[dict[str, str]]:
+    """The environment in which srun, sbatch and scontrol reach the cluster; nothing of it outlives the block.
+
+    Raises L2EError where it does not start.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="l2e-slurm-", dir="/tmp"))  # a socket's path is limited to 108 bytes
+    try:
+        _start_munge(folder)
+        controller, first, second = _free_ports(3)
+        configuration = folder / "slurm.conf"
+        configuration.write_text(
+            CONFIGURATION.format(host=_host(), folder=folder, controller=controller, first=first, second=second)
+        )
+        environment = {**os.environ, "SLURM_CONF": str(configuration)}
+        (folder / "state").mkdir()
+        _start(["slurmctld"], environment)
+        for node in ("n1", "n2"):
+            (folder / f"spool.{node}").mkdir()
+            start_node(environment, node)
+        deadline = time.monotonic() + 60
+        while _idle_nodes(environment) < 2:
+            if time.monotonic() > deadline:
+                raise L2EError(f"SLURM did not start:\n{daemon_logs(environment)}")
+            time.sleep(0.5)
+        yield environment
+    finally:
+        for file in folder.glob("*.pid"):
+            try:
+                os.kill(int(file.read_text()), signal.SIGTERM)
+            except (ValueError, ProcessLookupError):
+                continue
+        time.sleep(1)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_node(environment: dict[str, str], name: str) -> None:
+    """Its slurmd, also again after `kill_node`. Raises L2EError."""
+    _start(["slurmd", "-N", name], environment)
+
+
+def kill_node(environment: dict[str, str], name: str) -> list[str]:
+    """SIGKILL to slurmd and to everything that it started, as when the power fails (but sockets are closed).
+
+    Returns the names of the killed processes.
+    """
+    slurmd = psutil.Process(int((Path(environment["SLURM_CONF"]).parent / f"slurmd.{name}.pid").read_text()))
+    doomed = {slurmd.pid: slurmd}
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            here = variables.get("SLURM_CONF") == environment["SLURM_CONF"]
+            if here and variables.get("SLURMD_NODENAME") == name and "SLURM_JOB_ID" in variables:
+                doomed[process.pid] = process
+                for parent in process.parents():
+                    if parent.name() == "slurmstepd":
+                        doomed[parent.pid] = parent
+        except psutil.Error:
+            continue
+    killed = []
+    for process in doomed.values():
+        try:
+            killed.append(process.name())
+            process.kill()
+        except psutil.Error:
+            continue
+    return killed
+
+
+def daemon_logs(environment: dict[str, str]) -> str:
+    """The ends of what the daemons wrote."""
+    return "\n".join(
+        file.read_text()[-1500:] for file in sorted(Path(environment["SLURM_CONF"]).parent.glob("slurm*.log"))
+    )
+
+
+def _host() -> str:
+    return socket.gethostname().split(".")[0]
+
+
+def _free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def _start_munge(folder: Path) -> None:
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(128))
+    key.chmod(0o600)
+    folder.chmod(0o755)  # munged refuses folders to which others may write
+    names = {"key-file": "key", "socket": "socket"}
+    files = [f"--{option}={folder}/munge.{name}" for option, name in names.items()]
+    files += [f"--{name}-file={folder}/munged.{name}" for name in ("pid", "log", "seed")]
+    _start(["munged", "--force", *files], dict(os.environ))
+
+
+def _start(daemon: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(daemon, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise L2EError(f"{' '.join(daemon)}: {done.stdout}{done.stderr}")
+
+
+def _idle_nodes(environment: dict[str, str]) -> int:
+    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
+    return len(set(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()))

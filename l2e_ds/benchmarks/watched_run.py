@@ -1,0 +1,278 @@
+"""A run in the background whose every start and every line of metrics is seen, and compared with the undisturbed run.
+
+A start: one launch of the ranks by the supervisor. `metrics.jsonl` is cut at every resume, so it is read as it grows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from l2e_ds.errors import L2EError
+
+TIMINGS = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "peak_memory_gib")
+"""Keys of a metrics line that tell of the machine, not of the run."""
+PATIENCE = 600.0
+"""Seconds without a first new step after which a run counts as lost."""
+POLL = 0.004
+NAME = re.compile(r"step\d{8}")
+"""Of a checkpoint's folder."""
+
+
+class RunLost(Exception):
+    """The run did not go on."""
+
+
+class RunEnded(Exception):
+    """The run is finished."""
+
+
+@dataclass
+class Start:
+    """One launch of the ranks, and what came of it."""
+
+    at: float  # seconds since the epoch, as all times here
+    resumed: int = 0  # step of the checkpoint that it went on from; 0: began afresh
+    newest_good: int | None = None  # of the checkpoints that were there when it said so
+    first_step_at: float | None = None
+    last_step: int = 0
+    compared: int = 0  # lines
+    wrong: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # errors and warnings
+
+
+class WatchedRun:
+    """directory: the run's. log: where supervisor and ranks write. reference: lines by step (`comparable`)."""
+
+    def __init__(self, directory: Path, log: Path, reference: dict[int, dict]) -> None:
+        self.directory, self.log, self.reference = directory, log, reference
+        self.starts: list[Start] = []
+        self.process: psutil.Popen | None = None
+        self._damaged: set[tuple[str, int, int]] = set()
+        self._seen: set[bytes] = set()
+        self._metrics_file, self._metrics_read = 0, 0  # inode, bytes
+        self._log_read = 0
+
+    # --- processes -----------------------------------------------------------------------------------------------
+
+    def start(self, command: Sequence[str]) -> None:
+        """The supervisor, in the background. (SLURM starts its own; then there is no `process`.)"""
+        with self.log.open("ab") as file:
+            self.process = psutil.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C at the terminal is for the benchmark, which ends the run itself
+            )
+
+    def processes(self) -> list[psutil.Process]:
+        """All that the supervisor started: launcher, its helpers, ranks."""
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for process in self.process.children(recursive=True) if self.process else []:
+                with contextlib.suppress(psutil.Error):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        found.append(process)
+        return found
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """The ranks' own processes, without those that they started."""
+        found: dict[int, psutil.Process] = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                environment, line = process.environ(), process.cmdline()
+                if "l2e_ds.train" in line and "deepspeed.launcher.launch" not in line and "RANK" in environment:
+                    found.setdefault(int(environment["RANK"]), process)
+        return found
+
+    def end(self) -> None:
+        """Kill whatever is left."""
+        if self.process is None:
+            return
+        for process in [*self.processes(), self.process]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait()
+
+    def wait_for_end(self, seconds: float = PATIENCE) -> int:
+        """The supervisor's exit code. Raises RunLost."""
+        assert self.process is not None
+        deadline = time.time() + seconds
+        while self.process.poll() is None:
+            self.poll()
+            if time.time() > deadline:
+                raise RunLost(f"waited {seconds:.0f} s for its end: {' / '.join(self.tail())}")
+            time.sleep(POLL)
+        self.poll()
+        return self.process.returncode
+
+    # --- watching ------------------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """Take in what has been written meanwhile: what a start said comes before the lines that it wrote."""
+        lines = self._new_metrics()
+        self._read_log()
+        for line in lines:
+            self._take(line)
+
+    def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+        """Raises RunLost where it does not come about in time; RunEnded, RunLost where the run ends instead."""
+        deadline = time.time() + seconds
+        while True:
+            self.poll()
+            if condition():
+                return
+            if self.process is not None and self.process.poll() is not None:
+                self.poll()
+                if condition():
+                    return
+                if self.process.returncode == 0:
+                    raise RunEnded("the run was finished")
+                raise RunLost(f"exit code {self.process.returncode} {what}: {' / '.join(self.tail())}")
+            if time.time() > deadline:
+                raise RunLost(f"waited {seconds:.0f} s {what}: {' / '.join(self.tail())}")
+            time.sleep(POLL)
+
+    def goes_on(self) -> bool:
+        """Whether the newest start has made a step."""
+        return bool(self.starts) and self.starts[-1].first_step_at is not None
+
+    @property
+    def step(self) -> int:
+        return self.starts[-1].last_step if self.starts else 0
+
+    def tail(self) -> list[str]:
+        """The last things of note that were said."""
+        return self.starts[-1].said[-3:] if self.starts else self.log.read_text(errors="replace").splitlines()[-3:]
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def _new_metrics(self) -> list[dict]:
+        path = self.directory / "metrics.jsonl"
+        try:
+            with path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._metrics_file:  # cut at a resume: old lines come again
+                    self._metrics_file, self._metrics_read = inode, 0
+                file.seek(self._metrics_read)
+                content = file.read()
+        except OSError:
+            return []
+        whole = content[: content.rfind(b"\n") + 1]
+        self._metrics_read += len(whole)
+        new = [raw for raw in whole.splitlines() if raw not in self._seen]  # timings make a line unlike all others
+        self._seen.update(new)
+        return [line for line in map(json.loads, new) if line["kind"] == "train"]
+
+    def _take(self, line: dict) -> None:
+        start = self.starts[-1]
+        self._stepped(start, line["step"])
+        start.compared += 1
+        problem = difference(line, self.reference)
+        if problem:
+            start.wrong.append(problem)
+
+    def _stepped(self, start: Start, step: int) -> None:
+        start.last_step = max(start.last_step, step)
+        if start.first_step_at is None:
+            start.first_step_at = time.time()
+            if start.newest_good is None:  # it did not say that it resumed
+                self._resumed_from(start, 0)
+
+    def _resumed_from(self, start: Start, step: int) -> None:
+        start.resumed, start.last_step = step, max(start.last_step, step)
+        start.newest_good = self.newest_good()
+        if start.newest_good != step:
+            start.wrong.append(f"went on from step {step}, the newest good checkpoint is of {start.newest_good}")
+
+    def _read_log(self) -> None:
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self._log_read)
+                content = file.read()
+        except OSError:
+            return
+        whole = content[: content.rfind(b"\n") + 1]
+        self._log_read += len(whole)
+        for line in whole.decode("utf-8", errors="replace").splitlines():
+            if re.match(r"l2e-ds: start \d+ of at most", line):
+                self.starts.append(Start(time.time()))
+            elif self.starts:
+                self._heard(self.starts[-1], line)
+
+    def _heard(self, start: Start, line: str) -> None:
+        if line.startswith("resumed from "):
+            self._resumed_from(start, step_of(Path(line.removeprefix("resumed from ")).name))
+        elif step := re.match(r"step (\d+)/", line):  # where the disk is full, this line is all there is
+            self._stepped(start, int(step[1]))
+        elif line.startswith("l2e-ds: "):
+            start.said.append(line.removeprefix("l2e-ds: "))
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def good(self) -> list[Path]:
+        """Published checkpoints, oldest first, without those that the benchmark has damaged."""
+        published = sorted(path for path in (self.directory / "checkpoints").glob("step*") if NAME.fullmatch(path.name))
+        return [path for path in published if _identity(path) not in self._damaged]
+
+    def newest_good(self) -> int:
+        good = self.good()
+        return step_of(good[-1].name) if good else 0
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written that does not count yet."""
+        try:
+            names = os.listdir(self.directory / "checkpoints")
+        except OSError:
+            return False
+        return any(name.endswith(".tmp") and NAME.fullmatch(name.removesuffix(".tmp")) for name in names)
+
+    def note_damage(self, checkpoint: Path) -> None:
+        self._damaged.add(_identity(checkpoint))
+
+
+def step_of(name: str) -> int:
+    return int(name.removeprefix("step"))
+
+
+def _identity(folder: Path) -> tuple[str, int, int]:
+    """Tells a folder from a later one of the same name."""
+    try:
+        found = folder.stat()
+    except OSError:  # pruned meanwhile
+        return folder.name, 0, 0
+    return folder.name, found.st_ino, found.st_mtime_ns
+
+
+def comparable(line: dict) -> dict:
+    """What must be the same to the bit in every run of the same configuration."""
+    return {key: value for key, value in line.items() if key not in TIMINGS}
+
+
+def difference(line: dict, reference: dict[int, dict]) -> str | None:
+    """In what a line differs from the undisturbed run's of the same step, or None."""
+    here, there = comparable(line), reference.get(line["step"], {})
+    for key in sorted(here.keys() | there.keys()):
+        if here.get(key) != there.get(key):
+            return f"step {line['step']}: {key} {here.get(key)}, undisturbed {there.get(key)}"
+    return None
+
+
+def read_reference(run: Path, steps: int) -> dict[int, dict]:
+    """Lines by step of a run that nobody disturbed. Raises L2EError where it is not complete."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [comparable(line) for line in lines if line["kind"] == "train"]
+    if [line["step"] for line in found] != list(range(1, steps + 1)):
+        raise L2EError(f"{run}: the undisturbed run has {len(found)} lines instead of {steps}")
+    return {line["step"]: line for line in found}
