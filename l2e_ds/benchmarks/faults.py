@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
     benchmark = Benchmark(output, arguments.faults, arguments.seed, arguments.ranks)
     benchmark.measure()
     table = benchmark.table()
-    (output / "faults.json").write_text(json.dumps(benchmark.record(), indent=1) + "\n", encoding="utf-8")
+    benchmark.keep_record()
     (output / "faults.md").write_text(table, encoding="utf-8")
     if page is not None:
         text = page.read_text(encoding="utf-8")
@@ -189,18 +189,18 @@ class Benchmark:
         }
         (self.output / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
-    def command(self, port: int, directory: Path, *words: str, restarts: int = 0) -> list[str]:
+    def command(self, directory: Path, *words: str, restarts: int = 0) -> list[str]:
         """The supervisor over the deepspeed launcher."""
         supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
         run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
-        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(port)]
+        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(free_port())]
         return [*supervisor, *run, "--", *launcher, "--log_level", "error", "--module", "l2e_ds.train"]
 
     def run_undisturbed(self) -> None:
         directory, log = self.output / "undisturbed", self.output / "undisturbed.log"
         with log.open("wb") as file:
             code = subprocess.run(
-                self.command(free_port(), directory), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
+                self.command(directory), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
             ).returncode
         if code != 0:
             raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
@@ -212,15 +212,11 @@ class Benchmark:
         say(f"{1 / self.step_seconds:.1f} steps/s; a checkpoint counts after {self.save_seconds:.2f} s")
 
     @contextmanager
-    def watched(self, name: str, directory: Path) -> Iterator[tuple[WatchedRun, int]]:
-        """A run to be disturbed and the port of its rendezvous; nothing of it outlives the block."""
-        one, port, before = (
-            WatchedRun(directory, self.output / f"{name}.log", self.reference),
-            free_port(),
-            len(self.faults),
-        )
+    def watched(self, name: str, directory: Path) -> Iterator[WatchedRun]:
+        """A run to be disturbed; nothing of it outlives the block."""
+        one, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
         try:
-            yield one, port
+            yield one
         except RunLost as lost:
             say(f"LOST: {lost}")
             if len(self.faults) == before or self.faults[-1].resumed is not None:
@@ -230,9 +226,6 @@ class Benchmark:
             self.faults[-1].lost = str(lost)
         finally:
             one.end()
-            # killed ranks of CPU runs leave DeepSpeed's buffers there, 64 MiB each
-            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                left.unlink(missing_ok=True)
         self.judge(one, self.faults[before:])
 
     def judge(self, one: WatchedRun, faults: Sequence[Fault]) -> None:
@@ -257,9 +250,9 @@ class Benchmark:
             "hang": self.stop_a_rank,
         }
         directory = self.output / "disturbed"
-        with self.watched("disturbed", directory) as (one, port):
+        with self.watched("disturbed", directory) as one:
             words = [f"training.timeout={TIMEOUT}"]
-            one.start(self.command(port, directory, *words, restarts=100 * len(kinds)))
+            one.start(self.command(directory, *words, restarts=100 * len(kinds)))
             try:
                 for kind in kinds:
                     one.wait(one.goes_on, "for a first step")
@@ -291,6 +284,7 @@ class Benchmark:
             f" {fault.resumed}, {fault.redone} redone, new step {fault.restart_seconds:.1f} s after the restart"
             + (f"; WRONG: {start.wrong[0]}" if start.wrong else "")
         )
+        self.keep_record()
 
     # --- faults of processes and files ---------------------------------------------------------------------------
 
@@ -307,8 +301,10 @@ class Benchmark:
             return len(ranks) == self.ranks
 
         one.wait(all_found, "for the processes of all ranks")
-        choice = self.random.choice([*range(self.ranks), None])
-        return ("all ranks", list(ranks.values())) if choice is None else (f"rank {choice}", [ranks[choice]])
+        if self.random.random() < 0.5:
+            return "all ranks", list(ranks.values())
+        chosen = self.random.randrange(self.ranks)
+        return f"rank {chosen}", [ranks[chosen]]
 
     def kill_in_a_step(self, one: WatchedRun, fault: Fault) -> None:
         self.wait_some_steps(one)
@@ -384,15 +380,15 @@ class Benchmark:
             self.impossible |= dict.fromkeys(kinds, "needs a small file system, which only root can mount")
             return
         try:
-            with self.watched("small disk", disk / "run") as (one, port):
+            with self.watched("small disk", disk / "run") as one:
                 for kind in kinds:
-                    self.fill_the_disk(one, port, disk, kind)
+                    self.fill_the_disk(one, disk, kind)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    def fill_the_disk(self, one: WatchedRun, port: int, disk: Path, kind: str) -> None:
+    def fill_the_disk(self, one: WatchedRun, disk: Path, kind: str) -> None:
         words = [f"training.timeout={TIMEOUT}", f"checkpoint.on_error={kind.split(', ')[1]}"]
-        command = self.command(port, disk / "run", *words, restarts=3)
+        command = self.command(disk / "run", *words, restarts=3)
         count = len(one.starts)
         one.start(command)
         one.wait(lambda: len(one.starts) > count and one.goes_on(), "for a first step")
@@ -450,7 +446,7 @@ class Benchmark:
             if done.returncode or not found:
                 raise L2EError(f"l2e-ds submit: exit code {done.returncode}: {done.stdout}{done.stderr}")
             job = found[1]
-            with self.watched("slurm", directory) as (one, _):
+            with self.watched("slurm", directory) as one:
                 one.log = directory / "submit-1" / f"slurm-{job}.log"
                 try:
                     for _kind in kinds:
@@ -536,6 +532,9 @@ class Benchmark:
             "save_seconds": self.save_seconds,
         }
         return {**about, **numbers, **results, "faults": [asdict(fault) for fault in self.faults]}
+
+    def keep_record(self) -> None:
+        (self.output / "faults.json").write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
 
     def command_line(self) -> str:
         words = ["l2e-ds", "bench", "faults", "--faults", str(len(self.kinds)), "--seed", str(self.seed)]

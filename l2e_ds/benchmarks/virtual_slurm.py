@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -91,11 +92,7 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
             time.sleep(0.5)
         yield environment
     finally:
-        for file in folder.glob("*.pid"):
-            try:
-                os.kill(int(file.read_text()), signal.SIGTERM)
-            except (ValueError, ProcessLookupError):
-                continue
+        _stop(folder)
         time.sleep(1)
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -138,6 +135,20 @@ def daemon_logs(environment: dict[str, str]) -> str:
     return "\n".join(
         file.read_text()[-1500:] for file in sorted(Path(environment["SLURM_CONF"]).parent.glob("slurm*.log"))
     )
+
+
+def _stop(folder: Path) -> None:
+    """The daemons, and what they leave running: slurmstepd and jobs that were not waited for."""
+    for file in folder.glob("*.pid"):
+        try:
+            os.kill(int(file.read_text()), signal.SIGTERM)
+        except (ValueError, ProcessLookupError):
+            continue
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
+            if ours and process.name() not in ("slurmctld", "slurmd"):
+                process.kill()
 
 
 def _host() -> str:
