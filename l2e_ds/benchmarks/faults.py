@@ -151,7 +151,7 @@ class Benchmark:
         self.output, self.ranks, self.seed = output, ranks, seed
         self.random = random.Random(seed)
         self.kinds = plan(faults, self.random)
-        self.steps = 10 * EVERY + EVERY * len(self.kinds)
+        self.steps = 6 * EVERY + EVERY // 2 * len(self.kinds)  # most faults throw the run back to where it was
         self.faults: list[Fault] = []
         self.impossible: dict[str, str] = {}  # kind -> why it cannot be injected here
         self.unasked: list[str] = []  # restarts that no fault explains
@@ -198,10 +198,13 @@ class Benchmark:
 
     def run_undisturbed(self) -> None:
         directory, log = self.output / "undisturbed", self.output / "undisturbed.log"
-        with log.open("wb") as file:
-            code = subprocess.run(
-                self.command(directory), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT
-            ).returncode
+        one = WatchedRun(directory, log, {})
+        try:
+            one.start(self.command(directory))
+            assert one.process is not None
+            code = one.process.wait()
+        finally:
+            one.end()
         if code != 0:
             raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
         self.reference = read_reference(directory, self.steps)
@@ -291,6 +294,9 @@ class Benchmark:
     def wait_some_steps(self, one: WatchedRun) -> None:
         steps = self.random.randint(0, EVERY * 5 // 4)
         one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + 1 + steps, f"for {steps} steps")
+
+    def compare_some_steps(self, one: WatchedRun) -> None:
+        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + EVERY, f"for {EVERY} steps")
 
     def choose_victims(self, one: WatchedRun) -> tuple[str, list[psutil.Process]]:
         """One rank, or all."""
@@ -424,6 +430,7 @@ class Benchmark:
             fault.detail += f"then SIGKILL to {name}"
             kill(victims)
         self.see_it_go_on(one, fault)
+        self.compare_some_steps(one)
         one.end()
 
     # --- a node of SLURM -----------------------------------------------------------------------------------------
@@ -480,6 +487,7 @@ class Benchmark:
         count = len(one.starts)
         one.wait(lambda: len(one.starts) > count, "for the job to start again")
         self.see_it_go_on(one, fault)
+        self.compare_some_steps(one)
 
     # --- results -------------------------------------------------------------------------------------------------
 

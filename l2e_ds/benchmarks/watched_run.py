@@ -162,9 +162,9 @@ class WatchedRun:
         path = self.directory / "metrics.jsonl"
         try:
             with path.open("rb") as file:
-                inode = os.fstat(file.fileno()).st_ino
-                if inode != self._metrics_file:  # cut at a resume: old lines come again
-                    self._metrics_file, self._metrics_read = inode, 0
+                found = os.fstat(file.fileno())
+                if found.st_ino != self._metrics_file or found.st_size < self._metrics_read:
+                    self._metrics_file, self._metrics_read = found.st_ino, 0  # cut at a resume: old lines come again
                 file.seek(self._metrics_read)
                 content = file.read()
         except OSError:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
+
+from l2e_ds.benchmarks.virtual_slurm import kill_node
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 150
@@ -130,23 +131,6 @@ def comparable(lines: list[dict]) -> dict[int, dict]:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     (path,) = run.glob(f"checkpoints/step{STEPS:08d}/**/*model_states.pt")
     return torch.load(path, map_location="cpu", weights_only=False)["module"]
-
-
-def kill_node(site: Site, name: str) -> None:
-    """SIGKILL to slurmd and to everything that it started, as when the power fails (but sockets are closed)."""
-    pid = int((Path(site.environment["SLURM_CONF"]).parent / f"slurmd.{name}.pid").read_text())
-    doomed = [psutil.Process(pid)]
-    for process in psutil.process_iter():
-        try:
-            variables = process.environ()
-        except psutil.Error:
-            continue
-        here = variables.get("SLURM_CONF") == site.environment["SLURM_CONF"]
-        if here and variables.get("SLURMD_NODENAME") == name and "SLURM_STEP_ID" in variables:
-            doomed += [parent for parent in process.parents() if parent.name() == "slurmstepd"] + [process]
-    assert len(doomed) > 2, "no task was running there"
-    for process in doomed:
-        process.kill()
 
 
 def test_array_tasks_are_runs_of_their_own(site):
@@ -283,7 +267,7 @@ def test_a_run_outlives_its_node(site):
     """SLURM misses the node and requeues the job, whose next start goes on from the newest checkpoint."""
     job = site.submit("robbed", "--time", "30:00", "--restarts", 1)
     site.reached("robbed", 30)
-    kill_node(site, "n2")
+    assert len(kill_node(site.environment, "n2")) > 2, "no task was running there"
     site.wait(lambda: site.show(job)["Restarts"] == "1", "SLURM misses the node")
     site.wait(lambda: site.show(job)["JobState"] == "PENDING", "SLURM requeues the job")
     # SLURM 22.05 may still take the requeued job to be completing there; an administrator mends that in this way

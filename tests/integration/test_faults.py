@@ -1,0 +1,59 @@
+"""`l2e-ds bench faults`, shortened: eight faults of eight kinds on real runs. The whole of it: docs/RELIABILITY.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from l2e_ds.benchmarks import faults
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_eight_faults_cost_no_run_and_no_wrong_resume(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{faults.MARKERS[0]}\nold\n{faults.MARKERS[1]}\nafter\n")
+    output = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "l2e_ds.cli", "bench", "faults", "--faults", "8", "--output", output, "--page", page],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    record = json.loads((output / "faults.json").read_text())
+    kinds = set(list(faults.KINDS)[:8]) - set(record["not_injected"])
+    assert set(record["not_injected"]) <= (set() if os.geteuid() == 0 else set(faults.ON_DISK))
+    found = {fault["kind"]: fault for fault in record["faults"]}
+    assert found.keys() == kinds and len(record["faults"]) == len(kinds)
+    for fault in found.values():
+        assert fault["lost"] is None and fault["wrong"] == [] and fault["starts"] >= 1
+        assert fault["compared"] > 0, "no line after the resume was compared"
+        assert 0 <= fault["redone"] == fault["step"] - fault["resumed"] <= 3 * faults.EVERY
+        assert 0 < fault["restart_seconds"] <= fault["outage_seconds"]
+    assert record["ends_differ"] is None
+
+    # that they were injected indeed
+    log = (output / "disturbed.log").read_text()
+    unused = re.findall(r"checkpoints/(\S+): (\S+) (.*); it is not used", log)
+    for kind, words in (
+        ("bit-flipped", "is not what was written|manifest"),
+        ("truncated", "bytes instead of|manifest"),
+        ("missing", "is missing|manifest"),
+        ("zero-length", "has 0 bytes|manifest"),
+    ):
+        name = re.search(r"(step\d+)/", found[kind]["detail"])[1]
+        assert any(step == name and re.search(words, f"{file} {what}") for step, file, what in unused), (kind, log)
+    assert log.count("exit code 247 (SIGKILL)") == len(kinds - set(faults.ON_DISK))
+    assert found["save"]["resumed"] <= found["save"]["step"] - faults.EVERY + 10, "the checkpoint that was cut off"
+
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert f"| **all** | **{len(kinds)}** | **0** | **0** |" in text
+    assert str(tmp_path) not in text and os.uname().nodename not in text.split()
+    assert not Path(output / "small disk/run").exists(), "the small disk is still mounted"
