@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 
 import pytest
 
+from l2e_ds import cli
 from l2e_ds.benchmarks import faults
 from l2e_ds.benchmarks.watched_run import WatchedRun
 
@@ -113,16 +112,16 @@ def test_damage(tmp_path):
             assert len(content) < 1000 and f"1000 bytes cut to {len(content)}" == said
 
 
-def test_bad_words_are_refused(tmp_path):
+def test_bad_words_are_refused(tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     for words, expected in (
         (["--faults", "0"], "--faults: got 0, allowed: an integer >= 1"),
         (["--ranks", "1"], "--ranks: got 1, allowed: an integer >= 2"),
-        (["--output", tmp_path / "full"], "exists and is not an empty folder"),
-        (["--page", tmp_path / "full/file"], "is not a file with the lines"),
+        (["--output", str(tmp_path / "full")], "exists and is not an empty folder"),
+        (["--page", str(tmp_path / "full/file")], "is not a file with the lines"),
     ):
-        command = [sys.executable, "-m", "l2e_ds.cli", "bench", "faults", "--output", tmp_path / "new", *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and expected in done.stderr
+        assert cli.main(["bench", "faults", "--output", str(tmp_path / "new"), *words]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1 and expected in said
         assert not (tmp_path / "new").exists()
