@@ -480,7 +480,10 @@ class Benchmark:
         one.wait(lambda: int(shown("Restarts")) > times, "for SLURM to requeue the job")
         virtual_slurm.start_node(environment, node)
         one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
-        # SLURM lets a requeued job wait for two minutes
+        one.wait(lambda: virtual_slurm.idle_nodes(environment) == 2, "for both nodes to be idle")
+        # SLURM lets a requeued job wait for two minutes. Not at once: seen with 22.05, a job that starts again in the
+        # second in which its node came back is given one node too few, and its srun waits for ever.
+        time.sleep(5)
         update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
         subprocess.run(update, env=environment, check=True, capture_output=True)
         fault.detail += "; requeued by SLURM"

@@ -86,7 +86,7 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
             (folder / f"spool.{node}").mkdir()
             start_node(environment, node)
         deadline = time.monotonic() + 60
-        while _idle_nodes(environment) < 2:
+        while idle_nodes(environment) < 2:
             if time.monotonic() > deadline:
                 raise L2EError(f"SLURM did not start:\n{daemon_logs(environment)}")
             time.sleep(0.5)
@@ -182,6 +182,6 @@ def _start(daemon: list[str], environment: dict[str, str]) -> None:
         raise L2EError(f"{' '.join(daemon)}: {done.stdout}{done.stderr}")
 
 
-def _idle_nodes(environment: dict[str, str]) -> int:
+def idle_nodes(environment: dict[str, str]) -> int:
     command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
     return len(set(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()))
