@@ -205,15 +205,27 @@ def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says True. A small collective that waits for no GPU: cheap enough for every step."""
-    if size() == 1:
+def ask_all(*flags: bool) -> Callable[[], list[bool]]:
+    """Begin to ask which flags any rank holds up; the returned function waits for the answer.
+
+    Hosts talk to each other meanwhile, beside what the GPUs do: at a thousand ranks the answer takes longer than a step
+    may lose.
+    """
+    box = torch.tensor(flags, dtype=torch.int32)
+    work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_control, async_op=True) if size() > 1 else None
+
+    def answer() -> list[bool]:
+        if work is not None:
+            work.wait()
         progress(_doing)
-        return flag
-    flags = torch.tensor([flag], dtype=torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=_control)
-    progress(_doing)
-    return bool(flags)
+        return [bool(flag) for flag in box]
+
+    return answer
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says True; waits for all."""
+    return ask_all(flag)()[0]
 
 
 def main_decides(value: Any) -> Any:

@@ -241,6 +241,11 @@ class CheckpointManager:
             return Published(pending.step, pending.blocked_seconds, time.perf_counter() - pending.began, size)
         return None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank has still to do its part of what `advance` waits for."""
+        return self._pending is not None and not self._pending.task.done()
+
     def finish(self) -> Published | None:
         """Collective: wait until the pending checkpoint, if any, is published. Raises SaveError."""
         return self.advance(wait=True)

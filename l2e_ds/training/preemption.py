@@ -1,8 +1,8 @@
 """When a run must stop early: signals, a file, a time limit, a launcher that is gone.
 
-Each rank only notes what it hears; `stop_if_asked` is a collective in which all ranks learn whether any of them heard
-something, so that they leave the same loop at the same step. Called in every loop: steps, evaluation rounds, ticks
-of data preparation. Imports nothing heavy: `listen` comes before torch, which takes seconds to import.
+Each rank only notes what it hears; in a collective all ranks learn whether any of them heard something, so that they
+leave the same loop at the same step. Asked in every loop: steps, evaluation rounds, ticks of data preparation.
+Imports nothing heavy: `listen` comes before torch, which takes seconds to import.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import time
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from l2e_ds.errors import Interrupted
 
@@ -77,22 +78,25 @@ def _reason_here() -> str | None:
     return None
 
 
-def stop_reason() -> str | None:
-    """Collective: why to stop now, the same on every rank, or None."""
+def is_asked() -> bool:
+    """Whether this rank has heard something."""
+    return _reason_here() is not None
+
+
+def stop() -> NoReturn:
+    """Collective, once the ranks know that one of them has heard something: raises Interrupted with its reason."""
     from l2e_ds import distributed
 
-    here = _reason_here()
-    if not distributed.any_rank(here is not None):
-        return None
-    return next(reason for reason in distributed.all_gather_objects(here) if reason is not None)
+    reasons = distributed.all_gather_objects(_reason_here())
+    reason = next((found for found in reasons if found is not None), "the stop file came and went")
+    if distributed.is_main() and _Heard.stop_file is not None:
+        _Heard.stop_file.unlink(missing_ok=True)  # it is heard; the next start must not find it
+    raise Interrupted(reason)
 
 
 def stop_if_asked() -> None:
     """Collective: raises Interrupted on every rank if any has heard something."""
     from l2e_ds import distributed
 
-    reason = stop_reason()
-    if reason is not None:
-        if distributed.is_main() and _Heard.stop_file is not None:
-            _Heard.stop_file.unlink(missing_ok=True)  # it is heard; the next start must not find it
-        raise Interrupted(reason)
+    if distributed.any_rank(is_asked()):
+        stop()

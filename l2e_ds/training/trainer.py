@@ -74,6 +74,7 @@ class Trainer:
         self.state = TrainState()
         self.skipped_in_row = 0
         self.saved_step: int | None = None
+        self._stop_asked = self._saving = False  # on any rank, as of the newest step
         self.checkpoints = CheckpointManager(self.run_directory, config.checkpoint.keep_last)
         resume_from = self.checkpoints.find(config.training.resume)
 
@@ -141,21 +142,26 @@ class Trainer:
 
     def _train(self) -> None:
         logging, last = self.config.logging, self.config.training.steps
+        preemption.stop_if_asked()
         while True:
-            step = self.state.step
+            paused = self._evaluation_is_due() or self._checkpoint_is_due()
             if self._evaluation_is_due():
                 self.evaluate()
             if self._checkpoint_is_due():
                 self.save()
-            if step >= last:
+            if self.state.step >= last:
                 break
-            self._carry_on_saving()
-            preemption.stop_if_asked()
+            if paused:
+                preemption.stop_if_asked()
             self.train_step()
             self.metrics.advance()
+            if not self._saving:
+                self._carry_on_saving()
             # a checkpoint begins a new interval, so that the lines of a resumed run are those of the run itself
             if self.state.step % logging.every == 0 or self.state.step == last or self._checkpoint_is_due():
                 self.log()
+            if self._stop_asked:
+                preemption.stop()
         self._carry_on_saving(must_succeed=True)
 
     def _evaluation_is_due(self) -> bool:
@@ -193,7 +199,10 @@ class Trainer:
                 loss = self.inhibitor.attach_loss(loss)
             self.engine.backward(loss)
             finite = self._clip_plain_float32()
+            if self.engine.is_gradient_accumulation_boundary():
+                answer = distributed.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
             self.engine.step()
+        self._stop_asked, self._saving = answer()
         applied = finite and self.engine.was_step_applied()
         if self.inhibitor is not None:
             self.inhibitor.step(applied)

@@ -11,9 +11,13 @@ FORK = """
 import os, signal
 from l2e_ds.training import preemption
 preemption.listen()
+assert not preemption.is_asked()
 os.kill(os.getpid(), signal.SIGTERM)
 os.kill(os.getpid(), signal.SIGUSR1)
-print("alive", preemption.stop_reason(), flush=True)
+try:
+    preemption.stop_if_asked()
+except preemption.Interrupted as stopped:
+    print("alive:", stopped, flush=True)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     child = os.fork()
     if child == 0:
@@ -29,7 +33,7 @@ def test_forked_workers_do_not_inherit_the_handler():
     """SIGTERM ends a worker as its owner expects; SIGUSR1, which a scheduler may send to all, leaves it alone."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == [
-        "alive SIGUSR1 at rank 0",
+        "alive: SIGUSR1 at rank 0",
         "child ended with -15",
         "child survived SIGUSR1",
         "child ended with 0",
@@ -45,9 +49,12 @@ preemption.listen()
 child = os.fork()
 if child == 0:
     preemption.listen()
-    print("before:", preemption.stop_reason(), flush=True)
+    print("before:", preemption.is_asked(), flush=True)
     time.sleep(1)
-    print("after:", preemption.stop_reason(), flush=True)
+    try:
+        preemption.stop_if_asked()
+    except preemption.Interrupted as stopped:
+        print("after:", stopped, flush=True)
     os._exit(0)
 time.sleep(0.5)
 os._exit(0)
@@ -56,7 +63,7 @@ os._exit(0)
 
 def test_a_rank_whose_launcher_is_gone_stops():
     done = subprocess.run([sys.executable, "-c", LONELY], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["before: None", "after: the launcher of rank 0 is gone"], done.stderr
+    assert done.stdout.splitlines() == ["before: False", "after: the launcher of rank 0 is gone"], done.stderr
 
 
 def test_stop_file_and_time_limit(tmp_path, monkeypatch):
