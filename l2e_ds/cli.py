@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds import benchmarks
-from l2e_ds.errors import L2EError
+from l2e_ds.errors import Interrupted, L2EError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +126,7 @@ def command() -> NoReturn:
 
 def leave(code: int) -> NoReturn:
     """End this process (train.py: leave_process), also where that cannot be imported."""
-    if code != 0:
+    if code not in (0, Interrupted.exit_code):
         sys.exit(code)
     from l2e_ds.train import leave_process
 

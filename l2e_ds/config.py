@@ -193,7 +193,8 @@ class TrainingConfig(Section):
     """Minutes after which the run saves a checkpoint and stops with exit code 75, as after a signal; saving comes on
     top. The same command goes on."""
     timeout: float = Field(30, gt=0)
-    """Minutes a collective may wait for another rank before the run ends with an error."""
+    """Minutes without progress after which a run ends with an error that names the rank, to be restarted. Must be
+    longer than a step, and than writing or loading a checkpoint takes."""
 
 
 class InhibitionConfig(Section):

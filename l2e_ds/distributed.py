@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import os
+import resource
 import socket
 import threading
 import time
@@ -113,6 +115,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             timeout=patience,
             verbose=False,
         )
+    _allow_open_files()
     global _control
     _control = dist.new_group(backend="gloo", timeout=patience)
     device = device or _local_device(on_gpu) or torch.device("cpu")
@@ -122,6 +125,14 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
         )
     return device
+
+
+def _allow_open_files() -> None:
+    """Gloo opens a socket for each other rank; the usual soft limit is 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _local_device(on_gpu: bool) -> torch.device | None:
@@ -140,17 +151,29 @@ def _name_gloo_interface() -> None:
     interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing; chooses the route
-            here = probe.getsockname()[0]
-    except OSError:
-        return
+    master = os.environ["MASTER_ADDR"]
+    here = _address_towards(master)
+    if (
+        here is not None
+        and ipaddress.ip_address(here).is_loopback
+        and not master.startswith(("127.", "localhost", "::1"))
+    ):
+        here = _address_towards("192.0.2.1")  # a name of this very host; nobody has that address: the default route
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == here for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
             return
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's own address on the way to another; None where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing; chooses the route
+            return probe.getsockname()[0]
+    except OSError:
+        return None
 
 
 def leave() -> None:
@@ -189,6 +212,11 @@ def progress(doing: str) -> None:
     _doing, _progressed = doing, time.monotonic()
 
 
+def beat() -> None:
+    """This rank moves on with what it is doing."""
+    progress(_doing)
+
+
 def doing() -> str:
     return _doing
 
@@ -217,7 +245,6 @@ def ask_all(*flags: bool) -> Callable[[], list[bool]]:
     def answer() -> list[bool]:
         if work is not None:
             work.wait()
-        progress(_doing)
         return [bool(flag) for flag in box]
 
     return answer
@@ -256,6 +283,7 @@ def main_works(action: Callable[[], Any], tick: Callable[[], None]) -> Any:
     if is_main():
         worker.start()
     while not main_decides(is_main() and not worker.is_alive()):
+        beat()
         tick()
         worker.join(1.0) if is_main() else time.sleep(1.0)
     error = outcome.get("error")

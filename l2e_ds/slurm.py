@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from l2e_ds import console
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = supervise.main([*restarts, *run, "--", *launcher])
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # requeueing a job sends SIGTERM to its batch script, which is this
-    requeue_if_due(code)
+    requeue_if_due(code, supervise.was_asked())
     return code
 
 
@@ -166,8 +167,11 @@ def rendezvous_port(environment: Mapping[str, str]) -> int:
 # --- requeueing --------------------------------------------------------------------------------------------------
 
 
-def requeue_if_due(code: int) -> None:
-    """`scontrol requeue` this job if the run stopped on request, or broke because a node no longer answers.
+def requeue_if_due(code: int, asked: bool) -> None:
+    """`scontrol requeue` this job if the run stopped on request, or broke on its way there, or because a node no longer
+    answers.
+
+    asked: whether the batch script was asked to stop the run; then it was not restarted within this job.
 
     Not when the user cancelled the job (requeueing would bring it back to life), and not when SLURM has requeued it
     already. Says in one line what it did and why.
@@ -175,6 +179,8 @@ def requeue_if_due(code: int) -> None:
     job = job_name_for_scontrol(os.environ)
     if code == Interrupted.exit_code:
         reason = "the run stopped on request"
+    elif code not in NOT_FOR_A_RESTART and asked:
+        reason = "the run failed while it was to stop"
     elif code not in NOT_FOR_A_RESTART and not nodes_answer():
         reason = "a node does not answer"
     else:
@@ -221,7 +227,7 @@ def _scontrol(*words: str) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"l2e-ds slurm: {line}", flush=True)
+    console.say(f"l2e-ds slurm: {line}")
 
 
 if __name__ == "__main__":

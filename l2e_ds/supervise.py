@@ -28,6 +28,7 @@ from types import FrameType
 
 import psutil
 
+from l2e_ds import console
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.training.preemption import EXIT_FILE, STOP_FILE
@@ -75,22 +76,24 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     directory = Path(training.run_directory)
     stop_file = directory / STOP_FILE
     first = launch_command(launcher, [run_file, *overrides])
-    resume = ["training.resume=auto"] if training.resume == "never" else []
-    again = launch_command(launcher, [run_file, *overrides, *resume])
+    again = launch_command(launcher, [run_file, *overrides, "training.resume=auto"])
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks that lose their launcher become our children
     for number in ASK:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note)
-    stop_file.unlink(missing_ok=True)  # meant for a run that is over
+    forget_old_stop(directory)
 
     for attempt in range(1 + restarts):
         if attempt:
             wait_until_free(directory, stop_file, 60 * training.timeout)
         if attempt and _received:
             break
-        say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(again if attempt else first)}")
-        code, noted = run_once(again if attempt else first, run_file, stop_file, 2 * 60 * training.timeout)
+        # wherever this run was told to begin, by now it has checkpoints of its own
+        command = again if (attempt or requeued) and newest_step(directory) else first
+        say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(command)}")
+        code, noted = run_once(command, run_file, stop_file, 2 * 60 * training.timeout)
         asked = bool(_received) or stop_file.exists()
         outcome, why = judge(code, noted, asked, newest_step(directory), training.steps)
         say(f"end of start {attempt + 1}: {why}")
@@ -215,6 +218,21 @@ def wait_until_free(directory: Path, stop_file: Path, patience: float) -> None:
     stop_file.unlink(missing_ok=True)
 
 
+def forget_old_stop(directory: Path) -> None:
+    """A stop file meant for a run that is over; one that is still going on shall find it."""
+    if (directory / STOP_FILE).exists():
+        lock = RunLock(directory)
+        with contextlib.suppress(ConfigError):
+            lock.acquire()
+            (directory / STOP_FILE).unlink(missing_ok=True)
+            lock.release()
+
+
+def was_asked() -> bool:
+    """Whether a signal asked this process to stop the run."""
+    return bool(_received)
+
+
 def kill_all() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -238,7 +256,7 @@ def newest_step(run_directory: Path) -> int:
 
 
 def say(line: str) -> None:
-    print(f"l2e-ds: {line}", file=sys.stderr, flush=True)
+    console.say(f"l2e-ds: {line}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
+from l2e_ds.console import say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
@@ -85,14 +86,15 @@ def run(arguments: argparse.Namespace) -> int:
             plan = preflight(arguments.run_file, arguments.overrides, launch.size, this_machine=True)
             train(plan, launch)
     except Interrupted as stopped:
-        if rank == 0:
-            print(f"l2e-ds: stopped: {stopped}; start again to go on", file=sys.stderr, flush=True)
+        preemption.honoured()
         _note_exit_code(stopped.exit_code)
+        if rank == 0:
+            say(f"l2e-ds: stopped: {stopped}; start again to go on")
         return stopped.exit_code
     except L2EError as error:
         if rank == 0 or not error.on_every_rank:
             where = f" rank {rank}:" if distributed.size() > 1 and not error.on_every_rank else ""
-            print(f"l2e-ds: error:{where} {error}", file=sys.stderr, flush=True)
+            say(f"l2e-ds: error:{where} {error}")
         _note_exit_code(error.exit_code)
         if distributed.size() > 1 and not error.on_every_rank:
             os._exit(error.exit_code)  # the others wait for this rank: the launcher must end them
@@ -102,18 +104,16 @@ def run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = error.filename or "a file of the run"
-            print(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}", file=sys.stderr, flush=True)
             _note_exit_code(SaveError.exit_code)
+            say(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}")
             os._exit(SaveError.exit_code)
         from l2e_ds.training.watchdog import is_lost_contact
 
         if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
             reason = str(error).splitlines()[0][:200]
-            print(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason}", file=sys.stderr)
+            say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason}")
         else:
-            print(f"l2e-ds: error: rank {rank} failed", file=sys.stderr)
-            traceback.print_exc()
-        sys.stderr.flush()
+            say(f"l2e-ds: error: rank {rank} failed\n{traceback.format_exc()}")
         os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
     return 0
 
@@ -288,12 +288,15 @@ def _main_first(action: Any) -> Any:
 
 def _freeze(plan: Plan, directory: Path, data: Any) -> None:
     """Keep what was run beside what came of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.yaml").write_text(plan.config.dump(), encoding="utf-8")
-    (directory / "deepspeed.json").write_text(json.dumps(plan.ds, indent=2) + "\n", encoding="utf-8")
-    plan.network.save_pretrained(directory / "model")
-    if data.tokenizer is not None:
-        data.tokenizer.save_pretrained(directory / "tokenizer")
+    from l2e_ds.data.files import write_whole
+
+    write_whole(directory / "config.yaml", plan.config.dump())
+    write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
+    write_whole(directory / "model" / "config.json", plan.network.to_json_string())
+    if data.tokenizer is not None and not (directory / "tokenizer").exists():
+        temporary = directory / "tokenizer.tmp"
+        data.tokenizer.save_pretrained(temporary)
+        temporary.rename(directory / "tokenizer")
 
 
 def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[str, Any]:
@@ -336,8 +339,9 @@ def leave_process(code: int) -> NoReturn:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # mpi4py would do so where we no longer come by; mpirun calls it a failure if nobody does
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # a terminal that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -28,6 +28,18 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill or a full disk leaves the one before it. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        fsync_path(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def building(folder: Path, proof: str) -> Iterator[Path]:
     """A temporary sibling folder that becomes `folder` when the block ends without an exception.

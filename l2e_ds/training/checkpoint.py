@@ -23,10 +23,9 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2e_ds import distributed
+from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
@@ -189,8 +189,8 @@ class CheckpointManager:
         def prepare() -> None:
             if distributed.is_main():
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for left_over in self.directory.glob("*.tmp"):
-                    shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+                for left_over in self.directory.glob("step*.tmp"):
+                    shutil.rmtree(left_over, ignore_errors=True)  # `checkpoint prune` may be removing it as well
                 temporary.mkdir()
 
         def write() -> None:
@@ -218,7 +218,7 @@ class CheckpointManager:
         task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
         self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
 
-    def advance(self, wait: bool = False) -> Published | None:
+    def advance(self, until_done: bool = False) -> Published | None:
         """Collective: see how far the pending checkpoint is; returns it when it has just been published.
 
         Raises SaveError on every rank if any rank failed; what was written is then removed.
@@ -226,7 +226,7 @@ class CheckpointManager:
         while self._pending is not None:
             pending = self._pending
             if distributed.any_rank(not pending.task.done()):
-                if not wait:
+                if not until_done:
                     return None
                 time.sleep(0.02)
                 continue
@@ -246,9 +246,15 @@ class CheckpointManager:
         """Whether this rank has still to do its part of what `advance` waits for."""
         return self._pending is not None and not self._pending.task.done()
 
+    def close(self) -> None:
+        """Not before the background has ended what it had begun, or a minute has passed."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+        if self._pending is not None:
+            wait([self._pending.task], timeout=60)
+
     def finish(self) -> Published | None:
         """Collective: wait until the pending checkpoint, if any, is published. Raises SaveError."""
-        return self.advance(wait=True)
+        return self.advance(until_done=True)
 
     def _publish(self, pending: _Pending) -> None:
         """Rank 0, in the background: from here on the checkpoint counts."""
@@ -260,17 +266,31 @@ class CheckpointManager:
                 f"rank 0 does not see {unseen[0]}; training.run_directory must lie on a file system shared by all nodes"
             )
         manifest.write_manifest(temporary, pending.entries)
-        if final.exists():  # a damaged one, or one of another branch of this run
+        if final.exists():  # a damaged one
             remove_checkpoint(final)
         temporary.rename(final)
+        try:
+            self._tidy_up(final)
+        except OSError as error:  # the checkpoint counts all the same
+            say(f"l2e-ds: warning: {self.directory}: {error.strerror}")
+
+    def _tidy_up(self, newest: Path) -> None:
+        """Move `latest`; set aside what a resume has passed over as damaged; remove what is no longer kept."""
         pointer = self.directory / "latest.tmp"
-        pointer.write_text(final.name + "\n", encoding="utf-8")
+        pointer.write_text(newest.name + "\n", encoding="utf-8")
         fsync_path(pointer)
         pointer.replace(self.directory / "latest")
         fsync_path(self.directory)
+        published = self.published()
+        for path in published:
+            if path > newest:  # this run went on from one before it, which it does only where this one is damaged
+                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                path.rename(path.with_suffix(".damaged"))
         if self.keep_last is not None:
-            for path in self.published()[: -self.keep_last]:
-                remove_checkpoint(path)
+            good = [path for path in published if path <= newest and manifest.check_files(path) is None]
+            for path in published:
+                if path <= newest and path not in good[-self.keep_last :]:
+                    remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
         """Collective: if any rank failed, remove what was written and raise on all."""
@@ -324,7 +344,7 @@ class CheckpointManager:
                 f"{ranks} rank{'s' * (ranks != 1)}, ZeRO {stage}"
                 for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
             )
-            print(f"resumed elastically: {before} -> {after}", file=sys.stderr, flush=True)
+            say(f"resumed elastically: {before} -> {after}")
         return state
 
     @staticmethod
@@ -378,7 +398,10 @@ def changed_values(path: Path, config: dict) -> list[str]:
 
 def verify_together(path: Path) -> str | None:
     """Collective: what is wrong with a checkpoint, or None; each rank reads its share of the files."""
-    problem = manifest.check_files(path) or manifest.check_contents(path, distributed.rank(), distributed.size())
+    problem = distributed.main_decides(manifest.check_files(path) if distributed.is_main() else None)
+    if problem is not None:
+        return problem
+    problem = manifest.check_contents(path, distributed.rank(), distributed.size())
     return next((found for found in distributed.all_gather_objects(problem) if found is not None), None)
 
 
@@ -412,7 +435,8 @@ def step_of(checkpoint: Path) -> int:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Not half: first the name goes, then the files."""
     doomed = checkpoint.with_suffix(".removed.tmp")
-    checkpoint.rename(doomed)
+    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+        checkpoint.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -439,7 +463,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def _say_not_used(path: Path, problem: str) -> None:
-    print(f"l2e-ds: checkpoint {path}: {problem}; it is not used", file=sys.stderr, flush=True)
+    say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
 
 
 def read_state(path: Path) -> dict:

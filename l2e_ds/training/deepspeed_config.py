@@ -252,6 +252,12 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
             f"training.precision: got fp16, but {where} has ZeRO stage 0, where DeepSpeed divides by a loss scale"
             " that it never multiplied by; use bf16, fp32, or a stage from 1 to 3"
         )
+    for part in ("offload_optimizer", "offload_param"):
+        if _lookup(ds, ("zero_optimization", part, "device")) == "nvme":
+            raise ConfigError(
+                f"{where}: zero_optimization.{part}.device: got 'nvme', allowed: cpu, none (checkpoints of states on"
+                " NVMe are not covered by the guarantees of docs/checkpoints.md)"
+            )
     accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
     if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):
         raise ConfigError(

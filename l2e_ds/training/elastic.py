@@ -79,6 +79,7 @@ class ElasticLoad:
             _make_moments(self.checkpoint, self.engine, flats, self.applied_steps)
         adam = _adam(self.engine.optimizer)
         for name, piece in _own_pieces(self.engine, self.parameters):
+            distributed.beat()
             flat = flats[piece.flat]
             for key in self.keys:
                 held = (flat if key == "fp32" else adam.state[flat][key]).data.view(-1)
@@ -95,6 +96,7 @@ class ElasticLoad:
         _spread(self.engine)
         wrong = []
         for name, parameter in self.parameters.items():
+            distributed.beat()
             held = {key: self._gather(parameter, key) for key in self.keys}
             with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                 held["weights"] = parameter.detach().clone()
@@ -123,11 +125,6 @@ def _refuse_unsupported(checkpoint: Path, engine: Any, zero_stage: int) -> None:
         raise CheckpointError(
             f"{checkpoint}: was written with ZeRO stage {stages[0]}, this run has {stages[1]}; allowed in bf16: from 0"
             " to 0, and between 1, 2 and 3"
-        )
-    if getattr(engine.optimizer, "swap_optimizer", False):
-        raise CheckpointError(
-            f"{checkpoint}: goes on with another number of ranks or ZeRO stage only where offload_optimizer.device is"
-            " cpu or none; got nvme"
         )
     if getattr(engine.optimizer, "round_robin_gradients", False):
         raise CheckpointError(

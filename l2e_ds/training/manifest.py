@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from l2e_ds import distributed
 from l2e_ds.data.files import fsync_path
 
 MANIFEST = "manifest.json"
@@ -29,17 +30,18 @@ def sha256(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
+            distributed.beat()  # many gigabytes take longer than `training.timeout` may be
     return digest.hexdigest()
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:
     """The files that this rank wrote into a checkpoint; rank 0 also those that are written once."""
     owned = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in folder.rglob("*"):
         match = _OWNER.search(path.name)
-        if rank == (int(match[1]) if match else 0):
+        if rank == (int(match[1]) if match else 0) and path.is_file():
             owned.append(path)
-    return owned
+    return sorted(owned)
 
 
 def secure(folder: Path, paths: Iterable[Path]) -> Entries:

@@ -57,6 +57,7 @@ histogram is summed by atomic additions).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -69,6 +70,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from l2e_ds.console import say
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -180,11 +183,11 @@ class MetricsWriter:
 
     def say(self, text: str) -> None:
         """A line for the user that does not tear the progress bar."""
-        if self.main:
-            if self.bar is not None:
+        if self.main and self.bar is not None:
+            with contextlib.suppress(OSError):
                 tqdm.write(text, file=sys.stderr)
-            else:
-                print(text, file=sys.stderr, flush=True)
+        elif self.main:
+            say(text)
 
     def close(self) -> None:
         if self.bar is not None:

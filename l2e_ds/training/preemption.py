@@ -7,6 +7,7 @@ Imports nothing heavy: `listen` comes before torch, which takes seconds to impor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -84,19 +85,29 @@ def is_asked() -> bool:
 
 
 def stop() -> NoReturn:
-    """Collective, once the ranks know that one of them has heard something: raises Interrupted with its reason."""
+    """Collective, once the ranks know that one of them has heard something: raises Interrupted with its reason.
+
+    When the run is saved, call `honoured`."""
     from l2e_ds import distributed
 
     reasons = distributed.all_gather_objects(_reason_here())
     reason = next((found for found in reasons if found is not None), "the stop file came and went")
-    if distributed.is_main() and _Heard.stop_file is not None:
-        _Heard.stop_file.unlink(missing_ok=True)  # it is heard; the next start must not find it
     raise Interrupted(reason)
+
+
+def honoured() -> None:
+    """The stop file has done its work: the next start must not find it."""
+    from l2e_ds import distributed
+
+    if distributed.is_main() and _Heard.stop_file is not None:
+        with contextlib.suppress(OSError):
+            _Heard.stop_file.unlink()
 
 
 def stop_if_asked() -> None:
     """Collective: raises Interrupted on every rank if any has heard something."""
     from l2e_ds import distributed
 
+    distributed.beat()
     if distributed.any_rank(is_asked()):
         stop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,10 @@ class Trainer:
             self._train()
         except Interrupted as reason:
             raise Interrupted(f"{reason}; {self._save_before_stopping()}") from None
+        except TrainingError:
+            with suppress(SaveError):
+                self._carry_on_saving(wait=True)  # a checkpoint that is written should count
+            raise
 
     def _train(self) -> None:
         logging, last = self.config.logging, self.config.training.steps
@@ -181,6 +185,7 @@ class Trainer:
                 self.log()
             self.save(must_succeed=True)
         self._carry_on_saving(must_succeed=True)
+        preemption.honoured()
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:
@@ -283,17 +288,17 @@ class Trainer:
         self._carry_on_saving(wait=True)
         begin = time.perf_counter()
         distributed.progress(f"the checkpoint of step {self.state.step}")
-        self.saved_step = self.state.step
         with self._allowing_failure(must_succeed):
             self.checkpoints.save(
                 self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
             )
+            self.saved_step = self.state.step
         self._paused += time.perf_counter() - begin
 
     def _carry_on_saving(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Collective, once a step: note a checkpoint that has been published meanwhile."""
         with self._allowing_failure(must_succeed):
-            done = self.checkpoints.advance(wait or must_succeed)
+            done = self.checkpoints.advance(until_done=wait or must_succeed)
             if done is not None:
                 values = asdict(done)
                 self.metrics.write("checkpoint", values.pop("step"), values)
@@ -306,6 +311,7 @@ class Trainer:
         except SaveError as error:
             if must_succeed or self.config.checkpoint.on_error == "stop":
                 raise
+            self.saved_step = None
             self.metrics.write("checkpoint", self.state.step, {"error": str(error)})
             self.metrics.say(f"l2e-ds: warning: {error}; training goes on (checkpoint.on_error)")
 
@@ -377,6 +383,7 @@ class Trainer:
         if self.inhibitor is not None:
             self.inhibitor.detach()
         self.metrics.close()
+        self.checkpoints.close()
         self.engine.destroy()
 
     def __enter__(self) -> Trainer:

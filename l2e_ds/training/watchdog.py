@@ -13,7 +13,6 @@ import json
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from l2e_ds import distributed
+from l2e_ds.console import say
 
 INTERVAL = 2.0
 """Seconds between two reports of a rank."""
@@ -83,13 +83,19 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._over.wait(INTERVAL):
-            self.also()
-            self._report()
-            if self._reads:
-                self._read()
-                self._name_silent()
+            for part in (self.also, self._report, self._look):
+                with contextlib.suppress(Exception):  # none of them may keep the last one from its work
+                    part()
             if distributed.idle_seconds() > self.timeout:
-                self._give_up()
+                try:
+                    self._say_why()
+                finally:
+                    os._exit(EXIT_CODE)
+
+    def _look(self) -> None:
+        if self._reads:
+            self._read()
+            self._name_silent()
 
     def _report(self) -> None:
         if self._store is None:
@@ -101,13 +107,13 @@ class Watchdog:
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
-        with contextlib.suppress(Exception):  # without rank 0 there is no store; rank 1 will name it
-            self._store.set(str(distributed.rank()), json.dumps(report))
+        self._store.set(str(distributed.rank()), json.dumps(report))
 
     def _read(self) -> None:
         now = time.monotonic()
         try:
-            ranks = [rank for rank in range(distributed.size()) if self._store.check([str(rank)])]
+            known = self._reports  # only of ranks that have not reported yet it is asked whether they have
+            ranks = [rank for rank in range(distributed.size()) if rank in known or self._store.check([str(rank)])]
             found = self._store.multi_get([str(rank) for rank in ranks])
         except Exception:
             return  # then rank 0's report does not change either
@@ -133,7 +139,7 @@ class Watchdog:
             _say(f"{self._who(rank)} is back")
         self._missed = silent
 
-    def _give_up(self) -> None:
+    def _say_why(self) -> None:
         minutes = self.timeout / 60
         if self._reads and not (distributed.rank() == 1 and 0 not in self._silent()):
             silent = self._silent()
@@ -147,7 +153,6 @@ class Watchdog:
             _say(f"no progress for {minutes:g} minutes (training.timeout): {reason}", "error")
         elif self._store is None:
             _say(f"no progress for {minutes:g} minutes (training.timeout) in {distributed.doing()}", "error")
-        os._exit(EXIT_CODE)
 
     def _who(self, rank: int) -> str:
         report = self._reports.get(rank)
@@ -177,4 +182,4 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _say(text: str, kind: str = "warning") -> None:
-    print(f"l2e-ds: {kind}: rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
+    say(f"l2e-ds: {kind}: rank {distributed.rank()}: {text}")

@@ -1,17 +1,18 @@
 """Which checkpoint `l2e-ds export` takes, and what it refuses. (Exported weights: tests/distributed/test_runs.py.)"""
 
-import json
-
 import pytest
 
 from l2e_ds.cli import main
+from l2e_ds.training import manifest
 
 
 def checkpoint(run, step, complete=True):
     folder = run / "checkpoints" / f"step{step:08d}"
     folder.mkdir(parents=True)
     (folder / "shard.pt").write_bytes(b"12345")
-    (folder / "manifest.json").write_text(json.dumps({"files": {"shard.pt": 5 if complete else 6}}))
+    manifest.write_manifest(folder, manifest.secure(folder, [folder / "shard.pt"]))
+    if not complete:
+        (folder / "shard.pt").write_bytes(b"1234")
     return folder
 
 
@@ -22,12 +23,12 @@ def test_find_checkpoint(tmp_path, capsys):
     first, second = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 15, complete=False)
     assert find_checkpoint(tmp_path, None) == second
-    assert "shard.pt has 5 bytes instead of 6" in capsys.readouterr().err
+    assert "shard.pt has 4 bytes instead of 5" in capsys.readouterr().err
     assert find_checkpoint(tmp_path, 5) == first
     assert find_checkpoint(first, None) == first
     for source, step, words in [
         (tmp_path, 7, "complete steps: 5, 10"),
-        (tmp_path / "checkpoints/step00000015", None, "5 bytes instead of 6"),
+        (tmp_path / "checkpoints/step00000015", None, "4 bytes instead of 5"),
         (tmp_path / "nowhere", None, "neither a run directory nor"),
         (first, 5, "--step"),
     ]:

@@ -83,6 +83,18 @@ def test_shares_of_the_ranks_cover_every_file(tmp_path):
     assert [problem is not None for problem in found].count(True) == 1
 
 
+def test_what_a_resume_passed_over_is_set_aside_and_never_counts_as_kept(tmp_path):
+    """The run went on from step 3, since 9 is damaged, and has now published 5: 5 stays, though 9 is a later step."""
+    make(tmp_path, 3)
+    flip(make(tmp_path, 9) / SHARD)
+    five = make(tmp_path, 5)
+    CheckpointManager(tmp_path, keep_last=1)._tidy_up(five)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"latest", "step00000005", "step00000009.damaged"}
+    assert (tmp_path / "checkpoints/latest").read_text() == "step00000005\n"
+    assert CheckpointManager(tmp_path).find("auto") == five
+
+
 def test_nothing_good_is_an_error_not_a_fresh_start(tmp_path):
     from l2e_ds.errors import CheckpointError
 

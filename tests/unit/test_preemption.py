@@ -78,6 +78,7 @@ def test_stop_file_and_time_limit(tmp_path, monkeypatch):
         (tmp_path / "stop").touch()
         with pytest.raises(Interrupted, match="stop was written"):
             preemption.stop_if_asked()
+        preemption.honoured()
         preemption.stop_if_asked()
         preemption.watch(tmp_path, 1e-9)
         with pytest.raises(Interrupted, match="training.time_limit is over"):
