@@ -55,9 +55,9 @@ KINDS: dict[str, tuple[int, str]] = {
     "missing": (7, "all ranks killed, then a file of the newest checkpoint removed"),
     "zero-length": (7, "all ranks killed, then a file of the newest checkpoint emptied"),
     "disk, stop": (2, "full disk; `checkpoint.on_error: stop`"),
-    "disk, continue": (2, "full disk; `checkpoint.on_error: continue`, and a rank killed once there is room again"),
+    "disk, continue": (2, "full disk; `checkpoint.on_error: continue`, then SIGKILL once there is room again"),
     "launch": (4, "SIGKILL of launcher and ranks together, as when a node loses power"),
-    "resume": (6, "a rank killed, then launcher and ranks once more while they resume"),
+    "resume": (6, "SIGKILL in the middle of a step, then of launcher and ranks while they resume"),
     "hang": (2, f"SIGSTOP of a rank: no sign of life for `training.timeout` ({TIMEOUT} minutes here)"),
     "node": (2, "SLURM: SIGKILL of a node's slurmd and of everything on it"),
 }
@@ -238,6 +238,8 @@ class Benchmark:
             starts = one.starts[fault.first_start : end]
             fault.compared = sum(start.compared for start in starts)
             fault.wrong = [problem for start in starts for problem in start.wrong]
+            if fault.kind in ON_DISK:
+                starts = starts[: fault.starts]  # the benchmark itself makes the next one
             asked = STARTS_OF.get(fault.kind, 1)
             if not fault.lost and fault.kind != NODE and len(starts) > asked:
                 said = [line for start in starts[asked - 1 : -1] for line in start.said]

@@ -53,7 +53,7 @@ def test_eight_faults_cost_no_run_and_no_wrong_resume(tmp_path):
     assert found["save"]["resumed"] <= found["save"]["step"] - faults.EVERY + 10, "the checkpoint that was cut off"
 
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "\nold\n" not in text
     assert f"| **all** | **{len(kinds)}** | **0** | **0** |" in text
     assert str(tmp_path) not in text and os.uname().nodename not in text.split()
     assert not Path(output / "small disk/run").exists(), "the small disk is still mounted"
