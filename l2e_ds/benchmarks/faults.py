@@ -473,7 +473,7 @@ class Benchmark:
         one.wait(one.goes_on, "for a first step")
         fault, times = self.new_fault(one, NODE), int(shown("Restarts"))
         self.wait_some_steps(one)
-        node = self.random.choice(["n1", "n2"])
+        node = ("n2", "n1")[times % 2]
         fault.at = time.time()
         killed = virtual_slurm.kill_node(environment, node)
         fault.detail = f"SIGKILL to {len(killed)} processes of node {node}" + (
@@ -697,7 +697,7 @@ def machine() -> str:
         names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
         model = names[0] if names else model
     memory = psutil.virtual_memory().total / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()} {platform.release()}"
+    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
 
 
 def versions() -> dict[str, str]:

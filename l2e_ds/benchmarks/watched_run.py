@@ -232,11 +232,12 @@ class WatchedRun:
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written that does not count yet."""
-        try:
-            names = os.listdir(self.directory / "checkpoints")
-        except OSError:
-            return False
-        return any(name.endswith(".tmp") and NAME.fullmatch(name.removesuffix(".tmp")) for name in names)
+        for path in (self.directory / "checkpoints").glob("step*.tmp"):
+            with contextlib.suppress(OSError):
+                # an older one is what a kill has left; the next save removes it
+                if NAME.fullmatch(path.stem) and self.starts and path.stat().st_ctime > self.starts[-1].at:
+                    return True
+        return False
 
     def note_damage(self, checkpoint: Path) -> None:
         self._damaged.add(_identity(checkpoint))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 
 import pytest
 
@@ -96,6 +97,21 @@ def test_only_the_newest_good_checkpoint_is_right(run):
     write(run, [1], mode="w")
     run.poll()
     assert run.starts[-1].wrong == ["went on from step 0, the newest good checkpoint is of 20"]
+
+
+def test_what_a_kill_left_is_no_save(run):
+    left = run.directory / "checkpoints/step00000040.tmp"
+    left.mkdir()
+    time.sleep(0.05)
+    say(run, "l2e-ds: start 1 of at most 4: ...")
+    run.poll()
+    assert not run.is_saving()
+    left.rmdir()
+    time.sleep(0.05)
+    left.mkdir()
+    assert run.is_saving()
+    left.rename(left.with_suffix(""))
+    assert not run.is_saving()
 
 
 def test_damage(tmp_path):
