@@ -144,10 +144,12 @@ def _stop(folder: Path) -> None:
             os.kill(int(file.read_text()), signal.SIGTERM)
         except (ValueError, ProcessLookupError):
             continue
+    configuration = f"SLURM_CONF={folder}/slurm.conf".encode()
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
-            if ours and process.name() not in ("slurmctld", "slurmd"):
+        with contextlib.suppress(psutil.Error, OSError):
+            # not process.environ(): slurmstepd overwrites the first part, and psutil reads no further than that
+            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+            if configuration in variables and process.name() not in ("slurmctld", "slurmd"):
                 process.kill()
 
 
