@@ -28,7 +28,7 @@ def list_checkpoints(run: Path) -> int:
         if problem is None:
             identity = read_state(path)["identity"]
             ranks, stage = str(identity["ranks"]), str(identity["zero_stage"])
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
         rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
     rows += [(path.name, "", "", "", "", "not finished") for path in _unfinished(run)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"training.run_directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
     if arguments.dry_run:
         number = len(list(directory.glob("submit-*"))) + 1
-        print(script(directory, number, resources, arguments.restarts), end="")
+        print(_without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
         return 0
 
     new = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -179,6 +179,8 @@ def _resources(arguments: argparse.Namespace) -> Resources:
             name = option.replace("_", "-")
             raise ConfigError(f"--{name}: got {value!r}, allowed: letters, digits and _ . , @ = + : -")
     limit = _seconds(arguments.time)
+    if limit == 0:
+        raise ConfigError(f"--time: got {arguments.time!r}, allowed: a limit before which the run can stop and save")
     if not 0 < arguments.signal_seconds < min(limit, 65536):
         raise ConfigError(
             f"--signal-seconds: got {arguments.signal_seconds}, allowed: 1 to less than the {limit} s of --time"

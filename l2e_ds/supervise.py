@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
     )
-    parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS", "3"))
+    parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS") or "3")
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments, launcher = parser.parse_args(words[:split]), words[split + 1 :]
@@ -83,7 +83,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     for number in ASK:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note)
-    forget_old_stop(directory)
+    be_alone(directory)
 
     for attempt in range(1 + restarts):
         if attempt:
@@ -218,14 +218,19 @@ def wait_until_free(directory: Path, stop_file: Path, patience: float) -> None:
     stop_file.unlink(missing_ok=True)
 
 
-def forget_old_stop(directory: Path) -> None:
-    """A stop file meant for a run that is over; one that is still going on shall find it."""
-    if (directory / STOP_FILE).exists():
-        lock = RunLock(directory)
-        with contextlib.suppress(ConfigError):
-            lock.acquire()
-            (directory / STOP_FILE).unlink(missing_ok=True)
-            lock.release()
+def be_alone(directory: Path) -> None:
+    """Refuse to start beside a living run, which a signal to this process would stop; forget a stop file that was meant
+    for a run that is over. Raises ConfigError."""
+    lock, stop_file = RunLock(directory), directory / STOP_FILE
+    if not (lock.path.exists() or stop_file.exists()):
+        return
+    lock.acquire()
+    try:
+        stop_file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"training.run_directory: {stop_file}: {error.strerror}") from None
+    finally:
+        lock.release()
 
 
 def was_asked() -> bool:
@@ -248,11 +253,9 @@ def write_stop_file(path: Path) -> None:
 
 
 def newest_step(run_directory: Path) -> int:
-    """Of the checkpoint that `latest` names; 0 if there is none."""
-    try:
-        return int((run_directory / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step"))
-    except (OSError, ValueError):
-        return 0
+    """Of the newest published checkpoint; 0 if there is none."""
+    found = (run_directory / "checkpoints").glob("step" + "[0-9]" * 8 + "/manifest.json")
+    return max((int(path.parent.name.removeprefix("step")) for path in found), default=0)
 
 
 def say(line: str) -> None:

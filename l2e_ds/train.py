@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
             os._exit(error.exit_code)  # the others wait for this rank: the launcher must end them
         return error.exit_code
     except KeyboardInterrupt:
+        say("l2e-ds: interrupted: steps since the last checkpoint are lost (SIGTERM or SIGUSR1 would have saved first)")
         return 130
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

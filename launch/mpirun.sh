@@ -17,6 +17,7 @@ SUPERVISE=() OPTIONS=()
 while (($#)); do
     case $1 in
         -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 0 ;;
+        --restarts=*) SUPERVISE=("$1"); shift ;;
         --restarts) (($# > 1)) || fail "--restarts needs a value"; SUPERVISE=(--restarts "$2"); shift 2 ;;
         *.yaml | *.yml) break ;;
         *) OPTIONS+=("$1"); shift ;;

@@ -190,7 +190,7 @@ class CheckpointManager:
             if distributed.is_main():
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for left_over in self.directory.glob("step*.tmp"):
-                    shutil.rmtree(left_over, ignore_errors=True)  # `checkpoint prune` may be removing it as well
+                    _remove_tree(left_over)
                 temporary.mkdir()
 
         def write() -> None:
@@ -437,7 +437,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
     doomed = checkpoint.with_suffix(".removed.tmp")
     with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
         checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove_tree(doomed)
+
+
+def _remove_tree(path: Path) -> None:
+    """Also a link to a folder elsewhere, which stays there; `checkpoint prune` and a run may both be at it."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _done() -> Future:
@@ -458,7 +466,7 @@ def _in_one_line(error: BaseException) -> str:
     if isinstance(error, L2EError):
         return str(error)
     if isinstance(error, OSError):
-        return error.strerror or type(error).__name__
+        return error.strerror or str(error) or type(error).__name__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

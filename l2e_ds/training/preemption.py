@@ -74,7 +74,7 @@ def _reason_here() -> str | None:
     if distributed.is_main():
         if _Heard.time_limit is not None and time.monotonic() - _Heard.began > _Heard.time_limit:
             return "training.time_limit is over"
-        if _Heard.stop_file is not None and _Heard.stop_file.exists():
+        if _Heard.stop_file is not None and _Heard.stop_file.is_file():
             return f"{_Heard.stop_file} was written"
     return None
 

@@ -30,7 +30,13 @@ class RunLock:
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Raises ConfigError where another run, here or on another host, is alive."""
+        """Raises ConfigError where another run, here or on another host, is alive, or the file cannot be made."""
+        try:
+            self._acquire()
+        except OSError as error:
+            raise ConfigError(f"training.run_directory: {self.path}: {error.strerror or error}") from None
+
+    def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -103,7 +103,8 @@ class Trainer:
         )
         if resume_from is not None:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
-            self.saved_step = self.state.step
+            if resume_from.parent.resolve() == self.checkpoints.directory.resolve():
+                self.saved_step = self.state.step  # else it lies in another run's directory
         self.metrics = metrics.MetricsWriter(
             self.run_directory,
             self.engine,
