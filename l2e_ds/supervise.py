@@ -32,7 +32,7 @@ from l2e_ds import console
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.training.preemption import EXIT_FILE, STOP_FILE
-from l2e_ds.training.run_lock import RunLock
+from l2e_ds.training.run_lock import NAME, RunLock
 
 PR_SET_CHILD_SUBREAPER = 36
 ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -105,7 +105,8 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
 def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int]]:
     """Start the launcher; wait until it and all its processes have ended.
 
-    patience: seconds that ranks may take to save and leave, once asked, before they are killed.
+    patience: seconds that ranks may take to save and leave, once asked, and for which the run may show no sign of life,
+    before they are killed. A rank that hangs is ended by the others; this is for the case that all hang.
     Returns the launcher's code (negative: killed by that signal) and the exit codes that ranks here noted.
     """
     with tempfile.NamedTemporaryFile("r", prefix="l2e-ds-exit-codes-") as noted:
@@ -118,13 +119,18 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
         asked_at, ended_at, killed = None, None, False
+        sign, sign_at = None, time.monotonic()
         while launcher.poll() is None or leftovers(launcher.pid, run_file):
             now = time.monotonic()
             if launcher.returncode is not None and ended_at is None:
                 ended_at = now
+            if (newest := last_sign_of_life(stop_file.parent)) != sign:
+                sign, sign_at = newest, now
+            frozen = sign is not None and now > sign_at + patience
             late = asked_at is not None and now > asked_at + patience
-            if (late or impatient()) and not killed:
-                say("killing all processes of the run")
+            if (late or frozen or impatient()) and not killed:
+                silence = f": no sign of life for {patience / 60:g} minutes" if frozen else ""
+                say(f"killing all processes of the run{silence}")
                 kill_all()
                 killed = True
             if asked_at is None and (_received or (ended_at is not None and now > ended_at + 0.5)):
@@ -231,6 +237,14 @@ def be_alone(directory: Path) -> None:
         raise ConfigError(f"training.run_directory: {stop_file}: {error.strerror}") from None
     finally:
         lock.release()
+
+
+def last_sign_of_life(directory: Path) -> int | None:
+    """When rank 0 last touched the run's lock; None where it holds none (yet)."""
+    try:
+        return (directory / NAME).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def was_asked() -> bool:
