@@ -479,7 +479,7 @@ class Benchmark:
         fault.detail = f"SIGKILL to {len(killed)} processes of node {node}" + (
             ", where the batch script runs" if node == "n1" else ""
         )
-        one.wait(lambda: int(shown("Restarts")) > times, "for SLURM to requeue the job")
+        one.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
         virtual_slurm.start_node(environment, node)
         one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
         one.wait(lambda: virtual_slurm.idle_nodes(environment) == 2, "for both nodes to be idle")
