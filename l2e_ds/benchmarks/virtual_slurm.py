@@ -120,6 +120,11 @@ def kill_node(environment: dict[str, str], name: str) -> list[str]:
                         doomed[parent.pid] = parent
         except psutil.Error:
             continue
+    # power fails for all at once: a slurmstepd that outlived the batch script by an instant would still report its end,
+    # and SLURM would take the job for failed instead of robbed of its node
+    for process in sorted(doomed.values(), key=lambda process: not _is_daemon(process)):
+        with contextlib.suppress(psutil.Error):
+            process.suspend()
     killed = []
     for process in doomed.values():
         try:
@@ -128,6 +133,13 @@ def kill_node(environment: dict[str, str], name: str) -> list[str]:
         except psutil.Error:
             continue
     return killed
+
+
+def _is_daemon(process: psutil.Process) -> bool:
+    try:
+        return process.name() in ("slurmd", "slurmstepd")
+    except psutil.Error:
+        return False
 
 
 def daemon_logs(environment: dict[str, str]) -> str:
