@@ -45,17 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
     _add_checkpoint_verbs(checkpoint)
-    _add_benchmarks(verbs.add_parser("bench", help="measure on this machine what the documentation says"))
+    bench = verbs.add_parser("bench", help="measure on this machine what the documentation says")
+    if words[:1] == ["bench"]:  # no other verb waits for their imports
+        _add_benchmarks(bench)
     verbs.add_parser("doctor", help="what this machine and launcher offer a run, and what mends the rest")
 
-    from l2e_ds import slurm, submit
+    from l2e_ds import submit, supervise
 
     submission = verbs.add_parser("submit", help="give a run to SLURM", description=submit.__doc__)
     submission.formatter_class = argparse.RawDescriptionHelpFormatter
     submit.add_arguments(submission)
     submission.set_defaults(action=submit.run)
 
-    words, for_sbatch = slurm.split_at_dashes(words) if words[:1] == ["submit"] else (words, [])
+    words, for_sbatch = supervise.split_at_dashes(words) if words[:1] == ["submit"] else (words, [])
     arguments = train.parse(parser, words)
     arguments.for_sbatch = for_sbatch
     try:

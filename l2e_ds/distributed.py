@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l2e_ds import slurm
 from l2e_ds.errors import ConfigError, L2EError
 
 _doing = "starting"
@@ -94,6 +92,8 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.update(variables)
         if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
             os.environ["LOCAL_RANK"] = "0"
+        from l2e_ds import slurm  # here: l2e_ds.inhibition, which needs this file, stays importable on its own
+
         os.environ.setdefault("MASTER_ADDR", slurm.first_host())
         os.environ.setdefault("MASTER_PORT", str(slurm.rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
@@ -151,6 +151,8 @@ def _name_gloo_interface() -> None:
     interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
+    import psutil
+
     master = os.environ["MASTER_ADDR"]
     here = _address_towards(master)
     if (

@@ -19,11 +19,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from l2e_ds import console
+from l2e_ds import console, supervise
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
-NOT_FOR_A_RESTART = (0, 2, 3)  # finished, for the user to mend, cannot go on
 PROBE_SECONDS = 120
 
 
@@ -38,8 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"l2e-ds: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
-    from l2e_ds import supervise
-
     restarts = [] if arguments.restarts is None else ["--restarts", arguments.restarts]
     code = supervise.main([*restarts, *run, "--", *launcher])
     for number in (signal.SIGUSR1, signal.SIGTERM):
@@ -49,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    before, launcher = split_at_dashes(words)
+    before, launcher = supervise.split_at_dashes(words)
     parser = argparse.ArgumentParser(prog="python -m l2e_ds.slurm", description=__doc__)
     parser.add_argument("--restarts", metavar="N", help="as of l2e_ds.supervise")
     parser.add_argument("--list", type=Path, help="one run a line; this array task's line is run")
@@ -60,13 +57,6 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if not launcher:
         parser.error("the launcher is missing: ... RUN.yaml -- srun python -m l2e_ds.train")
     return arguments, launcher
-
-
-def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and what after it."""
-    words = list(words)
-    cut = words.index("--") if "--" in words else len(words)
-    return words[:cut], words[cut + 1 :]
 
 
 def prepare_environment() -> None:
@@ -179,9 +169,11 @@ def requeue_if_due(code: int, asked: bool) -> None:
     job = job_name_for_scontrol(os.environ)
     if code == Interrupted.exit_code:
         reason = "the run stopped on request"
-    elif code not in NOT_FOR_A_RESTART and asked:
+    elif code == 0 or code in supervise.FINAL:
+        return
+    elif asked:
         reason = "the run failed while it was to stop"
-    elif code not in NOT_FOR_A_RESTART and not nodes_answer():
+    elif not nodes_answer():
         reason = "a node does not answer"
     else:
         return

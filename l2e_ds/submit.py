@@ -261,17 +261,11 @@ def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, reso
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
     import l2e_ds
+    from l2e_ds.doctor import installed_version
 
     found = {"l2e_ds": l2e_ds.__version__, "python": sys.version.split()[0]}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return found | {package: version for package in PACKAGES if (version := installed_version(package)) is not None}
 
 
 def _code() -> tuple[str | None, list[str], str]:

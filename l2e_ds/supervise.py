@@ -48,15 +48,14 @@ _received: list[tuple[float, signal.Signals]] = []  # when, which
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    split = words.index("--") if "--" in words else len(words)
+    words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
     )
     parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS") or "3")
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments, launcher = parser.parse_args(words[:split]), words[split + 1 :]
+    arguments = parser.parse_args(words)
     try:
         if not launcher:
             raise ConfigError("give the launcher after --, e.g. -- torchrun --nproc-per-node 8 -m l2e_ds.train")
@@ -68,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         say(f"error: {error}")
         return error.exit_code
+
+
+def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what after it."""
+    words = list(words)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
 
 
 def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], restarts: int) -> int:

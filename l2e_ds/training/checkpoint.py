@@ -177,11 +177,11 @@ class CheckpointManager:
     def save(
         self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
     ) -> None:
-        """Write a checkpoint and begin to publish it; collective. `advance` and `finish` carry on.
+        """Write a checkpoint and begin to publish it; collective. `advance` carries on.
 
         Raises SaveError on every rank if any rank failed; what was written is then removed.
         """
-        self.finish()
+        self.advance(until_done=True)
         began = time.perf_counter()
         final = self.directory / f"step{state.step:08d}"
         temporary = final.with_suffix(".tmp")
@@ -252,10 +252,6 @@ class CheckpointManager:
         if self._pending is not None:
             wait([self._pending.task], timeout=60)
 
-    def finish(self) -> Published | None:
-        """Collective: wait until the pending checkpoint, if any, is published. Raises SaveError."""
-        return self.advance(until_done=True)
-
     def _publish(self, pending: _Pending) -> None:
         """Rank 0, in the background: from here on the checkpoint counts."""
         assert pending.entries is not None
@@ -284,7 +280,7 @@ class CheckpointManager:
         published = self.published()
         for path in published:
             if path > newest:  # this run went on from one before it, which it does only where this one is damaged
-                shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+                _remove_tree(path.with_suffix(".damaged"))
                 path.rename(path.with_suffix(".damaged"))
         if self.keep_last is not None:
             good = [path for path in published if path <= newest and manifest.check_files(path) is None]

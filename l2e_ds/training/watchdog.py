@@ -79,6 +79,10 @@ class Watchdog:
         """Ranks 0 and 1 read and speak: rank 1 for the case that rank 0 is the lost one."""
         return self._store is not None and distributed.rank() <= 1
 
+    @property
+    def _speaks(self) -> bool:
+        return self._reads and (distributed.rank() == 0 or 0 in self._silent())
+
     # --- the thread ----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
@@ -130,8 +134,8 @@ class Watchdog:
         return [0] if 0 in silent else silent
 
     def _name_silent(self) -> None:
-        if distributed.rank() == 1 and 0 not in self._silent():
-            return  # rank 0 speaks
+        if not self._speaks:
+            return
         silent = set(self._silent())
         for rank in sorted(silent - self._missed):
             _say(f"{self._who(rank)} has been silent for {SILENT:.0f} s: killed, stopped or cut off")
@@ -141,7 +145,7 @@ class Watchdog:
 
     def _say_why(self) -> None:
         minutes = self.timeout / 60
-        if self._reads and not (distributed.rank() == 1 and 0 not in self._silent()):
+        if self._speaks:
             silent = self._silent()
             where: dict[str, list[int]] = defaultdict(list)
             for rank, report in sorted(self._reports.items()):
