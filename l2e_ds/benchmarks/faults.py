@@ -480,9 +480,9 @@ class Benchmark:
             ", where the batch script runs" if node == "n1" else ""
         )
         one.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
-        virtual_slurm.start_node(environment, node)
         one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
-        one.wait(lambda: virtual_slurm.idle_nodes(environment) == 2, "for both nodes to be idle")
+        virtual_slurm.bring_back_node(environment, node)
+        one.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
         # SLURM lets a requeued job wait for two minutes. Not at once: seen with 22.05, a job that starts again in the
         # second in which its node came back is given one node too few, and its srun waits for ever.
         time.sleep(5)

@@ -84,9 +84,9 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
         _start(["slurmctld"], environment)
         for node in ("n1", "n2"):
             (folder / f"spool.{node}").mkdir()
-            start_node(environment, node)
+            _start(["slurmd", "-N", node], environment)
         deadline = time.monotonic() + 60
-        while idle_nodes(environment) < 2:
+        while ready_nodes(environment) != {"n1", "n2"}:
             if time.monotonic() > deadline:
                 raise L2EError(f"SLURM did not start:\n{daemon_logs(environment)}")
             time.sleep(0.5)
@@ -97,8 +97,11 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_node(environment: dict[str, str], name: str) -> None:
-    """Its slurmd, also again after `kill_node`. Raises L2EError."""
+def bring_back_node(environment: dict[str, str], name: str) -> None:
+    """Its slurmd again, after `kill_node` and once SLURM has missed it. Raises L2EError."""
+    # SLURM 22.05 may still take the requeued job to be completing there; an administrator mends that in this way
+    down = ["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed"]
+    subprocess.run(down, env=environment, check=True, capture_output=True)
     _start(["slurmd", "-N", name], environment)
 
 
@@ -196,6 +199,12 @@ def _start(daemon: list[str], environment: dict[str, str]) -> None:
         raise L2EError(f"{' '.join(daemon)}: {done.stdout}{done.stderr}")
 
 
-def idle_nodes(environment: dict[str, str]) -> int:
-    command = ["sinfo", "--noheader", "--Node", "--states=idle", "--format=%N"]
-    return len(set(subprocess.run(command, env=environment, capture_output=True, text=True).stdout.split()))
+def ready_nodes(environment: dict[str, str]) -> set[str]:
+    """The names of those that answer and take jobs.
+
+    Idle ones are not enough: SLURM 22.05 may list a node for minutes as `mixed` after the job on it is gone.
+    """
+    command = ["sinfo", "--noheader", "--Node", "--format=%N %T"]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    states = [line.split() for line in said.splitlines()]
+    return {name for name, state in states if state in ("idle", "mixed", "allocated")}

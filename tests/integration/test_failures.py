@@ -47,11 +47,12 @@ def test_a_killed_rank_is_named_and_ends_the_others(launch, run_file, tmp_path, 
 def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch, run_file, tmp_path):
     one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG, "training.timeout=0.5")
     one.wait_for(lambda: newest(tmp_path / "run") >= 5)
-    process = rank(one, 1)
+    other, process = rank(one, 0), rank(one, 1)
     process.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
     one.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in one.said())
     assert 20 < time.monotonic() - begin < 45  # 30 s and the watchdog's interval, not the launcher's patience
+    other.wait(30)  # launch.py has taken its code, which is then its own
     process.kill()  # else launch.py does, after 30 s
     assert one.end(60) == 1
     line = next(line for line in one.said().splitlines() if "no progress" in line)

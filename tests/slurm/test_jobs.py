@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from l2e_ds.benchmarks.virtual_slurm import kill_node
+from l2e_ds.benchmarks.virtual_slurm import bring_back_node, kill_node, ready_nodes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 150
@@ -270,11 +270,9 @@ def test_a_run_outlives_its_node(site):
     assert len(kill_node(site.environment, "n2")) > 2, "no task was running there"
     site.wait(lambda: site.show(job)["Restarts"] == "1", "SLURM misses the node")
     site.wait(lambda: site.show(job)["JobState"] == "PENDING", "SLURM requeues the job")
-    # SLURM 22.05 may still take the requeued job to be completing there; an administrator mends that in this way
-    site.call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
-    site.call("slurmd", "-N", "n2")
-    state_of_node = ["sinfo", "--noheader", "--nodes=n2", "--format=%T"]
-    site.wait(lambda: set(site.call(*state_of_node).split()) == {"idle"}, "the node is back")
+    assert "n2" not in ready_nodes(site.environment)
+    bring_back_node(site.environment, "n2")
+    site.wait(lambda: "n2" in ready_nodes(site.environment), "the node is back")
     time.sleep(5)  # a job started in that very second is given a node too few
     site.start_now(job)
     site.finished(job)
