@@ -1,0 +1,105 @@
+"""An ordered map over worker processes: flat memory, and no process that outlives its parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from types import TracebackType
+from typing import Any, Generic, TypeVar
+
+from l2e_ds.errors import DataError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
+
+
+class WorkerPool(Generic[Item, Result]):
+    """`count` processes that apply `function` to items. A context manager.
+
+    The processes are spawned, at the first `map`: they inherit neither threads nor signal handlers nor open files.
+    `function` and `setup` are module-level functions; setup(*arguments) runs once in each process. With `count` 0
+    everything happens in this process. Workers leave the signals that stop a run to their parent, and end with it.
+    """
+
+    def __init__(
+        self, count: int, function: Callable[[Item], Result], setup: Callable[..., None], *arguments: Any
+    ) -> None:
+        self.count = count
+        self._function, self._setup, self._arguments = function, setup, arguments
+        self._executor: ProcessPoolExecutor | None = None
+        self._is_set_up = False
+
+    def map(self, items: Iterable[Item]) -> Iterator[Result]:
+        """The results in the order of the items. Raises what `function` raises, and DataError where a worker dies.
+
+        Items are taken as results are: at most a few for each worker are under way.
+        """
+        if self.count == 0:
+            if not self._is_set_up:
+                self._setup(*self._arguments)
+                self._is_set_up = True
+            yield from map(self._function, items)
+            return
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self.count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(self._setup, self._arguments),
+            )
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(self._executor.submit(self._function, item))
+                if len(waiting) > _AHEAD * self.count:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"one of {self.count} worker processes died (out of memory?); give fewer workers or more memory"
+            ) from None
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def __enter__(self) -> WorkerPool[Item, Result]:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+            self._executor = None
+
+
+def _start(setup: Callable[..., None], arguments: tuple) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    setup(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def default_workers() -> int:
+    """As many as this process may use cores."""
+    return len(os.sched_getaffinity(0))
