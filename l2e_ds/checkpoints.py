@@ -26,10 +26,14 @@ def list_checkpoints(run: Path) -> int:
         size = "?" if isinstance(files, str) else f"{sum(int(file['bytes']) for file in files.values()) / 1e9:.3f}"
         ranks = stage = "?"
         if problem is None:
-            identity = read_state(path)["identity"]
-            ranks, stage = str(identity["ranks"]), str(identity["zero_stage"])
+            try:
+                identity = read_state(path)["identity"]
+                ranks, stage = str(identity["ranks"]), str(identity["zero_stage"])
+            except CheckpointError as error:
+                problem = str(error)
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
         rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
+    rows += [(path.name, "", "", "", "", "set aside: a resume passed over it") for path in _set_aside(run)]
     rows += [(path.name, "", "", "", "", "not finished") for path in _unfinished(run)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
@@ -83,7 +87,7 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run
         raise CheckpointError(f"{run}: has no undamaged checkpoint; nothing is removed")
     if keep_every:
         kept += [path for path in good if step_of(path) % keep_every == 0]
-    doomed = [path for path in published if path not in kept]
+    doomed = [path for path in published if path not in kept] + _set_aside(run)
     doomed += _unfinished(run) if _is_idle(run) else []
     for path in doomed:
         print(f"{'would remove' if dry_run else 'removed'} {path.name}")
@@ -91,6 +95,10 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run
             remove_checkpoint(path)
     print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
     return 0
+
+
+def _set_aside(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step*.damaged") if path.is_dir())
 
 
 def _unfinished(run: Path) -> list[Path]:

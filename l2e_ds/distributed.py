@@ -104,6 +104,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     device = _local_device(on_gpu)
     patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
     _name_gloo_interface()
+    _allow_open_files()
     # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
     # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -115,7 +116,6 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             timeout=patience,
             verbose=False,
         )
-    _allow_open_files()
     global _control
     _control = dist.new_group(backend="gloo", timeout=patience)
     device = device or _local_device(on_gpu) or torch.device("cpu")
@@ -215,8 +215,9 @@ def progress(doing: str) -> None:
 
 
 def beat() -> None:
-    """This rank moves on with what it is doing."""
-    progress(_doing)
+    """This rank moves on with what it is doing; from any thread."""
+    global _progressed
+    _progressed = time.monotonic()
 
 
 def doing() -> str:

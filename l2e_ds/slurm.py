@@ -38,11 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
     restarts = [] if arguments.restarts is None else ["--restarts", arguments.restarts]
+    step = _newest_step(run)
     code = supervise.main([*restarts, *run, "--", *launcher])
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # requeueing a job sends SIGTERM to its batch script, which is this
-    requeue_if_due(code, supervise.was_asked())
+    # a run that breaks whenever it is to stop must not come back for ever
+    broke_stopping = supervise.was_asked() and not supervise.impatient() and _newest_step(run) > step
+    requeue_if_due(code, broke_stopping)
     return code
+
+
+def _newest_step(run: Sequence[str]) -> int:
+    """Of the newest checkpoint; 0 also where the run file is wrong, which the supervisor says."""
+    try:
+        return supervise.newest_step(Path(load_run_config(run[0], run[1:]).training.run_directory))
+    except ConfigError:
+        return 0
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -157,11 +168,12 @@ def rendezvous_port(environment: Mapping[str, str]) -> int:
 # --- requeueing --------------------------------------------------------------------------------------------------
 
 
-def requeue_if_due(code: int, asked: bool) -> None:
+def requeue_if_due(code: int, broke_stopping: bool) -> None:
     """`scontrol requeue` this job if the run stopped on request, or broke on its way there, or because a node no longer
     answers.
 
-    asked: whether the batch script was asked to stop the run; then it was not restarted within this job.
+    broke_stopping: whether the batch script was asked to stop the run, which was then not restarted within this job,
+    and new checkpoints came of this start.
 
     Not when the user cancelled the job (requeueing would bring it back to life), and not when SLURM has requeued it
     already. Says in one line what it did and why.
@@ -171,7 +183,7 @@ def requeue_if_due(code: int, asked: bool) -> None:
         reason = "the run stopped on request"
     elif code == 0 or code in supervise.FINAL:
         return
-    elif asked:
+    elif broke_stopping:
         reason = "the run failed while it was to stop"
     elif not nodes_answer():
         reason = "a node does not answer"

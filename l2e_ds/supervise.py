@@ -37,6 +37,8 @@ from l2e_ds.training.run_lock import NAME, RunLock
 PR_SET_CHILD_SUBREAPER = 36
 ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = Interrupted.exit_code
+RESTART = "restart\n"
+"""What a supervisor writes into the stop file when it wants no end of the run."""
 # what no restart mends
 FINAL = {
     ConfigError.exit_code: "something must be changed first",
@@ -89,7 +91,10 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     for number in ASK:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, _note)
-    be_alone(directory)
+    if requeued:  # what is left of this very job on a node that SLURM lost sight of
+        wait_until_free(directory, stop_file, 60 * training.timeout)
+    elif not any(word.startswith("--nnodes") for word in launcher):  # torchrun: other hosts' ranks may be waiting
+        be_alone(directory)
 
     for attempt in range(1 + restarts):
         if attempt:
@@ -99,21 +104,22 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
         # wherever this run was told to begin, by now it has checkpoints of its own
         command = again if (attempt or requeued) and newest_step(directory) else first
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(command)}")
-        code, noted = run_once(command, run_file, stop_file, 2 * 60 * training.timeout)
-        asked = bool(_received) or stop_file.exists()
-        outcome, why = judge(code, noted, asked, newest_step(directory), training.steps)
+        code, noted, restart = run_once(command, run_file, stop_file, 2 * 60 * training.timeout)
+        asked = bool(_received) or (stop_file.exists() and not is_for_restart(stop_file))
+        outcome, why = judge(code, noted, asked, restart, newest_step(directory), training.steps)
         say(f"end of start {attempt + 1}: {why}")
         if outcome == 0 or outcome in FINAL or asked:
             break
     return outcome
 
 
-def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int]]:
+def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int], bool]:
     """Start the launcher; wait until it and all its processes have ended.
 
     patience: seconds that ranks may take to save and leave, once asked, and for which the run may show no sign of life,
     before they are killed. A rank that hangs is ended by the others; this is for the case that all hang.
-    Returns the launcher's code (negative: killed by that signal) and the exit codes that ranks here noted.
+    Returns the launcher's code (negative: killed by that signal), the exit codes that ranks here noted, and whether a
+    supervisor on another host stopped the run only to restart it.
     """
     with tempfile.NamedTemporaryFile("r", prefix="l2e-ds-exit-codes-") as noted:
         launcher = subprocess.Popen(
@@ -124,15 +130,14 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
             # launchers would die of it and leave their ranks; ranks set their own handler
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
-        asked_at, ended_at, killed = None, None, False
-        sign, sign_at = None, time.monotonic()
+        asked_at, ended_at, killed, restart = None, None, False, False
+        life = SignsOfLife(stop_file.parent)
         while launcher.poll() is None or leftovers(launcher.pid, run_file):
             now = time.monotonic()
+            restart = restart or (asked_at is None and is_for_restart(stop_file))
             if launcher.returncode is not None and ended_at is None:
                 ended_at = now
-            if (newest := last_sign_of_life(stop_file.parent)) != sign:
-                sign, sign_at = newest, now
-            frozen = sign is not None and now > sign_at + patience
+            frozen = not killed and life.are_missing_for(patience)
             late = asked_at is not None and now > asked_at + patience
             if (late or frozen or impatient()) and not killed:
                 silence = f": no sign of life for {patience / 60:g} minutes" if frozen else ""
@@ -142,20 +147,66 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
             if asked_at is None and (_received or (ended_at is not None and now > ended_at + 0.5)):
                 asked_at = now
                 say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
-                write_stop_file(stop_file)
+                write_stop_file(stop_file, "" if _received else RESTART)
             time.sleep(0.2)
         if asked_at is not None and not impatient():  # then ranks on other hosts may still heed it
-            stop_file.unlink(missing_ok=True)
+            remove_stop_file(stop_file)
         code = launcher.returncode
-        return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()]
+        restart = restart and not _received
+        return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()], restart
 
 
-def judge(code: int, noted: Sequence[int], asked: bool, step: int, steps: int) -> tuple[int, str]:
+class SignsOfLife:
+    """Of a run: rank 0 renews its lock, and its processes on this machine use processor time."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._lock = run_directory / NAME
+        self._renewed: int | None = None
+        self._renewals = 0
+        self._used, self._looked_at = 0.0, 0.0
+        self._seen_at = time.monotonic()
+
+    def are_missing_for(self, patience: float) -> bool:
+        """Whether neither was seen for so many seconds; to be asked often.
+
+        Never before the lock was renewed a few times: the run may be starting, or its file system may keep no times.
+        """
+        now = time.monotonic()
+        try:
+            renewed = self._lock.stat().st_mtime_ns
+        except OSError:
+            renewed = None
+        if renewed != self._renewed:
+            self._renewed, self._seen_at = renewed, now
+            self._renewals = 0 if renewed is None else self._renewals + 1
+        pause = patience / 20
+        if now > self._looked_at + pause:
+            used = processor_seconds()
+            if used > self._used + 0.01 * pause:
+                self._seen_at = now
+            self._used, self._looked_at = used, now
+        return self._renewals >= 3 and now > self._seen_at + patience
+
+
+def processor_seconds() -> float:
+    """Used by the living processes below this one, since they began."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def judge(code: int, noted: Sequence[int], asked: bool, restart: bool, step: int, steps: int) -> tuple[int, str]:
     """What became of a launch: the exit code that says so, and why.
 
     code: the launcher's, negative: killed by that signal. noted: exit codes of ranks, where they could tell (torchrun
-    turns all into 1). asked: whether somebody wanted a stop. step, steps: of the newest checkpoint, of the whole run.
+    turns all into 1). asked: whether somebody wanted a stop. restart: whether another host's supervisor did, in order
+    to restart. step, steps: of the newest checkpoint, of the whole run.
     """
+    if restart and not asked and step < steps and (code == STOPPED or STOPPED in noted):
+        return 1, "stopped to be restarted"
     if code in FINAL:
         return code, FINAL[code]
     for final in (ConfigError.exit_code, TrainingError.exit_code):
@@ -223,11 +274,11 @@ def wait_until_free(directory: Path, stop_file: Path, patience: float) -> None:
             lock.acquire()
         except ConfigError as error:
             say(f"asking the run that is still there to stop: {error}")
-            write_stop_file(stop_file)
+            write_stop_file(stop_file, RESTART)
             time.sleep(5)
         else:
             lock.release()
-    stop_file.unlink(missing_ok=True)
+    remove_stop_file(stop_file)
 
 
 def be_alone(directory: Path) -> None:
@@ -245,31 +296,52 @@ def be_alone(directory: Path) -> None:
         lock.release()
 
 
-def last_sign_of_life(directory: Path) -> int | None:
-    """When rank 0 last touched the run's lock; None where it holds none (yet)."""
-    try:
-        return (directory / NAME).stat().st_mtime_ns
-    except OSError:
-        return None
-
-
 def was_asked() -> bool:
     """Whether a signal asked this process to stop the run."""
     return bool(_received)
 
 
 def kill_all() -> None:
+    if "SLURM_JOB_ID" in os.environ and shutil.which("squeue"):
+        kill_steps(os.environ["SLURM_JOB_ID"])
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
-def write_stop_file(path: Path) -> None:
+def kill_steps(job: str) -> None:
+    """Tasks are no children of srun: with it gone they would stay, and keep what the next step needs."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = ["squeue", "--steps", f"--jobs={job}", "--noheader", "--format=%i"]
+        steps = subprocess.run(listing, capture_output=True, text=True, timeout=60).stdout.split()
+        steps = [step for step in steps if step.rpartition(".")[2].isdigit()]  # not the batch script's own
+        if steps:
+            subprocess.run(["scancel", "--signal=KILL", *steps], capture_output=True, timeout=60)
+
+
+def write_stop_file(path: Path, wish: str) -> None:
+    """wish: RESTART, which does not take the place of somebody's wish to stop for good, or empty."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        if not (wish and path.exists()):
+            path.write_text(wish)
     except OSError as error:
         say(f"cannot write {path}: {error.strerror}")
+
+
+def remove_stop_file(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        say(f"cannot remove {path}: {error.strerror}")
+
+
+def is_for_restart(stop_file: Path) -> bool:
+    """Whether it is there because a supervisor wants to restart the run."""
+    try:
+        return stop_file.read_text() == RESTART
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def newest_step(run_directory: Path) -> int:

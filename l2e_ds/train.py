@@ -9,7 +9,9 @@ import argparse
 import atexit
 import errno
 import json
+import multiprocessing
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -249,7 +251,8 @@ def train(plan: Plan, launch: Launch) -> None:
             distributed.progress("building the model")
             with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
                 if distributed.is_main():
-                    _freeze(plan, directory, data)  # only now: a refused resume must leave the run as it was
+                    # only now: a refused resume must leave the run as it was
+                    _freeze(plan, directory, data, is_new=trainer.state.step == 0)
                 trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
                 trainer.train()
     distributed.leave()
@@ -287,16 +290,17 @@ def _main_first(action: Any) -> Any:
     return result
 
 
-def _freeze(plan: Plan, directory: Path, data: Any) -> None:
+def _freeze(plan: Plan, directory: Path, data: Any, is_new: bool) -> None:
     """Keep what was run beside what came of it."""
     from l2e_ds.data.files import write_whole
 
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
     write_whole(directory / "model" / "config.json", plan.network.to_json_string())
-    if data.tokenizer is not None and not (directory / "tokenizer").exists():
+    if data.tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
         temporary = directory / "tokenizer.tmp"
         data.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)
         temporary.rename(directory / "tokenizer")
 
 
@@ -336,6 +340,8 @@ def leave_process(code: int) -> NoReturn:
     """
     if code not in (0, Interrupted.exit_code):
         sys.exit(code)
+    for child in multiprocessing.active_children():  # of an unfinished data preparation; it would be waited for
+        child.kill()
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +19,7 @@ from l2e_ds.errors import DataError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
 
 
@@ -58,7 +60,8 @@ class WorkerPool(Generic[Item, Result]):
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                waiting.append(self._executor.submit(self._function, item))
+                with _without_stop_signals():  # a process that starts now, or the pool's tracker, would die of them
+                    waiting.append(self._executor.submit(self._function, item))
                 if len(waiting) > _AHEAD * self.count:
                     yield waiting.popleft().result()
             while waiting:
@@ -85,9 +88,20 @@ class WorkerPool(Generic[Item, Result]):
             self._executor = None
 
 
+@contextmanager
+def _without_stop_signals() -> Iterator[None]:
+    """Held back from this thread, and from processes and threads that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(setup: Callable[..., None], arguments: tuple) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     setup(*arguments)

@@ -284,8 +284,9 @@ class CheckpointManager:
                 path.rename(path.with_suffix(".damaged"))
         if self.keep_last is not None:
             good = [path for path in published if path <= newest and manifest.check_files(path) is None]
+            kept = good[-self.keep_last :]
             for path in published:
-                if path <= newest and path not in good[-self.keep_last :]:
+                if kept and path < kept[0]:  # never what only seems damaged: a reading error passes
                     remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:

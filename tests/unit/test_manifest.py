@@ -95,6 +95,21 @@ def test_what_a_resume_passed_over_is_set_aside_and_never_counts_as_kept(tmp_pat
     assert CheckpointManager(tmp_path).find("auto") == five
 
 
+def test_retention_removes_nothing_that_only_seems_damaged(tmp_path, monkeypatch):
+    paths = [make(tmp_path, step) for step in (1, 2, 3, 4)]
+    (paths[2] / "README").write_text("a stray file")  # makes it unusable until somebody takes the file away
+    checkpoints = CheckpointManager(tmp_path, keep_last=2)
+    checkpoints._tidy_up(paths[3])
+    assert checkpoints.published() == paths[1:]
+
+    def fail(path):
+        return "manifest.json: not readable (Too many open files)"
+
+    monkeypatch.setattr(manifest, "read_manifest", fail)  # a reading error, of all of them
+    checkpoints._tidy_up(paths[3])
+    assert checkpoints.published() == paths[1:]
+
+
 def test_nothing_good_is_an_error_not_a_fresh_start(tmp_path):
     from l2e_ds.errors import CheckpointError
 
@@ -111,6 +126,9 @@ def test_checkpoint_commands(tmp_path, capsys):
 
     paths = [make(tmp_path, step) for step in (2, 4, 6, 8)]
     (tmp_path / "checkpoints/step00000009.tmp").mkdir()
+    (tmp_path / "checkpoints/step00000005.damaged").mkdir()
+    assert main(["checkpoint", "list", str(tmp_path)]) == 0
+    assert "step00000005.damaged" in capsys.readouterr().out
     flip(paths[3] / SHARD)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 2
     output = capsys.readouterr()
@@ -122,7 +140,7 @@ def test_checkpoint_commands(tmp_path, capsys):
 
     prune = ["checkpoint", "prune", str(tmp_path), "--keep-last", "1", "--keep-every", "4"]
     assert main([*prune, "--dry-run"]) == 0
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 5
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 6
     assert main(prune) == 0  # the damaged newest does not count as kept; 4 and 8 are multiples of 4
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step00000004", "step00000006", "step00000008"}
     flip(paths[2] / SHARD)

@@ -1,0 +1,119 @@
+"""Worker processes: order, errors, signals, and that none is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from l2e_ds.data.workers import WorkerPool
+from l2e_ds.errors import DataError
+
+FACTOR = 0
+
+
+def set_factor(factor: int) -> None:
+    global FACTOR
+    FACTOR = factor
+
+
+def times_factor(number: int) -> int:
+    if number == 77:
+        raise DataError("77 is refused")
+    if number == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.02 * (number % 3))  # so that they do not end in order
+    return number * FACTOR
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_in_order_and_only_a_few_ahead(count):
+    taken = []
+
+    def numbers():
+        for number in range(30):
+            taken.append(number)
+            yield number
+
+    with WorkerPool(count, times_factor, set_factor, 3) as pool:
+        results = pool.map(numbers())
+        assert [next(results) for _ in range(5)] == [0, 3, 6, 9, 12]
+        assert len(taken) <= 5 + 3 * count + 1
+        assert list(results) == [3 * number for number in range(5, 30)]
+        with pytest.raises(DataError, match="77 is refused"):
+            list(pool.map(range(70, 80)))
+        assert list(pool.map([1, 2])) == [3, 6]  # it can be used again
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_killed_worker_is_an_error():
+    with WorkerPool(2, times_factor, set_factor, 3) as pool, pytest.raises(DataError, match="worker processes died"):
+        list(pool.map(range(95, 105)))
+
+
+SCRIPT = """
+    import sys, time
+    from l2e_ds.data.workers import WorkerPool
+
+    def nothing():
+        pass
+
+    def slow(number):
+        time.sleep(0.1)
+        return number
+
+    if __name__ == "__main__":
+        import signal
+        signal.signal(signal.SIGUSR1, lambda *_: None)  # as a run that notes it
+        print("begin", flush=True)
+        with WorkerPool(2, slow, nothing) as pool:
+            for number in pool.map(range(int(sys.argv[1]))):
+                print(number, flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(SCRIPT))
+
+    def start(count: int) -> subprocess.Popen:
+        repository = str(Path(__file__).resolve().parents[3])
+        return subprocess.Popen(
+            [sys.executable, str(path), str(count)],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": repository},
+        )
+
+    return start
+
+
+def test_signals_to_the_group_leave_the_workers_alone(script):
+    process = script(10)
+    assert process.stdout.readline() == "begin\n"
+    for _ in range(40):  # while they start, and while they work
+        os.killpg(process.pid, signal.SIGUSR1)
+        time.sleep(0.02)
+    assert process.stdout.read().split() == [str(number) for number in range(10)]
+    assert process.wait(60) == 0
+
+
+def test_workers_end_with_a_parent_that_is_killed(script):
+    process = script(1000)
+    while process.stdout.readline() != "3\n":
+        pass
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    assert not alive

@@ -1,0 +1,77 @@
+"""What the supervisor makes of exit codes, stop files and silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from l2e_ds.supervise import RESTART, SignsOfLife, is_for_restart, judge, write_stop_file
+
+
+@pytest.mark.parametrize(
+    "code, noted, asked, restart, step, outcome",
+    [
+        (0, [], False, False, 10, 0),
+        (0, [], False, False, 5, 1),  # a launcher's 0 is not believed
+        (1, [75, 75], True, False, 5, 75),
+        (1, [75, 75], False, False, 5, 75),  # torchrun: somebody signalled a rank
+        (1, [75, 75], False, True, 5, 1),  # another host's part is to be started again: so is this one
+        (1, [75, 75], True, True, 5, 75),
+        (0, [75], False, True, 10, 0),  # it had come to its end
+        (-15, [75], False, False, 5, 75),
+        (-9, [75], False, False, 5, 137),
+        (1, [3], False, True, 5, 3),
+        (247, [], False, False, 5, 247),
+    ],
+)
+def test_judge(code, noted, asked, restart, step, outcome):
+    assert judge(code, noted, asked, restart, step, 10)[0] == outcome
+
+
+def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
+    stop = tmp_path / "new" / "stop"
+    assert not is_for_restart(stop)
+    write_stop_file(stop, RESTART)
+    assert is_for_restart(stop)
+    write_stop_file(stop, "")
+    assert not is_for_restart(stop)
+    write_stop_file(stop, RESTART)
+    assert stop.exists() and not is_for_restart(stop)
+
+
+def test_signs_of_life(tmp_path):
+    lock = tmp_path / "lock"
+    patience = 1.0
+
+    def are_missing(life: SignsOfLife, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if life.are_missing_for(patience):
+                return True
+            time.sleep(0.05)
+        return False
+
+    def renew(life: SignsOfLife, times: int) -> None:
+        for moment in range(times):
+            lock.touch()
+            os.utime(lock, (moment, moment + time.time()))
+            assert not life.are_missing_for(patience)
+
+    lock.touch()
+    never_renewed = SignsOfLife(tmp_path)
+    assert not are_missing(never_renewed, 2 * patience)
+
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        life = SignsOfLife(tmp_path)
+        renew(life, 4)
+        assert not are_missing(life, 3 * patience)
+        busy.send_signal(19)  # SIGSTOP: nothing renews, nothing works
+        assert are_missing(life, 5 * patience)
+    finally:
+        busy.kill()
+        busy.wait()
