@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -32,6 +31,7 @@ import psutil
 import yaml
 
 from l2e_ds.benchmarks import virtual_slurm
+from l2e_ds.benchmarks.about import machine, new_folder, say, versions
 from l2e_ds.benchmarks.watched_run import RunEnded, RunLost, WatchedRun, read_reference
 from l2e_ds.errors import ConfigError, L2EError, SaveError
 
@@ -44,6 +44,7 @@ TIMEOUT = 0.5
 DISK_MEGABYTES = 24
 GONE_WITHIN = 60.0
 """Seconds after which a killed process that is still there is an error."""
+PACKAGES = ("torch", "deepspeed", "transformers")
 MARKERS = ("<!-- begin: l2e-ds bench faults -->", "<!-- end: l2e-ds bench faults -->")
 
 # kind -> how many of a hundred, what is done; with fewer faults than kinds, the first ones
@@ -105,9 +106,6 @@ def run(arguments: argparse.Namespace) -> int:
     for name, least in (("faults", 1), ("ranks", 2)):
         if getattr(arguments, name) < least:
             raise ConfigError(f"--{name}: got {getattr(arguments, name)}, allowed: an integer >= {least}")
-    output = arguments.output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output: {arguments.output} exists and is not an empty folder")
     page = arguments.page
     if page is not None and not (page.is_file() and all(marker in page.read_text("utf-8") for marker in MARKERS)):
         raise ConfigError(f"--page: {page} is not a file with the lines {MARKERS[0]} and {MARKERS[1]}")
@@ -116,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    output.mkdir(parents=True, exist_ok=True)
+    output = new_folder("--output", arguments.output)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of ours may outlive us
     benchmark = Benchmark(output, arguments.faults, arguments.seed, arguments.ranks)
     benchmark.measure()
@@ -532,7 +530,12 @@ class Benchmark:
 
     def record(self) -> dict[str, Any]:
         """Everything, for faults.json."""
-        about = {"command": self.command_line(), "date": self.date(), "machine": machine(), "versions": versions()}
+        about = {
+            "command": self.command_line(),
+            "date": self.date(),
+            "machine": machine(),
+            "versions": versions(*PACKAGES),
+        }
         numbers = {"seed": self.seed, "ranks": self.ranks, "steps": self.steps, "every": EVERY, "kept": KEPT}
         results = {
             "passed": self.passed(),
@@ -578,7 +581,7 @@ class Benchmark:
             if self.ends_differ is None
             else f"**different: {self.ends_differ}**"
         )
-        found = versions()
+        found = versions(*PACKAGES)
         text += [
             "",
             f"* End of the run that was disturbed, and of the one that was not, at step {self.steps}: {end}.",
@@ -690,33 +693,7 @@ def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
     return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
 
 
-def machine() -> str:
-    """What it is made of, not what it is called."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-        model = names[0] if names else model
-    memory = psutil.virtual_memory().total / 2**30
-    return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
-
-
-def versions() -> dict[str, str]:
-    import deepspeed
-    import torch
-    import transformers
-
-    import l2e_ds
-
-    packages = {"torch": torch, "deepspeed": deepspeed, "transformers": transformers}
-    found = {"l2e-ds": l2e_ds.__version__, "python": platform.python_version()}
-    return found | {name: str(package.__version__) for name, package in packages.items()}
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
