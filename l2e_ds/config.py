@@ -86,7 +86,8 @@ class DataConfig(Section):
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"]
     """Kind of corpus. `stdlib`: the Python standard library of this machine. `indexed`: a Megatron .bin/.idx pair."""
     path: str | list[str] | None = None
-    """Files, folders or glob patterns; for `indexed` the common prefix of the pair; for `hub` the data set."""
+    """Files, folders or glob patterns; for `indexed` the common prefix of a pair, or of several that are read one after
+    the other; for `hub` the data set."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -121,8 +122,10 @@ class DataConfig(Section):
                 raise ValueError("data.path is not used with data.source: stdlib; remove it")
         elif self.path is None:
             raise ValueError(f"data.path is required with data.source: {self.source}")
-        if self.source in ("hub", "indexed") and not isinstance(self.path, str):
-            raise ValueError(f"data.path must be one string with data.source: {self.source}")
+        if self.source == "hub" and not isinstance(self.path, str):
+            raise ValueError("data.path must be one string with data.source: hub")
+        if self.source == "indexed" and not self.path:
+            raise ValueError(f"data.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
         if self.source != "hub":
             for key in ("subset", "revision", "streaming"):
                 if key in self.model_fields_set and getattr(self, key):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from l2e_ds.data.indexed import IndexedTokens, TokenParts
 from l2e_ds.errors import DataError
 
 
@@ -16,23 +17,27 @@ class TokenDataset:
     With the default stride T, as in Megatron and GPT-NeoX, the last target of a sequence is the first input of the
     next. Stride T + 1 is for data stored as separate sequences of T + 1 tokens (Pythia's preshuffled Pile).
     `tokens`: integers, flat, usually memory-mapped. `name`: the file, for errors.
+    `documents`: the set that `tokens` are of. With stride T + 1 it is to hold documents of T + 1 tokens only, and every
+    sequence that is read is looked up there.
     """
 
     def __init__(
         self,
-        tokens: np.ndarray,
+        tokens: np.ndarray | TokenParts,
         start: int,
         stop: int,
         sequence_length: int,
         vocab_size: int,
         name: str,
         stride: int | None = None,
+        documents: IndexedTokens | None = None,
     ) -> None:
         if not 0 <= start <= stop <= len(tokens):
             raise ValueError(f"tokens {start} to {stop} of {len(tokens)}")
         self.tokens, self.start, self.stop = tokens, start, stop
         self.sequence_length, self.vocab_size, self.name = sequence_length, vocab_size, name
         self.stride = sequence_length if stride is None else stride
+        self.documents = documents
         if self.stride < 1:
             raise ValueError(f"stride {self.stride}")
 
@@ -47,7 +52,7 @@ class TokenDataset:
         """int64 [T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
         return self.batch([i])[0]
 
-    def check_vocabulary(self, at_most: int = 1 << 24) -> None:
+    def check_vocabulary(self, at_most: int = 1 << 21) -> None:
         """Raise DataError where an id is outside the vocabulary; of larger sets evenly spaced sequences are looked at,
         about `at_most` tokens in all. (Every batch is checked again when it is read.)"""
         count = min(len(self), max(1, at_most // (self.sequence_length + 1)))
@@ -63,22 +68,42 @@ class TokenDataset:
             digest.update(self[int(index)].tobytes())
         return digest.hexdigest()[:16]
 
+    def position(self, i: int) -> int:
+        """Where sequence i begins in `tokens`."""
+        return self.start + int(i) * self.stride
+
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64 [n, T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
+        """int64 [n, T+1]. Raises IndexError, and DataError for an id outside the vocabulary or a sequence that is no
+        document although sequences are stored apart."""
         width = self.sequence_length + 1
         rows = np.empty((len(indices), width), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             if not 0 <= index < len(self):
                 raise IndexError(f"{self.name}: sequence {index} of {len(self)}")
-            first = self.start + int(index) * self.stride
+            first = self.position(index)
             row[:] = self.tokens[first : first + width]
+        if self.documents is not None and self.stride == width:
+            self._check_documents(self.documents, np.asarray(indices, dtype=np.int64))
         if rows.size and (rows.max() >= self.vocab_size or rows.min() < 0):
             raise self._foreign_token(rows, indices)
         return rows
 
+    def _check_documents(self, documents: IndexedTokens, indices: np.ndarray) -> None:
+        positions = self.start + indices * self.stride
+        numbers = positions // self.stride
+        starts, stops = documents.starts(numbers), documents.starts(numbers + 1)
+        wrong = np.flatnonzero((starts != positions) | (stops != positions + self.stride))
+        if wrong.size:
+            at = wrong[0]
+            raise DataError(
+                f"{self.name}: document {numbers[at]} holds tokens {starts[at]} to {stops[at]}, expected"
+                f" {positions[at]} to {positions[at] + self.stride}: nearly all documents have {self.stride} tokens,"
+                " and so must this one"
+            )
+
     def _foreign_token(self, rows: np.ndarray, indices: Sequence[int] | np.ndarray) -> DataError:
         row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
-        position = self.start + int(indices[row]) * self.stride + int(column)
+        position = self.position(indices[row]) + int(column)
         return DataError(
             f"{self.name}: token id {rows[row, column]} at position {position},"
             f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"

@@ -1,5 +1,7 @@
 """Megatron's `.bin/.idx` token files: read (memory-mapped) and write.
 
+The format of Megatron-LM (megatron/core/datasets/indexed_dataset.py) and GPT-NeoX (megatron/data/indexed_dataset.py).
+
 `.bin` holds the token ids of all sequences one after the other. `.idx`, little endian:
 
     bytes 9     b"MMIDIDX\\x00\\x00"
@@ -10,14 +12,19 @@
     int32[S]    tokens of each sequence
     int64[S]    byte offset of each sequence in .bin
     int64[D]    first sequence of each document, and S at the end
+
+Instead of one .bin there may be parts of it, as of Pythia's release: PREFIX-00000-of-00020.bin to
+PREFIX-00020-of-00020.bin (EleutherAI/pythia, utils/unshard_memmap.py: numbered 0 to N of N) or 0 to N-1 of N.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -39,7 +46,9 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 FLOAT_CODES = (6, 7)
-_CHUNK = 1 << 22  # sequences checked at once: bounds memory for an index of 10^8 sequences
+_CHUNK = 1 << 22  # entries of the index read at once: bounds memory for an index of 10^8 sequences
+# Opening looks at so many runs of sequences, evenly spaced: a few pages each, however long the index is.
+_RUNS, _RUN = 256, 64
 
 
 def best_dtype(vocab_size: int) -> type[np.integer]:
@@ -55,33 +64,50 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
     return Path(text + ".bin").expanduser(), Path(text + ".idx").expanduser()
 
 
-class IndexedTokens:
-    """A memory-mapped .bin/.idx pair.
+class TokenParts:
+    """Several arrays of one dtype, flat, as one: `len` and slices. What lies in one of them is a view, else a copy."""
 
-    `tokens`: all token ids, flat [num_tokens], of `dtype`. `lengths`: tokens a document, int [num_documents].
-    A document index with fewer than two entries (written where documents were never closed, e.g. preshuffled
-    data) means that every sequence is a document.
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = parts
+        self._starts = [0, *np.cumsum([len(part) for part in parts]).tolist()]
 
-    Raises DataError where a file is missing, truncated, of another format, or where sequences are not stored
-    one after the other from the start of .bin to its end.
-    """
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step {step}")
+        first = max(0, min(bisect_right(self._starts, start), len(self._parts)) - 1)
+        found = []
+        for part, begin in zip(self._parts[first:], self._starts[first:], strict=False):
+            found.append(part[start - begin if start > begin else 0 : max(0, stop - begin)])
+            if begin + len(part) >= stop:
+                break
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+class _Pair:
+    """One .idx and its .bin or parts of it. Opening costs the same for any number of sequences."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.bin_path, self.idx_path = pair(prefix)
-        for path in (self.bin_path, self.idx_path):
-            if not path.is_file():
-                raise DataError(f"{path}: no such file; an indexed data set is a pair PREFIX.bin and PREFIX.idx")
+        self.bin_paths = _bin_files(self.bin_path)
+        if not self.idx_path.is_file():
+            raise _no_such_file(self.idx_path)
         try:
-            self._read_index()
-            stored = self.bin_path.stat().st_size
-            self._check_contiguous(stored)
-            self.tokens: np.ndarray = (
-                np.memmap(self.bin_path, dtype=self.dtype, mode="r") if stored else np.empty(0, self.dtype)
-            )
+            self._read_header()
+            self._check_ends()
+            for first in _evenly_spaced_runs(self.sequences):
+                self.check_sequences(first, min(self.sequences, first + _RUN))
+            for first in _evenly_spaced_runs(self.documents):
+                self.check_documents(first, min(self.documents, first + _RUN))
+            self.tokens = self._check_sizes() // self.dtype.itemsize
+            self.parts = [_mapped(path, self.dtype) for path in self.bin_paths]
         except OSError as error:
             raise DataError(f"{error.filename or self.idx_path}: {error.strerror}") from None
 
-    def _read_index(self) -> None:
+    def _read_header(self) -> None:
         start = len(MAGIC) + HEADER.size
         with open(self.idx_path, "rb") as file:
             head = file.read(start)
@@ -89,48 +115,158 @@ class IndexedTokens:
             raise DataError(f"{self.idx_path}: not a Megatron index, it does not begin with {MAGIC!r}")
         if len(head) < start:
             raise DataError(f"{self.idx_path}: truncated, {len(head)} bytes are less than the header's {start}")
-        version, code, sequences, entries = HEADER.unpack(head[len(MAGIC) :])
+        version, code, self.sequences, entries = HEADER.unpack(head[len(MAGIC) :])
         if version != VERSION:
             raise DataError(f"{self.idx_path}: version {version}, only version {VERSION} is known")
         if code not in DTYPE_CODES:
             kind = "floating point numbers, not token ids" if code in FLOAT_CODES else "unknown"
             raise DataError(f"{self.idx_path}: dtype code {code} is {kind}; allowed: {sorted(DTYPE_CODES)}")
-        expected, found = start + 12 * sequences + 8 * entries, self.idx_path.stat().st_size
+        expected, found = start + 12 * self.sequences + 8 * entries, self.idx_path.stat().st_size
         if found != expected:
             raise DataError(
-                f"{self.idx_path}: {found} bytes, but {sequences} sequences and {entries} document entries"
+                f"{self.idx_path}: {found} bytes, but {self.sequences} sequences and {entries} document entries"
                 f" take {expected}"
             )
         self.dtype = np.dtype(DTYPE_CODES[code]).newbyteorder("<")
-        raw = np.memmap(self.idx_path, dtype=np.uint8, mode="r")
-        pointers_at, documents_at = start + 4 * sequences, start + 12 * sequences
-        self._sequence_lengths = raw[start:pointers_at].view("<i4")
-        self._pointers = raw[pointers_at:documents_at].view("<i8")
-        index = raw[documents_at:].view("<i8")
-        if entries > 1 and (index[0] != 0 or index[-1] != sequences or (np.diff(index) < 0).any()):
-            raise DataError(f"{self.idx_path}: the document index must rise from 0 to {sequences}, number of sequences")
-        # None: document i is sequence i, and the (long) index need not be read again.
-        trivial = entries < 2 or (entries == sequences + 1 and bool((np.diff(index) == 1).all()))
-        self._first_sequence = None if trivial else index
+        raw = _mapped(self.idx_path, np.dtype(np.uint8))
+        pointers_at, documents_at = start + 4 * self.sequences, start + 12 * self.sequences
+        self.lengths = raw[start:pointers_at].view("<i4")
+        self.pointers = raw[pointers_at:documents_at].view("<i8")
+        # None: document i is sequence i
+        self.first_sequence = raw[documents_at:].view("<i8") if entries > 1 else None
+        self.documents = self.sequences if entries < 2 else entries - 1
 
-    def _check_contiguous(self, stored: int) -> None:
-        offset = 0
-        for first in range(0, len(self._sequence_lengths), _CHUNK):
-            lengths = self._sequence_lengths[first : first + _CHUNK].astype(np.int64)
-            if lengths.min() < 0:
-                raise DataError(f"{self.idx_path}: sequence {first + int(lengths.argmin())} has a negative length")
-            sizes = lengths * self.dtype.itemsize
-            starts = offset + np.cumsum(sizes) - sizes
-            wrong = self._pointers[first : first + _CHUNK] != starts
-            if wrong.any():
-                at = first + int(wrong.argmax())
+    def _check_ends(self) -> None:
+        index = self.first_sequence
+        if index is not None and (index[0] != 0 or index[-1] != self.sequences):
+            raise self._bad_document_index()
+        if self.sequences and self.pointers[0] != 0:
+            raise self._bad_pointer(0, 0)
+
+    def _check_sizes(self) -> int:
+        """The bytes of all sequences."""
+        sizes = [path.stat().st_size for path in self.bin_paths]
+        width = self.dtype.itemsize
+        described = int(self.pointers[-1]) + int(self.lengths[-1]) * width if self.sequences else 0
+        if sum(sizes) != described:
+            more = f" and {len(sizes) - 1} more parts" if len(sizes) > 1 else ""
+            raise DataError(
+                f"{self.bin_paths[0]}{more}: {sum(sizes)} bytes, but {self.idx_path.name} describes {described}"
+            )
+        for path, size in zip(self.bin_paths, sizes, strict=True):
+            if size % width:
+                raise DataError(f"{path}: {size} bytes are no whole number of tokens of {width} bytes")
+        return described
+
+    def check_sequences(self, first: int, stop: int) -> None:
+        """Raise DataError where one of these sequences does not begin where the one before it ends."""
+        begin = max(0, first - 1)
+        lengths = self.lengths[begin:stop].astype(np.int64)
+        if len(lengths) and lengths.min() < 0:
+            raise self._negative_length(begin + int(lengths.argmin()))
+        pointers = self.pointers[begin:stop]
+        ends = pointers + lengths * self.dtype.itemsize
+        wrong = np.flatnonzero(pointers[1:] != ends[:-1])
+        if wrong.size:
+            raise self._bad_pointer(begin + int(wrong[0]) + 1, int(ends[wrong[0]]))
+
+    def check_documents(self, first: int, stop: int) -> None:
+        """Raise DataError where the document index falls between these documents."""
+        if self.first_sequence is not None and (np.diff(self.first_sequence[first : stop + 1]) < 0).any():
+            raise self._bad_document_index()
+
+    def starts(self, documents: np.ndarray) -> np.ndarray:
+        """Position of the first token of documents, int64, counted from the start of this pair."""
+        sequences = documents if self.first_sequence is None else self.first_sequence[documents]
+        starts = np.full(len(sequences), self.tokens, dtype=np.int64)
+        inside = sequences < self.sequences
+        starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
+        return starts
+
+    def _negative_length(self, sequence: int) -> DataError:
+        return DataError(f"{self.idx_path}: sequence {sequence} has a negative length")
+
+    def _bad_pointer(self, sequence: int, expected: int) -> DataError:
+        return DataError(
+            f"{self.idx_path}: sequence {sequence} begins at byte {self.pointers[sequence]}, must be {expected}:"
+            " sequences have to be stored one after the other"
+        )
+
+    def _bad_document_index(self) -> DataError:
+        return DataError(
+            f"{self.idx_path}: the document index must rise from 0 to {self.sequences}, number of sequences"
+        )
+
+
+def _no_such_file(path: Path) -> DataError:
+    return DataError(f"{path}: no such file; an indexed data set is a pair PREFIX.bin and PREFIX.idx")
+
+
+def _bin_files(path: Path) -> list[Path]:
+    """PREFIX.bin, or its parts in order. Raises DataError where one is missing."""
+    if path.is_file():
+        return [path]
+    name = re.compile(re.escape(path.stem) + r"-(\d+)-of-(\d+)\.bin")
+    siblings = path.parent.iterdir() if path.parent.is_dir() else []
+    found = {file: match for file in siblings if (match := name.fullmatch(file.name))}
+    if not found:
+        raise _no_such_file(path)
+    totals = sorted({match[2] for match in found.values()})
+    if len(totals) > 1:
+        raise DataError(f"{path}: parts of different sets lie here: {path.stem}-*-of-{{{','.join(totals)}}}.bin")
+    parts = {int(match[1]): file for file, match in found.items()}
+    total = int(totals[0])
+    for number in range(total):  # whether part N of N must be there, too, only the sizes tell
+        if number not in parts:
+            raise DataError(f"{path.with_name(f'{path.stem}-{number:05}-of-{totals[0]}.bin')}: no such file")
+    if max(parts) > total:
+        raise DataError(f"{parts[max(parts)]}: a part number beyond {total}")
+    return [parts[number] for number in sorted(parts)]
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as a flat, read-only array. No np.memmap, whose slices take several times as long."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+
+
+def _evenly_spaced_runs(count: int) -> list[int]:
+    """Where runs of _RUN begin that cover all of `count`, or _RUNS of them from its start to its end."""
+    if count <= _RUNS * _RUN:
+        return list(range(0, count, _RUN))
+    return np.linspace(0, count - _RUN, _RUNS).astype(np.int64).tolist()
+
+
+class IndexedTokens:
+    """One or several memory-mapped .bin/.idx pairs, one after the other as one set.
+
+    `tokens`: all token ids, flat, of `dtype`: an array, or TokenParts where they lie in several files.
+    `name`: the files, for errors. A document index with fewer than two entries (written where documents were never
+    closed, e.g. preshuffled data) means that every sequence is a document.
+
+    Opening reads headers, sizes and evenly spaced entries of the index; `check_index` reads all of them. Raises
+    DataError where a file is missing, truncated, of another format, or where sequences are found not to be stored one
+    after the other from the start of .bin to its end.
+    """
+
+    def __init__(self, prefixes: str | Path | Sequence[str | Path]) -> None:
+        self._pairs = [_Pair(prefix) for prefix in ([prefixes] if isinstance(prefixes, (str, Path)) else prefixes)]
+        first = self._pairs[0]
+        for other in self._pairs[1:]:
+            if other.dtype != first.dtype:
                 raise DataError(
-                    f"{self.idx_path}: sequence {at} begins at byte {self._pointers[at]}, must be {starts[at - first]}:"
-                    " sequences have to be stored one after the other"
+                    f"{other.idx_path}: holds {other.dtype.name}, {first.idx_path} {first.dtype.name}: sets of"
+                    " different dtypes cannot be one"
                 )
-            offset = int(starts[-1] + sizes[-1])
-        if stored != offset:
-            raise DataError(f"{self.bin_path}: {stored} bytes, but {self.idx_path.name} describes {offset}")
+        self.dtype = first.dtype
+        self.bin_path, self.idx_path = first.bin_path, first.idx_path
+        self.files = [(path, part) for one in self._pairs for path, part in zip(one.bin_paths, one.parts, strict=True)]
+        self.name = str(self.files[0][0]) + (f" (and {len(self.files) - 1} more)" if len(self.files) > 1 else "")
+        parts = [part for _, part in self.files]
+        self.tokens: np.ndarray | TokenParts = parts[0] if len(parts) == 1 else TokenParts(parts)
+        self._first_token = [0, *np.cumsum([one.tokens for one in self._pairs]).tolist()]
+        self._first_document = [0, *np.cumsum([one.documents for one in self._pairs]).tolist()]
 
     @property
     def num_tokens(self) -> int:
@@ -138,30 +274,65 @@ class IndexedTokens:
 
     @property
     def num_documents(self) -> int:
-        return len(self._sequence_lengths) if self._first_sequence is None else len(self._first_sequence) - 1
+        return self._first_document[-1]
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens a document, int [num_documents]."""
-        if self._first_sequence is None:
-            return self._sequence_lengths
-        ends = np.append(self._pointers // self.dtype.itemsize, self.num_tokens)
-        return np.diff(ends[self._first_sequence])
+        """Tokens a document, int64 [num_documents]. Reads the whole index."""
+        return np.diff(self.starts(np.arange(self.num_documents + 1)))
+
+    def starts(self, documents: np.ndarray) -> np.ndarray:
+        """Positions in `tokens` of the first token of documents, int64 [n]; of document num_documents: num_tokens."""
+        documents = np.asarray(documents)
+        if documents.size and not (documents.min() >= 0 and documents.max() <= self.num_documents):
+            raise IndexError(f"documents {documents.min()} to {documents.max()} of {self.num_documents}")
+        if len(self._pairs) == 1:
+            return self._pairs[0].starts(documents)
+        starts = np.full(len(documents), self.num_tokens, dtype=np.int64)
+        for one, first, stop, token in zip(
+            self._pairs, self._first_document, self._first_document[1:], self._first_token, strict=False
+        ):
+            here = (documents >= first) & (documents < stop)
+            starts[here] = token + one.starts(documents[here] - first)
+        return starts
 
     def start(self, i: int) -> int:
         """Position in `tokens` of the first token of document i; num_tokens for i = num_documents."""
-        if not 0 <= i <= self.num_documents:
-            raise IndexError(f"document {i} of {self.num_documents}")
-        sequence = i if self._first_sequence is None else int(self._first_sequence[i])
-        if sequence == len(self._pointers):
-            return self.num_tokens
-        return int(self._pointers[sequence]) // self.dtype.itemsize
+        return int(self.starts(np.array([i]))[0])
 
     def document(self, i: int) -> np.ndarray:
-        """Token ids of document i, a read-only view of `tokens`."""
+        """Token ids of document i, read-only."""
         if not 0 <= i < self.num_documents:
             raise IndexError(f"document {i} of {self.num_documents}")
-        return self.tokens[self.start(i) : self.start(i + 1)]
+        start, stop = self.starts(np.array([i, i + 1])).tolist()
+        return self.tokens[start:stop]
+
+    def document_at(self, position: int) -> int:
+        """The document that holds this token. A binary search in the index."""
+        return bisect_right(range(self.num_documents + 1), position, key=self.start) - 1
+
+    def all_documents_hold(self, length: int) -> bool:
+        """Whether every document has `length` tokens, as far as totals and evenly spaced documents tell."""
+        if self.num_documents == 0 or self.num_tokens != self.num_documents * length:
+            return False
+        for first in _evenly_spaced_runs(self.num_documents):
+            documents = np.arange(first, min(self.num_documents, first + _RUN) + 1)
+            if (self.starts(documents) != documents * length).any():
+                return False
+        return True
+
+    def check_index(self, advance: Callable[[int], object]) -> None:
+        """Look at all of the index, in flat memory; advance(n) after n more sequences. Raises DataError."""
+        for one in self._pairs:
+            for first in range(0, max(one.sequences, one.documents), _CHUNK):
+                stop = first + _CHUNK
+                one.check_sequences(min(first, one.sequences), min(stop, one.sequences))
+                one.check_documents(min(first, one.documents), min(stop, one.documents))
+                advance(max(0, min(stop, one.sequences) - first))
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(one.sequences for one in self._pairs)
 
 
 class IndexedWriter:

@@ -10,6 +10,7 @@ import json
 import logging
 import platform
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -311,7 +312,8 @@ def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> Prepare
     def dataset(name: str) -> TokenDataset:
         indexed = IndexedTokens(folder / name)
         return TokenDataset(
-            indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, str(indexed.bin_path)
+            *(indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name),
+            documents=indexed,
         )
 
     return _checked(config, dataset("train"), dataset("held_out") if config.held_out else None, tokenizer, folder)
@@ -319,27 +321,26 @@ def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> Prepare
 
 def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
     """Training documents in stored order; the last ones are held out. Limits count whole documents."""
-    indexed = IndexedTokens(str(config.path))
+    indexed = IndexedTokens(config.path or [])
     count = min(indexed.num_documents, config.max_documents or indexed.num_documents)
     kept = max(1, round(count * config.held_out)) if config.held_out else 0
     if kept >= count:
         raise DataError(
-            f"data.held_out: {kept} of {count} documents of {indexed.bin_path} leaves none to train on;"
+            f"data.held_out: {kept} of {count} documents of {indexed.name} leaves none to train on;"
             " give more documents, or lower data.held_out (0: none)"
         )
     split, stop = indexed.start(count - kept), indexed.start(count)
     train_stop = split
     if config.max_tokens is not None and config.max_tokens < split:
-        ends = np.cumsum(indexed.lengths[: count - kept], dtype=np.int64)
-        train_stop = int(ends[np.searchsorted(ends, config.max_tokens)])
+        stops = range(count - kept + 1)
+        train_stop = indexed.start(bisect_left(stops, config.max_tokens, key=indexed.start))
     width = config.sequence_length + 1
     # Data stored as separate sequences: neighbours share no token.
-    separate = bool(indexed.lengths[0] == width) and bool((indexed.lengths == width).all())
+    stride = width if indexed.all_documents_hold(width) else None
 
     def dataset(start: int, stop: int) -> TokenDataset:
-        stride = width if separate else None
         return TokenDataset(
-            indexed.tokens, start, stop, config.sequence_length, vocab_size, str(indexed.bin_path), stride
+            *(indexed.tokens, start, stop, config.sequence_length, vocab_size, indexed.name), stride, indexed
         )
 
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None

@@ -42,7 +42,7 @@ def check_source(config: DataConfig) -> None:
     A data set of the hub is not asked for: only a local folder's existence is checked.
     """
     if config.source == "indexed":
-        if IndexedTokens(str(config.path)).num_tokens == 0:
+        if IndexedTokens(config.path or []).num_tokens == 0:
             raise DataError(f"data.path: {config.path} holds no tokens")
     elif config.source == "hub":
         if looks_local(str(config.path)) and not Path(str(config.path)).expanduser().exists():
@@ -65,7 +65,8 @@ def source_files(config: DataConfig) -> list[Path]:
     if config.source == "stdlib":
         return _stdlib_files()
     if config.source == "indexed":
-        return list(pair(str(config.path)))
+        prefixes = [config.path] if isinstance(config.path, str) else config.path or []
+        return [file for prefix in prefixes for file in pair(prefix)]
     if config.source == "hub":
         folder = Path(str(config.path)).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []

@@ -39,7 +39,7 @@ def test_round_trip(tmp_path, dtype):
     assert (read.num_documents, read.num_tokens) == (4, 6)
     assert read.lengths.tolist() == [3, 0, 1, 2]
     assert [read.document(i).tolist() for i in range(4)] == DOCUMENTS
-    assert isinstance(read.tokens, np.memmap)
+    assert type(read.tokens) is np.ndarray and isinstance(read.tokens.base, np.memmap)
     assert read.tokens.tolist() == [5, 6, 7, 65499, 0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
     assert IndexedTokens(tmp_path / "a.bin").num_tokens == 6
@@ -109,6 +109,143 @@ def test_bad_index(tmp_path, idx, message):
         IndexedTokens(write_pair(tmp_path, idx))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "a") in str(caught.value)
+
+
+def many(tmp_path, change, count=20_000):
+    """A pair of sequences of 2 tokens, some of whose lengths, pointers or document index are changed."""
+    arrays = {
+        "lengths": np.full(count, 2, "<i4"),
+        "pointers": np.arange(count, dtype="<i8") * 4,
+        "documents": np.arange(count + 1, dtype="<i8"),
+    }
+    change(**arrays)
+    content = b"".join(array.tobytes() for array in arrays.values())
+    (tmp_path / "a.idx").write_bytes(header(sequences=count, entries=count + 1) + content)
+    np.zeros(2 * count, "<u2").tofile(tmp_path / "a.bin")
+    return tmp_path / "a"
+
+
+def put(name, at, value):
+    def change(**arrays):
+        arrays[name][at] = value
+
+    return change
+
+
+# 20,000 sequences are more than opening looks at: 70 and 19,930 lie between its samples, 19,990 in the last one.
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("lengths", 70, -1), "sequence 70 has a negative length"),
+        (put("lengths", 70, 3), "sequence 71 begins at byte 284, must be 286"),
+        (put("pointers", 19_930, 8), "sequence 19930 begins at byte 8, must be 79720"),
+        (put("documents", 70, 72), "document index must rise"),
+    ],
+)
+def test_only_the_whole_check_reads_all_of_a_long_index(tmp_path, monkeypatch, change, message):
+    read = IndexedTokens(many(tmp_path, change))
+    monkeypatch.setattr("l2e_ds.data.indexed._CHUNK", 71)  # 71 sequences a chunk: defects lie at the edges of chunks
+    with pytest.raises(DataError, match=message):
+        read.check_index(lambda count: None)
+
+
+@pytest.mark.parametrize("change", [put("lengths", 19_990, -1), put("pointers", 30, 2), put("documents", 19_990, 2)])
+def test_opening_a_long_index_looks_at_samples(tmp_path, change):
+    with pytest.raises(DataError):
+        IndexedTokens(many(tmp_path, change))
+
+
+def test_whole_check_of_a_good_index(tmp_path):
+    counted = []
+    IndexedTokens(many(tmp_path, put("lengths", 5, 2))).check_index(counted.append)
+    assert sum(counted) == 20_000
+
+
+def test_all_documents_hold(tmp_path):
+    read = IndexedTokens(many(tmp_path, put("lengths", 5, 2)))
+    assert read.all_documents_hold(2)
+    assert not read.all_documents_hold(1)
+    assert not IndexedTokens(write_pair(tmp_path, index())).all_documents_hold(2)  # 2 documents, 4 tokens: 3 and 1
+
+
+# --- several files ----------------------------------------------------------------------------------------------
+
+
+def cut_bin(prefix, cuts, names):
+    content = (prefix.parent / f"{prefix.name}.bin").read_bytes()
+    (prefix.parent / f"{prefix.name}.bin").unlink()
+    for name, begin, end in zip(names, [0, *cuts], [*cuts, len(content)], strict=True):
+        (prefix.parent / name).write_bytes(content[begin:end])
+
+
+def written(prefix, documents, dtype=np.uint16):
+    with IndexedWriter(prefix, dtype) as writer:
+        for document in documents:
+            writer.add(document)
+    return prefix
+
+
+def flat(lists):
+    return [entry for one in lists for entry in one]
+
+
+def assert_equal_slices(read, tokens):
+    assert len(read.tokens) == read.num_tokens == len(tokens)
+    for start in range(len(tokens) + 1):
+        for stop in range(len(tokens) + 2):
+            found = read.tokens[start:stop]
+            assert isinstance(found, np.ndarray) and found.tolist() == tokens[start:stop]
+
+
+# Pythia's parts are numbered 0 to N of N; an empty part, and parts numbered 0 to N-1 of N, do no harm.
+@pytest.mark.parametrize(("cuts", "total"), [((6, 6, 14), 3), ((6, 14), 3), ((2, 4, 6, 8, 10, 12, 14, 16, 18), 9)])
+def test_parts_of_one_set(tmp_path, cuts, total):
+    documents = [[5, 6, 7, 8], [], [9], [0, 1, 2, 3, 4]]
+    prefix = written(tmp_path / "a", documents)
+    (tmp_path / "a-part-00000-of-00007.bin").write_bytes(b"another set's")
+    cut_bin(prefix, cuts, [f"a-{i:05}-of-{total:05}.bin" for i in range(len(cuts) + 1)])
+    read = IndexedTokens(prefix)
+    assert [read.document(i).tolist() for i in range(4)] == documents
+    assert_equal_slices(read, flat(documents))
+    assert read.tokens[:2].dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("names", "cuts", "message"),
+    [
+        (["a-00000-of-00002.bin", "a-00002-of-00002.bin"], (6,), r"a-00001-of-00002\.bin: no such file"),
+        (["a-00000-of-00002.bin", "a-00001-of-00003.bin"], (6,), "parts of different sets"),
+        (["a-00000-of-00001.bin", "a-00002-of-00001.bin"], (6,), "beyond 1"),
+        (["a-00000-of-00001.bin", "a-00001-of-00001.bin"], (5,), "5 bytes are no whole number of tokens of 2 bytes"),
+        (["a-00000-of-00002.bin", "a-00001-of-00002.bin", "a-00002-of-00002.bin~"], (6, 8), "8 bytes, but a.idx"),
+    ],
+)
+def test_bad_parts(tmp_path, names, cuts, message):
+    cut_bin(written(tmp_path / "a", [[1, 2, 3], [4, 5, 6]]), cuts, names)
+    with pytest.raises(DataError, match=message) as caught:
+        IndexedTokens(tmp_path / "a")
+    assert "\n" not in str(caught.value)
+
+
+def test_pairs_one_after_the_other(tmp_path):
+    sets = [[[1, 2], []], [], [[3], [4, 5, 6]], [[]], [[7, 8]]]
+    prefixes = [written(tmp_path / f"s{i}", documents) for i, documents in enumerate(sets)]
+    cut_bin(prefixes[2], (4,), ["s2-00000-of-00001.bin", "s2-00001-of-00001.bin"])
+    read, documents = IndexedTokens(prefixes), flat(sets)
+    assert [read.document(i).tolist() for i in range(read.num_documents)] == documents
+    assert read.lengths.tolist() == [len(document) for document in documents]
+    assert [read.document_at(position) for position in range(8)] == [0, 0, 2, 3, 3, 3, 5, 5]
+    assert read.start(read.num_documents) == 8
+    assert_equal_slices(read, flat(documents))
+    read.check_index(lambda count: None)
+    for wrong in (-1, read.num_documents):
+        with pytest.raises(IndexError):
+            read.document(wrong)
+
+
+def test_pairs_of_different_dtypes_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"b\.idx: holds int32, .*a\.idx uint16"):
+        IndexedTokens([written(tmp_path / "a", [[1]]), written(tmp_path / "b", [[1]], np.int32)])
 
 
 @pytest.mark.parametrize("missing", ["a.bin", "a.idx"])

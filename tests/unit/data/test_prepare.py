@@ -322,6 +322,36 @@ def test_indexed_sequences_stored_apart_share_no_token(tmp_path):
     assert len(open_indexed(prefix, held_out=0.0, sequence_length=3).train) == 16
 
 
+def test_a_sequence_stored_apart_must_be_a_document(tmp_path):
+    """Of many sequences opening looks at samples only; those that are read are all looked at."""
+    lengths = [5] * 20_000
+    lengths[70:72] = [4, 6]
+    prefix = indexed(tmp_path, [range(length) for length in lengths])
+    config = DataConfig(source="indexed", path=str(prefix), sequence_length=4, held_out=0.0)
+    train = prepare_data(config, tmp_path / "unused", 1000).train
+    assert len(train) == 20_000
+    assert train.batch([69, 72, 19_999]).tolist() == [[0, 1, 2, 3, 4]] * 3
+    for sequence, tokens in ((70, "350 to 354"), (71, "354 to 360")):
+        with pytest.raises(DataError, match=rf"tokens\.bin: document {sequence} holds tokens {tokens}, expected"):
+            train.batch([0, sequence])
+
+
+def test_indexed_of_several_pairs(tmp_path):
+    prefixes = []
+    for first in (0, 50):
+        (tmp_path / str(first)).mkdir()
+        prefixes.append(
+            str(indexed(tmp_path / str(first), [range(first + i * 5, first + i * 5 + 5) for i in range(10)]))
+        )
+    config = DataConfig(source="indexed", path=prefixes, sequence_length=4, held_out=0.05)
+    check_data(config, 1000)
+    prepared = prepare_data(config, tmp_path / "unused", 1000)
+    assert prepared.train.batch(range(19)).tolist() == np.arange(95).reshape(19, 5).tolist()
+    assert prepared.held_out[0].tolist() == [95, 96, 97, 98, 99]
+    with pytest.raises(DataError, match=r"0/tokens\.bin \(and 1 more\): token id 52 at position 52"):
+        check_data(config, 52)
+
+
 def test_indexed_limits(tmp_path):
     prefix = indexed(tmp_path, [range(9)] * 10)
     first = open_indexed(prefix, held_out=0.2, max_documents=5)
