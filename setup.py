@@ -51,6 +51,7 @@ setup(
             "pytest-timeout",
             "scipy",
             "ruff",
+            "megatron-core",
             "mypy",
             "types-PyYAML",
             "pyarrow",
