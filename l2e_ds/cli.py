@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds import benchmarks
-from l2e_ds.errors import Interrupted, L2EError
+from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
     _add_checkpoint_verbs(checkpoint)
+    data = verbs.add_parser("data", help="verify token files, show what a model sees at a step")
+    _add_data_verbs(data)
     bench = verbs.add_parser("bench", help="measure on this machine what the documentation says")
     if words[:1] == ["bench"]:  # no other verb waits for their imports
         _add_benchmarks(bench)
@@ -82,6 +84,43 @@ def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(action=_checkpoint)
 
 
+def _add_data_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="check|show")
+    about = (
+        "Reads everything in a .bin/.idx set, in flat memory: every entry of the index, sizes, every token id. Prints"
+    )
+    about += " statistics, or one line for the first defect (exit code 2)."
+    checking = verbs.add_parser("check", help="verify .bin/.idx sets, print their statistics", description=about)
+    checking.add_argument("prefixes", nargs="+", metavar="PREFIX", help="of PREFIX.idx and PREFIX.bin, or its parts")
+    checking.add_argument("--vocab-size", type=int, metavar="N", help="ids from N on are a defect")
+    checking.add_argument("--tokenizer", metavar="NAME|FILE", help="takes vocabulary and end-of-text from there")
+    checking.add_argument("--end-of-text", type=int, metavar="ID", help="count this id")
+
+    about = "Prints global batch K: a list of its sequences, or one of them in full with token ids, text and documents."
+    about += " The first batch is step 0, as for Pythia's batch_viewer.py: step K is the first batch that a model"
+    about += " resumed from its checkpoint of step K sees, and metrics of step K+1 are the first with it."
+    showing = verbs.add_parser("show", help="what a model sees at a step", description=about)
+    showing.add_argument(
+        "source",
+        metavar="PREFIX|RUN.yaml",
+        help="a .bin/.idx set, or a run file, which then decides all options below but --sequence; text that was not"
+        " tokenised for that run yet is tokenised now",
+    )
+    showing.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0")
+    showing.add_argument("--sequence", type=int, metavar="I", help="sequence I of the batch, counted from 0, in full")
+    showing.add_argument("--global-batch", type=int, metavar="G", help="sequences a batch (default: 1024)")
+    showing.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="T",
+        help="default: of documents of one length, that length less one; else 2048",
+    )
+    showing.add_argument("--order", choices=("stored", "shuffled"), help="default: stored")
+    showing.add_argument("--seed", type=int, help="of the shuffled order (default: 1234)")
+    showing.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the one in PREFIX.json, if there")
+    parser.set_defaults(action=_data)
+
+
 def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(dest="benchmark", required=True, metavar="NAME")
     for name, purpose in benchmarks.NAMES.items():
@@ -99,6 +138,23 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
     if arguments.checkpoint_verb == "verify":
         return verify_checkpoints(arguments.run, arguments.step)
     return prune_checkpoints(arguments.run, arguments.keep_last, arguments.keep_every, arguments.dry_run)
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from l2e_ds.data import inspect
+
+    if arguments.data_verb == "check":
+        return inspect.check(arguments.prefixes, arguments.vocab_size, arguments.tokenizer, arguments.end_of_text)
+    names = ("global_batch", "sequence_length", "order", "seed", "tokenizer")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.source.endswith((".yaml", ".yml")):
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ConfigError(f"--{option}: the run file {arguments.source} decides this; leave it out")
+        view = inspect.view_of_run(arguments.source)
+    else:
+        view = inspect.view_of_set(arguments.source, **given)
+    return inspect.show(view, arguments.step, arguments.sequence)
 
 
 def _export(arguments: argparse.Namespace) -> int:

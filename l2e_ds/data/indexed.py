@@ -46,7 +46,7 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 FLOAT_CODES = (6, 7)
-_CHUNK = 1 << 22  # entries of the index read at once: bounds memory for an index of 10^8 sequences
+_CHUNK = 1 << 20  # entries of the index read at once: bounds memory for an index of 10^8 sequences
 # Opening looks at so many runs of sequences, evenly spaced: a few pages each, however long the index is.
 _RUNS, _RUN = 256, 64
 

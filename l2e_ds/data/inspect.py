@@ -1,0 +1,398 @@
+"""`l2e-ds data check` and `l2e-ds data show`: what a .bin/.idx set holds, and what a model sees of it at a step.
+
+T: tokens a sequence. G: sequences a global batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from l2e_ds.config import load_run_config
+from l2e_ds.data.dataset import TokenDataset
+from l2e_ds.data.indexed import IndexedTokens, pair
+from l2e_ds.data.prepare import prepare_data
+from l2e_ds.data.sampler import GlobalBatchSampler
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
+from l2e_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+_CHUNK = 1 << 20  # documents, or tokens, looked at together
+_COUNTED = 1 << 24  # larger ids are not counted one by one: that would take memory
+_PREVIEW = 16  # tokens
+_IDS_A_LINE = 16
+
+
+# --- what is known about a set ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """From PREFIX.json, which `l2e-ds tokenize` writes, and from options, which come first."""
+
+    vocab_size: int | None = None
+    end_of_text: int | None = None
+    tokenizer: str | None = None
+
+
+def read_known(
+    prefix: str, indexed: IndexedTokens, vocab_size: int | None, tokenizer: str | None, end_of_text: int | None
+) -> Known:
+    """Raises DataError where PREFIX.json is broken or belongs to another set, or the tokenizer cannot be loaded."""
+    known = _read_sidecar(prefix, indexed)
+    if tokenizer is not None:
+        loaded = _load(tokenizer)
+        known = Known(vocabulary_size(loaded), _end_of_text_or_none(loaded), tokenizer)
+    size = known.vocab_size if vocab_size is None else _at_least("--vocab-size", vocab_size, 1)
+    end = known.end_of_text if end_of_text is None else _at_least("--end-of-text", end_of_text, 0)
+    if size is not None and end is not None and end >= size:
+        raise DataError(f"{prefix}: end-of-text is id {end}, but the vocabulary has ids 0 to {size - 1}")
+    return Known(size, end, known.tokenizer)
+
+
+def _read_sidecar(prefix: str, indexed: IndexedTokens) -> Known:
+    path = pair(prefix)[0].with_suffix(".json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Known()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must be a JSON object")
+    for key, own in (("documents", indexed.num_documents), ("tokens", indexed.num_tokens)):
+        if found.get(key, own) != own:
+            raise DataError(f"{path}: says {found[key]} {key}, but {indexed.idx_path} has {own}")
+    size, end = found.get("vocabulary"), found.get("end_of_text")
+    if not all(number is None or isinstance(number, int) for number in (size, end)):
+        raise DataError(f"{path}: vocabulary and end_of_text must be integers, got {size!r} and {end!r}")
+    tokenizer = found.get("tokenizer")
+    return Known(size, end, tokenizer if isinstance(tokenizer, str) else None)
+
+
+def _load(tokenizer: str) -> PreTrainedTokenizerFast:
+    try:
+        return load_tokenizer(tokenizer)
+    except DataError as error:
+        raise DataError(str(error).replace("data.tokenizer:", "--tokenizer:", 1)) from None
+
+
+def _end_of_text_or_none(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    try:
+        return end_of_text_id(tokenizer)
+    except DataError:
+        return None
+
+
+def _at_least(option: str, value: int, least: int) -> int:
+    if value < least:
+        raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}")
+    return value
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Quartiles are lengths that occur: the smallest that at least a quarter (half, three quarters) do not exceed."""
+
+    documents: int
+    tokens: int
+    empty_documents: int
+    shortest: int
+    quartiles: tuple[int, int, int]
+    longest: int
+    distinct_ids: int | None
+    """None where ids are so large that they are not counted one by one."""
+    largest_id: int
+    end_of_text: int | None
+    """How often it occurs; None where the id is not known."""
+
+    @property
+    def mean_length(self) -> float:
+        return self.tokens / max(1, self.documents)
+
+
+def check(prefixes: Sequence[str], vocab_size: int | None, tokenizer: str | None, end_of_text: int | None) -> int:
+    """Verify each set completely and print its statistics. Raises DataError for the first defect."""
+    for prefix in prefixes:
+        indexed = IndexedTokens(prefix)
+        known = read_known(prefix, indexed, vocab_size, tokenizer, end_of_text)
+        found = examine(indexed, known)
+        _print(_describe(prefix, indexed, known, found))
+    return 0
+
+
+def examine(indexed: IndexedTokens, known: Known) -> Statistics:
+    """Read all of a set, in flat memory. Raises DataError for the first defect."""
+    with _bar("index", indexed.num_sequences, "sequence") as bar:
+        indexed.check_index(bar.update)
+    lengths = _length_counts(indexed)
+    with _bar("tokens", indexed.num_tokens, "token") as bar:
+        counts, largest = _id_counts(indexed, known.vocab_size, bar.update)
+    documents = indexed.num_documents
+    quartiles = [_quantile(lengths, documents, quarter) for quarter in (1, 2, 3)]
+    countable = largest < _COUNTED
+    end = known.end_of_text
+    times = int(counts[end]) if end is not None and end < len(counts) else 0
+    return Statistics(
+        documents=documents,
+        tokens=indexed.num_tokens,
+        empty_documents=lengths[0],
+        shortest=min(lengths, default=0),
+        quartiles=(quartiles[0], quartiles[1], quartiles[2]),
+        longest=max(lengths, default=0),
+        distinct_ids=int(np.count_nonzero(counts)) if countable else None,
+        largest_id=largest,
+        end_of_text=None if end is None or end >= _COUNTED else times,
+    )
+
+
+def _bar(what: str, total: int, unit: str) -> tqdm:
+    return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+
+
+def _length_counts(indexed: IndexedTokens) -> Counter[int]:
+    """How many documents have which length: few different numbers, however many documents."""
+    lengths: Counter[int] = Counter()
+    for first in range(0, indexed.num_documents, _CHUNK):
+        documents = np.arange(first, min(first + _CHUNK, indexed.num_documents) + 1)
+        values, counts = np.unique(np.diff(indexed.starts(documents)), return_counts=True)
+        lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return lengths
+
+
+def _quantile(lengths: Counter[int], documents: int, quarters: int) -> int:
+    seen = 0
+    for length in sorted(lengths):
+        seen += lengths[length]
+        if 4 * seen >= quarters * documents:
+            return length
+    return 0
+
+
+def _id_counts(
+    indexed: IndexedTokens, vocab_size: int | None, advance: Callable[[int], object]
+) -> tuple[np.ndarray, int]:
+    """How often each id below _COUNTED occurs, int64, and the largest id (-1: there is none)."""
+    counts, largest = np.zeros(0, dtype=np.int64), -1
+    for path, first, ids in _token_chunks(indexed):
+        high = int(ids.max())
+        if ids.min() < 0 or (vocab_size is not None and high >= vocab_size):
+            at = int(np.flatnonzero((ids < 0) | (ids >= (high + 1 if vocab_size is None else vocab_size)))[0])
+            allowed = "ids are >= 0" if vocab_size is None else f"the vocabulary has ids 0 to {vocab_size - 1}"
+            raise DataError(f"{path}: token id {ids[at]} at position {first + at}, but {allowed}")
+        largest = max(largest, high)
+        found = np.bincount(ids if high < _COUNTED else ids[ids < _COUNTED], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+        advance(len(ids))
+    return counts, largest
+
+
+def _token_chunks(indexed: IndexedTokens) -> Iterator[tuple[Path, int, np.ndarray]]:
+    """File, position in it and ids. Read, not mapped: pages of a mapped file count as this process's memory."""
+    for path, part in indexed.files:
+        try:
+            with open(path, "rb") as file:
+                for first in range(0, len(part), _CHUNK):
+                    ids = np.fromfile(file, indexed.dtype, min(_CHUNK, len(part) - first))
+                    if len(ids) < min(_CHUNK, len(part) - first):
+                        raise DataError(f"{path}: became shorter while it was read")
+                    yield path, first, ids
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statistics) -> list[str]:
+    files = len(indexed.files)
+    of = f", of {known.vocab_size:,} in the vocabulary" if known.vocab_size is not None else ""
+    distinct = f"ids up to {found.largest_id:,}, too large to be counted"
+    if found.distinct_ids is not None:
+        distinct = f"{found.distinct_ids:,} different ids, largest {found.largest_id}{of}"
+    low, middle, high = found.quartiles
+    rows = [
+        ("files", f"{files} .bin, {indexed.dtype.name}"),
+        ("documents", f"{found.documents:,}, {found.empty_documents:,} of them empty"),
+        ("tokens", f"{found.tokens:,}"),
+        (
+            "tokens a document",
+            f"least {found.shortest:,}, quartiles {low:,}, {middle:,}, {high:,}, mean {found.mean_length:,.1f},"
+            f" most {found.longest:,}",
+        ),
+        ("vocabulary used", distinct if found.tokens else "none"),
+        (
+            "end-of-text",
+            "id not known" if found.end_of_text is None else f"{found.end_of_text:,} (id {known.end_of_text})",
+        ),
+    ]
+    return [f"{prefix}: no defect found", *(f"  {label.ljust(17)}  {value}" for label, value in rows)]
+
+
+# --- show -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """The batches of a run: which sequences, and how to read them."""
+
+    dataset: TokenDataset
+    sampler: GlobalBatchSampler
+    tokenizer: PreTrainedTokenizerFast | None
+    end_of_text: int | None
+
+
+def view_of_run(run_file: str) -> View:
+    """As training reads it. Text that was not tokenised for this run yet is tokenised now."""
+    from l2e_ds.models import network_config
+
+    config = load_run_config(run_file)
+    network = network_config(config.model, config.data.sequence_length)
+    cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
+    data = prepare_data(config.data, cache, network.vocab_size)
+    sampler = GlobalBatchSampler(len(data.train), config.training.global_batch, config.training.seed, config.data.order)
+    end = None if data.tokenizer is None else _end_of_text_or_none(data.tokenizer)
+    return View(data.train, sampler, data.tokenizer, end)
+
+
+def view_of_set(
+    prefix: str,
+    global_batch: int = 1024,
+    sequence_length: int | None = None,
+    order: Literal["stored", "shuffled"] = "stored",
+    seed: int = 1234,
+    tokenizer: str | None = None,
+) -> View:
+    """All of a set as training text. Default sequence length: what fits documents that are all of one length, else
+    2048. Raises DataError where the set holds less than one sequence."""
+    indexed = IndexedTokens(prefix)
+    known = read_known(prefix, indexed, None, tokenizer, None)
+    first = len(indexed.document(0)) if indexed.num_documents else 0
+    if sequence_length is None:
+        sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
+    width = _at_least("--sequence-length", sequence_length, 1) + 1
+    _at_least("--global-batch", global_batch, 1)
+    dataset = TokenDataset(
+        *(indexed.tokens, 0, indexed.num_tokens, sequence_length),
+        known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1,
+        indexed.name,
+        width if indexed.all_documents_hold(width) else None,
+        indexed,
+    )
+    if not len(dataset):
+        raise DataError(
+            f"{indexed.name}: holds {indexed.num_tokens} tokens, a sequence needs {width}; lower --sequence-length"
+        )
+    sampler = GlobalBatchSampler(len(dataset), global_batch, seed, order)
+    return View(dataset, sampler, _tokenizer_if_there(known, asked_for=tokenizer is not None), known.end_of_text)
+
+
+def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFast | None:
+    if known.tokenizer is None:
+        return None
+    try:
+        return _load(known.tokenizer)
+    except DataError as error:
+        if asked_for:
+            raise
+        print(f"l2e-ds: no text is shown: {error}", file=sys.stderr)
+        return None
+
+
+def show(view: View, step: int, row: int | None) -> int:
+    """Print global batch `step`, or one sequence of it in full."""
+    _at_least("--step", step, 0)
+    batch = view.sampler.global_batch
+    if row is not None and not 0 <= row < batch:
+        raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")
+    numbers = view.sampler.indices(step)
+    _print(_list_batch(view, step, numbers) if row is None else _show_sequence(view, step, row, int(numbers[row])))
+    return 0
+
+
+def _list_batch(view: View, step: int, numbers: np.ndarray) -> Iterator[str]:
+    dataset = view.dataset
+    yield (
+        f"step {step}: {len(numbers):,} sequences of {dataset.sequence_length:,} tokens"
+        f" (and one more, the last target) of {dataset.name}, epoch {_epoch(view, step, 0)}"
+    )
+    yield f"{'row':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
+    for row, number in enumerate(numbers.tolist()):
+        ids = dataset[number]
+        ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
+        documents = f"{len(_documents_in(view, number)) or '-':>9}"
+        yield f"{row:>5}  {number:>12,}  {documents}  {ends:>11}  {_preview(view, ids)}"
+
+
+def _preview(view: View, ids: np.ndarray) -> str:
+    if view.tokenizer is None:
+        return " ".join(map(str, ids[:_PREVIEW].tolist())) + " ..."
+    return json.dumps(_decode(view.tokenizer, ids[:_PREVIEW]), ensure_ascii=False) + " ..."
+
+
+def _show_sequence(view: View, step: int, row: int, number: int) -> Iterator[str]:
+    dataset = view.dataset
+    ids, first = dataset[number], dataset.position(number)
+    yield (
+        f"step {step}, row {row} of {view.sampler.global_batch:,}: sequence {number:,} of {len(dataset):,}, epoch"
+        f" {_epoch(view, step, row)}, tokens {first:,} to {first + len(ids) - 1:,} of {dataset.name}"
+    )
+    yield f"inputs are tokens 0 to {len(ids) - 2} of it, targets are tokens 1 to {len(ids) - 1}"
+    documents = _documents_in(view, number)
+    for at, document, token in documents:
+        yield f"at {at}: document {document:,} of the file, from its token {token:,} on"
+    ends = [] if view.end_of_text is None else np.flatnonzero(ids == view.end_of_text).tolist()
+    if view.end_of_text is not None:
+        yield f"end-of-text (id {view.end_of_text}) at: {', '.join(map(str, ends)) or 'none'}"
+    yield "\nids"
+    for at in range(0, len(ids), _IDS_A_LINE):
+        yield f"{at:>6}  " + " ".join(f"{one:>5}" for one in ids[at : at + _IDS_A_LINE].tolist())
+    if view.tokenizer is not None:
+        cuts = sorted({0, *(at for at, _, _ in documents), *(end + 1 for end in ends if end + 1 < len(ids))})
+        for begin, end in zip(cuts, [*cuts[1:], len(ids)], strict=True):
+            yield f"\ntext of tokens {begin} to {end - 1}"
+            yield _decode(view.tokenizer, ids[begin:end])
+
+
+def _documents_in(view: View, number: int) -> list[tuple[int, int, int]]:
+    """The documents of the file in a sequence, without empty ones: where in it, which, and from which token on."""
+    dataset = view.dataset
+    if dataset.documents is None:
+        return []
+    begin = dataset.position(number)
+    stop = begin + dataset.sequence_length + 1
+    first, last = dataset.documents.document_at(begin), dataset.documents.document_at(stop - 1)
+    starts = dataset.documents.starts(np.arange(first, last + 2))
+    filled = np.flatnonzero(np.diff(starts))
+    return [(max(0, int(starts[i]) - begin), first + int(i), max(0, begin - int(starts[i]))) for i in filled.tolist()]
+
+
+def _epoch(view: View, step: int, row: int) -> int:
+    return (step * view.sampler.global_batch + row) // view.sampler.num_sequences
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
+    """With special tokens; characters that a terminal would act on are escaped."""
+    text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _print(lines: Sequence[str] | Iterator[str]) -> None:
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; Python must not flush again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
