@@ -176,11 +176,16 @@ class _Pair:
             raise self._bad_document_index()
 
     def starts(self, documents: np.ndarray) -> np.ndarray:
-        """Position of the first token of documents, int64, counted from the start of this pair."""
+        """Position of the first token of documents, int64, counted from the start of this pair. Raises DataError."""
         sequences = documents if self.first_sequence is None else self.first_sequence[documents]
+        if sequences.size and (sequences.min() < 0 or sequences.max() > self.sequences):
+            raise self._bad_document_index()
         starts = np.full(len(sequences), self.tokens, dtype=np.int64)
         inside = sequences < self.sequences
         starts[inside] = self.pointers[sequences[inside]] // self.dtype.itemsize
+        if starts.size and (starts.min() < 0 or starts.max() > self.tokens):
+            at = sequences[((starts < 0) | (starts > self.tokens)).argmax()]
+            raise DataError(f"{self.idx_path}: sequence {at} begins at byte {self.pointers[at]}, outside of the tokens")
         return starts
 
     def _negative_length(self, sequence: int) -> DataError:

@@ -109,6 +109,11 @@ REFUSED = {
         "data.path",
         ["one string", "data.source: hub"],
     ),
+    "no indexed set": (
+        changed(data={"source": "indexed", "path": [], "train_tokenizer": ...}),
+        "data.path",
+        ["[]", "prefix"],
+    ),
     "hub key": (changed(data={"subset": "x"}), "data.subset", ["data.source: hub", "remove"]),
     "streamed stdlib": (changed(data={"streaming": True}), "data.streaming", ["data.source: hub", "remove"]),
     "plain with parts": (

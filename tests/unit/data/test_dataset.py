@@ -58,3 +58,18 @@ def test_foreign_token_is_named():
     negative = TokenDataset(np.array([1, 2, -7, 3], dtype=np.int32), 0, 4, 3, 10, "a.bin")
     with pytest.raises(DataError, match="token id -7 at position 2"):
         negative[0]
+
+
+def test_vocabulary_of_a_large_set_is_checked_at_evenly_spaced_sequences():
+    tokens = np.zeros(401, dtype=np.uint16)
+    data = TokenDataset(tokens, 0, 401, 4, 100, "a.bin")
+    for sequence, noticed in ((0, True), (1, False), (50, False), (99, True)):
+        tokens[:] = 0
+        tokens[sequence * 4 + 2] = 100
+        if noticed:
+            with pytest.raises(DataError, match=f"token id 100 at position {sequence * 4 + 2}"):
+                data.check_vocabulary(at_most=10)  # two sequences of 5 tokens
+        else:
+            data.check_vocabulary(at_most=10)
+        with pytest.raises(DataError):
+            data.check_vocabulary()

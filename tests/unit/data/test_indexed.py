@@ -155,6 +155,22 @@ def test_opening_a_long_index_looks_at_samples(tmp_path, change):
         IndexedTokens(many(tmp_path, change))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("pointers", 70, 2**40), "sequence 70 begins at byte 1099511627776, outside"),
+        (put("pointers", 70, -4), "sequence 70 begins at byte -4, outside"),
+        (put("documents", 70, 20_001), "document index must rise"),
+        (put("documents", 70, -1), "document index must rise"),
+    ],
+)
+def test_entries_that_lead_outside_are_noticed_when_they_are_read(tmp_path, change, message):
+    read = IndexedTokens(many(tmp_path, change))
+    assert read.start(69) == 138
+    with pytest.raises(DataError, match=message):
+        read.document(70)
+
+
 def test_whole_check_of_a_good_index(tmp_path):
     counted = []
     IndexedTokens(many(tmp_path, put("lengths", 5, 2))).check_index(counted.append)
