@@ -77,19 +77,22 @@ class TokenDataset:
         document although sequences are stored apart."""
         width = self.sequence_length + 1
         rows = np.empty((len(indices), width), dtype=np.int64)
-        for row, index in zip(rows, indices, strict=True):
-            if not 0 <= index < len(self):
-                raise IndexError(f"{self.name}: sequence {index} of {len(self)}")
-            first = self.position(index)
+        numbers = np.asarray(indices, dtype=np.int64)
+        outside = numbers[(numbers < 0) | (numbers >= len(self))]
+        if outside.size:
+            raise IndexError(f"{self.name}: sequence {outside[0]} of {len(self)}")
+        positions = self.start + numbers * self.stride
+        if self.documents is not None:
+            self.documents.read_ahead(positions, width)
+            if self.stride == width:
+                self._check_documents(self.documents, positions)
+        for row, first in zip(rows, positions.tolist(), strict=True):
             row[:] = self.tokens[first : first + width]
-        if self.documents is not None and self.stride == width:
-            self._check_documents(self.documents, np.asarray(indices, dtype=np.int64))
         if rows.size and (rows.max() >= self.vocab_size or rows.min() < 0):
-            raise self._foreign_token(rows, indices)
+            raise self._foreign_token(rows, positions)
         return rows
 
-    def _check_documents(self, documents: IndexedTokens, indices: np.ndarray) -> None:
-        positions = self.start + indices * self.stride
+    def _check_documents(self, documents: IndexedTokens, positions: np.ndarray) -> None:
         numbers = positions // self.stride
         starts, stops = documents.starts(numbers), documents.starts(numbers + 1)
         wrong = np.flatnonzero((starts != positions) | (stops != positions + self.stride))
@@ -101,10 +104,9 @@ class TokenDataset:
                 " and so must this one"
             )
 
-    def _foreign_token(self, rows: np.ndarray, indices: Sequence[int] | np.ndarray) -> DataError:
+    def _foreign_token(self, rows: np.ndarray, positions: np.ndarray) -> DataError:
         row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
-        position = self.position(indices[row]) + int(column)
         return DataError(
-            f"{self.name}: token id {rows[row, column]} at position {position},"
+            f"{self.name}: token id {rows[row, column]} at position {positions[row] + column},"
             f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
         )

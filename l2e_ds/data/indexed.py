@@ -19,12 +19,14 @@ PREFIX-00020-of-00020.bin (EleutherAI/pythia, utils/unshard_memmap.py: numbered 
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 import struct
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -47,8 +49,8 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
 }
 FLOAT_CODES = (6, 7)
 _CHUNK = 1 << 20  # entries of the index read at once: bounds memory for an index of 10^8 sequences
-# Opening looks at so many runs of sequences, evenly spaced: a few pages each, however long the index is.
-_RUNS, _RUN = 256, 64
+# Opening looks at so many runs of sequences, evenly spaced: two or three pages each, however long the index is.
+_RUNS, _RUN = 64, 256
 
 
 def best_dtype(vocab_size: int) -> type[np.integer]:
@@ -103,7 +105,8 @@ class _Pair:
             for first in _evenly_spaced_runs(self.documents):
                 self.check_documents(first, min(self.documents, first + _RUN))
             self.tokens = self._check_sizes() // self.dtype.itemsize
-            self.parts = [_mapped(path, self.dtype) for path in self.bin_paths]
+            self.maps = [_map(path) for path in self.bin_paths]
+            self.parts = [np.frombuffer(content, self.dtype) for content in self.maps]
         except OSError as error:
             raise DataError(f"{error.filename or self.idx_path}: {error.strerror}") from None
 
@@ -128,7 +131,8 @@ class _Pair:
                 f" take {expected}"
             )
         self.dtype = np.dtype(DTYPE_CODES[code]).newbyteorder("<")
-        raw = _mapped(self.idx_path, np.dtype(np.uint8))
+        self._map = _map(self.idx_path)
+        raw = np.frombuffer(self._map, np.uint8)
         pointers_at, documents_at = start + 4 * self.sequences, start + 12 * self.sequences
         self.lengths = raw[start:pointers_at].view("<i4")
         self.pointers = raw[pointers_at:documents_at].view("<i8")
@@ -188,6 +192,18 @@ class _Pair:
             raise DataError(f"{self.idx_path}: sequence {at} begins at byte {self.pointers[at]}, outside of the tokens")
         return starts
 
+    @contextmanager
+    def read_through(self) -> Iterator[Callable[[], None]]:
+        """While all of the index is read, from its start to its end: read ahead. Yields a function to be called now and
+        then, which gives back the pages that were read; else all of the index would come to lie in memory."""
+        content = self._map
+        assert isinstance(content, mmap.mmap)  # an index is never empty
+        content.madvise(mmap.MADV_SEQUENTIAL)
+        try:
+            yield lambda: content.madvise(mmap.MADV_DONTNEED)
+        finally:
+            content.madvise(mmap.MADV_RANDOM)
+
     def _negative_length(self, sequence: int) -> DataError:
         return DataError(f"{self.idx_path}: sequence {sequence} has a negative length")
 
@@ -229,11 +245,14 @@ def _bin_files(path: Path) -> list[Path]:
     return [parts[number] for number in sorted(parts)]
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A file as a flat, read-only array. No np.memmap, whose slices take several times as long."""
-    if path.stat().st_size == 0:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
+def _map(path: Path) -> mmap.mmap | bytes:
+    """A file's content, memory-mapped. Touching it reads one page and not, as by default, up to megabytes around it."""
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content.madvise(mmap.MADV_RANDOM)
+    return content
 
 
 def _evenly_spaced_runs(count: int) -> list[int]:
@@ -269,6 +288,8 @@ class IndexedTokens:
         self.files = [(path, part) for one in self._pairs for path, part in zip(one.bin_paths, one.parts, strict=True)]
         self.name = str(self.files[0][0]) + (f" (and {len(self.files) - 1} more)" if len(self.files) > 1 else "")
         parts = [part for _, part in self.files]
+        self._maps = [content for one in self._pairs for content in one.maps]
+        self._first_of_file = [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
         self.tokens: np.ndarray | TokenParts = parts[0] if len(parts) == 1 else TokenParts(parts)
         self._first_token = [0, *np.cumsum([one.tokens for one in self._pairs]).tolist()]
         self._first_document = [0, *np.cumsum([one.documents for one in self._pairs]).tolist()]
@@ -284,7 +305,15 @@ class IndexedTokens:
     @property
     def lengths(self) -> np.ndarray:
         """Tokens a document, int64 [num_documents]. Reads the whole index."""
-        return np.diff(self.starts(np.arange(self.num_documents + 1)))
+        return np.concatenate([np.empty(0, np.int64), *self.lengths_in_chunks()])
+
+    def lengths_in_chunks(self) -> Iterator[np.ndarray]:
+        """`lengths` piece by piece, in flat memory."""
+        for one in self._pairs:
+            with one.read_through() as release:
+                for first in range(0, one.documents, _CHUNK):
+                    yield np.diff(one.starts(np.arange(first, min(first + _CHUNK, one.documents) + 1)))
+                    release()
 
     def starts(self, documents: np.ndarray) -> np.ndarray:
         """Positions in `tokens` of the first token of documents, int64 [n]; of document num_documents: num_tokens."""
@@ -329,11 +358,25 @@ class IndexedTokens:
     def check_index(self, advance: Callable[[int], object]) -> None:
         """Look at all of the index, in flat memory; advance(n) after n more sequences. Raises DataError."""
         for one in self._pairs:
-            for first in range(0, max(one.sequences, one.documents), _CHUNK):
-                stop = first + _CHUNK
-                one.check_sequences(min(first, one.sequences), min(stop, one.sequences))
-                one.check_documents(min(first, one.documents), min(stop, one.documents))
-                advance(max(0, min(stop, one.sequences) - first))
+            with one.read_through() as release:
+                for first in range(0, max(one.sequences, one.documents), _CHUNK):
+                    stop = first + _CHUNK
+                    one.check_sequences(min(first, one.sequences), min(stop, one.sequences))
+                    one.check_documents(min(first, one.documents), min(stop, one.documents))
+                    release()
+                    advance(max(0, min(stop, one.sequences) - first))
+
+    def read_ahead(self, positions: np.ndarray, count: int) -> None:
+        """Ask the system for `count` tokens from each of these positions on, all at once, before they are touched one
+        after the other. (Of what lies in two files the first part only.)"""
+        width = self.dtype.itemsize
+        for position in positions.tolist():
+            at = bisect_right(self._first_of_file, position) - 1
+            content = self._maps[at]
+            if isinstance(content, mmap.mmap):
+                begin = (position - self._first_of_file[at]) * width
+                page = begin - begin % mmap.PAGESIZE
+                content.madvise(mmap.MADV_WILLNEED, page, min(begin + count * width, len(content)) - page)
 
     @property
     def num_sequences(self) -> int:

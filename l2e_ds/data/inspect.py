@@ -28,7 +28,7 @@ from l2e_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
-_CHUNK = 1 << 20  # documents, or tokens, looked at together
+_CHUNK = 1 << 20  # tokens looked at together
 _COUNTED = 1 << 24  # larger ids are not counted one by one: that would take memory
 _PREVIEW = 16  # tokens
 _IDS_A_LINE = 16
@@ -167,9 +167,8 @@ def _bar(what: str, total: int, unit: str) -> tqdm:
 def _length_counts(indexed: IndexedTokens) -> Counter[int]:
     """How many documents have which length: few different numbers, however many documents."""
     lengths: Counter[int] = Counter()
-    for first in range(0, indexed.num_documents, _CHUNK):
-        documents = np.arange(first, min(first + _CHUNK, indexed.num_documents) + 1)
-        values, counts = np.unique(np.diff(indexed.starts(documents)), return_counts=True)
+    for chunk in indexed.lengths_in_chunks():
+        values, counts = np.unique(chunk, return_counts=True)
         lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     return lengths
 

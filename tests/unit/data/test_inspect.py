@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from l2e_ds.cli import main
-from l2e_ds.data import GlobalBatchSampler, inspect
+from l2e_ds.data import GlobalBatchSampler, indexed, inspect
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
 from l2e_ds.data.tokenizer import train_tokenizer
 
@@ -42,6 +42,7 @@ def run(capsys, *words):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
 def test_statistics_against_plain_python(tmp_path, monkeypatch, chunk):
     monkeypatch.setattr(inspect, "_CHUNK", chunk)
+    monkeypatch.setattr(indexed, "_CHUNK", chunk)
     random = np.random.default_rng(3)
     sets = [[random.integers(0, 90, size).tolist() for size in random.integers(0, 12, 25)] for _ in range(2)]
     prefixes = [written(tmp_path / name, documents) for name, documents in zip("ab", sets, strict=True)]

@@ -325,13 +325,13 @@ def test_indexed_sequences_stored_apart_share_no_token(tmp_path):
 def test_a_sequence_stored_apart_must_be_a_document(tmp_path):
     """Of many sequences opening looks at samples only; those that are read are all looked at."""
     lengths = [5] * 20_000
-    lengths[70:72] = [4, 6]
+    lengths[280:282] = [4, 6]
     prefix = indexed(tmp_path, [range(length) for length in lengths])
     config = DataConfig(source="indexed", path=str(prefix), sequence_length=4, held_out=0.0)
     train = prepare_data(config, tmp_path / "unused", 1000).train
     assert len(train) == 20_000
-    assert train.batch([69, 72, 19_999]).tolist() == [[0, 1, 2, 3, 4]] * 3
-    for sequence, tokens in ((70, "350 to 354"), (71, "354 to 360")):
+    assert train.batch([279, 282, 19_999]).tolist() == [[0, 1, 2, 3, 4]] * 3
+    for sequence, tokens in ((280, "1400 to 1404"), (281, "1404 to 1410")):
         with pytest.raises(DataError, match=rf"tokens\.bin: document {sequence} holds tokens {tokens}, expected"):
             train.batch([0, sequence])
 
