@@ -42,6 +42,7 @@ setup(
         "tqdm>=4.66",
         "numpy>=1.26",
         "ninja",
+        "zstandard>=0.22",
     ],
     extras_require={
         "monitor": ["tensorboard", "wandb"],

@@ -1,39 +1,82 @@
 """Where text comes from: the standard library, text files, JSON lines, Parquet, Hugging Face data sets.
 
-`documents` yields texts in an order that depends on nothing but the configuration and the files.
+`chunks` reads about a megabyte of raw input at a time and leaves the work on it (JSON, UTF-8) to whoever calls the
+chunk, which may be another process. `documents` yields texts in one process. Either way the order depends on nothing
+but the configuration and the files.
 """
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
+import io
 import json
+import lzma
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from l2e_ds.config import DataConfig
 from l2e_ds.data.files import one_line
 from l2e_ds.data.indexed import IndexedTokens, pair
 from l2e_ds.errors import DataError
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder in data.path stands for.
 PATTERNS = {
     "text": ("*.txt",),
-    "jsonl": ("*.jsonl", "*.jsonl.gz", "*.jsonl.bz2", "*.jsonl.xz", "*.jsonl.zst"),
+    "jsonl": ("*.jsonl", *(f"*.jsonl{suffix}" for suffix in COMPRESSED)),
     "parquet": ("*.parquet",),
 }
+CHUNK_BYTES = 1 << 20  # large enough that handing it to another process costs nothing, small enough for memory
+_CHUNK_FILES = 256
+_CHUNK_ROWS = 1024
+_BATCH_ROWS = 64  # of Parquet, decoded at once
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def documents(config: DataConfig) -> Iterator[str]:
-    """The non-empty documents of a text source, at most `max_documents`. Raises DataError."""
+Record = str | DataError
+"""A document, or why it is none (where, what was given, what is allowed)."""
+Chunk = Callable[[str], Iterator[Record]]
+"""Some raw input; called with the text key it gives its records in order. Can be sent to another process."""
+Position = dict[str, Any]
+"""Where reading goes on after a chunk; JSON-able. `bytes`: how much of the input files has been read."""
+
+
+def chunks(config: DataConfig, position: Position | None = None) -> Iterator[tuple[Chunk, Position]]:
+    """The input in order, from a position on; with each chunk the position after it. Raises DataError."""
     if config.source not in _READERS:
         raise DataError(f"data.source: {config.source} holds tokens, not text; allowed: {', '.join(_READERS)}")
-    texts = (_printable(text) for text in _READERS[config.source](config))
-    return islice((text for text in texts if text.strip()), config.max_documents)
+    return _READERS[config.source](config, position or {})
+
+
+def documents(config: DataConfig, skip_bad: bool = False) -> Iterator[str]:
+    """The non-empty documents of a text source, at most `max_documents`. Raises DataError."""
+
+    raw = chunks(config)
+
+    def texts() -> Iterator[str]:
+        for chunk, _ in raw:
+            for record in chunk(config.text_key):
+                if not isinstance(record, DataError):
+                    yield record
+                elif not skip_bad:
+                    raise record
+
+    return islice((text for text in texts() if text.strip()), config.max_documents)
+
+
+def input_bytes(config: DataConfig) -> int | None:
+    """Size of all local files together, None for a data set of the hub."""
+    files = source_files(config)
+    return sum(map(_size, files)) if files else None
 
 
 def check_source(config: DataConfig) -> None:
@@ -93,7 +136,9 @@ def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:
     raise DataError(f"data.path: no such file or folder: {entry}")
 
 
-# --- readers ----------------------------------------------------------------------------------------------------
+# --- readers ---------------------------------------------------------------------------------------------------
+# A position's keys: `file`, index of the file to read next; `offset` bytes (decompressed) and `line` lines of it that
+# are done; `group` and `row` of a Parquet file; `rows` done and `state` of a data set of the hub; `bytes`.
 
 
 def _stdlib_folder() -> Path:
@@ -109,39 +154,77 @@ def _stdlib_files() -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _read_stdlib(config: DataConfig) -> Iterator[str]:
-    for path in _stdlib_files():
+def _read_whole_files(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+    parse = _python_files if config.source == "stdlib" else _text_files
+    files = source_files(config)
+    batch: list[tuple[str, bytes]] = []
+    held, done = 0, position.get("bytes", 0)
+    for index in range(position.get("file", 0), len(files)):
+        path = files[index]
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):  # a few modules are in other encodings on purpose
+            with _opened(path) as (stream, raw):
+                content = stream.read()
+                done += raw.tell()
+        except DataError:
+            if config.source != "stdlib":
+                raise
             continue
-        yield text
+        batch.append((str(path), content))
+        held += len(content)
+        if held >= CHUNK_BYTES or len(batch) >= _CHUNK_FILES:
+            yield partial(parse, batch), {"file": index + 1, "bytes": done}
+            batch, held = [], 0
+    if batch:
+        yield partial(parse, batch), {"file": len(files), "bytes": done}
 
 
-def _read_text(config: DataConfig) -> Iterator[str]:
-    for path in source_files(config):
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+
+
+def _text_files(batch: list[tuple[str, bytes]], key: str) -> Iterator[Record]:
+    for path, content in batch:
         try:
-            yield path.read_bytes().decode("utf-8-sig")
+            yield content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
+            yield DataError(f"{path}: not UTF-8 text (byte {error.start})")
 
 
-def _read_jsonl(config: DataConfig) -> Iterator[str]:
-    import fsspec
-    from fsspec.compression import compr
-
-    for path in source_files(config):
-        if path.suffix == ".zst" and "zstd" not in compr:
-            raise DataError(f"{path}: zstd needs a package that is not installed; pip install zstandard")
+def _python_files(batch: list[tuple[str, bytes]], key: str) -> Iterator[Record]:
+    for _, content in batch:
         try:
-            with fsspec.open(str(path), "rb", compression="infer") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield _text_of_line(line, f"{path}:{number}", config.text_key)
-        except (OSError, EOFError, ValueError, ImportError) as error:  # the file itself: permissions, compression
-            raise DataError(f"{path}: {one_line(error)}") from None
+            yield content.decode().replace("\r\n", "\n").replace("\r", "\n")
+        except UnicodeDecodeError:  # a few modules are in other encodings on purpose
+            continue
+
+
+def _read_jsonl(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+    files = source_files(config)
+    before = sum(_size(path) for path in files[: position.get("file", 0)])
+    for index in range(position.get("file", 0), len(files)):
+        path = files[index]
+        going_on = index == position.get("file")
+        offset, line = (position.get("offset", 0), position.get("line", 0)) if going_on else (0, 0)
+        with _opened(path) as (stream, raw):
+            _skip(stream, offset)
+            while block := stream.read(CHUNK_BYTES):
+                block += stream.readline()
+                chunk = partial(_json_lines, str(path), line + 1, block)
+                offset, line = offset + len(block), line + block.count(b"\n")
+                yield chunk, {"file": index, "offset": offset, "line": line, "bytes": before + raw.tell()}
+            before += raw.tell()
+
+
+def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Record]:
+    for number, line in enumerate(block.split(b"\n"), first):
+        if line.strip():
+            try:
+                yield _text_of_line(line, f"{path}:{number}", key)
+            except DataError as error:
+                yield error
 
 
 def _text_of_line(line: bytes, where: str, key: str) -> str:
@@ -156,41 +239,97 @@ def _text_of_line(line: bytes, where: str, key: str) -> str:
     return _text_of_value(record[key], where, key)
 
 
-def _read_parquet(config: DataConfig) -> Iterator[str]:
+def _read_parquet(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     import pyarrow as pa
     from pyarrow import parquet
 
-    for path in source_files(config):
-        row = 0
+    files = source_files(config)
+    before = sum(_size(path) for path in files[: position.get("file", 0)])
+    for index in range(position.get("file", 0), len(files)):
+        path, size = files[index], _size(files[index])
+        going_on = index == position.get("file")
+        first_group, skipped = (position["group"], position["row"]) if going_on else (0, 0)
         try:
             with parquet.ParquetFile(path) as file:
                 names = file.schema_arrow.names
                 if config.text_key not in names:
                     raise _missing_key(str(path), config.text_key, names)
-                for batch in file.iter_batches(batch_size=256, columns=[config.text_key]):
-                    for value in batch.column(0).to_pylist():
-                        yield _text_of_value(value, f"{path}: row {row}", config.text_key)
-                        row += 1
+                start = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
+                for group in range(first_group, file.num_row_groups):
+                    count = file.metadata.row_group(group).num_rows
+                    values: list[object] = []
+                    row = held = 0  # rows of this group read so far, bytes in `values`
+                    for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[config.text_key]):
+                        column = batch.column(0)[max(0, skipped - row) :]
+                        row += len(batch)
+                        held += column.nbytes
+                        values += _python_values(column)
+                        if values and (held >= CHUNK_BYTES or row >= count):
+                            chunk = partial(_values, f"{path}: row ", start + row - len(values), values)
+                            read = before + int(size * (group + row / count) / file.num_row_groups)
+                            yield chunk, {"file": index, "group": group, "row": row, "bytes": read}
+                            values, held = [], 0
+                    start, skipped = start + count, 0
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None
+        before += size
 
 
-def _read_hub(config: DataConfig) -> Iterator[str]:
-    rows = enumerate(_load_hub(config))
+def _python_values(column: Any) -> list[object]:
+    """Of an Arrow array; bytes where a text is not UTF-8, so that the others are not lost with it."""
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        return [_python_value(value) for value in column]
+
+
+def _python_value(value: Any) -> object:
+    try:
+        return value.as_py()
+    except UnicodeDecodeError:
+        return value.as_buffer().to_pybytes()
+
+
+def _values(where: str, first: int, values: list[object], key: str) -> Iterator[Record]:
+    for number, value in enumerate(values, first):
+        try:
+            if isinstance(value, DataError):
+                raise value
+            yield _text_of_value(value, f"{where}{number}", key)
+        except DataError as error:
+            yield error
+
+
+def _read_hub(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+    stream = _load_hub(config)
+    if position:
+        stream.load_state_dict(position["state"])
+    where = f"data.path: {config.path!r} row "
+    done = position.get("rows", 0)
+    values: list[object] = []
+    held = 0
+    rows = iter(stream)
     while True:
         try:
-            number, record = next(rows)
-        except StopIteration:
-            return
+            record = next(rows, None)
+            state = stream.state_dict() if record is None or held >= CHUNK_BYTES or len(values) >= _CHUNK_ROWS else None
         except Exception as error:
             raise DataError(f"data.path: reading {config.path!r} failed: {one_line(error)}") from None
-        where = f"data.path: {config.path!r} row {number}"
-        if config.text_key not in record:
-            raise _missing_key(where, config.text_key, list(record))
-        yield _text_of_value(record[config.text_key], where, config.text_key)
+        if record is not None:
+            value = record.get(config.text_key)
+            if config.text_key not in record:
+                value = _missing_key(f"{where}{done + len(values)}", config.text_key, list(record))
+            values.append(value)
+            held += len(value) if isinstance(value, str) else 0
+        if values and state is not None:
+            yield partial(_values, where, done, values), {"rows": done + len(values), "state": state, "bytes": 0}
+            done, values, held = done + len(values), [], 0
+        if record is None:
+            return
 
 
 def _load_hub(config: DataConfig) -> Any:
+    """A `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
     import datasets
 
     name = str(config.path)
@@ -198,17 +337,17 @@ def _load_hub(config: DataConfig) -> Any:
     try:
         if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # made by save_to_disk
             saved = datasets.load_from_disk(str(folder))
-            if not isinstance(saved, datasets.DatasetDict):
-                return saved
-            if config.split not in saved:
-                raise DataError(f"data.split: {name} has no split {config.split!r}; allowed: {', '.join(saved)}")
-            return saved[config.split]
+            if isinstance(saved, datasets.DatasetDict):
+                if config.split not in saved:
+                    raise DataError(f"data.split: {name} has no split {config.split!r}; allowed: {', '.join(saved)}")
+                saved = saved[config.split]
+            return saved.to_iterable_dataset()
         return datasets.load_dataset(
             str(folder) if folder.is_dir() else name,
             config.subset,
             split=config.split,
             revision=config.revision,
-            streaming=config.streaming,
+            streaming=True,
         )
     except DataError:
         raise
@@ -219,9 +358,14 @@ def _load_hub(config: DataConfig) -> Any:
 def _text_of_value(value: object, where: str, key: str) -> str:
     if value is None:  # null: an empty document
         return ""
+    if isinstance(value, bytes):
+        try:
+            value.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is a {type(value).__name__}, must be text; see data.text_key")
-    return value
+    return _printable(value)
 
 
 def _missing_key(where: str, key: str, names: list[str]) -> DataError:
@@ -237,10 +381,82 @@ def _printable(text: str) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[DataConfig], Iterator[str]]] = {
-    "stdlib": _read_stdlib,
-    "text": _read_text,
+_READERS: dict[str, Callable[[DataConfig, Position], Iterator[tuple[Chunk, Position]]]] = {
+    "stdlib": _read_whole_files,
+    "text": _read_whole_files,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "hub": _read_hub,
 }
+
+
+# --- compressed files --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
+
+    Raises DataError for what goes wrong inside the block with the file: permissions, a truncated or foreign format.
+    """
+    try:
+        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
+            yield stream, raw
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> Any:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".bz2":
+        return bz2.BZ2File(raw)
+    if path.suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    if path.suffix == ".zst":
+        return io.BufferedReader(_Zstandard(raw), CHUNK_BYTES)
+    return nullcontext(raw)
+
+
+class _Zstandard(io.RawIOBase):
+    """Several frames one after the other, as parallel compressors write them; the library's own reader ends after the
+    first, and takes a truncated file for a complete one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw, self._failed = raw, zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame: Any = None
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._compressed = self._compressed or self._raw.read(1 << 16)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+                return 0
+            self._frame = self._frame or self._new()
+            try:
+                self._ready = memoryview(self._frame.decompress(self._compressed))
+            except self._failed as error:
+                raise OSError(f"Not a zstd file ({one_line(error)})") from None
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def _skip(stream: BinaryIO, offset: int) -> None:
+    if stream.seekable():  # of a compressed one: reads to there
+        stream.seek(offset)
+        return
+    while offset:
+        offset -= len(stream.read(min(offset, CHUNK_BYTES))) or offset

@@ -1,6 +1,8 @@
 import bz2
 import gzip
 import json
+import lzma
+import pickle
 import sysconfig
 from pathlib import Path
 
@@ -8,11 +10,13 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import zstandard
 from pyarrow import parquet
 
 from l2e_ds.config import DataConfig
+from l2e_ds.data import sources
 from l2e_ds.data.indexed import IndexedWriter
-from l2e_ds.data.sources import check_source, documents, source_files
+from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, source_files
 from l2e_ds.errors import DataError
 
 
@@ -61,13 +65,96 @@ def test_text_keeps_line_ends_and_drops_the_byte_order_mark(tmp_path):
     assert list(documents(config("text", tmp_path / "a.txt"))) == ["one\r\ntwo é"]
 
 
-@pytest.mark.parametrize(
-    ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.bz2", bz2.compress)]
-)
-def test_jsonl(tmp_path, name, pack):
-    lines = b'{"text": "one"}\n\n{"text": "\\u00e9", "meta": 1}\n{"text": null}\n{"text": "x\\ud800y"}'
-    (tmp_path / name).write_bytes(pack(lines))
-    assert list(documents(config("jsonl", tmp_path))) == ["one", "é", "x\ufffdy"]
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:]),  # frames, as pzstd writes them
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_jsonl(tmp_path, suffix):
+    lines = (
+        b'\xef\xbb\xbf{"text": "one"}\r\n\n{"text": "\\u00e9", "meta": 1}\n{"text": null}\n{"text": "x\\ud800y\\r\\n"}'
+    )
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(PACKERS[suffix](lines))
+    assert list(documents(config("jsonl", tmp_path))) == ["one", "é", "x\ufffdy\r\n"]
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACKERS if suffix])
+def test_a_truncated_compressed_file(tmp_path, suffix):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(PACKERS[suffix](b'{"text": "one"}\n' * 1000)[:-5])
+    with pytest.raises(DataError, match=rf"a\.jsonl\{suffix}: Compressed file ended before the end-of-stream marker"):
+        list(documents(config("jsonl", path)))
+
+
+# --- positions ----------------------------------------------------------------------------------------------------
+
+
+def written(tmp_path, kind):
+    """A corpus of many small documents in several files and its configuration."""
+    texts = [f"document {i} é\n" * (i % 4) for i in range(60)]
+    records = [{"meta": i, "text": text} for i, text in enumerate(texts)]
+    folder = tmp_path / "set"
+    folder.mkdir()
+    if kind == "text":
+        for i, text in enumerate(texts):
+            (folder / f"{i:02}.txt").write_text(text)
+    elif kind == "saved":
+        datasets.Dataset.from_list(records).save_to_disk(folder)
+    else:
+        for part in range(3):
+            rows, path = records[20 * part : 20 * part + 20], folder / f"train-{part}"
+            if kind.endswith("parquet"):
+                parquet.write_table(pa.Table.from_pylist(rows), f"{path}.parquet", row_group_size=7)
+            else:
+                lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+                suffix = kind.removeprefix("hub").removeprefix("jsonl")
+                Path(f"{path}.jsonl{suffix}").write_bytes(PACKERS[suffix](lines))
+    source = "hub" if kind.startswith(("hub", "saved")) else kind.split(".")[0]
+    return texts, config(source, folder)
+
+
+KINDS = ["text", "jsonl", *(f"jsonl{suffix}" for suffix in PACKERS if suffix), "parquet", "hub", "hub.gz", "hubparquet"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "saved"])
+def test_reading_goes_on_from_every_position(tmp_path, kind, monkeypatch):
+    for name, value in {"CHUNK_BYTES": 120, "_CHUNK_ROWS": 5, "_BATCH_ROWS": 3}.items():
+        monkeypatch.setattr(sources, name, value)
+    texts, data = written(tmp_path, kind)
+    read = [(list(pickle.loads(pickle.dumps(chunk))("text")), position) for chunk, position in chunks(data)]
+    assert len(read) >= 10
+    assert [text for part, _ in read for text in part] == texts
+    for done, (_, position) in enumerate(read, 1):
+        position = json.loads(json.dumps(position))
+        assert list(chunks(data, position)) == [] or done < len(read)
+        rest = [text for chunk, _ in chunks(data, position) for text in chunk("text")]
+        assert rest == [text for part, _ in read[done:] for text in part]
+    progress = [position["bytes"] for _, position in read]
+    assert progress == sorted(progress)
+    assert progress[-1] == (0 if data.source == "hub" else input_bytes(data))
+
+
+def test_a_bad_record_does_not_hide_the_others(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "one"}\n{"text": \n[]\n{}\n{"text": 3}\n{"text": "caf\xe9"}\n{"text": "two"}'
+    )
+    found = [record for chunk, _ in chunks(config("jsonl", tmp_path)) for record in chunk("text")]
+    assert [found[0], found[-1]] == ["one", "two"]
+    assert [str(error).split(": ")[0].rsplit(":")[-1] for error in found[1:-1]] == ["2", "3", "4", "5", "6"]
+    assert list(documents(config("jsonl", tmp_path), skip_bad=True)) == ["one", "two"]
+
+
+def test_parquet_text_that_is_no_utf8(tmp_path):
+    text = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"one"], pa.binary()).buffers())
+    parquet.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    assert list(documents(config("parquet", tmp_path), skip_bad=True)) == ["one"]
+    with pytest.raises(DataError, match=r"a\.parquet: row 0: not UTF-8 text \(byte 3\)"):
+        list(documents(config("parquet", tmp_path)))
 
 
 def test_parquet(tmp_path):
