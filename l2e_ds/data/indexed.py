@@ -392,8 +392,7 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: type[np.integer]) -> None:
         self.bin_path, self.idx_path = pair(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = next((code for code, known in DTYPE_CODES.items() if known is dtype), 0)
-        if not self._code:
+        if not dtype_code(self.dtype):
             allowed = ", ".join(known.__name__ for known in DTYPE_CODES.values())
             raise DataError(f"{self.bin_path}: tokens cannot be stored as {np.dtype(dtype)}; allowed: {allowed}")
         limits = np.iinfo(dtype)
@@ -435,7 +434,8 @@ class IndexedWriter:
         try:
             self._file.close()
             if kind is None:
-                self._write_index()
+                lengths = np.frombuffer(self._lengths, np.int64) if self._lengths else np.empty(0, np.int64)
+                write_index(self._temporary_idx, self.dtype, lengths)
                 for temporary in (self._temporary_bin, self._temporary_idx):
                     fsync_path(temporary)
                 os.replace(self._temporary_bin, self.bin_path)
@@ -445,11 +445,24 @@ class IndexedWriter:
             for temporary in (self._temporary_bin, self._temporary_idx):
                 temporary.unlink(missing_ok=True)
 
-    def _write_index(self) -> None:
-        lengths = np.frombuffer(self._lengths, np.int64) if self._lengths else np.empty(0, np.int64)
-        count = len(lengths)
-        with open(self._temporary_idx, "wb") as file:
-            file.write(MAGIC + HEADER.pack(VERSION, self._code, count, count + 1))
-            file.write(lengths.astype("<i4").tobytes())
-            file.write(((np.cumsum(lengths) - lengths) * self.dtype.itemsize).astype("<i8").tobytes())
-            file.write(np.arange(count + 1, dtype="<i8").tobytes())
+
+def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
+    """The .idx of one sequence a document; `lengths`: tokens each, int [n], may be memory-mapped. Raises OSError."""
+    count = len(lengths)
+    parts = [slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    with open(path, "wb") as file:
+        file.write(MAGIC + HEADER.pack(VERSION, dtype_code(dtype), count, count + 1))
+        for part in parts:
+            file.write(lengths[part].astype("<i4").tobytes())
+        offset = 0
+        for part in parts:
+            ends = offset + np.cumsum(lengths[part], dtype=np.int64) * dtype.itemsize
+            file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for first in range(0, count + 1, _CHUNK):
+            file.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
+
+
+def dtype_code(dtype: np.dtype) -> int:
+    """0 for one that the format does not know."""
+    return next((code for code, known in DTYPE_CODES.items() if dtype == known), 0)

@@ -9,24 +9,25 @@ import hashlib
 import json
 import logging
 import platform
-import re
+import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.files import building
-from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype
-from l2e_ds.data.sources import check_source, documents, source_files
+from l2e_ds.data.files import fsync_path, write_whole
+from l2e_ds.data.indexed import IndexedTokens, best_dtype
+from l2e_ds.data.sources import check_source, documents, input_bytes, source_files
+from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
+from l2e_ds.data.tokenize import Split, find_split, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -35,16 +36,14 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 logger = logging.getLogger(__name__)
 
 META = "meta.json"
-FORMAT = 1  # raise when the same configuration must give other files
+FORMAT = 2  # raise when the same configuration must give other files
 # The fields of DataConfig that change what is stored; sequences are cut out of it later.
 _STORED_FIELDS = (
-    *("source", "subset", "split", "revision", "streaming", "text_key"),
+    *("source", "subset", "split", "revision", "text_key"),
     *("max_documents", "max_tokens", "tokenizer", "train_tokenizer", "held_out"),
 )
-_BATCH_CHARACTERS = 1 << 22  # text tokenised at once: enough for all cores, little enough for memory
-_PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces, on several cores
+_SMALL_BYTES = 1 << 26  # of input: tokenised in this process
 _TOKENIZER_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary
-_CUT = re.compile(r"(?<=\S)[ \n]")
 
 
 @dataclass(frozen=True)
@@ -78,23 +77,39 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
     """Tokenise the source into `cache`, unless that was done before, and open it.
 
-    Call it on rank 0 first and on the others after a barrier; simultaneous calls do no harm, only work twice.
+    Call it on rank 0 first and on the others after a barrier; of simultaneous calls one works and the others wait.
+    After a kill the next call goes on.
     `vocab_size`: model.vocab_size. Raises DataError where source or tokenizer are broken, do not fit the model, or hold
     less than one sequence.
     """
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     _check_trained_size(config, vocab_size)
-    limit = config.max_tokens
     folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
         try:
-            with building(folder, proof=META) as temporary:
-                _build(config, temporary, limit, vocab_size)
+            _build_exclusively(config, folder, vocab_size)
         except OSError as error:
             raise DataError(f"data.cache: cannot write {error.filename or folder}: {error.strerror or error}") from None
-        logger.info("tokenised %s into %s", config.source, folder)
     return _open_prepared(config, folder, vocab_size)
+
+
+def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> None:
+    """Make `folder`, or wait for another process that does."""
+    with Exclusive(folder.with_name(f"{folder.name}.partial"), wait=True) as own:
+        if (folder / META).exists():
+            own.remove()
+            return
+        if not (own.folder / META).exists():
+            _build(config, own.folder, vocab_size)
+        for path in own.folder.iterdir():
+            if path.name in (JOURNAL, "digests") or path.suffix == ".lengths":
+                path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)  # without META: not complete
+        own.folder.rename(folder)  # with the lock: whoever waits for it then sees that it is gone
+        (folder / LOCK).unlink()
+        fsync_path(folder.parent)
+    logger.info("tokenised %s into %s", config.source, folder)
 
 
 def _fingerprint(config: DataConfig) -> str:
@@ -120,173 +135,65 @@ def _file_identity(path: Path) -> tuple[str, int, int]:
     return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
-# --- training and held-out documents ----------------------------------------------------------------------------
-
-
-def _digest(text: str) -> int:
-    """64 bits of a document's content."""
-    return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
-
-
-@dataclass(frozen=True)
-class _Split:
-    """Which documents are held out. Decided by content, so that equal documents lie on the same side."""
-
-    share: float
-    also: int | None = None
-    """Digest of a document that is held out although its hash says otherwise."""
-
-    def held_out(self, text: str) -> bool:
-        digest = _digest(text)
-        return digest < self.share * 2**64 or digest == self.also
-
-
-def _find_split(config: DataConfig) -> _Split:
-    """Hold out the last document of a corpus so small that the hash holds out none. Raises DataError."""
-    split = _Split(config.held_out)
-    if config.held_out == 0:
-        return split
-    first = last = None
-    several = False
-    for text in documents(config):
-        if split.held_out(text):
-            return split
-        last = _digest(text)
-        first = last if first is None else first
-        several = several or last != first
-    if not several:
-        raise DataError(
-            f"data.held_out: {config.path or config.source} holds fewer than 2 different documents, one to train on and"
-            " one to hold out; give more, or set data.held_out: 0"
-        )
-    return _Split(config.held_out, also=last)
-
-
 # --- tokenising -------------------------------------------------------------------------------------------------
 
 
-def _build(config: DataConfig, folder: Path, limit: int | None, vocab_size: int) -> None:
-    split = _find_split(config)
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
+    """Fill a folder that this process alone works in; goes on where a killed process left it."""
+    goes_on = (folder / JOURNAL).exists()
+    split = None
+    if goes_on:
+        tokenizer = load_tokenizer(str(folder / "tokenizer"))
     else:
-        tokenizer = train_tokenizer(_tokenizer_texts(config, split, limit), int(config.train_tokenizer or 0))
+        split = find_split(config)
+        if config.tokenizer is not None:
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            tokenizer = train_tokenizer(_tokenizer_texts(config, split), int(config.train_tokenizer or 0))
     _check_vocabulary(tokenizer, config, vocab_size)
-    dtype = best_dtype(vocabulary_size(tokenizer))
-    with ExitStack() as stack:
-        train = stack.enter_context(IndexedWriter(folder / "train", dtype))
-        held_out = stack.enter_context(IndexedWriter(folder / "held_out", dtype)) if split.share else None
-        _tokenise(config, split, tokenizer, limit, train, held_out)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    writers = {"train": train} if held_out is None else {"train": train, "held_out": held_out}
+    end_of_text = end_of_text_id(tokenizer)
+    if not goes_on:
+        tokenizer.save_pretrained(folder / "tokenizer")
+        for path in (folder / "tokenizer").iterdir():
+            fsync_path(path)
+    parts = ["train", "held_out"] if config.held_out else ["train"]
+    dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
+    with TokenFiles(folder, parts, dtype, asked={}) as files:
+        backend = tokenizer.backend_tokenizer.to_str()
+        counts = tokenise(config, backend, end_of_text, files, split, workers=_workers(config))
+        files.finish()
     meta = {
-        "documents": {name: writer.documents for name, writer in writers.items()},
-        "tokens": {name: writer.tokens for name, writer in writers.items()},
+        "documents": counts.documents,
+        "tokens": counts.tokens,
         "vocabulary": vocabulary_size(tokenizer),
-        "end_of_text": end_of_text_id(tokenizer),
-        "dtype": train.dtype.name,
-        "token_limit": limit,
+        "end_of_text": end_of_text,
+        "dtype": dtype.name,
+        "token_limit": config.max_tokens,
         "data": config.model_dump(mode="json"),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("datasets", "numpy", "tokenizers", "transformers")},
     }
-    (folder / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / META, json.dumps(meta, indent=2) + "\n")
 
 
-def _tokenizer_texts(config: DataConfig, split: _Split, limit: int | None) -> Iterator[str]:
+def _workers(config: DataConfig) -> int:
+    """None for what is done sooner than worker processes have started."""
+    size = input_bytes(config)
+    if config.max_tokens is not None:
+        size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
+    return 0 if size is not None and size < _SMALL_BYTES else default_workers()
+
+
+def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
     """Training documents to learn a vocabulary from: not much more of them than will be tokenised."""
+    limit = config.max_tokens
     left = _TOKENIZER_CHARACTERS if limit is None else min(_TOKENIZER_CHARACTERS, max(1 << 24, 8 * limit))
     for text in documents(config):
-        if not split.held_out(text):
+        if not split.holds_out(text):
             yield text
             left -= len(text)
             if left <= 0:
                 return
-
-
-def _tokenise(
-    config: DataConfig,
-    split: _Split,
-    tokenizer: PreTrainedTokenizerFast,
-    limit: int | None,
-    train: IndexedWriter,
-    held_out: IndexedWriter | None,
-) -> None:
-    """Write documents until there are none, or `train` holds `limit` tokens and `held_out` a document."""
-
-    def full() -> bool:
-        return limit is not None and train.tokens >= limit
-
-    def complete() -> bool:
-        return full() and (held_out is None or held_out.documents > 0)
-
-    def sided() -> Iterator[tuple[str, bool]]:
-        for text in documents(config):
-            if complete():
-                return
-            is_held_out, late = split.held_out(text), full()
-            if is_held_out or not late:
-                yield text, is_held_out
-            if is_held_out and late:  # the one held-out document that was still missing
-                return
-
-    with tqdm(desc="tokenising", unit="token", unit_scale=True, disable=None) as bar:
-        for tokens, is_held_out in _token_documents(sided(), tokenizer):
-            if complete():
-                return
-            if is_held_out and held_out is not None:
-                held_out.add(tokens)
-            elif not full():
-                train.add(tokens)
-            bar.update(len(tokens))
-
-
-def _token_documents(
-    texts: Iterator[tuple[str, bool]], tokenizer: PreTrainedTokenizerFast
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Token ids of each document with end-of-text at its end, int64 [n], and the mark that came with the text."""
-    # The Rust library encodes a batch on all cores. TOKENIZERS_PARALLELISM is left alone: unset means just this,
-    # and forcing it to true would let a forked process wait for threads that it does not have.
-    backend = tokenizer.backend_tokenizer
-    end = np.array([end_of_text_id(tokenizer)], dtype=np.int64)
-    parts: list[np.ndarray] = []
-    marks: list[bool] = []
-
-    def pieces() -> Iterator[tuple[str, bool]]:
-        for text, mark in texts:
-            marks.append(mark)
-            cut = list(_pieces(text))
-            yield from ((piece, i == len(cut) - 1) for i, piece in enumerate(cut))
-
-    for batch in _batches(pieces()):
-        encodings = backend.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
-        for (_, last), encoding in zip(batch, encodings, strict=True):
-            parts.append(np.asarray(encoding.ids, dtype=np.int64))
-            if last:
-                yield np.concatenate([*parts, end]), marks.pop(0)
-                parts.clear()
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text before a blank that follows a non-blank, where byte-level BPE has a boundary anyway."""
-    start = 0
-    while len(text) - start > _PIECE_CHARACTERS and (cut := _CUT.search(text, start + _PIECE_CHARACTERS)):
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
-
-
-def _batches(pieces: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    batch: list[tuple[str, bool]] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[0]) + 1
-        if size >= _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 # --- opening ----------------------------------------------------------------------------------------------------

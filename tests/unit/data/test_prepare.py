@@ -3,14 +3,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from l2e_ds.config import DataConfig
-from l2e_ds.data import check_data, prepare, prepare_data
+from l2e_ds.data import check_data, encode, prepare, prepare_data, sources
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
+from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.errors import DataError
 
@@ -116,7 +120,7 @@ def test_nothing_to_hold_out(tmp_path, cache, texts):
 
 
 def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
     path = corpus(tmp_path, [text(i) for i in range(300)])
     whole = prepare_data(config(path), cache, 300)
     longest = int(IndexedTokens(whole.directory / "train").lengths.max())
@@ -127,7 +131,7 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, mo
 
 
 def test_max_tokens_reached_before_the_first_held_out_document(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 1)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 1)
     texts = [text(i) for i in range(30)]
     prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9, max_tokens=10), cache, 300)
     assert texts_of(prepared, "train") == texts[:1]
@@ -138,7 +142,7 @@ def test_a_stream_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(sources, "_CHUNK_ROWS", 5)
     (tmp_path / "set").mkdir()
     corpus(tmp_path, [text(i) for i in range(300)]).rename(tmp_path / "set" / "train.jsonl")
     short, long = (
@@ -153,27 +157,34 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, cache, monkeyp
     texts = [text(0, 3000), "a  b\n\n c\t d" * 200, "x" * 5000, text(1)]
     path = corpus(tmp_path, texts)
     whole = prepare_data(config(path, held_out=0.0), cache, 300)
-    monkeypatch.setattr(prepare, "_PIECE_CHARACTERS", 50)
-    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 300)
+    monkeypatch.setattr(encode, "_PIECE_CHARACTERS", 50)
+    monkeypatch.setattr(encode, "_BATCH_CHARACTERS", 300)
     cut = prepare_data(config(path, held_out=0.0), tmp_path / "other", 300)
     assert cut.train.tokens.tolist() == whole.train.tokens.tolist()
     assert texts_of(cut, "train") == texts
-    assert all("".join(prepare._pieces(t)) == t for t in texts)
-    assert len(list(prepare._pieces(texts[0]))) > 100
+    assert all("".join(encode.pieces(t)) == t for t in texts)
+    assert len(list(encode.pieces(texts[0]))) > 100
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 from l2e_ds.config import DataConfig
-from l2e_ds.data import prepare
-prepare.vocabulary_size = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+from l2e_ds.data import prepare, sources, token_files
+sources.CHUNK_BYTES, token_files._COMMIT_EVERY, left = 500, 0, [7]
+commit = token_files.TokenFiles.commit
+def dying(self):
+    commit(self)
+    left[0] -= 1
+    left[0] or os.kill(os.getpid(), signal.SIGKILL)
+token_files.TokenFiles.commit = dying
 prepare.prepare_data(DataConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]), 300)
 """
 
 
-def test_a_killed_preparation_is_redone(tmp_path, cache):
+def test_a_killed_preparation_goes_on(tmp_path, cache, monkeypatch):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    expected = prepare_data(data, tmp_path / "undisturbed", 300)
     # a process of its own, not a fork: a fork of a process with threads may wait for them for ever
     done = subprocess.run(
         [sys.executable, "-c", KILLED, data.model_dump_json(), str(cache)],
@@ -181,21 +192,32 @@ def test_a_killed_preparation_is_redone(tmp_path, cache):
         timeout=120,
     )
     assert done.returncode == -signal.SIGKILL
-    assert len(list(cache.iterdir())) == 1
-    assert list(cache.rglob("meta.json")) == []
+    assert [path.suffix for path in cache.iterdir()] == [".partial"]
+    read = []
+    monkeypatch.setattr(encode.Encoder, "__call__", spy(read, encode.Encoder.__call__))
     prepared = prepare_data(data, cache, 300)
-    assert len(prepared.train) > 0
+    assert 0 < sum(len(encoded.lengths) for encoded in read) < 40  # the first 7 chunks were not read again
     assert [path.name for path in cache.iterdir()] == [prepared.directory.name]
+    for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx", "meta.json", "tokenizer/tokenizer.json"):
+        assert (prepared.directory / name).read_bytes() == (expected.directory / name).read_bytes()
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path, cache, monkeypatch):
+def spy(results, method):
+    def called(*arguments):
+        results.append(method(*arguments))
+        return results[-1]
+
+    return called
+
+
+def test_an_interrupted_preparation_leaves_no_more_than_it_can_use(tmp_path, cache, monkeypatch):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
     with monkeypatch.context() as patch:
 
         def interrupt(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(IndexedWriter, "add", interrupt)
+        patch.setattr(TokenFiles, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             prepare_data(data, cache, 300)
     assert list(cache.iterdir()) == []
@@ -212,20 +234,28 @@ def test_a_folder_without_meta_is_replaced(tmp_path, cache):
     assert len(list(cache.iterdir())) == 1
 
 
-def test_two_at_once_do_not_disturb_each_other(tmp_path, cache, monkeypatch):
+def test_of_two_at_once_one_waits_for_the_other(tmp_path, cache, monkeypatch):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
-    build, inner = prepare._build, []
+    build, built, has_begun = prepare._build, [], threading.Event()
 
-    def overtaken(*arguments):
-        monkeypatch.setattr(prepare, "_build", build)
-        inner.append(prepare_data(data, cache, 300))  # another process, from start to end
+    def slow(*arguments):
+        built.append(arguments)
+        has_begun.set()
+        time.sleep(0.5)
         build(*arguments)
 
-    monkeypatch.setattr(prepare, "_build", overtaken)
-    outer = prepare_data(data, cache, 300)
-    assert outer.directory == inner[0].directory
-    assert np.array_equal(outer.train[3], inner[0].train[3])
-    assert len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(prepare, "_build", slow)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(prepare_data, data, cache, 300)
+        assert has_begun.wait(60)
+        second = prepare_data(data, cache, 300)
+        assert first.result().directory == second.directory
+    assert len(built) == 1
+    assert np.array_equal(first.result().train[3], second.train[3])
+    assert [path.name for path in cache.iterdir()] == [second.directory.name]
+    assert sorted(path.name for path in second.directory.iterdir()) == [
+        *("held_out.bin", "held_out.idx", "meta.json", "tokenizer", "train.bin", "train.idx")
+    ]
 
 
 def test_cache_that_cannot_be_written(tmp_path):

@@ -1,0 +1,142 @@
+"""What one process does with a chunk of raw input: read its records, hash them, tokenise them.
+
+Imported by worker processes: neither torch nor transformers may be imported here. n: documents of a chunk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from l2e_ds.data.sources import Chunk
+from l2e_ds.errors import DataError
+
+_BATCH_CHARACTERS = 1 << 20  # text tokenised at once: the library needs some hundred bytes for each of its tokens
+_PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces
+_CUT = re.compile(r"(?<=\w)[ \n]")
+
+
+def digest(text: str) -> int:
+    """64 bits of a document's content."""
+    return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The documents of a chunk, up to the first bad record unless those are skipped."""
+
+    tokens: np.ndarray
+    """Of all documents, one after the other, flat."""
+    lengths: np.ndarray
+    """Tokens a document, int64 [n]."""
+    digests: np.ndarray
+    """uint64 [n]."""
+    empty: int
+    """Records without text; they are no documents."""
+    bad: int
+    """Records that were skipped."""
+    error: DataError | None
+    """What is wrong with the first bad record."""
+
+
+class Encoder:
+    """Chunks -> `Encoded`.
+
+    `tokenizer`: the content of a tokenizer.json. `end_of_text`: id put after each document, None: none. `dtype`: of the
+    tokens, must hold the vocabulary. `skip_bad`: count bad records and go on.
+    """
+
+    def __init__(self, tokenizer: str, text_key: str, end_of_text: int | None, dtype: np.dtype, skip_bad: bool) -> None:
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer)
+        self._backend.no_truncation()  # documents are packed, never cut or filled up, whatever the file asks for
+        self._backend.no_padding()
+        self._text_key, self._dtype, self._skip_bad = text_key, dtype, skip_bad
+        self._end = np.array([] if end_of_text is None else [end_of_text], dtype)
+        self._may_cut = may_cut(self._backend)
+
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Raises DataError for what is no matter of a single record."""
+        texts: list[str] = []
+        empty = bad = 0
+        error = None
+        for record in chunk(self._text_key):
+            if isinstance(record, DataError):
+                error = error or record
+                if not self._skip_bad:
+                    break
+                bad += 1
+            elif record.strip():
+                texts.append(record)
+            else:
+                empty += 1
+        digests = np.fromiter(map(digest, texts), np.uint64, len(texts))
+        lengths = np.zeros(len(texts), np.int64)
+        parts: list[np.ndarray] = []
+        for number, ids, is_last in self._encode(texts):
+            parts.append(ids)
+            lengths[number] += len(ids)
+            if is_last:
+                parts.append(self._end)
+                lengths[number] += len(self._end)
+        tokens = np.concatenate(parts) if parts else self._end[:0]
+        return Encoded(tokens, lengths, digests, empty, bad, error)
+
+    def _encode(self, texts: list[str]) -> Iterator[tuple[int, np.ndarray, bool]]:
+        """(number of the text, token ids of a piece of it, whether it is the last piece), in order."""
+        batch: list[tuple[int, str, bool]] = []
+        size = 0
+        for number, text in enumerate(texts):
+            cut = list(pieces(text)) if self._may_cut else [text]
+            for i, piece in enumerate(cut):
+                batch.append((number, piece, i == len(cut) - 1))
+                size += len(piece)
+                if size >= _BATCH_CHARACTERS:
+                    yield from self._encode_batch(batch)
+                    batch, size = [], 0
+        yield from self._encode_batch(batch)
+
+    def _encode_batch(self, batch: list[tuple[int, str, bool]]) -> Iterator[tuple[int, np.ndarray, bool]]:
+        encodings = self._backend.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
+        for (number, _, is_last), encoding in zip(batch, encodings, strict=True):
+            yield number, np.array(encoding.ids, self._dtype), is_last
+
+
+def pieces(text: str) -> Iterator[str]:
+    """Cut a long text before a blank that follows a letter or digit, where byte-level BPE has a boundary anyway."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS and (cut := _CUT.search(text, start + _PIECE_CHARACTERS)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def may_cut(backend: Any) -> bool:
+    """Whether the pieces of a text give the tokens of the whole: so for byte-level BPE, not for those that mark the
+    beginning of a text (SentencePiece) or merge over blanks."""
+    described = json.loads(backend.to_str())
+    if '"ByteLevel"' not in json.dumps(described.get("pre_tokenizer")):
+        return False
+    parts = ["Some words", " and 12", "\n\nmore  words", "\n"]
+    whole = backend.encode("".join(parts), add_special_tokens=False).ids
+    return whole == [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def set_up(*arguments: Any) -> None:
+    global _encoder
+    _encoder = Encoder(*arguments)
+
+
+def encode(chunk: Chunk) -> Encoded:
+    assert _encoder is not None
+    return _encoder(chunk)

@@ -1,0 +1,212 @@
+"""Token files that grow while a corpus is tokenised, and of which a kill at any moment costs a few seconds' work.
+
+A folder holds for each part (`train`, `held_out`) the growing `.bin` and a file of lengths, the digests of the
+documents where duplicates are dropped, a lock, and `journal.json`: how much of these files is safely on the disk,
+where in the input to go on, and what was asked for. What lies beyond the journal is cut off at the next start.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from l2e_ds.data.files import fsync_path, write_whole
+from l2e_ds.data.indexed import write_index
+from l2e_ds.errors import DataError
+
+JOURNAL = "journal.json"
+LOCK = "lock"
+_COMMIT_EVERY = 5.0  # seconds of work that a kill may cost
+_LENGTH = np.dtype("<i4")
+_DIGEST = np.dtype("<u8")
+
+
+class TokenFiles:
+    """A context manager: exclusive, and opened where the last process left off.
+
+    `parts`: names of the token files. `asked`: all that decides the result, JSON-able, flat; another one than the
+    journal's is refused. `wait`: for another process that writes here, instead of refusing. Leaving with an exception
+    keeps what is done; a folder in which nothing is done is removed. Raises DataError, and OSError for a full disk.
+    """
+
+    def __init__(self, folder: Path, parts: list[str], dtype: np.dtype, asked: dict[str, Any]) -> None:
+        self.folder, self.parts, self.dtype = folder, parts, dtype
+        self._asked = asked
+        self._names = [f"{part}{suffix}" for part in parts for suffix in (".bin", ".lengths")] + ["digests"]
+        self._files: dict[str, BinaryIO] = {}
+        self._sizes = dict.fromkeys(self._names, 0)
+        self._committed_at = time.monotonic()
+        self.position: dict[str, Any] | None = None
+        """Where in the input to go on; None: at the beginning."""
+        self.notes: dict[str, Any] = {}
+        """What the journal keeps for the caller, as given to `advance`."""
+        self._journal: dict[str, Any] | None = None
+
+    def __enter__(self) -> TokenFiles:
+        try:
+            self._open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        path = self.folder / JOURNAL
+        if path.exists():
+            try:
+                self._journal = json.loads(path.read_text(encoding="utf-8"))
+                check_asked(self.folder, self._asked)
+                self._sizes.update(self._journal["sizes"])
+                self.position, self.notes = self._journal["position"], self._journal["notes"]
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{path}: damaged; remove {self.folder} to start over") from None
+        for name, size in self._sizes.items():
+            file = self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
+            if os.fstat(file.fileno()).st_size < size:
+                raise DataError(f"{file.name}: shorter than when it was left; remove {self.folder} to start over")
+            file.truncate(size)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier process left something to go on from."""
+        return self._journal is not None
+
+    def add(self, part: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents: tokens of all, one after the other, and tokens of each. Raises DataError, OSError."""
+        if len(lengths) and int(lengths.max()) > np.iinfo(_LENGTH).max:
+            raise DataError(f"a document of {lengths.max()} tokens; at most {np.iinfo(_LENGTH).max} fit into an .idx")
+        self._append(f"{part}.bin", tokens.astype(self.dtype, copy=False))
+        self._append(f"{part}.lengths", lengths.astype(_LENGTH))
+
+    def add_digests(self, digests: np.ndarray) -> None:
+        self._append("digests", digests.astype(_DIGEST, copy=False))
+
+    def digests(self) -> np.ndarray:
+        """All that were added, uint64 [n]."""
+        return np.fromfile(self.folder / "digests", _DIGEST).astype(np.uint64, copy=False)
+
+    def _append(self, name: str, values: np.ndarray) -> None:
+        rest = memoryview(values.tobytes())
+        while rest:
+            written = self._files[name].write(rest)
+            self._sizes[name] += written
+            rest = rest[written:]
+
+    def advance(self, position: dict[str, Any], notes: dict[str, Any]) -> None:
+        """Everything up to this position of the input has been added: from here a restart may go on."""
+        self.position, self.notes = position, notes
+        self._journal = {"asked": self._asked, "position": position, "notes": notes, "sizes": dict(self._sizes)}
+        if time.monotonic() - self._committed_at > _COMMIT_EVERY:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the state of the last `advance` survive a kill and a power cut. Raises OSError."""
+        if self._journal is not None:
+            for file in self._files.values():
+                os.fsync(file.fileno())
+            write_whole(self.folder / JOURNAL, json.dumps(self._journal))
+        self._committed_at = time.monotonic()
+
+    def finish(self) -> None:
+        """Write the .idx of each part; PART.bin and PART.idx in the folder are then complete and on the disk."""
+        self.commit()
+        for part in self.parts:
+            path = self.folder / f"{part}.lengths"
+            lengths = np.memmap(path, _LENGTH, "r") if path.stat().st_size else np.empty(0, _LENGTH)
+            write_index(self.folder / f"{part}.idx", self.dtype, lengths)
+            fsync_path(self.folder / f"{part}.idx")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None and any(self._sizes.values()):
+                with suppress(OSError):  # then the journal before stands
+                    self.commit()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+def check_asked(folder: Path, asked: dict[str, Any]) -> None:
+    """Raise DataError where the journal of a folder, if there is one, was begun with other input or options."""
+    path = folder / JOURNAL
+    if not path.exists():
+        return
+    before, asked = json.loads(path.read_text(encoding="utf-8"))["asked"], json.loads(json.dumps(asked))
+    for key in {**before, **asked}:
+        if before.get(key) != asked.get(key):
+            old, new = (_short(one.get(key)) for one in (before, asked))
+            change = f"{key} was {old}, now it is {new}" if old != new else f"{key} changed"
+            raise DataError(
+                f"{folder} holds the beginning of other work: {change}; go on with the first command, or remove the"
+                " folder to start over"
+            )
+
+
+class Exclusive:
+    """A folder that this process alone works in. A context manager; the folder is made, and removed again on an
+    exception if there is no journal in it. Raises DataError where another process works there, unless `wait`."""
+
+    def __init__(self, folder: Path, wait: bool = False) -> None:
+        self.folder, self._wait = folder, wait
+        self._descriptor = -1
+
+    def __enter__(self) -> Exclusive:
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            except FileNotFoundError:  # removed by another process meanwhile
+                continue
+            if self._is_locked() and self._is_current():
+                return self
+            os.close(self._descriptor)
+            time.sleep(0.2)
+
+    def _is_locked(self) -> bool:
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if self._wait:
+                return False
+            os.close(self._descriptor)
+            raise DataError(f"{self.folder}: another process is writing there; wait for it, or end it") from None
+        except OSError:  # a file system without locks: nobody can be told from nobody
+            pass
+        return True
+
+    def _is_current(self) -> bool:
+        """Whether the lock's file is still there: its last holder may have removed the folder."""
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.folder / LOCK))
+        except FileNotFoundError:
+            return False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and not (self.folder / JOURNAL).exists():
+            self.remove()
+        os.close(self._descriptor)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
