@@ -43,6 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     summary.add_argument("run", type=Path, metavar="RUN")
     summary.set_defaults(action=_summary)
 
+    from l2e_ds.data import commands
+
+    tokenize = verbs.add_parser("tokenize", help="text to token files (.bin/.idx)", description=commands.TOKENIZE)
+    commands.add_arguments(tokenize)
+    tokenize.set_defaults(action=commands.run)
+    commands.add_tokenizer_verbs(verbs.add_parser("tokenizer", help="train a tokenizer"))
+
     checkpoint = verbs.add_parser("checkpoint", help="list, verify or remove a run's checkpoints")
     _add_checkpoint_verbs(checkpoint)
     data = verbs.add_parser("data", help="verify token files, show what a model sees at a step")

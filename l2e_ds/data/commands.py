@@ -1,0 +1,342 @@
+"""`l2e-ds tokenize` and `l2e-ds tokenizer train`: token files and tokenizers without a run."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import l2e_ds
+from l2e_ds.config import DataConfig
+from l2e_ds.console import say
+from l2e_ds.data.files import fsync_path, write_whole
+from l2e_ds.data.indexed import best_dtype, pair
+from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, source_files
+from l2e_ds.data.token_files import Exclusive, TokenFiles, check_asked
+from l2e_ds.data.tokenize import Counts, tokenise
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from l2e_ds.data.workers import default_workers
+from l2e_ds.errors import DataError, Interrupted
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+TOKENIZE = """Tokenise text into Megatron's .bin/.idx, one sequence a document.
+
+Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json (what it was made from); with --held-out also PREFIX_held_out.*.
+What is unfinished lies in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command goes on from there. The
+result does not depend on the number of workers."""
+_SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    _add_input(parser)
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="new files PREFIX.bin, .idx, .json")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="NAME|FILE", help="a hub name, a folder or a tokenizer.json"
+    )
+    parser.add_argument("--append-eod", action="store_true", help="put the tokenizer's end-of-text after each document")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="documents kept apart in PREFIX_held_out, chosen by a hash of their content (default: none)",
+    )
+    parser.add_argument(
+        "--deduplicate",
+        action="store_true",
+        help="of documents with the same text keep the first; by 64-bit hashes: of 200 million different documents one"
+        " would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory a document",
+    )
+    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after the document that reaches N")
+    parser.add_argument(
+        "--workers", type=_count, metavar="N", help="processes that tokenise (default: one a core; 0: this one)"
+    )
+
+
+def add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="tokenizer_verb", required=True, metavar="train")
+    training = verbs.add_parser("train", help="train a byte-level BPE on text")
+    _add_input(training)
+    training.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="a new file")
+    training.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries, at least 257")
+    training.set_defaults(action=run_tokenizer_train)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "input", nargs="+", metavar="INPUT", help="files, folders, glob patterns, or the name of a hub data set"
+    )
+    parser.add_argument(
+        "--format",
+        choices=(*PATTERNS, "hub"),
+        help="default: by the names; text: each file is a document; jsonl also as .gz, .bz2, .xz, .zst; hub: a data set"
+        " of the Hugging Face hub, or in a local folder, streamed",
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
+    parser.add_argument("--subset", metavar="NAME", help="of a hub data set: its configuration")
+    parser.add_argument("--split", metavar="NAME", help="of a hub data set (default: train)")
+    parser.add_argument("--revision", metavar="NAME", help="of a hub data set: branch, tag or commit")
+    parser.add_argument("--max-documents", type=_positive, metavar="N", help="take only the first N documents")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="count and leave out records that are no JSON, hold no text under the key or are not UTF-8",
+    )
+
+
+def _positive(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number above 0")
+    return int(word)
+
+
+def _count(word: str) -> int:
+    return 0 if word == "0" else _positive(word)
+
+
+# --- tokenize -----------------------------------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        _tokenize(arguments)
+    except DataError as error:
+        raise _with_options(error) from None
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; the same command goes on from {_partial(arguments.output)}") from None
+    except OSError as error:
+        where = error.filename or arguments.output
+        raise DataError(
+            f"{where}: {error.strerror or error}; what is done is kept in {_partial(arguments.output)}, and the same"
+            " command goes on when this is mended"
+        ) from None
+    return 0
+
+
+def _tokenize(arguments: argparse.Namespace) -> None:
+    begun = time.monotonic()
+    config = _config(arguments)
+    parts = {"train": _prefix(arguments.output)}
+    if config.held_out:
+        parts["held_out"] = f"{parts['train']}_held_out"
+    with Exclusive(_partial(arguments.output)) as own:
+        is_complete = (own.folder / "train.json").exists()  # all but its files' last names
+        for prefix in () if is_complete else parts.values():
+            for path in _finals(prefix):
+                if path.exists():
+                    raise DataError(f"{path} exists already; give another --output, or remove it")
+        tokenizer = load_tokenizer(arguments.tokenizer)
+        asked = _asked(arguments, config, tokenizer)
+        if is_complete:
+            check_asked(own.folder, asked)
+        else:
+            _fill(arguments, config, own.folder, tokenizer, list(parts), asked, begun)
+        for part in reversed(parts):  # `train` last, and of each the .json
+            for path in _finals(parts[part]):
+                if (source := own.folder / f"{part}{path.suffix}").exists():
+                    source.replace(path)
+        fsync_path(own.folder.parent)
+        own.remove()
+        fsync_path(own.folder.parent)
+    print(_summary(parts, time.monotonic() - begun))
+
+
+def _fill(
+    arguments: argparse.Namespace,
+    config: DataConfig,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    parts: list[str],
+    asked: dict[str, Any],
+    begun: float,
+) -> None:
+    """All files, complete, in the folder; last train.json."""
+    dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
+    with TokenFiles(folder, parts, dtype, asked) as files:
+        if files.goes_on:
+            before = files.notes["counts"]
+            say(f"going on from {folder}: {sum(before['tokens'].values()):,} tokens are done")
+        counts = tokenise(
+            config,
+            tokenizer.backend_tokenizer.to_str(),
+            end_of_text_id(tokenizer) if arguments.append_eod else None,
+            files,
+            deduplicate=arguments.deduplicate,
+            skip_bad=arguments.skip_bad,
+            workers=default_workers() if arguments.workers is None else arguments.workers,
+        )
+        files.finish()
+    for part in reversed(parts):
+        record = _record(arguments, tokenizer, dtype, counts, part, asked)
+        write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
+
+
+def _config(arguments: argparse.Namespace) -> DataConfig:
+    """Raises DataError."""
+    source = arguments.format or _guess_format(arguments.input)
+    if source == "hub":
+        if len(arguments.input) > 1:
+            raise DataError(f"INPUT: got {len(arguments.input)} names, a hub data set is one")
+    else:
+        for option in ("subset", "split", "revision"):
+            if getattr(arguments, option) is not None:
+                raise DataError(f"--{option} is for --format hub; the input is {source}")
+    share = getattr(arguments, "held_out", 0.0)
+    if not 0 <= share < 1:
+        raise DataError(f"--held-out: got {share}, must be at least 0 and below 1")
+    return DataConfig(
+        source=source,
+        path=arguments.input[0] if source == "hub" else arguments.input,
+        subset=arguments.subset,
+        split=arguments.split or "train",
+        revision=arguments.revision,
+        text_key=arguments.text_key,
+        max_documents=arguments.max_documents,
+        max_tokens=getattr(arguments, "max_tokens", None),
+        held_out=share,
+        tokenizer=getattr(arguments, "tokenizer", None),
+        train_tokenizer=None if hasattr(arguments, "tokenizer") else 260,  # the model wants one; nothing reads it here
+    )
+
+
+def _guess_format(names: list[str]) -> Any:
+    found = {_format_of(name) for name in names}
+    if len(found) > 1 or None in found:
+        raise DataError(
+            f"INPUT: the names do not say one format; give --format text, jsonl, parquet or hub: {', '.join(names[:3])}"
+        )
+    return found.pop()
+
+
+def _format_of(name: str) -> str | None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return "hub"
+        held = [kind for kind, patterns in PATTERNS.items() if any(next(path.glob(p), None) for p in patterns)]
+        return held[0] if len(held) == 1 else None
+    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+    if plain.suffix in _SUFFIXES:
+        return _SUFFIXES[plain.suffix]
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists() and not looks_local(name)
+    return "hub" if is_name else None
+
+
+def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """All that decides the result (--skip-bad may be given later: what was fine before stays)."""
+    options = ("append_eod", "deduplicate", "held_out", "max_documents", "max_tokens", "text_key")
+    return {
+        "INPUT": [_identity(path) for path in source_files(config)] or config.path,
+        "--format": config.source,
+        "--tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},
+        **({f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")}),
+        "format": 1,  # raise when the same command must give other files
+    }
+
+
+def _identity(path: Path) -> list[str | int]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _record(
+    arguments: argparse.Namespace,
+    tokenizer: PreTrainedTokenizerFast,
+    dtype: np.dtype,
+    counts: Counts,
+    part: str,
+    asked: dict[str, Any],
+) -> dict[str, Any]:
+    """What stands in PREFIX.json."""
+    name = arguments.tokenizer
+    try:
+        end_of_text: int | None = end_of_text_id(tokenizer)
+    except DataError:  # it has none, and needs none without --append-eod
+        end_of_text = None
+    return {
+        "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
+        "tokenizer_sha256": asked["--tokenizer"],
+        "vocabulary": vocabulary_size(tokenizer),
+        "end_of_text": end_of_text,
+        "append_eod": arguments.append_eod,
+        "dtype": dtype.name,
+        "documents": counts.documents[part],
+        "tokens": counts.tokens[part],
+        "part": part,
+        "held_out": arguments.held_out,
+        "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
+        "first_bad": counts.first_bad,
+        "input": asked["INPUT"],
+        "options": {key: value for key, value in asked.items() if key.startswith("--")},
+        "version": l2e_ds.__version__,
+    }
+
+
+def _prefix(output: str) -> str:
+    return str(pair(output)[0])[: -len(".bin")]
+
+
+def _partial(output: str) -> Path:
+    return Path(f"{_prefix(output)}.partial")
+
+
+def _finals(prefix: str) -> list[Path]:
+    return [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
+
+
+def _summary(parts: dict[str, str], seconds: float) -> str:
+    """After the files have got their names; of all runs that it took, except the seconds."""
+    lines = []
+    for part, prefix in parts.items():
+        record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
+        what = "tokenised" if part == "train" else "held out"
+        lines.append(f"{what:<10} {record['documents']:,} documents, {record['tokens']:,} tokens -> {prefix}.bin, .idx")
+    left_out = {key: value for key, value in record["left_out"].items() if value}
+    if left_out:
+        lines.append("left out   " + ", ".join(f"{value:,} {key}" for key, value in left_out.items()))
+    if record["first_bad"]:
+        lines.append(f"first bad  {record['first_bad']}")
+    lines.append(f"took       {seconds:.1f} s")
+    return "\n".join(lines)
+
+
+_OPTIONS = {"path": "INPUT", "text_key": "--text-key", "held_out": "--held-out", "split": "--split"}
+_OPTIONS |= {"tokenizer": "--tokenizer", "train_tokenizer": "--vocab-size"}
+
+
+def _with_options(error: DataError) -> DataError:
+    """The same error with options in place of a run file's keys."""
+    return DataError(
+        re.sub(r"(?<![\w./-])data\.(\w+)", lambda found: _OPTIONS.get(found[1], found[0]), str(error)).removeprefix(
+            "INPUT: "
+        )
+    )
+
+
+# --- tokenizer train ------------------------------------------------------------------------------------------------
+
+
+def run_tokenizer_train(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.exists():
+        raise DataError(f"{output} exists already; give another --output, or remove it")
+    try:
+        config = _config(arguments)
+        tokenizer = train_tokenizer(documents(config, arguments.skip_bad), arguments.vocab_size)
+        write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
+    except DataError as error:
+        raise _with_options(error) from None
+    except OSError as error:
+        raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
+    print(f"{vocabulary_size(tokenizer):,} entries -> {output}")
+    return 0
