@@ -33,7 +33,7 @@ setup(
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.6",
         "transformers>=5.20,<6",
-        "datasets>=4",
+        "datasets>=4.8,!=5.0.0",  # 5.0.0 loses its place in a stream that goes on twice
         "mpi4py>=4",
         "pyyaml>=6",
         "pydantic>=2.7",

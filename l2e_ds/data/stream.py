@@ -1,0 +1,295 @@
+"""Packed sequences from a stream of documents, tokenised on the fly: nothing is prepared on disk.
+
+Documents come in blocks of `shuffle_buffer`; each block is put into an order that (seed, epoch, number of the block)
+decides. A position is where the block begins in the source, how many of its documents are used up, and how far the one
+under way is: going on re-reads one block and tokenises one document again, and gives the same sequences to the token.
+(The shuffle buffer of `datasets` loses the documents that are in it; see docs/data.md.)
+
+T: tokens a sequence, n: sequences asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l2e_ds.config import DataConfig
+from l2e_ds.data.encode import Encoded, Encoder, encode, set_up
+from l2e_ds.data.indexed import best_dtype
+from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, source_files
+from l2e_ds.data.tokenize import find_split
+from l2e_ds.data.tokenizer import end_of_text_id, vocabulary_size
+from l2e_ds.data.workers import WorkerPool
+from l2e_ds.errors import DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+SHUFFLE_BUFFER = 10_000
+_UNSHUFFLED = 256  # documents in a block without shuffling: a position is looked up and re-read in these
+_BATCH_CHARACTERS = 1 << 17  # text that a worker takes at once: some 30 ms
+# The fields of DataConfig that decide which documents a stream gives.
+_FIELDS = ("source", "subset", "split", "revision", "text_key", "max_documents", "held_out")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where a block of documents begins."""
+
+    epoch: int = 0
+    number: int = 0
+    """Of the blocks of this epoch."""
+    position: Position | None = None
+    """Of the source, before the chunk that holds its first document; None: the beginning."""
+    records: int = 0
+    """Of that chunk, before the block."""
+    documents: int = 0
+    """With text, before it in this epoch: what `max_documents` counts."""
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """Of a stream: what is used up of a block's order, and tokens of the document after that."""
+
+    block: _Block
+    used: int
+    offset: int
+
+
+class TokenStream:
+    """The sequences of a text source, epoch after epoch without end. For one process; close it at the end.
+
+    Training documents, each with end-of-text behind it, make one row of tokens, over the ends of epochs too; sequence
+    i is its tokens i*T to (i+1)*T, both included, as in `TokenDataset`. They are the same for any number of `workers`
+    (processes that tokenise; 0: this one) and however they are asked for. `shuffle_buffer` 0: in the source's order.
+
+    Raises DataError where the source is missing, broken (with file:line or row) or holds no text to train on.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        sequence_length: int,
+        seed: int,
+        workers: int,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
+    ) -> None:
+        if config.source == "indexed":
+            raise DataError("data.source: indexed holds tokens, a stream needs text")
+        if config.max_tokens is not None:
+            raise DataError(
+                f"data.max_tokens: got {config.max_tokens}, but a stream is read as far as the steps go; remove it"
+            )
+        if sequence_length < 1 or shuffle_buffer < 0:
+            raise ValueError(f"sequence_length {sequence_length}, shuffle_buffer {shuffle_buffer}")
+        self.name = config.path or config.source
+        self.sequence_length, self.seed, self.shuffle_buffer = sequence_length, seed, shuffle_buffer
+        self._split = find_split(config)
+        self._files = source_files(config)
+        if config.source not in ("hub", "stdlib"):  # one that comes or goes meanwhile must not move the others
+            config = config.model_copy(update={"path": [str(path) for path in self._files]})
+        self.config = config
+        self._end = end_of_text_id(tokenizer)
+        dtype = np.dtype(best_dtype(vocabulary_size(tokenizer)))
+        arguments = (tokenizer.backend_tokenizer.to_str(), config.text_key, self._end, dtype, False)
+        self._encoder = Encoder(*arguments)
+        self._pool: WorkerPool[Chunk, Encoded] = WorkerPool(
+            workers, encode if workers else self._encoder, set_up, *arguments
+        )
+        self._fingerprint = self._describe(tokenizer.get_vocab())
+        self._go_to(_Mark(_Block(), 0, 0))
+
+    def take(self, n: int) -> np.ndarray:
+        """The next n sequences, int64 [n, T+1]. After an exception the stream stands where it stood before it."""
+        before = self._mark()
+        try:
+            return self._take(n)
+        except BaseException:
+            self._go_to(before)
+            self._pool.close()  # one that lost a worker is of no use any more
+            raise
+
+    def held_out(self, at_most: int) -> np.ndarray:
+        """Tokens of the first held-out documents, int64 [m], m <= `at_most`. Not affected by what was taken."""
+        parts, missing = [np.empty(0, dtype=np.int64)], at_most
+        texts = documents(self.config) if self._split.share else iter(())
+        for text in filter(self._split.holds_out, texts):
+            if missing <= 0:
+                break
+            parts.append(self._encoder(partial(_records, [text])).tokens.astype(np.int64))
+            missing -= len(parts[-1])
+        return np.concatenate(parts)[:at_most]
+
+    def state(self) -> dict[str, Any]:
+        """The position behind what was taken, for `restore`. JSON-able, below 1 KB."""
+        return {"fingerprint": self._fingerprint, **asdict(self._mark())}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`, also with another sequence length. Raises DataError where it is another stream's."""
+        if state["fingerprint"] != self._fingerprint:
+            raise DataError(
+                "data: the checkpoint is from another stream: data.*, names or sizes of its files, the tokenizer or"
+                " training.seed have changed; give the same again, or start a new run"
+            )
+        self._go_to(_Mark(_Block(**state["block"]), state["used"], state["offset"]))
+
+    def fingerprint(self) -> str:
+        """16 hex digits of what decides the sequences: fields, names and sizes of local files, vocabulary, seed."""
+        return self._fingerprint
+
+    def close(self) -> None:
+        """End the worker processes. The position stays; `take` would start them again."""
+        self._go_to(self._mark())
+        self._pool.close()
+
+    # --- from documents to sequences ----------------------------------------------------------------------------
+
+    def _mark(self) -> _Mark:
+        if self._ready:
+            block, used, _ = self._ready[0]
+            return _Mark(block, used, self._offset)
+        return self._begin
+
+    def _go_to(self, mark: _Mark) -> None:
+        self._begin = mark
+        self._results: Iterator[tuple[_Block, int, np.ndarray]] | None = None
+        self._ready: deque[tuple[_Block, int, np.ndarray]] = deque()  # documents with tokens not yet taken
+        self._offset = mark.offset  # of the first of them: tokens taken
+
+    def _take(self, n: int) -> np.ndarray:
+        width = self.sequence_length + 1
+        if n < 1:
+            return np.empty((0, width), dtype=np.int64)
+        if self._results is None:
+            self._results = self._tokenised(self._begin)
+        there = sum(len(tokens) for *_, tokens in self._ready) - self._offset
+        while there < n * self.sequence_length + 1:
+            block, used, tokens = next(self._results)
+            if not self._ready and len(tokens) <= self._offset:
+                raise self._changed()
+            there += len(tokens) - (0 if self._ready else self._offset)
+            self._ready.append((block, used, tokens))
+        flat = self._first(n * self.sequence_length + 1)
+        rows = np.lib.stride_tricks.sliding_window_view(flat, width)[:: self.sequence_length].astype(np.int64)
+        self._offset += n * self.sequence_length
+        while self._offset >= len(self._ready[0][2]):  # the last target stays: it is the next first input
+            self._offset -= len(self._ready.popleft()[2])
+        return rows
+
+    def _first(self, size: int) -> np.ndarray:
+        """The next tokens, which are ready, [size]; only these are copied, however long a document is."""
+        parts, start = [], self._offset
+        for *_, tokens in self._ready:
+            parts.append(tokens[start : start + size])
+            size -= len(parts[-1])
+            start = 0
+        return np.concatenate(parts)
+
+    def _tokenised(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
+        """Every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
+        under_way: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
+
+        def batches() -> Iterator[Chunk]:
+            texts: list[str] = []
+            size = 0
+            for block, place, text in self._shuffled(mark):
+                if texts and (size >= _BATCH_CHARACTERS or block is not under_way[-1][0]):
+                    yield partial(_records, texts)
+                    texts, size = [], 0
+                if not texts:
+                    under_way.append((block, place))
+                texts.append(text)
+                size += len(text)
+
+        for encoded in self._pool.map(batches()):
+            block, first = under_way.popleft()
+            ends = np.cumsum(encoded.lengths)
+            for place, tokens in enumerate(np.split(encoded.tokens, ends[:-1]), first):
+                yield block, place, tokens
+
+    def _shuffled(self, mark: _Mark) -> Iterator[tuple[_Block, int, str]]:
+        """Training documents from `mark` on, in the order in which they are trained on; never ends.
+
+        One document of the next block is read for each one that is handed on, so that no block's end makes a pause.
+        """
+        source = self._documents(mark.block)
+        read = deque([next(source)])
+        if read[0][0] is not mark.block:
+            raise self._changed()
+        used = mark.used
+        while True:
+            block = read[0][0]
+            while read[-1][0] is block:
+                read.append(next(source))
+            texts = [read.popleft()[1] for _ in range(sum(other is block for other, _ in read))]
+            if used >= len(texts):
+                raise self._changed()
+            order = self._order(block, len(texts))
+            for place in range(used, len(texts)):
+                yield block, place, texts[order[place]]
+                texts[order[place]] = ""  # its memory goes to the next block
+                read.append(next(source))
+            used = 0
+
+    def _order(self, block: _Block, size: int) -> np.ndarray:
+        """A permutation of a block, int64 [size]: the order of keyed random 64-bit numbers."""
+        if not self.shuffle_buffer:
+            return np.arange(size)
+        # A bit generator's raw output is the same in every version of NumPy; Generator.permutation's need not be.
+        random = np.random.Philox(key=[self.seed, block.epoch], counter=[0, 0, 0, block.number])
+        return np.argsort(random.random_raw(size), kind="stable")
+
+    def _documents(self, block: _Block) -> Iterator[tuple[_Block, str]]:
+        """Training documents in the order of the source, from `block` on, each with its block; never ends."""
+        while True:
+            size = 0  # of this block
+            for text, position, records, found in self._texts(block):
+                if self._split.holds_out(text):
+                    continue
+                yield block, text
+                size += 1
+                if size == (self.shuffle_buffer or _UNSHUFFLED):
+                    block, size = _Block(block.epoch, block.number + 1, position, records, found), 0
+            if block.number == size == 0:
+                raise DataError(f"data.path: {self.name} holds no text to train on")
+            block = _Block(block.epoch + 1)
+
+    def _texts(self, block: _Block) -> Iterator[tuple[str, Position | None, int, int]]:
+        """To the end of the epoch: texts, each with the last three fields of a block that begins after it."""
+        position, done, found = block.position, block.records, block.documents
+        for chunk, after in chunks(self.config, position):
+            for number, record in enumerate(islice(chunk(self.config.text_key), done, None), done + 1):
+                if found == self.config.max_documents:
+                    return
+                if isinstance(record, DataError):
+                    raise record
+                if record.strip():
+                    found += 1
+                    yield record, position, number, found
+            position, done = after, 0
+
+    def _describe(self, vocabulary: dict[str, int]) -> str:
+        parts: dict[str, Any] = {name: getattr(self.config, name) for name in _FIELDS}
+        parts["files"] = [(path.name, path.stat().st_size) for path in self._files]
+        if self.config.source == "hub" and not parts["files"]:
+            parts["path"] = self.config.path
+        parts["tokenizer"] = [self._end, sorted(vocabulary.items())]
+        parts["order"] = [self.seed, self.shuffle_buffer]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _changed(self) -> DataError:
+        return DataError(f"data.path: {self.name} ends before the place where the stream left off: it has changed")
+
+
+def _records(texts: list[str], key: str) -> Iterator[Record]:
+    """Documents in memory as a chunk of a source."""
+    yield from texts
