@@ -301,6 +301,20 @@ def test_a_source_that_changes_or_vanishes(tmp_path, tokenizer):
             other.restore(early)
 
 
+@pytest.mark.parametrize(("shorter", "taken"), [(["one two"] * 3, 6), (["one"] * 10, 1)])
+def test_a_block_that_has_become_shorter(tmp_path, tokenizer, shorter, taken):
+    (tmp_path / "a.jsonl").write_bytes(lines(["one two"] * 10))
+    length = len(tokenizer("one two")["input_ids"])
+    stream = opened(config("jsonl", tmp_path, held_out=0), tokenizer, 0 if taken == 1 else 100, t=length)
+    stream.take(taken)
+    state = stream.state()
+    assert state["used"] >= len(shorter) or (state["used"] == 0 and state["offset"] == length)
+    (tmp_path / "a.jsonl").write_bytes(lines(shorter))
+    stream.restore(state)
+    with pytest.raises(DataError, match="it has changed"):
+        stream.take(1)
+
+
 def test_workers_import_neither_torch_nor_transformers():
     """Each of them would cost seconds and hundreds of megabytes."""
     code = "import sys, l2e_ds.data.stream; print(*{'torch', 'transformers', 'datasets'} & set(sys.modules))"
