@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,16 @@ from l2e_ds.errors import DataError
 
 _BATCH_CHARACTERS = 1 << 20  # text tokenised at once: the library needs some hundred bytes for each of its tokens
 _PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces
-_CUT = re.compile(r"(?<=\w)[ \n]")
+_CUT = re.compile(r"(?<=[^\W_])[ \n]")
+# After a letter or digit, before an ASCII character that is neither, nor an apostrophe: there the patterns of all usual
+# byte-level tokenizers have a boundary, and no normalisation joins the two sides.
+_WORDS = re.compile(r"(?<=[^\W_])(?=[\t\n\r !-&(-/:-@\[-`{-~])").split
+_MEMO_ENTRIES = 1 << 18  # about 50 MB a process
+_MEMO_CHARACTERS = 32
+_PROBE = (
+    "Some words, and 12.5 + 1,000,000; f(x[0])={'a': b_1}\tdon't we'll\r\n\r\nHe said: \"so\"...\n\n\n    return -x"
+    "  # été 中文 and 한국어, e\u0301 x\u0301-y 3rd/4th <|a|> http://a.b/c?d=e&f#g CamelCase SCREAMING_CASE x\n"
+)
 
 
 def digest(text: str) -> int:
@@ -61,6 +71,9 @@ class Encoder:
         self._text_key, self._dtype, self._skip_bad = text_key, dtype, skip_bad
         self._end = np.array([] if end_of_text is None else [end_of_text], dtype)
         self._may_cut = may_cut(self._backend)
+        added = self._backend.get_added_tokens_decoder().values()
+        self._added = [token.content for token in added if len(_WORDS(token.content)) > 1]
+        self._memo: dict[str, bytes] = {}  # token ids of words
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Raises DataError for what is no matter of a single record."""
@@ -104,13 +117,32 @@ class Encoder:
         yield from self._encode_batch(batch)
 
     def _encode_batch(self, batch: list[tuple[int, str, bool]]) -> Iterator[tuple[int, np.ndarray, bool]]:
-        encodings = self._backend.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
-        for (number, _, is_last), encoding in zip(batch, encodings, strict=True):
-            yield number, np.array(encoding.ids, self._dtype), is_last
+        if not self._may_cut or any(self._holds_added_token(piece) for _, piece, _ in batch):
+            for (number, _, is_last), ids in zip(batch, self._ids([text for _, text, _ in batch]), strict=True):
+                yield number, np.array(ids, self._dtype), is_last
+            return
+        # Words repeat: the library is asked only for those not met before, which is most of its time.
+        memo = self._memo
+        cut = [_WORDS(piece) for _, piece, _ in batch]
+        new = list(set(chain.from_iterable(cut)).difference(memo))
+        memo.update(zip(new, (np.array(ids, self._dtype).tobytes() for ids in self._ids(new)), strict=True))
+        for (number, _, is_last), words in zip(batch, cut, strict=True):
+            yield number, np.frombuffer(b"".join(map(memo.__getitem__, words)), self._dtype), is_last
+        for word in new:
+            if len(word) > _MEMO_CHARACTERS or len(memo) > _MEMO_ENTRIES:
+                del memo[word]
+
+    def _holds_added_token(self, text: str) -> bool:
+        """One that would be cut, such as <|endoftext|>."""
+        starts = {token[:2] for token in self._added}  # llama has hundreds of added tokens, which begin alike
+        return any(start in text for start in starts) and any(token in text for token in self._added)
+
+    def _ids(self, texts: list[str]) -> Iterator[list[int]]:
+        return (one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text before a blank that follows a letter or digit, where byte-level BPE has a boundary anyway."""
+    """Cut a long text before a blank that follows a letter or digit (one of the places of `_WORDS`)."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS and (cut := _CUT.search(text, start + _PIECE_CHARACTERS)):
         yield text[start : cut.start()]
@@ -119,14 +151,20 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def may_cut(backend: Any) -> bool:
-    """Whether the pieces of a text give the tokens of the whole: so for byte-level BPE, not for those that mark the
-    beginning of a text (SentencePiece) or merge over blanks."""
+    """Whether the words of a text, one by one, give the tokens of the whole: so for the usual byte-level BPE, not for
+    tokenizers that mark the beginning of a text (SentencePiece), merge over blanks or draw lots (dropout)."""
     described = json.loads(backend.to_str())
-    if '"ByteLevel"' not in json.dumps(described.get("pre_tokenizer")):
+    if '"ByteLevel"' not in json.dumps(described["pre_tokenizer"]) or described["model"].get("dropout"):
         return False
-    parts = ["Some words", " and 12", "\n\nmore  words", "\n"]
-    whole = backend.encode("".join(parts), add_special_tokens=False).ids
-    return whole == [id for part in parts for id in backend.encode(part, add_special_tokens=False).ids]
+    for token in described["added_tokens"]:
+        if token["single_word"] or token["rstrip"] or _CUT.search(token["content"]):
+            return False
+    words = _WORDS(_PROBE)
+    ends = {end for _, (_, end) in backend.pre_tokenizer.pre_tokenize_str(_PROBE)}
+    whole = backend.encode(_PROBE, add_special_tokens=False).ids
+    return ends.issuperset(accumulate(map(len, words))) and whole == [
+        id for word in words for id in backend.encode(word, add_special_tokens=False).ids
+    ]
 
 
 _encoder: Encoder | None = None  # of a worker process
