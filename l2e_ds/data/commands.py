@@ -18,7 +18,7 @@ from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path, write_whole
 from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, source_files
-from l2e_ds.data.token_files import Exclusive, TokenFiles, check_asked
+from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
 from l2e_ds.data.tokenize import Counts, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
@@ -112,12 +112,13 @@ def run(arguments: argparse.Namespace) -> int:
     except DataError as error:
         raise _with_options(error) from None
     except KeyboardInterrupt:
-        raise Interrupted(f"stopped; the same command goes on from {_partial(arguments.output)}") from None
+        raise Interrupted("stopped; the same command goes on from here") from None
     except OSError as error:
-        where = error.filename or arguments.output
+        folder = _partial(arguments.output)
+        kept = f"; {folder} keeps what is done, and the same command goes on when this is mended"
         raise DataError(
-            f"{where}: {error.strerror or error}; what is done is kept in {_partial(arguments.output)}, and the same"
-            " command goes on when this is mended"
+            f"{error.filename or _prefix(arguments.output)}: {error.strerror or error}"
+            f"{kept if (folder / JOURNAL).exists() else ''}"
         ) from None
     return 0
 

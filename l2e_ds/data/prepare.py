@@ -102,12 +102,11 @@ def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> Non
             return
         if not (own.folder / META).exists():
             _build(config, own.folder, vocab_size)
-        for path in own.folder.iterdir():
-            if path.name in (JOURNAL, "digests") or path.suffix == ".lengths":
-                path.unlink()
         shutil.rmtree(folder, ignore_errors=True)  # without META: not complete
         own.folder.rename(folder)  # with the lock: whoever waits for it then sees that it is gone
-        (folder / LOCK).unlink()
+        for path in folder.iterdir():
+            if path.name in (JOURNAL, LOCK, "digests") or path.suffix == ".lengths":
+                path.unlink()
         fsync_path(folder.parent)
     logger.info("tokenised %s into %s", config.source, folder)
 

@@ -166,6 +166,16 @@ def test_long_documents_are_cut_without_changing_tokens(tmp_path, cache, monkeyp
     assert len(list(encode.pieces(texts[0]))) > 100
 
 
+def test_worker_processes_give_the_same_bytes_also_from_a_thread(tmp_path, monkeypatch):
+    data = config(corpus(tmp_path, [text(i) for i in range(50)]))
+    alone = prepare_data(data, tmp_path / "alone", 300).directory
+    monkeypatch.setattr(prepare, "_SMALL_BYTES", 0)
+    with ThreadPoolExecutor() as threads:  # as rank 0 does it
+        together = threads.submit(prepare_data, data, tmp_path / "together", 300).result().directory
+    for name in ("train.bin", "train.idx", "held_out.bin", "held_out.idx"):
+        assert (together / name).read_bytes() == (alone / name).read_bytes()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

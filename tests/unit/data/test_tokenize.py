@@ -10,8 +10,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 
 from l2e_ds import cli
@@ -125,6 +128,28 @@ def test_limits(tmp_path, corpus, tokenizer):
     run(*corpus, "--output", tmp_path / "b", "--tokenizer", tokenizer, "--max-tokens", 1000, "--workers", 0)
     ends = np.cumsum([len(ids) for ids in train])
     assert read(tmp_path / "b") == train[: int(np.searchsorted(ends, 1000)) + 1]
+
+
+@pytest.mark.parametrize("form", ["text", "parquet", "hub"])
+def test_other_formats_and_going_on_with_them(tmp_path, tokenizer, form, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(sources, "_CHUNK_ROWS", 9)
+    monkeypatch.setattr(sources, "_CHUNK_FILES", 9)
+    monkeypatch.setattr(sources, "_BATCH_ROWS", 5)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    if form == "text":
+        for i, one in enumerate(TEXTS):
+            (folder / f"{i:03}.txt").write_bytes(one.encode())
+    else:
+        parquet.write_table(pa.table({"body": TEXTS}), folder / "train-0.parquet", row_group_size=40)
+    options = ["--format", form, *(() if form == "text" else ("--text-key", "body"))]
+    words = interrupted(tmp_path, [str(folder)], tokenizer, monkeypatch, *options)
+    encoded = []
+    monkeypatch.setattr(Encoder, "__call__", lambda *_, call=Encoder.__call__: encoded.append(1) or call(*_))
+    assert run(*words) == 0
+    assert read(tmp_path / "out" / "set") == expected(tokenizer, end=())[0]
+    assert encoded
 
 
 # --- after a kill -------------------------------------------------------------------------------------------------
@@ -260,7 +285,7 @@ def test_a_full_disk(tmp_path, corpus, tokenizer, monkeypatch, capsys):
         words = [*corpus, "--tokenizer", tokenizer, "--output", disk / "set", "--workers", 0]
         assert run(*words) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert "No space left on device; what is done is kept in" in line
+        assert "No space left on device; " in line and "set.partial keeps what is done" in line
         assert [path.name for path in disk.iterdir()] == ["set.partial"]
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
         assert run(*words) == 0
