@@ -73,7 +73,7 @@ def measure_scores(
     """Run `passes` twice and measure. Collective over `group`; the result is the same on every rank.
 
     passes(set_weight): runs the model over all batches of this rank, in the same order each time; before a forward
-    it may call set_weight([M, 1] of 0 and 1, or None) to leave tokens out.
+    it may call set_weight([M, 1], or None) to leave tokens out (0) or let them stand for more or less than one.
     """
     weight: list[Tensor | None] = [None]
 
@@ -140,5 +140,5 @@ def _mean_of_top(counts: Tensor, sums: Tensor, share: float) -> float:
     wanted = share * counts.sum()
     above = counts.flip(0).cumsum(0)
     taken = (wanted - (above - counts.flip(0))).clamp(min=0).minimum(counts.flip(0))
-    mean = sums.flip(0) / counts.flip(0).clamp(min=1)
+    mean = sums.flip(0) / counts.flip(0).clamp(min=torch.finfo(counts.dtype).tiny)
     return float((taken * mean).sum() / wanted)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_TINY = torch.finfo(torch.float64).tiny
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -32,7 +34,7 @@ class Moments:
     @classmethod
     def from_sums(cls, count: Tensor, sum_d: Tensor, sum_d2: Tensor, shift: Tensor) -> Moments:
         """From sums of d = z - shift and of d^2 over samples; [], [N], [N], [N], all float64."""
-        safe = count.clamp(min=1)
+        safe = count.clamp(min=_TINY)  # weights may add up to less than 1
         return cls(count, shift + sum_d / safe, (sum_d2 - sum_d * sum_d / safe).clamp(min=0))
 
     def fade(self, factor: float) -> Moments:
@@ -42,7 +44,7 @@ class Moments:
     def merge(self, other: Moments) -> Moments:
         """Moments of both sets of samples together."""
         count = self.count + other.count
-        weight = other.count / count.clamp(min=torch.finfo(torch.float64).tiny)
+        weight = other.count / count.clamp(min=_TINY)
         delta = other.mean - self.mean
         return Moments(
             count,
@@ -57,7 +59,7 @@ class Moments:
 
 
 def sample_count(z: Tensor, weight: Tensor | None) -> Tensor:
-    """[] float64 number of samples, without those of weight 0; filled on the device, so that no host waits for it."""
+    """[] float64 sum of the samples' weights, or their number; filled on the device, so that no host waits for it."""
     if weight is None:
         return torch.full((), z.shape[0], dtype=torch.float64, device=z.device)
     return weight.double().sum()
@@ -66,14 +68,13 @@ def sample_count(z: Tensor, weight: Tensor | None) -> Tensor:
 def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sums over samples of d and d^2 with d = z - shift, in float64.
 
-    z: [M, N] any float dtype; shift: [N]; weight: [M, 1] of 0 and 1 (padding), or None.
+    z: [M, N] any float dtype; shift: [N]; weight: [M, 1], how many samples each one stands for, or None: one each.
     Around a shift near the mean float32 differences lose nothing to cancellation (METHOD, section 3); for
     samples whose mean is not known yet use `exact_sums`.
     """
     d = z.float() - shift.float()
-    if weight is not None:
-        d = d * weight
-    return d.sum(0).double(), (d * d).sum(0).double()
+    weighted = d if weight is None else d * weight
+    return weighted.sum(0).double(), (weighted * d).sum(0).double()
 
 
 def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,7 @@ def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[
     z = z.float()
     count = sample_count(z, weight)
     weighted = z if weight is None else z * weight
-    mean = (weighted.sum(0).double() / count.clamp(min=1)).float()
+    mean = (weighted.sum(0).double() / count.clamp(min=_TINY)).float()
     sum_d, sum_d2 = shifted_sums(z, mean, weight)
     offset = mean.double() - shift.double()
     return sum_d + count * offset, sum_d2 + 2 * offset * sum_d + count * offset * offset
