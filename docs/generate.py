@@ -12,7 +12,7 @@ from types import UnionType
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from l2e_ds.config import RunConfig
+from l2e_ds.config import RunConfig, SetConfig
 from l2e_ds.training import metrics
 
 DOCS = Path(__file__).resolve().parent
@@ -25,8 +25,12 @@ def run_files() -> str:
         "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused;",
         "`section.key=value` on the command line overrides one value. Made by `docs/generate.py`.\n",
     ]
-    for section, field in RunConfig.model_fields.items():
-        model = field.annotation
+    models = {section: field.annotation for section, field in RunConfig.model_fields.items()}
+    names = list(models)
+    models["data.sets"] = SetConfig
+    names.insert(names.index("data") + 1, "data.sets")
+    for section in names:
+        model = models[section]
         parts += [f"## {section}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
         for key, entry in model.model_fields.items():
             default = "required" if entry.is_required() else f"`{_yaml(entry.default)}`"
@@ -48,7 +52,7 @@ def _type(annotation: typing.Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if origin is list:
         return f"list of {_type(typing.get_args(annotation)[0])}"
-    return {int: "integer", float: "number", str: "text", bool: "true or false"}[annotation]
+    return {int: "integer", float: "number", str: "text", bool: "true or false", SetConfig: "mapping"}[annotation]
 
 
 def _yaml(value: object) -> str:

@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
     "memel": ("top-k", "reverse-deactivation"),
 }
 
+SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
+
 
 class Section(BaseModel):
     model_config = ConfigDict(
@@ -80,11 +82,12 @@ class ModelConfig(Section):
         return self
 
 
-class DataConfig(Section):
-    """Where the text comes from and how it becomes sequences of tokens."""
+class SourceConfig(Section):
+    """Where text or tokens come from."""
 
-    source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"]
-    """Kind of corpus. `stdlib`: the Python standard library of this machine. `indexed`: a Megatron .bin/.idx pair."""
+    source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
+    """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
+    Megatron .bin/.idx pair."""
     path: str | list[str] | None = None
     """Files, folders or glob patterns; for `indexed` the common prefix of a pair, or of several that are read one after
     the other; for `hub` the data set."""
@@ -102,6 +105,44 @@ class DataConfig(Section):
     """Take only the first documents."""
     max_tokens: int | None = Field(None, gt=0)
     """Stop tokenising after so many tokens."""
+
+    def check_source(self, where: str) -> None:
+        """Raises ValueError where the keys do not go together. `where`: the dotted key of this section."""
+        if self.source is None:
+            raise ValueError(f"{where}.source: is required")
+        if self.source == "stdlib":
+            if self.path is not None:
+                raise ValueError(f"{where}.path is not used with {where}.source: stdlib; remove it")
+        elif self.path is None:
+            raise ValueError(f"{where}.path is required with {where}.source: {self.source}")
+        if self.source == "hub" and not isinstance(self.path, str):
+            raise ValueError(f"{where}.path must be one string with {where}.source: hub")
+        if self.source == "indexed" and not self.path:
+            raise ValueError(f"{where}.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
+        if self.source != "hub":
+            for key in ("subset", "revision", "streaming"):
+                if key in self.model_fields_set and getattr(self, key):
+                    raise ValueError(f"{where}.{key} is for {where}.source: hub only; remove it")
+        if self.streaming and self.max_tokens is None:
+            raise ValueError(f"{where}.max_tokens is required with {where}.streaming: how far the stream is read")
+
+
+class SetConfig(SourceConfig):
+    """One set of a mixture (docs/data.md)."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
+    """Stands in the metrics (`tokens/NAME`) and, with the seed, decides the set's order."""
+    weight: float = Field(gt=0)
+    """Share of the training sequences that come from this set, over the sum of all weights."""
+    held_out: float | None = Field(None, ge=0, lt=1)
+    """As `data.held_out`, for this set. Default: that."""
+
+
+class DataConfig(SourceConfig):
+    """Where the text comes from and how it becomes sequences of tokens."""
+
+    sets: list[SetConfig] | None = Field(None, min_length=1)
+    """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder or a hub name. Not needed with `indexed`, except for export."""
     train_tokenizer: int | None = Field(None, ge=260)
@@ -117,27 +158,57 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_needs(self) -> DataConfig:
-        if self.source == "stdlib":
-            if self.path is not None:
-                raise ValueError("data.path is not used with data.source: stdlib; remove it")
-        elif self.path is None:
-            raise ValueError(f"data.path is required with data.source: {self.source}")
-        if self.source == "hub" and not isinstance(self.path, str):
-            raise ValueError("data.path must be one string with data.source: hub")
-        if self.source == "indexed" and not self.path:
-            raise ValueError(f"data.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
-        if self.source != "hub":
-            for key in ("subset", "revision", "streaming"):
-                if key in self.model_fields_set and getattr(self, key):
-                    raise ValueError(f"data.{key} is for data.source: hub only; remove it")
-        if self.streaming and self.max_tokens is None:
-            raise ValueError("data.max_tokens is required with data.streaming: how far the stream is read")
+        if self.sets is not None:
+            self._check_sets(self.sets)
+            return self
+        self.check_source("data")
         if self.source == "indexed":
             if self.train_tokenizer is not None:
                 raise ValueError("data.train_tokenizer needs text; data.source: indexed holds tokens")
         elif (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError("give exactly one of data.tokenizer and data.train_tokenizer")
         return self
+
+    def _check_sets(self, sets: list[SetConfig]) -> None:
+        for key, field in SourceConfig.model_fields.items():
+            if getattr(self, key) != field.default:
+                raise ValueError(f"data.{key} cannot stand beside data.sets; put it into each set")
+        if self.train_tokenizer is not None:
+            raise ValueError(
+                "data.train_tokenizer cannot be used with data.sets; train one first (l2e-ds tokenizer train) and give"
+                " it as data.tokenizer"
+            )
+        names = [part.name for part in sets]
+        total = sum(part.weight for part in sets)
+        for index, part in enumerate(sets):
+            where = f"data.sets.{index}"
+            part.check_source(where)
+            if part.name in names[:index]:
+                raise ValueError(f"{where}.name: {part.name!r} is the name of data.sets.{names.index(part.name)} too")
+            if part.weight < SMALLEST_SHARE * total:
+                raise ValueError(
+                    f"{where}.weight: {part.weight:g} of {total:g} in all is a smaller share than"
+                    f" {SMALLEST_SHARE:g}; leave the set out or raise its weight"
+                )
+            if part.source != "indexed" and self.tokenizer is None:
+                raise ValueError(f"data.tokenizer is required with {where}.source: {part.source}")
+
+    def parts(self) -> list[tuple[str, float, DataConfig]]:
+        """Name, weight and configuration of each set; without `sets` it is one, whose name is empty."""
+        if self.sets is None:
+            return [("", 1.0, self)]
+        keys = SourceConfig.model_fields
+        return [
+            (
+                part.name,
+                part.weight,
+                self.model_copy(
+                    update={key: getattr(part, key) for key in keys}
+                    | {"sets": None, "held_out": self.held_out if part.held_out is None else part.held_out}
+                ),
+            )
+            for part in self.sets
+        ]
 
 
 class OptimizerConfig(Section):
@@ -436,8 +507,10 @@ def _apply_override(raw: dict, override: str) -> None:
 
 
 def _dotted_key(location: Sequence[int | str]) -> str:
-    """`section.key` of a pydantic location, without the names of union branches or positions in a list."""
-    return ".".join(str(part) for part in location[:2])
+    """`section.key` of a pydantic location, without the names of union branches or positions in a list; of one of
+    several data sets `data.sets.I.key`."""
+    depth = 4 if tuple(location[:2]) == ("data", "sets") else 2
+    return ".".join(str(part) for part in location[:depth])
 
 
 def _describe(key: str, problems: Sequence[Any]) -> str:
@@ -468,6 +541,8 @@ def _given(problems: Sequence[Any]) -> Any:
 def _keys_of(section: Sequence[str]) -> list[str]:
     if not section:
         return list(RunConfig.model_fields)
+    if section[1:2] == ["sets"]:
+        return list(SetConfig.model_fields)
     return list(RunConfig.model_fields[section[0]].annotation.model_fields)  # type: ignore[union-attr]
 
 

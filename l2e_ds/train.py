@@ -27,6 +27,7 @@ from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
 
 if TYPE_CHECKING:
+    from l2e_ds.data import PreparedData
     from l2e_ds.distributed import Launch
 
 
@@ -151,7 +152,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
     this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
     """
-    from l2e_ds.data import check_data
+    from l2e_ds.data import check_sets
     from l2e_ds.models import chosen_layers, network_config
     from l2e_ds.training.deepspeed_config import check_device, resolve
 
@@ -170,7 +171,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
             f" {network.max_position_embeddings}"
         )
     try:
-        check_data(config.data, network.vocab_size)
+        check_sets(config.data, network.vocab_size)
     except L2EError as error:
         error.on_every_rank = True
         raise
@@ -206,6 +207,8 @@ def describe(plan: Plan) -> str:
     tokens = plan.batch.tokens_per_step * config.training.steps
     retrieval, mechanism = config.inhibition.parts
     method = config.inhibition.method
+    total_weight = sum(weight for _, weight, _ in config.data.parts())
+    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in config.data.parts() if name)
     what = "no inhibition; observed at evaluation" if method == "none" else f"{retrieval} + {mechanism}"
     return "\n".join(
         [
@@ -217,6 +220,7 @@ def describe(plan: Plan) -> str:
             "",
             f"batch       {plan.batch}",
             f"run         {config.training.steps:,} steps, {tokens:,} tokens",
+            *([f"mixture     {mixture}"] if mixture else []),
             f"parameters  {total:,} ({rest:,} without embeddings)",
             f"precision   {config.training.precision}",
             f"method      {method} ({what})",
@@ -229,16 +233,16 @@ def describe(plan: Plan) -> str:
 def train(plan: Plan, launch: Launch) -> None:
     """Join the other ranks, prepare the data, train, leave."""
     from l2e_ds import distributed
-    from l2e_ds.data import PreparedData, prepare_data
+    from l2e_ds.data import prepare_sets
     from l2e_ds.training.trainer import Trainer
     from l2e_ds.training.watchdog import Watchdog
 
     config = plan.config
     directory = Path(config.training.run_directory)
 
-    def prepare() -> PreparedData:
+    def prepare() -> list[PreparedData]:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
-        return prepare_data(config.data, cache, plan.network.vocab_size)
+        return prepare_sets(config.data, cache, plan.network.vocab_size)
 
     with Watchdog(config.training.timeout) as watchdog:
         device = distributed.join(launch, config.training.timeout)
@@ -290,21 +294,22 @@ def _main_first(action: Any) -> Any:
     return result
 
 
-def _freeze(plan: Plan, directory: Path, data: Any, is_new: bool) -> None:
+def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
     """Keep what was run beside what came of it."""
     from l2e_ds.data.files import write_whole
 
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
     write_whole(directory / "model" / "config.json", plan.network.to_json_string())
-    if data.tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
+    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
         temporary = directory / "tokenizer.tmp"
-        data.tokenizer.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         shutil.rmtree(directory / "tokenizer", ignore_errors=True)
         temporary.rename(directory / "tokenizer")
 
 
-def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[str, Any]:
+def _circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
     import platform
 
     import deepspeed
@@ -315,13 +320,19 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Any) -> dict[s
     from l2e_ds import distributed
     from l2e_ds.models import parameter_counts
 
+    sets = {
+        part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
+        for part in data
+        if part.name
+    }
     return {
         "ranks": distributed.size(),
         "launcher": launch.launcher,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "parameters": parameter_counts(plan.network)[0],
-        "train_tokens": data.train_tokens,
-        "held_out_tokens": data.held_out_tokens,
+        "train_tokens": sum(part.train_tokens for part in data),
+        "held_out_tokens": sum(part.held_out_tokens for part in data),
+        **({"sets": sets} if sets else {}),
         "versions": {
             "l2e_ds": l2e_ds.__version__,
             "python": platform.python_version(),

@@ -19,7 +19,7 @@ import psutil
 
 from l2e_ds.errors import L2EError
 
-TIMINGS = ("tokens_per_second", "step_seconds", "data_seconds", "mfu", "peak_memory_gib")
+TIMINGS = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu", "peak_memory_gib")
 """Keys of a metrics line that tell of the machine, not of the run."""
 PATIENCE = 600.0
 """Seconds without a first new step after which a run counts as lost."""

@@ -260,6 +260,8 @@ def view_of_run(run_file: str) -> View:
     config = load_run_config(run_file)
     network = network_config(config.model, config.data.sequence_length)
     cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
+    if config.data.sets is not None:
+        raise ConfigError(f"{run_file}: data.sets: only runs of one set can be shown; give a set's PREFIX")
     data = prepare_data(config.data, cache, network.vocab_size)
     sampler = GlobalBatchSampler(len(data.train), config.training.global_batch, config.training.seed, config.data.order)
     end = None if data.tokenizer is None else _end_of_text_or_none(data.tokenizer)

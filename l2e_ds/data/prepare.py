@@ -48,7 +48,8 @@ _TOKENIZER_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads. `directory` is the folder of the tokenised text, None for an indexed pair."""
+    """What a run reads of one set. `directory` is the folder of the tokenised text, None for an indexed pair; `name`
+    and `weight` are those of a set of a mixture."""
 
     train: TokenDataset
     held_out: TokenDataset | None
@@ -56,6 +57,8 @@ class PreparedData:
     train_tokens: int
     held_out_tokens: int
     directory: Path | None
+    name: str = ""
+    weight: float = 1.0
 
 
 def check_data(config: DataConfig, vocab_size: int) -> None:

@@ -24,54 +24,24 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-class GlobalBatchSampler:
-    """Global batches of `global_batch` sequences out of `num_sequences`, epoch after epoch without a gap.
+class SequenceOrder:
+    """The order in which `num_sequences` sequences are taken, epoch after epoch without a gap.
 
     `order`: "shuffled", another permutation every epoch, or "stored". Raises DataError without sequences.
     """
 
-    def __init__(
-        self,
-        num_sequences: int,
-        global_batch: int,
-        seed: int,
-        order: Literal["shuffled", "stored"] = "shuffled",
-    ) -> None:
+    def __init__(self, num_sequences: int, seed: int, order: Literal["shuffled", "stored"] = "shuffled") -> None:
         if num_sequences < 1:
             raise DataError("data: no sequence to sample from; give more text or lower data.sequence_length")
-        if global_batch < 1 or order not in ("shuffled", "stored"):
-            raise ValueError(f"global_batch {global_batch}, order {order!r}")
-        self.num_sequences, self.global_batch, self.seed, self.order = num_sequences, global_batch, seed, order
+        if order not in ("shuffled", "stored"):
+            raise ValueError(f"order {order!r}")
+        self.num_sequences, self.seed, self.order = num_sequences, seed, order
         # At least 16 points: fewer leave the network too few bits to mix.
         self._half_bits = max(2, ((num_sequences - 1).bit_length() + 1) // 2)
 
-    def indices(self, step: int) -> np.ndarray:
-        """Sequences of global batch `step`, int64 [G]."""
-        return self._sequences(self._first(step) + np.arange(self.global_batch, dtype=np.int64))
-
-    def micro_batch_rows(
-        self, step: int, rank: int, ranks: int, accumulation_step: int, micro_batch: int
-    ) -> np.ndarray:
-        """The part of `indices(step)` that one rank takes in one accumulation step, int64 [m].
-
-        Accumulation step a takes rows a*m*ranks to (a+1)*m*ranks, of which rank r takes r*m to (r+1)*m: together the
-        ranks see the same sequences in accumulation step a whatever ranks and m are, as long as ranks*m is the same.
-        """
-        together = ranks * micro_batch
-        if self.global_batch % together:
-            raise ValueError(f"global batch {self.global_batch} is not a multiple of {ranks} ranks x {micro_batch}")
-        if not (0 <= rank < ranks and 0 <= accumulation_step < self.global_batch // together):
-            raise ValueError(f"rank {rank} of {ranks}, accumulation step {accumulation_step}")
-        first = self._first(step) + accumulation_step * together + rank * micro_batch
-        return self._sequences(first + np.arange(micro_batch, dtype=np.int64))
-
-    def _first(self, step: int) -> int:
-        if step < 0:
-            raise ValueError(f"step {step}")
-        return step * self.global_batch
-
-    def _sequences(self, positions: np.ndarray) -> np.ndarray:
-        epochs, places = np.divmod(positions, self.num_sequences)
+    def sequences(self, numbers: np.ndarray) -> np.ndarray:
+        """Which sequence is taken as the n-th, for each running number n >= 0; int64, any shape."""
+        epochs, places = np.divmod(numbers, self.num_sequences)
         return places if self.order == "stored" else self._permute(places, epochs)
 
     def _permute(self, places: np.ndarray, epochs: np.ndarray) -> np.ndarray:
@@ -93,3 +63,37 @@ class GlobalBatchSampler:
             keys = _mix(keys + _GOLDEN)
             left, right = right, left ^ (_mix(right ^ keys) & mask)
         return (left << bits) | right
+
+
+def rank_rows(global_batch: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
+    """Rows of a global batch that one rank takes, int64 [accumulation, m].
+
+    Accumulation step a takes rows a*m*ranks to (a+1)*m*ranks, of which rank r takes r*m to (r+1)*m: together the ranks
+    see the same sequences in accumulation step a whatever ranks and m are, as long as ranks*m is the same.
+    """
+    if global_batch % (ranks * micro_batch):
+        raise ValueError(f"global batch {global_batch} is not a multiple of {ranks} ranks x {micro_batch}")
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
+    return np.arange(global_batch, dtype=np.int64).reshape(-1, ranks, micro_batch)[:, rank]
+
+
+class GlobalBatchSampler(SequenceOrder):
+    """Global batches of `global_batch` sequences out of one set; of several, see `l2e_ds.data.mixture`."""
+
+    def __init__(
+        self,
+        num_sequences: int,
+        global_batch: int,
+        seed: int,
+        order: Literal["shuffled", "stored"] = "shuffled",
+    ) -> None:
+        """Raises DataError without sequences."""
+        super().__init__(num_sequences, seed, order)
+        self.global_batch = global_batch
+
+    def indices(self, step: int) -> np.ndarray:
+        """Sequences of global batch `step`, int64 [G]."""
+        if step < 0:
+            raise ValueError(f"step {step}")
+        return self.sequences(step * self.global_batch + np.arange(self.global_batch, dtype=np.int64))

@@ -116,7 +116,7 @@ def source_files(config: DataConfig) -> list[Path]:
     entries = [config.path] if isinstance(config.path, str) else list(config.path or [])
     if not entries:
         raise DataError("data.path: got [], give at least one file, folder or glob pattern")
-    return list(dict.fromkeys(path for entry in entries for path in _matching(entry, PATTERNS[config.source])))
+    return list(dict.fromkeys(path for entry in entries for path in _matching(entry, PATTERNS[str(config.source)])))
 
 
 def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:

@@ -36,6 +36,9 @@ def summarise(run: Path) -> str:
                 f" (step {final['step']})",
             )
         )
+        for name in (key.partition("/")[2] for key in final if key.startswith("held_out_loss/")):
+            key = f"held_out_loss/{name}"
+            rows.append((f"  of {name}", f"{first[key]:.4f} -> {final[key]:.4f} ({last[f'tokens/{name}']:,} tokens)"))
     if "observed_share" in last:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:

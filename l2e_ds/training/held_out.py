@@ -1,7 +1,7 @@
 """Evaluation on held-out text: LM loss and, for the hooked layers, how monosemantic their neurons are.
 
-Shapes: B sequences of a micro-batch, T tokens a sequence. Which sequences are read depends neither on the number
-of ranks nor on the micro-batch, and every rank runs the same number of forward passes (ZeRO-3 needs that).
+Shapes: B sequences of a micro-batch, T tokens a sequence, S sets. Which sequences are read depends neither on the
+number of ranks nor on the micro-batch, and every rank runs the same number of forward passes (ZeRO-3 needs that).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from l2e_ds import distributed
-from l2e_ds.data import TokenDataset
+from l2e_ds.data import PreparedData
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.training.loss import token_losses
@@ -23,7 +23,7 @@ from l2e_ds.training.loss import token_losses
 @torch.no_grad()
 def evaluate(
     engine: Any,
-    dataset: TokenDataset,
+    sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
     share: float,
     sequences: int,
@@ -32,25 +32,39 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of `kind: evaluation`, the same on every rank. Collective.
 
+    sets: those with held-out text; `sequences` of each are read, and weigh together what the set does in training.
     tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
     """
-    count = min(sequences, len(dataset))
+    datasets = [part.held_out for part in sets if part.held_out is not None]
+    counts = np.array([min(sequences, len(dataset)) for dataset in datasets])
+    begins, count = np.cumsum(counts) - counts, int(counts.sum())
+    shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
+    emphasis = shares * count / counts  # weight of a sequence of each set, 1 on average
     rank, ranks = distributed.rank(), distributed.size()
     rounds = -(-count // (micro_batch * ranks))
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # each set's loss and tokens
+
+    def of_tokens(values: np.ndarray) -> Tensor:
+        """A number for each sequence, [B], as float32 for each of its tokens, [B*T, 1]."""
+        length = datasets[0].sequence_length
+        return torch.from_numpy(values).float().to(engine.device).repeat_interleave(length)[:, None]
 
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
         for index in range(rounds):
             tick()
             rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
-            batch = torch.from_numpy(dataset.batch(np.minimum(rows, count - 1))).to(engine.device)
+            real = rows < count  # the last round is filled up; that counts nothing
+            rows = np.minimum(rows, count - 1)
+            owners = np.searchsorted(begins, rows, side="right") - 1
+            tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
+            batch = torch.from_numpy(np.concatenate(tokens)).to(engine.device)
             inputs, targets = batch[:, :-1], batch[:, 1:]
-            real = torch.from_numpy(rows < count).to(engine.device)  # the last round is filled up; that counts nothing
-            weight = real[:, None].expand(inputs.shape).reshape(-1, 1).float()
-            set_weight(weight)
+            set_weight(of_tokens(real * emphasis[owners]))
             losses = token_losses(engine(input_ids=inputs, use_cache=False).logits, targets)
-            sums.add_(torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()]))
+            for owner in np.unique(owners):
+                weight = of_tokens(real & (owners == owner))
+                sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])
 
     engine.eval()
     try:
@@ -58,7 +72,9 @@ def evaluate(
     finally:
         engine.train()
     distributed.all_reduce_sum(sums)
-    values = {"held_out_loss": float(sums[0] / sums[1])}
+    losses = (sums[:, 0] / sums[:, 1]).tolist()
+    values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
+    values |= {f"held_out_loss/{part.name}": loss for part, loss in zip(sets, losses, strict=True) if part.name}
     for layer in scores:
         values |= {
             f"layer{layer.layer}/{name}": getattr(layer, name)

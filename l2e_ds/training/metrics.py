@@ -8,6 +8,8 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | step | steps | global batches consumed so far (`TrainState.step`) |
 | applied_steps | steps | of these, optimizer steps that changed the weights (engine.was_step_applied) |
 | tokens | tokens | consumed so far |
+| tokens/NAME | tokens | of these, from the set NAME of `data.sets` (from the mixture's schedule) |
+| epochs/NAME | 1 | how often the set NAME was gone through so far |
 | lm_loss | nats/token | mean cross-entropy of the training batches, without the inhibition loss; mean over ranks |
 | inhibition_loss | nats | raw L_MS summed over hooked layers (METHOD eq. 5, n = share * tokens * N); mean |
 | inhibition_loss_weighted | nats | coefficient times L_MS, step by step; mean; 0 where a deactivation takes its place |
@@ -23,7 +25,7 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | skipped_steps | steps | steps since the line before that were skipped for non-finite gradients |
 | tokens_per_second | tokens/s | all ranks, evaluation and checkpoints not counted |
 | step_seconds | s | mean time of a step |
-| data_seconds | s | of this, reading the batch; rank 0 |
+| data_wait_seconds | s | of this, waiting for the batch, which is read in the background; mean, largest of all ranks |
 | mfu | 1 | model FLOPs utilisation, (6 P + 6 L h T) * tokens/s over the devices' peak (PaLM, appendix B, causal |
 | | | attention counted half; P without the input embedding); left out where the peak is not known |
 | peak_memory_gib | GiB | largest device memory allocated so far (on CPUs: resident memory), largest of all ranks |
@@ -33,7 +35,8 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | key | unit | what, and where it comes from |
 |---|---|---|
 | step, tokens | | as above |
-| held_out_loss | nats/token | mean cross-entropy |
+| held_out_loss | nats/token | mean cross-entropy; of several sets the mean of the losses below by their weights |
+| held_out_loss/NAME | nats/token | the same on the held-out text of the set NAME of `data.sets` |
 | layerI/top_share_score | 1 | mean MS of the highest `target_share` of pairs, moments of the held-out text itself |
 | layerI/mean_s | activation | mean over neurons of S on the held-out text |
 | layerI/kurtosis | 1 | median over live neurons of E[phi^2]; 3 for a normal distribution |

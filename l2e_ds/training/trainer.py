@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig
-from l2e_ds.data import GlobalBatchSampler, PreparedData
+from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.errors import Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, neuron_sites
@@ -35,6 +35,7 @@ from l2e_ds.training.engine import (
     set_learning_rate,
 )
 from l2e_ds.training.held_out import evaluate
+from l2e_ds.training.loader import Loader
 from l2e_ds.training.loss import language_model_loss
 from l2e_ds.training.state import TrainState, seed_everything
 
@@ -64,12 +65,13 @@ class Trainer:
         ds: dict,
         batch: BatchArithmetic,
         network: Any,
-        data: PreparedData,
+        data: Sequence[PreparedData],
         device: torch.device,
     ) -> None:
-        """network: the Hugging Face configuration of the model. Builds everything; resumes if there is something
-        to resume. Collective. Raises CheckpointError."""
-        self.config, self.ds, self.batch, self.data, self.device = config, ds, batch, data, device
+        """network: the Hugging Face configuration of the model; data: the sets. Builds everything; resumes if there is
+        something to resume. Collective. Raises CheckpointError."""
+        self.config, self.ds, self.batch, self.device = config, ds, batch, device
+        self.held_out = [part for part in data if part.held_out is not None]
         self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
         self.skipped_in_row = 0
@@ -87,12 +89,12 @@ class Trainer:
             self.inhibitor.attach()
         self.plain_float32 = is_plain_float32(config, ds)
         self.engine = build_engine(model, config, ds, device)
-        self.sampler = GlobalBatchSampler(len(data.train), batch.global_batch, config.training.seed, config.data.order)
+        self.sequences = TrainingSequences(data, batch.global_batch, config.training.seed, config.data.order)
         self.identity = Identity(
             ranks=distributed.size(),
             zero_stage=zero_stage(ds),
             precision=config.training.precision,
-            data=data.train.fingerprint(),
+            data=self.sequences.fingerprint(),
             sequence_length=config.data.sequence_length,
             global_batch=batch.global_batch,
             seed=config.training.seed,
@@ -128,6 +130,7 @@ class Trainer:
             matrices, network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._start_interval()
+        self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -172,7 +175,7 @@ class Trainer:
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.training.evaluate_every
         due = every and (step % every == 0 or step == self.config.training.steps)
-        return bool(due) and self.data.held_out is not None and self.state.evaluated != step
+        return bool(due) and bool(self.held_out) and self.state.evaluated != step
 
     def _checkpoint_is_due(self) -> bool:
         step, checkpoint = self.state.step, self.config.checkpoint
@@ -194,10 +197,9 @@ class Trainer:
         rate = learning_rate(self.state.applied, self._peak_rate, self._schedule_steps, self.config.optimizer)
         set_learning_rate(self.engine, rate)
         self._rate = rate
-        for accumulation_step in range(self.batch.accumulation):
-            distributed.progress(f"step {self.state.step + 1}, reading a batch")
-            inputs, targets = self._read_micro_batch(accumulation_step)
-            distributed.progress(f"step {self.state.step + 1}")
+        for micro_batch in self._next_batch():
+            distributed.beat()
+            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]  # [B, T] int64 each
             loss = language_model_loss(self.engine(input_ids=inputs, use_cache=False).logits, targets)
             self._loss_sum += loss.detach().double() / self.batch.accumulation
             self._newest_loss = loss.detach()
@@ -215,15 +217,18 @@ class Trainer:
         self._count_step(applied)
         return applied
 
-    def _read_micro_batch(self, accumulation_step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of this rank, [B, T] int64 each."""
+    def _read_step(self, step: int) -> np.ndarray:
+        """This rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
+        return self.sequences.read(step, distributed.rank(), distributed.size(), self.batch.micro_batch)
+
+    def _next_batch(self) -> Tensor:
+        """The same of the present step, on the device."""
         begin = time.perf_counter()
-        rows = self.sampler.micro_batch_rows(
-            self.state.step, distributed.rank(), distributed.size(), accumulation_step, self.batch.micro_batch
-        )
-        batch = torch.from_numpy(self.data.train.batch(np.asarray(rows))).to(self.device, non_blocking=True)
-        self._data_seconds += time.perf_counter() - begin
-        return batch[:, :-1], batch[:, 1:]
+        distributed.progress(f"step {self.state.step + 1}, reading a batch")
+        batch = self.loader.take()
+        distributed.progress(f"step {self.state.step + 1}")
+        self._data_wait += time.perf_counter() - begin
+        return batch
 
     def _clip_plain_float32(self) -> bool:
         """Float32 under ZeRO-0 is plain data parallelism, where DeepSpeed neither reports a gradient norm nor skips
@@ -266,12 +271,11 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Held-out loss and scores of the hooked layers, inhibition off."""
-        assert self.data.held_out is not None
         begin = time.perf_counter()
         distributed.progress(f"the evaluation of step {self.state.step}")
         values = evaluate(
             self.engine,
-            self.data.held_out,
+            self.held_out,
             self.sites,
             self.config.inhibition.target_share,
             self.config.training.evaluation_sequences,
@@ -319,7 +323,7 @@ class Trainer:
     # --- metrics -------------------------------------------------------------------------------------------------
 
     def _start_interval(self) -> None:
-        self._interval_begin, self._paused, self._data_seconds = time.perf_counter(), 0.0, 0.0
+        self._interval_begin, self._paused, self._data_wait = time.perf_counter(), 0.0, 0.0
         self._interval_steps = self._interval_skipped = 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
@@ -334,6 +338,7 @@ class Trainer:
         values: dict[str, Any] = {
             "applied_steps": self.state.applied,
             "tokens": self.state.tokens,
+            **self._consumed_values(),
             "lm_loss": lm_loss,
             **self._inhibition_values(),
             "gradient_norm": None if norm is None or not math.isfinite(norm) else float(norm),
@@ -342,16 +347,23 @@ class Trainer:
             "skipped_steps": self._interval_skipped,
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds / self._interval_steps,
-            "data_seconds": self._data_seconds / self._interval_steps,
         }
         peak = metrics.peak_tflops(self.device, self.config.logging.peak_tflops)
         if peak is not None:
             values["mfu"] = self._flops_per_token * tokens_per_second / (peak * 1e12 * distributed.size())
-        memory = distributed.all_gather_objects(metrics.peak_memory_bytes(self.device))
+        costs = distributed.all_gather_objects((self._data_wait, metrics.peak_memory_bytes(self.device)))
+        waits, memory = zip(*costs, strict=True)
+        values["data_wait_seconds"] = max(waits) / self._interval_steps
         values["peak_memory_gib"] = max(memory) / 2**30
         self.metrics.write("train", self.state.step, values)
         self.metrics.show(self.state.step, values, self.config.training.steps)
         self._start_interval()
+
+    def _consumed_values(self) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for name, (sequences, epochs) in self.sequences.consumed(self.state.step).items():
+            values |= {f"tokens/{name}": sequences * self.config.data.sequence_length, f"epochs/{name}": epochs}
+        return values
 
     def _inhibition_values(self) -> dict[str, float]:
         if self.inhibitor is None or not self._statistics:
@@ -380,7 +392,8 @@ class Trainer:
     # --- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Remove the hooks and close the files; also after an exception."""
+        """End the loader, remove the hooks and close the files; also after an exception."""
+        self.loader.close()
         if self.inhibitor is not None:
             self.inhibitor.detach()
         self.metrics.close()

@@ -29,6 +29,7 @@ SOURCES = {
     "two1-bf16": (2, "zero1", "bf16", "straight1-bf16"),
     "two3-bf16": (2, "zero3", "bf16", "straight3-bf16"),
     "two2-fp16": (2, "zero2", "fp16", "straight2-fp16"),
+    "two1-mixture": (2, "zero1", "fp32", "straight-mixture"),
     "pretrained": (2, "zero2", "fp32", "straight-pretrained"),
 }
 STRAIGHT = {
@@ -37,6 +38,7 @@ STRAIGHT = {
     "straight3-bf16": ("zero3", "bf16"),
     "straight2-fp16": ("zero2", "fp16"),
     "straight0-bf16": ("zero0", "bf16"),
+    "straight-mixture": ("zero1", "fp32"),
     "straight-pretrained": ("zero2", "fp32"),
 }
 # source, ranks and DeepSpeed configuration that go on from it
@@ -60,6 +62,7 @@ PAIRS = [
     ("two3-bf16", 1, "zero1"),
     ("two2-fp16", 1, "zero3"),
     ("two2-fp16", 4, "zero1"),
+    ("two1-mixture", 1, "zero2"),
     ("pretrained", 1, "zero3"),
 ]
 
@@ -87,6 +90,7 @@ def case(zero: str, precision: str, origin: str = "", steps: int = LAST, **optio
         options["nan"] = [1, [2, 3]]  # the loss scale is halved, two steps are not applied
     pretrained = {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION}
     return {
+        **({"weights": [0.2, 0.7, 0.1]} if "mixture" in origin else {}),
         "model": pretrained if "pretrained" in origin else NETWORK,
         "optimizer": {"weight_decay": DECAY},
         "training": {"steps": steps, "precision": precision, "evaluate_every": 8},
@@ -217,6 +221,12 @@ def test_goes_on_like_the_uninterrupted_run(runs, differences, source, ranks, ze
     found = differences(runs[label(source, ranks, zero)], runs[SOURCES[source][3]])
     print(label(source, ranks, zero), {key: f"{value:.1e}" for key, value in found.items() if value})
     assert_close(found, SOURCES[source][2])
+
+
+def test_sets_of_a_mixture_are_counted_on(runs, metric_lines):
+    elastic, straight = (metric_lines(runs[name]) for name in ("two1-mixture-to-1-zero2", "straight-mixture"))
+    for key in ("tokens/short", "tokens/long", "tokens/silent", "epochs/long"):
+        assert [line[key] for line in elastic] == [line[key] for line in straight]
 
 
 def test_from_stage_to_stage_and_back(runs, differences):

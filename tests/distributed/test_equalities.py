@@ -17,6 +17,7 @@ METHODS = {
     "memel": {"inhibition": {"method": "memel"}},
     "top-k-regulariser": {"inhibition": {"retrieval": "top-k"}},
     "threshold-reverse": {"inhibition": {"mechanism": "reverse-deactivation"}},
+    "mixture": {"weights": [0.2, 0.7, 0.1]},
 }
 
 
@@ -107,3 +108,21 @@ def test_methods_differ(runs, metric_lines):
     losses = {name: metric_lines(runs[1] / name)[-1]["lm_loss"] for name in METHODS}
     assert len(set(losses.values())) == len(losses)
     assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_sets_of_a_mixture_are_counted(runs, metric_lines):
+    """Tokens of the sets add up to all; the weights decide; the mean held-out loss is weighted; one set has none."""
+    lines = metric_lines(runs[2] / "mixture")
+    for line in lines:
+        assert line["tokens/short"] + line["tokens/long"] + line["tokens/silent"] == line["tokens"]
+    # 80 sequences of a block of 1024: hypergeometric, standard deviations 3.5, 4.0, 2.6
+    for name, mean, spread in (("short", 16, 12), ("long", 56, 14), ("silent", 8, 8)):
+        assert abs(lines[-1][f"tokens/{name}"] / 16 - mean) <= spread
+        assert lines[-1][f"tokens/{name}"] > lines[0][f"tokens/{name}"]
+    assert lines[-1]["epochs/long"] == lines[-1]["tokens/long"] / 16 / 20
+    for line in metric_lines(runs[2] / "mixture", "evaluation"):
+        expected = (0.2 * line["held_out_loss/short"] + 0.7 * line["held_out_loss/long"]) / 0.9
+        assert line["held_out_loss"] == pytest.approx(expected, rel=1e-12)
+        assert line["held_out_loss/short"] != line["held_out_loss/long"]
+        assert "held_out_loss/silent" not in line
+    assert not any("/" in key for key in metric_lines(runs[2] / "zero1")[0] if not key.startswith("layer"))

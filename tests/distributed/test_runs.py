@@ -46,6 +46,12 @@ def cases() -> dict:
         found[f"straight3-{precision}"] = zero(3, training=training, options={"logits": True})
         found[f"nan-{precision}"] = zero(2, training=training, options={"nan": [1, [3, 4]]})
         found[f"nan1-{precision}"] = zero(1, training=training, options={"nan": [1, [3, 4]]})
+    mixed = {"weights": [3, 2, 1]}
+    found["straight-mixture"] = zero(1, **mixed)
+    found["resumed-mixture"] = zero(1, **mixed, options={"stop_after": 4})
+    found["other-weights"] = zero(
+        1, weights=[3, 2, 2], options={"continues": "straight-mixture", "expect": "CheckpointError"}
+    )
     found["hopeless"] = zero(
         1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
     )
@@ -68,7 +74,7 @@ def runs(train_cases):
 
 
 def timeless(lines: list[dict]) -> list[dict]:
-    clock = ("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu")
+    clock = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "mfu")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
@@ -107,7 +113,7 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     _same_checkpoint(straight, interrupted)
 
 
-@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16"])
+@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "-mixture"])
 def test_resumed_is_bit_identical(runs, metric_lines, name):
     """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""
     straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
@@ -154,6 +160,13 @@ def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
     for rank in (0, 1):
         assert "global_batch 8, this run has global_batch 4" in (runs / f"other-batch-rank{rank}.txt").read_text()
         assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
+
+
+def test_other_weights_are_refused(runs):
+    for rank in (0, 1):
+        message = (runs / f"other-weights-rank{rank}.txt").read_text()
+        assert "mixed 3/2/1, this run has data short " in message
+        assert message.endswith("mixed 3/2/2")
 
 
 @pytest.mark.parametrize("name", ["0", "1", "2", "3", "-bf16", "-fp16", "3-bf16", "3-fp16"])

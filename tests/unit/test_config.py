@@ -124,6 +124,35 @@ REFUSED = {
 }
 
 
+def sets(*parts: dict, **common) -> dict:
+    """The valid file with `data.sets` in place of a source."""
+    return {**VALID, "data": {"tokenizer": "x", "sets": list(parts), **common}}
+
+
+ONE = {"name": "one", "weight": 1, "source": "stdlib"}
+REFUSED |= {
+    "no set": (sets(), "data.sets: ", ["[]", "at least 1"]),
+    "sets and a source": (sets(ONE, source="stdlib"), "data.source ", ["data.sets", "each set"]),
+    "sets and a limit": (sets(ONE, max_tokens=3), "data.max_tokens ", ["data.sets", "each set"]),
+    "set without a name": (sets({"weight": 1, "source": "stdlib"}), "data.sets.0.name: ", ["required"]),
+    "set without a source": (sets(ONE, {"name": "b", "weight": 1}), "data.sets.1.source: ", ["required"]),
+    "set without a path": (sets({**ONE, "source": "jsonl"}), "data.sets.0.path ", ["data.sets.0.source: jsonl"]),
+    "set's path type": (sets({**ONE, "path": 3}), "data.sets.0.path: ", ["3", "string"]),
+    "set's name": (sets({**ONE, "name": "a b"}), "data.sets.0.name: ", ["'a b'", "[A-Za-z0-9_-]"]),
+    "set's name twice": (sets(ONE, {**ONE}), "data.sets.1.name: ", ["'one'", "data.sets.0"]),
+    "set's weight": (sets(ONE, {**ONE, "name": "b", "weight": 0}), "data.sets.1.weight: ", ["0", "greater than 0"]),
+    "set's tiny weight": (sets(ONE, {**ONE, "name": "b", "weight": 1e-7}), "data.sets.1.weight: ", ["1e-07", "1e-06"]),
+    "set's unknown key": (sets({**ONE, "wieght": 2}), "data.sets.0.wieght: ", ["unknown key", "'weight'"]),
+    "set no mapping": (sets("stdlib"), "data.sets.0: ", ["'stdlib'"]),
+    "sets of text without a tokenizer": (sets(ONE, tokenizer=None), "data.tokenizer ", ["data.sets.0.source: stdlib"]),
+    "sets train a tokenizer": (
+        sets(ONE, tokenizer=None, train_tokenizer=512),
+        "data.train_tokenizer ",
+        ["l2e-ds tokenizer train", "data.tokenizer"],
+    ),
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, tmp_path):
     """One line: the file, the dotted key, what was given and what is allowed."""
@@ -255,7 +284,24 @@ FULL = changed(
 )
 
 
-@pytest.mark.parametrize("raw", [VALID, FULL], ids=["defaults", "full"])
+MIXED = sets(
+    ONE,
+    {"name": "b", "weight": 0.5, "source": "indexed", "path": "x", "held_out": 0.0, "max_documents": 3},
+    held_out=0.1,
+)
+
+
+def test_sets_become_configurations_of_one_source():
+    config = run_config_from_dict(MIXED, "run").data
+    parts = config.parts()
+    assert [(name, weight) for name, weight, _ in parts] == [("one", 1.0), ("b", 0.5)]
+    first, second = (part for _, _, part in parts)
+    assert (first.source, first.path, first.held_out, first.tokenizer) == ("stdlib", None, 0.1, "x")
+    assert (second.source, second.path, second.held_out, second.max_documents) == ("indexed", "x", 0.0, 3)
+    assert first.sets is None and first.parts() == [("", 1.0, first)]
+
+
+@pytest.mark.parametrize("raw", [VALID, FULL, MIXED], ids=["defaults", "full", "mixture"])
 def test_dump_reads_back_equal(raw, tmp_path):
     """The dump of a configuration, read again, is an equal configuration, and so is its own dump."""
     config = load_run_config(write(tmp_path, raw))

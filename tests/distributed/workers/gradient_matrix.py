@@ -98,7 +98,7 @@ def reference(precision, loss, tau):
     def run(step):
         from l2e_ds.data import GlobalBatchSampler
 
-        train = data().train
+        train = data()[0].train
         rows = GlobalBatchSampler(len(train), 8, SEED, "shuffled").indices(step)
         batch = torch.from_numpy(train.batch(np.asarray(rows)))
         logits = model(input_ids=batch[:, :-1]).logits

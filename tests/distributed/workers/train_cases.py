@@ -6,7 +6,8 @@ Options of a case: "stop_after": k (train k steps, close, and go on in a second 
 "interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
 that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation" or "saving".
 "copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
-A case's section "model" replaces the base's where it names a pretrained one.
+A case's section "model" replaces the base's where it names a pretrained one. "weights": [...]
+instead of a section "data": three sets, mixed; the last holds nothing out.
 """
 
 import json
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 from l2e_ds import distributed
-from l2e_ds.config import run_config_from_dict
+from l2e_ds.config import DataConfig, run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.errors import Interrupted
 from l2e_ds.models import network_config
@@ -45,23 +46,46 @@ BASE = {
 }
 
 
+def mixture(weights: list[float]) -> dict:
+    """A section `data` of several sets; sources and paths are for the run file's checks only."""
+    names = ("short", "long", "silent")
+    sets = [
+        {
+            "name": name,
+            "weight": weight,
+            "source": "text",
+            "path": "none",
+            "held_out": 0.0 if name == "silent" else None,
+        }
+        for name, weight in zip(names, weights, strict=True)
+    ]
+    return {"tokenizer": "none", "sequence_length": LENGTH, "sets": sets}
+
+
 def tokens(count: int, seed: int) -> np.ndarray:
     """A text of sorts: a random walk, so that there is something to learn."""
     steps = np.random.default_rng(seed).integers(-2, 3, count)
     return (np.cumsum(steps) % VOCABULARY).astype(np.uint16)
 
 
-def data() -> PreparedData:
-    train, held_out = tokens(200 * LENGTH + 1, 0), tokens(20 * LENGTH + 1, 1)
+def data(config: DataConfig | None = None) -> list[PreparedData]:
+    """Of the first set 200 sequences to train on and 20 held out, of the next ones fewer."""
 
-    def dataset(array: np.ndarray, name: str) -> TokenDataset:
+    def dataset(sequences: int, seed: int, name: str) -> TokenDataset:
+        array = tokens(sequences * LENGTH + 1, seed)
         return TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, name)
 
-    return PreparedData(dataset(train, "train"), dataset(held_out, "held out"), None, len(train), len(held_out), None)
+    sets = []
+    for index, (name, weight, part) in enumerate(config.parts() if config is not None else [("", 1.0, None)]):
+        train = dataset(200 // (1 + 9 * index), 2 * index, "train")
+        held_out = dataset(20 - 15 * index, 2 * index + 1, "held out") if part is None or part.held_out else None
+        sets.append(PreparedData(train, held_out, None, train.num_tokens, 0, None, name, weight))
+    return sets
 
 
 def make_trainer(case: dict, directory: Path, device: torch.device, steps: int | None = None) -> Trainer:
-    raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items()}
+    raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items() if section != "data"}
+    raw["data"] = mixture(case["weights"]) if "weights" in case else BASE["data"]
     if "pretrained" in raw["model"]:
         raw["model"] = case["model"]
     raw["training"]["run_directory"] = str(directory)
@@ -73,7 +97,7 @@ def make_trainer(case: dict, directory: Path, device: torch.device, steps: int |
     network = network_config(config.model, LENGTH)
     if distributed.is_main():
         network.save_pretrained(directory / "model")
-    return Trainer(config, ds, batch, network, data(), device)
+    return Trainer(config, ds, batch, network, data(config.data), device)
 
 
 def poison(rank: int, steps: list[int], trainer: Trainer) -> None:

@@ -1,0 +1,197 @@
+"""Several sets of sequences as one stream of global batches, each set with a weight.
+
+Which set a row of a global batch comes from depends on (weights, seed, step, row) alone and is found without a state:
+positions (step*G + row) are cut into blocks of K. Before block b, set i has been taken
+
+    C_i(b) = floor(W_i b K / W) - floor(W_{i-1} b K / W)
+
+times (W_i: sum of the first i weights, W: of all), in exact integers: never further than one sequence from its share.
+Inside a block the sets are shuffled; with K at least W / (smallest weight), no C_i ever falls. So every set's
+sequences are taken in the order of their running numbers, and a set may be anything that can be read forwards.
+
+G: global batch, K: positions a block, m: micro-batch, S: sets, T: tokens a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from l2e_ds.config import DataConfig, SourceConfig
+from l2e_ds.data.dataset import TokenDataset
+from l2e_ds.data.prepare import PreparedData, check_data, prepare_data
+from l2e_ds.data.sampler import SequenceOrder, rank_rows
+from l2e_ds.errors import DataError
+
+_SMALLEST_BLOCK = 1024
+_KEYS = re.compile(rf"\bdata\.({'|'.join([*SourceConfig.model_fields, 'held_out'])})\b")
+
+
+class Schedule:
+    """Which set each position is taken from. `weights`: one a set, > 0, of any sum."""
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        shares = [Fraction(repr(weight)) for weight in weights]  # 0.1 is a tenth, as it was written
+        scale = math.lcm(*(share.denominator for share in shares))
+        whole = [int(share * scale) for share in shares]
+        self._weights = [weight // math.gcd(*whole) for weight in whole]
+        self._total = sum(self._weights)
+        needed = -(-self._total // min(self._weights))
+        self.block = max(_SMALLEST_BLOCK, 1 << (needed - 1).bit_length())
+        self._slots = SequenceOrder(self.block, _seed_of(seed, "of the schedule"))
+        self._block_of = lru_cache(maxsize=4)(self._make_block)  # the loader reads ahead of who counts
+
+    def lookup(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Set of each position, and the position's running number within that set; int64 of the shape given."""
+        sets, numbers = np.empty_like(positions), np.empty_like(positions)
+        blocks, places = np.divmod(positions, self.block)
+        for block in np.unique(blocks):
+            here = blocks == block
+            block_sets, block_numbers = self._block_of(int(block))
+            sets[here], numbers[here] = block_sets[places[here]], block_numbers[places[here]]
+        return sets, numbers
+
+    def consumed(self, position: int) -> np.ndarray:
+        """How many of the positions before `position` each set has, int64 [S]."""
+        block, place = divmod(position, self.block)
+        sets, _ = self._block_of(block)
+        return self._before(block) + np.bincount(sets[:place], minlength=len(self._weights))
+
+    def _before(self, block: int) -> np.ndarray:
+        bounds, running = [0], 0
+        for weight in self._weights:
+            running += weight
+            bounds.append(running * block * self.block // self._total)
+        return np.diff(np.array(bounds, dtype=np.int64))
+
+    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sets and running numbers of all positions of a block, int64 [K] each."""
+        first = self._before(block)
+        counts = self._before(block + 1) - first
+        slots = self._slots.sequences(block * self.block + np.arange(self.block, dtype=np.int64))
+        sets = np.searchsorted(np.cumsum(counts), slots, side="right").astype(np.int64)
+        numbers = np.empty_like(sets)
+        begins = np.cumsum(counts) - counts  # where each set begins once positions are sorted by set
+        numbers[np.argsort(sets, kind="stable")] = np.arange(self.block) + np.repeat(first - begins, counts)
+        return sets, numbers
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self._weights))
+
+
+class StoredSequences:
+    """A tokenised set in the order in which its sequences are taken. Raises DataError where it has none.
+
+    `TrainingSequences` asks no more of a set than `read`: on every rank, for every set that a step takes from, set by
+    set and step by step, with each `first` where the last call ended (but after a resume). So it may be collective.
+    """
+
+    def __init__(self, dataset: TokenDataset, seed: int, order: Literal["shuffled", "stored"]) -> None:
+        self.dataset, self.order = dataset, SequenceOrder(len(dataset), seed, order)
+
+    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
+        """Of the `count` sequences from running number `first` on, those at offsets `wanted`: int64 [n, T+1]."""
+        return self.dataset.batch(self.order.sequences(first + wanted))
+
+
+class TrainingSequences:
+    """The global batches of a run, for any number of ranks the same."""
+
+    def __init__(
+        self, sets: Sequence[PreparedData], global_batch: int, seed: int, order: Literal["shuffled", "stored"]
+    ) -> None:
+        """Raises DataError where a set has no sequence."""
+        self.sets, self.global_batch = list(sets), global_batch
+        self.schedule = Schedule([part.weight for part in sets], seed)
+        self.stored = [StoredSequences(part.train, _seed_of(seed, part.name), order) for part in sets]
+
+    def read(self, step: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
+        """What one rank takes in global batch `step`: int64 [accumulation, m, T+1]."""
+        own = rank_rows(self.global_batch, rank, ranks, micro_batch)
+        sets, numbers = self.schedule.lookup(self._positions(step))
+        result = None
+        for index in np.unique(sets):
+            of_set = sets == index
+            first = int(numbers[of_set].min())
+            mine = of_set[own]
+            rows = self.stored[index].read(first, int(of_set.sum()), numbers[own][mine] - first)
+            if result is None:
+                result = np.empty((*own.shape, rows.shape[1]), dtype=np.int64)
+            result[mine] = rows
+        assert result is not None
+        return result
+
+    def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each row of global batch `step` the set and the sequence of that set's file, int64 [G] each."""
+        sets, numbers = self.schedule.lookup(self._positions(step))
+        sequences = np.empty_like(numbers)
+        for index in np.unique(sets):
+            here = sets == index
+            sequences[here] = self.stored[index].order.sequences(numbers[here])
+        return sets, sequences
+
+    def _positions(self, step: int) -> np.ndarray:
+        if step < 0:
+            raise ValueError(f"step {step}")
+        return step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
+
+    def consumed(self, step: int) -> dict[str, tuple[int, float]]:
+        """Of each named set the sequences and epochs taken in the steps before `step`."""
+        counts = self.schedule.consumed(step * self.global_batch).tolist()
+        return {
+            part.name: (count, count / len(part.train))
+            for part, count in zip(self.sets, counts, strict=True)
+            if part.name
+        }
+
+    def fingerprint(self) -> str:
+        """What decides the sequences: of one unnamed set its content, else also names and weights, readable."""
+        if not self.sets[0].name:
+            return self.sets[0].train.fingerprint()
+        names = ", ".join(f"{part.name} {part.train.fingerprint()}" for part in self.sets)
+        return f"{names} mixed {self.schedule}"
+
+
+def _seed_of(seed: int, name: str) -> int:
+    """Every set has a shuffle of its own; that of a set without a name is the run's."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") if name else seed
+
+
+# --- preparing ---------------------------------------------------------------------------------------------------
+
+
+def check_sets(config: DataConfig, vocab_size: int) -> None:
+    """`check_data` for every set. Raises DataError that names the set's key."""
+    for index, (_, _, part) in enumerate(config.parts()):
+        with _naming(config, index):
+            check_data(part, vocab_size)
+
+
+def prepare_sets(config: DataConfig, cache: Path, vocab_size: int) -> list[PreparedData]:
+    """`prepare_data` for every set, one after the other. Raises DataError that names the set's key."""
+    prepared = []
+    for index, (name, weight, part) in enumerate(config.parts()):
+        with _naming(config, index):
+            prepared.append(replace(prepare_data(part, cache, vocab_size), name=name, weight=weight))
+    return prepared
+
+
+@contextmanager
+def _naming(config: DataConfig, index: int) -> Iterator[None]:
+    """Errors about one of several sets name its own key: `data.sets.1.path` for `data.path`."""
+    try:
+        yield
+    except DataError as error:
+        if config.sets is not None:
+            error.args = (_KEYS.sub(rf"data.sets.{index}.\1", str(error)),)
+        raise
