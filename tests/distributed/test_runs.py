@@ -52,6 +52,7 @@ def cases() -> dict:
     found["other-weights"] = zero(
         1, weights=[3, 2, 2], options={"continues": "straight-mixture", "expect": "CheckpointError"}
     )
+    found["broken-data"] = zero(1, training={"evaluate_every": 0}, options={"broken": 4, "expect": "DataError"})
     found["hopeless"] = zero(
         1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
     )
@@ -154,6 +155,14 @@ def test_too_many_skipped_steps_end_the_run_on_every_rank(runs):
         message = (runs / f"hopeless-rank{rank}.txt").read_text()
         assert "3 steps in a row" in message
         assert "training.max_skipped_steps" in message
+
+
+def test_data_that_cannot_be_read_ends_the_run_at_its_step(runs, metric_lines):
+    """Read two steps ahead in a thread, the error comes where the step needs it, as it was raised."""
+    assert [line["step"] for line in metric_lines(runs / "broken-data")] == [1, 2, 3, 4]
+    for rank in (0, 1):
+        message = (runs / f"broken-data-rank{rank}.txt").read_text()
+        assert message.startswith("train: token id 64 at position ")
 
 
 def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):

@@ -5,6 +5,7 @@ Options of a case: "stop_after": k (train k steps, close, and go on in a second 
 "expect": name of the exception that training must raise, "continues": another case whose run directory to use,
 "interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
 that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation" or "saving".
+"broken": k (a token outside the vocabulary in every row of step k).
 "copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
 A case's section "model" replaces the base's where it names a pretrained one. "weights": [...]
 instead of a section "data": three sets, mixed; the last holds nothing out.
@@ -15,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +196,9 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
         with make_trainer(case, directory, device) as trainer:
             if "nan" in options:
                 poison(*options["nan"], trainer)
+            if "broken" in options:
+                train = trainer.sequences.sets[0].train
+                train.tokens[trainer.sequences.indices(options["broken"])[1] * LENGTH + 3] = VOCABULARY
             if options.get("held"):
                 save_held(trainer, directory / "held.safetensors")
             trainer.train()
@@ -204,6 +209,7 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
             raise
     finally:
         trainer_module.language_model_loss = real_loss
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
     if "expect" in options:
         assert raised is not None, f"{name}: expected {options['expect']}"
         (output / f"{name}-rank{distributed.rank()}.txt").write_text(str(raised))
