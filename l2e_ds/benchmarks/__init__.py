@@ -1,3 +1,6 @@
 """What users can measure on their own machines: `l2e-ds bench NAME`."""
 
-NAMES = {"faults": "kill, hang and damage a small run again and again; compare each resume with the undisturbed run"}
+NAMES = {
+    "data": "how fast text becomes tokens and tokens become batches",
+    "faults": "kill, hang and damage a small run again and again; compare each resume with the undisturbed run",
+}
