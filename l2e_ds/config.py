@@ -98,7 +98,9 @@ class SourceConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     streaming: bool = False
-    """Read a hub data set as a stream, only as far as `max_tokens`."""
+    """Tokenise text while training, in worker processes of rank 0; nothing is prepared on disk (docs/data.md)."""
+    shuffle_buffer: int = Field(10_000, gt=0)
+    """Documents that a stream shuffles together. With `order: stored` it shuffles none."""
     text_key: str = "text"
     """The field that holds the text (jsonl, parquet, hub)."""
     max_documents: int | None = Field(None, gt=0)
@@ -120,11 +122,18 @@ class SourceConfig(Section):
         if self.source == "indexed" and not self.path:
             raise ValueError(f"{where}.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
         if self.source != "hub":
-            for key in ("subset", "revision", "streaming"):
+            for key in ("subset", "revision"):
                 if key in self.model_fields_set and getattr(self, key):
                     raise ValueError(f"{where}.{key} is for {where}.source: hub only; remove it")
-        if self.streaming and self.max_tokens is None:
-            raise ValueError(f"{where}.max_tokens is required with {where}.streaming: how far the stream is read")
+        if self.streaming and self.source == "indexed":
+            raise ValueError(f"{where}.streaming needs text; {where}.source: indexed holds tokens")
+        if self.streaming and self.max_tokens is not None:
+            raise ValueError(
+                f"{where}.max_tokens cannot be used with {where}.streaming, which reads as far as the steps go; remove"
+                " one of them"
+            )
+        if not self.streaming and "shuffle_buffer" in self.model_fields_set and self.shuffle_buffer != 10_000:
+            raise ValueError(f"{where}.shuffle_buffer is for {where}.streaming only; remove it")
 
 
 class SetConfig(SourceConfig):
@@ -155,6 +164,8 @@ class DataConfig(SourceConfig):
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
     cache: str | None = None
     """Where tokenised data is kept. Default: `data/` in the run directory."""
+    workers: int | None = Field(None, gt=0)
+    """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
 
     @model_validator(mode="after")
     def _source_needs(self) -> DataConfig:
@@ -167,6 +178,11 @@ class DataConfig(SourceConfig):
                 raise ValueError("data.train_tokenizer needs text; data.source: indexed holds tokens")
         elif (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError("give exactly one of data.tokenizer and data.train_tokenizer")
+        elif self.streaming and self.tokenizer is None:
+            raise ValueError(
+                "data.train_tokenizer cannot be used with data.streaming; train one first (l2e-ds tokenizer train) and"
+                " give it as data.tokenizer"
+            )
         return self
 
     def _check_sets(self, sets: list[SetConfig]) -> None:

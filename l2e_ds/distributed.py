@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,6 +28,7 @@ from l2e_ds.errors import ConfigError, L2EError
 
 _doing = "starting"
 _progressed = time.monotonic()
+_patience = timedelta(minutes=30)  # of collectives; set by `join`
 _control: Any = None  # gloo group of all ranks for decisions: they wait for no GPU and mix with no gradient
 
 
@@ -102,7 +104,8 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
         os.environ.setdefault("MASTER_PORT", "29500")
     device = _local_device(on_gpu)
-    patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
+    global _control, _patience
+    _patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
     _name_gloo_interface()
     _allow_open_files()
     # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
@@ -113,11 +116,10 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=launch.launcher == "mpirun",
             distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
-            timeout=patience,
+            timeout=_patience,
             verbose=False,
         )
-    global _control
-    _control = dist.new_group(backend="gloo", timeout=patience)
+    _control = new_group()
     device = device or _local_device(on_gpu) or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
@@ -303,6 +305,32 @@ def agree(error: L2EError | None) -> None:
     if first is not None:
         first.on_every_rank = True
         raise first
+
+
+def new_group() -> Any:
+    """A group of all ranks on CPUs (gloo), for collectives of one thread that others must not mix with. Collective."""
+    return dist.new_group(backend="gloo", timeout=_patience) if size() > 1 else None
+
+
+def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
+    """Rank 0's array (int32 of this shape) on every rank of a `new_group`; or its error, raised on every rank.
+
+    Collective over the group. array: None elsewhere.
+    """
+    failed = torch.tensor([isinstance(array, L2EError)])
+    if group is not None:
+        dist.broadcast(failed, src=0, group=group)
+    if failed:
+        box: list[Any] = [array]
+        if group is not None:
+            dist.broadcast_object_list(box, src=0, group=group)
+        box[0].on_every_rank = True
+        raise box[0]
+    assert not isinstance(array, L2EError)
+    tensor = torch.empty(shape, dtype=torch.int32) if array is None else torch.from_numpy(array)
+    if group is not None:
+        dist.broadcast(tensor, src=0, group=group)
+    return tensor.numpy()
 
 
 def all_gather_objects(value: Any) -> list[Any]:

@@ -242,7 +242,8 @@ def train(plan: Plan, launch: Launch) -> None:
 
     def prepare() -> list[PreparedData]:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
-        return prepare_sets(config.data, cache, plan.network.vocab_size)
+        evaluated = config.training.evaluation_sequences
+        return prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
 
     with Watchdog(config.training.timeout) as watchdog:
         device = distributed.join(launch, config.training.timeout)
@@ -330,7 +331,7 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[Prepa
         "launcher": launch.launcher,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "parameters": parameter_counts(plan.network)[0],
-        "train_tokens": sum(part.train_tokens for part in data),
+        "train_tokens": sum(part.train_tokens or 0 for part in data),
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),
         "versions": {

@@ -3,10 +3,8 @@
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.mixture import TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.prepare import PreparedData, check_data, prepare_data
-from l2e_ds.data.sampler import GlobalBatchSampler
 
 __all__ = [
-    "GlobalBatchSampler",
     "PreparedData",
     "TokenDataset",
     "TrainingSequences",

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from l2e_ds.config import load_run_config
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, pair
-from l2e_ds.data.prepare import prepare_data
-from l2e_ds.data.sampler import GlobalBatchSampler
+from l2e_ds.data.mixture import TrainingSequences, prepare_sets
+from l2e_ds.data.prepare import PreparedData
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
 from l2e_ds.errors import ConfigError, DataError
 
@@ -245,10 +245,11 @@ def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statisti
 
 @dataclass(frozen=True)
 class View:
-    """The batches of a run: which sequences, and how to read them."""
+    """The batches of a run, its sets' training text, and how to read it."""
 
-    dataset: TokenDataset
-    sampler: GlobalBatchSampler
+    sequences: TrainingSequences
+    datasets: list[TokenDataset]
+    names: list[str]
     tokenizer: PreTrainedTokenizerFast | None
     end_of_text: int | None
 
@@ -260,12 +261,12 @@ def view_of_run(run_file: str) -> View:
     config = load_run_config(run_file)
     network = network_config(config.model, config.data.sequence_length)
     cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
-    if config.data.sets is not None:
-        raise ConfigError(f"{run_file}: data.sets: only runs of one set can be shown; give a set's PREFIX")
-    data = prepare_data(config.data, cache, network.vocab_size)
-    sampler = GlobalBatchSampler(len(data.train), config.training.global_batch, config.training.seed, config.data.order)
-    end = None if data.tokenizer is None else _end_of_text_or_none(data.tokenizer)
-    return View(data.train, sampler, data.tokenizer, end)
+    if any(part.streaming for _, _, part in config.data.parts()):
+        raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
+    sets = prepare_sets(config.data, cache, network.vocab_size, config.training.evaluation_sequences)
+    tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
+    end = None if tokenizer is None else _end_of_text_or_none(tokenizer)
+    return _view(sets, config.training.global_batch, config.training.seed, config.data.order, tokenizer, end)
 
 
 def view_of_set(
@@ -296,8 +297,22 @@ def view_of_set(
         raise DataError(
             f"{indexed.name}: holds {indexed.num_tokens} tokens, a sequence needs {width}; lower --sequence-length"
         )
-    sampler = GlobalBatchSampler(len(dataset), global_batch, seed, order)
-    return View(dataset, sampler, _tokenizer_if_there(known, asked_for=tokenizer is not None), known.end_of_text)
+    one = PreparedData(dataset, None, None, dataset.num_tokens, 0, None)
+    loaded = _tokenizer_if_there(known, asked_for=tokenizer is not None)
+    return _view([one], global_batch, seed, order, loaded, known.end_of_text)
+
+
+def _view(
+    sets: list[PreparedData],
+    global_batch: int,
+    seed: int,
+    order: Literal["shuffled", "stored"],
+    tokenizer: PreTrainedTokenizerFast | None,
+    end_of_text: int | None,
+) -> View:
+    sequences = TrainingSequences(sets, global_batch, seed, order)
+    datasets = [part.train for part in sets if part.train is not None]
+    return View(sequences, datasets, [part.name for part in sets], tokenizer, end_of_text)
 
 
 def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFast | None:
@@ -315,26 +330,28 @@ def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFas
 def show(view: View, step: int, row: int | None) -> int:
     """Print global batch `step`, or one sequence of it in full."""
     _at_least("--step", step, 0)
-    batch = view.sampler.global_batch
+    batch = view.sequences.global_batch
     if row is not None and not 0 <= row < batch:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")
-    numbers = view.sampler.indices(step)
-    _print(_list_batch(view, step, numbers) if row is None else _show_sequence(view, step, row, int(numbers[row])))
+    _print(_list_batch(view, step) if row is None else _show_sequence(view, step, row))
     return 0
 
 
-def _list_batch(view: View, step: int, numbers: np.ndarray) -> Iterator[str]:
-    dataset = view.dataset
-    yield (
-        f"step {step}: {len(numbers):,} sequences of {dataset.sequence_length:,} tokens"
-        f" (and one more, the last target) of {dataset.name}, epoch {_epoch(view, step, 0)}"
-    )
-    yield f"{'row':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
-    for row, number in enumerate(numbers.tolist()):
+def _list_batch(view: View, step: int) -> Iterator[str]:
+    sets, epochs, numbers = (values.tolist() for values in view.sequences.rows(step))
+    where = view.datasets[0].name if len(view.names) == 1 else f"{len(view.names)} sets"
+    length = view.datasets[0].sequence_length
+    yield f"step {step}: {len(numbers):,} sequences of {length:,} tokens (and one more, the last target) of {where}"
+    width = max(map(len, view.names)) + 2 if view.names[0] else 0
+    named = f"{'set':<{width}}" if width else ""
+    yield f"{'row':>5}  {named}{'epoch':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
+    for row, (part, epoch, number) in enumerate(zip(sets, epochs, numbers, strict=True)):
+        dataset = view.datasets[part]
         ids = dataset[number]
         ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
-        documents = f"{len(_documents_in(view, number)) or '-':>9}"
-        yield f"{row:>5}  {number:>12,}  {documents}  {ends:>11}  {_preview(view, ids)}"
+        documents = f"{len(_documents_in(dataset, number)) or '-':>9}"
+        name = f"{view.names[part]:<{width}}" if width else ""
+        yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents}  {ends:>11}  {_preview(view, ids)}"
 
 
 def _preview(view: View, ids: np.ndarray) -> str:
@@ -343,15 +360,17 @@ def _preview(view: View, ids: np.ndarray) -> str:
     return json.dumps(_decode(view.tokenizer, ids[:_PREVIEW]), ensure_ascii=False) + " ..."
 
 
-def _show_sequence(view: View, step: int, row: int, number: int) -> Iterator[str]:
-    dataset = view.dataset
+def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
+    part, epoch, number = (int(values[row]) for values in view.sequences.rows(step))
+    dataset = view.datasets[part]
+    within = f"{len(dataset):,} of {view.names[part]}" if view.names[part] else f"{len(dataset):,}"
     ids, first = dataset[number], dataset.position(number)
     yield (
-        f"step {step}, row {row} of {view.sampler.global_batch:,}: sequence {number:,} of {len(dataset):,}, epoch"
-        f" {_epoch(view, step, row)}, tokens {first:,} to {first + len(ids) - 1:,} of {dataset.name}"
+        f"step {step}, row {row} of {view.sequences.global_batch:,}: sequence {number:,} of {within}, epoch {epoch},"
+        f" tokens {first:,} to {first + len(ids) - 1:,} of {dataset.name}"
     )
     yield f"inputs are tokens 0 to {len(ids) - 2} of it, targets are tokens 1 to {len(ids) - 1}"
-    documents = _documents_in(view, number)
+    documents = _documents_in(dataset, number)
     for at, document, token in documents:
         yield f"at {at}: document {document:,} of the file, from its token {token:,} on"
     ends = [] if view.end_of_text is None else np.flatnonzero(ids == view.end_of_text).tolist()
@@ -367,9 +386,8 @@ def _show_sequence(view: View, step: int, row: int, number: int) -> Iterator[str
             yield _decode(view.tokenizer, ids[begin:end])
 
 
-def _documents_in(view: View, number: int) -> list[tuple[int, int, int]]:
+def _documents_in(dataset: TokenDataset, number: int) -> list[tuple[int, int, int]]:
     """The documents of the file in a sequence, without empty ones: where in it, which, and from which token on."""
-    dataset = view.dataset
     if dataset.documents is None:
         return []
     begin = dataset.position(number)
@@ -378,10 +396,6 @@ def _documents_in(view: View, number: int) -> list[tuple[int, int, int]]:
     starts = dataset.documents.starts(np.arange(first, last + 2))
     filled = np.flatnonzero(np.diff(starts))
     return [(max(0, int(starts[i]) - begin), first + int(i), max(0, begin - int(starts[i]))) for i in filled.tolist()]
-
-
-def _epoch(view: View, step: int, row: int) -> int:
-    return (step * view.sampler.global_batch + row) // view.sampler.num_sequences
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:

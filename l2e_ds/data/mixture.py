@@ -17,19 +17,19 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from l2e_ds.config import DataConfig, SourceConfig
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.prepare import PreparedData, check_data, prepare_data
+from l2e_ds.data.prepare import PreparedData, check_data, prepare_data, prepare_stream
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.errors import DataError
 
@@ -103,17 +103,55 @@ class StoredSequences:
         """Of the `count` sequences from running number `first` on, those at offsets `wanted`: int64 [n, T+1]."""
         return self.dataset.batch(self.order.sequences(first + wanted))
 
+    def epochs(self, number: int) -> float:
+        """How often the set was gone through before that running number."""
+        return number / len(self.dataset)
+
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint()
+
+    def close(self) -> None:
+        """Nothing is open but memory maps."""
+
+
+class Stream(Protocol):
+    """A set that can only be read forwards (l2e_ds.training.streams)."""
+
+    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray: ...
+
+    def state(self, number: int) -> dict[str, Any]: ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def epochs(self, number: int) -> float: ...
+
+    def fingerprint(self) -> str: ...
+
+    def close(self) -> None: ...
+
 
 class TrainingSequences:
     """The global batches of a run, for any number of ranks the same."""
 
     def __init__(
-        self, sets: Sequence[PreparedData], global_batch: int, seed: int, order: Literal["shuffled", "stored"]
+        self,
+        sets: Sequence[PreparedData],
+        global_batch: int,
+        seed: int,
+        order: Literal["shuffled", "stored"],
+        open_stream: Callable[[PreparedData, int], Stream] | None = None,
     ) -> None:
-        """Raises DataError where a set has no sequence."""
+        """open_stream(set, seed): for the sets that are streams. Raises DataError where a set has no sequence."""
         self.sets, self.global_batch = list(sets), global_batch
         self.schedule = Schedule([part.weight for part in sets], seed)
-        self.stored = [StoredSequences(part.train, _seed_of(seed, part.name), order) for part in sets]
+        self._readers: list[StoredSequences | Stream] = []
+        for part in sets:
+            own_seed = _seed_of(seed, part.name)
+            if part.train is not None:
+                self._readers.append(StoredSequences(part.train, own_seed, order))
+            else:
+                assert open_stream is not None
+                self._readers.append(open_stream(part, own_seed))
 
     def read(self, step: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
         """What one rank takes in global batch `step`: int64 [accumulation, m, T+1]."""
@@ -124,21 +162,28 @@ class TrainingSequences:
             of_set = sets == index
             first = int(numbers[of_set].min())
             mine = of_set[own]
-            rows = self.stored[index].read(first, int(of_set.sum()), numbers[own][mine] - first)
+            rows = self._readers[index].read(first, int(of_set.sum()), numbers[own][mine] - first)
             if result is None:
                 result = np.empty((*own.shape, rows.shape[1]), dtype=np.int64)
             result[mine] = rows
         assert result is not None
         return result
 
-    def indices(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row of global batch `step` the set and the sequence of that set's file, int64 [G] each."""
+    def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each row of global batch `step` the set, its epoch and the sequence of its file, int64 [G] each.
+
+        Raises DataError where a set is a stream.
+        """
         sets, numbers = self.schedule.lookup(self._positions(step))
-        sequences = np.empty_like(numbers)
+        epochs, sequences = np.empty_like(numbers), np.empty_like(numbers)
         for index in np.unique(sets):
             here = sets == index
-            sequences[here] = self.stored[index].order.sequences(numbers[here])
-        return sets, sequences
+            reader = self._readers[index]
+            if not isinstance(reader, StoredSequences):
+                raise DataError("data.streaming: the sequences of a stream cannot be looked up, only read in order")
+            epochs[here] = numbers[here] // len(reader.dataset)
+            sequences[here] = reader.order.sequences(numbers[here])
+        return sets, epochs, sequences
 
     def _positions(self, step: int) -> np.ndarray:
         if step < 0:
@@ -149,16 +194,36 @@ class TrainingSequences:
         """Of each named set the sequences and epochs taken in the steps before `step`."""
         counts = self.schedule.consumed(step * self.global_batch).tolist()
         return {
-            part.name: (count, count / len(part.train))
-            for part, count in zip(self.sets, counts, strict=True)
+            part.name: (count, reader.epochs(count))
+            for part, reader, count in zip(self.sets, self._readers, counts, strict=True)
             if part.name
         }
 
+    def stream_states(self, step: int) -> dict[str, dict[str, Any]]:
+        """By name, on rank 0: where each stream stands before `step`, which was read a moment ago."""
+        counts = self.schedule.consumed(step * self.global_batch).tolist()
+        return {
+            part.name: reader.state(count)
+            for part, reader, count in zip(self.sets, self._readers, counts, strict=True)
+            if not isinstance(reader, StoredSequences)
+        }
+
+    def restore_streams(self, states: dict[str, dict[str, Any]]) -> None:
+        """Before anything is read. Collective. Raises DataError where they are other streams'."""
+        for part, reader in zip(self.sets, self._readers, strict=True):
+            if not isinstance(reader, StoredSequences):
+                reader.restore(states[part.name])
+
+    def close(self) -> None:
+        for reader in self._readers:
+            reader.close()
+
     def fingerprint(self) -> str:
         """What decides the sequences: of one unnamed set its content, else also names and weights, readable."""
+        found = [reader.fingerprint() for reader in self._readers]
         if not self.sets[0].name:
-            return self.sets[0].train.fingerprint()
-        names = ", ".join(f"{part.name} {part.train.fingerprint()}" for part in self.sets)
+            return found[0]
+        names = ", ".join(f"{part.name} {one}" for part, one in zip(self.sets, found, strict=True))
         return f"{names} mixed {self.schedule}"
 
 
@@ -177,12 +242,19 @@ def check_sets(config: DataConfig, vocab_size: int) -> None:
             check_data(part, vocab_size)
 
 
-def prepare_sets(config: DataConfig, cache: Path, vocab_size: int) -> list[PreparedData]:
-    """`prepare_data` for every set, one after the other. Raises DataError that names the set's key."""
+def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> list[PreparedData]:
+    """`prepare_data` for every set, one after the other; for a stream only held-out text for `evaluated` sequences.
+
+    Raises DataError that names the set's key.
+    """
     prepared = []
     for index, (name, weight, part) in enumerate(config.parts()):
         with _naming(config, index):
-            prepared.append(replace(prepare_data(part, cache, vocab_size), name=name, weight=weight))
+            if part.streaming:
+                one = prepare_stream(part, cache, vocab_size, evaluated)
+            else:
+                one = prepare_data(part, cache, vocab_size)
+            prepared.append(replace(one, name=name, weight=weight))
     return prepared
 
 

@@ -22,8 +22,9 @@ import numpy as np
 from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.files import fsync_path, write_whole
-from l2e_ds.data.indexed import IndexedTokens, best_dtype
+from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype
 from l2e_ds.data.sources import check_source, documents, input_bytes, source_files
+from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
@@ -49,16 +50,18 @@ _TOKENIZER_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary
 @dataclass(frozen=True)
 class PreparedData:
     """What a run reads of one set. `directory` is the folder of the tokenised text, None for an indexed pair; `name`
-    and `weight` are those of a set of a mixture."""
+    and `weight` are those of a set of a mixture. Of a stream, `stream` is the configuration and the training text is
+    not here."""
 
-    train: TokenDataset
+    train: TokenDataset | None
     held_out: TokenDataset | None
     tokenizer: PreTrainedTokenizerFast | None
-    train_tokens: int
+    train_tokens: int | None
     held_out_tokens: int
     directory: Path | None
     name: str = ""
     weight: float = 1.0
+    stream: DataConfig | None = None
 
 
 def check_data(config: DataConfig, vocab_size: int) -> None:
@@ -112,6 +115,35 @@ def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> Non
                 path.unlink()
         fsync_path(folder.parent)
     logger.info("tokenised %s into %s", config.source, folder)
+
+
+def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> PreparedData:
+    """Of a stream only the first held-out documents, for `evaluated` sequences, are tokenised into `cache`.
+
+    Call it as `prepare_data`. Raises DataError.
+    """
+    tokenizer = load_tokenizer(str(config.tokenizer))
+    _check_vocabulary(tokenizer, config, vocab_size)
+    if not config.held_out:
+        return PreparedData(None, None, tokenizer, None, 0, None, stream=config)
+    needed = evaluated * config.sequence_length + 1
+    prefix = Path(cache) / f"stream-{_fingerprint(config)}-{needed}"
+    if not prefix.with_name(f"{prefix.name}.idx").exists():  # the last that is written
+        stream = TokenStream(config, tokenizer, config.sequence_length, seed=0, workers=0)
+        tokens = stream.held_out(needed)
+        stream.close()
+        try:
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
+                writer.add(tokens)
+        except OSError as error:
+            raise DataError(f"data.cache: cannot write {error.filename or prefix}: {error.strerror or error}") from None
+    indexed = IndexedTokens(prefix)
+    held_out = TokenDataset(
+        indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name, documents=indexed
+    )
+    _check_held_out(config, held_out)
+    return PreparedData(None, held_out, tokenizer, None, held_out.num_tokens, None, stream=config)
 
 
 def _fingerprint(config: DataConfig) -> str:
@@ -183,7 +215,7 @@ def _workers(config: DataConfig) -> int:
     size = input_bytes(config)
     if config.max_tokens is not None:
         size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
-    return 0 if size is not None and size < _SMALL_BYTES else default_workers()
+    return 0 if size is not None and size < _SMALL_BYTES else config.workers or default_workers()
 
 
 def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
@@ -272,10 +304,17 @@ def _checked(
             f"data.sequence_length: the training documents of {config.path or config.source} hold {train.num_tokens}"
             f" tokens, a sequence needs {needed}; give more text or lower data.sequence_length"
         )
-    if held_out is not None and not len(held_out):
-        raise DataError(
-            f"data.held_out: the held-out documents of {config.path or config.source} hold {held_out.num_tokens}"
-            f" tokens, a sequence needs {needed}; raise data.held_out ({config.held_out}) or lower data.sequence_length"
-        )
+    if held_out is not None:
+        _check_held_out(config, held_out)
     tokens = 0 if held_out is None else held_out.num_tokens
     return PreparedData(train, held_out, tokenizer, train.num_tokens, tokens, directory)
+
+
+def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
+    """Raises DataError where it is too short for one sequence."""
+    if not len(held_out):
+        raise DataError(
+            f"data.held_out: the held-out documents of {config.path or config.source} hold {held_out.num_tokens}"
+            f" tokens, a sequence needs {config.sequence_length + 1}; raise data.held_out ({config.held_out}) or lower"
+            " data.sequence_length"
+        )

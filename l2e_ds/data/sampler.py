@@ -76,24 +76,3 @@ def rank_rows(global_batch: int, rank: int, ranks: int, micro_batch: int) -> np.
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks}")
     return np.arange(global_batch, dtype=np.int64).reshape(-1, ranks, micro_batch)[:, rank]
-
-
-class GlobalBatchSampler(SequenceOrder):
-    """Global batches of `global_batch` sequences out of one set; of several, see `l2e_ds.data.mixture`."""
-
-    def __init__(
-        self,
-        num_sequences: int,
-        global_batch: int,
-        seed: int,
-        order: Literal["shuffled", "stored"] = "shuffled",
-    ) -> None:
-        """Raises DataError without sequences."""
-        super().__init__(num_sequences, seed, order)
-        self.global_batch = global_batch
-
-    def indices(self, step: int) -> np.ndarray:
-        """Sequences of global batch `step`, int64 [G]."""
-        if step < 0:
-            raise ValueError(f"step {step}")
-        return self.sequences(step * self.global_batch + np.arange(self.global_batch, dtype=np.int64))

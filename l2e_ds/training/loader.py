@@ -51,12 +51,16 @@ class Loader:
             batch.record_stream(stream)
         return batch
 
-    def close(self) -> None:
-        """The thread reads what it may and ends; one that hangs (a file system, a lost rank) is left behind."""
+    def close(self) -> bool:
+        """The thread reads what it may and ends; one that hangs (a file system, a lost rank) is left behind.
+
+        Returns whether it has ended.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join(_PATIENCE)
+        return not self._thread.is_alive()
 
     def _work(self, step: int) -> None:
         try:

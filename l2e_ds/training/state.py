@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 @dataclass
 class TrainState:
     """step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
-    tokens: consumed in training; evaluated: step of the newest finished evaluation."""
+    tokens: consumed in training; evaluated: step of the newest finished evaluation; streams: where each set that is a
+    stream stands, by name (on rank 0)."""
 
     step: int = 0
     applied: int = 0
     tokens: int = 0
     evaluated: int = -1
+    streams: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -38,6 +38,7 @@ from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.loss import language_model_loss
 from l2e_ds.training.state import TrainState, seed_everything
+from l2e_ds.training.streams import StreamedSequences
 
 
 def inhibition_settings(config: RunConfig) -> Settings:
@@ -89,7 +90,11 @@ class Trainer:
             self.inhibitor.attach()
         self.plain_float32 = is_plain_float32(config, ds)
         self.engine = build_engine(model, config, ds, device)
-        self.sequences = TrainingSequences(data, batch.global_batch, config.training.seed, config.data.order)
+        order = config.data.order
+        self.sequences = TrainingSequences(
+            *(data, batch.global_batch, config.training.seed, order),
+            open_stream=lambda part, seed: StreamedSequences(part, seed, order),
+        )
         self.identity = Identity(
             ranks=distributed.size(),
             zero_stage=zero_stage(ds),
@@ -107,6 +112,7 @@ class Trainer:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
             if resume_from.parent.resolve() == self.checkpoints.directory.resolve():
                 self.saved_step = self.state.step  # else it lies in another run's directory
+            self.sequences.restore_streams(self.state.streams)
         self.metrics = metrics.MetricsWriter(
             self.run_directory,
             self.engine,
@@ -293,6 +299,7 @@ class Trainer:
         self._carry_on_saving(wait=True)
         begin = time.perf_counter()
         distributed.progress(f"the checkpoint of step {self.state.step}")
+        self.state.streams = self.sequences.stream_states(self.state.step)
         with self._allowing_failure(must_succeed):
             self.checkpoints.save(
                 self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
@@ -393,7 +400,8 @@ class Trainer:
 
     def close(self) -> None:
         """End the loader, remove the hooks and close the files; also after an exception."""
-        self.loader.close()
+        if self.loader.close():
+            self.sequences.close()
         if self.inhibitor is not None:
             self.inhibitor.detach()
         self.metrics.close()

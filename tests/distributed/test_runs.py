@@ -52,6 +52,9 @@ def cases() -> dict:
     found["other-weights"] = zero(
         1, weights=[3, 2, 2], options={"continues": "straight-mixture", "expect": "CheckpointError"}
     )
+    found["straight-stream"] = zero(1, streamed="stream", checkpoint={"every": 3})
+    found["resumed-stream"] = zero(1, streamed="stream", options={"stop_after": 4})
+    found["twin-of-stream"] = zero(1, streamed="twin")
     found["broken-data"] = zero(1, training={"evaluate_every": 0}, options={"broken": 4, "expect": "DataError"})
     found["hopeless"] = zero(
         1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
@@ -114,12 +117,22 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     _same_checkpoint(straight, interrupted)
 
 
-@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "-mixture"])
+@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream"])
 def test_resumed_is_bit_identical(runs, metric_lines, name):
     """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""
     straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
     assert timeless(metric_lines(resumed)) == timeless(metric_lines(straight))
     _same_checkpoint(straight, resumed)
+
+
+def test_a_stream_is_trained_on_as_if_it_were_stored(runs, metric_lines):
+    """Mixed with a set of token files, on both ranks, through the end of its text."""
+    stream, twin = (timeless(metric_lines(runs / name)) for name in ("straight-stream", "twin-of-stream"))
+    epochs = [line.pop("epochs/words") for line in stream]
+    assert epochs == sorted(epochs) and epochs[0] == 0 and epochs[-1] >= 1
+    assert all(line.pop("epochs/words") < 1 for line in twin)
+    assert stream == twin
+    assert stream[-1]["tokens/words"] + stream[-1]["tokens/stored"] == 10 * 8 * 16
 
 
 def _same_checkpoint(straight, resumed):

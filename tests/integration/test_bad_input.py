@@ -95,8 +95,8 @@ CASES = {
         ],
         ["large.bin", "999", "320"],
     ),
-    "stream without an end": (
-        lambda t: ["data.source=hub", f"data.path={t / 'corpus'}", "data.streaming=true"],
+    "stream with an end": (
+        lambda t: ["data.source=hub", f"data.path={t / 'corpus'}", "data.streaming=true", "data.max_tokens=1000"],
         ["data.max_tokens", "data.streaming"],
     ),
     "large prime batch": (

@@ -115,7 +115,18 @@ REFUSED = {
         ["[]", "prefix"],
     ),
     "hub key": (changed(data={"subset": "x"}), "data.subset", ["data.source: hub", "remove"]),
-    "streamed stdlib": (changed(data={"streaming": True}), "data.streaming", ["data.source: hub", "remove"]),
+    "stream with an own tokenizer": (changed(data={"streaming": True}), "data.train_tokenizer", ["l2e-ds tokenizer"]),
+    "stream with an end": (
+        changed(data={"streaming": True, "max_tokens": 9, "train_tokenizer": ..., "tokenizer": "x"}),
+        "data.max_tokens",
+        ["data.streaming", "remove"],
+    ),
+    "streamed tokens": (
+        changed(data={"source": "indexed", "path": "x", "train_tokenizer": ..., "streaming": True}),
+        "data.streaming",
+        ["indexed", "tokens"],
+    ),
+    "buffer of no stream": (changed(data={"shuffle_buffer": 5}), "data.shuffle_buffer", ["data.streaming", "remove"]),
     "plain with parts": (
         changed(inhibition={"method": "none", "mechanism": "regulariser"}),
         "inhibition.mechanism",

@@ -96,10 +96,10 @@ def reference(precision, loss, tau):
         )
 
     def run(step):
-        from l2e_ds.data import GlobalBatchSampler
+        from l2e_ds.data.sampler import SequenceOrder
 
         train = data()[0].train
-        rows = GlobalBatchSampler(len(train), 8, SEED, "shuffled").indices(step)
+        rows = SequenceOrder(len(train), SEED).sequences(step * 8 + np.arange(8))
         batch = torch.from_numpy(train.batch(np.asarray(rows)))
         logits = model(input_ids=batch[:, :-1]).logits
         return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())

@@ -8,7 +8,8 @@ that signal (or finds the stop file) on that rank at that place of that step: "s
 "broken": k (a token outside the vocabulary in every row of step k).
 "copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
 A case's section "model" replaces the base's where it names a pretrained one. "weights": [...]
-instead of a section "data": three sets, mixed; the last holds nothing out.
+instead of a section "data": three sets, mixed; the last holds nothing out. "streamed": such sets, of which the first
+is a stream of text ("stream"), or what that stream gives, stored ("twin").
 """
 
 import json
@@ -22,10 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from l2e_ds import distributed
 from l2e_ds.config import DataConfig, run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.data.stream import TokenStream
+from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.errors import Interrupted
 from l2e_ds.models import network_config
 from l2e_ds.train import leave_process, quiet_libraries
@@ -64,14 +70,36 @@ def mixture(weights: list[float]) -> dict:
     return {"tokenizer": "none", "sequence_length": LENGTH, "sets": sets}
 
 
+def streamed(folder: Path) -> dict:
+    """A section `data` of a stream and a set; rank 0 writes words and their tokenizer."""
+    text, tokenizer = folder / "words.jsonl", folder / "words.json"
+    if distributed.is_main() and not text.exists():
+        vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
+        words = Tokenizer(WordLevel(vocabulary, unk_token="w1"))
+        words.pre_tokenizer = Whitespace()
+        words.save(str(tokenizer))
+        random = np.random.default_rng(7)
+        documents = [random.integers(1, VOCABULARY, random.integers(5, 40)) for _ in range(30)]
+        lines = [json.dumps({"text": " ".join(f"w{i}" for i in ids)}) for ids in documents]
+        text.write_text("\n".join(lines))
+    distributed.agree(None)
+    stream = {"name": "words", "weight": 2, "source": "jsonl", "path": str(text), "streaming": True}
+    stored = {"name": "stored", "weight": 1, "source": "text", "path": "none"}
+    common = {"tokenizer": str(tokenizer), "sequence_length": LENGTH, "order": "stored", "held_out": 0.1, "workers": 1}
+    return {**common, "sets": [stream, stored]}
+
+
 def tokens(count: int, seed: int) -> np.ndarray:
     """A text of sorts: a random walk, so that there is something to learn."""
     steps = np.random.default_rng(seed).integers(-2, 3, count)
     return (np.cumsum(steps) % VOCABULARY).astype(np.uint16)
 
 
-def data(config: DataConfig | None = None) -> list[PreparedData]:
-    """Of the first set 200 sequences to train on and 20 held out, of the next ones fewer."""
+def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedData]:
+    """Of the first set 200 sequences to train on and 20 held out, of the next ones fewer.
+
+    twin: instead of a stream, its first sequences as a set.
+    """
 
     def dataset(sequences: int, seed: int, name: str) -> TokenDataset:
         array = tokens(sequences * LENGTH + 1, seed)
@@ -82,12 +110,22 @@ def data(config: DataConfig | None = None) -> list[PreparedData]:
         train = dataset(200 // (1 + 9 * index), 2 * index, "train")
         held_out = dataset(20 - 15 * index, 2 * index + 1, "held out") if part is None or part.held_out else None
         sets.append(PreparedData(train, held_out, None, train.num_tokens, 0, None, name, weight))
+        if part is not None and part.streaming:
+            tokenizer = load_tokenizer(part.tokenizer)
+            sets[-1] = PreparedData(None, held_out, tokenizer, None, 0, None, name, weight, stream=part)
+            if twin:
+                rows = TokenStream(part, tokenizer, LENGTH, 0, workers=0, shuffle_buffer=0).take(80)
+                array = np.append(rows[:, :-1].ravel(), rows[-1, -1])
+                train = TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, "twin")
+                sets[-1] = PreparedData(train, held_out, None, train.num_tokens, 0, None, name, weight)
     return sets
 
 
 def make_trainer(case: dict, directory: Path, device: torch.device, steps: int | None = None) -> Trainer:
     raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items() if section != "data"}
     raw["data"] = mixture(case["weights"]) if "weights" in case else BASE["data"]
+    if "streamed" in case:
+        raw["data"] = streamed(directory.parent)
     if "pretrained" in raw["model"]:
         raw["model"] = case["model"]
     raw["training"]["run_directory"] = str(directory)
@@ -99,7 +137,7 @@ def make_trainer(case: dict, directory: Path, device: torch.device, steps: int |
     network = network_config(config.model, LENGTH)
     if distributed.is_main():
         network.save_pretrained(directory / "model")
-    return Trainer(config, ds, batch, network, data(config.data), device)
+    return Trainer(config, ds, batch, network, data(config.data, case.get("streamed") == "twin"), device)
 
 
 def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
@@ -198,7 +236,7 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
                 poison(*options["nan"], trainer)
             if "broken" in options:
                 train = trainer.sequences.sets[0].train
-                train.tokens[trainer.sequences.indices(options["broken"])[1] * LENGTH + 3] = VOCABULARY
+                train.tokens[trainer.sequences.rows(options["broken"])[2] * LENGTH + 3] = VOCABULARY
             if options.get("held"):
                 save_held(trainer, directory / "held.safetensors")
             trainer.train()

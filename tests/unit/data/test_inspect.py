@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from l2e_ds.cli import main
-from l2e_ds.data import GlobalBatchSampler, indexed, inspect
+from l2e_ds.data import indexed, inspect
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
+from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.data.tokenizer import train_tokenizer
 
 
@@ -178,7 +179,7 @@ def preshuffled(tmp_path):
 
 
 def rows_of(out):
-    return [(int(row), int(sequence)) for row, sequence, *_ in (line.split() for line in out.splitlines()[2:])]
+    return [(int(row), int(sequence)) for row, _, sequence, *_ in (line.split() for line in out.splitlines()[2:])]
 
 
 def test_stored_order_is_pythias(tmp_path, capsys):
@@ -186,15 +187,16 @@ def test_stored_order_is_pythias(tmp_path, capsys):
     prefix = preshuffled(tmp_path)
     code, out, _ = run(capsys, "show", prefix, "--step", 3, "--global-batch", 8)
     assert code == 0 and rows_of(out) == [(row, 24 + row) for row in range(8)]
-    assert "4 tokens" in out.splitlines()[0] and "epoch 0" in out.splitlines()[0]
+    assert "4 tokens" in out.splitlines()[0] and {line.split()[1] for line in out.splitlines()[2:]} == {"0"}
     assert out.splitlines()[2].endswith("2400 2401 2402 2403 2404 ...")
     again = run(capsys, "show", prefix, "--step", 8, "--global-batch", 8)[1]  # 40 sequences are 5 steps
-    assert rows_of(again) == rows_of(out) and "epoch 1" in again
+    assert rows_of(again) == rows_of(out) and {line.split()[1] for line in again.splitlines()[2:]} == {"1"}
 
 
 def test_default_batch_is_pythias(tmp_path):
     view = inspect.view_of_set(preshuffled(tmp_path))
-    assert (view.sampler.global_batch, view.sampler.order, view.dataset.sequence_length) == (1024, "stored", 4)
+    assert (view.sequences.global_batch, view.datasets[0].sequence_length) == (1024, 4)
+    assert view.sequences.rows(0)[2][:9].tolist() == list(range(9))
 
 
 def test_one_sequence_in_full(tmp_path, capsys, tokenizer_file):
@@ -264,7 +266,7 @@ def run_file(tmp_path, **data):
 def test_show_of_a_run_is_what_its_trainer_samples(tmp_path, capsys, order):
     path = run_file(tmp_path, source="indexed", path=preshuffled(tmp_path), sequence_length=4, order=order)
     code, out, _ = run(capsys, "show", path, "--step", 6)
-    expected = GlobalBatchSampler(36, 8, 5, order).indices(6).tolist()  # a tenth of 40 is held out
+    expected = SequenceOrder(36, 5, order).sequences(48 + np.arange(8)).tolist()  # a tenth of 40 is held out
     assert code == 0 and rows_of(out) == list(enumerate(expected))
     for line, sequence in zip(out.splitlines()[2:], expected, strict=True):
         assert f" {100 * sequence} {100 * sequence + 1} " in line

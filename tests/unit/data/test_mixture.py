@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from l2e_ds.config import run_config_from_dict
-from l2e_ds.data import GlobalBatchSampler, PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
+from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import Schedule
+from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.errors import DataError
 
 WEIGHTS = [[1], [1, 1], [0.7, 0.2, 0.1], [3, 1e-3], [5, 0.013, 2, 0.4, 1 / 3]]
@@ -76,7 +77,7 @@ def test_a_step_directly_is_the_step_by_iterating():
     for step, tokens in zip(steps[:-1], direct, strict=False):
         assert np.array_equal(tokens, iterated[step])
     for step, tokens in zip(steps, direct, strict=True):
-        sets, indices = sequences.indices(step)
+        sets, _, indices = sequences.rows(step)
         assert np.array_equal(tokens, sets * 1000 + indices)
 
 
@@ -110,7 +111,7 @@ def test_any_ranks_and_micro_batches_read_the_same_global_batch():
 def test_a_set_is_read_forwards():
     """What a stream needs: each call begins where the one before ended, on ranks that want nothing of it too."""
     sequences, calls = mixture(), {0: [], 1: [], 2: []}
-    for index, stored in enumerate(sequences.stored):
+    for index, stored in enumerate(sequences._readers):
 
         def read(first, count, wanted, index=index, real=stored.read):
             assert ((wanted >= 0) & (wanted < count)).all()
@@ -133,14 +134,15 @@ def test_one_set_without_a_name_is_what_it_was():
     train = dataset(50, 0)
     for order in ("shuffled", "stored"):
         sequences = TrainingSequences([PreparedData(train, None, None, 1, 0, None)], 12, 9, order)
-        sampler = GlobalBatchSampler(50, 12, 9, order)
+        of_set = SequenceOrder(50, 9, order)
         for step in (0, 1, 4, 100, 10**8):
-            assert np.array_equal(sequences.indices(step)[1], sampler.indices(step))
-            assert np.array_equal(sequences.read(step, 0, 1, 12)[0], train.batch(sampler.indices(step)))
+            expected = of_set.sequences(step * 12 + np.arange(12))
+            assert np.array_equal(sequences.rows(step)[2], expected)
+            assert np.array_equal(sequences.read(step, 0, 1, 12)[0], train.batch(expected))
     assert sequences.fingerprint() == train.fingerprint()
     assert sequences.consumed(3) == {}
     named = TrainingSequences([PreparedData(train, None, None, 1, 0, None, name="a")], 12, 9, "shuffled")
-    assert not np.array_equal(named.indices(0)[1], GlobalBatchSampler(50, 12, 9).indices(0))
+    assert not np.array_equal(named.rows(0)[2], SequenceOrder(50, 9).sequences(np.arange(12)))
 
 
 def test_identity_tells_sets_names_and_weights():
@@ -173,7 +175,7 @@ def test_prepared_from_a_run_file(tmp_path):
     }
     config = run_config_from_dict(raw, "run").data
     check_sets(config, 300)
-    sets = prepare_sets(config, tmp_path / "cache", 300)
+    sets = prepare_sets(config, tmp_path / "cache", 300, 4)
     assert [(part.name, part.weight) for part in sets] == [("a", 3.0), ("b", 1.0)]
     assert sets[0].held_out is not None and sets[1].held_out is None
     assert sets[1].train_tokens == sum(len(f"berry {i} ") * 40 + 1 for i in range(60))

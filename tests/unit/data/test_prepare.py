@@ -138,7 +138,7 @@ def test_max_tokens_reached_before_the_first_held_out_document(tmp_path, cache, 
     assert texts_of(prepared, "held_out") == texts[-1:]
 
 
-def test_a_stream_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
+def test_a_hub_set_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
@@ -146,8 +146,7 @@ def test_a_stream_is_read_as_far_as_needed(tmp_path, cache, monkeypatch):
     (tmp_path / "set").mkdir()
     corpus(tmp_path, [text(i) for i in range(300)]).rename(tmp_path / "set" / "train.jsonl")
     short, long = (
-        prepare_data(config(tmp_path / "set", source="hub", streaming=True, max_tokens=limit), cache, 300)
-        for limit in (500, 1000)
+        prepare_data(config(tmp_path / "set", source="hub", max_tokens=limit), cache, 300) for limit in (500, 1000)
     )
     assert 500 <= short.train_tokens < 1000 <= long.train_tokens < 2000
     assert short.directory != long.directory

@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
 
-from l2e_ds.data import GlobalBatchSampler
-from l2e_ds.data.sampler import rank_rows
+from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.errors import DataError
+
+
+def batch(n, size, seed, step, order="shuffled"):
+    """Global batch `step` of `size` of n sequences."""
+    return SequenceOrder(n, seed, order).sequences(step * size + np.arange(size))
 
 
 def epoch(n, seed=0, number=0):
     """Epoch `number` as one global batch."""
-    return GlobalBatchSampler(n, n, seed).indices(number)
+    return batch(n, n, seed, number)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 15, 16, 17, 64, 65, 101, 255, 256, 257, 1000, 1024, 1025, 7919, 65537])
@@ -42,21 +46,19 @@ def test_order_is_well_mixed():
 @pytest.mark.parametrize("n", [3, 10])
 def test_every_sequence_comes_first_equally_often(n):
     epochs = 6000
-    first = GlobalBatchSampler(n, n * epochs, 5).indices(0)[::n]
+    first = batch(n, n * epochs, 5, 0)[::n]
     counts = np.bincount(first, minlength=n)
     assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 35
 
 
 def test_global_batches_run_through_epochs_without_a_gap():
-    sampler = GlobalBatchSampler(10, 4, seed=1)
-    stream = np.concatenate([sampler.indices(step) for step in range(15)])
+    stream = np.concatenate([batch(10, 4, 1, step) for step in range(15)])
     for number in range(6):
         assert np.array_equal(stream[number * 10 : (number + 1) * 10], epoch(10, 1, number))
 
 
 def test_stored_order():
-    sampler = GlobalBatchSampler(10, 4, seed=1, order="stored")
-    assert [sampler.indices(step).tolist() for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert [batch(10, 4, 1, step, "stored").tolist() for step in range(3)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 def test_any_ranks_take_the_same_rows():
@@ -68,7 +70,7 @@ def test_any_ranks_take_the_same_rows():
 
 def test_a_far_step_of_a_large_corpus():
     n = 146_432_000
-    far = GlobalBatchSampler(n, 1024, seed=0).indices(100_000_000)
+    far = batch(n, 1024, 0, 100_000_000)
     assert len(np.unique(far)) == 1024
     assert far.min() >= 0
     assert far.max() < n
@@ -77,9 +79,7 @@ def test_a_far_step_of_a_large_corpus():
 
 def test_refusals():
     with pytest.raises(DataError, match="no sequence"):
-        GlobalBatchSampler(0, 4, 1)
-    with pytest.raises(ValueError, match="step -1"):
-        GlobalBatchSampler(10, 4, 1).indices(-1)
+        SequenceOrder(0, 1)
     for arguments in [(4, 0, 3, 1), (4, 2, 2, 1), (4, -1, 2, 1)]:
         with pytest.raises(ValueError, match="rank|multiple"):
             rank_rows(*arguments)

@@ -162,15 +162,14 @@ def test_parquet(tmp_path):
     assert list(documents(config("parquet", tmp_path, text_key="body"))) == ["one", "two"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_hub_reads_a_local_folder(tmp_path, streaming):
+def test_hub_reads_a_local_folder(tmp_path):
     (tmp_path / "set").mkdir()
     jsonl(tmp_path / "set" / "train.jsonl", [{"text": "one"}, {"text": " "}, {"text": "two"}])
-    hub = config("hub", tmp_path / "set", streaming=streaming, max_tokens=9000)
+    hub = config("hub", tmp_path / "set")
     check_source(hub)
     assert list(documents(hub)) == ["one", "two"]
     with pytest.raises(DataError, match="set data.text_key to one of: text"):
-        list(documents(config("hub", tmp_path / "set", streaming=streaming, max_tokens=9000, text_key="content")))
+        list(documents(config("hub", tmp_path / "set", text_key="content")))
 
 
 def test_hub_reads_what_save_to_disk_wrote(tmp_path):

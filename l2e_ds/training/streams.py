@@ -1,0 +1,96 @@
+"""A stream as one of the sets that a run trains on: rank 0 reads and tokenises, every rank gets what a step takes.
+
+n: sequences, T: tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from l2e_ds import distributed
+from l2e_ds.data import PreparedData
+from l2e_ds.data.stream import TokenStream
+from l2e_ds.data.workers import default_workers
+from l2e_ds.errors import L2EError
+
+_REMEMBERED = 8  # positions behind the newest `read`s; the loader is at most a few steps ahead of who asks
+
+
+class StreamedSequences:
+    """The sequences of a stream by running number, each taken once. Collective, but for `state` and `epochs`.
+
+    `read` may run in a thread of its own: its collectives have a process group of their own.
+    """
+
+    def __init__(self, part: PreparedData, seed: int, order: Literal["shuffled", "stored"]) -> None:
+        """Raises DataError, on every rank, where the stream cannot be opened."""
+        config, tokenizer = part.stream, part.tokenizer
+        assert config is not None and tokenizer is not None
+
+        def opened() -> TokenStream:
+            workers = config.workers or max(1, default_workers() // 2)
+            buffer = 0 if order == "stored" else config.shuffle_buffer
+            return TokenStream(config, tokenizer, config.sequence_length, seed, workers, buffer)
+
+        self.width = config.sequence_length + 1
+        self._stream: TokenStream | None = distributed.main_works(opened, lambda: None)
+        described = None if self._stream is None else self._stream.fingerprint()
+        self._fingerprint = distributed.all_gather_objects(described)[0]
+        self._group = distributed.new_group()
+        self._states: dict[int, dict[str, Any]] = {}  # on rank 0: running number -> position before it
+        self._remember(0)
+
+    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
+        """Of the `count` sequences from running number `first` on, those at offsets `wanted`: int64 [n, T+1].
+
+        `first` is where the last call ended. Raises DataError, on every rank, for what is wrong with the text.
+        """
+        taken: np.ndarray | L2EError | None = None
+        if self._stream is not None:
+            if first not in self._states:
+                raise ValueError(f"sequence {first} of a stream that stands at {max(self._states)}")
+            try:
+                taken = self._stream.take(count).astype(np.int32)
+            except L2EError as error:
+                taken = error
+            else:
+                self._remember(first + count)
+        return distributed.from_main(taken, (count, self.width), self._group)[wanted].astype(np.int64)
+
+    def state(self, number: int) -> dict[str, Any]:
+        """On rank 0 the position before running number `number`, which was read a moment ago; elsewhere empty."""
+        return {} if self._stream is None else {"number": number, **self._states[number]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`. Raises DataError where it is another stream's."""
+        problem: L2EError | None = None
+        if self._stream is not None:
+            position = dict(state)
+            number = position.pop("number")
+            try:
+                self._stream.restore(position)
+                self._states.clear()
+                self._remember(number)
+            except L2EError as error:
+                problem = error
+        distributed.agree(problem)
+
+    def epochs(self, number: int) -> float:
+        """On rank 0: how often the text was gone through before that running number."""
+        return float(self._states[number]["block"]["epoch"]) if self._stream is not None else 0.0
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._stream is not None:
+            self._stream.close()
+
+    def _remember(self, number: int) -> None:
+        if self._stream is not None:
+            self._states[number] = self._stream.state()
+            while len(self._states) > _REMEMBERED:
+                del self._states[min(self._states)]
