@@ -30,6 +30,7 @@ SOURCES = {
     "two3-bf16": (2, "zero3", "bf16", "straight3-bf16"),
     "two2-fp16": (2, "zero2", "fp16", "straight2-fp16"),
     "two1-mixture": (2, "zero1", "fp32", "straight-mixture"),
+    "two1-stream": (2, "zero1", "fp32", "straight-stream"),
     "pretrained": (2, "zero2", "fp32", "straight-pretrained"),
 }
 STRAIGHT = {
@@ -39,6 +40,7 @@ STRAIGHT = {
     "straight2-fp16": ("zero2", "fp16"),
     "straight0-bf16": ("zero0", "bf16"),
     "straight-mixture": ("zero1", "fp32"),
+    "straight-stream": ("zero1", "fp32"),
     "straight-pretrained": ("zero2", "fp32"),
 }
 # source, ranks and DeepSpeed configuration that go on from it
@@ -63,6 +65,7 @@ PAIRS = [
     ("two2-fp16", 1, "zero3"),
     ("two2-fp16", 4, "zero1"),
     ("two1-mixture", 1, "zero2"),
+    ("two1-stream", 1, "zero2"),
     ("pretrained", 1, "zero3"),
 ]
 
@@ -91,6 +94,7 @@ def case(zero: str, precision: str, origin: str = "", steps: int = LAST, **optio
     pretrained = {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION}
     return {
         **({"weights": [0.2, 0.7, 0.1]} if "mixture" in origin else {}),
+        **({"streamed": "stream"} if "stream" in origin else {}),
         "model": pretrained if "pretrained" in origin else NETWORK,
         "optimizer": {"weight_decay": DECAY},
         "training": {"steps": steps, "precision": precision, "evaluate_every": 8},
