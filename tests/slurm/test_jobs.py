@@ -265,7 +265,11 @@ def test_two_steps_of_one_job_and_a_script_without_a_step(site):
 
 def test_a_run_outlives_its_node(site):
     """SLURM misses the node and requeues the job, whose next start goes on from the newest checkpoint."""
-    job = site.submit("robbed", "--time", "30:00", "--restarts", 1)
+    # by the script that users adapt, not by `l2e-ds submit`
+    site.environment["L2E_DS_RESTARTS"] = "1"
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=30:00"]
+    script = REPOSITORY / "launch/slurm/train.sbatch"
+    job = site.call("sbatch", *options, script, "run.yaml", "training.run_directory=robbed").strip()
     site.reached("robbed", 30)
     assert len(kill_node(site.environment, "n2")) > 2, "no task was running there"
     site.wait(lambda: site.show(job)["Restarts"] == "1", "SLURM misses the node")
