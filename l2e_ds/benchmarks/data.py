@@ -28,9 +28,12 @@ import psutil
 import yaml
 
 from l2e_ds.benchmarks.about import machine, markdown, new_folder, say, versions
+from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedTokens
 from l2e_ds.data.sampler import SequenceOrder
+from l2e_ds.data.stream import TokenStream
+from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import ConfigError, L2EError
 
@@ -43,7 +46,9 @@ SEEK = 100_000
 """The step that is sought."""
 READ = 1 << 28
 """Tokens of the set that is read at random."""
-STEPS = 12
+STEPS = 10
+SKIPPED = 2
+"""Steps that are not counted: the first batches are read while nothing is computed yet."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="TOKENIZER.json")
     parser.add_argument("--processes", type=int, default=default_workers(), help="of each tool (default: all cores)")
     parser.add_argument("--rounds", type=int, default=3, help="alternations (default: 3)")
-    parser.add_argument("--repeat", type=int, default=4, help="the text, so many times over (default: 4)")
+    parser.add_argument("--repeat", type=int, default=1, help="tokenise the text so many times over (default: 1)")
     parser.add_argument("--gpt-neox", type=Path, metavar="DIR", help="a checkout, its requirements installed")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="new or empty")
@@ -128,7 +133,8 @@ def measure_tokenize(arguments: argparse.Namespace, folder: Path) -> dict:
             say(f"{name}: {len(found) // 2 / seconds[name][-1]:,.0f} tokens/s")
             shutil.rmtree(work)
     assert expected is not None
-    return {"tokens": len(expected) // 2, "bytes": joined.stat().st_size, "seconds": seconds}
+    size = joined.stat().st_size
+    return {"tokens": len(expected) // 2, "bytes": size, "repeat": arguments.repeat, "seconds": seconds}
 
 
 def _ours(arguments: argparse.Namespace, text: Path, work: Path) -> tuple[list[str], Path]:
@@ -299,7 +305,8 @@ def measure_open(arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
-    """pythia-70m at its true shapes on this machine's device: from token files, and from a stream."""
+    """pythia-70m, sequences of 2,048 tokens, on this machine's device: from token files, and from a stream; and how
+    many tokens/s a stream gives, since so few steps may be served by what was read ahead."""
     text = folder / "text.jsonl"
     text.write_bytes(b"".join(path.read_bytes() for path in arguments.text))
     _call([*_ours(arguments, text, folder)[0]], folder)
@@ -310,10 +317,10 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
     rows: dict[str, dict[str, list[float]]] = {}
     for name, source in sources.items():
         directory = folder / f"run-{len(rows)}"
-        training = {"steps": STEPS, "global_batch": 4, "micro_batch": 2, "evaluate_every": 0}
+        training = {"steps": STEPS, "global_batch": 1, "micro_batch": 1, "evaluate_every": 0}
         content = {
             "model": {"name": "pythia-70m"},
-            "data": {**source, "tokenizer": str(arguments.tokenizer.absolute()), "sequence_length": 512},
+            "data": {**source, "tokenizer": str(arguments.tokenizer.absolute()), "sequence_length": 2048, "workers": 1},
             "training": {**training, "run_directory": str(directory)},
             "checkpoint": {"every": 0},
             "logging": {"every": 1, "progress": False},
@@ -322,11 +329,23 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
         run_file.write_text(yaml.safe_dump(content), encoding="utf-8")
         _call([sys.executable, "-m", "l2e_ds.train", str(run_file)], folder)
         metrics = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        lines = [line for line in map(json.loads, metrics) if line["kind"] == "train"][2:]
+        lines = [line for line in map(json.loads, metrics) if line["kind"] == "train"][SKIPPED:]
         shares = [line["data_wait_seconds"] / line["step_seconds"] for line in lines]
         rows[name] = {"shares": shares, "step_seconds": [line["step_seconds"] for line in lines]}
         say(f"{name}: {statistics.median(shares):.3%} of a step")
-    return {"rows": rows}
+    config = DataConfig(
+        source="jsonl", path=str(text), streaming=True, tokenizer=str(arguments.tokenizer), held_out=0.0
+    )
+    stream = TokenStream(config, load_tokenizer(str(arguments.tokenizer)), 2048, seed=1, workers=1)
+    stream.take(256)  # until it no longer gives what was read ahead
+    supply = []
+    for _ in range(3 * arguments.rounds):
+        begin = time.perf_counter()
+        stream.take(256)
+        supply.append(256 * 2048 / (time.perf_counter() - begin))
+    stream.close()
+    say(f"stream, one worker: {statistics.median(supply):,.0f} tokens/s")
+    return {"rows": rows, "supply": supply}
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
@@ -357,6 +376,8 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
             rows.append([name, _spread(speeds, 2), _spread(ratios, 2)])
         heads = ["tool", "million tokens/s", "its time over ours, round by round"]
         text = f"{found['bytes'] / 1e6:.0f} MB of text, {found['tokens'] / 1e6:.1f} million tokens, the same from all;"
+        if found["repeat"] > 1:
+            text += f" (a smaller text, {found['repeat']} times over);"
         text += f" {about['processes']} processes each; whole commands, start-up included.\n"
         yield "tokenize", f"## Tokenising\n\n{text}\n{markdown(heads, rows)}"
     if found := results.get("memory"):
@@ -388,9 +409,11 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
             [name, _spread([100 * share for share in row["shares"]], 3), _spread(row["step_seconds"], 2)]
             for name, row in found["rows"].items()
         ]
-        text = "pythia-70m, one process, 4 sequences of 512 tokens a step.\n"
+        text = f"pythia-70m, one process, a sequence of 2,048 tokens a step, {STEPS - SKIPPED} steps counted.\n"
         heads = ["data", "share of the step that waits, %", "step, s"]
-        yield "wait", f"## Waiting for data\n\n{text}\n{markdown(heads, rows)}"
+        more = f"A stream gives {_spread(found['supply'], 0)} tokens/s with one worker, measured behind what it reads"
+        more += " ahead: as long as training takes fewer, a step waits only for the hand-over above.\n"
+        yield "wait", f"## Waiting for data\n\n{text}\n{markdown(heads, rows)}\n{more}"
 
 
 def _spread(values: list[float], digits: int) -> str:

@@ -27,8 +27,9 @@ def main(tokenizer_file: str, processes: str, output: str, cache: str, *files: s
         load_from_cache_file=False,
     )
     with Path(output).open("wb") as file:
-        for row in tokenised:
-            np.asarray([*row["ids"], end], dtype=np.uint16).tofile(file)
+        for rows in tokenised.with_format("numpy").iter(1000):
+            parts = [part for ids in rows["ids"] for part in (ids, [end])]
+            np.concatenate(parts).astype(np.uint16).tofile(file)
 
 
 if __name__ == "__main__":

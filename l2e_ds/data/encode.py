@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -21,9 +22,16 @@ from l2e_ds.errors import DataError
 _BATCH_CHARACTERS = 1 << 20  # text tokenised at once: the library needs some hundred bytes for each of its tokens
 _PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces
 _CUT = re.compile(r"(?<=[^\W_])[ \n]")
-# After a letter or digit, before an ASCII character that is neither, nor an apostrophe: there the patterns of all usual
-# byte-level tokenizers have a boundary, and no normalisation joins the two sides.
+# After a letter or digit, before an ASCII character that is neither, nor an apostrophe: there _PATTERNS have a
+# boundary, whatever stands around it, and NFC, to which such an ASCII character is a wall, does not join the two sides.
 _WORDS = re.compile(r"(?<=[^\W_])(?=[\t\n\r !-&(-/:-@\[-`{-~])").split
+# How GPT-2 (and Pythia), Llama 3 and Qwen 2 cut texts into words before the bytes of a word are merged.
+_GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+_PATTERNS = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+]
 _MEMO_ENTRIES = 1 << 18  # about 50 MB a process
 _MEMO_CHARACTERS = 32
 _PROBE = (
@@ -118,19 +126,25 @@ class Encoder:
 
     def _encode_batch(self, batch: list[tuple[int, str, bool]]) -> Iterator[tuple[int, np.ndarray, bool]]:
         if not self._may_cut or any(self._holds_added_token(piece) for _, piece, _ in batch):
-            for (number, _, is_last), ids in zip(batch, self._ids([text for _, text, _ in batch]), strict=True):
-                yield number, np.array(ids, self._dtype), is_last
+            yield from self._encode_whole(batch)
             return
         # Words repeat: the library is asked only for those not met before, which is most of its time.
         memo = self._memo
         cut = [_WORDS(piece) for _, piece, _ in batch]
         new = list(set(chain.from_iterable(cut)).difference(memo))
+        if not all(map(_ends_in_one_letter, new)):
+            yield from self._encode_whole(batch)
+            return
         memo.update(zip(new, (np.array(ids, self._dtype).tobytes() for ids in self._ids(new)), strict=True))
         for (number, _, is_last), words in zip(batch, cut, strict=True):
             yield number, np.frombuffer(b"".join(map(memo.__getitem__, words)), self._dtype), is_last
         for word in new:
             if len(word) > _MEMO_CHARACTERS or len(memo) > _MEMO_ENTRIES:
                 del memo[word]
+
+    def _encode_whole(self, batch: list[tuple[int, str, bool]]) -> Iterator[tuple[int, np.ndarray, bool]]:
+        for (number, _, is_last), ids in zip(batch, self._ids([text for _, text, _ in batch]), strict=True):
+            yield number, np.array(ids, self._dtype), is_last
 
     def _holds_added_token(self, text: str) -> bool:
         """One that would be cut, such as <|endoftext|>."""
@@ -150,14 +164,27 @@ def pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
+def _ends_in_one_letter(word: str) -> bool:
+    """Whether its last character stays a letter or digit. NFC takes some letters of Indic and Hebrew script apart: what
+    then stands last is a mark, which the patterns join with what follows."""
+    return word.isascii() or not word[-1].isalnum() or unicodedata.normalize("NFC", word[-1])[-1].isalnum()
+
+
 def may_cut(backend: Any) -> bool:
-    """Whether the words of a text, one by one, give the tokens of the whole: so for the usual byte-level BPE, not for
-    tokenizers that mark the beginning of a text (SentencePiece), merge over blanks or draw lots (dropout)."""
+    """Whether the words of a text, one by one, give the tokens of the whole.
+
+    Known of byte-level BPE with the patterns above, not normalised or by NFC. Not so for tokenizers that mark the
+    beginning of a text (SentencePiece), merge over blanks or draw lots (dropout); unknown ones are not cut.
+    """
     described = json.loads(backend.to_str())
-    if '"ByteLevel"' not in json.dumps(described["pre_tokenizer"]) or described["model"].get("dropout"):
+    if described["model"].get("type") != "BPE" or described["model"].get("dropout"):
+        return False
+    if described["normalizer"] not in (None, {"type": "NFC"}) or not _is_known(described["pre_tokenizer"]):
         return False
     for token in described["added_tokens"]:
         if token["single_word"] or token["rstrip"] or _CUT.search(token["content"]):
+            return False
+        if token["normalized"] and len(_WORDS(token["content"])) > 1:  # it may stand in the text in another form
             return False
     words = _WORDS(_PROBE)
     ends = {end for _, (_, end) in backend.pre_tokenizer.pre_tokenize_str(_PROBE)}
@@ -165,6 +192,18 @@ def may_cut(backend: Any) -> bool:
     return ends.issuperset(accumulate(map(len, words))) and whole == [
         id for word in words for id in backend.encode(word, add_special_tokens=False).ids
     ]
+
+
+def _is_known(pre_tokenizer: dict | None) -> bool:
+    """Whether it is GPT-2's, or one of _PATTERNS and bytes."""
+    found = {key: value for key, value in (pre_tokenizer or {}).items() if key != "trim_offsets"}
+    if found == _GPT_2:
+        return True
+    if found.get("type") != "Sequence" or len(found["pretokenizers"]) != 2:
+        return False
+    split, byte_level = ({k: v for k, v in part.items() if k != "trim_offsets"} for part in found["pretokenizers"])
+    known = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in _PATTERNS]
+    return split in known and byte_level == {**_GPT_2, "use_regex": False}
 
 
 _encoder: Encoder | None = None  # of a worker process

@@ -245,7 +245,9 @@ class TokenStream:
         if not self.shuffle_buffer:
             return np.arange(size)
         # A bit generator's raw output is the same in every version of NumPy; Generator.permutation's need not be.
-        random = np.random.Philox(key=[self.seed, block.epoch], counter=[0, 0, 0, block.number])
+        random = np.random.Philox(
+            key=np.array([self.seed, block.epoch], np.uint64), counter=np.array([0, 0, 0, block.number], np.uint64)
+        )
         return np.argsort(random.random_raw(size), kind="stable")
 
     def _documents(self, block: _Block) -> Iterator[tuple[_Block, str]]:

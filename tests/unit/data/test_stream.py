@@ -84,7 +84,9 @@ def reference(data, tokenizer, buffer, n, t=T):
         for number, first in enumerate(range(0, len(train), buffer or len(train))):
             block = train[first : first + (buffer or len(train))]
             if buffer:
-                keys = np.random.Philox(key=[SEED, epoch], counter=[0, 0, 0, number]).random_raw(len(block))
+                keys = np.random.Philox(
+                    key=np.array([SEED, epoch], np.uint64), counter=np.array([0, 0, 0, number], np.uint64)
+                ).random_raw(len(block))
                 block = [text for _, text in sorted(zip(keys.tolist(), block, strict=True))]
             for text in block:
                 row += [*tokenizer(text, add_special_tokens=False)["input_ids"], end]
@@ -217,8 +219,14 @@ def test_every_epoch_has_every_document_once_in_another_order(tmp_path, tokenize
 def test_the_order_is_the_same_in_every_version(tmp_path, tokenizer):
     """Also of NumPy: a run goes on after an update. These figures must never change."""
     (tmp_path / "a.jsonl").write_bytes(lines([f"{i}" for i in range(10)]))
-    stream = TokenStream(config("jsonl", tmp_path, held_out=0), tokenizer, 2, 1234, 0)
-    assert "".join(tokenizer.decode(row[:1]) for row in stream.take(20)) == "89730142560956428173"
+    for seed, expected in [
+        (1234, "89730142560956428173"),
+        (2**63 + 5, "92517803643687421905"),
+        (2**63 + 6, "10795234867518093462"),
+        (2**64 - 1, "89074263153872549061"),
+    ]:
+        stream = TokenStream(config("jsonl", tmp_path, held_out=0), tokenizer, 2, seed, 0)
+        assert "".join(tokenizer.decode(row[:1]) for row in stream.take(20)) == expected
 
 
 def test_held_out_documents_are_the_first_of_the_source(tmp_path, tokenizer):

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from l2e_ds import cli
 from l2e_ds.data import encode, sources, token_files
@@ -386,6 +386,34 @@ def test_looking_words_up_changes_nothing(tokenizer, monkeypatch):
         assert 100 < len(encoder._memo) <= 200
 
 
+# letters that NFC takes apart, before what the pattern joins with a mark
+APART = ["\u0930\u093e\u095b!", "\u095c; x", "\ufb1d-\ufb4e!", "plain words, then \u09dc."]
+
+
+@pytest.mark.parametrize("pattern", ["gpt-2", *encode._PATTERNS])
+def test_letters_that_are_taken_apart(pattern, monkeypatch):
+    """With merges over the place where such a text must not be cut."""
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern != "gpt-2":
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = [*APART, *TEXTS[:20], "it's 1234567 years", "a\r\n\r\nb  \n c"]
+    texts = [one for one in texts if one.strip()]
+    backend.train_from_iterator(texts * 9, trainer)
+    assert may_cut(backend)
+    encoder = Encoder(backend.to_str(), "text", None, np.dtype("<u2"), False)
+    for one in texts:
+        assert encoder(chunk_of([one])).tokens.tolist() == backend.encode(one, add_special_tokens=False).ids, one
+    assert encoder._memo
+    word, mark = encode._WORDS(APART[0])
+    ends = [end for _, (_, end) in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(APART[0]))]
+    assert mark == "!" and len(backend.normalizer.normalize_str(word)) not in ends  # what would go wrong
+
+
 def changed(tokenizer, change):
     backend = Tokenizer.from_file(tokenizer)
     change(backend)
@@ -407,7 +435,22 @@ def test_tokenizers_whose_words_are_not_independent(tokenizer):
     def over_blanks(backend):
         backend.add_tokens([AddedToken("two words")])
 
-    for change in (prepend, no_words, metaspace, over_blanks):
+    def lower(backend):
+        backend.normalizer = normalizers.Lowercase()
+
+    def taken_apart(backend):
+        backend.normalizer = normalizers.NFD()
+
+    def with_hyphens(backend):
+        own = pre_tokenizers.Split(Regex(r"\p{L}+(?:-\p{L}+)*| ?[^\s\p{L}]+|\s+"), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [own, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+
+    def in_another_form(backend):
+        backend.add_tokens([AddedToken("a|b", normalized=True)])
+
+    for change in (prepend, no_words, metaspace, over_blanks, lower, taken_apart, with_hyphens, in_another_form):
         assert not may_cut(changed(tokenizer, change)), change
     whole = Tokenizer(models.WordLevel({"a": 0, "b": 7}, unk_token="a"))
     assert not may_cut(whole)
