@@ -19,6 +19,12 @@ class DataError(L2EError):
     """A corpus, tokenizer or token file is missing, empty or broken. Names the file."""
 
 
+class WorkerError(L2EError):
+    """A worker process was killed, perhaps for want of memory. No input is wrong: the same command goes on."""
+
+    exit_code = 1
+
+
 class CheckpointError(L2EError):
     """A checkpoint is missing, incomplete or belongs to another run. Ranks agree before they raise it."""
 

@@ -8,6 +8,7 @@ but the configuration and the files.
 from __future__ import annotations
 
 import bz2
+import codecs
 import glob
 import gzip
 import io
@@ -222,14 +223,17 @@ def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Recor
     for number, line in enumerate(block.split(b"\n"), first):
         if line.strip():
             try:
-                yield _text_of_line(line, f"{path}:{number}", key)
+                start = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                yield _text_of_line(start, f"{path}:{number}", key)
             except DataError as error:
                 yield error
 
 
 def _text_of_line(line: bytes, where: str, key: str) -> str:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())  # given bytes, json would guess UTF-16 and let surrogates through
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({one_line(error)})") from None
     if not isinstance(record, dict):

@@ -28,7 +28,7 @@ from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, sour
 from l2e_ds.data.tokenize import find_split
 from l2e_ds.data.tokenizer import end_of_text_id, vocabulary_size
 from l2e_ds.data.workers import WorkerPool
-from l2e_ds.errors import DataError
+from l2e_ds.errors import DataError, L2EError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -198,46 +198,75 @@ class TokenStream:
         """Every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
         under_way: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
 
+        failure: L2EError | None = None
+
         def batches() -> Iterator[Chunk]:
+            nonlocal failure
             texts: list[str] = []
             size = 0
-            for block, place, text in self._shuffled(mark):
-                if texts and (size >= _BATCH_CHARACTERS or block is not under_way[-1][0]):
-                    yield partial(_records, texts)
-                    texts, size = [], 0
-                if not texts:
-                    under_way.append((block, place))
-                texts.append(text)
-                size += len(text)
+            try:
+                for block, place, text in self._shuffled(mark):
+                    if texts and (size >= _BATCH_CHARACTERS or block is not under_way[-1][0]):
+                        yield partial(_records, texts)
+                        texts, size = [], 0
+                    if not texts:
+                        under_way.append((block, place))
+                    texts.append(text)
+                    size += len(text)
+            except L2EError as error:  # its turn comes after all that was read before it
+                failure = error
+            if texts:
+                yield partial(_records, texts)
 
         for encoded in self._pool.map(batches()):
             block, first = under_way.popleft()
             ends = np.cumsum(encoded.lengths)
             for place, tokens in enumerate(np.split(encoded.tokens, ends[:-1]), first):
                 yield block, place, tokens
+        assert failure is not None  # else it does not end
+        raise failure
 
     def _shuffled(self, mark: _Mark) -> Iterator[tuple[_Block, int, str]]:
         """Training documents from `mark` on, in the order in which they are trained on; never ends.
 
         One document of the next block is read for each one that is handed on, so that no block's end makes a pause.
+        What is wrong with the next block is raised when its turn comes.
         """
         source = self._documents(mark.block)
         read = deque([next(source)])
         if read[0][0] is not mark.block:
             raise self._changed()
         used = mark.used
+        failure: L2EError | None = None
+
+        def read_one() -> None:
+            nonlocal failure
+            try:
+                if failure is None:
+                    read.append(next(source))
+            except L2EError as error:
+                failure = error
+
+        whole = self.shuffle_buffer or _UNSHUFFLED
         while True:
+            if not read:
+                assert failure is not None
+                raise failure
             block = read[0][0]
-            while read[-1][0] is block:
-                read.append(next(source))
-            texts = [read.popleft()[1] for _ in range(sum(other is block for other, _ in read))]
+            size = sum(other is block for other, _ in read)
+            while size < whole and read[-1][0] is block:
+                read_one()
+                if failure is not None:
+                    raise failure
+                size += read[-1][0] is block
+            texts = [read.popleft()[1] for _ in range(size)]
             if used >= len(texts):
                 raise self._changed()
             order = self._order(block, len(texts))
             for place in range(used, len(texts)):
                 yield block, place, texts[order[place]]
                 texts[order[place]] = ""  # its memory goes to the next block
-                read.append(next(source))
+                read_one()
             used = 0
 
     def _order(self, block: _Block, size: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from l2e_ds.errors import DataError
+from l2e_ds.errors import WorkerError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ class WorkerPool(Generic[Item, Result]):
         self._is_set_up = False
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items. Raises what `function` raises, and DataError where a worker dies.
+        """The results in the order of the items. Raises what `function` raises, and WorkerError where a worker dies.
 
         Items are taken as results are: at most a few for each worker are under way.
         """
@@ -67,8 +67,10 @@ class WorkerPool(Generic[Item, Result]):
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
-            raise DataError(
-                f"one of {self.count} worker processes died (out of memory?); give fewer workers or more memory"
+            self._kill()
+            raise WorkerError(
+                f"one of {self.count} worker processes was killed (out of memory?); start again to go on, with fewer"
+                " workers or more memory"
             ) from None
         finally:
             for future in waiting:
@@ -80,6 +82,13 @@ class WorkerPool(Generic[Item, Result]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def _kill(self) -> None:
+        """The pool ends broken workers by SIGTERM, which ours leave to their parent, and waits for them for ever."""
+        assert self._executor is not None
+        for process in list((self._executor._processes or {}).values()):
+            process.kill()
         self.close()
 
     def close(self) -> None:

@@ -216,7 +216,7 @@ def bad_inputs(tmp_path):
         ("text", "blank.txt", r"data\.path: .*blank\.txt holds no text"),
         ("jsonl", "broken.jsonl", r"broken\.jsonl:2: not JSON"),
         ("jsonl", "list.jsonl", r"list\.jsonl:1: a JSON list"),
-        ("jsonl", "bytes.jsonl", r"bytes\.jsonl:1: not JSON .*utf-8"),
+        ("jsonl", "bytes.jsonl", r"bytes\.jsonl:1: not UTF-8 text \(byte \d+ of the line\)"),
         ("jsonl", "keys.jsonl", r"keys\.jsonl:1: no key 'text'; set data\.text_key to one of: body, meta"),
         ("jsonl", "number.jsonl", r"number\.jsonl:1: 'text' is a int, must be text"),
         ("jsonl", "plain.jsonl.gz", r"plain\.jsonl\.gz: Not a gzipped file"),

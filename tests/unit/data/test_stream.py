@@ -20,7 +20,7 @@ from l2e_ds.data.encode import digest
 from l2e_ds.data.sources import documents
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import end_of_text_id, train_tokenizer
-from l2e_ds.errors import DataError
+from l2e_ds.errors import DataError, WorkerError
 
 T = 7
 SEED = 5
@@ -121,7 +121,7 @@ def test_any_number_of_workers_gives_the_same(tmp_path, tokenizer):
     np.testing.assert_array_equal(stream.take(20), expected[30:50])
     for process in multiprocessing.active_children():
         process.kill()
-    with pytest.raises(DataError, match="worker processes died"):
+    with pytest.raises(WorkerError, match="worker processes was killed"):
         stream.take(200)
     np.testing.assert_array_equal(stream.take(30), expected[50:])  # it stands where it stood: new workers
     stream.restore(state)
@@ -129,6 +129,25 @@ def test_any_number_of_workers_gives_the_same(tmp_path, tokenizer):
     stream.close()
     assert not multiprocessing.active_children()
     np.testing.assert_array_equal(opened(data, tokenizer, workers=1).take(80), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("buffer", [1, 8])
+def test_a_bad_record_ends_it_where_its_block_begins(tmp_path, tokenizer, workers, buffer):
+    """Not where it happens to be read ahead: all that comes before it is trained on, whatever the workers."""
+    good = [text for text in texts(80, 3) if text][:40]  # whole blocks
+    (tmp_path / "good.jsonl").write_bytes(lines(good))
+    (tmp_path / "bad.jsonl").write_bytes(lines(good) + b"broken\n" + lines(texts(40, 4)))
+    there = reference(config("jsonl", tmp_path / "good.jsonl", held_out=0), tokenizer, buffer, 1000)
+    before = sum(len(tokenizer(text)["input_ids"]) + 1 for text in good)
+    stream = opened(config("jsonl", tmp_path / "bad.jsonl", held_out=0), tokenizer, buffer, workers=workers)
+    count = (before - 1) // T
+    np.testing.assert_array_equal(stream.take(count - 1), there[: count - 1])
+    np.testing.assert_array_equal(stream.take(1), there[count - 1 : count])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"bad.jsonl:41: not JSON"):
+            stream.take(1)
+    stream.close()
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "text", "parquet", "hub", "hub parquet", "saved", "limited"])

@@ -300,6 +300,7 @@ def test_a_full_disk(tmp_path, corpus, tokenizer, monkeypatch, capsys):
 
 def test_bad_records(tmp_path, tokenizer, capsys):
     lines = [b'{"text": "one"}', b'{"text": ', b'{"body": "x", "n": 1}', b'{"text": 5}', b'{"text": "caf\xe9"}']
+    lines += [b'{"text": "a surrogate \xed\xa0\x80"}', b'\xef\xbb\xbf{"text": "a mark that is not at the beginning"}']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([*lines, b'{"text": "two"}']))
     words = [path, "--tokenizer", tokenizer, "--output", tmp_path / "set", "--workers", 0]
@@ -307,7 +308,7 @@ def test_bad_records(tmp_path, tokenizer, capsys):
     assert f"{path}:2: not JSON" in capsys.readouterr().err
     assert run(*words, "--skip-bad") == 0
     said = capsys.readouterr().out
-    assert "4 bad" in said and f"first bad  {path}:2: not JSON" in said
+    assert "6 bad" in said and f"first bad  {path}:2: not JSON" in said
     assert read(tmp_path / "set") == expected(tokenizer, texts=["one", "two"], end=())[0]
     path.write_bytes(lines[2])
     assert run(path, "--tokenizer", tokenizer, "--output", tmp_path / "other", "--workers", 0) == 2

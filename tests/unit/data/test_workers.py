@@ -8,13 +8,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import count
 from pathlib import Path
 
 import psutil
 import pytest
 
 from l2e_ds.data.workers import WorkerPool
-from l2e_ds.errors import DataError
+from l2e_ds.errors import DataError, WorkerError
 
 FACTOR = 0
 
@@ -33,8 +34,8 @@ def times_factor(number: int) -> int:
     return number * FACTOR
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_in_order_and_only_a_few_ahead(count):
+@pytest.mark.parametrize("number_of_workers", [0, 2])
+def test_in_order_and_only_a_few_ahead(number_of_workers):
     taken = []
 
     def numbers():
@@ -42,10 +43,10 @@ def test_in_order_and_only_a_few_ahead(count):
             taken.append(number)
             yield number
 
-    with WorkerPool(count, times_factor, set_factor, 3) as pool:
+    with WorkerPool(number_of_workers, times_factor, set_factor, 3) as pool:
         results = pool.map(numbers())
         assert [next(results) for _ in range(5)] == [0, 3, 6, 9, 12]
-        assert len(taken) <= 5 + 3 * count + 1
+        assert len(taken) <= 5 + 3 * number_of_workers + 1
         assert list(results) == [3 * number for number in range(5, 30)]
         with pytest.raises(DataError, match="77 is refused"):
             list(pool.map(range(70, 80)))
@@ -54,8 +55,25 @@ def test_in_order_and_only_a_few_ahead(count):
 
 
 def test_a_killed_worker_is_an_error():
-    with WorkerPool(2, times_factor, set_factor, 3) as pool, pytest.raises(DataError, match="worker processes died"):
-        list(pool.map(range(95, 105)))
+    with WorkerPool(2, times_factor, set_factor, 3) as pool:
+        with pytest.raises(WorkerError, match="worker processes was killed"):
+            list(pool.map(range(95, 105)))
+        assert list(pool.map([1, 2])) == [3, 6]
+
+
+def test_a_worker_killed_from_outside_while_all_are_busy():
+    """Both are started and ignore SIGTERM, with which the pool would end the other one."""
+    with WorkerPool(2, times_factor, set_factor, 3) as pool:
+        results = pool.map(number % 50 for number in count())
+        for _ in range(50):
+            next(results)
+        workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        with pytest.raises(WorkerError):
+            for _ in range(1000):
+                next(results)
+    assert not any(worker.is_running() for worker in workers)
 
 
 SCRIPT = """
