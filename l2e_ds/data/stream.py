@@ -123,10 +123,10 @@ class TokenStream:
         parts, missing = [np.empty(0, dtype=np.int64)], at_most
         texts = documents(self.config) if self._split.share else iter(())
         for text in filter(self._split.holds_out, texts):
-            if missing <= 0:
-                break
             parts.append(self._encoder(partial(_records, [text])).tokens.astype(np.int64))
             missing -= len(parts[-1])
+            if missing <= 0:  # the next one may be far
+                break
         return np.concatenate(parts)[:at_most]
 
     def state(self) -> dict[str, Any]:

@@ -263,6 +263,17 @@ def test_held_out_documents_are_the_first_of_the_source(tmp_path, tokenizer):
     assert not len(opened(config("jsonl", tmp_path / "set", held_out=0), tokenizer).held_out(100))
 
 
+def test_held_out_reads_no_further_than_needed(tmp_path, tokenizer):
+    some = texts(50)
+    first = next(i for i, text in enumerate(some) if digest(text) < 0.2 * 2**64)
+    (tmp_path / "a.jsonl").write_bytes(lines(some[: first + 1]) + b"no JSON")
+    stream = opened(config("jsonl", tmp_path, held_out=0.2), tokenizer)
+    needed = len(tokenizer(some[first])["input_ids"]) + 1
+    assert len(stream.held_out(needed)) == needed
+    with pytest.raises(DataError, match=rf"a\.jsonl:{first + 2}: not JSON"):
+        stream.held_out(needed + 1)
+
+
 def test_a_source_too_small_for_the_hash_holds_out_its_last_document(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(lines(["one", "two", "three"]))
     stream = opened(config("jsonl", tmp_path, held_out=1e-9), tokenizer, t=2)
