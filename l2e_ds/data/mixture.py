@@ -115,19 +115,26 @@ class StoredSequences:
 
 
 class Stream(Protocol):
-    """A set that can only be read forwards (l2e_ds.training.streams)."""
+    """A set that can only be read forwards (l2e_ds.training.streams). n: sequences that a rank wants."""
 
-    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray: ...
+    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
+        """Of the next `count` sequences, which begin at running number `first`, those at offsets `wanted` (int64 [n]):
+        int64 [n, T+1]. Collective. Raises DataError, on every rank, for what is wrong with the text."""
 
-    def state(self, number: int) -> dict[str, Any]: ...
+    def state(self, number: int) -> dict[str, Any]:
+        """JSON-able, on rank 0: the position before running number `number`, which was read a moment ago."""
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`. Collective. Raises DataError, on every rank, where it is another stream's."""
 
-    def epochs(self, number: int) -> float: ...
+    def epochs(self, number: int) -> float:
+        """On rank 0: how often the text was gone through before that running number."""
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """What decides the sequences, the same on every rank."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the worker processes."""
 
 
 class TrainingSequences:
@@ -154,7 +161,12 @@ class TrainingSequences:
                 self._readers.append(open_stream(part, own_seed))
 
     def read(self, step: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
-        """What one rank takes in global batch `step`: int64 [accumulation, m, T+1]."""
+        """What one rank takes in global batch `step`: int64 [accumulation, m, T+1].
+
+        Collective where a set is a stream; steps are then read one after the other. Raises DataError where a token id
+        is outside the vocabulary, where a sequence that is stored apart is no document, or where the text of a stream
+        is broken, has changed or vanished.
+        """
         own = rank_rows(self.global_batch, rank, ranks, micro_batch)
         sets, numbers = self.schedule.lookup(self._positions(step))
         result = None

@@ -211,7 +211,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
 
 
 def _workers(config: DataConfig) -> int:
-    """None for what is done sooner than worker processes have started."""
+    """Processes that tokenise; 0, this one alone, for what is done sooner than others have started."""
     size = input_bytes(config)
     if config.max_tokens is not None:
         size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
