@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import l2e_ds
-from l2e_ds.config import DataConfig
+from l2e_ds.config import DataConfig, SourceConfig
 from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path, write_whole
 from l2e_ds.data.indexed import best_dtype, pair
@@ -130,7 +130,10 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     if config.held_out:
         parts["held_out"] = f"{parts['train']}_held_out"
     with Exclusive(_partial(arguments.output)) as own:
-        is_complete = (own.folder / "train.json").exists()  # all but its files' last names
+        # Killed while its files got their last names, or after that and before the folder was removed:
+        is_named = _finals(parts["train"])[-1].exists() and (own.folder / JOURNAL).exists()
+        is_named &= not (own.folder / "train.bin").exists()
+        is_complete = is_named or (own.folder / "train.json").exists()
         for prefix in () if is_complete else parts.values():
             for path in _finals(prefix):
                 if path.exists():
@@ -139,6 +142,7 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         asked = _asked(arguments, config, tokenizer)
         if is_complete:
             check_asked(own.folder, asked)
+            say(f"{own.folder}: all was done before; its files get their last names, and the folder is removed")
         else:
             _fill(arguments, config, own.folder, tokenizer, list(parts), asked, begun)
         for part in reversed(parts):  # `train` last, and of each the .json
@@ -181,7 +185,7 @@ def _fill(
         write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
 
 
-def _config(arguments: argparse.Namespace) -> DataConfig:
+def _source(arguments: argparse.Namespace) -> SourceConfig:
     """Raises DataError."""
     source = arguments.format or _guess_format(arguments.input)
     if source == "hub":
@@ -191,10 +195,7 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
         for option in ("subset", "split", "revision"):
             if getattr(arguments, option) is not None:
                 raise DataError(f"--{option} is for --format hub; the input is {source}")
-    share = getattr(arguments, "held_out", 0.0)
-    if not 0 <= share < 1:
-        raise DataError(f"--held-out: got {share}, must be at least 0 and below 1")
-    return DataConfig(
+    return SourceConfig(
         source=source,
         path=arguments.input[0] if source == "hub" else arguments.input,
         subset=arguments.subset,
@@ -202,10 +203,19 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
         revision=arguments.revision,
         text_key=arguments.text_key,
         max_documents=arguments.max_documents,
-        max_tokens=getattr(arguments, "max_tokens", None),
-        held_out=share,
-        tokenizer=getattr(arguments, "tokenizer", None),
-        train_tokenizer=None if hasattr(arguments, "tokenizer") else 260,  # the model wants one; nothing reads it here
+    )
+
+
+def _config(arguments: argparse.Namespace) -> DataConfig:
+    """Raises DataError."""
+    source = _source(arguments)
+    if not 0 <= arguments.held_out < 1:
+        raise DataError(f"--held-out: got {arguments.held_out}, must be at least 0 and below 1")
+    return DataConfig(
+        **source.model_dump(exclude={"max_tokens"}),
+        max_tokens=arguments.max_tokens,
+        held_out=arguments.held_out,
+        tokenizer=arguments.tokenizer,
     )
 
 
@@ -332,8 +342,7 @@ def run_tokenizer_train(arguments: argparse.Namespace) -> int:
     if output.exists():
         raise DataError(f"{output} exists already; give another --output, or remove it")
     try:
-        config = _config(arguments)
-        tokenizer = train_tokenizer(documents(config, arguments.skip_bad), arguments.vocab_size)
+        tokenizer = train_tokenizer(documents(_source(arguments), arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except DataError as error:
         raise _with_options(error) from None

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config import SourceConfig
 from l2e_ds.data.files import one_line
 from l2e_ds.data.indexed import IndexedTokens, pair
 from l2e_ds.errors import DataError
@@ -51,14 +51,14 @@ Position = dict[str, Any]
 """Where reading goes on after a chunk; JSON-able. `bytes`: how much of the input files has been read."""
 
 
-def chunks(config: DataConfig, position: Position | None = None) -> Iterator[tuple[Chunk, Position]]:
+def chunks(config: SourceConfig, position: Position | None = None) -> Iterator[tuple[Chunk, Position]]:
     """The input in order, from a position on; with each chunk the position after it. Raises DataError."""
     if config.source not in _READERS:
         raise DataError(f"data.source: {config.source} holds tokens, not text; allowed: {', '.join(_READERS)}")
     return _READERS[config.source](config, position or {})
 
 
-def documents(config: DataConfig, skip_bad: bool = False) -> Iterator[str]:
+def documents(config: SourceConfig, skip_bad: bool = False) -> Iterator[str]:
     """The non-empty documents of a text source, at most `max_documents`. Raises DataError."""
 
     raw = chunks(config)
@@ -74,13 +74,13 @@ def documents(config: DataConfig, skip_bad: bool = False) -> Iterator[str]:
     return islice((text for text in texts() if text.strip()), config.max_documents)
 
 
-def input_bytes(config: DataConfig) -> int | None:
+def input_bytes(config: SourceConfig) -> int | None:
     """Size of all local files together, None for a data set of the hub."""
     files = source_files(config)
     return sum(map(_size, files)) if files else None
 
 
-def check_source(config: DataConfig) -> None:
+def check_source(config: SourceConfig) -> None:
     """Raise DataError where the source is missing, unreadable at its beginning or empty. Writes nothing.
 
     A data set of the hub is not asked for: only a local folder's existence is checked.
@@ -101,7 +101,7 @@ def looks_local(name: str) -> bool:
     return name.startswith(("/", "./", "../", "~")) or name in (".", "..")
 
 
-def source_files(config: DataConfig) -> list[Path]:
+def source_files(config: SourceConfig) -> list[Path]:
     """The local files of a source in reading order, each once; none for a data set of the hub.
 
     Raises DataError naming the entry of data.path that matches no file.
@@ -155,7 +155,7 @@ def _stdlib_files() -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
-def _read_whole_files(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+def _read_whole_files(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     parse = _python_files if config.source == "stdlib" else _text_files
     files = source_files(config)
     batch: list[tuple[str, bytes]] = []
@@ -202,7 +202,7 @@ def _python_files(batch: list[tuple[str, bytes]], key: str) -> Iterator[Record]:
             continue
 
 
-def _read_jsonl(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     files = source_files(config)
     before = sum(_size(path) for path in files[: position.get("file", 0)])
     for index in range(position.get("file", 0), len(files)):
@@ -243,7 +243,7 @@ def _text_of_line(line: bytes, where: str, key: str) -> str:
     return _text_of_value(record[key], where, key)
 
 
-def _read_parquet(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -304,7 +304,7 @@ def _values(where: str, first: int, values: list[object], key: str) -> Iterator[
             yield error
 
 
-def _read_hub(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
+def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     stream = _load_hub(config)
     if position:
         stream.load_state_dict(position["state"])
@@ -332,7 +332,7 @@ def _read_hub(config: DataConfig, position: Position) -> Iterator[tuple[Chunk, P
             return
 
 
-def _load_hub(config: DataConfig) -> Any:
+def _load_hub(config: SourceConfig) -> Any:
     """A `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
     import datasets
 
@@ -385,7 +385,7 @@ def _printable(text: str) -> str:
     return text
 
 
-_READERS: dict[str, Callable[[DataConfig, Position], Iterator[tuple[Chunk, Position]]]] = {
+_READERS: dict[str, Callable[[SourceConfig, Position], Iterator[tuple[Chunk, Position]]]] = {
     "stdlib": _read_whole_files,
     "text": _read_whole_files,
     "jsonl": _read_jsonl,

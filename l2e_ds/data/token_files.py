@@ -31,11 +31,11 @@ _DIGEST = np.dtype("<u8")
 
 
 class TokenFiles:
-    """A context manager: exclusive, and opened where the last process left off.
+    """A context manager, opened where the last process left off. The folder is there; `Exclusive` keeps others out.
 
     `parts`: names of the token files. `asked`: all that decides the result, JSON-able, flat; another one than the
-    journal's is refused. `wait`: for another process that writes here, instead of refusing. Leaving with an exception
-    keeps what is done; a folder in which nothing is done is removed. Raises DataError, and OSError for a full disk.
+    journal's is refused. Leaving with an exception keeps what is done. Raises DataError where the journal is damaged,
+    of other work, or longer than the files, and OSError for a full disk.
     """
 
     def __init__(self, folder: Path, parts: list[str], dtype: np.dtype, asked: dict[str, Any]) -> None:
@@ -60,15 +60,11 @@ class TokenFiles:
         return self
 
     def _open(self) -> None:
-        path = self.folder / JOURNAL
-        if path.exists():
-            try:
-                self._journal = json.loads(path.read_text(encoding="utf-8"))
-                check_asked(self.folder, self._asked)
-                self._sizes.update(self._journal["sizes"])
-                self.position, self.notes = self._journal["position"], self._journal["notes"]
-            except (ValueError, KeyError, TypeError):
-                raise DataError(f"{path}: damaged; remove {self.folder} to start over") from None
+        self._journal = _read_journal(self.folder)
+        if self._journal is not None:
+            check_asked(self.folder, self._asked)
+            self._sizes.update(self._journal["sizes"])
+            self.position, self.notes = self._journal["position"], self._journal["notes"]
         for name, size in self._sizes.items():
             file = self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
             if os.fstat(file.fileno()).st_size < size:
@@ -141,12 +137,27 @@ class TokenFiles:
         self._files.clear()
 
 
-def check_asked(folder: Path, asked: dict[str, Any]) -> None:
-    """Raise DataError where the journal of a folder, if there is one, was begun with other input or options."""
+def _read_journal(folder: Path) -> dict[str, Any] | None:
+    """None where there is none. Raises DataError."""
     path = folder / JOURNAL
-    if not path.exists():
+    try:
+        journal = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(journal[key], dict) for key in ("asked", "position", "notes", "sizes")):
+            return journal
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"{path}: damaged; remove {folder} to start over")
+
+
+def check_asked(folder: Path, asked: dict[str, Any]) -> None:
+    """Raise DataError where the journal of a folder, if there is one, is damaged or was begun with other input or
+    options."""
+    journal = _read_journal(folder)
+    if journal is None:
         return
-    before, asked = json.loads(path.read_text(encoding="utf-8"))["asked"], json.loads(json.dumps(asked))
+    before, asked = journal["asked"], json.loads(json.dumps(asked))
     for key in {**before, **asked}:
         if before.get(key) != asked.get(key):
             old, new = (_short(one.get(key)) for one in (before, asked))

@@ -222,6 +222,41 @@ def test_killed_while_files_get_their_names(tmp_path, corpus, tokenizer, monkeyp
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
+def test_killed_before_the_folder_is_removed(tmp_path, corpus, tokenizer, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    words = [*corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out" / "set", "--held-out", 0.1, "--workers", 0]
+
+    def dying(own):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_files.Exclusive, "remove", dying)
+        assert run(*words) == 75
+    partial, before = tmp_path / "out" / "set.partial", files(tmp_path / "out")
+    assert len(before) == 6 and (partial / "journal.json").exists()
+    capsys.readouterr()
+    assert run(*words, "--append-eod") == 2  # other work
+    assert run(*words) == 0
+    assert "all was done before" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before and not partial.exists()
+    assert run(*words) == 2
+    assert "set.bin exists already" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}", '{"asked": []}', "\udcff"])
+def test_a_damaged_journal(tmp_path, corpus, tokenizer, monkeypatch, capsys, damage):
+    words = interrupted(tmp_path, corpus, tokenizer, monkeypatch)
+    folder = tmp_path / "out" / "set.partial"
+    (folder / "journal.json").write_bytes(damage.encode(errors="surrogateescape"))
+    for name in ("train.bin", "train.json"):  # the last: as if all were complete
+        (folder / name).touch()
+        capsys.readouterr()
+        assert run(*words) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1] == f"l2e-ds: error: {folder}/journal.json: damaged; remove {folder} to start over"
+
+
 def interrupted(tmp_path, corpus, tokenizer, monkeypatch, *options):
     """The words of a command that has been interrupted in the middle."""
     words = [*corpus, "--tokenizer", tokenizer, "--output", tmp_path / "out" / "set", "--workers", 0, *options]
