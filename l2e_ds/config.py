@@ -159,7 +159,9 @@ class DataConfig(SourceConfig):
     sequence_length: int = Field(2048, ge=2)
     """Tokens a sequence, T."""
     held_out: float = Field(0.01, ge=0, lt=1)
-    """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones."""
+    """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones. Where
+    every prefix of `indexed` has a PREFIX_held_out (`l2e-ds tokenize --held-out`), any share above 0 means all of
+    that, and nothing of PREFIX."""
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
     cache: str | None = None

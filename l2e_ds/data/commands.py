@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import time
@@ -20,7 +19,7 @@ from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
 from l2e_ds.data.tokenize import Counts, tokenise
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
 
@@ -248,7 +247,7 @@ def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrai
     return {
         "INPUT": [_identity(path) for path in source_files(config)] or config.path,
         "--format": config.source,
-        "--tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "--tokenizer": tokenizer_digest(tokenizer),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},
         **({f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")}),
         "format": 1,  # raise when the same command must give other files

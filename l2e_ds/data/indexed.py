@@ -19,6 +19,7 @@ PREFIX-00020-of-00020.bin (EleutherAI/pythia, utils/unshard_memmap.py: numbered 
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -29,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -64,6 +65,20 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
     if text.endswith((".bin", ".idx")):
         text = text[:-4]
     return Path(text + ".bin").expanduser(), Path(text + ".idx").expanduser()
+
+
+def read_sidecar(prefix: str | Path) -> dict[str, Any]:
+    """PREFIX.json, what `l2e-ds tokenize` says about its files; empty where there is none. Raises DataError."""
+    path = pair(prefix)[0].with_suffix(".json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: must be a JSON object")
+    return found
 
 
 class TokenParts:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from l2e_ds.config import load_run_config
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.indexed import IndexedTokens, pair
+from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
 from l2e_ds.data.prepare import PreparedData
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
@@ -62,15 +62,7 @@ def read_known(
 
 
 def _read_sidecar(prefix: str, indexed: IndexedTokens) -> Known:
-    path = pair(prefix)[0].with_suffix(".json")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return Known()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: must be a JSON object")
+    path, found = pair(prefix)[0].with_suffix(".json"), read_sidecar(prefix)
     for key, own in (("documents", indexed.num_documents), ("tokens", indexed.num_tokens)):
         if found.get(key, own) != own:
             raise DataError(f"{path}: says {found[key]} {key}, but {indexed.idx_path} has {own}")

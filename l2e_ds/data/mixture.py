@@ -29,7 +29,7 @@ import numpy as np
 
 from l2e_ds.config import DataConfig, SourceConfig
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.prepare import PreparedData, check_data, prepare_data, prepare_stream
+from l2e_ds.data.prepare import PreparedData, check_data, check_tokenizers, prepare_data, prepare_stream
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.errors import DataError
 
@@ -248,10 +248,11 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def check_sets(config: DataConfig, vocab_size: int) -> None:
-    """`check_data` for every set. Raises DataError that names the set's key."""
+    """`check_data` for every set, and `check_tokenizers`. Raises DataError that names the set's key."""
     for index, (_, _, part) in enumerate(config.parts()):
         with _naming(config, index):
             check_data(part, vocab_size)
+    check_tokenizers(config)
 
 
 def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> list[PreparedData]:

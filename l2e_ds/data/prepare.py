@@ -22,12 +22,12 @@ import numpy as np
 from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.files import fsync_path, write_whole
-from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype
+from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
 from l2e_ds.data.sources import check_source, documents, input_bytes, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
 
@@ -78,6 +78,25 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
         end_of_text_id(tokenizer)
     else:
         _check_trained_size(config, vocab_size)
+
+
+def check_tokenizers(config: DataConfig) -> None:
+    """That the token files of all sets are of one tokenizer, and of data.tokenizer where that is given, as far as each
+    PREFIX.json says. Raises DataError."""
+    known: list[tuple[str, str, str]] = []  # digest; where, to begin a line with; the same in the middle of one
+    for index, (_, _, part) in enumerate(config.parts()):
+        key = "data.path" if config.sets is None else f"data.sets.{index}.path"
+        for prefix in (*_prefixes(part), *_held_out_prefixes(part)) if part.source == "indexed" else ():
+            about = read_sidecar(prefix)
+            if digest := about.get("tokenizer_sha256"):
+                what = f"was tokenised with {about.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
+                known.append((digest, f"{key}: {prefix} {what}", f"{prefix} {what}"))
+    if known and config.tokenizer is not None:
+        digest = tokenizer_digest(load_tokenizer(config.tokenizer))
+        known.insert(0, (digest, "", f"data.tokenizer is {config.tokenizer} (SHA-256 {digest[:12]})"))
+    for digest, begin, _ in known:
+        if digest != known[0][0]:
+            raise DataError(f"{begin}, but {known[0][2]}: all sets of a run must be of one tokenizer")
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
@@ -260,11 +279,23 @@ def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> Prepare
     return _checked(config, dataset("train"), dataset("held_out") if config.held_out else None, tokenizer, folder)
 
 
+def _prefixes(config: DataConfig) -> list[str]:
+    return [config.path] if isinstance(config.path, str) else config.path or []
+
+
+def _held_out_prefixes(config: DataConfig) -> list[str]:
+    """What `l2e-ds tokenize --held-out` wrote beside an indexed set, if it is there for every prefix."""
+    beside = [f"{pair(prefix)[1].with_suffix('')}_held_out" for prefix in _prefixes(config)]
+    return beside if config.held_out and all(pair(prefix)[1].is_file() for prefix in beside) else []
+
+
 def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
-    """Training documents in stored order; the last ones are held out. Limits count whole documents."""
-    indexed = IndexedTokens(config.path or [])
+    """Training documents in stored order. Held out is the set beside them (`_held_out_prefixes`), or else the last
+    documents. Limits count whole documents of training, and the last ones."""
+    indexed = IndexedTokens(_prefixes(config))
+    beside = IndexedTokens(prefixes) if (prefixes := _held_out_prefixes(config)) else None
     count = min(indexed.num_documents, config.max_documents or indexed.num_documents)
-    kept = max(1, round(count * config.held_out)) if config.held_out else 0
+    kept = max(1, round(count * config.held_out)) if config.held_out and beside is None else 0
     if kept >= count:
         raise DataError(
             f"data.held_out: {kept} of {count} documents of {indexed.name} leaves none to train on;"
@@ -276,18 +307,19 @@ def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
         stops = range(count - kept + 1)
         train_stop = indexed.start(bisect_left(stops, config.max_tokens, key=indexed.start))
     width = config.sequence_length + 1
-    # Data stored as separate sequences: neighbours share no token.
-    stride = width if indexed.all_documents_hold(width) else None
 
-    def dataset(start: int, stop: int) -> TokenDataset:
-        return TokenDataset(
-            *(indexed.tokens, start, stop, config.sequence_length, vocab_size, indexed.name), stride, indexed
-        )
+    def dataset(of: IndexedTokens, start: int, stop: int) -> TokenDataset:
+        # Data stored as separate sequences: neighbours share no token.
+        stride = width if of.all_documents_hold(width) else None
+        return TokenDataset(*(of.tokens, start, stop, config.sequence_length, vocab_size, of.name), stride, of)
 
+    held_out = dataset(indexed, split, stop) if kept else None
+    if beside is not None:
+        held_out = dataset(beside, 0, beside.num_tokens)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config, vocab_size)
-    return _checked(config, dataset(0, train_stop), dataset(split, stop) if kept else None, tokenizer, None)
+    return _checked(config, dataset(indexed, 0, train_stop), held_out, tokenizer, None)
 
 
 def _checked(
@@ -313,8 +345,9 @@ def _checked(
 def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
     """Raises DataError where it is too short for one sequence."""
     if not len(held_out):
+        beside = config.source == "indexed" and _held_out_prefixes(config)
+        more = f"hold out more in {held_out.name}" if beside else f"raise data.held_out ({config.held_out})"
         raise DataError(
             f"data.held_out: the held-out documents of {config.path or config.source} hold {held_out.num_tokens}"
-            f" tokens, a sequence needs {config.sequence_length + 1}; raise data.held_out ({config.held_out}) or lower"
-            " data.sequence_length"
+            f" tokens, a sequence needs {config.sequence_length + 1}; {more} or lower data.sequence_length"
         )

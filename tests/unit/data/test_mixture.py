@@ -1,11 +1,13 @@
 """Mixtures against a slow reference: the positions walked through one by one. K: positions a block."""
 
+import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from l2e_ds.config import run_config_from_dict
+from l2e_ds import cli
+from l2e_ds.config import DataConfig, run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import Schedule
 from l2e_ds.data.sampler import SequenceOrder
@@ -187,12 +189,57 @@ def test_prepared_from_a_run_file(tmp_path):
         check_sets(run_config_from_dict(raw, "run").data, 300)
 
 
-def _byte_tokenizer():
+def test_sets_must_be_of_one_tokenizer(tmp_path):
+    (tmp_path / "one.json").write_text(_byte_tokenizer())
+    (tmp_path / "two.json").write_text(_byte_tokenizer(extra="<|pad|>"))
+    (tmp_path / "a.jsonl").write_text('{"text": "some words to be tokenised"}\n' * 9)
+    for name, tokenizer in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "two")):
+        words = ["tokenize", tmp_path / "a.jsonl", "--output", tmp_path / name, "--tokenizer"]
+        assert cli.main([*map(str, [*words, tmp_path / f"{tokenizer}.json", "--workers", 0])]) == 0
+    (tmp_path / "d.json").unlink()
+
+    def check(*sets, **more):
+        data = {"sequence_length": 8, "held_out": 0.2} | more
+        if len(sets) == 1:
+            data |= {"source": "indexed", "path": sets[0]}
+        else:
+            data["sets"] = [
+                {"name": f"set{i}", "weight": 1, "source": "indexed", "path": path} for i, path in enumerate(sets)
+            ]
+        check_sets(DataConfig(**data), 300)
+
+    a, b, c, d = (str(tmp_path / name) for name in "abcd")
+    one, two = (str(tmp_path / name) for name in ("one.json", "two.json"))
+    check(a, b)
+    check([a, b], d, tokenizer=one)
+    check([d, c], tokenizer=two)
+    with pytest.raises(DataError) as error:
+        check(a, [b, c])
+    digests = [json.loads((tmp_path / f"{name}.json").read_text())["tokenizer_sha256"][:12] for name in "ac"]
+    assert str(error.value) == (
+        f"data.sets.1.path: {c} was tokenised with {two} (SHA-256 {digests[1]}), but {a} was tokenised with {one}"
+        f" (SHA-256 {digests[0]}): all sets of a run must be of one tokenizer"
+    )
+    with pytest.raises(DataError, match=rf"^data\.path: {c} was .*, but {a} was .*: all sets of a run must be of one"):
+        check([a, d, c])
+    with pytest.raises(DataError, match=rf"^data\.path: {c} was .*, but data\.tokenizer is {one}"):
+        check([c], tokenizer=one)
+    (tmp_path / "a_held_out.bin").write_bytes((tmp_path / "a.bin").read_bytes())
+    (tmp_path / "a_held_out.idx").write_bytes((tmp_path / "a.idx").read_bytes())
+    (tmp_path / "a_held_out.json").write_bytes((tmp_path / "c.json").read_bytes())
+    with pytest.raises(DataError, match=rf"^data\.path: {a}_held_out was .*, but {a} was"):
+        check([a])
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(DataError, match=r"b\.json: cannot be read as JSON"):
+        check([b])
+
+
+def _byte_tokenizer(extra=None):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate(["<|endoftext|>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", *([extra] if extra else [])])
     return tokenizer.to_str()

@@ -325,11 +325,11 @@ def test_too_short(tmp_path, cache, length, held_out, message):
 # --- indexed ----------------------------------------------------------------------------------------------------
 
 
-def indexed(tmp_path, documents):
-    with IndexedWriter(tmp_path / "tokens", np.uint16) as writer:
+def indexed(tmp_path, documents, name="tokens"):
+    with IndexedWriter(tmp_path / name, np.uint16) as writer:
         for document in documents:
             writer.add(document)
-    return tmp_path / "tokens"
+    return tmp_path / name
 
 
 def open_indexed(prefix, vocab_size=1000, **more):
@@ -350,6 +350,32 @@ def test_indexed_holds_out_the_last_documents(tmp_path):
     assert open_indexed(prefix, held_out=0.001).held_out_tokens == 9
     whole = open_indexed(prefix, held_out=0.0)
     assert (whole.train_tokens, whole.held_out) == (90, None)
+
+
+def test_indexed_holds_out_the_set_beside_it(tmp_path):
+    prefix = indexed(tmp_path, [range(i * 10, i * 10 + 9) for i in range(10)])
+    indexed(tmp_path, [range(500 + i * 5, 505 + i * 5) for i in range(3)], "tokens_held_out")
+    prepared = open_indexed(prefix, held_out=1e-6)
+    assert (prepared.train_tokens, prepared.held_out_tokens) == (90, 15)
+    assert prepared.held_out.batch(range(3)).tolist() == np.arange(500, 515).reshape(3, 5).tolist()  # stored apart
+    assert prepared.train[1].tolist() == [4, 5, 6, 7, 8]  # in one row
+    limited = open_indexed(prefix.with_suffix(".idx"), held_out=0.5, max_documents=5, max_tokens=28)
+    assert (limited.train_tokens, limited.held_out_tokens) == (36, 15)
+    assert open_indexed(prefix, held_out=0.0).held_out is None
+    with pytest.raises(DataError, match=r"tokens_held_out\.bin: token id 500"):
+        open_indexed(prefix, 500)
+    with pytest.raises(DataError, match=r"hold 15 tokens, .* hold out more in .*tokens_held_out\.bin or lower"):
+        open_indexed(prefix, sequence_length=15)
+
+    # the last documents of all, unless every prefix has such a set
+    other = indexed(tmp_path, [range(900, 909)] * 10, "other")
+    both = {"source": "indexed", "path": [str(prefix), str(other)], "sequence_length": 4, "held_out": 0.05}
+    prepared = prepare_data(DataConfig(**both), tmp_path, 1000)
+    assert (prepared.train_tokens, prepared.held_out_tokens) == (171, 9)
+    indexed(tmp_path, [range(800, 807)], "other_held_out")
+    prepared = prepare_data(DataConfig(**both), tmp_path, 1000)
+    assert (prepared.train_tokens, prepared.held_out_tokens) == (180, 22)
+    assert prepared.held_out[4].tolist() == [801, 802, 803, 804, 805]
 
 
 def test_indexed_sequences_stored_apart_share_no_token(tmp_path):
