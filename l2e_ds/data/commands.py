@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,9 @@ _SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_input(parser)
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="new files PREFIX.bin, .idx, .json")
+    parser.add_argument(
+        "--output", type=_prefix_of_files, required=True, metavar="PREFIX", help="new files PREFIX.bin, .idx, .json"
+    )
     parser.add_argument(
         "--tokenizer", required=True, metavar="NAME|FILE", help="a hub name, a folder or a tokenizer.json"
     )
@@ -92,6 +96,12 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _prefix_of_files(word: str) -> str:
+    if not pair(word)[0].name.removesuffix(".bin") or word.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"got {word!r}, must end in a name: files NAME.bin, NAME.idx and NAME.json")
+    return word
+
+
 def _positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number above 0")
@@ -99,13 +109,16 @@ def _positive(word: str) -> int:
 
 
 def _count(word: str) -> int:
-    return 0 if word == "0" else _positive(word)
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number, 0 or more")
+    return int(word)
 
 
 # --- tokenize -----------------------------------------------------------------------------------------------------
 
 
 def run(arguments: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's wish: as Ctrl-C
     try:
         _tokenize(arguments)
     except DataError as error:

@@ -87,9 +87,10 @@ def _end_of_text_or_none(tokenizer: PreTrainedTokenizerFast) -> int | None:
         return None
 
 
-def _at_least(option: str, value: int, least: int) -> int:
-    if value < least:
-        raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}")
+def _at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
+    if value < least or (at_most is not None and value > at_most):
+        limit = "" if at_most is None or value < least else f" and <= {at_most}"
+        raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
     return value
 
 
@@ -277,7 +278,7 @@ def view_of_set(
     if sequence_length is None:
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
     width = _at_least("--sequence-length", sequence_length, 1) + 1
-    _at_least("--global-batch", global_batch, 1)
+    _at_least("--global-batch", global_batch, 1, at_most=10**7)
     dataset = TokenDataset(
         *(indexed.tokens, 0, indexed.num_tokens, sequence_length),
         known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1,
@@ -321,7 +322,7 @@ def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFas
 
 def show(view: View, step: int, row: int | None) -> int:
     """Print global batch `step`, or one sequence of it in full."""
-    _at_least("--step", step, 0)
+    _at_least("--step", step, 0, at_most=10**10)
     batch = view.sequences.global_batch
     if row is not None and not 0 <= row < batch:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")

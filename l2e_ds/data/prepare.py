@@ -23,7 +23,7 @@ from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.files import fsync_path, write_whole
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
-from l2e_ds.data.sources import check_source, documents, input_bytes, source_files
+from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
@@ -333,7 +333,7 @@ def _checked(
     needed = config.sequence_length + 1
     if not len(train):
         raise DataError(
-            f"data.sequence_length: the training documents of {config.path or config.source} hold {train.num_tokens}"
+            f"data.sequence_length: the training documents of {name_of(config)} hold {train.num_tokens}"
             f" tokens, a sequence needs {needed}; give more text or lower data.sequence_length"
         )
     if held_out is not None:
@@ -348,6 +348,6 @@ def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
         beside = config.source == "indexed" and _held_out_prefixes(config)
         more = f"hold out more in {held_out.name}" if beside else f"raise data.held_out ({config.held_out})"
         raise DataError(
-            f"data.held_out: the held-out documents of {config.path or config.source} hold {held_out.num_tokens}"
+            f"data.held_out: the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
             f" tokens, a sequence needs {config.sequence_length + 1}; {more} or lower data.sequence_length"
         )

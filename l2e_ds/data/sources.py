@@ -87,13 +87,20 @@ def check_source(config: SourceConfig) -> None:
     """
     if config.source == "indexed":
         if IndexedTokens(config.path or []).num_tokens == 0:
-            raise DataError(f"data.path: {config.path} holds no tokens")
+            raise DataError(f"data.path: {name_of(config)} holds no tokens")
     elif config.source == "hub":
         if looks_local(str(config.path)) and not Path(str(config.path)).expanduser().exists():
             raise DataError(f"data.path: no such file or folder: {config.path}")
     elif next(documents(config), None) is None:
-        where = f"data.path: {config.path}" if config.path else f"data.source: {_stdlib_folder()}"
+        where = f"data.path: {name_of(config)}" if config.path else f"data.source: {_stdlib_folder()}"
         raise DataError(f"{where} holds no text")
+
+
+def name_of(config: SourceConfig) -> str:
+    """For messages: the path or paths, or the kind of source."""
+    if isinstance(config.path, list):
+        return ", ".join(config.path[:3]) + (" ..." if len(config.path) > 3 else "")
+    return config.path or str(config.source)
 
 
 def looks_local(name: str) -> bool:

@@ -24,7 +24,7 @@ import numpy as np
 from l2e_ds.config import DataConfig
 from l2e_ds.data.encode import Encoded, Encoder, encode, set_up
 from l2e_ds.data.indexed import best_dtype
-from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, source_files
+from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, name_of, source_files
 from l2e_ds.data.tokenize import find_split
 from l2e_ds.data.tokenizer import end_of_text_id, vocabulary_size
 from l2e_ds.data.workers import WorkerPool
@@ -91,7 +91,7 @@ class TokenStream:
             )
         if sequence_length < 1 or shuffle_buffer < 0:
             raise ValueError(f"sequence_length {sequence_length}, shuffle_buffer {shuffle_buffer}")
-        self.name = config.path or config.source
+        self.name = name_of(config)
         self.sequence_length, self.seed, self.shuffle_buffer = sequence_length, seed, shuffle_buffer
         self._split = find_split(config)
         self._files = source_files(config)

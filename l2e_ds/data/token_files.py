@@ -170,7 +170,8 @@ def check_asked(folder: Path, asked: dict[str, Any]) -> None:
 
 class Exclusive:
     """A folder that this process alone works in. A context manager; the folder is made, and removed again on an
-    exception if there is no journal in it. Raises DataError where another process works there, unless `wait`."""
+    exception if there is no journal in it. Raises DataError where another process works there, unless `wait`, and where
+    the folder holds anything but was not made here."""
 
     def __init__(self, folder: Path, wait: bool = False) -> None:
         self.folder, self._wait = folder, wait
@@ -179,6 +180,10 @@ class Exclusive:
     def __enter__(self) -> Exclusive:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not (self.folder / LOCK).exists() and any(self.folder.iterdir()):
+                raise DataError(
+                    f"{self.folder}: is not ours and would be removed; take it away, or give another output"
+                )
             try:
                 self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             except FileNotFoundError:  # removed by another process meanwhile

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from l2e_ds.config import DataConfig
 from l2e_ds.console import say
 from l2e_ds.data.encode import Encoded, Encoder, digest, encode, set_up
-from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes
+from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes, name_of
 from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.workers import WorkerPool
 from l2e_ds.errors import DataError
@@ -60,8 +60,8 @@ def find_split(config: DataConfig, skip_bad: bool = False) -> Split:
         several = several or last != first
     if not several:
         raise DataError(
-            f"data.held_out: {config.path or config.source} holds fewer than 2 different documents, one to train on and"
-            " one to hold out; give more, or set data.held_out: 0"
+            f"data.held_out: {name_of(config)} holds fewer than 2 different documents, one to train on and"
+            " one to hold out; give more, or set data.held_out to 0"
         )
     return Split(config.held_out, also=last)
 
@@ -165,7 +165,7 @@ def tokenise(
                 raise failures[0]
             counts.complete = True
     if not sum(counts.documents.values()):
-        raise DataError(f"data.path: {config.path or config.source} holds no text")
+        raise DataError(f"data.path: {name_of(config)} holds no text")
     return counts
 
 

@@ -494,3 +494,21 @@ def test_tokenizers_whose_words_are_not_independent(tokenizer):
     texts = list(islice((one for one in TEXTS if one.strip()), 5))
     wanted = [changed(tokenizer, prepend).encode(one, add_special_tokens=False).ids for one in texts]
     assert encoder(chunk_of(texts)).tokens.tolist() == [id for ids in wanted for id in ids]
+
+
+def test_folders_of_others_are_left_alone(tmp_path, tokenizer, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    words = [tmp_path / "a.jsonl", "--tokenizer", tokenizer, "--workers", 0, "--output"]
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "thesis.txt").write_text("precious")
+    assert run(*words, tmp_path / "mine") == 2
+    assert "mine.partial: is not ours" in capsys.readouterr().err
+    assert (tmp_path / "mine.partial" / "thesis.txt").read_text() == "precious"
+    (tmp_path / "folder").mkdir()
+    for name in (f"{tmp_path}/folder/", f"{tmp_path}/folder/.bin"):
+        with pytest.raises(SystemExit) as left:
+            run(*words, name)
+        assert left.value.code == 2 and "must end in a name" in capsys.readouterr().err
+    assert not list((tmp_path / "folder").iterdir())
+    assert run(*words, tmp_path / "folder") == 0  # folder.bin beside it
+    assert (tmp_path / "folder.bin").exists()
