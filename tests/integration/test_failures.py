@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
     listed = subprocess.run(
         [sys.executable, "-m", "l2e_ds.cli", "checkpoint", "list", str(run)], capture_output=True, text=True
     )
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "3", "6", "9"]
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "3", "6", "9", "step00000009.damaged"]
     assert listed.stdout.count("complete") == 3  # 6 and 9 were written again
 
 
