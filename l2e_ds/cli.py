@@ -32,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     train.add_arguments(training)
     training.set_defaults(action=train.run)
 
+    planning = verbs.add_parser("plan", help="memory, time and traffic of a run on GPUs one does not have")
+    if words[:1] == ["plan"]:  # no other verb waits for its imports
+        _add_plan(planning)
+
     export = verbs.add_parser("export", help="write a model that transformers loads")
     export.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
@@ -74,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    from l2e_ds import planning
+
+    parser.description = planning.__doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    planning.add_arguments(parser)
+    parser.set_defaults(action=planning.run)
 
 
 def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:

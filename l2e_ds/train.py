@@ -153,28 +153,40 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
     """
     from l2e_ds.data import check_sets
+    from l2e_ds.training.deepspeed_config import check_device
+
+    plan = resolve_run(run_file, overrides, ranks)
+    if this_machine:
+        check_device(plan.config)
+        _check_machine(plan.config)
+    try:
+        check_sets(plan.config.data, plan.network.vocab_size)
+    except L2EError as error:
+        error.on_every_rank = True
+        raise
+    return plan
+
+
+def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
+    """What `preflight` does without a look at data or machine. Raises ConfigError.
+
+    has_bf16: whether the device that the run is for computes in bf16 (for `training.precision: auto`); default: this
+    machine's.
+    """
     from l2e_ds.models import chosen_layers, network_config
-    from l2e_ds.training.deepspeed_config import check_device, resolve
+    from l2e_ds.training.deepspeed_config import resolve
 
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
     config = load_run_config(run_file, overrides)
     network = network_config(config.model, config.data.sequence_length)
-    config, ds, batch = resolve(config, ranks, run_file)
-    if this_machine:
-        check_device(config)
-        _check_machine(config)
+    config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
     if config.data.sequence_length > network.max_position_embeddings:
         raise ConfigError(
             f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
             f" {network.max_position_embeddings}"
         )
-    try:
-        check_sets(config.data, network.vocab_size)
-    except L2EError as error:
-        error.on_every_rank = True
-        raise
     return Plan(config, ds, batch, network, layers)
 
 

@@ -68,10 +68,11 @@ REFUSED = {
 
 
 def resolve(
-    config: RunConfig, ranks: int, run_file: str | Path | None = None
+    config: RunConfig, ranks: int, run_file: str | Path | None = None, has_bf16: bool | None = None
 ) -> tuple[RunConfig, dict, BatchArithmetic]:
     """The run configuration and the DeepSpeed configuration, each completed by the other, and the batch arithmetic.
 
+    has_bf16: whether the device that the run is for computes in bf16; default: this machine's.
     Raises ConfigError (dotted key, what was given, what is allowed).
     """
     path = find_file(config.deepspeed.config, run_file)
@@ -83,7 +84,7 @@ def resolve(
     config = _take_shared_values(config, ds, where)
     if config.optimizer.peak_learning_rate is None:
         config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
-    config = _take_precision(config, ds, where)
+    config = _take_precision(config, ds, where, has_bf16)
     config, batch = _take_batch(config, ds, where, ranks)
     _check_stage(config, ds, where)
     ds = _without_auto(ds)
@@ -185,7 +186,7 @@ def _checked(config: RunConfig, section: str, key: str, value: Any, where: str) 
     return config.model_copy(update={section: checked})
 
 
-def _take_precision(config: RunConfig, ds: dict, where: str) -> RunConfig:
+def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | None = None) -> RunConfig:
     enabled = {name: _lookup(ds, (name, "enabled")) for name in ("bf16", "fp16")}
     if enabled["bf16"] and enabled["fp16"]:
         raise ConfigError(f"{where}: bf16 and fp16 are both enabled")
@@ -203,7 +204,9 @@ def _take_precision(config: RunConfig, ds: dict, where: str) -> RunConfig:
 
     accelerator = get_accelerator()
     if own == "auto":
-        own = given or ("bf16" if accelerator.device_name() == "cuda" and _has_bf16() else "fp32")
+        if has_bf16 is None:
+            has_bf16 = accelerator.device_name() == "cuda" and _has_bf16()
+        own = given or ("bf16" if has_bf16 else "fp32")
     return config.replace("training", precision=own)
 
 
