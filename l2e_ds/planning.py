@@ -168,8 +168,9 @@ def work_of(plan: Plan) -> Work:
 class States:
     """Model states of one GPU, and on its host where offloaded; bytes.
 
-    gradients: as they are when backward ends; held: of these, what stays allocated after the step; buffers: DeepSpeed's, held through forward and backward; gathered: ZeRO-3's full parameters;
-    reducing, stepping: what comes on top after backward, when no activation is left.
+    gradients: as they are when backward ends; held: of these, what stays allocated after the step; buffers: DeepSpeed's
+    own, held through forward and backward; gathered: ZeRO-3's full parameters; reducing, stepping: what comes on top
+    after backward, when no activation is left.
     """
 
     weights: float
@@ -228,8 +229,8 @@ def model_states(work: Work, ranks: int) -> States:
         stepping = MASTER * min(share, SUB_GROUP)  # the flat gradient of one sub-group
         states = States(e * share, g * share, optimizer, buffers, gathered, g * share, reducing, stepping, 0)
     host = 0.0
-    if work.offload_optimizer:  # with float32 gradients, and the weights' copy for the way back
-        host = optimizer + (4 + e) * share
+    if work.offload_optimizer:  # with float32 gradients; up to stage 2 also the new weights on their way back
+        host = optimizer + (4 + (e if work.stage < 3 else 0)) * share
         states = replace(states, optimizer=0, gradients=0, held=0, stepping=0)
     if work.offload_parameters:
         host += e * share

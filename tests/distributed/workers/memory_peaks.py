@@ -1,0 +1,89 @@
+"""Runs on every rank: for each case of OUTPUT/cases.json the real Trainer in a process of its own, whose allocations on the
+CPU the profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of the second step, bytes of a checkpoint,
+and what `l2e_ds.planning` predicts.
+
+Of a process of its own: DeepSpeed keeps some of an engine alive as long as its process lives.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import deepspeed  # noqa: F401 - before the fork, once for all
+import numpy as np
+from torch.profiler import ProfilerActivity, profile
+
+from l2e_ds import distributed, planning
+from l2e_ds.config import run_config_from_dict
+from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.models import chosen_layers, network_config
+from l2e_ds.train import Plan, quiet_libraries
+from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.training.trainer import Trainer
+
+
+def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
+    case["training"] = {"steps": 4, "evaluate_every": 0, "run_directory": str(directory), **case["training"]}
+    case["checkpoint"], case["logging"] = {"every": 0}, {"progress": False}
+    case["data"] = {"source": "indexed", "path": "none", "sequence_length": 128}
+    config = run_config_from_dict(case, "case")
+    network = network_config(config.model, 128)
+    config, ds, batch = resolve(config, ranks)
+    tokens = np.random.default_rng(0).integers(0, network.vocab_size, 128 * 200 + 1)
+    data = [
+        PreparedData(TokenDataset(tokens, 0, len(tokens), 128, network.vocab_size, "x"), None, None, 25600, 0, None)
+    ]
+    steps = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer = Trainer(config, ds, batch, network, data, device)
+        for _ in range(3):
+            trainer.train_step()
+    trainer.save()
+    trainer.close()
+    size = 0
+    if distributed.is_main():
+        size = sum(path.stat().st_size for path in (directory / "checkpoints").rglob("*_states.pt"))
+    events = profiler.profiler.kineto_results.events()
+    live, peak = 0, 0
+    for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += allocated
+        peak = max(peak, live)
+        steps.append(live)
+    work = planning.work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
+    predicted = planning.memory(work, ranks, batch.micro_batch, batch.accumulation)
+    return {
+        "peak": peak,
+        "predicted": predicted.total,
+        "parts": asdict(predicted),
+        "checkpoint": size,
+        "predicted_checkpoint": planning.checkpoint_bytes(work),
+    }
+
+
+def run(name: str, case: dict, output: Path, port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+    launch = distributed.find_launch()
+    device = distributed.join(launch, 5)
+    found = measure(case, output / name, device, launch.size)
+    (output / f"{name}-rank{launch.rank}.json").write_text(json.dumps(found))
+    distributed.leave()
+    os._exit(0)
+
+
+def main() -> None:
+    quiet_libraries()
+    output, ports = Path(sys.argv[1]), [int(port) for port in sys.argv[2:]]
+    cases = json.loads((output / "cases.json").read_text())
+    for port, (name, case) in zip(ports, cases.items(), strict=True):
+        child = multiprocessing.get_context("fork").Process(target=run, args=(name, case, output, port))
+        child.start()
+        child.join()
+        if child.exitcode:
+            sys.exit(f"{name}: exit code {child.exitcode}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""`l2e-ds plan` against DeepSpeed's estimators, real networks and what autograd really keeps."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from transformers import AutoModelForCausalLM
+
+from l2e_ds import planning
+from l2e_ds.cli import main
+from l2e_ds.config import ModelConfig
+from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.models import PYTHIA, network_config, neuron_sites
+from l2e_ds.train import resolve_run
+from l2e_ds.training.loss import language_model_loss
+
+TINY = ["model.vocab_size=512", "model.num_layers=3", "model.hidden_size=64", "model.num_heads=4"]
+TINY += ["data.sequence_length=64", "training.global_batch=24", "training.micro_batch=2"]
+
+
+@pytest.fixture
+def run_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {name: pythia-14m}\ndata: {source: indexed, path: nowhere}\ntraining: {steps: 9, global_batch: 1024}\n"
+    )
+    return path
+
+
+def work_of(run_file, *overrides, ranks=1):
+    return planning.work_of(resolve_run(run_file, overrides, ranks, has_bf16=True))
+
+
+# --- model states -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PYTHIA)
+def test_parameters_are_those_of_the_published_networks(run_file, name):
+    published = {"pythia-70m": 70_426_624, "pythia-410m": 405_334_016, "pythia-2.8b": 2_775_208_960}
+    published |= {"pythia-160m": 162_322_944, "pythia-1b": 1_011_781_632, "pythia-1.4b": 1_414_647_808}
+    published |= {"pythia-6.9b": 6_857_302_016, "pythia-12b": 11_846_072_320}  # Biderman et al. 2023, table 1
+    size, count = PYTHIA[name], work_of(run_file, f"model.name={name}").parameters
+    h, layers = size.hidden, size.layers
+    by_hand = 2 * size.vocabulary * h + layers * (12 * h * h + 13 * h) + 2 * h
+    assert count == by_hand == published.get(name, by_hand)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64, 1024])
+@pytest.mark.parametrize("name", PYTHIA)
+def test_zero_states_against_deepspeeds_estimators(run_file, name, ranks):
+    nodes, of_node = max(1, ranks // 8), min(ranks, 8)
+    common = [f"model.name={name}", "training.micro_batch=1", "training.precision=bf16"]
+    for stage in (2, 3):
+        work = work_of(run_file, *common, f"deepspeed.config=ds_configs/zero{stage}.json", ranks=ranks)
+        p, states = work.parameters, planning.model_states(work, ranks)
+        mine = states.weights + states.gradients + states.optimizer
+        if stage == 2:
+            theirs = estimate_zero2_model_states_mem_needs(p, of_node, nodes, cpu_offload=False)[1]
+            assert mine == pytest.approx(theirs, rel=0.1)
+            mine += 2 * p / ranks  # it counts a partition of 16-bit gradients, which here are in the bucket (`buffers`)
+        else:
+            theirs = estimate_zero3_model_states_mem_needs(p, 0, of_node, nodes, False, False)[1]
+        assert mine == pytest.approx(theirs, abs=4)
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 64])
+def test_offloaded_states_leave_the_gpu(run_file, ranks):
+    common = ["model.name=pythia-1b", "training.precision=bf16"]
+    for name, on_gpu in (("zero2_offload", lambda p: 2 * p), ("zero3_offload", lambda p: 0)):
+        work = work_of(run_file, *common, f"deepspeed.config=ds_configs/{name}.json", ranks=ranks)
+        states, p = planning.model_states(work, ranks), work.parameters
+        assert states.weights + states.gradients + states.optimizer == on_gpu(p)
+        assert states.host * ranks == pytest.approx(p * (12 + 4 + 2))  # states, gradients, 16-bit weights
+
+
+def test_what_each_precision_and_stage_keeps(run_file):
+    """Bytes a parameter on 4 ranks, written out from DeepSpeed's source (docs/planning.md)."""
+    expected = {  # weights, gradients, optimizer
+        ("zero0", "fp32"): (4, 4, 8),
+        ("zero0", "bf16"): (2, 2, 12),
+        ("zero1", "fp32"): (4, 4, 12 / 4),
+        ("zero1", "bf16"): (2, 4 + 2, 12 / 4),  # BF16_Optimizer
+        ("zero1", "fp16"): (2, 4, 12 / 4),
+        ("zero2", "bf16"): (2, 4 / 4, 12 / 4),
+        ("zero3", "fp16"): (2 / 4, 4 / 4, 12 / 4),
+    }
+    for (stage, precision), each in expected.items():
+        work = work_of(
+            run_file, f"deepspeed.config=ds_configs/{stage}.json", f"training.precision={precision}", ranks=4
+        )
+        states = planning.model_states(work, 4)
+        assert (states.weights, states.gradients, states.optimizer) == pytest.approx(
+            [n * work.parameters for n in each]
+        )
+
+
+# --- activations ----------------------------------------------------------------------------------------------------
+
+
+def kept_for_backward(work, checkpointing, settings=None):
+    """Bytes that autograd keeps of a real forward pass and its loss on the CPU, each storage once, without weights."""
+    overrides = {"vocab_size": work.vocabulary, "num_layers": work.layers, "hidden_size": work.hidden}
+    config = ModelConfig(name="pythia-14m", num_heads=work.heads, **overrides)
+    network = network_config(config, work.sequence_length)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.precision]
+    model = AutoModelForCausalLM.from_config(network, attn_implementation=work.attention, dtype=dtype).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    tokens = torch.randint(work.vocabulary, (2, work.sequence_length + 1))
+    if settings is not None:
+        Inhibitor(neuron_sites(model, "mid-2"), settings).attach()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        language_model_loss(model(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(run_file, precision, attention, checkpointing):
+    words = [f"training.precision={precision}", f"model.attention={attention}"]
+    work = work_of(run_file, *TINY, *words, f"model.activation_checkpointing={str(checkpointing).lower()}")
+    log_probabilities = planning.logits_bytes(work, 2) / 3  # of the three float32 [M, V], cross-entropy keeps one
+    predicted = planning.stored_activation_bytes(work, 2) + log_probabilities
+    assert predicted == pytest.approx(kept_for_backward(work, checkpointing), rel=0.03)
+
+
+def test_l2e_keeps_nothing_that_grows_with_tokens_and_memel_one_byte(run_file):
+    work = work_of(run_file, *TINY, "training.precision=bf16", "inhibition.method=none")
+    plain = kept_for_backward(work, False)
+    assert kept_for_backward(work, False, Settings()) == plain
+    memel = kept_for_backward(work, False, Settings(retrieval="top-k", mechanism="reverse-deactivation"))
+    states = work_of(run_file, *TINY, "training.precision=bf16", "inhibition.method=memel")
+    of_mask = planning.memory(states, 1, 2, 12).inhibition - planning.inhibition_state_bytes(states)
+    assert memel - plain == of_mask == 2 * (2 * 64) * 256
+
+
+def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
+    work = work_of(run_file, *TINY)
+    model = AutoModelForCausalLM.from_config(
+        network_config(ModelConfig(name="pythia-14m", num_layers=3, hidden_size=64, num_heads=4, vocab_size=512), 64)
+    )
+    inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
+    kept = [inhibitor._packed]
+    for hook in inhibitor.hooks:
+        kept += [hook.moments.mean, hook.moments.m2, hook.selected]
+        kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate]
+    assert planning.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
+    payload, collectives = planning.inhibition_payload(work, 5)
+    assert (payload, collectives) == (inhibitor._packed.numel() * 8, 1)
+
+
+# --- micro-batch, traffic, time -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpu", ["L4", "A100-40GB", "H200"])
+@pytest.mark.parametrize("ranks", [1, 6, 64])
+def test_largest_micro_batch_is_the_largest(run_file, gpu, ranks):
+    work = work_of(run_file, "model.name=pythia-160m", f"training.global_batch={ranks * 24}", ranks=ranks)
+    usable = planning.GPUS[gpu].memory * planning.GIB * planning.USABLE_MEMORY
+    found = planning.largest_micro_batch(work, ranks, ranks * 24, usable)
+
+    def fits(micro_batch):
+        return planning.memory(work, ranks, micro_batch, 24 // micro_batch).total <= usable
+
+    assert found == max(m for m in (1, 2, 3, 4, 6, 8, 12, 24) if fits(m))
+
+
+def test_largest_micro_batch_at_the_very_limit(run_file):
+    work = work_of(run_file, "model.name=pythia-160m")
+    needed = planning.memory(work, 1, 16, 64).total
+    assert planning.largest_micro_batch(work, 1, 1024, needed) == 16
+    assert planning.largest_micro_batch(work, 1, 1024, needed - 1) == 8
+    assert planning.largest_micro_batch(work, 1, 1024, 1e6) is None
+
+
+def test_ring_all_reduce_by_walking_the_ring():
+    for ranks in (1, 2, 5, 8):
+        chunks = [[1.0] * ranks for _ in range(ranks)]  # rank, chunk: 1 where it holds its own part only
+        sent = 0
+        for phase in (0, 1):
+            for hop in range(ranks - 1):
+                before = [row[:] for row in chunks]
+                for rank in range(ranks):
+                    chunk = (rank - hop + phase) % ranks
+                    target = chunks[(rank + 1) % ranks]
+                    target[chunk] = before[rank][chunk] + (0 if phase else before[(rank + 1) % ranks][chunk])
+                    sent += rank == 0
+        assert all(value == ranks for row in chunks for value in row)
+        assert planning.ring_all_reduce(ranks * 10, ranks) == pytest.approx(sent * 10)
+
+
+def test_traffic_follows_stage_accumulation_and_reduce(run_file):
+    work = replace(work_of(run_file, ranks=4), element=2)
+    size = 2 * work.parameters
+    expected = {0: (1.5, 0), 1: (1.5, 0.75), 2: (1.5 * 8, 0.75), 3: (0.75 * 8, 1.5 * 8)}
+    for stage, (gradients, weights) in expected.items():
+        sent = planning.traffic(replace(work, stage=stage), 4, 8)
+        assert (sent.gradients, sent.weights) == pytest.approx((gradients * size, weights * size))
+    step, forward, exact = (
+        planning.inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
+    )
+    n = work.neurons
+    assert step == (2 * (3 * n + 3) * 8, 1)
+    assert forward == (step[0] + 16 * (2 * n + 1) * 8, 17)
+    assert exact == (forward[0] + 16 * (3 * n + 1) * 8, 33)
+    assert planning.inhibition_payload(replace(work, collectives="none"), 8) == (0, 0)
+
+
+def test_step_time_scales_and_gives_back_the_utilisation(run_file):
+    work = work_of(run_file, "model.name=pythia-1b", "training.precision=bf16")
+    gpu = planning.GPUS["A100-80GB"]
+    alone = planning.times(work, gpu, 1, 1024, 64, 0.5, 1e11)
+    assert alone.communication == alone.inhibition == 0
+    assert alone.mfu == pytest.approx(0.5)
+    flops = (6 * (work.parameters - 50304 * 2048) + 6 * 16 * 2048 * 2048) * 1024 * 2048
+    assert alone.step == pytest.approx(flops / (312e12 * 0.5))
+    many = planning.times(work, gpu, 64, 1024, 16, 0.5, 1e11)
+    assert many.compute == pytest.approx(alone.compute / 64)
+    assert many.step == pytest.approx(many.compute + many.communication + many.inhibition)
+    recomputing = planning.times(replace(work, checkpointing=True), gpu, 1, 1024, 64, 0.5, 1e11)
+    assert 1.25 < recomputing.step / alone.step < 4 / 3
+    hidden = planning.times(replace(work, overlap=True), gpu, 64, 1024, 16, 0.5, 1e9)
+    assert hidden.step == pytest.approx(hidden.communication + hidden.inhibition)
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gpus", [1, 8, 128, 10_000])
+def test_prints_every_part(run_file, gpus, capsys):
+    words = [f"training.global_batch={gpus * 4}", "--gpus", str(gpus), "--gpu", "h100", "--mfu", "0.37"]
+    assert main(["plan", str(run_file), *words]) == 0
+    output = capsys.readouterr().out
+    for part in (
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "logits",
+        "inhibition",
+        "total",
+        "largest micro-batch",
+    ):
+        assert part in output
+    for word in (
+        "bf16",
+        "step ",
+        "days",
+        "GPU-hours",
+        "traffic",
+        "checkpoint",
+        "37% of 989.4",
+        "predicted, not measured",
+    ):
+        assert word in output
+
+
+def test_precision_auto_is_the_gpus_not_this_machines(run_file, capsys):
+    for gpu, precision in (("A100-80GB", "bf16"), ("V100-32GB", "fp32")):
+        assert main(["plan", str(run_file), "--gpus", "2", "--gpu", gpu]) == 0
+        assert f" {precision}, ZeRO-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "8", "--gpu", "H1000"], ["--gpu", "'H1000'", "A100-80GB", "H200"]),
+        (["--gpus", "0", "--gpu", "H200"], ["--gpus", "0", ">= 1"]),
+        (["--gpus", "7", "--gpu", "H200"], ["training.global_batch", "1024", "7 ranks"]),
+        (["--gpus", "8", "--gpu", "H200", "--mfu", "1.5"], ["--mfu", "1.5"]),
+        (["--gpus", "8", "--gpu", "H200", "--bandwidth", "-1"], ["--bandwidth", "-1"]),
+        (["--gpus", "8", "--gpu", "H200", "--storage", "nan"], ["--storage", "nan"]),
+        (["training.precision=bf16", "--gpus", "8", "--gpu", "V100-16GB"], ["training.precision", "bf16", "fp16"]),
+        (["training.steeps=3", "--gpus", "8", "--gpu", "H200"], ["training.steeps", "training.steps"[9:]]),
+    ],
+)
+def test_bad_input_is_one_line(run_file, capsys, words, said):
+    assert main(["plan", str(run_file), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1, error
+    assert error[0].startswith("l2e-ds: error: ")
+    for word in said:
+        assert word in error[0]
+
+
+def test_another_optimizer_is_refused(run_file, tmp_path, capsys):
+    (tmp_path / "sgd.json").write_text('{"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": true}')
+    words = ["deepspeed.config=sgd.json", "--gpus", "1", "--gpu", "H200"]
+    assert main(["plan", str(run_file), *words]) == 2
+    assert "optimizer.type: got SGD" in capsys.readouterr().err
