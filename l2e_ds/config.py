@@ -421,7 +421,7 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
     """Raises ConfigError where no whole number of accumulation steps gives the global batch."""
     batch, micro = config.training.global_batch, config.training.micro_batch
     if batch % (micro * ranks):
-        fitting = _divisors(batch // ranks) if batch % ranks == 0 else []
+        fitting = divisors(batch // ranks) if batch % ranks == 0 else []
         allowed = f"allowed micro-batches: {_abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
         raise ConfigError(
             f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
@@ -430,7 +430,7 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
     return BatchArithmetic(batch, micro, ranks, batch // (micro * ranks), batch * config.data.sequence_length)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     """Those up to 10,000: no micro-batch is larger."""
     return [m for m in range(1, min(number, 10_000) + 1) if number % m == 0]
 

@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from l2e_ds.config import _divisors
+from l2e_ds.config import divisors
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.train import Plan, resolve_run
@@ -30,6 +30,7 @@ from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.metrics import PEAK_TFLOPS, flops_per_token
 
 GIB = 2**30
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # as a DeepSpeed JSON names them
 MASTER = 4  # bytes of a float32 master weight
 MOMENTS = 8  # bytes of Adam's two float32 moments
 BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE, and the default of reduce_bucket_size
@@ -79,10 +80,10 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What the formulae need to know of a resolved run; sizes in elements, `element` and `accumulator` in bytes.
+    """What the formulae need to know of a resolved run; sizes in elements, `element`, `accumulator` and `communication` in bytes.
 
-    embedding: V h; element: of a weight in the network; accumulator: of an accumulated gradient; hooked: indices of the
-    layers with a hook, empty with `method: none`.
+    embedding: V h; element: of a weight in the network; accumulator: of an accumulated gradient; communication: of one
+    that is reduced; hooked: indices of the layers with a hook, empty with `method: none`.
     """
 
     parameters: int
@@ -98,6 +99,7 @@ class Work:
     precision: str
     element: int
     accumulator: int
+    communication: int
     stage: int
     bucket: int
     contiguous: bool
@@ -148,7 +150,8 @@ def work_of(plan: Plan) -> Work:
         checkpointing=config.model.activation_checkpointing,
         precision=precision,
         element=element,
-        accumulator={"fp32": 4, "fp16": 2, "bf16": 2}[given] if given else element,
+        accumulator=BYTES.get(given, element),
+        communication=BYTES.get(ds.get("communication_data_type"), element),
         stage=stage,
         bucket=int(float(zero.get("reduce_bucket_size", BUCKET))) if stage else BUCKET,
         contiguous=bool(zero.get("contiguous_gradients", True)),
@@ -327,7 +330,7 @@ def accumulation_of(global_batch: int, ranks: int, micro_batch: int) -> int:
 
 def largest_micro_batch(work: Work, ranks: int, global_batch: int, usable: float) -> int | None:
     """The largest that divides the sequences of a rank and needs at most `usable` bytes; None where none does."""
-    for micro_batch in reversed(_divisors(global_batch // ranks)):
+    for micro_batch in reversed(divisors(global_batch // ranks)):
         if memory(work, ranks, micro_batch, accumulation_of(global_batch, ranks, micro_batch)).total <= usable:
             return micro_batch
     return None
@@ -352,8 +355,9 @@ def ring_all_reduce(size: float, ranks: int) -> float:
 
 
 def gradient_bytes(work: Work) -> int:
-    """Payload of one reduction of all gradients: in the network's precision (engine.py, communication_data_type)."""
-    return work.parameters * work.element
+    """Payload of one reduction of all gradients, in the network's precision unless the JSON says otherwise (engine.py,
+    communication_data_type)."""
+    return work.parameters * work.communication
 
 
 def inhibition_payload(work: Work, accumulation: int) -> tuple[int, int]:
@@ -377,12 +381,13 @@ def traffic(work: Work, ranks: int, accumulation: int) -> Traffic:
     every micro-batch; stages 1 and 2 gather the weights once a step.
     """
     size, sent = gradient_bytes(work), (ranks - 1) / ranks
+    gathered = sent * work.parameters * work.element
     inhibition, collectives = inhibition_payload(work, accumulation)
     if work.stage == 3:
-        gradients, weights = sent * size * accumulation, 2 * sent * size * accumulation
+        gradients, weights = sent * size * accumulation, 2 * gathered * accumulation
     else:
         gradients = ring_all_reduce(size, ranks) * (accumulation if work.stage == 2 else 1)
-        weights = sent * size if work.stage else 0.0
+        weights = gathered if work.stage else 0.0
     return Traffic(gradients, weights, ring_all_reduce(inhibition, ranks), collectives if ranks > 1 else 0)
 
 
@@ -430,18 +435,24 @@ def bus_bandwidth(gpu: Gpu, ranks: int, given: float | None) -> float:
     return slowest * 1e9 * LINK_EFFICIENCY
 
 
+def is_hidden(work: Work) -> bool:
+    """Whether gradients are reduced behind backward: `overlap_comm`, but not by ZeRO-0 and the BF16_Optimizer, which
+    reduce when backward is over (engine.py, allreduce_gradients)."""
+    return work.overlap and work.stage > 0 and not is_bf16_optimizer(work)
+
+
 def times(
     work: Work, gpu: Gpu, ranks: int, global_batch: int, accumulation: int, mfu: float, bandwidth: float
 ) -> Times:
     """Computation at `mfu` of the peak (of float32 in float32); each collective of inhibition costs also 2 log2(R) hops
-    of a tree, which NCCL takes for small data. Communication is hidden with `overlap_comm` only."""
+    of a tree, which NCCL takes for small data."""
     peak = (gpu.peak_fp32 if work.precision == "fp32" else gpu.peak) * 1e12 * ranks
     flops = model_flops(work, global_batch)
     compute = (flops + recomputed_flops(work, global_batch)) / (peak * mfu)
     sent = traffic(work, ranks, accumulation)
     communication = (sent.gradients + sent.weights) / bandwidth
     inhibition = sent.collectives * 2 * math.log2(ranks) * LATENCY + sent.inhibition / bandwidth
-    found = Times(compute, communication, inhibition, work.overlap, 0)
+    found = Times(compute, communication, inhibition, is_hidden(work), 0)
     return replace(found, mfu=flops / (peak * found.step))
 
 

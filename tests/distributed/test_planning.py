@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from tests.conftest import free_port
 
 WORKER = Path(__file__).parent / "workers/memory_peaks.py"

@@ -1,8 +1,8 @@
-"""Runs on every rank: for each case of OUTPUT/cases.json the real Trainer in a process of its own, whose allocations on the
-CPU the profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of the second step, bytes of a checkpoint,
-and what `l2e_ds.planning` predicts.
+"""Runs on every rank: for each case of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the profiler
+notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of three steps, bytes of a checkpoint, and what
+`l2e_ds.planning` predicts.
 
-Of a process of its own: DeepSpeed keeps some of an engine alive as long as its process lives.
+Each in a process of its own: DeepSpeed keeps some of an engine alive as long as its process lives.
 """
 
 import json
@@ -36,7 +36,6 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     data = [
         PreparedData(TokenDataset(tokens, 0, len(tokens), 128, network.vocab_size, "x"), None, None, 25600, 0, None)
     ]
-    steps = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, ds, batch, network, data, device)
         for _ in range(3):
@@ -51,7 +50,6 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += allocated
         peak = max(peak, live)
-        steps.append(live)
     work = planning.work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
     predicted = planning.memory(work, ranks, batch.micro_batch, batch.accumulation)
     return {
