@@ -30,7 +30,6 @@ from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.metrics import PEAK_TFLOPS, flops_per_token
 
 GIB = 2**30
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "bfp16": 2}  # as a DeepSpeed JSON names them
 MASTER = 4  # bytes of a float32 master weight
 MOMENTS = 8  # bytes of Adam's two float32 moments
 BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE, and the default of reduce_bucket_size
@@ -80,7 +79,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Work:
-    """What the formulae need to know of a resolved run; sizes in elements, `element`, `accumulator` and `communication` in bytes.
+    """What the formulae need to know of a resolved run; sizes in elements, those of an element in bytes.
 
     embedding: V h; element: of a weight in the network; accumulator: of an accumulated gradient; communication: of one
     that is reduced; hooked: indices of the layers with a hook, empty with `method: none`.
@@ -114,6 +113,7 @@ class Work:
 def work_of(plan: Plan) -> Work:
     """Raises ConfigError where the DeepSpeed JSON names an optimizer other than Adam."""
     import torch
+    from deepspeed.runtime.config import DtypeEnum
     from transformers import AutoModelForCausalLM
 
     config, network, ds = plan.config, plan.network, plan.ds
@@ -127,12 +127,14 @@ def work_of(plan: Plan) -> Work:
     zero = ds.get("zero_optimization", {})
     stage, precision = zero_stage(ds), config.training.precision
     element = 4 if precision == "fp32" else 2
-    given = ds.get("data_types", {}).get("grad_accum_dtype")
     section = config.inhibition
     hooked = tuple(plan.layers) if section.method != "none" else ()
     collectives: str = section.reduce if hooked else "none"
     if collectives == "forward" and section.loss == "scale-invariant":
         collectives = "forward-exact"
+
+    def size_of(given: str | None) -> int:
+        return DtypeEnum(given).value.itemsize if given else element
 
     def offloaded(part: str) -> bool:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
@@ -150,8 +152,8 @@ def work_of(plan: Plan) -> Work:
         checkpointing=config.model.activation_checkpointing,
         precision=precision,
         element=element,
-        accumulator=BYTES.get(given, element),
-        communication=BYTES.get(ds.get("communication_data_type"), element),
+        accumulator=size_of(ds.get("data_types", {}).get("grad_accum_dtype")),
+        communication=size_of(ds.get("communication_data_type")),
         stage=stage,
         bucket=int(float(zero.get("reduce_bucket_size", BUCKET))) if stage else BUCKET,
         contiguous=bool(zero.get("contiguous_gradients", True)),
