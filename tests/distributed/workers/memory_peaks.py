@@ -1,10 +1,12 @@
 """Runs on every rank: for each case of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the profiler
-notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of three steps, bytes of a checkpoint, and what
+notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
 `l2e_ds.planning` predicts.
 
 Each in a process of its own: DeepSpeed keeps some of an engine alive as long as its process lives.
 """
 
+import gc
+import importlib
 import json
 import multiprocessing
 import os
@@ -12,7 +14,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import deepspeed  # noqa: F401 - before the fork, once for all
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
 
@@ -23,6 +24,10 @@ from l2e_ds.models import chosen_layers, network_config
 from l2e_ds.train import Plan, quiet_libraries
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.trainer import Trainer
+
+# what each process would import, once for all
+USED = ("torch._inductor.standalone_compile", "transformers.models.gpt_neox.modeling_gpt_neox", "deepspeed.ops.adam")
+USED += tuple(f"deepspeed.runtime.{name}" for name in ("bf16_optimizer", "zero.muon.muon_optimizer", "zero.stage3"))
 
 
 def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
@@ -38,7 +43,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     ]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, ds, batch, network, data, device)
-        for _ in range(3):
+        for _ in range(2):
             trainer.train_step()
     trainer.save()
     trainer.close()
@@ -74,6 +79,9 @@ def run(name: str, case: dict, output: Path, port: int) -> None:
 def main() -> None:
     quiet_libraries()
     output, ports = Path(sys.argv[1]), [int(port) for port in sys.argv[2:]]
+    for name in USED:
+        importlib.import_module(name)
+    gc.freeze()  # DeepSpeed collects garbage often
     cases = json.loads((output / "cases.json").read_text())
     for port, (name, case) in zip(ports, cases.items(), strict=True):
         child = multiprocessing.get_context("fork").Process(target=run, args=(name, case, output, port))
