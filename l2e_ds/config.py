@@ -132,7 +132,7 @@ class SourceConfig(Section):
                 f"{where}.max_tokens cannot be used with {where}.streaming, which reads as far as the steps go; remove"
                 " one of them"
             )
-        if not self.streaming and "shuffle_buffer" in self.model_fields_set and self.shuffle_buffer != 10_000:
+        if not self.streaming and self.shuffle_buffer != SourceConfig.model_fields["shuffle_buffer"].default:
             raise ValueError(f"{where}.shuffle_buffer is for {where}.streaming only; remove it")
 
 

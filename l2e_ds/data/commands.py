@@ -16,7 +16,7 @@ import numpy as np
 import l2e_ds
 from l2e_ds.config import DataConfig, SourceConfig
 from l2e_ds.console import say
-from l2e_ds.data.files import fsync_path, write_whole
+from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
@@ -258,18 +258,13 @@ def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrai
     """All that decides the result (--skip-bad may be given later: what was fine before stays)."""
     options = ("append_eod", "deduplicate", "held_out", "max_documents", "max_tokens", "text_key")
     return {
-        "INPUT": [_identity(path) for path in source_files(config)] or config.path,
+        "INPUT": [identity(path) for path in source_files(config)] or config.path,
         "--format": config.source,
         "--tokenizer": tokenizer_digest(tokenizer),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},
         **({f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")}),
         "format": 1,  # raise when the same command must give other files
     }
-
-
-def _identity(path: Path) -> list[str | int]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _record(

@@ -33,6 +33,12 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def identity(path: Path) -> list[str | int]:
+    """JSON-able: by which a file of the input is known again: name, bytes, time of its last change in ns."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
 def one_line(error: BaseException) -> str:
     """The first line of a library's message, for the end of one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -21,7 +21,7 @@ import numpy as np
 
 from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.files import fsync_path, write_whole
+from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
 from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, source_files
 from l2e_ds.data.stream import TokenStream
@@ -172,20 +172,15 @@ def _fingerprint(config: DataConfig) -> str:
         files = source_files(config)
         stored["stdlib"] = [platform.python_version(), len(files), sum(path.stat().st_size for path in files)]
     else:
-        stored["files"] = [_file_identity(path) for path in source_files(config)]
+        stored["files"] = [identity(path) for path in source_files(config)]
     if config.source == "hub":
         stored["path"] = config.path
     if config.tokenizer is not None:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
-        stored["tokenizer_files"] = [_file_identity(file) for file in local if file.is_file()]
+        stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _file_identity(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
 
 
 # --- tokenising -------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ from l2e_ds.errors import DataError, L2EError
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
-SHUFFLE_BUFFER = 10_000
 _UNSHUFFLED = 256  # documents in a block without shuffling: a position is looked up and re-read in these
 _BATCH_CHARACTERS = 1 << 17  # text that a worker takes at once: some 30 ms
 # The fields of DataConfig that decide which documents a stream gives.
@@ -69,7 +68,8 @@ class TokenStream:
 
     Training documents, each with end-of-text behind it, make one row of tokens, over the ends of epochs too; sequence
     i is its tokens i*T to (i+1)*T, both included, as in `TokenDataset`. They are the same for any number of `workers`
-    (processes that tokenise; 0: this one) and however they are asked for. `shuffle_buffer` 0: in the source's order.
+    (processes that tokenise; 0: this one) and however they are asked for. `shuffle_buffer`: None: data.shuffle_buffer,
+    0: in the source's order.
 
     Raises DataError where the source is missing, broken (with file:line or row) or holds no text to train on.
     """
@@ -81,8 +81,9 @@ class TokenStream:
         sequence_length: int,
         seed: int,
         workers: int,
-        shuffle_buffer: int = SHUFFLE_BUFFER,
+        shuffle_buffer: int | None = None,
     ) -> None:
+        shuffle_buffer = config.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
         if config.source == "indexed":
             raise DataError("data.source: indexed holds tokens, a stream needs text")
         if config.max_tokens is not None:
