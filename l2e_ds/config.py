@@ -312,6 +312,9 @@ class InhibitionConfig(Section):
     """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
     reduce: Literal["step", "forward"] = "step"
     """When statistics cross ranks: once a step, or in every forward before selection (exact, slower)."""
+    fused: bool | Literal["auto"] = "auto"
+    """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
+    `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:

@@ -238,6 +238,19 @@ def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     return tensor
 
 
+def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], None]:
+    """`all_reduce_sum` that goes on while this rank computes; the returned function waits, on a GPU without the host.
+    Until then nobody may touch the tensor."""
+    if size(group) == 1:
+        return lambda: None
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+
+    return wait
+
+
 def ask_all(*flags: bool) -> Callable[[], list[bool]]:
     """Begin to ask which flags any rank holds up; the returned function waits for the answer.
 

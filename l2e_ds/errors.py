@@ -44,6 +44,10 @@ class SelfTestError(L2EError):
     on_every_rank = True
 
 
+class CompileError(L2EError):
+    """torch.compile or Triton cannot compile here, for want of a compiler or for a fault of theirs."""
+
+
 class TrainingError(L2EError):
     """The run cannot go on, e.g. too many non-finite steps in a row."""
 

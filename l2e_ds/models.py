@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -240,8 +240,9 @@ def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSi
     """Where the neurons of the chosen layers are: the output of each MLP's activation, [B, T, N]."""
     blocks = model.gpt_neox.layers
     neurons = model.config.intermediate_size
+    function: Literal["gelu"] | None = "gelu" if model.config.hidden_act == "gelu" else None
     return [
-        NeuronSite(index, blocks[index].mlp, "act", "activation", neurons)
+        NeuronSite(index, blocks[index].mlp, "act", "activation", neurons, function)
         for index in chosen_layers(layers, len(blocks))
     ]
 

@@ -14,30 +14,42 @@ Statistics and tau are the same on every rank, frozen within an optimizer step, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from l2e_ds.distributed import all_reduce_sum
+from l2e_ds.distributed import all_reduce_sum, begin_all_reduce_sum
 from l2e_ds.errors import SelfTestError
 from l2e_ds.inhibition import losses, memel
 from l2e_ds.inhibition.losses import FrozenStatistics
 from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, sample_count, shifted_sums
 from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
 
+if TYPE_CHECKING:
+    from l2e_ds.inhibition.fused import ColumnSums
+
+
+# Activations of a layer and micro-batch from which compiling (ten seconds, once a machine) pays on a CPU; fewer cost a
+# few milliseconds in plain operations.
+WORTH_COMPILING = 2**20
+
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection)."""
+    """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection).
+
+    function: what an activation computes, where a GPU kernel may compute it in the same pass: the exact GELU.
+    """
 
     layer: int
     module: nn.Module
     attribute: str
     kind: Literal["activation", "projection"]
     neurons: int
+    function: Literal["gelu"] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,7 @@ class Settings:
     coefficient_warmup: int = 0
     statistics_window: int | None = 50
     reduce: Literal["step", "forward"] = "step"
+    fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
 
 
 @dataclass
@@ -76,6 +89,7 @@ class NeuronHook:
         self.selected = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)  # faded count per neuron
         self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
         self.calls = Calls()
+        self.fused = False  # this micro-batch
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
         self._freeze()
@@ -94,6 +108,18 @@ class NeuronHook:
         """Make float32 constants of the state, for one optimizer step."""
         self.frozen = self.frozen_now = self.for_loss = self._statistics(self.moments)
 
+    def _is_fused(self, z: Tensor) -> bool:
+        """Whether forward and backward of this micro-batch go through fused.py.
+
+        Not the first step, whose moments need `exact_sums`, nor padding, nor the methods that cost what top-k costs.
+        """
+        settings = self.settings
+        if settings.fused is False or (settings.retrieval, settings.mechanism) != ("threshold", "regulariser"):
+            return False
+        if settings.reduce == "forward" or not self.owner.steps or self.weight is not None:
+            return False
+        return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
+
     def _statistics(self, moments: Moments) -> FrozenStatistics:
         rate = self.selected / self.selectable.clamp(min=1)
         return FrozenStatistics(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
@@ -109,9 +135,14 @@ class NeuronHook:
         else:
             self.calls.forward += 1
             self.weight = self.owner.token_weight(z)
-            selected = self._observe(z.detach())
+            self.fused = self._is_fused(z)
+            selected = None
+            if self.fused:
+                self._observe_in_one_pass(z.detach())
+            else:
+                selected = self._observe(z.detach())
         if self.settings.mechanism == "regulariser":
-            return losses.add_inhibition_gradient(z, self._gradient).view_as(activations)
+            return losses.add_inhibition_gradient(z, self._add_gradient).view_as(activations)
         deactivate = {
             "reverse-deactivation": memel.reverse_deactivation,
             "naive-deactivation": memel.naive_deactivation,
@@ -146,6 +177,23 @@ class NeuronHook:
         selected_per_neuron += count
         return selected
 
+    def _observe_in_one_pass(self, z: Tensor) -> None:
+        """As `_observe`."""
+        from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
+
+        self.frozen_now = self.for_loss = self.frozen
+        self._count(fused.column_sums(z, self.frozen), z.shape[0])
+
+    @torch.no_grad()
+    def _count(self, sums: ColumnSums, samples: int) -> None:
+        """Add a micro-batch's sums to the step's."""
+        header, d, d2, selected = self._parts()
+        loss = sums.inhibition_loss(self.frozen, self.settings.scale_invariant, samples)
+        header += torch.stack([loss.new_full((), samples), loss, sums.score])
+        d += sums.d
+        d2 += sums.d2
+        selected += sums.selected
+
     def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
         """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
@@ -174,51 +222,98 @@ class NeuronHook:
     def _count_backward(self) -> None:
         self.calls.backward += 1
 
-    def _gradient(self, z: Tensor) -> Tensor | None:
-        """What to add to the gradient of z [M, N]: loss gradient * lambda / n * dL/dz; None where lambda is 0."""
+    def _add_gradient(self, incoming: Tensor, z: Tensor) -> Tensor:
+        """The gradient of z [M, N] with the inhibition's: + loss gradient * lambda / n * dL/dz, unless lambda is 0."""
         self._count_backward()
-        coefficient = self.owner.coefficient
-        if coefficient == 0:
-            return None
+        if self.owner.coefficient == 0:
+            return incoming
+        strength = self.strength(z)
+        if self.fused:
+            outgoing = self._fused_gradient(incoming, z, strength)
+            if self.owner.self_test_pending:
+                self._note_largest(self._fused_gradient(torch.zeros_like(incoming), z, strength))
+            return outgoing
         selected = self._select(losses.score(z, self.frozen_now))
-        gradient = losses.inhibition_gradient(z, selected, self.for_loss, self.settings.scale_invariant)
-        tokens: Tensor | int = z.shape[0]
+        gradient = losses.inhibition_gradient(z, selected, self.for_loss, self.settings.scale_invariant) * strength
         if self.weight is not None:
-            gradient, tokens = gradient * self.weight, self.weight.sum().clamp(min=1)
-        strength = self.owner.loss_gradient_here().float() * coefficient
-        gradient = gradient * (strength / (self.settings.target_share * tokens * self.site.neurons))
+            gradient = gradient * self.weight
         if self.owner.self_test_pending:
-            self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max())
-        return gradient
+            self._note_largest(gradient)
+        return incoming + gradient.to(incoming.dtype)
+
+    def _fused_gradient(self, incoming: Tensor, z: Tensor, strength: Tensor) -> Tensor:
+        from l2e_ds.inhibition import fused
+
+        return fused.add_gradient(incoming, z, self.for_loss, self.settings.scale_invariant, strength)
+
+    def _note_largest(self, gradient: Tensor) -> None:
+        self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())
+
+    def strength(self, z: Tensor) -> Tensor:
+        """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N; z: [M, N]."""
+        tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
+        scale = self.owner.loss_gradient_here().float() * self.owner.coefficient
+        return scale / (self.settings.target_share * tokens * self.site.neurons)
 
     # --- once a step ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def update(self) -> Tensor:
         """Move moments and tau by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64."""
-        header, d, d2, selected = self._parts()
-        tokens, loss, score = header.unbind()
-        pairs = tokens * self.site.neurons
-        batch = Moments.from_sums(tokens, d, d2, self.frozen.mean.double())
-        moments = self.moments.fade(self.owner.fade).merge(batch)
-        before = moments if self.settings.reduce == "forward" else self.moments
-        possible = losses.is_alive(before.mean, before.variance).any()
-        total = selected.sum()
-        statistics = torch.stack(
-            [
-                total / pairs.clamp(min=1),
-                self.tau,
-                score / total.clamp(min=1),
-                moments.variance.sqrt().mean(),
-                loss / (self.settings.target_share * pairs).clamp(min=1),
-            ]
+        move: Callable[..., Any] = moved_statistics
+        if self.fused:
+            from l2e_ds.inhibition import fused
+
+            move = fused.moved_statistics
+        settings = self.settings
+        self.moments, self.tau, self.selected, self.selectable, statistics = move(
+            *(self.moments, self.tau, self.selected, self.selectable, self._parts(), self.frozen.mean),
+            *(self.owner.fade, settings.target_share, settings.reduce == "forward"),
         )
-        self.tau = moved_threshold(self.tau, total, pairs, self.settings.target_share, possible)
-        self.selected = self.selected * self.owner.fade + selected
-        self.selectable = self.selectable * self.owner.fade + torch.where(possible, tokens, 0.0)
-        self.moments = moments
         self._freeze()
         return statistics
+
+
+def moved_statistics(
+    moments: Moments,
+    tau: Tensor,
+    selected: Tensor,
+    selectable: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    shift: Tensor,
+    fade: float,
+    target_share: float,
+    seen_before: bool,
+) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
+    """The first four and the layer's `STATISTICS` after a step; everything float64.
+
+    selected, shift: [N]; tau, selectable: []; sums: `NeuronHook._parts`, of all ranks; shift: what d was taken from;
+    seen_before: whether the step's own samples were in the moments that it selected by (`reduce: forward`).
+    """
+    header, d, d2, newly_selected = sums
+    tokens, loss, score = header.unbind()
+    pairs = tokens * d.shape[0]
+    batch = Moments.from_sums(tokens, d, d2, shift.double())
+    merged = moments.fade(fade).merge(batch)
+    before = merged if seen_before else moments
+    possible = losses.is_alive(before.mean, before.variance).any()
+    total = newly_selected.sum()
+    statistics = torch.stack(
+        [
+            total / pairs.clamp(min=1),
+            tau,
+            score / total.clamp(min=1),
+            merged.variance.sqrt().mean(),
+            loss / (target_share * pairs).clamp(min=1),
+        ]
+    )
+    return (
+        merged,
+        moved_threshold(tau, total, pairs, target_share, possible),
+        selected * fade + newly_selected,
+        selectable * fade + torch.where(possible, tokens, 0.0),
+        statistics,
+    )
 
 
 class InhibitedActivation(nn.Module):
@@ -259,6 +354,7 @@ class Inhibitor:
         self.last_coefficient = 0.0  # lambda of that step; 0 where the mechanism is a deactivation
         self._loss_gradient: Tensor | None = None
         self._micro_batches = 0
+        self._reduced: Callable[[], None] | None = None  # waits for the reduction that goes on
         self._token_mask: Tensor | None = None
         sizes = [NeuronHook.buffer_size(site.neurons) for site in sites]
         self._packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -300,9 +396,17 @@ class Inhibitor:
 
     # --- every micro-batch ---------------------------------------------------------------------------------------
 
-    def attach_loss(self, loss: Tensor) -> Tensor:
-        """The same LM loss []; its backward tells the hooks the scale at which gradients arrive."""
+    def attach_loss(self, loss: Tensor, is_last: bool = False) -> Tensor:
+        """The same LM loss []; its backward tells the hooks the scale at which gradients arrive.
+
+        is_last: no other micro-batch of this step follows: its sums are reduced over the ranks behind its backward.
+        Raises ValueError where one follows nonetheless.
+        """
+        if self._reduced is not None:
+            raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
         self._micro_batches += 1
+        if is_last:
+            self._reduced = begin_all_reduce_sum(self._packed, self.group)
         return losses.note_loss_gradient(loss, self._begin_backward)
 
     def set_token_mask(self, mask: Tensor | None) -> None:
@@ -344,8 +448,12 @@ class Inhibitor:
         """
         if self.self_test_pending:
             self._check_calls()
-        if applied:
+        if self._reduced is not None:
+            self._reduced()  # also where they are dropped: every rank takes part
+        elif applied:
             all_reduce_sum(self._packed, self.group)
+        self._reduced = None
+        if applied:
             self.last = torch.stack([hook.update() for hook in self.hooks])
             self.last_coefficient = self.coefficient if self.settings.mechanism == "regulariser" else 0.0
             if self.self_test_pending:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,15 +54,28 @@ class FrozenStatistics:
     tau: Tensor
     rate: Tensor
 
-    @property
+    @cached_property
     def alive(self) -> Tensor:
         """[N] bool, see `is_alive`."""
         return is_alive(self.mean, self.variance)
 
-    @property
+    @cached_property
     def inverse_variance(self) -> Tensor:
         """[N] 1 / S^2, 0 for dead neurons (whose score is then 0)."""
         return torch.where(self.alive, 1 / self.variance.clamp(min=VARIANCE_FLOOR), 0.0)
+
+    @cached_property
+    def inverse_limit(self) -> Tensor:
+        """[N] 1 / (S sqrt(tau)): selected are those with |d| times this of at least 1; 0 for dead neurons."""
+        return (self.inverse_variance / self.tau).sqrt()
+
+    def pull(self, scale_invariant: bool) -> Tensor:
+        """[N] what d is multiplied by in the part of the gradient that undoes shrinking: rate / S^2, or 0."""
+        return self._pull if scale_invariant else torch.zeros_like(self.rate)
+
+    @cached_property
+    def _pull(self) -> Tensor:
+        return 2 * self.rate * self.inverse_variance
 
 
 def score(z: Tensor, statistics: FrozenStatistics) -> Tensor:
@@ -135,18 +149,17 @@ def note_loss_gradient(loss: Tensor, arrived: Callable[[Tensor], None]) -> Tenso
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor:
+    def forward(ctx: Any, z: Tensor, add_to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(z)  # the next layer keeps z anyway
-        ctx.gradient_of = gradient_of
+        ctx.add_to = add_to
         return z.view_as(z)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
-        extra = ctx.gradient_of(z)
-        return gradients[0] if extra is None else gradients[0] + extra.to(gradients[0].dtype), None
+        return ctx.add_to(gradients[0], z), None
 
 
-def add_inhibition_gradient(z: Tensor, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor:
-    """The same activations; in backward `gradient_of(z)` (or nothing, if None) is added to their gradient."""
-    return _AddGradient.apply(z, gradient_of)
+def add_inhibition_gradient(z: Tensor, add_to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The same activations; their gradient becomes `add_to(gradient, z)` in backward."""
+    return _AddGradient.apply(z, add_to)

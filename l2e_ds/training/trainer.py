@@ -54,6 +54,7 @@ def inhibition_settings(config: RunConfig) -> Settings:
         coefficient_warmup=section.coefficient_warmup,
         statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
         reduce=section.reduce,
+        fused=None if section.fused == "auto" else section.fused,
     )
 
 
@@ -210,7 +211,7 @@ class Trainer:
             self._loss_sum += loss.detach().double() / self.batch.accumulation
             self._newest_loss = loss.detach()
             if self.inhibitor is not None:
-                loss = self.inhibitor.attach_loss(loss)
+                loss = self.inhibitor.attach_loss(loss, is_last=self.engine.is_gradient_accumulation_boundary())
             self.engine.backward(loss)
             finite = self._clip_plain_float32()
             if self.engine.is_gradient_accumulation_boundary():

@@ -14,6 +14,8 @@ METHODS = {
     "step-scale-invariant": {"inhibition": {"loss": "scale-invariant"}},
     "forward-published": {"inhibition": {"reduce": "forward"}},
     "forward-scale-invariant": {"inhibition": {"reduce": "forward", "loss": "scale-invariant"}},
+    "fused": {"inhibition": {"fused": True}},
+    "fused-scale-invariant": {"inhibition": {"fused": True, "loss": "scale-invariant"}},
     "memel": {"inhibition": {"method": "memel"}},
     "top-k-regulariser": {"inhibition": {"retrieval": "top-k"}},
     "threshold-reverse": {"inhibition": {"mechanism": "reverse-deactivation"}},
@@ -82,6 +84,14 @@ def test_any_number_of_ranks(runs, assert_same, name, ranks):
     assert_same(runs[ranks] / name, runs[1] / name)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("loss", ["published", "scale-invariant"])
+def test_one_compiled_pass(runs, assert_same, loss, ranks):
+    """`fused` gives the numbers of the plain operations."""
+    fused = {"published": "fused", "scale-invariant": "fused-scale-invariant"}[loss]
+    assert_same(runs[ranks] / fused, runs[ranks] / f"step-{loss}")
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_accumulation(runs, assert_same, ranks):
     """4 x 1 on one rank (micro-batch 2) and on two (micro-batch 1) against 1 x 4."""
@@ -105,7 +115,8 @@ def test_activation_checkpointing_counts_nothing_twice(runs, assert_same, name):
 
 def test_methods_differ(runs, metric_lines):
     """The comparisons above could not fail if every method gave the same run."""
-    losses = {name: metric_lines(runs[1] / name)[-1]["lm_loss"] for name in METHODS}
+    different = [name for name in METHODS if not name.startswith("fused")]
+    losses = {name: metric_lines(runs[1] / name)[-1]["lm_loss"] for name in different}
     assert len(set(losses.values())) == len(losses)
     assert all(math.isfinite(loss) for loss in losses.values())
 

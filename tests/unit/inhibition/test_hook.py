@@ -21,6 +21,8 @@ HIDDEN, NEURONS, VOCABULARY = 12, 40, 17
 METHODS = {
     "published": {},
     "scale-invariant": {"scale_invariant": True},
+    "fused": {"fused": True},
+    "fused scale-invariant": {"fused": True, "scale_invariant": True},
     "forward": {"reduce": "forward"},
     "exact": {"scale_invariant": True, "reduce": "forward"},
     "top-k regulariser": {"retrieval": "top-k"},

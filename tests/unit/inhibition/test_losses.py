@@ -177,22 +177,22 @@ def test_low_precision_activations(dtype, scale_invariant):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_add_inhibition_gradient(dtype):
-    """Forward the same numbers; backward adds what the function returns, in the gradient's own precision."""
+    """Forward the same numbers; backward passes on what the function makes of gradient and numbers."""
     z = numbers(4, 5, 6).to(dtype).requires_grad_()
     incoming, extra = numbers(5, 5, 6).to(dtype), numbers(6, 5, 6)
     seen = []
 
-    def gradient_of(value):
+    def add_to(gradient, value):
         seen.append(value)
-        return extra
+        return gradient + extra.to(gradient.dtype)
 
-    out = add_inhibition_gradient(z, gradient_of)
+    out = add_inhibition_gradient(z, add_to)
     assert torch.equal(out, z) and seen == []
     out.backward(incoming)
     assert len(seen) == 1 and torch.equal(seen[0], z)
     assert z.grad.dtype == dtype and torch.equal(z.grad, incoming + extra.to(dtype))
     z.grad = None
-    add_inhibition_gradient(z, lambda _: None).backward(incoming)
+    add_inhibition_gradient(z, lambda gradient, _: gradient).backward(incoming)
     assert torch.equal(z.grad, incoming)
 
 
@@ -200,7 +200,7 @@ def test_note_loss_gradient_comes_first():
     """The loss is unchanged; its incoming gradient is noted before any layer's backward runs."""
     order = []
     x = torch.ones(3, requires_grad=True)
-    hidden = add_inhibition_gradient(x * 2, lambda _: order.append("layer"))
+    hidden = add_inhibition_gradient(x * 2, lambda gradient, _: order.append("layer") or gradient)
     loss = note_loss_gradient(hidden.sum(), lambda gradient: order.append(float(gradient)))
     assert float(loss.detach()) == 6
     (loss * 4096 / 4).backward()

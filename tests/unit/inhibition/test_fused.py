@@ -1,0 +1,105 @@
+"""One compiled pass against the plain tensor operations. Shapes: M tokens, N neurons."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from l2e_ds.inhibition import fused, losses
+from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+
+NEURONS = 24
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def numbers(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def example(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, FrozenStatistics]:
+    """Activations, an incoming gradient, and statistics with two dead neurons; about 2 % are selected."""
+    z = (0.2 + 0.7 * numbers(0, tokens, NEURONS)).to(dtype)
+    variance = 0.3 + 0.1 * numbers(2, NEURONS).square()
+    variance[[3, 7]] = torch.tensor([0.0, losses.VARIANCE_FLOOR])
+    rate = torch.rand(NEURONS, generator=torch.Generator().manual_seed(3)) * 0.1
+    statistics = FrozenStatistics(0.1 * numbers(1, NEURONS), variance, torch.tensor(5.4), rate)
+    return z, numbers(4, tokens, NEURONS).to(dtype), statistics
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [96, 7, 69], ids=["whole", "fewer than a group", "a remainder"])
+def test_sums_are_those_of_float64(dtype, tokens):
+    """Every sum equals the written-out one in float64 over the same selection."""
+    z, _, statistics = example(tokens, dtype)
+    scores = score(z, statistics)
+    selected = select_by_threshold(scores, statistics)
+    if tokens > 50:
+        assert 0 < int(selected.sum()) < 0.1 * selected.numel()
+    sums = fused.column_sums(z, statistics)
+    d = z.double() - statistics.mean.double()
+    torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(sums.selected, selected.double().sum(0))
+    exact = d * d * statistics.inverse_variance.double()
+    torch.testing.assert_close(sums.score, exact[selected].sum(), rtol=1e-5, atol=0)
+    for scale_invariant in (False, True):
+        expected = losses.inhibition_loss(z.double(), selected, statistics, scale_invariant)
+        found = sums.inhibition_loss(statistics, scale_invariant, tokens)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_neuron_that_wakes_up():
+    """Scores of 1e12 and more, in every token of a group, leave the loss finite: the product of ratios does not
+    overflow."""
+    z, _, statistics = example(64, torch.float32)
+    statistics.variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + statistics.mean[0] ** 2)
+    z[:, 0] = statistics.mean[0] + 3.0
+    selected = select_by_threshold(score(z, statistics), statistics)
+    assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
+    expected = losses.inhibition_loss(z, selected, statistics, False)
+    found = fused.column_sums(z, statistics).inhibition_loss(statistics, False, 64)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_gradient_is_the_plain_one(dtype, scale_invariant):
+    """Added in float32, rounded once to the gradient's precision; to the bit in float32 where nothing is selected."""
+    z, incoming, statistics = example(69, dtype)
+    selected = select_by_threshold(score(z, statistics), statistics)
+    strength = torch.tensor(0.03)
+    plain = losses.inhibition_gradient(z, selected, statistics, scale_invariant) * strength
+    found = fused.add_gradient(incoming, z, statistics, scale_invariant, strength)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found, incoming + plain.to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6
+    )
+    if not scale_invariant:
+        assert torch.equal(found[~selected], incoming[~selected])
+        assert not torch.equal(found[selected], incoming[selected])
+
+
+PROGRAM = """
+import torch
+from l2e_ds.errors import CompileError
+from l2e_ds.inhibition import fused, losses
+z, n = torch.randn(32, 8), torch.ones(8)
+try:
+    fused.column_sums(z, losses.FrozenStatistics(0 * n, n, torch.tensor(5.0), 0 * n))
+except CompileError as error:
+    print(error)
+"""
+
+
+def test_a_compiler_that_is_missing(tmp_path):
+    """One line that says what is needed and what goes without."""
+    environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert re.fullmatch(r"inhibition.fused: torch.compile failed \(.+\); .+inhibition.fused: false.+\n", done.stdout), (
+        done
+    )
