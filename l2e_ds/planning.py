@@ -27,6 +27,7 @@ from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.train import Plan, resolve_run
 from l2e_ds.training.checkpoint import is_due
 from l2e_ds.training.deepspeed_config import zero_stage
+from l2e_ds.training.loss import CHUNK, IN_ONE_PIECE
 from l2e_ds.training.metrics import PEAK_TFLOPS, flops_per_token
 
 GIB = 2**30
@@ -107,6 +108,7 @@ class Work:
     offload_parameters: bool
     hooked: tuple[int, ...]
     deactivation: bool
+    chunk: int  # tokens whose logits exist together
     collectives: str  # "none", "step", "forward" or "forward-exact": when statistics cross ranks
 
 
@@ -162,6 +164,7 @@ def work_of(plan: Plan) -> Work:
         offload_parameters=offloaded("offload_param"),
         hooked=hooked,
         deactivation=section.parts[1] != "regulariser",
+        chunk=CHUNK["cuda"],
         collectives=collectives,
     )
 
@@ -268,9 +271,20 @@ def stored_activation_bytes(work: Work, micro_batch: int) -> float:
 
 
 def logits_bytes(work: Work, micro_batch: int) -> float:
-    """12 M V: at the beginning of backward there are, in float32, the log-probabilities that cross-entropy kept, its
-    gradient with respect to them, and with respect to the logits (training/loss.py)."""
-    return 12.0 * micro_batch * work.sequence_length * work.vocabulary
+    """What the LM loss needs at its most (training/loss.py).
+
+    Few logits, computed in one piece: 12 M V, for at the beginning of backward there are, in float32, the
+    log-probabilities that cross-entropy kept, its gradient with respect to them, and with respect to the logits. Else,
+    of the tokens of one chunk, logits, log-probabilities and in half precision their gradient; and kept until backward
+    the gradients of the hidden states and, in float32, of the output matrix, with a copy of it in half precision.
+    """
+    tokens = micro_batch * work.sequence_length
+    if tokens * work.vocabulary <= IN_ONE_PIECE:
+        return 12.0 * tokens * work.vocabulary
+    e = work.element
+    half = 0 if e == 4 else e
+    chunk = min(tokens, work.chunk) * work.vocabulary * (e + 4 + half)
+    return chunk + tokens * work.hidden * e + work.embedding * (4 + half)
 
 
 def inhibition_state_bytes(work: Work) -> float:

@@ -17,12 +17,13 @@ from l2e_ds import distributed
 from l2e_ds.data import PreparedData
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
-from l2e_ds.training.loss import token_losses
+from l2e_ds.training.loss import LossHead
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any,
+    head: LossHead,
     sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
     share: float,
@@ -61,7 +62,7 @@ def evaluate(
             batch = torch.from_numpy(np.concatenate(tokens)).to(engine.device)
             inputs, targets = batch[:, :-1], batch[:, 1:]
             set_weight(of_tokens(real * emphasis[owners]))
-            losses = token_losses(engine(input_ids=inputs, use_cache=False).logits, targets)
+            losses = head.token_losses(engine, inputs, targets)
             for owner in np.unique(owners):
                 weight = of_tokens(real & (owners == owner))
                 sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])

@@ -1,16 +1,131 @@
-"""The language-model loss. Shapes: B sequences, T tokens a sequence, V vocabulary rows, M = B * T."""
+"""The language-model loss, without ever holding the logits of a whole micro-batch.
+
+With V = 50,304 the float32 logits, their log-probabilities and two gradients are the largest part of a small model's
+memory and traffic. As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989) the output projection,
+the loss and its gradient are computed together for some tokens at a time, in forward; backward only scales. On GPUs
+Liger's own kernel does it, where the package is installed.
+
+Shapes: B sequences, T tokens a sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
+"""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+# Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.
+IN_ONE_PIECE = 2**24
+# Tokens of a chunk: on a CPU its logits should stay in the last cache, on a GPU they must fill it.
+CHUNK = {"cpu": 512, "cuda": 2048}
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in float32 of each position; [B, T, V] any float, [B, T] int64 -> [M] float32, nats."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+
+class LossHead:
+    """Lets a network's output projection return losses instead of logits.
+
+    Within the projection's own forward, so that whatever gathers its weight there (ZeRO-3) still does. Where no targets
+    are set the projection is as it was.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """model: a Hugging Face causal language model, whose logits are what `get_output_embeddings()` returns."""
+        self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self._logits = self.projection.forward
+        self._targets: Tensor | None = None
+        self._reduction: Literal["mean", "none"] = "mean"
+        self.projection.forward = self._forward
+
+    def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of the micro-batch, [] float32, nats; inputs, targets: [B, T] int64."""
+        return self._call(model, inputs, targets, "mean")
+
+    def token_losses(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each position, [M] float32; no gradient where the logits are not computed in one piece."""
+        return self._call(model, inputs, targets, "none")
+
+    def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
+        with self._returning(targets, reduction):
+            return model(input_ids=inputs, use_cache=False).logits
+
+    @contextmanager
+    def _returning(self, targets: Tensor, reduction: Literal["mean", "none"]) -> Iterator[None]:
+        self._targets, self._reduction = targets.flatten(), reduction
+        try:
+            yield
+        finally:
+            self._targets = None
+
+    def _forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, h] -> losses, or logits [B, T, V]."""
+        targets, weight = self._targets, self.projection.weight
+        if targets is None:
+            return self._logits(hidden)
+        if targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
+            logits = self._logits(hidden)
+            return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=self._reduction)
+        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets, self._reduction)
 
 
-def language_model_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the micro-batch's tokens, []; shapes as in `token_losses`."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
+) -> Tensor:
+    """Cross-entropy of the logits hidden @ weight.T, in float32; [M, h], [V, h], [M] int64 -> [] or [M] float32.
+
+    Gradients only of the mean.
+    """
+    if reduction == "none":
+        with torch.no_grad():
+            return torch.cat([_losses(part @ weight.T, wanted)[0] for part, wanted in _chunks(hidden, targets)])
+    if hidden.is_cuda and find_spec("liger_kernel") is not None:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        return liger_fused_linear_cross_entropy(hidden, weight, targets, accum_dtype=torch.float32)
+    return _ChunkedMean.apply(hidden, weight, targets)
+
+
+def _chunks(hidden: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
+    size = CHUNK["cuda" if hidden.is_cuda else "cpu"]
+    return zip(hidden.split(size), targets.split(size), strict=True)
+
+
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [C] and log-probabilities [C, V], float32; logits: [C, V] any float."""
+    log_p = functional.log_softmax(logits, dim=1, dtype=torch.float32)
+    return -log_p.gather(1, targets[:, None])[:, 0], log_p
+
+
+class _ChunkedMean(torch.autograd.Function):
+    """The gradient with respect to a logit is (p - [it is the target's]) / M; it is summed unscaled, and in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        wanted = any(ctx.needs_input_grad)
+        of_hidden = torch.empty_like(hidden) if wanted else None
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
+        total, begin = torch.zeros((), dtype=torch.float64, device=hidden.device), 0
+        for part, targets_of_part in _chunks(hidden, targets):
+            losses, log_p = _losses(part @ weight.T, targets_of_part)
+            total += losses.sum(dtype=torch.float64)
+            if of_hidden is not None and of_weight is not None:
+                gradient = log_p.exp_().scatter_add_(1, targets_of_part[:, None], -torch.ones_like(losses)[:, None])
+                gradient = gradient.to(hidden.dtype)
+                torch.mm(gradient, weight, out=of_hidden[begin : begin + len(part)])
+                if weight.dtype == torch.float32:
+                    of_weight.addmm_(gradient.T, part)
+                else:
+                    of_weight += gradient.T @ part
+                begin += len(part)
+        ctx.of_hidden, ctx.of_weight = of_hidden, of_weight
+        return (total / len(targets)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
+        ctx.of_hidden = ctx.of_weight = None  # scaled in place: a second backward must not find them
+        scale = gradients[0].float() / of_hidden.shape[0]
+        return of_hidden.mul_(scale), of_weight.mul_(scale).to(of_hidden.dtype), None

@@ -36,7 +36,7 @@ from l2e_ds.training.engine import (
 )
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.loader import Loader
-from l2e_ds.training.loss import language_model_loss
+from l2e_ds.training.loss import LossHead
 from l2e_ds.training.state import TrainState, seed_everything
 from l2e_ds.training.streams import StreamedSequences
 
@@ -89,6 +89,7 @@ class Trainer:
         if config.inhibition.method != "none":
             self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device)
             self.inhibitor.attach()
+        self.head = LossHead(model)
         self.plain_float32 = is_plain_float32(config, ds)
         self.engine = build_engine(model, config, ds, device)
         order = config.data.order
@@ -207,7 +208,7 @@ class Trainer:
         for micro_batch in self._next_batch():
             distributed.beat()
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]  # [B, T] int64 each
-            loss = language_model_loss(self.engine(input_ids=inputs, use_cache=False).logits, targets)
+            loss = self.head.loss(self.engine, inputs, targets)
             self._loss_sum += loss.detach().double() / self.batch.accumulation
             self._newest_loss = loss.detach()
             if self.inhibitor is not None:
@@ -282,6 +283,7 @@ class Trainer:
         distributed.progress(f"the evaluation of step {self.state.step}")
         values = evaluate(
             self.engine,
+            self.head,
             self.held_out,
             self.sites,
             self.config.inhibition.target_share,

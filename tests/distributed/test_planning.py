@@ -30,6 +30,8 @@ CASES = {  # stage, precision, and what else
     "zero1 eager": (1, "fp32", {"model": {"attention": "eager"}}),
     "zero2 without inhibition": (2, "bf16", {"inhibition": {"method": "none"}}),
     "zero2, small vocabulary": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}}),
+    "zero2, logits in chunks": (2, "bf16", {"model": {"vocab_size": 20480}}),
+    "zero1, logits in chunks": (1, "fp32", {"model": {"vocab_size": 20480}}),
     "zero3": (3, "bf16", {}),
 }
 

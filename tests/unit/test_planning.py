@@ -14,7 +14,7 @@ from l2e_ds.config import ModelConfig
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import PYTHIA, network_config, neuron_sites
 from l2e_ds.train import resolve_run
-from l2e_ds.training.loss import language_model_loss
+from l2e_ds.training.loss import LossHead
 
 TINY = ["model.vocab_size=512", "model.num_layers=3", "model.hidden_size=64", "model.num_heads=4"]
 TINY += ["data.sequence_length=64", "training.global_batch=24", "training.micro_batch=2"]
@@ -121,7 +121,7 @@ def kept_for_backward(work, checkpointing, settings=None):
     if settings is not None:
         Inhibitor(neuron_sites(model, "mid-2"), settings).attach()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        language_model_loss(model(input_ids=tokens[:, :-1], use_cache=False).logits, tokens[:, 1:])
+        LossHead(model).loss(model, tokens[:, :-1], tokens[:, 1:])
     return sum(size for size, _ in kept.values())
 
 

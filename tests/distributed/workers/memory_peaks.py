@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.models import chosen_layers, network_config
 from l2e_ds.train import Plan, quiet_libraries
 from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.trainer import Trainer
 
 # what each process would import, once for all
@@ -56,6 +57,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
         live += allocated
         peak = max(peak, live)
     work = planning.work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
+    work = replace(work, chunk=CHUNK["cpu"])
     predicted = planning.memory(work, ranks, batch.micro_batch, batch.accumulation)
     return {
         "peak": peak,

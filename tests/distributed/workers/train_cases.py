@@ -36,7 +36,6 @@ from l2e_ds.errors import Interrupted
 from l2e_ds.models import network_config
 from l2e_ds.train import leave_process, quiet_libraries
 from l2e_ds.training import preemption
-from l2e_ds.training import trainer as trainer_module
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.trainer import Trainer
 
@@ -141,13 +140,13 @@ def make_trainer(case: dict, directory: Path, device: torch.device, steps: int |
 
 
 def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
-    real = trainer_module.language_model_loss
+    real = trainer.head.loss
 
-    def poisoned(logits, targets):
+    def poisoned(engine, inputs, targets):
         bad = distributed.rank() == rank and trainer.state.step in steps
-        return real(logits, targets) * (float("nan") if bad else 1.0)
+        return real(engine, inputs, targets) * (float("nan") if bad else 1.0)
 
-    trainer_module.language_model_loss = poisoned
+    trainer.head.loss = poisoned
 
 
 def interrupted(case: dict, directory: Path, device: torch.device, rank: int, kind: str, where: str, step: int) -> None:
@@ -220,7 +219,6 @@ def save_held(trainer: Trainer, file: Path) -> None:
 def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
     options = case.pop("options", {})
     directory = output / options.get("continues", name)
-    real_loss = trainer_module.language_model_loss
     raised = None
     if "copies" in options and distributed.is_main():
         shutil.copytree(options["copies"], directory)
@@ -245,8 +243,6 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
         raised = error
         if type(error).__name__ != options.get("expect"):
             raise
-    finally:
-        trainer_module.language_model_loss = real_loss
     assert not any(thread.name == "loader" for thread in threading.enumerate())
     if "expect" in options:
         assert raised is not None, f"{name}: expected {options['expect']}"

@@ -1,0 +1,107 @@
+"""The LM loss in chunks against float64 over whole logits. Shapes: M tokens, h hidden size, V vocabulary rows."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from l2e_ds.training import loss
+from l2e_ds.training.loss import CHUNK, LossHead, chunked_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY = 2 * CHUNK["cpu"] + 37, 24, 150
+
+
+def example(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("scale", [1.0, 4096.0 / 4])
+def test_value_and_gradients(dtype, tolerance, scale):
+    """Mean over all tokens, with a remainder of a chunk; gradients under a loss scale and accumulation."""
+    hidden, weight, targets = example(dtype)
+    (chunked_cross_entropy(hidden, weight, targets) * scale).backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    found = chunked_cross_entropy(hidden, weight, targets)
+    assert found.dtype == torch.float32 and found.shape == ()
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=0)
+    (expected * scale).backward()
+    for tensor, reference in zip((hidden, weight), exact, strict=True):
+        assert tensor.grad.dtype == dtype
+        error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
+        assert float(error) < tolerance
+
+
+def test_each_token():
+    hidden, weight, targets = example(torch.float32)
+    with torch.no_grad():
+        found = chunked_cross_entropy(hidden, weight, targets, "none")
+    expected = functional.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_probability_of_zero():
+    """A target whose probability is below float32's smallest number has a finite loss."""
+    hidden, weight = torch.ones(600, 1), torch.zeros(4, 1)
+    weight[0] = 300.0
+    found = chunked_cross_entropy(hidden, weight, torch.ones(600, dtype=torch.int64))
+    assert float(found) == pytest.approx(300.0)
+
+
+def test_a_second_backward_is_refused():
+    """The gradients are scaled in place; asked again they must not come out scaled twice."""
+    hidden, weight, targets = example(torch.float32)
+    value = chunked_cross_entropy(hidden, weight, targets)
+    value.backward(retain_graph=True)
+    with pytest.raises(AttributeError):
+        value.backward()
+
+
+@pytest.mark.parametrize("in_one_piece", [True, False])
+def test_head_of_a_network(monkeypatch, in_one_piece):
+    """Loss, token losses and all parameter gradients are those of the network's own logits, which it still gives."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(97, (3, 201))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model(input_ids=inputs).logits
+    functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    monkeypatch.setattr(loss, "IN_ONE_PIECE", 10**9 if in_one_piece else 1)
+    head = LossHead(model)
+    head.loss(model, inputs, targets).backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+    with torch.no_grad():
+        losses = head.token_losses(model, inputs, targets)
+    torch.testing.assert_close(
+        losses, functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    )
+    assert torch.equal(model(input_ids=inputs).logits, logits)
+    assert "lm_head.weight" in model.state_dict()
+
+
+def test_an_error_leaves_logits(monkeypatch):
+    """After an exception within the network the projection gives logits again."""
+    projection = torch.nn.Linear(4, 8, bias=False)
+
+    class Network(torch.nn.Module):
+        def get_output_embeddings(self):
+            return projection
+
+        def forward(self, input_ids, use_cache):
+            raise RuntimeError("out of memory")
+
+    head = LossHead(Network())
+    with pytest.raises(RuntimeError):
+        head.loss(Network(), torch.zeros(1, 3).long(), torch.zeros(1, 3).long())
+    assert projection(torch.ones(2, 4)).shape == (2, 8)
