@@ -21,7 +21,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from l2e_ds.config import divisors
+from l2e_ds.config import METHODS, divisors
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.train import Plan, resolve_run
@@ -108,6 +108,7 @@ class Work:
     offload_parameters: bool
     hooked: tuple[int, ...]
     deactivation: bool
+    fused: bool  # inhibition in one pass (inhibition/fused.py)
     chunk: int  # tokens whose logits exist together
     collectives: str  # "none", "step", "forward" or "forward-exact": when statistics cross ranks
 
@@ -164,6 +165,7 @@ def work_of(plan: Plan) -> Work:
         offload_parameters=offloaded("offload_param"),
         hooked=hooked,
         deactivation=section.parts[1] != "regulariser",
+        fused=section.fused is not False and section.reduce == "step" and section.parts == METHODS["l2e"],
         chunk=CHUNK["cuda"],
         collectives=collectives,
     )
@@ -275,16 +277,15 @@ def logits_bytes(work: Work, micro_batch: int) -> float:
 
     Few logits, computed in one piece: 12 M V, for at the beginning of backward there are, in float32, the
     log-probabilities that cross-entropy kept, its gradient with respect to them, and with respect to the logits. Else,
-    of the tokens of one chunk, logits, log-probabilities and in half precision their gradient; and kept until backward
-    the gradients of the hidden states and, in float32, of the output matrix, with a copy of it in half precision.
+    of the tokens of one chunk, logits and log-probabilities in float32; and kept until backward the gradients of the
+    hidden states and, in float32, of the output matrix, with a copy of it in half precision.
     """
     tokens = micro_batch * work.sequence_length
     if tokens * work.vocabulary <= IN_ONE_PIECE:
         return 12.0 * tokens * work.vocabulary
     e = work.element
     half = 0 if e == 4 else e
-    chunk = min(tokens, work.chunk) * work.vocabulary * (e + 4 + half)
-    return chunk + tokens * work.hidden * e + work.embedding * (4 + half)
+    return 8.0 * min(tokens, work.chunk) * work.vocabulary + tokens * work.hidden * e + work.embedding * (4 + half)
 
 
 def inhibition_state_bytes(work: Work) -> float:
@@ -328,7 +329,8 @@ def memory(work: Work, ranks: int, micro_batch: int, accumulation: int) -> Memor
     inhibition, hooked = inhibition_state_bytes(work), 0.0
     if work.hooked:
         freed = 0 if work.checkpointing else (work.layers - 1 - work.hooked[-1]) * layer
-        hooked = 24 * tokens * work.neurons + (layer if work.checkpointing else 0) - freed
+        copies = 0 if work.fused else 24 * tokens * work.neurons
+        hooked = copies + (layer if work.checkpointing else 0) - freed
         inhibition += max(0.0, hooked - max(logits, passing))
         inhibition += tokens * work.neurons * len(work.hooked) * work.deactivation  # the selection, one byte
     early = states.gradients if accumulation > 1 else states.held

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,18 @@ def column_sums(z: Tensor, statistics: FrozenStatistics) -> ColumnSums:
     if whole < z.shape[0]:
         sums += _plain_sums(z[whole:], *constants)
     return ColumnSums(sums[0], sums[1], sums[2], sums[3].sum(), sums[4].sum())
+
+
+def exact_column_sums(z: Tensor, statistics: FrozenStatistics) -> ColumnSums:
+    """As `column_sums` without history, when nothing is selected and the mean may be far away.
+
+    A second pass goes around the samples' own mean, as in `moments.exact_sums`.
+    """
+    samples = z.shape[0]
+    offset = (column_sums(z, statistics).d / samples).float().double()
+    around_mean = column_sums(z, replace(statistics, mean=(statistics.mean.double() + offset).float()))
+    d, d2 = around_mean.d, around_mean.d2
+    return replace(around_mean, d=d + samples * offset, d2=d2 + 2 * offset * d + samples * offset * offset)
 
 
 def add_gradient(

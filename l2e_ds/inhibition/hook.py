@@ -111,12 +111,12 @@ class NeuronHook:
     def _is_fused(self, z: Tensor) -> bool:
         """Whether forward and backward of this micro-batch go through fused.py.
 
-        Not the first step, whose moments need `exact_sums`, nor padding, nor the methods that cost what top-k costs.
+        Not padding, nor the methods that cost what top-k or an all-reduce in forward costs.
         """
         settings = self.settings
         if settings.fused is False or (settings.retrieval, settings.mechanism) != ("threshold", "regulariser"):
             return False
-        if settings.reduce == "forward" or not self.owner.steps or self.weight is not None:
+        if settings.reduce == "forward" or self.weight is not None:
             return False
         return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
 
@@ -182,7 +182,8 @@ class NeuronHook:
         from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
         self.frozen_now = self.for_loss = self.frozen
-        self._count(fused.column_sums(z, self.frozen), z.shape[0])
+        sums = fused.column_sums if self.owner.steps else fused.exact_column_sums
+        self._count(sums(z, self.frozen), z.shape[0])
 
     @torch.no_grad()
     def _count(self, sums: ColumnSums, samples: int) -> None:

@@ -80,7 +80,7 @@ def chunked_cross_entropy(
     """
     if reduction == "none":
         with torch.no_grad():
-            return torch.cat([_losses(part @ weight.T, wanted)[0] for part, wanted in _chunks(hidden, targets)])
+            return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
     if hidden.is_cuda and find_spec("liger_kernel") is not None:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -88,39 +88,46 @@ def chunked_cross_entropy(
     return _ChunkedMean.apply(hidden, weight, targets)
 
 
-def _chunks(hidden: Tensor, targets: Tensor) -> zip[tuple[Tensor, Tensor]]:
+def _chunks(hidden: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
     size = CHUNK["cuda" if hidden.is_cuda else "cpu"]
-    return zip(hidden.split(size), targets.split(size), strict=True)
+    return zip(*(tensor.split(size) for tensor in (hidden, *others)), strict=True)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [C] and log-probabilities [C, V], float32; logits: [C, V] any float."""
-    log_p = functional.log_softmax(logits, dim=1, dtype=torch.float32)
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [C] and log-probabilities [C, V] of a chunk, float32."""
+    log_p = functional.log_softmax((hidden @ weight.T).float(), dim=1)
     return -log_p.gather(1, targets[:, None])[:, 0], log_p
 
 
+def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
+    """Sum of a chunk's losses, []. Writes their gradient to of_hidden [C, h] and adds it to of_weight [V, h], float32.
+
+    The gradient with respect to a logit is p - [it is the target's].
+    """
+    losses, log_p = _losses(hidden, weight, targets)
+    gradient = log_p.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]).to(hidden.dtype)
+    torch.mm(gradient, weight, out=of_hidden)
+    if weight.dtype == torch.float32:
+        of_weight.addmm_(gradient.T, hidden)
+    else:
+        of_weight += gradient.T @ hidden
+    return losses.sum(dtype=torch.float64)
+
+
 class _ChunkedMean(torch.autograd.Function):
-    """The gradient with respect to a logit is (p - [it is the target's]) / M; it is summed unscaled, and in float32."""
+    """The gradients are computed in forward, unscaled."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        wanted = any(ctx.needs_input_grad)
-        of_hidden = torch.empty_like(hidden) if wanted else None
-        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wanted else None
-        total, begin = torch.zeros((), dtype=torch.float64, device=hidden.device), 0
-        for part, targets_of_part in _chunks(hidden, targets):
-            losses, log_p = _losses(part @ weight.T, targets_of_part)
-            total += losses.sum(dtype=torch.float64)
-            if of_hidden is not None and of_weight is not None:
-                gradient = log_p.exp_().scatter_add_(1, targets_of_part[:, None], -torch.ones_like(losses)[:, None])
-                gradient = gradient.to(hidden.dtype)
-                torch.mm(gradient, weight, out=of_hidden[begin : begin + len(part)])
-                if weight.dtype == torch.float32:
-                    of_weight.addmm_(gradient.T, part)
-                else:
-                    of_weight += gradient.T @ part
-                begin += len(part)
-        ctx.of_hidden, ctx.of_weight = of_hidden, of_weight
+        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        if not any(ctx.needs_input_grad):
+            for part, wanted in _chunks(hidden, targets):
+                total += _losses(part, weight, wanted)[0].sum(dtype=torch.float64)
+            return (total / len(targets)).float()
+        ctx.of_hidden = torch.empty_like(hidden)
+        ctx.of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for part, wanted, of_part in _chunks(hidden, targets, ctx.of_hidden):
+            total += _gradients(part, weight, wanted, of_part, ctx.of_weight)
         return (total / len(targets)).float()
 
     @staticmethod

@@ -20,7 +20,8 @@ def case(output, stage, precision, micro_batch=8, accumulation=2, **sections):
     path.write_text(json.dumps(ds))
     training = {"micro_batch": micro_batch, "global_batch": 2 * micro_batch * accumulation, "precision": precision}
     model = MODEL | sections.pop("model", {})
-    return {"model": model, "training": training, "deepspeed": {"config": str(path)}, **sections}
+    inhibition = {"fused": sections.pop("fused", False)} | sections.pop("inhibition", {})
+    return {"model": model, "training": training, "inhibition": inhibition, "deepspeed": {"config": str(path)}}
 
 
 CASES = {  # stage, precision, and what else
@@ -30,6 +31,7 @@ CASES = {  # stage, precision, and what else
     "zero1 eager": (1, "fp32", {"model": {"attention": "eager"}}),
     "zero2 without inhibition": (2, "bf16", {"inhibition": {"method": "none"}}),
     "zero2, small vocabulary": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}}),
+    "zero2, small vocabulary, fused": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}, "fused": True}),
     "zero2, logits in chunks": (2, "bf16", {"model": {"vocab_size": 20480}}),
     "zero1, logits in chunks": (1, "fp32", {"model": {"vocab_size": 20480}}),
     "zero3": (3, "bf16", {}),

@@ -12,6 +12,7 @@ import torch
 
 from l2e_ds.inhibition import fused, losses
 from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+from l2e_ds.inhibition.moments import Moments
 
 NEURONS = 24
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -51,6 +52,17 @@ def test_sums_are_those_of_float64(dtype, tokens):
         expected = losses.inhibition_loss(z.double(), selected, statistics, scale_invariant)
         found = sums.inhibition_loss(statistics, scale_invariant, tokens)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_without_history():
+    """Far from zero, where float32 squares would lose the variance: two passes keep it."""
+    z = 1000 + 0.01 * numbers(0, 69, NEURONS)
+    nothing = torch.zeros(NEURONS)
+    sums = fused.exact_column_sums(z, FrozenStatistics(nothing, nothing, torch.tensor(5.4), nothing))
+    moments = Moments.from_sums(torch.tensor(69.0).double(), sums.d, sums.d2, nothing.double())
+    torch.testing.assert_close(moments.mean, z.double().mean(0), rtol=1e-9, atol=0)
+    torch.testing.assert_close(moments.variance, z.double().var(0), rtol=1e-3, atol=0)
+    assert sums.selected.count_nonzero() == 0
 
 
 def test_a_neuron_that_wakes_up():
