@@ -35,17 +35,23 @@ def run_files() -> str:
         for key, entry in model.model_fields.items():
             default = "required" if entry.is_required() else f"`{_yaml(entry.default)}`"
             meaning = " ".join(entry.description.split()).replace("|", "\\|")
-            limits = [
-                f"{SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in entry.metadata if type(m) in SIGNS
-            ]
+            limits = _limits(entry.metadata)
             kind = _type(entry.annotation) + (f", {' and '.join(limits)}" if limits else "")
             parts.append(f"| `{key}` | {kind} | {default} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
 
 
+def _limits(metadata: list) -> list[str]:
+    return [f"{SIGNS[type(m)]} {getattr(m, type(m).__name__.lower())}" for m in metadata if type(m) in SIGNS]
+
+
 def _type(annotation: typing.Any) -> str:
     origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        kind, *fields = typing.get_args(annotation)
+        signs = _limits([limit for field in fields for limit in field.metadata])
+        return f"{_type(kind)} {' and '.join(signs)}"
     if origin in (typing.Union, UnionType):
         return " or ".join(_type(part) for part in typing.get_args(annotation) if part is not type(None))
     if origin is typing.Literal:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -265,8 +265,9 @@ class TrainingConfig(Section):
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
     """Sequences a step, over all ranks and accumulation steps."""
-    micro_batch: int = Field(1, gt=0)
-    """Sequences a rank takes through the network at once."""
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Sequences a rank takes through the network at once. `auto`: the largest that fits the device's memory, measured
+    at the first start and remembered in the run directory (docs/micro-batch.md)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
@@ -421,11 +422,21 @@ class BatchArithmetic:
 
 
 def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
-    """Raises ConfigError where no whole number of accumulation steps gives the global batch."""
+    """With `micro_batch: auto`, until it is found, of micro-batch 1, which fits every number of accumulation steps.
+
+    Raises ConfigError where no whole number of accumulation steps gives the global batch.
+    """
     batch, micro = config.training.global_batch, config.training.micro_batch
+    if micro == "auto":
+        if batch % ranks:
+            raise ConfigError(
+                f"training.global_batch: {batch} is not a multiple of {ranks} ranks (training.micro_batch: auto divides"
+                f" the rest); make it a multiple of {ranks}"
+            )
+        micro = 1
     if batch % (micro * ranks):
         fitting = divisors(batch // ranks) if batch % ranks == 0 else []
-        allowed = f"allowed micro-batches: {_abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
+        allowed = f"allowed micro-batches: {abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
         raise ConfigError(
             f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
             f" {allowed}"
@@ -438,7 +449,8 @@ def divisors(number: int) -> list[int]:
     return [m for m in range(1, min(number, 10_000) + 1) if number % m == 0]
 
 
-def _abbreviate(numbers: Sequence[int]) -> str:
+def abbreviate(numbers: Sequence[int]) -> str:
+    """For a line of text: all of up to eight, of more the first and last ones."""
     shown = [str(n) for n in numbers]
     return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])
 

@@ -99,7 +99,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.setdefault("MASTER_ADDR", slurm.first_host())
         os.environ.setdefault("MASTER_PORT", str(slurm.rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
-        os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
         os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
         os.environ.setdefault("MASTER_PORT", "29500")
@@ -188,7 +188,8 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Of this host, for a rendezvous."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

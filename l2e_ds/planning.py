@@ -548,11 +548,13 @@ def describe(
     work = work_of(plan)
     batch, usable = plan.batch, gpu.memory * GIB * USABLE_MEMORY
     largest = largest_micro_batch(work, gpus, batch.global_batch, usable)
+    is_auto = plan.config.training.micro_batch == "auto"
+    given = largest or 1 if is_auto else batch.micro_batch
     return "\n".join(
         [
             _head(plan, work, gpus, name),
             "",
-            *_memory_table(work, gpus, batch.global_batch, batch.micro_batch, largest, gpu),
+            *_memory_table(work, gpus, batch.global_batch, given, largest, gpu),
             "",
             *_run_lines(plan, work, gpu, largest, mfu, bus_bandwidth(gpu, gpus, bandwidth), storage),
             "",

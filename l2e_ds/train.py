@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -214,6 +214,7 @@ def describe(plan: Plan) -> str:
     from l2e_ds.models import parameter_counts
 
     config, network = plan.config, plan.network
+    batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
     neurons = network.intermediate_size
     tokens = plan.batch.tokens_per_step * config.training.steps
@@ -230,7 +231,7 @@ def describe(plan: Plan) -> str:
             "# DeepSpeed configuration",
             json.dumps(plan.ds),
             "",
-            f"batch       {plan.batch}",
+            f"batch       {batch}",
             f"run         {config.training.steps:,} steps, {tokens:,} tokens",
             *([f"mixture     {mixture}"] if mixture else []),
             f"parameters  {total:,} ({rest:,} without embeddings)",
@@ -242,10 +243,30 @@ def describe(plan: Plan) -> str:
     )
 
 
+def _unfound_batch(plan: Plan) -> str:
+    """What a dry run can say of `training.micro_batch: auto`."""
+    from l2e_ds.config import divisors
+    from l2e_ds.training import micro_batch
+
+    path = Path(plan.config.training.run_directory) / micro_batch.FILE
+    about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
+    number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
+    found = "will be found at the start"
+    if number is not None:
+        found = f"{number} is remembered in {path}, and holds where the devices are the same"
+    elif problem is not None:
+        found += f" ({path} {problem})"
+    batch = plan.batch
+    return f"{batch.global_batch} sequences, {batch.tokens_per_step:,} tokens a step; micro-batch: auto, {found}"
+
+
 def train(plan: Plan, launch: Launch) -> None:
     """Join the other ranks, prepare the data, train, leave."""
     from l2e_ds import distributed
     from l2e_ds.data import prepare_sets
+    from l2e_ds.data.files import write_whole
+    from l2e_ds.training import micro_batch
+    from l2e_ds.training.deepspeed_config import with_micro_batch
     from l2e_ds.training.trainer import Trainer
     from l2e_ds.training.watchdog import Watchdog
 
@@ -263,6 +284,11 @@ def train(plan: Plan, launch: Launch) -> None:
         preemption.watch(directory, config.training.time_limit)
         with _locked(directory) as lock:
             watchdog.also = lock.renew
+            record = None
+            if config.training.micro_batch == "auto":
+                found = micro_batch.find(config, plan.ds, plan.network, device)
+                config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
+                plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
             distributed.progress("data preparation")
             data = _main_first(prepare)
             distributed.progress("building the model")
@@ -270,6 +296,8 @@ def train(plan: Plan, launch: Launch) -> None:
                 if distributed.is_main():
                     # only now: a refused resume must leave the run as it was
                     _freeze(plan, directory, data, is_new=trainer.state.step == 0)
+                    if record is not None:
+                        write_whole(directory / micro_batch.FILE, record)
                 trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
                 trainer.train()
     distributed.leave()

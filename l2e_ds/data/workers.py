@@ -19,7 +19,7 @@ from l2e_ds.errors import WorkerError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
 
 
@@ -60,7 +60,7 @@ class WorkerPool(Generic[Item, Result]):
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                with _without_stop_signals():  # a process that starts now, or the pool's tracker, would die of them
+                with without_stop_signals():  # a process that starts now, or the pool's tracker, would die of them
                     waiting.append(self._executor.submit(self._function, item))
                 if len(waiting) > _AHEAD * self.count:
                     yield waiting.popleft().result()
@@ -98,9 +98,9 @@ class WorkerPool(Generic[Item, Result]):
 
 
 @contextmanager
-def _without_stop_signals() -> Iterator[None]:
+def without_stop_signals() -> Iterator[None]:
     """Held back from this thread, and from processes and threads that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
     try:
         yield
     finally:
@@ -108,12 +108,17 @@ def _without_stop_signals() -> Iterator[None]:
 
 
 def _start(setup: Callable[..., None], arguments: tuple) -> None:
-    for number in _LEFT_TO_PARENT:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    serve_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     setup(*arguments)
+
+
+def serve_parent() -> None:
+    """In a spawned process: leave the signals that stop a run to the parent, and end with it."""
+    for number in LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_PARENT)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -93,6 +93,17 @@ def resolve(
     return config, ds, batch
 
 
+def with_micro_batch(
+    config: RunConfig, ds: dict, micro_batch: int, ranks: int
+) -> tuple[RunConfig, dict, BatchArithmetic]:
+    """What `resolve` returned with `micro_batch: auto`, with the number in its place: as `resolve` would have returned
+    for a run file that gives it. Raises ConfigError where it does not divide the sequences of a rank."""
+    config = config.replace("training", micro_batch=micro_batch)
+    batch = batch_arithmetic(config, ranks)
+    ds = ds | {"train_micro_batch_size_per_gpu": batch.micro_batch, "gradient_accumulation_steps": batch.accumulation}
+    return config, ds, batch
+
+
 def _check_keys(ds: dict, where: str) -> None:
     """Refuse what DeepSpeed would ignore, or take for something else."""
     _refuse_unknown(ds, TOP_LEVEL_KEYS, where)
@@ -164,7 +175,7 @@ def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
             continue
         part = getattr(config, section)
         own = getattr(part, key)
-        if key in part.model_fields_set and own is not None and own != given:
+        if key in part.model_fields_set and own not in (None, "auto") and own != given:
             raise ConfigError(
                 f"{section}.{key}: got {own}, but {where} says {'.'.join(path)}: {given};"
                 ' make them equal, or write "auto" there'
@@ -237,8 +248,13 @@ def check_device(config: RunConfig) -> None:
 
 def _take_batch(config: RunConfig, ds: dict, where: str, ranks: int) -> tuple[RunConfig, BatchArithmetic]:
     accumulation = _lookup(ds, ("gradient_accumulation_steps",))
+    if accumulation is not None and config.training.micro_batch == "auto":
+        raise ConfigError(
+            f"training.micro_batch: got auto, but {where} says gradient_accumulation_steps: {accumulation}; give a"
+            ' number here, or write "auto" there'
+        )
     if accumulation is not None and "global_batch" not in config.training.model_fields_set:
-        config = config.replace("training", global_batch=config.training.micro_batch * ranks * accumulation)
+        config = config.replace("training", global_batch=int(config.training.micro_batch) * ranks * accumulation)
     batch = batch_arithmetic(config, ranks)
     if accumulation is not None and accumulation != batch.accumulation:
         raise ConfigError(
