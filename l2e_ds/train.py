@@ -251,13 +251,16 @@ def _unfound_batch(plan: Plan) -> str:
     path = Path(plan.config.training.run_directory) / micro_batch.FILE
     about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
     number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
-    found = "will be found at the start"
+    found = "found at the start"
     if number is not None:
-        found = f"{number} is remembered in {path}, and holds where the devices are the same"
+        found = f"{number}, if the devices are those of {path}"
     elif problem is not None:
-        found += f" ({path} {problem})"
+        found += f", for {path} {problem}"
     batch = plan.batch
-    return f"{batch.global_batch} sequences, {batch.tokens_per_step:,} tokens a step; micro-batch: auto, {found}"
+    return (
+        f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (above it"
+        " stands as 1)"
+    )
 
 
 def train(plan: Plan, launch: Launch) -> None:

@@ -69,11 +69,19 @@ class Found:
     record: str | None
 
 
-def find(config: RunConfig, ds: dict, network: Any, device: torch.device, limit: float | None = None) -> Found:
+def find(
+    config: RunConfig,
+    ds: dict,
+    network: Any,
+    device: torch.device,
+    limit: float | None = None,
+    by_speed: bool | None = None,
+) -> Found:
     """The micro-batch of a run that was resolved with `auto`: remembered, or measured. Collective.
 
     network: the Hugging Face configuration. limit: bytes that a rank may use; default: USABLE of the device's memory,
-    on CPUs of what is free, divided by the ranks of this host.
+    on CPUs of what is free, divided by the ranks of this host. by_speed: whether a larger one must also be faster;
+    default: on CPUs.
     Raises ConfigError where not even 1 fits, WorkerError where measuring fails, Interrupted.
     """
     path = Path(config.training.run_directory) / FILE
@@ -91,9 +99,9 @@ def find(config: RunConfig, ds: dict, network: Any, device: torch.device, limit:
         _say(f"{path}: {problem}; measuring the micro-batch again")
     if limit is None:
         limit = min(distributed.all_gather_objects(_usable(device)))
-    on_cpu = device.type == "cpu"
-    known = _measure(config, ds, network, candidates, limit, on_cpu)
-    number = choose(known, limit, on_cpu)
+    by_speed = device.type == "cpu" if by_speed is None else by_speed
+    known = _measure(config, ds, network, candidates, limit, by_speed)
+    number = choose(known, limit, by_speed)
     if number is None:
         needed = f"; 1 needs {known[1].peak / GIB:.2f} GiB" if known else ""
         raise ConfigError(
@@ -181,11 +189,11 @@ def _say(line: str) -> None:
 # --- which sizes to try ---------------------------------------------------------------------------------------------
 
 
-def next_size(candidates: list[int], known: dict[int, Measured], limit: float, on_cpu: bool) -> int | None:
+def next_size(candidates: list[int], known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
     """The size to measure next, or None where what is known decides. candidates: ascending, from 1.
 
-    Only a size that should fit (`estimate`) is tried; the second one in any case on a GPU, where to run out of memory
-    harms nobody. On CPUs sizes at most double, as long as that makes them faster.
+    Only a size that should fit (`estimate`) is tried; on GPUs, where to run out of memory harms nobody, the second one
+    in any case. By speed sizes at most double, as long as that makes them faster.
     """
     if not known:
         return candidates[0] if candidates else None
@@ -196,8 +204,8 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, o
     too_large = min((size for size in known if size not in fitting), default=math.inf)
     above = [size for size in candidates if largest < size < too_large]
     wanted = [size for size in above if estimate(known, size) <= limit]
-    if on_cpu:
-        if choose(known, limit, on_cpu) != largest:
+    if by_speed:
+        if choose(known, limit, by_speed) != largest:
             return None
         wanted = [size for size in wanted if size <= max(2 * largest, above[0])]
     elif len(known) == 1:
@@ -217,11 +225,11 @@ def estimate(known: dict[int, Measured], size: int) -> float:
     return max(one.stepping, one.working + slope * (size - last))
 
 
-def choose(known: dict[int, Measured], limit: float, on_cpu: bool) -> int | None:
-    """The largest measured size that fits, None where none does; on CPUs the last that was faster than the one before
-    it, by GAIN."""
+def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
+    """The largest measured size that fits, None where none does; by speed the last that was faster, by GAIN, than the
+    one before it."""
     fitting = sorted(size for size, one in known.items() if one.peak <= limit)
-    if not fitting or not on_cpu:
+    if not fitting or not by_speed:
         return fitting[-1] if fitting else None
     best = fitting[0]
     for size in fitting[1:]:
@@ -301,13 +309,13 @@ class _Child:
 
 
 def _measure(
-    config: RunConfig, ds: dict, network: Any, candidates: list[int], limit: float, on_cpu: bool
+    config: RunConfig, ds: dict, network: Any, candidates: list[int], limit: float, by_speed: bool
 ) -> dict[int, Measured]:
     """Of every size that had to be tried and did not run out of memory, the worst over the ranks. Collective."""
     known: dict[int, Measured] = {}
     child = None
     try:
-        while (size := next_size(candidates, known, limit, on_cpu)) is not None:
+        while (size := next_size(candidates, known, limit, by_speed)) is not None:
             distributed.progress(f"measuring micro-batch {size}")
             child = child or _start(config, ds, network)
             found = _ask(child, size, 60 * config.training.timeout)

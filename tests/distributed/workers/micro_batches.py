@@ -1,0 +1,104 @@
+"""Runs on every rank: `training.micro_batch: auto`. OUTPUT/run.yaml is a run file; PORT... are free ports.
+
+Each case in a process of its own, as each would be a start of its own:
+    auto    a run with `auto` to step 2, and the same command again to step 4
+    given   the same run with the number that was found, to step 4
+    killed  `find` where rank 1's child is killed when it takes micro-batches of 32
+    limited `find` below a limit between the peaks of 8 and 16, read off what `killed` measured
+"""
+
+import gc
+import importlib
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from l2e_ds import distributed
+from l2e_ds.config import run_config_from_dict
+from l2e_ds.models import network_config
+from l2e_ds.train import preflight, quiet_libraries, train
+from l2e_ds.training import micro_batch
+from l2e_ds.training.deepspeed_config import resolve
+
+USED = ("l2e_ds.training.trainer", "transformers.models.gpt_neox.modeling_gpt_neox", "deepspeed.ops.adam")
+
+PROBED = {
+    "model": {"name": "pythia-14m", "vocab_size": 8192, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+    "data": {"source": "indexed", "path": "none", "sequence_length": 128},
+    "training": {"steps": 1, "global_batch": 64, "micro_batch": "auto", "precision": "fp32"},
+    "deepspeed": {"config": "ds_configs/zero2.json"},
+}
+
+
+def run_to(steps: int, number: object, output: Path, name: str) -> None:
+    launch = distributed.find_launch()
+    overrides = [f"training.run_directory={output / name}", f"training.steps={steps}", f"training.micro_batch={number}"]
+    train(preflight(output / "run.yaml", overrides, launch.size, this_machine=True), launch)
+
+
+def find(output: Path, name: str, limit: float) -> None:
+    launch = distributed.find_launch()
+    device = distributed.join(launch, 5)
+    raw = {**PROBED, "training": {**PROBED["training"], "run_directory": str(output / name)}}
+    config, ds, _ = resolve(run_config_from_dict(raw, "case"), launch.size)
+    if name == "killed" and launch.rank == 1:
+        threading.Thread(target=kill_at_32, daemon=True).start()
+    found = micro_batch.find(config, ds, network_config(config.model, 128), device, limit, by_speed=False)
+    (output / f"{name}-rank{launch.rank}.json").write_text(found.record)
+    distributed.leave()
+
+
+def kill_at_32() -> None:
+    while distributed.doing() != "measuring micro-batch 32":
+        time.sleep(0.01)
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def found_by(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def limit_from(output: Path) -> float:
+    measured = found_by(output / "killed-rank0.json")["measured"]
+    least, most = (measured[size]["peak_bytes"] for size in ("1", "16"))
+    return least + (most - least) * 11 / 15
+
+
+def case(name: str, output: Path, port: str) -> None:
+    os.environ["MASTER_PORT"] = port
+    log = os.open(output / f"{name}-rank{os.environ['RANK']}.txt", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)
+    if name == "auto":
+        run_to(2, "auto", output, "auto")
+    elif name == "again":
+        run_to(4, "auto", output, "auto")
+    elif name == "given":
+        run_to(4, found_by(output / "auto/micro_batch.json")["micro_batch"], output, "given")
+    else:
+        find(output, name, limit_from(output) if name == "limited" else 1e12)
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def main() -> None:
+    quiet_libraries()
+    output, ports = Path(sys.argv[1]), sys.argv[2:]
+    for used in USED:
+        importlib.import_module(used)
+    gc.freeze()
+    for name, port in zip(("auto", "again", "given", "killed", "limited"), ports, strict=True):
+        child = multiprocessing.get_context("fork").Process(target=case, args=(name, output, port))
+        child.start()
+        child.join()
+        if child.exitcode:
+            said = (output / f"{name}-rank{os.environ['RANK']}.txt").read_text()
+            sys.exit(f"{name}: exit code {child.exitcode}: {said[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()
