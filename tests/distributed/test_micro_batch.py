@@ -38,6 +38,9 @@ def test_a_run_is_that_of_the_number_given_by_hand_to_the_bit(runs, metric_lines
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(auto, kind)) == timeless(metric_lines(given, kind))
     assert len(metric_lines(auto)) == 4
+    assert (
+        json.loads((auto / "micro_batch.json").read_text())["micro_batch"] > 1
+    )  # on one sequence there is nothing won
     first, second = (run / "checkpoints/step00000004" for run in (auto, given))
     weights, others = checkpoint_weights(first, "fp32"), checkpoint_weights(second, "fp32")
     assert weights.keys() == others.keys()
@@ -70,8 +73,8 @@ def test_a_killed_child_costs_its_size_and_nothing_else(runs):
     """As by the kernel, out of memory: the other rank's child, which waits for it in a collective, is ended too."""
     found = [json.loads((runs / f"killed-rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]
-    assert found[0]["micro_batch"] == 16
-    assert sorted(map(int, found[0]["measured"])) == [1, 16]
+    assert found[0]["micro_batch"] == 1
+    assert list(found[0]["measured"]) == ["1"]
 
 
 def test_a_limit_is_kept(runs):

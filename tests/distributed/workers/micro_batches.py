@@ -3,8 +3,8 @@
 Each case in a process of its own, as each would be a start of its own:
     auto    a run with `auto` to step 2, and the same command again to step 4
     given   the same run with the number that was found, to step 4
-    killed  `find` where rank 1's child is killed when it takes micro-batches of 32
-    limited `find` below a limit between the peaks of 8 and 16, read off what `killed` measured
+    killed  `find` among 1 and 2, where rank 1's child is killed when it takes micro-batches of 2
+    limited `find` among 1 to 32, below a limit between the peaks of 8 and 16
 """
 
 import gc
@@ -29,7 +29,7 @@ USED = ("l2e_ds.training.trainer", "transformers.models.gpt_neox.modeling_gpt_ne
 PROBED = {
     "model": {"name": "pythia-14m", "vocab_size": 8192, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
     "data": {"source": "indexed", "path": "none", "sequence_length": 128},
-    "training": {"steps": 1, "global_batch": 64, "micro_batch": "auto", "precision": "fp32"},
+    "training": {"steps": 1, "micro_batch": "auto", "precision": "fp32"},
     "deepspeed": {"config": "ds_configs/zero2.json"},
 }
 
@@ -40,20 +40,21 @@ def run_to(steps: int, number: object, output: Path, name: str) -> None:
     train(preflight(output / "run.yaml", overrides, launch.size, this_machine=True), launch)
 
 
-def find(output: Path, name: str, limit: float) -> None:
+def find(output: Path, name: str, global_batch: int, limit: float) -> None:
     launch = distributed.find_launch()
     device = distributed.join(launch, 5)
-    raw = {**PROBED, "training": {**PROBED["training"], "run_directory": str(output / name)}}
+    own = {"run_directory": str(output / name), "global_batch": global_batch}
+    raw = {**PROBED, "training": {**PROBED["training"], **own}}
     config, ds, _ = resolve(run_config_from_dict(raw, "case"), launch.size)
     if name == "killed" and launch.rank == 1:
-        threading.Thread(target=kill_at_32, daemon=True).start()
+        threading.Thread(target=kill_at_2, daemon=True).start()
     found = micro_batch.find(config, ds, network_config(config.model, 128), device, limit, by_speed=False)
     (output / f"{name}-rank{launch.rank}.json").write_text(found.record)
     distributed.leave()
 
 
-def kill_at_32() -> None:
-    while distributed.doing() != "measuring micro-batch 32":
+def kill_at_2() -> None:
+    while distributed.doing() != "measuring micro-batch 2":
         time.sleep(0.01)
     for child in multiprocessing.active_children():
         child.kill()
@@ -64,9 +65,8 @@ def found_by(path: Path) -> dict:
 
 
 def limit_from(output: Path) -> float:
-    measured = found_by(output / "killed-rank0.json")["measured"]
-    least, most = (measured[size]["peak_bytes"] for size in ("1", "16"))
-    return least + (most - least) * 11 / 15
+    """The peak of 1, and eleven times the logits' share of a sequence, which is all but a tenth of it."""
+    return found_by(output / "killed-rank0.json")["measured"]["1"]["peak_bytes"] + 11 * 12 * 128 * 8192
 
 
 def case(name: str, output: Path, port: str) -> None:
@@ -79,8 +79,10 @@ def case(name: str, output: Path, port: str) -> None:
         run_to(4, "auto", output, "auto")
     elif name == "given":
         run_to(4, found_by(output / "auto/micro_batch.json")["micro_batch"], output, "given")
+    elif name == "killed":
+        find(output, name, 4, 1e12)
     else:
-        find(output, name, limit_from(output) if name == "limited" else 1e12)
+        find(output, name, 64, limit_from(output))
     sys.stderr.flush()
     os._exit(0)
 
