@@ -103,11 +103,7 @@ def find(
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
-        needed = f"; 1 needs {known[1].peak / GIB:.2f} GiB" if known else ""
-        raise ConfigError(
-            f"training.micro_batch: got auto, but not even 1 fits: usable are {limit / GIB:.2f} GiB a rank{needed};"
-            " try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
-        )
+        raise ConfigError(none_fits(known, limit))
     larger = max(size for size in known if known[size].peak <= limit)
     why = f"; {larger} is no faster" if larger != number else ""
     memory = f"{known[number].peak / GIB:.2f} of {limit / GIB:.2f} GiB"
@@ -237,6 +233,15 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
             break
         best = size
     return best
+
+
+def none_fits(known: dict[int, Measured], limit: float) -> str:
+    """What to tell the user where `choose` finds none."""
+    needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
+    return (
+        f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a rank;"
+        " try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
+    )
 
 
 # --- memory of a rank -----------------------------------------------------------------------------------------------

@@ -372,6 +372,27 @@ def test_impossible_batches(batch, micro, ranks, allowed):
     )
 
 
+def test_auto_needs_a_multiple_of_the_ranks():
+    config = run_config_from_dict(changed(training={"global_batch": 12, "micro_batch": "auto"}), "here")
+    assert batch_arithmetic(config, 4).micro_batch == 1
+    with pytest.raises(ConfigError, match=r"^training\.global_batch: 12 is not .* 8 ranks .*make it a multiple of 8$"):
+        batch_arithmetic(config, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (0, "got 0; must be greater than 0 or 'auto'"),
+        ("largest", "got 'largest'; must be a valid integer or 'auto'"),
+        (2.0, "got 2.0; must be a valid integer or 'auto'"),
+    ],
+)
+def test_micro_batch_is_a_number_or_auto(given, said):
+    with pytest.raises(ConfigError) as caught:
+        run_config_from_dict(changed(training={"micro_batch": given}), "here")
+    assert str(caught.value) == f"here: training.micro_batch: {said}"
+
+
 def test_find_file(tmp_path):
     """As given, else beside the run file, else in the repository; else None."""
     run_file = write(tmp_path, VALID)

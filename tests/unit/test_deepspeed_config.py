@@ -13,7 +13,14 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from l2e_ds.config import REPOSITORY, run_config_from_dict
 from l2e_ds.errors import ConfigError
-from l2e_ds.training.deepspeed_config import BLOCK_KEYS, TOP_LEVEL_KEYS, check_device, resolve, zero_stage
+from l2e_ds.training.deepspeed_config import (
+    BLOCK_KEYS,
+    TOP_LEVEL_KEYS,
+    check_device,
+    resolve,
+    with_micro_batch,
+    zero_stage,
+)
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ON_CPU = get_accelerator().device_name() == "cpu"
@@ -215,6 +222,31 @@ def test_accumulation(tmp_path):
     assert resolved.training.global_batch == batch.global_batch == ds["train_batch_size"] == 24
     message = message_of(run(path, training={"micro_batch": 2, "global_batch": 16}), 4)
     assert "training.global_batch: 16" in message and "gradient_accumulation_steps: 3" in message
+
+
+def test_the_number_that_auto_finds_is_as_good_as_given(tmp_path):
+    """Put in place later, it makes the very configuration, JSON and batches that the run file's own number makes."""
+    path = write(tmp_path, {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": "auto"})
+    config, ds, batch = resolve(run(path, training={"micro_batch": "auto", "global_batch": 24}), 2)
+    assert (config.training.micro_batch, batch.micro_batch, batch.accumulation) == ("auto", 1, 12)
+    given = resolve(run(path, training={"micro_batch": 4, "global_batch": 24}), 2)
+    assert with_micro_batch(config, ds, 4, 2) == given
+    assert ds["train_micro_batch_size_per_gpu"] == 1  # not changed in place
+
+
+def test_a_number_of_the_json_leaves_auto_nothing_to_find(tmp_path):
+    config, ds, batch = resolve(
+        run(write(tmp_path, {"train_micro_batch_size_per_gpu": 4}), training={"micro_batch": "auto"}), 2
+    )
+    assert config.training.micro_batch == batch.micro_batch == ds["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_auto_beside_accumulation_steps_is_refused(tmp_path):
+    path = write(tmp_path, {"gradient_accumulation_steps": 3})
+    for training in ({}, {"global_batch": 24}):
+        message = message_of(run(path, training={"micro_batch": "auto", **training}), 4)
+        for part in ("training.micro_batch: got auto", "ds.json", "gradient_accumulation_steps: 3"):
+            assert part in message, message
 
 
 def test_impossible_batch_product(tmp_path):

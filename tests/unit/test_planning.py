@@ -269,6 +269,20 @@ def test_prints_every_part(run_file, gpus, capsys):
         assert word in output
 
 
+def test_micro_batch_auto_is_the_largest_that_fits(run_file, capsys):
+    words = [str(run_file), "--gpus", "2", "--gpu", "A10"]
+    assert main(["plan", *words, "training.micro_batch=1"]) == 0
+    given = capsys.readouterr().out.splitlines()
+    assert main(["plan", *words, "training.micro_batch=auto"]) == 0
+    auto = capsys.readouterr().out.splitlines()
+    head, largest = given[2].split(), next(line for line in given if line.startswith("largest micro-batch")).split()[2]
+    assert head[3:] == ["micro-batch", "1", "micro-batch", largest]
+    assert auto[2].split() == ["GiB", "a", "GPU", "micro-batch", largest]
+    assert [line for line in auto if line.startswith(("step ", "with "))] == [
+        line for line in given if line.startswith(("step ", "with "))
+    ]
+
+
 def test_precision_auto_is_the_gpus_not_this_machines(run_file, capsys):
     for gpu, precision in (("A100-80GB", "bf16"), ("V100-32GB", "fp32")):
         assert main(["plan", str(run_file), "--gpus", "2", "--gpu", gpu]) == 0
