@@ -239,8 +239,8 @@ def none_fits(known: dict[int, Measured], limit: float) -> str:
     """What to tell the user where `choose` finds none."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (
-        f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a rank;"
-        " try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
+        f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a"
+        " rank; try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
     )
 
 
