@@ -19,7 +19,7 @@ from l2e_ds.errors import WorkerError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
 
 
@@ -100,7 +100,7 @@ class WorkerPool(Generic[Item, Result]):
 @contextmanager
 def without_stop_signals() -> Iterator[None]:
     """Held back from this thread, and from processes and threads that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT_TO_PARENT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
     try:
         yield
     finally:
@@ -115,9 +115,9 @@ def _start(setup: Callable[..., None], arguments: tuple) -> None:
 
 def serve_parent() -> None:
     """In a spawned process: leave the signals that stop a run to the parent, and end with it."""
-    for number in LEFT_TO_PARENT:
+    for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, LEFT_TO_PARENT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
