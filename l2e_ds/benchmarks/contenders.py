@@ -122,6 +122,7 @@ def train_hugging_face(work: Work) -> None:
                 raise L2EError(f"bench: the Hugging Face Trainer trained without DeepSpeed: {trainer.model_wrapped}")
             work.losses.append(loss_of_first_batch(work, trainer.model_wrapped))
 
+    network = plain_network(work)  # before TrainingArguments, which under ZeRO-3 has transformers build in shards
     training, optimizer = work.config.training, work.config.optimizer
     assert optimizer.peak_learning_rate is not None
     arguments = TrainingArguments(
@@ -148,9 +149,7 @@ def train_hugging_face(work: Work) -> None:
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(
-        model=plain_network(work), args=arguments, train_dataset=Examples(work.dataset), callbacks=[Note()]
-    )
+    trainer = Trainer(model=network, args=arguments, train_dataset=Examples(work.dataset), callbacks=[Note()])
     trainer.train()
 
 
@@ -234,7 +233,10 @@ def plain_network(work: Work) -> Any:
 
 
 def named_optimizer(work: Work) -> dict:
-    """The JSON; where it offloads the optimizer and names none, with the AdamW that DeepSpeed then has for CPUs."""
+    """The JSON; where it offloads the optimizer and names none, with the AdamW that DeepSpeed then has for CPUs.
+
+    (Of an optimizer that the JSON names, the Hugging Face Trainer lets biases and norms decay, too.)
+    """
     ds: dict = json.loads(json.dumps(work.ds))
     offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and "optimizer" not in ds:
@@ -287,9 +289,9 @@ def measure(spec: dict) -> dict[str, Any]:
     network = network_config(config.model, config.data.sequence_length)
     dataset = make_dataset(config.training.steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
     work = Work(config, ds, batch, network, dataset, device, Path(spec["folder"]))
+    matrices = parameter_counts(network)[0] - network.vocab_size * network.hidden_size
     libraries = peak_bytes(device)
     CONTENDERS[spec["contender"]](work)
-    matrices = parameter_counts(network)[0] - network.vocab_size * network.hidden_size
     marks = work.marks[WARMUP:]
     return {
         "seconds": marks[-1] - marks[0],

@@ -95,6 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     except L2EError as error:
         if launch.rank == 0 or not error.on_every_rank:
             raise
+        time.sleep(1.0)  # a launcher ends all when one has ended: rank 0 says why before
         return error.exit_code
     return 0
 
@@ -373,11 +374,11 @@ def page(results: dict[str, Any]) -> str:
     parts = [heading("Throughput", command_line(results), results), _explanation(results)]
     for model, found in results["models"].items():
         parts.append(f"## {model}\n\n{_table(found)}")
-        last = [rounds[-1]["last_loss"] for name, rounds in found["contenders"].items() if name != OURS]
-        first = [rounds[-1]["first_loss"] for name, rounds in found["contenders"].items() if name != OURS]
+        same = [name for name in found["contenders"] if name != OURS or PLAIN not in found["contenders"]]
+        first, last = ([found["contenders"][name][-1][f"{when}_loss"] for name in same] for when in ("first", "last"))
         parts.append(
-            f"Losses of {', '.join(name for name in found['contenders'] if name != OURS)}: {min(first):.5f} to"
-            f" {max(first):.5f} in the first step, {min(last):.5f} to {max(last):.5f} after the last.\n"
+            f"Losses of {', '.join(same)}: {min(first):.5f} to {max(first):.5f} in the first step,"
+            f" {min(last):.5f} to {max(last):.5f} after the last.\n"
         )
     return "\n".join(parts)
 

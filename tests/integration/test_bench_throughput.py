@@ -82,7 +82,7 @@ def test_two_ranks_train_alike_and_are_compared(tmp_path, launch):
         (["--precision", "fp16", "--deepspeed", "ds_configs/zero0.json"], "training.precision: got fp16"),
         (["training.steps=5"], "override 'training.steps=5': allowed: section.key=value"),
         (["inhibition.method=none"], "override 'inhibition.method=none'"),
-        (["model.layers=5"], "model: unknown key"),
+        (["model.layers=5"], "model.layers: unknown key"),
         (["model.num_heads=7"], "model.num_heads: 7 heads"),
     ],
 )
