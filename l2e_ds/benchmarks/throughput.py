@@ -233,8 +233,8 @@ def child_environment(launcher: str, local_rank: int, accelerator: str | None) -
     place = {"RANK": distributed.rank(), "WORLD_SIZE": distributed.size(), "LOCAL_RANK": local_rank}
     for name, number in place.items():
         environment[name] = str(number)
-        if launcher == "srun":  # `join` has more to do there, and then sets these
-            del environment[name]
+    if launcher == "srun":  # `join` has more to do there, and finds all of it again
+        environment = {name: value for name, value in environment.items() if name not in place}
     environment["OMP_NUM_THREADS"] = str(threads_of_rank())  # launchers say 1, and not all of them
     return environment
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import statistics
@@ -100,6 +101,26 @@ def test_a_folder_in_use_is_refused(tmp_path, launch):
     assert started.end() == 2
     (line,) = started.said().splitlines()
     assert line.startswith("l2e-ds: error: --output: ") and line.endswith("is not an empty folder")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun or deepspeed", "srun"])
+def test_a_contender_finds_its_place_not_its_parents_rendezvous(launcher, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the parent's own; nothing was given
+    found = throughput.child_environment(launcher, 0, None)
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in found and "DS_ACCELERATOR" not in found
+    assert [name in found for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")] == [launcher != "srun"] * 3
+    assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)))
+
+
+def test_a_contender_that_fails_ends_all(tmp_path, launch):
+    """fp16 is not to be had on CPUs: found by the contenders, on their device."""
+    command = ["bench", "throughput", *TINY, "--precision", "fp16", "--method", "none"]
+    started = launch(sys.executable, "-m", "l2e_ds.cli", *command)
+    assert started.end() == 2
+    (line,) = started.said().splitlines()
+    assert line.startswith("l2e-ds: error: bench: l2e-ds, rank 0: training.precision: got fp16")
 
 
 def test_what_computes_something_else_is_not_compared():
