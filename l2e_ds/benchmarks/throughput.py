@@ -297,6 +297,7 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
     try:
         _wait_for_all(child)
     finally:
+        was_running = child.poll() is None
         child.kill()
         child.wait()
         assert child.stdin is not None
@@ -305,9 +306,10 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
     if child.returncode != 0:
         said = paths[2].read_text(encoding="utf-8", errors="replace").splitlines() or ["it said nothing"]
         is_our_word = child.returncode == L2EError.exit_code
-        words = said[-1] if is_our_word else "\n".join(["failed:", *said[-30:]])
-        # first what a contender itself refused, last the ranks that only lost another one, or were ended
-        order = 0 if is_our_word else 2 if child.returncode in (LOST_CONTACT, -9) else 1
+        how = f"signal {-child.returncode}" if child.returncode < 0 else "failed"  # 9: perhaps for want of memory
+        words = said[-1] if is_our_word else "\n".join([f"{how}:", *said[-30:]])
+        # first what a contender itself refused, last the ranks that only lost another one, or were ended here
+        order = 0 if is_our_word else 2 if was_running or child.returncode == LOST_CONTACT else 1
         problem = (order, f"bench: {spec['contender']}, rank {distributed.rank()}: {words}")
     result = None if problem else json.loads(paths[1].read_text(encoding="utf-8"))
     answers = distributed.all_gather_objects((problem, result))
