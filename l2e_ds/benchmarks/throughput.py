@@ -88,7 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError for options; L2EError where a contender fails or computes something else."""
-
     launch = distributed.find_launch()
     try:
         _run(arguments, launch)
@@ -399,23 +398,24 @@ def _explanation(results: dict[str, Any]) -> str:
     options = results["options"]
     one = next(iter(results["models"].values()))["contenders"][OURS][0]
     where = "allocated on the GPU" if one["device"] != "cpu" else "the process's resident set, libraries included"
-    devices = f"{results['ranks']} x {one['device']}" if one["device"] != "cpu" else f"{results['ranks']} ranks on CPUs"
-    text = (
+    devices = (
+        f"{results['ranks']} x {one['device']}" if one["device"] != "cpu" else f"{results['ranks']} rank(s) on CPUs"
+    )
+    return (
         f"{devices}, {one['threads']} threads each, {results['hosts']} host(s), launcher: {results['launcher']};"
         f" {options['deepspeed']}, {one['precision']}; a step of a rank: {options['accumulation']} x"
         f" {options['micro_batch']} sequences of {options['sequence_length']:,} tokens. A round has {options['steps']}"
         f" steps after {WARMUP} that are not counted, of each contender in processes of its own; the order changes from"
         f" round to round. All train the same weights on the same batches at the same learning rate with AdamW; each"
-        f" reports its loss every {LOG_EVERY} steps. l2e-ds runs with method {options['method']}. Ratios are of one"
-        f" round's tokens/s. Peak memory: {where}, of the largest rank.\n"
+        f' reports its loss every {LOG_EVERY} steps. l2e-ds runs with method {options["method"]}. "A over it": A\'s'
+        f" tokens/s over the contender's, round by round. Peak memory: {where}, of the largest rank.\n"
     )
-    return text
 
 
 def _table(found: dict[str, Any]) -> str:
     ratios: dict[str, dict[str, list[float]]] = found["ratios"]
     with_mfu = "mfu" in found["contenders"][OURS][0]
-    heads = ["contender", "tokens/s", *(["MFU, %"] if with_mfu else []), *(f"{one} : it" for one in ratios)]
+    heads = ["contender", "tokens/s", *(["MFU, %"] if with_mfu else []), *(f"{one} over it" for one in ratios)]
     heads += ["peak memory, MiB", "of this before the network was built"]
     rows = []
     for name, rounds in found["contenders"].items():
