@@ -126,7 +126,7 @@ def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
     """What decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
     varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", *_MONITORS)
     inhibition = config.inhibition.model_dump(
-        mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce"}
+        mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce", "fused"}
     )
     about = {
         "ranks": ranks,
@@ -438,7 +438,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     from l2e_ds.models import build_network, neuron_sites
     from l2e_ds.training.deepspeed_config import zero_stage
     from l2e_ds.training.engine import build_engine
-    from l2e_ds.training.loss import language_model_loss
+    from l2e_ds.training.loss import LossHead
     from l2e_ds.training.trainer import inhibition_settings
 
     ranks = distributed.size()
@@ -454,6 +454,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
         sites = neuron_sites(model, config.inhibition.layers)
         inhibitor = Inhibitor(sites, inhibition_settings(config), device)
         inhibitor.attach()
+    head = LossHead(model)
     engine = build_engine(model, config, ds, device)
     random = torch.Generator().manual_seed(distributed.rank())
 
@@ -465,7 +466,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
             rows = rows.to(device)
             _forget_peak(device)
             base, begin = _held(device), time.perf_counter()
-            loss = language_model_loss(engine(input_ids=rows[:, :-1], use_cache=False).logits, rows[:, 1:])
+            loss = head.loss(engine, rows[:, :-1], rows[:, 1:])
             if inhibitor is not None:
                 loss = inhibitor.attach_loss(loss)
             engine.backward(loss)
