@@ -47,7 +47,7 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
     else:
-        optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", **arguments)
+        optimizer = torch.optim.AdamW(groups, fused=True, **arguments)  # one pass over memory, on CPUs and GPUs
     if is_plain_float32(config, ds):
         ds = ds | {"gradient_clipping": 0.0}  # the trainer clips, measures and skips
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
