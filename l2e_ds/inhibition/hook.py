@@ -14,8 +14,10 @@ Statistics and tau are the same on every rank, frozen within an optimizer step, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -89,7 +91,9 @@ class NeuronHook:
         self.selected = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)  # faded count per neuron
         self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
         self.calls = Calls()
-        self.fused = False  # this micro-batch
+        self.fused = self.in_kernel = False  # this micro-batch
+        self.has_kernel = site.function == "gelu" and find_spec("triton") is not None
+        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
         self._freeze()
@@ -119,6 +123,20 @@ class NeuronHook:
         if settings.reduce == "forward" or self.weight is not None:
             return False
         return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
+
+    def computes(self, x: Tensor) -> bool:
+        """Whether the activation function of x [B, T, N] is to be computed by `gelu`.
+
+        Not with lambda 0, when a run is to be the same to the bit as without inhibition. Recomputation goes the way
+        that its forward went.
+        """
+        if not self.owner.in_backward:
+            self.in_kernel = False
+            possible = self.has_kernel and (x.is_cuda or self.interpreted) and x.dtype != torch.float64
+            if possible and self.owner.coefficient > 0:
+                self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
+                self.in_kernel = self._is_fused(x)
+        return self.in_kernel
 
     def _statistics(self, moments: Moments) -> FrozenStatistics:
         rate = self.selected / self.selectable.clamp(min=1)
@@ -150,6 +168,26 @@ class NeuronHook:
         if selected is None:
             selected = self._select(losses.score(z.detach(), self.frozen_now))
         return deactivate(z, self.frozen_now.mean, selected, self._count_backward).view_as(activations)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """As `__call__` of the GELU of x, of which nothing but x is kept; [B, T, N] -> [B, T, N]."""
+        from l2e_ds.inhibition import triton_gelu  # here: Triton need not be there
+
+        flat = x.reshape(-1, self.site.neurons)
+        return triton_gelu.gelu_with_inhibition(flat, self._compute_gelu, self._gelu_gradient).view_as(x)
+
+    def _compute_gelu(self, x: Tensor) -> Tensor:
+        from l2e_ds.inhibition import triton_gelu
+
+        z, sums = triton_gelu.forward(x, self.frozen)
+        if self.owner.in_backward:
+            self.calls.recomputed += 1
+        else:
+            self.calls.forward += 1
+            self.fused = True
+            self.frozen_now = self.for_loss = self.frozen
+            self._count(sums, x.shape[0])
+        return z
 
     @torch.no_grad()
     def _observe(self, z: Tensor) -> Tensor:
@@ -247,6 +285,16 @@ class NeuronHook:
 
         return fused.add_gradient(incoming, z, self.for_loss, self.settings.scale_invariant, strength)
 
+    def _gelu_gradient(self, incoming: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x [M, N] from that of its GELU, with the inhibition's."""
+        from l2e_ds.inhibition import triton_gelu
+
+        self._count_backward()
+        constants = (self.for_loss, self.settings.scale_invariant, self.strength(x))
+        if self.owner.self_test_pending:
+            self._note_largest(triton_gelu.backward(x, torch.zeros_like(incoming), *constants))
+        return triton_gelu.backward(x, incoming, *constants)
+
     def _note_largest(self, gradient: Tensor) -> None:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())
 
@@ -326,6 +374,8 @@ class InhibitedActivation(nn.Module):
         self._hook = hook
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.training and self._hook.computes(x):
+            return self._hook.gelu(x)
         z = self.activation(x)
         return self._hook(z) if self.training else z
 

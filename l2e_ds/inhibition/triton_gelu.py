@@ -1,0 +1,238 @@
+"""The exact GELU and the method in one Triton kernel forward and one backward: the GPU's share of `fused.py`.
+
+Forward reads the pre-activation x and writes z = GELU(x); the sums that the method needs of z are made while it passes
+by. Backward computes z again from x, which is all that a GELU keeps. Beside the memory traffic of a GELU alone there
+are only a few floats per neuron and STRETCH tokens.
+
+Shapes: M samples (tokens) of a micro-batch, N neurons; x, z and their gradients [M, N] float32, bfloat16 or float16;
+statistics [N] float32; all arithmetic in float32.
+"""
+
+# Triton's kernels are typed by what they are called with.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.errors import TritonError
+
+from l2e_ds.errors import CompileError
+from l2e_ds.inhibition.fused import FACTORS, ColumnSums
+from l2e_ds.inhibition.losses import FrozenStatistics
+
+# A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
+COLUMNS = 256
+WARPS = 4
+# Forward walks down STRETCH tokens, ROWS at a time (one a warp), and writes one row of sums for them all: no atomics, so
+# the same sums every time. Few enough tokens to fill a GPU with programs, many enough that sums are little traffic.
+# Its five sums, for 8 neurons a thread, stay in registers: 167 of them on an H100, so 12 warps share a multiprocessor.
+ROWS = 4
+STRETCH = 128
+# Backward keeps nothing from one row to the next.
+BACKWARD_ROWS = 8
+
+# Multiply and add are not contracted, so that forward, backward and `losses.py` select the same. (Erf's own are.)
+OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
+
+
+@triton.jit
+def _one_and_erf(x):
+    """1 + erf(x / sqrt 2), as ATen has it; on a GPU `tl.erf` is libdevice's."""
+    return 1.0 + tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def _place(N, COLUMNS: tl.constexpr):
+    """What a program takes: (number of its stretch of rows, int64; columns [COLUMNS])."""
+    blocks = tl.cdiv(N, COLUMNS)
+    program = tl.program_id(0)
+    return (program // blocks).to(tl.int64), (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    z_ptr,
+    partial_ptr,
+    mean_ptr,
+    inverse_variance_ptr,
+    inverse_limit_ptr,
+    tau_ptr,
+    M,
+    N,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STRETCH: tl.constexpr,
+    FACTORS: tl.constexpr,
+):
+    """x -> z and, for each stretch, sums [5, N] in `partial`: of the fields of ColumnSums."""
+    stretch, columns = _place(N, COLUMNS)
+    in_row = columns < N
+    mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
+    inverse_variance = tl.load(inverse_variance_ptr + columns, mask=in_row, other=0.0)
+    inverse_limit = tl.load(inverse_limit_ptr + columns, mask=in_row, other=0.0)
+    tau = tl.load(tau_ptr)
+    sum_d = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_d2 = tl.zeros([ROWS, COLUMNS], tl.float32)
+    count = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_score = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_log = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=2):  # the next x are on their way meanwhile
+        product = tl.full([ROWS, COLUMNS], 1.0, tl.float32)  # as `fused.FACTORS` says: one logarithm for so many
+        for factor in tl.static_range(FACTORS):
+            rows = stretch * STRETCH + start + factor * ROWS + tl.arange(0, ROWS)
+            inside = (rows < M)[:, None] & in_row[None, :]
+            at = rows[:, None] * N + columns[None, :]
+            x = tl.load(x_ptr + at, mask=inside, other=0.0)
+            wide = x.to(tl.float32)
+            z = (wide * 0.5 * _one_and_erf(wide)).to(x.dtype)
+            tl.store(z_ptr + at, z, mask=inside)
+            d = tl.where(inside, z.to(tl.float32) - mean[None, :], 0.0)
+            d2 = d * d
+            score = d2 * inverse_variance[None, :]
+            selected = score >= tau  # nothing outside: the score is 0 there
+            sum_d += d
+            sum_d2 += d2
+            count += tl.where(selected, 1.0, 0.0)
+            sum_score += tl.where(selected, score, 0.0)
+            product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
+        sum_log += tl.log(product)
+    at = stretch * 5 * N + columns
+    tl.store(partial_ptr + at, tl.sum(sum_d, 0), mask=in_row)
+    tl.store(partial_ptr + at + N, tl.sum(sum_d2, 0), mask=in_row)
+    tl.store(partial_ptr + at + 2 * N, tl.sum(count, 0), mask=in_row)
+    tl.store(partial_ptr + at + 3 * N, tl.sum(sum_score, 0), mask=in_row)
+    tl.store(partial_ptr + at + 4 * N, 2.0 * tl.sum(sum_log, 0), mask=in_row)
+
+
+@triton.jit
+def _backward_kernel(
+    x_ptr,
+    incoming_ptr,
+    outgoing_ptr,
+    mean_ptr,
+    inverse_variance_ptr,
+    pull_ptr,
+    tau_ptr,
+    strength_ptr,
+    M,
+    N,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """x and the gradient of z -> the gradient of x."""
+    block, columns = _place(N, COLUMNS)
+    rows = block * ROWS + tl.arange(0, ROWS)
+    in_row = columns < N
+    mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
+    inverse_variance = tl.load(inverse_variance_ptr + columns, mask=in_row, other=0.0)
+    pull = tl.load(pull_ptr + columns, mask=in_row, other=0.0)
+    tau, strength = tl.load(tau_ptr), tl.load(strength_ptr)
+    inside = (rows < M)[:, None] & in_row[None, :]
+    at = rows[:, None] * N + columns[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    incoming = tl.load(incoming_ptr + at, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    one_and_erf = _one_and_erf(wide)
+    z = (wide * 0.5 * one_and_erf).to(x.dtype)
+    d = z.to(tl.float32) - mean[None, :]
+    selected = d * d * inverse_variance[None, :] >= tau
+    inhibition = tl.where(selected, 2.0 / tl.where(selected, d, 1.0), 0.0) - pull[None, :] * d
+    # rounded as where a gradient of z is stored: first what is added, then the sum
+    added = (inhibition * strength).to(incoming.dtype)
+    gradient = (incoming.to(tl.float32) + added.to(tl.float32)).to(incoming.dtype).to(tl.float32)
+    density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
+    tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
+
+
+def forward(x: Tensor, statistics: FrozenStatistics) -> tuple[Tensor, ColumnSums]:
+    """GELU(x), [M, N] of x's dtype, and the sums of `fused.column_sums` of it. Raises CompileError."""
+    x = x.contiguous()
+    samples, neurons = x.shape
+    stretches = triton.cdiv(samples, STRETCH)
+    z = torch.empty_like(x)
+    partial = torch.empty(stretches, 5, neurons, dtype=torch.float32, device=x.device)
+    with _explained(), torch.cuda.device_of(x):
+        _forward_kernel[(stretches * triton.cdiv(neurons, COLUMNS),)](
+            *(x, z, partial, statistics.mean, statistics.inverse_variance, statistics.inverse_limit, statistics.tau),
+            *(samples, neurons),
+            COLUMNS=COLUMNS,
+            ROWS=ROWS,
+            STRETCH=STRETCH,
+            FACTORS=FACTORS,
+            **OPTIONS,
+        )
+    sums = partial.sum(0, dtype=torch.float64)
+    return z, ColumnSums(sums[0], sums[1], sums[2], sums[3].sum(), sums[4].sum())
+
+
+def backward(
+    x: Tensor, incoming: Tensor, statistics: FrozenStatistics, scale_invariant: bool, strength: Tensor
+) -> Tensor:
+    """The gradient of x [M, N] from that of z: of the GELU behind `fused.add_gradient`. Raises CompileError.
+
+    strength: [] float32, see `NeuronHook.strength`.
+    """
+    x, incoming = x.contiguous(), incoming.contiguous()
+    samples, neurons = x.shape
+    outgoing = torch.empty_like(x)
+    with _explained(), torch.cuda.device_of(x):
+        _backward_kernel[(triton.cdiv(samples, BACKWARD_ROWS) * triton.cdiv(neurons, COLUMNS),)](
+            *(x, incoming, outgoing, statistics.mean, statistics.inverse_variance, statistics.pull(scale_invariant)),
+            *(statistics.tau, strength, samples, neurons),
+            COLUMNS=COLUMNS,
+            ROWS=BACKWARD_ROWS,
+            **OPTIONS,
+        )
+    return outgoing
+
+
+class _GeluWithInhibition(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(x)  # and not z: the next layer keeps that
+        ctx.gradient = gradient
+        return compute(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.gradient(gradients[0], x), None, None
+
+
+# What compute and gradient do depends on the step's state and changes it, which a graph, traced once, would not see.
+@torch.compiler.disable
+def gelu_with_inhibition(
+    x: Tensor, compute: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`compute(x)`, whose gradient in backward is `gradient(incoming, x)`; all [M, N]. Only x is kept for it.
+
+    compute calls `forward` and gradient calls `backward`; what they do with the sums and take as strength is theirs.
+    """
+    return _GeluWithInhibition.apply(x, compute, gradient)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What a compiler says runs over many lines, and it may be missing."""
+    try:
+        yield
+    except (TritonError, subprocess.CalledProcessError, RuntimeError) as error:
+        # of the RuntimeErrors this one; the others are the device's, no fault of a compiler
+        if isinstance(error, RuntimeError) and "C compiler" not in str(error):
+            raise
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CompileError(
+            f"inhibition.fused: Triton failed ({reason[:200]}); it needs a C compiler;"
+            " inhibition.fused: false goes without"
+        ) from error
