@@ -85,9 +85,10 @@ def lm_loss(network: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def train(network, inhibitor, seeds, split=1, rate=0.1, run=None):
     """SGD steps with one batch a seed in `split` micro-batches; returns losses and each step's gradients and sums."""
     losses, records = [], []
+    device = next(network.parameters()).device
     for seed in seeds:
         network.zero_grad()
-        for micro_batch in text(seed).chunk(split):
+        for micro_batch in text(seed).to(device).chunk(split):
             loss = lm_loss(network if run is None else run, micro_batch)
             (inhibitor.attach_loss(loss) / split if inhibitor else loss / split).backward()
             losses.append(float(loss.detach()))

@@ -1,0 +1,249 @@
+"""What `test_triton_gelu.py` runs in Triton's interpreter, and `tests/gpu` on a GPU: whether Triton interprets is decided
+when it is imported, so that this needs a process of its own. Shapes: M tokens, N neurons."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch.nn import functional
+
+from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
+from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+from tests.unit.inhibition.test_hook import (
+    Network,
+    assert_same,
+    assert_same_state,
+    lm_loss,
+    settings,
+    sites,
+    text,
+    train,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# One unit in the last place; the interpreter cuts bfloat16 off where a GPU rounds.
+PRECISION = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# One element; less than a tile; a tile and a whole stretch; more than one of each, nothing even.
+SHAPES = [(1, 1), (7, 24), (128, 256), (261, 300)]
+every_shape = pytest.mark.parametrize(("tokens", "neurons"), SHAPES)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+both_losses = pytest.mark.parametrize("scale_invariant", [False, True])
+
+
+def example(tokens: int, neurons: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, FrozenStatistics]:
+    """Pre-activations, the gradient of the activations, and their statistics; of 24 and more neurons two are dead."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, neurons, generator=generator)
+    x[0, 0] = 4.0  # selected
+    incoming = torch.randn(tokens, neurons, generator=generator)
+    mean = 0.3 + 0.1 * torch.randn(neurons, generator=generator)
+    variance = 0.2 + 0.1 * torch.rand(neurons, generator=generator)
+    if neurons >= 24:
+        variance[[3, 7]] = torch.tensor([0.0, losses.VARIANCE_FLOOR])
+    rate = 0.1 * torch.rand(neurons, generator=generator)
+    constants = (tensor.to(DEVICE) for tensor in (mean, variance, torch.tensor(5.4), rate))
+    return x.to(DEVICE, dtype), incoming.to(DEVICE, dtype), FrozenStatistics(*constants)
+
+
+@every_dtype
+@every_shape
+def test_activations_are_those_of_pytorch(dtype, tokens, neurons):
+    """To the last place, far from zero as well."""
+    x, _, statistics = example(tokens, neurons, dtype)
+    x[-1, : neurons // 2] *= 20
+    z, _ = triton_gelu.forward(x, statistics)
+    assert z.dtype == dtype and z.is_contiguous()
+    torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
+
+
+@every_dtype
+@every_shape
+def test_sums_are_those_of_float64(dtype, tokens, neurons):
+    """Every sum, of the activations as they were stored; and those of `fused.py`."""
+    x, _, statistics = example(tokens, neurons, dtype)
+    z, sums = triton_gelu.forward(x, statistics)
+    scores = score(z, statistics)
+    selected = select_by_threshold(scores, statistics)
+    assert 0 < int(selected.sum()) <= max(1, 0.2 * selected.numel())
+    d = z.double() - statistics.mean.double()
+    exact = d * d * statistics.inverse_variance.double()
+    torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(sums.selected, selected.double().sum(0))
+    torch.testing.assert_close(sums.score, exact[selected].sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.log_ratio, (exact[selected] / 5.4).log().sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_sums_are_those_of_the_compiled_pass():
+    """The same dataclass, and the same loss of it."""
+    x, _, statistics = example(261, 300, torch.float32)
+    z, sums = triton_gelu.forward(x, statistics)
+    compiled = fused.column_sums(z, statistics)
+    for name, value in vars(compiled).items():
+        torch.testing.assert_close(getattr(sums, name), value, rtol=1e-5, atol=1e-4, msg=name)
+    for scale_invariant in (False, True):
+        found, expected = (each.inhibition_loss(statistics, scale_invariant, 261) for each in (sums, compiled))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_neuron_that_wakes_up():
+    """Scores of 1e12 and more, in every token, leave the loss finite: the product of ratios does not overflow."""
+    x, _, statistics = example(64, 24, torch.float32)
+    statistics.variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + statistics.mean[0] ** 2)
+    x[:, 0] = 3.0
+    z, sums = triton_gelu.forward(x, statistics)
+    selected = select_by_threshold(score(z, statistics), statistics)
+    assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
+    expected = losses.inhibition_loss(z, selected, statistics, False)
+    torch.testing.assert_close(sums.inhibition_loss(statistics, False, 64), expected.double(), rtol=1e-4, atol=0)
+
+
+def expected_gradient(x, z, incoming, statistics, scale_invariant, strength):
+    """Of x, float64: autograd's through the GELU, behind incoming + strength * dL/dz."""
+    selected = select_by_threshold(score(z, statistics), statistics)
+    added = strength * losses.inhibition_gradient(z, selected, statistics, scale_invariant)
+    x = x.double().requires_grad_()
+    functional.gelu(x).backward((incoming + added.to(incoming.dtype)).double())
+    return x.grad
+
+
+@every_dtype
+@both_losses
+@every_shape
+def test_gradient_is_autograd_of_float64(dtype, scale_invariant, tokens, neurons):
+    """Through the GELU, with what the written-out loss adds in front of it."""
+    x, incoming, statistics = example(tokens, neurons, dtype)
+    strength = torch.tensor(0.5, device=DEVICE)
+    z, _ = triton_gelu.forward(x, statistics)
+    found = triton_gelu.backward(x, incoming, statistics, scale_invariant, strength)
+    expected = expected_gradient(x, z, incoming, statistics, scale_invariant, strength)
+    without = expected_gradient(x, z, incoming, statistics, scale_invariant, 0 * strength)
+    assert found.dtype == dtype and not torch.equal(expected, without)
+    # two roundings before the last one; all of them are cut off in the interpreter
+    torch.testing.assert_close(found.double(), expected, rtol=4 * PRECISION[dtype], atol=4 * PRECISION[dtype])
+
+
+def test_gradients_that_are_not_contiguous():
+    """An expanded one, as behind a sum, and a transposed one."""
+    x, _, statistics = example(7, 24, torch.float32)
+    strength = torch.tensor(0.5, device=DEVICE)
+    for incoming in (torch.tensor(0.7, device=DEVICE).expand(7, 24), torch.randn(24, 7, device=DEVICE).t()):
+        found = triton_gelu.backward(x, incoming, statistics, True, strength)
+        assert torch.equal(found, triton_gelu.backward(x, incoming.contiguous(), statistics, True, strength))
+
+
+def test_only_the_pre_activation_is_kept():
+    """As for a GELU alone."""
+    x, _, statistics = example(7, 24, torch.float32)
+    x.requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        triton_gelu.gelu_with_inhibition(
+            x, lambda x: triton_gelu.forward(x, statistics)[0], lambda gradient, x: gradient
+        )
+    assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------
+
+
+@cache
+def inhibited(recompute=None, compiled=False, function="gelu", split=2, **changes):
+    """Four steps on DEVICE: ((losses, records), inhibitor), not to be changed."""
+    network = Network(recompute=recompute).to(DEVICE)
+    chosen = [replace(site, function=function) for site in sites(network)]
+    inhibitor = Inhibitor(chosen, settings(**{"fused": True, **changes}), device=DEVICE)
+    with inhibitor:
+        run = torch.compile(network, backend="aot_eager") if compiled else None
+        return train(network, inhibitor, range(4), split=split, run=run), inhibitor
+
+
+def by_kernel(inhibitor: Inhibitor) -> bool:
+    """Of the newest micro-batch, every layer the same."""
+    (used,) = {hook.in_kernel for hook in inhibitor.hooks}
+    return used
+
+
+@pytest.mark.parametrize("method", ["published", "scale-invariant"])
+@pytest.mark.parametrize("recompute", [None, False, True])
+@pytest.mark.parametrize("split", [1, 2])
+def test_runs_equal_those_of_plain_operations(method, recompute, split):
+    """Losses, gradients, sums and state; and with checkpointing those without it, bit for bit."""
+    plain, plain_inhibitor = inhibited(method=method, fused=False, split=split)
+    assert not by_kernel(plain_inhibitor)
+    found, inhibitor = inhibited(recompute=recompute, method=method, split=split)
+    assert by_kernel(inhibitor) and not inhibitor.self_test_pending
+    assert float(inhibitor.last[:, 0].min()) > 0
+    assert_same(found, plain, rtol=1e-4, atol=1e-6)
+    assert_same_state(inhibitor, plain_inhibitor, rtol=1e-4, atol=1e-6)
+    once, once_inhibitor = inhibited(recompute=None, method=method, split=split)
+    assert_same(found, once)
+    assert_same_state(inhibitor, once_inhibitor)
+
+
+def test_calls_are_counted_and_the_first_step_is_plain():
+    """The self-test's counters, and the largest gradient it waits for."""
+    network = Network(recompute=False).to(DEVICE)
+    inhibitor = Inhibitor([replace(s, function="gelu") for s in sites(network)], settings(fused=True), device=DEVICE)
+    with inhibitor:
+        for step in range(2):
+            for micro_batch in text(step).to(DEVICE).chunk(2):
+                inhibitor.attach_loss(lm_loss(network, micro_batch)).backward()
+            assert by_kernel(inhibitor) == bool(step)
+            for hook in inhibitor.hooks:
+                assert (hook.calls.forward, hook.calls.recomputed, hook.calls.backward) == (2, 2, 2)
+                assert bool(hook.largest_gradient > 0) == bool(step)
+            inhibitor.step()
+
+
+def test_compiled_model_equals_eager():
+    """Under torch.compile the kernel is called as often, outside the graphs."""
+    eager, inhibitor = inhibited(recompute=None, method="published", split=2)
+    torch.compiler.reset()
+    compiled, compiled_inhibitor = inhibited(compiled=True, method="published", split=2)
+    assert by_kernel(compiled_inhibitor) and not compiled_inhibitor.self_test_pending
+    assert_same(compiled, eager, rtol=1e-4, atol=1e-6)
+    assert_same_state(compiled_inhibitor, inhibitor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coefficient": 0.0},
+        {"fused": False},
+        {"function": None},
+        {"method": "top-k regulariser"},
+        {"method": "forward"},
+        {"method": "memel"},
+    ],
+    ids=str,
+)
+def test_where_pytorch_computes_the_gelu(changes):
+    """With lambda 0, as a run without inhibition must be the same to the bit; and wherever `fused.py` is not used."""
+    run, inhibitor = inhibited(**changes)
+    assert not by_kernel(inhibitor)
+    if changes == {"coefficient": 0.0}:
+        assert_same(run, train(Network().to(DEVICE), None, range(4), split=2))
+
+
+def test_padding_and_evaluation():
+    """A token mask, and eval mode, go to PyTorch's GELU."""
+    network = Network().to(DEVICE)
+    inhibitor = Inhibitor([replace(s, function="gelu") for s in sites(network)], settings(fused=True), device=DEVICE)
+    with inhibitor:
+        train(network, inhibitor, range(2))
+        assert by_kernel(inhibitor)
+        network.eval()
+        seen = network(text(0).to(DEVICE)[:, :-1])
+        network.train()
+        inhibitor.set_token_mask(torch.ones(8, 16, device=DEVICE))
+        inhibitor.attach_loss(lm_loss(network, text(0).to(DEVICE))).backward()
+        assert not by_kernel(inhibitor)
+    network.eval()
+    assert torch.equal(seen, network(text(0).to(DEVICE)[:, :-1]))
