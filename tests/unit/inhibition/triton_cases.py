@@ -1,5 +1,5 @@
-"""What `test_triton_gelu.py` runs in Triton's interpreter, and `tests/gpu` on a GPU: whether Triton interprets is decided
-when it is imported, so that this needs a process of its own. Shapes: M tokens, N neurons."""
+"""What `test_triton_gelu.py` runs in Triton's interpreter, and `tests/gpu` on a GPU. In a process of its own: whether
+Triton interprets is decided when it is imported. Shapes: M tokens, N neurons."""
 
 from __future__ import annotations
 
