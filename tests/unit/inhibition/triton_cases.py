@@ -202,6 +202,20 @@ def test_calls_are_counted_and_the_first_step_is_plain():
             inhibitor.step()
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputation_goes_the_way_of_its_forward(recompute):
+    """Also where the token mask of the next micro-batch is there already."""
+    network = Network(recompute=recompute).to(DEVICE)
+    inhibitor = Inhibitor([replace(s, function="gelu") for s in sites(network)], settings(fused=True), device=DEVICE)
+    with inhibitor:
+        train(network, inhibitor, [0])
+        loss = inhibitor.attach_loss(lm_loss(network, text(1).to(DEVICE)))
+        inhibitor.set_token_mask(torch.ones(2, 16, device=DEVICE))
+        loss.backward()
+        assert by_kernel(inhibitor)
+        assert all(hook.calls.recomputed == 1 for hook in inhibitor.hooks)
+
+
 def test_compiled_model_equals_eager():
     """Under torch.compile the kernel is called as often, outside the graphs."""
     eager, inhibitor = inhibited(recompute=None, method="published", split=2)
