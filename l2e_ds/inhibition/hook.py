@@ -127,13 +127,13 @@ class NeuronHook:
     def computes(self, x: Tensor) -> bool:
         """Whether the activation function of x [B, T, N] is to be computed by `gelu`.
 
-        Not with lambda 0, when a run is to be the same to the bit as without inhibition. Recomputation goes the way
-        that its forward went.
+        Not with lambda 0, when a run is to be the same to the bit as without inhibition, and not without history, when
+        moments need a second pass. Recomputation goes the way that its forward went.
         """
         if not self.owner.in_backward:
             self.in_kernel = False
             possible = self.has_kernel and (x.is_cuda or self.interpreted) and x.dtype != torch.float64
-            if possible and self.owner.coefficient > 0:
+            if possible and self.owner.steps and self.owner.coefficient > 0:
                 self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
                 self.in_kernel = self._is_fused(x)
         return self.in_kernel
