@@ -68,6 +68,9 @@ class ModelConfig(Section):
     """Implementation of attention in transformers."""
     activation_checkpointing: bool = False
     """Recompute every layer in backward (non-reentrant)."""
+    compile: bool = False
+    """Compile every layer with torch.compile when training begins (ZeRO 0 to 2). Numbers then differ from those of an
+    uncompiled run by rounding."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:

@@ -126,6 +126,9 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.compile:
+        for layer in model.gpt_neox.layers:
+            layer.compile()  # within what recomputes it, so that a hook's `in_backward` is seen
     model.train()
     return model
 

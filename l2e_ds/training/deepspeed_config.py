@@ -271,6 +271,11 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
             f"training.precision: got fp16, but {where} has ZeRO stage 0, where DeepSpeed divides by a loss scale"
             " that it never multiplied by; use bf16, fp32, or a stage from 1 to 3"
         )
+    if config.model.compile and stage == 3:
+        raise ConfigError(
+            f"model.compile: got true, but {where} has ZeRO stage 3, whose hooks gather weights between compiled"
+            " operations; use false, or a stage from 0 to 2"
+        )
     for part in ("offload_optimizer", "offload_param"):
         if _lookup(ds, ("zero_optimization", part, "device")) == "nvme":
             raise ConfigError(

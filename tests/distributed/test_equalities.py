@@ -40,6 +40,9 @@ ON_TWO_RANKS = {
     "accumulated": {"training": {"micro_batch": 1}},
     **{f"recomputed-{name}": recomputed(METHODS[name]) for name in ("step-published", "forward-published", "memel")},
     "recomputed-zero3": recomputed(stage(3)),
+    "compiled": {"model": {"compile": True}},
+    "compiled-memel": {"model": {"compile": True}, **METHODS["memel"]},
+    "compiled-fused-recomputed": {"model": {"compile": True, "activation_checkpointing": True}, **METHODS["fused"]},
 }
 ON_ONE_RANK = {**METHODS, "accumulated": {"training": {"micro_batch": 2}}}
 
@@ -111,6 +114,15 @@ def test_a_user_s_own_json(runs, assert_same):
 @pytest.mark.parametrize("name", ["step-published", "forward-published", "memel", "zero3"])
 def test_activation_checkpointing_counts_nothing_twice(runs, assert_same, name):
     assert_same(runs[2] / f"recomputed-{name}", runs[2] / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("compiled", "step-published"), ("compiled-memel", "memel"), ("compiled-fused-recomputed", "fused")],
+)
+def test_compiled_layers(runs, assert_same, name, other):
+    """Also what is measured at evaluations, by hooks that a compiled layer would drop."""
+    assert_same(runs[2] / name, runs[2] / other)
 
 
 def test_methods_differ(runs, metric_lines):
