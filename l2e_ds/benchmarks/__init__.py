@@ -1,6 +1,7 @@
 """What users can measure on their own machines: `l2e-ds bench NAME`."""
 
 NAMES = {
+    "overhead": "what a step costs more with inhibition",
     "data": "how fast text becomes tokens and tokens become batches",
     "faults": "kill, hang and damage a small run again and again; compare each resume with the undisturbed run",
     "throughput": "tokens/s and memory against the Hugging Face Trainer and a minimal DeepSpeed loop",

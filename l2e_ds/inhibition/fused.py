@@ -2,15 +2,16 @@
 
 `losses.py` says what is computed, in plain tensor operations that write a temporary of [M, N] for each; it is the
 reference of the tests. Here the same sums come from one read of the activations, and the gradient is added while it
-passes by. On a CPU the GELU itself stays PyTorch's (its result is then the same to the bit as without inhibition);
-on a GPU `triton_gelu.py` computes it in the same pass. Nothing is saved for backward that the network does not save.
+passes by: within the GELU's own backward, where a site says that its activation is one. Forward a GELU is PyTorch's on
+a CPU (faster than compiled) and part of the same kernel on a GPU (`triton_gelu.py`). Nothing is saved for backward
+that the network does not save.
 
 Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,8 +84,24 @@ def _add_gradient(
     return incoming + (gradient * strength).to(incoming.dtype)
 
 
+def _gelu_backward(
+    x: Tensor,
+    z: Tensor,
+    incoming: Tensor,
+    mean: Tensor,
+    inverse_variance: Tensor,
+    tau: Tensor,
+    pull: Tensor,
+    strength: Tensor,
+) -> Tensor:
+    """The gradient of x from that of z = GELU(x), with the inhibition's; all [M, N]."""
+    of_z = _add_gradient(z, incoming, mean, inverse_variance, tau, pull, strength)
+    return torch.ops.aten.gelu_backward(of_z, x)
+
+
 _compiled_sums = torch.compile(_grouped_sums, dynamic=False)
 _compiled_gradient = torch.compile(_add_gradient, dynamic=False)
+_compiled_gelu_backward = torch.compile(_gelu_backward, dynamic=False)
 _compiled_move = torch.compile(hook.moved_statistics, dynamic=False)
 
 
@@ -120,6 +137,49 @@ def add_gradient(
     constants = (statistics.mean, statistics.inverse_variance, statistics.tau, statistics.pull(scale_invariant))
     with _explained():
         return _compiled_gradient(z, incoming, *constants, strength)
+
+
+def gelu_backward(
+    x: Tensor, z: Tensor, incoming: Tensor, statistics: FrozenStatistics, scale_invariant: bool, strength: Tensor
+) -> Tensor:
+    """The gradient of x where z = GELU(x) and `add_gradient` is that of z; [M, N] each. Raises CompileError."""
+    constants = (statistics.mean, statistics.inverse_variance, statistics.tau, statistics.pull(scale_invariant))
+    with _explained():
+        return _compiled_gelu_backward(x, z, incoming, *constants, strength)
+
+
+class _WithInhibition(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        compute: Callable[[Tensor], Tensor],
+        gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        keep: bool,
+    ) -> Tensor:
+        z = compute(x)
+        ctx.save_for_backward(x, z if keep else None)
+        ctx.gradient = gradient
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.gradient(gradients[0], *ctx.saved_tensors), None, None, None
+
+
+# What compute and gradient do depends on the step's state and changes it, which a graph, traced once, would not see.
+@torch.compiler.disable
+def with_inhibition(
+    x: Tensor,
+    compute: Callable[[Tensor], Tensor],
+    gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    keep: bool,
+) -> Tensor:
+    """`compute(x)`, whose gradient in backward is `gradient(incoming, x, z)`; all [M, N].
+
+    keep: whether z is kept for it (the next layer keeps it anyway); else it is given as None.
+    """
+    return _WithInhibition.apply(x, compute, gradient, keep)
 
 
 def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:

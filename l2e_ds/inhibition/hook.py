@@ -91,8 +91,8 @@ class NeuronHook:
         self.selected = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)  # faded count per neuron
         self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
         self.calls = Calls()
-        self.fused = self.in_kernel = False  # this micro-batch
-        self.has_kernel = site.function == "gelu" and find_spec("triton") is not None
+        self.fused = self.is_gelu = self.in_kernel = False  # this micro-batch
+        self.has_triton = find_spec("triton") is not None
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
@@ -131,12 +131,16 @@ class NeuronHook:
         moments need a second pass. Recomputation goes the way that its forward went.
         """
         if not self.owner.in_backward:
-            self.in_kernel = False
-            possible = self.has_kernel and (x.is_cuda or self.interpreted) and x.dtype != torch.float64
-            if possible and self.owner.steps and self.owner.coefficient > 0:
+            self.in_kernel = self.is_gelu = False
+            if self.site.function == "gelu" and self.owner.steps and self.owner.coefficient > 0:
                 self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
-                self.in_kernel = self._is_fused(x)
-        return self.in_kernel
+                self.in_kernel = self._has_kernel(x) and self._is_fused(x)
+                self.is_gelu = self.in_kernel or (x.device.type == "cpu" and self._is_fused(x))
+        return self.is_gelu
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether Triton takes it."""
+        return self.has_triton and (x.is_cuda or self.interpreted) and x.dtype != torch.float64
 
     def _statistics(self, moments: Moments) -> FrozenStatistics:
         rate = self.selected / self.selectable.clamp(min=1)
@@ -170,23 +174,30 @@ class NeuronHook:
         return deactivate(z, self.frozen_now.mean, selected, self._count_backward).view_as(activations)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """As `__call__` of the GELU of x, of which nothing but x is kept; [B, T, N] -> [B, T, N]."""
-        from l2e_ds.inhibition import triton_gelu  # here: Triton need not be there
+        """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
+        from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
         flat = x.reshape(-1, self.site.neurons)
-        return triton_gelu.gelu_with_inhibition(flat, self._compute_gelu, self._gelu_gradient).view_as(x)
+        keep = not self.in_kernel
+        return fused.with_inhibition(flat, self._compute_gelu, self._gelu_gradient, keep).view_as(x)
 
     def _compute_gelu(self, x: Tensor) -> Tensor:
-        from l2e_ds.inhibition import triton_gelu
-
-        z, sums = triton_gelu.forward(x, self.frozen)
-        if self.owner.in_backward:
-            self.calls.recomputed += 1
-        else:
-            self.calls.forward += 1
+        counted = not self.owner.in_backward
+        self.calls.forward += counted
+        self.calls.recomputed += not counted
+        if counted:
             self.fused = True
             self.frozen_now = self.for_loss = self.frozen
-            self._count(sums, x.shape[0])
+        if self.in_kernel:
+            from l2e_ds.inhibition import triton_gelu
+
+            z, sums = triton_gelu.forward(x, self.frozen)
+            if counted:
+                self._count(sums, x.shape[0])
+        else:
+            z = nn.functional.gelu(x)
+            if counted:
+                self._observe_in_one_pass(z)
         return z
 
     @torch.no_grad()
@@ -285,15 +296,23 @@ class NeuronHook:
 
         return fused.add_gradient(incoming, z, self.for_loss, self.settings.scale_invariant, strength)
 
-    def _gelu_gradient(self, incoming: Tensor, x: Tensor) -> Tensor:
-        """The gradient of x [M, N] from that of its GELU, with the inhibition's."""
-        from l2e_ds.inhibition import triton_gelu
-
+    def _gelu_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
+        """The gradient of x [M, N] from that of its GELU z, with the inhibition's."""
         self._count_backward()
         constants = (self.for_loss, self.settings.scale_invariant, self.strength(x))
+
+        def gradient(incoming: Tensor) -> Tensor:
+            if z is None:
+                from l2e_ds.inhibition import triton_gelu
+
+                return triton_gelu.backward(x, incoming, *constants)
+            from l2e_ds.inhibition import fused
+
+            return fused.gelu_backward(x, z, incoming, *constants)
+
         if self.owner.self_test_pending:
-            self._note_largest(triton_gelu.backward(x, torch.zeros_like(incoming), *constants))
-        return triton_gelu.backward(x, incoming, *constants)
+            self._note_largest(gradient(torch.zeros_like(incoming)))
+        return gradient(incoming)
 
     def _note_largest(self, gradient: Tensor) -> None:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())

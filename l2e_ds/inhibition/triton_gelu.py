@@ -14,9 +14,8 @@ statistics [N] float32; all arithmetic in float32.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import triton
@@ -193,33 +192,6 @@ def backward(
             **OPTIONS,
         )
     return outgoing
-
-
-class _GeluWithInhibition(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        ctx.save_for_backward(x)  # and not z: the next layer keeps that
-        ctx.gradient = gradient
-        return compute(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        return ctx.gradient(gradients[0], x), None, None
-
-
-# What compute and gradient do depends on the step's state and changes it, which a graph, traced once, would not see.
-@torch.compiler.disable
-def gelu_with_inhibition(
-    x: Tensor, compute: Callable[[Tensor], Tensor], gradient: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """`compute(x)`, whose gradient in backward is `gradient(incoming, x)`; all [M, N]. Only x is kept for it.
-
-    compute calls `forward` and gradient calls `backward`; what they do with the sums and take as strength is theirs.
-    """
-    return _GeluWithInhibition.apply(x, compute, gradient)
 
 
 @contextmanager

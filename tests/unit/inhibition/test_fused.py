@@ -96,6 +96,23 @@ def test_gradient_is_the_plain_one(dtype, scale_invariant):
         assert not torch.equal(found[selected], incoming[selected])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale_invariant", [False, True])
+def test_gradient_within_that_of_the_gelu(dtype, scale_invariant):
+    """Of the pre-activation: float64's GELU derivative times the gradient of z with the inhibition's."""
+    _, incoming, statistics = example(69, dtype)
+    x = numbers(5, 69, NEURONS).to(dtype)
+    z, strength = torch.nn.functional.gelu(x), torch.tensor(0.03)
+    selected = select_by_threshold(score(z, statistics), statistics)
+    assert int(selected.sum()) > 0
+    of_z = incoming.double() + 0.03 * losses.inhibition_gradient(z, selected, statistics, scale_invariant).double()
+    exact = torch.ops.aten.gelu_backward(of_z, x.double())
+    found = fused.gelu_backward(x, z, incoming, statistics, scale_invariant, strength)
+    assert found.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+
+
 PROGRAM = """
 import torch
 from l2e_ds.errors import CompileError

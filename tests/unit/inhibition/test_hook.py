@@ -69,9 +69,11 @@ class Network(nn.Module):
         return self.head(x)
 
 
-def sites(network: Network, kind: str = "activation", layers: tuple[int, ...] = (0, 2)) -> list[NeuronSite]:
+def sites(
+    network: Network, kind: str = "activation", layers: tuple[int, ...] = (0, 2), function: str | None = None
+) -> list[NeuronSite]:
     attribute = {"activation": "act", "projection": "down"}[kind]
-    return [NeuronSite(i, network.blocks[i], attribute, kind, NEURONS) for i in layers]
+    return [NeuronSite(i, network.blocks[i], attribute, kind, NEURONS, function) for i in layers]
 
 
 def text(seed: int, sequences: int = 8) -> torch.Tensor:
@@ -206,6 +208,25 @@ def test_no_sites():
     """An empty list of sites is an error, not a run without the method."""
     with pytest.raises(ValueError, match="sites is empty"):
         Inhibitor([])
+
+
+@pytest.mark.parametrize("changes", [{}, {"scale_invariant": True}])
+@pytest.mark.parametrize(
+    ("compiled", "recompute"), [(False, None), (False, False), (False, True), (True, None), (True, False)]
+)
+def test_within_the_gelu(changes, recompute, compiled):
+    """A site that says its activation is the GELU, whose backward then adds the gradient: as with plain operations."""
+    runs = []
+    for function, fused in ((None, False), ("gelu", True)):
+        network = Network(recompute=recompute)
+        inhibitor = Inhibitor(sites(network, function=function), settings(fused=fused, **changes))
+        with inhibitor:
+            run = torch.compile(network, backend="aot_eager") if compiled else None
+            runs.append((train(network, inhibitor, range(5), split=2, run=run), inhibitor))
+        assert not inhibitor.self_test_pending
+    assert all(hook.is_gelu for hook in runs[1][1].hooks) and not any(hook.is_gelu for hook in runs[0][1].hooks)
+    assert_same(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
+    assert_same_state(runs[0][1], runs[1][1], rtol=1e-5, atol=1e-7)
 
 
 # --- recomputation, accumulation, padding ------------------------------------------------------------------------

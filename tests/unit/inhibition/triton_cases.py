@@ -144,8 +144,8 @@ def test_only_the_pre_activation_is_kept():
     x.requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        triton_gelu.gelu_with_inhibition(
-            x, lambda x: triton_gelu.forward(x, statistics)[0], lambda gradient, x: gradient
+        fused.with_inhibition(
+            x, lambda x: triton_gelu.forward(x, statistics)[0], lambda gradient, x, z: gradient, keep=False
         )
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
