@@ -77,12 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError."""
+    return throughput.reported_once(_run, arguments)
+
+
+def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     from l2e_ds.config import run_config_from_dict
     from l2e_ds.train import quiet_libraries
     from l2e_ds.training.deepspeed_config import check_device, resolve
 
     quiet_libraries()
-    launch = distributed.find_launch()
     on_gpu = torch.cuda.is_available()
     sizes = ["70m", "410m", "1b", "2.8b"] if on_gpu else ["14m", "31m", "70m"]
     arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
@@ -122,7 +125,6 @@ def run(arguments: argparse.Namespace) -> int:
             write_results(arguments.output, "overhead", results, table)
         print(table, flush=True)
     distributed.leave()
-    return 0
 
 
 # --- the operation -----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError for options; L2EError where a contender fails or computes something else."""
+    return reported_once(_run, arguments)
+
+
+def reported_once(
+    action: Callable[[argparse.Namespace, distributed.Launch], None], arguments: argparse.Namespace
+) -> int:
+    """Do `action` on every rank; what all of them raise alike only rank 0 raises."""
     launch = distributed.find_launch()
     try:
-        _run(arguments, launch)
+        action(arguments, launch)
     except L2EError as error:
         if launch.rank == 0 or not error.on_every_rank:
             raise
@@ -107,6 +115,8 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     quiet_libraries()
     contents = {name: run_file(arguments, name, launch.size) for name in models_of(arguments)}
     check(arguments, contents, launch.size)
+    if find_spec("accelerate") is None:
+        raise ConfigError("bench: the Hugging Face Trainer needs the package accelerate: pip install 'l2e-ds[bench]'")
     about = circumstances("torch", "deepspeed", "transformers", "accelerate", "numpy")
     distributed.join(launch, 10)
     error = None
@@ -169,8 +179,6 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
         raise ConfigError(f"--models: got none, allowed: {', '.join(PYTHIA)}")
     if find_file(arguments.deepspeed) is None:
         raise ConfigError(f"--deepspeed: no such file: {arguments.deepspeed}")
-    if find_spec("accelerate") is None:
-        raise ConfigError("bench: the Hugging Face Trainer needs the package accelerate: pip install 'l2e-ds[bench]'")
     for content in contents.values():
         config, *_ = resolve(run_config_from_dict(content, "bench"), ranks, has_bf16=False)
         network_config(config.model, arguments.sequence_length)
