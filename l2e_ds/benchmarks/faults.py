@@ -16,7 +16,6 @@ import random
 import re
 import shlex
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from typing import Any
 import psutil
 import yaml
 
+from l2e_ds import distributed
 from l2e_ds.benchmarks import virtual_slurm
 from l2e_ds.benchmarks.about import machine, new_folder, say, versions
 from l2e_ds.benchmarks.watched_run import RunEnded, RunLost, WatchedRun, read_reference
@@ -191,7 +191,7 @@ class Benchmark:
         """The supervisor over the deepspeed launcher."""
         supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
         run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
-        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(free_port())]
+        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(distributed.free_port())]
         return [*supervisor, *run, "--", *launcher, "--log_level", "error", "--module", "l2e_ds.train"]
 
     def run_undisturbed(self) -> None:
@@ -691,9 +691,3 @@ def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
     import torch
 
     return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -36,7 +36,6 @@ from l2e_ds.benchmarks.about import (
     write_results,
 )
 from l2e_ds.benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
-from l2e_ds.benchmarks.faults import free_port
 from l2e_ds.errors import ConfigError, L2EError
 
 DEFAULTS: dict[str, Any] = {
@@ -295,7 +294,7 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
     run = spec["run"] | {"training": spec["run"]["training"] | {"run_directory": str(folder / "run")}}
     paths = [folder / name for name in ("spec.json", "result.json", "log")]
     paths[0].write_text(json.dumps(spec | {"run": run, "folder": str(folder)}), encoding="utf-8")
-    port = distributed.main_decides(free_port() if distributed.is_main() else None)
+    port = distributed.main_decides(distributed.free_port() if distributed.is_main() else None)
     command = [sys.executable, "-m", "l2e_ds.benchmarks.contenders", *map(str, paths[:2])]
     with paths[2].open("wb") as log:
         child = subprocess.Popen(
