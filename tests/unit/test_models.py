@@ -21,6 +21,7 @@ from l2e_ds.models import (
 )
 from l2e_ds.training.checkpoint import is_due
 from l2e_ds.training.engine import learning_rate, parameter_groups
+from l2e_ds.training.loss import LossHead
 
 # METHOD, section 10: layers, hidden, heads, peak learning rate, vocabulary rows; total parameters as published.
 FAMILY = {
@@ -145,6 +146,22 @@ def test_building_leaves_the_random_state_alone():
     torch.manual_seed(3)
     build()
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_packed_sequences_have_no_mask(monkeypatch):
+    """Attention is torch's own, causal, without a [T, T] mask that would keep it from its flash kernels."""
+    seen = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*arguments, **options):
+        seen.append((options.get("attn_mask"), options.get("is_causal")))
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    config = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
+    model = build_network(config, network_config(config, 16), 1, None)
+    LossHead(model).loss(model, torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64)).backward()
+    assert seen == [(None, True)] * 2
 
 
 def test_training_mode_and_checkpointing():

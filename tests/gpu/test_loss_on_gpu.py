@@ -1,0 +1,35 @@
+"""The LM loss in chunks, and Liger's kernel where it is installed, on a GPU; written without one at hand."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch.nn import functional
+
+from l2e_ds.training import loss
+
+TOKENS, HIDDEN, VOCABULARY = 5000, 256, 50304
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("liger", [False, True])
+def test_value_and_gradients(monkeypatch, dtype, tolerance, liger):
+    if liger and find_spec("liger_kernel") is None:
+        pytest.skip("needs a CUDA device with the package liger-kernel")
+    if not liger:
+        monkeypatch.setattr(loss, "find_spec", lambda name: None)
+    torch.manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, device="cuda").to(dtype).requires_grad_()
+    weight = (0.1 * torch.randn(VOCABULARY, HIDDEN, device="cuda")).to(dtype).requires_grad_()
+    targets = torch.randint(VOCABULARY, (TOKENS,), device="cuda")
+    found = loss.chunked_cross_entropy(hidden, weight, targets)
+    (found * 1024).backward()
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = functional.cross_entropy(exact[0] @ exact[1].T, targets)
+    (expected * 1024).backward()
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=tolerance, atol=0)
+    for tensor, reference in zip((hidden, weight), exact, strict=True):
+        assert tensor.grad.dtype == dtype
+        assert float((tensor.grad.double() - reference.grad).norm() / reference.grad.norm()) < tolerance
