@@ -10,6 +10,9 @@ Shapes: B sequences of a micro-batch, T tokens a sequence, N neurons of a layer.
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +147,7 @@ def _peak(forward: Any, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward().backward()
     live, peak = 0, 0
     events = profiler.profiler.kineto_results.events()
@@ -152,6 +155,19 @@ def _peak(forward: Any, device: torch.device) -> int:
         live += allocated
         peak = max(peak, live)
     return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's C++ side announces itself there, whatever it is told."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def per_token(results: dict[str, Any], variant: str, what: str) -> float:

@@ -83,33 +83,32 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
         if torch.cuda.is_available():
             device = torch.device("cuda", 0)
         traffic = {ranks: on_own_ranks(ranks, timed, arguments.rounds) for ranks in arguments.ranks}
+    rounds = arguments.rounds
+    shapes = {
+        "neurons": [(FIXED_TOKENS, neurons) for neurons in arguments.neurons],
+        "tokens": [(tokens, FIXED_NEURONS) for tokens in arguments.tokens],
+    }
+    results = about | {  # of every rank, since a step reduces over them
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        **{
+            name: [overhead.measure_operation(*shape, torch.float32, device, rounds) for shape in some]
+            for name, some in shapes.items()
+        },
+        "layers": {
+            layers: overhead.time_steps(layers, FIXED_TOKENS, FIXED_NEURONS, device, rounds)
+            for layers in arguments.layers
+        },
+        "sizes": sizes,
+        "all_reduce": traffic,
+    }
     if launch.rank == 0:
-        rounds = arguments.rounds
-        shapes = {
-            "neurons": [(FIXED_TOKENS, neurons) for neurons in arguments.neurons],
-            "tokens": [(tokens, FIXED_NEURONS) for tokens in arguments.tokens],
-        }
-        results = about | {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
-            "rounds": rounds,
-            **{
-                name: [overhead.measure_operation(*shape, torch.float32, device, rounds) for shape in some]
-                for name, some in shapes.items()
-            },
-            "layers": {
-                layers: overhead.time_steps(layers, FIXED_TOKENS, FIXED_NEURONS, device, rounds)
-                for layers in arguments.layers
-            },
-            "sizes": sizes,
-            "all_reduce": traffic,
-        }
         table = page(results)
         if arguments.output is not None:
             write_results(arguments.output, "scaling", results, table)
         print(table, flush=True)
     if launch.size > 1:
-        distributed.agree(None)  # the others wait for rank 0's measurements
         distributed.leave()
 
 
@@ -202,7 +201,7 @@ def page(results: dict[str, Any]) -> str:
         parts.append(f"## {name.capitalize()}\n\n{markdown(heads, rows)}")
     rows = [[str(layers), median_and_spread(times, 3)] for layers, times in results["layers"].items()]
     parts.append(
-        "## Layers\n\nOnce a step, on one rank: moments and thresholds move.\n\n"
+        "## Layers\n\nOnce a step, moments and thresholds move.\n\n"
         + markdown(["hooked layers", "Inhibitor.step, ms"], rows)
     )
     rows = [

@@ -14,7 +14,7 @@ from l2e_ds.benchmarks import memory, overhead
 from l2e_ds.inhibition.hook import NeuronHook
 from tests.conftest import free_port
 
-SCALING = ("--neurons", "8", "16", "--tokens", "4", "--layers", "1", "2", "--rounds", "2", "--models", "pythia-14m")
+SCALING = ("--neurons", "8", "--tokens", "4", "--layers", "1", "2", "--rounds", "2", "--models", "pythia-14m")
 
 
 @pytest.mark.parametrize("ranks", ["own", "launched"])
@@ -24,17 +24,17 @@ def test_scaling(tmp_path, launch, ranks):
     if ranks == "launched":
         command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
         command += ["--master_port", free_port(), "--module", "l2e_ds.cli"]
-    started = launch(*command, "bench", "scaling", *SCALING, "--ranks", "1", "2", "--output", tmp_path / "out")
+    started = launch(*command, "bench", "scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out")
     assert started.end(120) == 0, started.said()[-4000:]
     record = json.loads((tmp_path / "out/scaling.json").read_text())
     assert record["date"] and record["machine"] and "torch" in record["versions"]
-    assert [one["neurons"] for one in record["neurons"]] == [8, 16] and record["tokens"][0]["tokens"] == 4
+    assert record["neurons"][0]["neurons"] == 8 and record["tokens"][0]["tokens"] == 4
     for operation in (*record["neurons"], *record["tokens"]):
         assert all(len(times) == 2 and min(times) > 0 for times in operation["passes"].values())
     assert {name: len(times) for name, times in record["layers"].items()} == {"1": 2, "2": 2}
     size = record["sizes"]["pythia-14m"]
     assert size["packed"] == 2 * 8 * NeuronHook.buffer_size(512) and size["gradients"] == 4 * 14_067_712
-    assert list(record["all_reduce"]) == (["1", "2"] if ranks == "own" else ["2"])
+    assert list(record["all_reduce"]) == ["2"]
     table = (tmp_path / "out/scaling.md").read_text()
     assert table in started.said() and str(tmp_path) not in table
     times = record["all_reduce"]["2"][0]
@@ -64,7 +64,7 @@ def test_memory(tmp_path, capsys):
         assert [one["kept"] for one in record["found"][variant]] == [one["kept"] for one in record["found"]["none"]]
         assert memory.per_token(record, variant, "kept") == 0
     assert memory.per_token(record, "MEmeL", "kept") == 2 * 512
-    assert memory.per_token(record, "L2E, plain operations", "peak") > 0
+    assert memory.per_token(record, "L2E", "peak") == 0 < memory.per_token(record, "MEmeL", "peak")
     for one in (one for sizes in record["found"].values() for one in sizes):
         assert one["peak"] > one["kept"] > 0
     assert record["found"]["L2E"][0]["state"] >= 2 * 8 * NeuronHook.buffer_size(512)
