@@ -217,9 +217,9 @@ def page(results: dict[str, Any]) -> str:
     timed = [model for model, size in results["sizes"].items() if size["gradients"] <= LARGEST]
     for ranks, found in results["all_reduce"].items():
         for model, times in zip(timed, found, strict=True):
-            ratio = statistics.median(times["packed"]) / statistics.median(times["gradients"])
+            ratio = 100 * statistics.median(times["packed"]) / statistics.median(times["gradients"])
             both = [median_and_spread(times[name]) for name in ("packed", "gradients")]
-            rows.append([str(ranks), model, *both, f"{100 * ratio:.1f}"])
+            rows.append([str(ranks), model, *both, f"{ratio:.1f}" if int(ranks) > 1 else "nothing is sent"])
     parts.append(
         "## Time between ranks\n\nNothing else goes on meanwhile; in training the packed sums travel behind backward."
         f" Gradients of more than {LARGEST // 2**20} MiB are not timed.\n\n"
