@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+HAS_LIGER = (
+    find_spec("liger_kernel") is not None
+)  # looked up once: a missing package is searched for on all of the path
 # Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.
 IN_ONE_PIECE = 2**24
 # Tokens of a chunk: on a CPU its logits should stay in the last cache, on a GPU they must fill it.
@@ -81,7 +84,7 @@ def chunked_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
-    if hidden.is_cuda and find_spec("liger_kernel") is not None:
+    if hidden.is_cuda and HAS_LIGER:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         return liger_fused_linear_cross_entropy(hidden, weight, targets, accum_dtype=torch.float32)
