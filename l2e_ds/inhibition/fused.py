@@ -105,6 +105,8 @@ _compiled_gelu_backward = torch.compile(_gelu_backward, dynamic=False)
 _compiled_move = torch.compile(hook.moved_statistics, dynamic=False)
 
 
+# A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
+@torch.no_grad()
 def column_sums(z: Tensor, statistics: FrozenStatistics) -> ColumnSums:
     """What forward needs of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
     whole = z.shape[0] - z.shape[0] % ROWS
