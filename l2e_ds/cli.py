@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds import benchmarks
+from l2e_ds.console import CommandParser
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from l2e_ds import doctor
 
         return doctor.main(words[1:])
-    parser = argparse.ArgumentParser(prog="l2e-ds", description=l2e_ds.__doc__)
+    parser = CommandParser(prog="l2e-ds", description=l2e_ds.__doc__)
     parser.add_argument("--version", action="version", version=l2e_ds.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from l2e_ds.console import CommandParser
+
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
@@ -72,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="l2e-ds doctor", description=str(__doc__).splitlines()[0])
+    parser = CommandParser(prog="l2e-ds doctor", description=str(__doc__).splitlines()[0])
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     imports = _checked("imports", check_imports)

@@ -58,7 +58,7 @@ def _newest_step(run: Sequence[str]) -> int:
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     before, launcher = supervise.split_at_dashes(words)
-    parser = argparse.ArgumentParser(prog="python -m l2e_ds.slurm", description=__doc__)
+    parser = console.CommandParser(prog="python -m l2e_ds.slurm", description=__doc__)
     parser.add_argument("--restarts", metavar="N", help="as of l2e_ds.supervise")
     parser.add_argument("--list", type=Path, help="one run a line; this array task's line is run")
     parser.add_argument("run", nargs="*", metavar="RUN.yaml [section.key=value ...]")

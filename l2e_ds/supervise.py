@@ -10,7 +10,6 @@ instead, which rank 0 looks for at every step. Exit codes are those of `l2e-ds t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -51,7 +50,7 @@ _received: list[tuple[float, signal.Signals]] = []  # when, which
 
 def main(argv: Sequence[str] | None = None) -> int:
     words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = console.CommandParser(
         usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
     )
     parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS") or "3")

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.console import say
+from l2e_ds.console import CommandParser, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m l2e_ds.train", description=__doc__)
+    parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
     return run(parse(parser, argv))
 

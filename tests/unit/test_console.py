@@ -1,0 +1,26 @@
+"""A mistyped option is an error, whatever it begins like, in every command."""
+
+import pytest
+
+from l2e_ds import cli, slurm, supervise, train
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "mistyped"),
+    [
+        (cli.main, ["bench", "overhead", "--round", "3"], "--round"),
+        (cli.main, ["plan", "run.yaml", "--gpus", "8", "--gpu", "h100", "--node", "2"], "--node"),
+        (cli.main, ["export", "runs/x", "--output", "there", "--st", "3"], "--st"),
+        (cli.main, ["checkpoint", "prune", "runs/x", "--keep-last", "1", "--dry"], "--dry"),
+        (cli.main, ["doctor", "--second", "3"], "--second"),
+        (cli.main, ["train", "run.yaml", "--dry"], "--dry"),
+        (train.main, ["run.yaml", "--dry"], "--dry"),
+        (supervise.main, ["--restart", "3", "run.yaml", "--", "torchrun"], "--restart"),
+        (slurm.main, ["--restart", "3", "run.yaml", "--", "srun"], "--restart"),
+    ],
+)
+def test_options_are_not_abbreviated(command, words, mistyped, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(words)
+    assert ended.value.code == 2
+    assert f"unrecognized arguments: {mistyped}" in capsys.readouterr().err.splitlines()[-1]
