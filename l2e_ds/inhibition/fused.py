@@ -22,7 +22,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from l2e_ds.errors import CompileError
-from l2e_ds.inhibition import hook
+from l2e_ds.inhibition import running_statistics
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics
 from l2e_ds.inhibition.moments import Moments
 
@@ -102,7 +102,7 @@ def _gelu_backward(
 _compiled_sums = torch.compile(_grouped_sums, dynamic=False)
 _compiled_gradient = torch.compile(_add_gradient, dynamic=False)
 _compiled_gelu_backward = torch.compile(_gelu_backward, dynamic=False)
-_compiled_move = torch.compile(hook.moved_statistics, dynamic=False)
+_compiled_move = torch.compile(running_statistics.moved_statistics, dynamic=False)
 
 
 # A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
@@ -185,7 +185,7 @@ def with_inhibition(
 
 
 def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
-    """`hook.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
+    """`running_statistics.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
     with _explained():
         return _compiled_move(*arguments)
 

@@ -28,7 +28,8 @@ from l2e_ds.errors import SelfTestError
 from l2e_ds.inhibition import losses, memel
 from l2e_ds.inhibition.losses import FrozenStatistics
 from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, sample_count, shifted_sums
-from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
+from l2e_ds.inhibition.running_statistics import moved_statistics
+from l2e_ds.inhibition.threshold import initial_threshold
 
 if TYPE_CHECKING:
     from l2e_ds.inhibition.fused import ColumnSums
@@ -340,48 +341,6 @@ class NeuronHook:
         )
         self._freeze()
         return statistics
-
-
-def moved_statistics(
-    moments: Moments,
-    tau: Tensor,
-    selected: Tensor,
-    selectable: Tensor,
-    sums: tuple[Tensor, Tensor, Tensor, Tensor],
-    shift: Tensor,
-    fade: float,
-    target_share: float,
-    seen_before: bool,
-) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
-    """The first four and the layer's `STATISTICS` after a step; everything float64.
-
-    selected, shift: [N]; tau, selectable: []; sums: `NeuronHook._parts`, of all ranks; shift: what d was taken from;
-    seen_before: whether the step's own samples were in the moments that it selected by (`reduce: forward`).
-    """
-    header, d, d2, newly_selected = sums
-    tokens, loss, score = header.unbind()
-    pairs = tokens * d.shape[0]
-    batch = Moments.from_sums(tokens, d, d2, shift.double())
-    merged = moments.fade(fade).merge(batch)
-    before = merged if seen_before else moments
-    possible = losses.is_alive(before.mean, before.variance).any()
-    total = newly_selected.sum()
-    statistics = torch.stack(
-        [
-            total / pairs.clamp(min=1),
-            tau,
-            score / total.clamp(min=1),
-            merged.variance.sqrt().mean(),
-            loss / (target_share * pairs).clamp(min=1),
-        ]
-    )
-    return (
-        merged,
-        moved_threshold(tau, total, pairs, target_share, possible),
-        selected * fade + newly_selected,
-        selectable * fade + torch.where(possible, tokens, 0.0),
-        statistics,
-    )
 
 
 class InhibitedActivation(nn.Module):
