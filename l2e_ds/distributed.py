@@ -195,6 +195,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def reported_once(action: Callable[[Launch], None]) -> int:
+    """Do `action` on every rank; what all of them raise alike only rank 0 raises. Returns the exit code."""
+    launch = find_launch()
+    try:
+        action(launch)
+    except L2EError as error:
+        if launch.rank == 0 or not error.on_every_rank:
+            raise
+        time.sleep(1.0)  # a launcher ends all when one has ended: rank 0 says why before
+        return error.exit_code
+    return 0
+
+
 # --- ranks and collectives ---------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,12 @@ class CheckpointError(L2EError):
     on_every_rank = True
 
 
+class AnalysisError(L2EError):
+    """A model's activations are not finite, so that nothing can be said of them. Ranks agree before they raise it."""
+
+    on_every_rank = True
+
+
 class SaveError(L2EError):
     """A checkpoint could not be written (a full disk). Ranks agree before they raise it."""
 

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError."""
-    return throughput.reported_once(_run, arguments)
+    return distributed.reported_once(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from l2e_ds import distributed
-from l2e_ds.benchmarks import overhead, throughput
+from l2e_ds.benchmarks import overhead
 from l2e_ds.benchmarks.about import circumstances, heading, markdown, median_and_spread, new_folder, write_results
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.inhibition.hook import NeuronHook
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError; L2EError where a rank fails."""
-    return throughput.reported_once(_run, arguments)
+    return distributed.reported_once(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,22 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError for options; L2EError where a contender fails or computes something else."""
-    return reported_once(_run, arguments)
-
-
-def reported_once(
-    action: Callable[[argparse.Namespace, distributed.Launch], None], arguments: argparse.Namespace
-) -> int:
-    """Do `action` on every rank; what all of them raise alike only rank 0 raises."""
-    launch = distributed.find_launch()
-    try:
-        action(arguments, launch)
-    except L2EError as error:
-        if launch.rank == 0 or not error.on_every_rank:
-            raise
-        time.sleep(1.0)  # a launcher ends all when one has ended: rank 0 says why before
-        return error.exit_code
-    return 0
+    return distributed.reported_once(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:

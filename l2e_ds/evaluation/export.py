@@ -11,7 +11,7 @@ import io
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -19,6 +19,9 @@ import yaml
 from l2e_ds.errors import CheckpointError
 from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
 from l2e_ds.training.manifest import verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,17 +102,14 @@ def _master_weights_of_bf16_optimizer(checkpoint: Path) -> dict[str, torch.Tenso
     return {name: torch.cat(pieces[name]).view(shape) for name, shape in shapes.items()}
 
 
-def export(source: Path, output: Path, step: int | None = None, precision: str | None = None) -> dict[str, Any]:
-    """Write the model and tokenizer of a run or checkpoint to `output`.
+def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The network of a verified checkpoint, on the CPU, and the checkpoint's state (`state.json`).
 
-    precision: of the written weights; default: the run's, with which logits equal the engine's. Returns step,
-    precision, parameters, and whether there was a tokenizer. Raises CheckpointError.
+    precision: of the weights; default: the run's, with which logits equal the engine's. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
-    checkpoint = find_checkpoint(source, step)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"--output: {output} exists and is not an empty folder")
     state = read_state(checkpoint)
     precision = precision or state["identity"]["precision"]
     run_directory = checkpoint.parent.parent
@@ -117,7 +117,7 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
         raise CheckpointError(f"{run_directory / 'model'}: the network's config.json is missing")
     network = AutoConfig.from_pretrained(run_directory / "model")
     network.use_cache = True
-    with torch.device("meta"):
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(network, dtype=DTYPES[precision])
     weights = checkpoint_weights(checkpoint, precision)
     expected = {name for name, _ in model.named_parameters()}
@@ -126,7 +126,22 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
     wrong = [name for name, p in model.named_parameters() if p.shape != weights[name].shape]
     if wrong:
         raise CheckpointError(f"{checkpoint}: {wrong[0]} is of another shape than {run_directory / 'model'} says")
-    model.load_state_dict(weights, strict=False, assign=True)  # buffers are not in the checkpoint
+    model.load_state_dict(weights, strict=False, assign=True)  # but for buffers, made above
+    return model, state
+
+
+def export(source: Path, output: Path, step: int | None = None, precision: str | None = None) -> dict[str, Any]:
+    """Write the model and tokenizer of a run or checkpoint to `output`.
+
+    precision: of the written weights; default: the run's, with which logits equal the engine's. Returns step,
+    precision, parameters, and whether there was a tokenizer. Raises CheckpointError.
+    """
+    checkpoint = find_checkpoint(source, step)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"--output: {output} exists and is not an empty folder")
+    model, state = load_network(checkpoint, precision)
+    precision = precision or state["identity"]["precision"]
+    run_directory = checkpoint.parent.parent
 
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))

@@ -1,0 +1,304 @@
+"""What is read from the neurons: a table of each text's activations in one pass, scores by bins in a second.
+
+Ranks take turns at batches of texts; a batch is the same whatever their number. What they found is summed, a block at a
+time, on rank 0, which alone computes the measures: tables are bit-identical for any number of ranks. Nothing that is
+kept in memory grows with the number of texts; tables of texts are on disk.
+
+Shapes: B texts of a batch, T tokens a text, N neurons of a layer, F features, BINS bins of the score.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.lib.format import open_memmap
+from torch import Tensor
+from tqdm import tqdm
+
+from l2e_ds import distributed
+from l2e_ds.analysis.load import LoadedModel
+from l2e_ds.errors import AnalysisError
+from l2e_ds.inhibition.measure import observed
+
+# Bins of the score phi: 64 of equal width between neighbouring powers of two, from 2^-8 to 2^16; below and above, one.
+# That is how a float32 is written: its exponent and the first 6 bits of its mantissa are the number of the bin.
+MANTISSA_BITS = 6
+LOWEST, HIGHEST = -8, 16
+BINS = (HIGHEST - LOWEST) * 2**MANTISSA_BITS + 1
+_SHIFT = 23 - MANTISSA_BITS
+_FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
+# Values of one neuron, for its distribution: equal bins over what it takes.
+VALUE_BINS = 64
+BLOCK = 1024  # columns or rows of a table that are in memory at a time
+
+
+def bin_edges() -> np.ndarray:
+    """[BINS] float64: the lower edge of each bin; the first is 0."""
+    octaves = 2.0 ** np.arange(LOWEST, HIGHEST)
+    within = 1 + np.arange(2**MANTISSA_BITS) / 2**MANTISSA_BITS
+    return np.concatenate([[0.0], np.outer(octaves, within).ravel()])
+
+
+def bin_of(scores: Tensor) -> Tensor:
+    """The bin of each score >= 0, int32; float32 of any shape."""
+    return (scores.view(torch.int32) >> _SHIFT).sub_(_FIRST).clamp_(0, BINS - 1)
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """A layer's table of texts, each [texts, N] float32 on disk: mean, variance (population) and largest activation of
+    the text's T tokens. `tokens` is T; where a text is one sample (`as_one_sample`), 1."""
+
+    layer: int
+    mean: np.ndarray
+    variance: np.ndarray
+    top: np.ndarray
+    tokens: int
+
+    def as_one_sample(self, kind: str) -> LayerActivations:
+        """Each text as one sample: its mean or its largest activation ("max"), as in sparse probing."""
+        value = self.mean if kind == "mean" else self.top
+        return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, 1)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a layer's scores are taken from, and each neuron's own feature; [N], from the first pass."""
+
+    mean: np.ndarray
+    inverse_variance: np.ndarray  # 0 for dead neurons
+    own_feature: np.ndarray  # int64; -1 for dead neurons
+
+
+@dataclass(frozen=True)
+class LayerHistogram:
+    """counts: [texts, 2, BINS] int32 on disk, the text's scores by bins, second index 1 where the text's feature is the
+    neuron's own; dead neurons are left out. fourth: [N] float64, mean of phi^2 over all samples."""
+
+    counts: np.ndarray
+    fourth: np.ndarray
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Activations of one neuron by feature: counts [F, VALUE_BINS] int64 between edges [VALUE_BINS + 1]; what lies
+    outside is in the outermost."""
+
+    layer: int
+    neuron: int
+    edges: np.ndarray
+    counts: np.ndarray
+
+
+class Texts:
+    """The batches of tokens [texts, T] that are this rank's, and how its results get to rank 0."""
+
+    def __init__(self, tokens: np.ndarray, batch: int, keep_step: bool = False) -> None:
+        """keep_step: every rank runs equally often (ZeRO-3), some of them on a batch that is not theirs."""
+        self.tokens, self.batch = tokens, batch
+        starts = range(0, len(tokens), batch)
+        self._mine = [start for place, start in enumerate(starts) if place % distributed.size() == distributed.rank()]
+        self.rounds = math.ceil(len(starts) / distributed.size())
+        self.idle = self.rounds - len(self._mine) if keep_step else 0
+
+    def __iter__(self) -> Iterator[slice]:
+        for start in self._mine:
+            yield slice(start, min(start + self.batch, len(self.tokens)))
+
+    def __len__(self) -> int:
+        return len(self._mine)
+
+
+def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor], None], doing: str) -> None:
+    """One pass: `see(index of the site, rows of the texts, neurons [B * T, N])` for every batch of this rank.
+
+    Raises AnalysisError, on every rank, for what `see` raises as one.
+    """
+    rows = slice(0, 0)
+    error: AnalysisError | None = None
+
+    def seen(index: int, z: Tensor) -> None:
+        if rows.stop:
+            see(index, rows, z)
+
+    with observed(model.sites, seen), tqdm(texts, doing, unit="batch", disable=None if _shows() else True) as bar:
+        try:
+            for rows in bar:
+                model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
+                distributed.beat()
+        except AnalysisError as raised:
+            error = raised
+        rows = slice(0, 0)
+        for _ in range(texts.idle):
+            model.run(torch.from_numpy(texts.tokens[: texts.batch].astype(np.int64)))
+    distributed.agree(error)
+
+
+def _shows() -> bool:
+    return distributed.is_main()
+
+
+def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
+    """The first pass. folder: this rank's own, for its part of the tables and, on rank 0, for the whole.
+
+    Returns the layers on rank 0, nothing elsewhere. Raises AnalysisError naming the layer, neuron and text whose
+    activation is not finite.
+    """
+    count, length = texts.tokens.shape
+    parts = [_Table(folder / f"layer-{site.layer:03d}", count, site.neurons) for site in model.sites]
+
+    def see(index: int, rows: slice, z: Tensor) -> None:
+        z = z.view(rows.stop - rows.start, length, -1).float()
+        variance, mean = torch.var_mean(z, 1, correction=0)
+        found = torch.stack([mean, variance, z.amax(1)]).cpu().numpy()
+        if not np.isfinite(found).all():
+            _, text, neuron = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
+            raise AnalysisError(
+                f"{model.source.given}: layer {model.sites[index].layer}, neuron {neuron}: its activations in text"
+                f" {rows.start + text} are not finite; with --precision fp32 they may be"
+            )
+        parts[index].write(rows, found)
+
+    run_over(model, texts, see, f"{model.source.label}: activations")
+    whole = [part.joined() for part in parts]
+    return [
+        LayerActivations(site.layer, table[0], table[1], table[2], length)
+        for site, table in zip(model.sites, whole, strict=True)
+        if table is not None
+    ]
+
+
+class _Table:
+    """Three arrays [texts, N] float32 in files: mean, variance, top; zero where no row was written."""
+
+    NAMES = ("mean", "variance", "top")
+
+    def __init__(self, path: Path, texts: int, neurons: int) -> None:
+        path.mkdir(parents=True)
+        self.arrays = [
+            open_memmap(path / f"{name}.npy", mode="w+", dtype=np.float32, shape=(texts, neurons))
+            for name in self.NAMES
+        ]
+
+    def write(self, rows: slice, values: np.ndarray) -> None:
+        for array, value in zip(self.arrays, values, strict=True):
+            array[rows] = value
+
+    def joined(self) -> list[np.ndarray] | None:
+        """The sum over ranks on rank 0, in place, a block of neurons at a time; None elsewhere. Collective."""
+        for array in self.arrays:
+            for first in range(0, array.shape[1] if distributed.size() > 1 else 0, BLOCK):
+                columns = slice(first, first + BLOCK)
+                total = _sum_on_main(np.ascontiguousarray(array[:, columns]))
+                if distributed.is_main():
+                    array[:, columns] = total
+        return list(self.arrays) if distributed.is_main() else None
+
+
+def _sum_on_main(values: np.ndarray) -> np.ndarray:
+    """Over the ranks; elsewhere meaningless. Each element comes from one rank and is zero on the others: exact."""
+    tensor = torch.from_numpy(values)
+    if distributed.size() > 1:
+        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.reduce(on_device, 0)
+        tensor = on_device.cpu()
+    return tensor.numpy()
+
+
+def count_scores(
+    model: LoadedModel,
+    texts: Texts,
+    labels: np.ndarray,
+    references: Sequence[Reference],
+    features: int,
+    shown: Sequence[tuple[int, int, float, float]],
+    folder: Path,
+) -> tuple[list[LayerHistogram], list[Distribution]]:
+    """The second pass: scores by bins, and the distributions of some neurons.
+
+    labels: [texts]; references: one a site, the same on every rank; shown: (layer, neuron, lowest and highest value) of
+    the neurons whose distribution is wanted; folder: as in `collect_activations`. Returns both on rank 0, empty lists
+    elsewhere.
+    """
+    count, length = texts.tokens.shape
+    device = model.device
+    tables = [
+        open_memmap(folder / f"scores-{site.layer:03d}.npy", mode="w+", dtype=np.int32, shape=(count, 2, BINS))
+        for site in model.sites
+    ]
+    constants = [
+        (
+            torch.from_numpy(part.mean.astype(np.float32)).to(device),
+            torch.from_numpy(part.inverse_variance.astype(np.float32)).to(device),
+            torch.from_numpy(part.own_feature).to(device),
+        )
+        for part in references
+    ]
+    fourth = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in model.sites]
+    values = torch.zeros(len(shown), features, VALUE_BINS, dtype=torch.float64)
+    on_device = torch.from_numpy(np.asarray(labels)).to(device)
+
+    def see(index: int, rows: slice, z: Tensor) -> None:
+        mean, inverse_variance, own = constants[index]
+        z = z.float()
+        scores = (z - mean).square_().mul_(inverse_variance)
+        fourth[index] += torch.linalg.vecdot(scores, scores, dim=0).double()
+        batch = rows.stop - rows.start
+        # the place of each neuron's counts in [B, 2, BINS]; those of dead neurons are put behind
+        own_text = on_device[rows, None] == own
+        place = (torch.arange(batch, device=device)[:, None] * 2 + own_text) * BINS
+        place = torch.where(own >= 0, place, batch * 2 * BINS).int()
+        bins = bin_of(scores).view(batch, length, -1).add_(place[:, None])
+        counts = torch.bincount(bins.flatten(), minlength=batch * 2 * BINS)[: batch * 2 * BINS]
+        tables[index][rows] = counts.view(batch, 2, BINS).cpu().numpy()
+        for place_shown, (layer, neuron, low, high) in enumerate(shown):
+            if layer == model.sites[index].layer:
+                column = z.view(batch, length, -1)[:, :, neuron].clamp(low, high).cpu()
+                for text, label in zip(column, labels[rows], strict=True):
+                    values[place_shown, label] += torch.histc(text, VALUE_BINS, low, high)
+
+    run_over(model, texts, see, f"{model.source.label}: scores")
+    samples = count * length
+    histograms = []
+    for table, part in zip(tables, fourth, strict=True):
+        for first in range(0, count if distributed.size() > 1 else 0, BLOCK):
+            total = _sum_on_main(np.array(table[first : first + BLOCK]))
+            if distributed.is_main():
+                table[first : first + BLOCK] = total
+        distributed.all_reduce_sum(part)
+        histograms.append(LayerHistogram(table, part.cpu().numpy() / samples))
+    values = torch.from_numpy(_sum_on_main(values.numpy()))
+    distributions = [
+        Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[place].long().numpy())
+        for place, (layer, neuron, low, high) in enumerate(shown)
+    ]
+    return (histograms, distributions) if distributed.is_main() else ([], [])
+
+
+def count_scores_of_samples(
+    layer: LayerActivations, labels: np.ndarray, reference: Reference, path: Path
+) -> LayerHistogram:
+    """As `count_scores` where a text is one sample: from the table of the first pass alone."""
+    texts, neurons = layer.mean.shape
+    table = open_memmap(path, mode="w+", dtype=np.int32, shape=(texts, 2, BINS))
+    table[:] = 0
+    fourth = np.zeros(neurons)
+    alive = reference.own_feature >= 0
+    for first in range(0, texts, 64):
+        rows = slice(first, min(first + 64, texts))
+        d = layer.mean[rows] - reference.mean.astype(np.float32)
+        scores = d * d * reference.inverse_variance.astype(np.float32)
+        fourth += (scores.astype(np.float64) ** 2).sum(0)
+        bins = bin_of(torch.from_numpy(scores)).numpy()
+        own = labels[rows, None] == reference.own_feature
+        for place in range(rows.stop - rows.start):
+            for is_own in (0, 1):
+                chosen = bins[place][alive & (own[place] == bool(is_own))]
+                table[first + place, is_own] = np.bincount(chosen, minlength=BINS)
+    return LayerHistogram(table, fourth / texts)

@@ -1,0 +1,165 @@
+"""What `MODEL` means on the command line, and the model behind it: a run directory, one of its checkpoints, a folder
+that transformers loads, or a hub name with `@revision`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.evaluation.export import DTYPES, find_checkpoint, load_network
+from l2e_ds.inhibition.hook import NeuronSite
+from l2e_ds.models import chosen_layers, neuron_sites
+from l2e_ds.training.checkpoint import NAME, CheckpointManager
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ZERO3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What was asked for, found but not loaded.
+
+    label: short, for tables and folders; checkpoint: verified, of a run; name, revision: what transformers loads.
+    """
+
+    given: str
+    label: str
+    checkpoint: Path | None = None
+    name: str | None = None
+    revision: str | None = None
+
+    @property
+    def step(self) -> int | None:
+        return None if self.checkpoint is None else int(self.checkpoint.name[4:])
+
+
+@dataclass
+class LoadedModel:
+    """A model in evaluation mode, whose neurons can be watched.
+
+    run: calls the network below its output matrix with tokens [B, T]; sites: of the layers that were asked for;
+    parameters: all of them; tokens: seen in training, where that is known.
+    """
+
+    source: ModelSource
+    network: nn.Module
+    sites: list[NeuronSite]
+    layers: int
+    parameters: int
+    tokens: int | None
+    device: torch.device
+
+    @torch.no_grad()
+    def run(self, tokens: torch.Tensor) -> None:
+        """One forward pass, [B, T]."""
+        self.network(input_ids=tokens.to(self.device), use_cache=False)
+
+
+def find_model(given: str) -> ModelSource:
+    """Raises CheckpointError for a damaged checkpoint or an empty run."""
+    path = Path(given)
+    if (path / "checkpoints").is_dir() or (NAME.fullmatch(path.name) and path.parent.name == "checkpoints"):
+        checkpoint = find_checkpoint(path, None)
+        run = checkpoint.parent.parent.resolve().name
+        return ModelSource(given, f"{run}-{checkpoint.name}", checkpoint=checkpoint)
+    name, _, revision = given.partition("@") if not path.exists() else (given, "", "")
+    label = Path(name).resolve().name if path.exists() else name.rpartition("/")[2]
+    return ModelSource(given, f"{label}-{revision}" if revision else label, name=name, revision=revision or None)
+
+
+def all_checkpoints(run: str) -> list[ModelSource]:
+    """Every complete checkpoint of a run, oldest first. Raises CheckpointError where there is none."""
+    if not (Path(run) / "checkpoints").is_dir():
+        raise CheckpointError(f"--all-checkpoints: {run} is not a run directory")
+    found = CheckpointManager(Path(run)).complete()
+    if not found:
+        raise CheckpointError(f"{run}: has no complete checkpoint")
+    return [find_model(str(path)) for path in found]
+
+
+def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
+    """The model's own, or the one named `instead`. Raises ConfigError where there is none."""
+    from l2e_ds.data.tokenizer import load_tokenizer
+    from l2e_ds.errors import DataError
+
+    if instead is not None:
+        return load_tokenizer(instead)
+    folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
+    assert folder is not None
+    try:
+        return load_tokenizer(folder)
+    except DataError as error:
+        raise ConfigError(f"{source.given}: has no tokenizer; name one with --tokenizer ({error})") from None
+
+
+def load_model(
+    source: ModelSource,
+    layers: list[int] | None,
+    precision: str,
+    device: torch.device,
+    zero3: bool = False,
+) -> LoadedModel:
+    """Raises ConfigError or CheckpointError: not to be found, a family that is not known, a layer that there is not.
+
+    zero3: the weights are sharded over the ranks by DeepSpeed and gathered layer by layer; every rank must then run
+    equally often.
+    """
+    tokens = None
+    if source.checkpoint is not None:
+        network, state = load_network(source.checkpoint, precision)
+        tokens = state["train"]["tokens"]
+    else:
+        network = _from_transformers(source, precision, zero3)
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    count = network.config.num_hidden_layers
+    chosen_layers(layers or "all", count)
+    sites = neuron_sites(network, layers or "all")
+    body = network.base_model.eval().requires_grad_(False)
+    if zero3:
+        body = _sharded(body, precision)
+    else:
+        body.to(device)
+    return LoadedModel(source, body, sites, count, parameters, tokens, device)
+
+
+def _from_transformers(source: ModelSource, precision: str, zero3: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from l2e_ds.models import _loading_sharded
+
+    folder = Path(str(source.name))
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{source.given}: is neither a run directory nor a folder with a model's config.json")
+    try:
+        with _loading_sharded({**ZERO3, **_dtype_section(precision)} if zero3 else None):
+            return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=DTYPES[precision])
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        hint = "" if os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE is 1)"
+        raise ConfigError(f"{source.given}: transformers cannot load it: {reason}{hint}") from None
+
+
+def _dtype_section(precision: str) -> dict[str, Any]:
+    return {} if precision == "fp32" else {precision: {"enabled": True}}
+
+
+def _sharded(network: nn.Module, precision: str) -> nn.Module:
+    import contextlib
+    import io
+
+    import deepspeed
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+        engine = deepspeed.initialize(model=network, config={**ZERO3, **_dtype_section(precision)})[0]
+    return engine.module.eval()
