@@ -98,9 +98,10 @@ def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTok
     folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
     assert folder is not None
     try:
-        return load_tokenizer(folder)
+        return load_tokenizer(folder, source.revision)
     except DataError as error:
-        raise ConfigError(f"{source.given}: has no tokenizer; name one with --tokenizer ({error})") from None
+        reason = str(error).removeprefix("data.tokenizer: ")
+        raise ConfigError(f"{source.given}: its tokenizer is missing ({reason}); name one with --tokenizer") from None
 
 
 def load_model(

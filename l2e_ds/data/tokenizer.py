@@ -18,13 +18,16 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 END_OF_TEXT = "<|endoftext|>"
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """From a tokenizer.json, a local folder or a hub name. Raises DataError with one line."""
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """From a tokenizer.json, a local folder or a hub name (and its revision). Raises DataError with one line."""
     path = Path(name).expanduser()
     if not path.exists() and (looks_local(name) or name.endswith(".json")):
         raise DataError(f"data.tokenizer: no such file or folder: {name}")
     try:
-        tokenizer: Any = _from_file(path) if path.is_file() else _from_pretrained(str(path) if path.is_dir() else name)
+        if path.is_file():
+            tokenizer: Any = _from_file(path)
+        else:
+            tokenizer = _from_pretrained(str(path) if path.is_dir() else name, revision)
     except DataError:
         raise
     except Exception as error:
@@ -44,10 +47,10 @@ def _from_file(path: Path) -> PreTrainedTokenizerFast:
     return _wrap(backend, special=backend.token_to_id(END_OF_TEXT) is not None)
 
 
-def _from_pretrained(name: str) -> Any:
+def _from_pretrained(name: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, use_fast=True)
+    return AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True)
 
 
 def _wrap(backend: object, special: bool) -> PreTrainedTokenizerFast:

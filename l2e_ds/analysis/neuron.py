@@ -1,0 +1,78 @@
+"""`l2e-ds neuron MODEL --layer L --index J --features FILE`: what one neuron answers to, as a page and a few lines."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l2e_ds import distributed
+from l2e_ds.analysis import options
+from l2e_ds.analysis.collect import Texts, run_over
+from l2e_ds.analysis.load import LoadedModel, find_model, load_model, load_tokenizer_of
+from l2e_ds.errors import AnalysisError, ConfigError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=options.MODEL)
+    parser.add_argument("--layer", type=int, required=True, metavar="L", help="counted from 0")
+    parser.add_argument("--index", type=int, required=True, metavar="J", help="of the neuron in its layer, from 0")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: neuron-L-J.html")
+    options.add_feature_arguments(parser)
+    options.add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError, CheckpointError, AnalysisError. Under a launcher rank 0 does it alone."""
+    from l2e_ds.analysis.neuron_page import describe_neuron, write_neuron_page
+    from l2e_ds.data.files import write_whole
+    from l2e_ds.train import quiet_libraries
+
+    if distributed.find_launch().rank != 0:
+        return 0
+    output = arguments.output or Path(f"neuron-{arguments.layer}-{arguments.index}.html")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: cannot write {output}; allowed: a file in a folder that exists")
+    options.check(arguments)
+    quiet_libraries()
+    source = find_model(arguments.model)
+    tokenizer = load_tokenizer_of(source, arguments.tokenizer)
+    texts = options.load_features(arguments, tokenizer)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model = load_model(source, [arguments.layer], arguments.precision, device)
+    options.check_fits(model, texts)
+    neurons = model.sites[0].neurons
+    if not 0 <= arguments.index < neurons:
+        raise ConfigError(f"--index: got {arguments.index}, allowed: 0 to {neurons - 1}")
+    values = activations_of(model, texts.tokens, arguments.index, arguments.batch)
+    about = {
+        "model": source.given,
+        "step": source.step,
+        "layer": arguments.layer,
+        "layers": model.layers,
+        "index": arguments.index,
+        "neurons": neurons,
+        "features": str(arguments.features),
+    }
+    given = (values, texts.tokens, texts.labels, texts.features, tokenizer, about)
+    write_neuron_page(output, *given)
+    print(describe_neuron(*given))
+    print(f"page: {output}")
+    return 0
+
+
+def activations_of(model: LoadedModel, tokens: np.ndarray, index: int, batch: int) -> np.ndarray:
+    """[texts, T] float32 of neuron `index` of the model's only site. Raises AnalysisError where not finite."""
+    values = np.empty(tokens.shape, dtype=np.float32)
+
+    def see(_: int, rows: slice, z: Tensor) -> None:
+        values[rows] = z[:, index].float().view(rows.stop - rows.start, -1).cpu().numpy()
+
+    run_over(model, Texts(tokens, batch), see, model.source.label)
+    if not np.isfinite(values).all():
+        text = int(np.argwhere(~np.isfinite(values))[0][0])
+        raise AnalysisError(f"{model.source.given}: the activations of this neuron in text {text} are not finite")
+    return values

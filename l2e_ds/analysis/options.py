@@ -1,0 +1,92 @@
+"""Options that `l2e-ds analyze` and `l2e-ds neuron` share, and their checks."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from l2e_ds.analysis.load import LoadedModel
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.export import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from l2e_ds.analysis.features import FeatureSet
+
+MODEL = "a run directory, one of its checkpoints, a folder that transformers loads, or a hub name (NAME@REVISION)"
+
+
+def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("texts")
+    group.add_argument(
+        "--features",
+        required=True,
+        metavar="FILE|DATASET",
+        help="texts with one feature each: .jsonl, .parquet, a folder or a hub data set (docs/feature-sets.md)",
+    )
+    group.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
+    group.add_argument("--feature-column", default="feature", metavar="NAME", help="default: %(default)s")
+    group.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: %(default)s)")
+    group.add_argument(
+        "--sequence-length",
+        type=int,
+        default=128,
+        metavar="T",
+        help="tokens a text; shorter texts are left out (default: %(default)s)",
+    )
+    group.add_argument(
+        "--texts-per-feature", type=int, metavar="N", help="default: as many as the scarcest feature has"
+    )
+    group.add_argument("--seed", type=int, default=1234, metavar="S", help="of every choice (default: %(default)s)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
+    group.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    group.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError for what can be known without a model."""
+    for name in ("sequence_length", "texts_per_feature", "batch"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, allowed: an integer >= 1")
+    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the analysis needs {' and '.join(missing)}: pip install 'l2e-ds[analysis]'")
+
+
+def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
+    """As `load_feature_set`, by the command's options."""
+    from l2e_ds.analysis.features import load_feature_set
+
+    return load_feature_set(
+        arguments.features,
+        tokenizer,
+        sequence_length=arguments.sequence_length,
+        texts_per_feature=arguments.texts_per_feature,
+        seed=arguments.seed,
+        text_column=arguments.text_column,
+        feature_column=arguments.feature_column,
+        split=arguments.split,
+    )
+
+
+def check_fits(model: LoadedModel, texts: FeatureSet) -> None:
+    """That the model takes the texts. Raises ConfigError."""
+    config = model.network.config
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and texts.tokens.shape[1] > longest:
+        raise ConfigError(
+            f"--sequence-length: got {texts.tokens.shape[1]}, {model.source.given} takes at most {longest} tokens"
+        )
+    largest = int(texts.tokens.max())
+    if largest >= config.vocab_size:
+        raise ConfigError(
+            f"{model.source.given}: its tokenizer gives token {largest}, its vocabulary has {config.vocab_size} rows"
+        )
