@@ -1,0 +1,348 @@
+"""Feature sets: texts that are labelled with one feature each (METHOD, section 8), as tokens of one length.
+
+The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept. So
+memory grows with the set that comes out, and by 8 bytes for each long enough text of the source.
+F: features. T: tokens of a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from l2e_ds.config import SourceConfig
+from l2e_ds.data.files import one_line
+from l2e_ds.data.sources import COMPRESSED, _load_hub, _opened, _printable, _python_values, looks_local, source_files
+from l2e_ds.data.tokenizer import tokenizer_digest
+from l2e_ds.errors import ConfigError, DataError
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+MINIMUM_TEXTS = 20
+"""Of every feature. A probe that is tested on a fifth of them then meets four; with fewer its F1 says nothing."""
+_BATCH_CHARACTERS = 1 << 20  # tokenised at once
+_BATCH_ROWS = 64  # of Parquet, decoded at once
+_COUNTS = ("found", "too_short", "kept", "tokens")  # columns of the report
+
+Row = tuple[str, str]
+"""(feature, text), both not blank."""
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """As many texts of each feature as of every other, in shuffled order."""
+
+    features: tuple[str, ...]
+    """Sorted names."""
+    tokens: np.ndarray
+    """int32 [texts, T]."""
+    labels: np.ndarray
+    """int64 [texts]: index into `features`."""
+    report: dict[str, Any]
+    """JSON-able: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`, `sequence_length`,
+    `texts_per_feature`; `features`: for each its `feature`, `found` texts, `too_short` and `kept` ones, kept `tokens`,
+    `share` of the kept texts; `total`: the same of all together."""
+
+
+def load_feature_set(
+    source: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    sequence_length: int,
+    texts_per_feature: int | None,
+    seed: int,
+    text_column: str = "text",
+    feature_column: str = "feature",
+    split: str = "train",
+) -> FeatureSet:
+    """The first `sequence_length` tokens, without special ones, of randomly chosen texts of every feature.
+
+    `source`: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or
+    a data set of the hub as `owner/name[/config][@revision]`; `split` is for the last two.
+    Features are texts, or integers that the data set's ClassLabel names. Shorter texts are left out and counted.
+    `texts_per_feature`: None: as many as the scarcest feature has. Which texts of a feature are taken depends on the
+    seed, its name and the order of its own texts only; the texts taken for a smaller `texts_per_feature` are among
+    those taken for a larger one.
+    Raises DataError (file and line) for a bad record, ConfigError for a set that cannot be balanced.
+    """
+    for option, value, least in (
+        ("--sequence-length", sequence_length, 1),
+        ("--texts-per-feature", texts_per_feature, MINIMUM_TEXTS),
+        ("--seed", seed, 0),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{option}: got {value}, must be at least {least}")
+    encode = _Encoder(tokenizer, sequence_length)
+
+    found: Counter[str] = Counter()
+    long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # numbers of the rows
+    for number, (feature, ids) in enumerate(encode(_rows(source, text_column, feature_column, split))):
+        found[feature] += 1
+        if len(ids) == sequence_length:
+            long_enough[feature].append(number)
+    features = tuple(sorted(found))
+    available = {feature: len(long_enough[feature]) for feature in features}
+    count = _texts_of_each(source, found, available, sequence_length, texts_per_feature)
+
+    chosen = np.concatenate([_choice(long_enough[feature], count, seed, feature) for feature in features])
+    order = np.random.default_rng(seed).permutation(len(chosen))
+    rows, labels = chosen[order], np.repeat(np.arange(len(features)), count)[order]
+    tokens = np.empty((len(rows), sequence_length), np.int32)
+    wanted = set(rows.tolist())
+    again = islice(enumerate(_rows(source, text_column, feature_column, split)), int(rows.max()) + 1)
+    encoded = encode(row for number, row in again if number in wanted)
+    read = 0
+    for place, (feature, ids) in zip(np.argsort(rows), encoded, strict=False):
+        if feature != features[labels[place]] or len(ids) != sequence_length:
+            break
+        tokens[place] = ids
+        read += 1
+    if read < len(rows):
+        raise DataError(f"--features: {source} changed while it was read")
+
+    digest = hashlib.sha256(json.dumps(features).encode())
+    digest.update(tokens.astype("<i4").tobytes())
+    digest.update(labels.astype("<i8").tobytes())
+    table: list[dict[str, Any]] = [
+        {
+            "feature": feature,
+            "found": found[feature],
+            "too_short": found[feature] - available[feature],
+            "kept": count,
+            "tokens": count * sequence_length,
+            "share": count / len(rows),
+        }
+        for feature in features
+    ]
+    report = {
+        "source": source,
+        "tokenizer": tokenizer.name_or_path or f"SHA-256 {tokenizer_digest(tokenizer)[:12]}",
+        "digest": digest.hexdigest(),
+        "seed": seed,
+        "sequence_length": sequence_length,
+        "texts_per_feature": count,
+        "features": table,
+        "total": {key: sum(line[key] for line in table) for key in _COUNTS} | {"share": 1.0},
+    }
+    return FeatureSet(features, tokens, labels, report)
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The report of a FeatureSet as text: what it is, then an aligned table."""
+    facts = {
+        "source": report["source"],
+        "tokenizer": report["tokenizer"],
+        "tokens of a text": f"{report['sequence_length']:,}",
+        "seed": report["seed"],
+        "SHA-256": report["digest"],
+    }
+    rows = [["feature", "found", "too short", "kept", "tokens", "share"]]
+    for line in [*report["features"], {"feature": "all", **report["total"]}]:
+        rows.append([line["feature"], *(f"{line[key]:,}" for key in _COUNTS), f"{line['share']:.1%}"])
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    lines = [f"{name:<16}  {fact}" for name, fact in facts.items()] + [""]
+    lines += ["  ".join([name.ljust(first), *map(str.rjust, numbers, widths)]) for name, *numbers in rows]
+    return "\n".join(lines)
+
+
+# --- choosing ----------------------------------------------------------------------------------------------------
+
+
+def _texts_of_each(
+    source: str, found: Counter[str], available: dict[str, int], sequence_length: int, asked: int | None
+) -> int:
+    """How many texts of every feature are taken. Raises ConfigError."""
+    if len(found) < 2:
+        what = f"only the feature {next(iter(found))!r}" if found else "no text"
+        raise ConfigError(f"--features: {source} holds {what}; at least two features are needed")
+    if scarce := [feature for feature, count in available.items() if count < MINIMUM_TEXTS]:
+        raise ConfigError(
+            f"--features: {source} has fewer than {MINIMUM_TEXTS} texts of at least {sequence_length} tokens of:"
+            f" {', '.join(f'{name} ({available[name]} of {found[name]} texts)' for name in scarce)}; give a smaller"
+            " --sequence-length, add or join texts, or take these features out of the source"
+        )
+    fewest = min(available.values())
+    if asked is not None and asked > fewest:
+        scarce = [feature for feature, count in available.items() if count < asked]
+        raise ConfigError(
+            f"--texts-per-feature: got {asked}, {source} has fewer texts of at least {sequence_length} tokens of:"
+            f" {', '.join(f'{name} ({available[name]})' for name in scarce)}; allowed: {MINIMUM_TEXTS} to {fewest}"
+        )
+    return asked or fewest
+
+
+def _choice(rows: array[int], count: int, seed: int, feature: str) -> np.ndarray:
+    """`count` of a feature's rows, whatever other features there are."""
+    random = np.random.default_rng([seed, *hashlib.sha256(feature.encode()).digest()])
+    return np.frombuffer(rows, np.int64)[random.permutation(len(rows))[:count]]
+
+
+class _Encoder:
+    """Rows -> (feature, encoding of at most T tokens), in order."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
+        self._backend.no_padding()
+        self._backend.enable_truncation(sequence_length)
+
+    def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[str, list[int]]]:
+        batch: list[Row] = []
+        characters = 0
+        for row in rows:
+            batch.append(row)
+            characters += len(row[1])
+            if characters >= _BATCH_CHARACTERS:
+                yield from self._encode(batch)
+                batch, characters = [], 0
+        yield from self._encode(batch)
+
+    def _encode(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
+        encodings = self._backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+        return ((feature, encoding.ids) for (feature, _), encoding in zip(batch, encodings, strict=True))
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _rows(source: str, text_column: str, feature_column: str, split: str) -> Iterator[Row]:
+    """All records, checked, in the order of the source. Raises DataError."""
+    columns = {"--text-column": text_column, "--feature-column": feature_column}
+    with _named_as_options():
+        path = Path(source).expanduser()
+        plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+        if path.is_dir():
+            yield from _data_set_rows(SourceConfig(source="hub", path=source, split=split), columns)
+        elif plain.suffix == ".jsonl":
+            for file in source_files(SourceConfig(source="jsonl", path=source)):
+                yield from _jsonl_rows(file, columns)
+        elif path.suffix == ".parquet":
+            for file in source_files(SourceConfig(source="parquet", path=source)):
+                yield from _parquet_rows(file, columns)
+        elif path.exists():
+            raise DataError(f"data.path: {source} must be .jsonl (also {', '.join(COMPRESSED)}), .parquet or a folder")
+        elif looks_local(source):
+            raise DataError(f"data.path: no such file or folder: {source}")
+        else:
+            yield from _data_set_rows(_on_hub(source, split), columns)
+
+
+@contextmanager
+def _named_as_options() -> Iterator[None]:
+    """Messages written for run files name the command's options instead."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).replace("data.path:", "--features:").replace("data.split:", "--split:")) from None
+
+
+def _on_hub(source: str, split: str) -> SourceConfig:
+    name, _, revision = source.partition("@")
+    owner_and_name, subset = name.split("/")[:2], name.split("/")[2:]
+    if not all(owner_and_name) or len(subset) > 1:
+        raise DataError(f"data.path: got {source!r}, must be a file, a folder or owner/name[/config][@revision]")
+    return SourceConfig(
+        source="hub",
+        path="/".join(owner_and_name),
+        subset=subset[0] if subset else None,
+        revision=revision or None,
+        split=split,
+    )
+
+
+def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
+    with _opened(path) as (stream, _):
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: not JSON ({one_line(error)})") from None
+            if not isinstance(record, dict):
+                raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be an object")
+            _check_columns(columns, list(record), where)
+            yield _row(record, columns, None, where)
+
+
+def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(columns, file.schema_arrow.names, str(path))
+            names = _label_names(file.schema_arrow, columns["--feature-column"])
+            number = 0
+            for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns.values())):
+                values = [_python_values(batch.column(name)) for name in columns.values()]
+                for pair in zip(*values, strict=True):
+                    yield _row(dict(zip(columns.values(), pair, strict=True)), columns, names, f"{path}: row {number}")
+                    number += 1
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None
+
+
+def _label_names(schema: Any, column: str) -> list[str] | None:
+    """Of a ClassLabel, which `datasets` describes in the file's metadata."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return None
+    import datasets
+
+    return getattr(datasets.Features.from_arrow_schema(schema)[column], "names", None)
+
+
+def _data_set_rows(config: SourceConfig, columns: dict[str, str]) -> Iterator[Row]:
+    stream = _load_hub(config)
+    records = iter(stream)
+    number = 0
+    while True:
+        try:
+            record = next(records, None)
+        except Exception as error:
+            raise DataError(f"data.path: reading {config.path!r} failed: {one_line(error)}") from None
+        if record is None:
+            return
+        where = f"{config.path}: row {number}"
+        _check_columns(columns, list(record), where)
+        label = (stream.features or {}).get(columns["--feature-column"])
+        yield _row(record, columns, getattr(label, "names", None), where)
+        number += 1
+
+
+def _check_columns(columns: dict[str, str], there: list[str], where: str) -> None:
+    for option, column in columns.items():
+        if column not in there:
+            allowed = ", ".join(map(str, there)) or "(none)"
+            raise DataError(f"{where}: no column {column!r}; set {option} to one of: {allowed}")
+
+
+def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | None, where: str) -> Row:
+    text, feature = (record[column] for column in columns.values())
+    if names is not None and isinstance(feature, int):
+        if not 0 <= feature < len(names):
+            raise DataError(
+                f"{where}: {columns['--feature-column']!r} is {feature}, the data set names 0 to {len(names) - 1}"
+            )
+        feature = names[feature]
+    for column, value in zip(columns.values(), (text, feature), strict=True):
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise DataError(f"{where}: {column!r} is empty")
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {column!r} is a {type(value).__name__}, must be text")
+    return _printable(feature), _printable(text)
