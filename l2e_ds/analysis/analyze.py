@@ -13,8 +13,6 @@ Also under a launcher, on any number of ranks: they share the texts. DIR appears
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import l2e_ds
 from l2e_ds import distributed
 from l2e_ds.analysis import options
 from l2e_ds.analysis.collect import (
@@ -35,7 +32,6 @@ from l2e_ds.analysis.collect import (
     LayerHistogram,
     Reference,
     Texts,
-    bin_edges,
     collect_activations,
     count_scores,
     count_scores_of_samples,

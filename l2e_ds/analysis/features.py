@@ -22,7 +22,7 @@ import numpy as np
 
 from l2e_ds.config import SourceConfig
 from l2e_ds.data.files import one_line
-from l2e_ds.data.sources import COMPRESSED, _load_hub, _opened, _printable, _python_values, looks_local, source_files
+from l2e_ds.data.sources import COMPRESSED, load_hub, looks_local, opened, printable, python_values, source_files
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
 
@@ -263,7 +263,7 @@ def _on_hub(source: str, split: str) -> SourceConfig:
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
-    with _opened(path) as (stream, _):
+    with opened(path) as (stream, _):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -290,7 +290,7 @@ def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
             names = _label_names(file.schema_arrow, columns["--feature-column"])
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns.values())):
-                values = [_python_values(batch.column(name)) for name in columns.values()]
+                values = [python_values(batch.column(name)) for name in columns.values()]
                 for pair in zip(*values, strict=True):
                     yield _row(dict(zip(columns.values(), pair, strict=True)), columns, names, f"{path}: row {number}")
                     number += 1
@@ -308,7 +308,7 @@ def _label_names(schema: Any, column: str) -> list[str] | None:
 
 
 def _data_set_rows(config: SourceConfig, columns: dict[str, str]) -> Iterator[Row]:
-    stream = _load_hub(config)
+    stream = load_hub(config)
     records = iter(stream)
     number = 0
     while True:
@@ -345,4 +345,4 @@ def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | Non
             raise DataError(f"{where}: {column!r} is empty")
         if not isinstance(value, str):
             raise DataError(f"{where}: {column!r} is a {type(value).__name__}, must be text")
-    return _printable(feature), _printable(text)
+    return printable(feature), printable(text)

@@ -28,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, CheckpointError, AnalysisError. Under a launcher rank 0 does it alone."""
     from l2e_ds.analysis.neuron_page import describe_neuron, write_neuron_page
-    from l2e_ds.data.files import write_whole
     from l2e_ds.train import quiet_libraries
 
     if distributed.find_launch().rank != 0:

@@ -170,7 +170,7 @@ def _read_whole_files(config: SourceConfig, position: Position) -> Iterator[tupl
     for index in range(position.get("file", 0), len(files)):
         path = files[index]
         try:
-            with _opened(path) as (stream, raw):
+            with opened(path) as (stream, raw):
                 content = stream.read()
                 done += raw.tell()
         except DataError:
@@ -216,7 +216,7 @@ def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chun
         path = files[index]
         going_on = index == position.get("file")
         offset, line = (position.get("offset", 0), position.get("line", 0)) if going_on else (0, 0)
-        with _opened(path) as (stream, raw):
+        with opened(path) as (stream, raw):
             _skip(stream, offset)
             while block := stream.read(CHUNK_BYTES):
                 block += stream.readline()
@@ -274,7 +274,7 @@ def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Ch
                         column = batch.column(0)[max(0, skipped - row) :]
                         row += len(batch)
                         held += column.nbytes
-                        values += _python_values(column)
+                        values += python_values(column)
                         if values and (held >= CHUNK_BYTES or row >= count):
                             chunk = partial(_values, f"{path}: row ", start + row - len(values), values)
                             read = before + int(size * (group + row / count) / file.num_row_groups)
@@ -286,7 +286,7 @@ def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Ch
         before += size
 
 
-def _python_values(column: Any) -> list[object]:
+def python_values(column: Any) -> list[object]:
     """Of an Arrow array; bytes where a text is not UTF-8, so that the others are not lost with it."""
     try:
         return column.to_pylist()
@@ -312,7 +312,7 @@ def _values(where: str, first: int, values: list[object], key: str) -> Iterator[
 
 
 def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
-    stream = _load_hub(config)
+    stream = load_hub(config)
     if position:
         stream.load_state_dict(position["state"])
     where = f"data.path: {config.path!r} row "
@@ -339,7 +339,7 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
             return
 
 
-def _load_hub(config: SourceConfig) -> Any:
+def load_hub(config: SourceConfig) -> Any:
     """A `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
     import datasets
 
@@ -376,14 +376,14 @@ def _text_of_value(value: object, where: str, key: str) -> str:
             raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
     if not isinstance(value, str):
         raise DataError(f"{where}: {key!r} is a {type(value).__name__}, must be text; see data.text_key")
-    return _printable(value)
+    return printable(value)
 
 
 def _missing_key(where: str, key: str, names: list[str]) -> DataError:
     return DataError(f"{where}: no key {key!r}; set data.text_key to one of: {', '.join(map(str, names)) or '(none)'}")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """JSON may escape half a surrogate pair, which no UTF-8 can hold; it becomes the replacement character."""
     try:
         text.encode()
@@ -405,7 +405,7 @@ _READERS: dict[str, Callable[[SourceConfig, Position], Iterator[tuple[Chunk, Pos
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
 
     Raises DataError for what goes wrong inside the block with the file: permissions, a truncated or foreign format.
