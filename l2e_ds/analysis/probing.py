@@ -1,0 +1,157 @@
+"""Sparse probing with one neuron (Gurnee et al. 2023): which neuron alone tells a feature's texts from all others?
+
+Shapes: F features, C neurons (a block of a layer's), N neurons of a layer, seeds: splits into training and test texts.
+
+A probe says "of this feature" where the neuron's value of a text is above a threshold (direction +1) or below it
+(-1). Direction and threshold are those with the highest F1 on the training texts; the threshold lies half-way
+between two neighbouring training values, or beyond all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2e_ds.analysis.measures import Array, column_blocks
+from l2e_ds.errors import ConfigError
+
+TRAIN_SHARE = 0.8
+SPLITS = 3
+PLACES = 10
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The best probe of each neuron for each feature, over seeds of the split.
+
+    f1_train, f1_test, f1_test_sd: [F, N] float64, mean over seeds, and the sample standard deviation (NaN of one
+    seed). direction: [F, N] int64, +1 or -1, that of most seeds.
+    """
+
+    f1_train: Array
+    f1_test: Array
+    f1_test_sd: Array
+    direction: Array
+
+
+def training_masks(labels: Array, splits: int, seed: int) -> Array:
+    """[splits, texts] bool: four fifths of each feature's texts, at least one of them in either part.
+
+    Raises ConfigError where a feature has one text only.
+    """
+    random = np.random.default_rng(seed)
+    masks = np.zeros((splits, len(labels)), dtype=bool)
+    for feature in np.unique(labels):
+        rows = np.flatnonzero(labels == feature)
+        if len(rows) < 2:
+            raise ConfigError(f"probing: feature {feature} has 1 text; training and test need one each at least")
+        train = min(max(1, round(TRAIN_SHARE * len(rows))), len(rows) - 1)
+        for mask in masks:
+            mask[random.permutation(rows)[:train]] = True
+    return masks
+
+
+def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Probes:
+    """Probes of every neuron of a layer.
+
+    values: [texts, N], a text's mean or largest activation, read in blocks of neurons; labels: [texts] in [0, F);
+    masks: [seeds, texts] bool, see `training_masks`.
+    """
+    texts, neurons = values.shape
+    blocks = [
+        _probe_block(np.ascontiguousarray(values[:, columns].T), labels, features, masks)
+        for columns in column_blocks(neurons, 4 * texts)  # a dozen arrays of a block are alive at once
+    ]
+    f1_train, f1_test, f1_test_sd, direction = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
+    return Probes(f1_train, f1_test, f1_test_sd, direction)
+
+
+def best_places(f1_train: list[Array], alive: list[Array], places: int = PLACES) -> Array:
+    """The live neurons with the highest F1 for each feature: [F, places] int64, fewer where fewer neurons live.
+
+    f1_train: [F, N] of each layer; alive: [N] bool of each. A place holds the neuron's index among all layers' neurons
+    in order; of equal neurons the one of the first layer, then the first of its layer, comes first. No test text of
+    the same split is looked at.
+    """
+    f1 = np.where(np.concatenate(alive), np.concatenate(f1_train, axis=1), -1.0)
+    order = np.argsort(-f1, axis=1, kind="stable")
+    return order[:, : min(places, int(np.concatenate(alive).sum()))]
+
+
+@dataclass(frozen=True)
+class _Sorted:
+    """A block's texts in the order of each neuron's values: one sort, shared by all features and splits.
+
+    order: [C, texts], the text at each place; value: [C, texts], ascending; first, last: [C, texts], the first
+    and last place with the same value; places: [C, texts], places grouped by the text's feature, ascending in each.
+    """
+
+    order: Array
+    value: Array
+    first: Array
+    last: Array
+    places: Array
+
+
+def _sort(values: Array, labels: Array) -> _Sorted:
+    order = np.argsort(values, axis=1, kind="stable")
+    value = np.take_along_axis(values, order, axis=1)
+    place = np.arange(value.shape[1])
+    edge = np.ones((len(value), 1), dtype=bool)
+    new = value[:, 1:] != value[:, :-1]
+    first = np.maximum.accumulate(np.where(np.hstack([edge, new]), place, 0), axis=1)
+    ends = np.where(np.hstack([new, edge]), place, value.shape[1])
+    last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+    return _Sorted(order, value, first, last, np.argsort(labels[order], axis=1, kind="stable"))
+
+
+def _probe_block(values: Array, labels: Array, features: int, masks: Array) -> tuple[Array, Array, Array, Array]:
+    """[C, texts] -> `Probes`' four arrays, [F, C] each."""
+    ordered = _sort(values, labels)
+    fits = [_fit(ordered, values, labels, features, mask) for mask in masks]
+    train, test, direction = (np.stack(parts) for parts in zip(*fits, strict=True))
+    sd = test.std(axis=0, ddof=1) if len(masks) > 1 else np.full(test.shape[1:], np.nan)
+    return train.mean(axis=0), test.mean(axis=0), sd, np.where(direction.sum(axis=0) >= 0, 1, -1)
+
+
+def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Array) -> tuple[Array, Array, Array]:
+    """F1 on the training texts, F1 on the test texts and direction of the best probes of one split: [F, C] each."""
+    neurons = len(values)
+    train = mask[ordered.order]
+    total = int(mask.sum())
+    upto = np.cumsum(train, axis=1)
+    at_most = np.take_along_axis(upto, ordered.last, axis=1)  # training texts with at most this value
+    below = np.take_along_axis(upto - train, ordered.first, axis=1)
+    train_values = ordered.value[train].reshape(neurons, total).astype(np.float64)
+    # beyond the smallest and the largest training value there is no neighbour
+    bounded = np.pad(train_values, ((0, 0), (1, 1)), constant_values=(-np.inf, np.inf))
+    f1_train, f1_test, directions = (np.empty((features, neurons)) for _ in range(3))
+    test_values, test_labels = values[:, ~mask], labels[~mask]
+    start = 0
+    for feature, texts in enumerate(np.bincount(labels, minlength=features)):
+        places = ordered.places[:, start : start + texts]
+        start += texts
+        own = np.take_along_axis(train, places, axis=1)
+        # F1 is highest where the outermost text taken in is a training text of the feature: only those are tried.
+        # Among equal values the last (from above: the first) counts all hits; the others are only too low.
+        hits = np.cumsum(own, axis=1)
+        positives = int((mask & (labels == feature)).sum())
+        taken_low, taken_high = (np.take_along_axis(a, places, axis=1) for a in (at_most, total - below))
+        low = np.where(own, 2 * hits / (taken_low + positives), 0.0)
+        high = np.where(own, 2 * (positives - hits + 1) / (taken_high + positives), 0.0)
+        upwards = high.max(axis=1) >= low.max(axis=1)
+        column = np.where(upwards, high.argmax(axis=1), low.argmax(axis=1))[:, None]
+        f1_train[feature] = np.maximum(high.max(axis=1), low.max(axis=1))
+        directions[feature] = np.where(upwards, 1, -1)
+        taken = np.take_along_axis(np.where(upwards[:, None], total - taken_high, taken_low), column, axis=1)
+        # `bounded` is shifted by one: the training values on both sides of the boundary are at `taken` and one on
+        sides = np.take_along_axis(bounded, np.hstack([taken, taken + 1]), axis=1)
+        f1_test[feature] = _f1(test_values, test_labels == feature, sides.mean(axis=1), upwards)
+    return f1_train, f1_test, directions
+
+
+def _f1(values: Array, positive: Array, threshold: Array, upwards: Array) -> Array:
+    """[C, texts], [texts] bool, [C], [C] bool -> [C]."""
+    said = (values > threshold[:, None]) == upwards[:, None]
+    return 2 * said[:, positive].sum(axis=1) / (said.sum(axis=1) + positive.sum())

@@ -1,0 +1,465 @@
+"""The tables of one model's analysis, from what was collected of each layer, and the change between two models.
+
+Shapes: F features, T tokens of a text, N neurons of a layer, L layers, B bootstrap resamples, BINS bins of the score.
+
+Two stages, as the texts are passed twice. `first_tables` needs each text's moments only; it says by which mean, S and
+own feature the second pass has to count scores. `build_tables` takes that pass's histograms and returns all tables:
+
+    neurons: layer, neuron, mean, s, kurtosis (E[phi^2]), alive, own_feature ("" if dead), own_score
+    neuron_features: layer, neuron, feature, score_inside, score_outside (eq. 2), mean, s, f1_train, f1_test
+    probes: the ten best probes of each feature with both scores and their intervals
+    significance: scores of the probed neurons against those of random ones, a row a feature
+    scale: one row: K-S statistic, mean own score and suggested share of the model
+    layers: kurtosis, dead share, scale, own score and suggested share, a row a layer
+    fkr: false killing rate, a row a layer (-1: all together) and share
+    resamples: what `layer_change` pairs: a row a layer and bootstrap resample
+
+Columns *_low and *_high are 95 % bootstrap intervals over texts. Dead neurons have scores and F1 of 0 and no own
+feature, and are left out of means over own features and of samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from l2e_ds.analysis import bootstrap, measures, probing
+from l2e_ds.analysis.measures import SHARES, Array, FalseKilling
+from l2e_ds.errors import ConfigError
+
+RANDOM_NEURONS = 1000
+REPORTED_SHARE = 0.02  # the share of the FKR that `layer_change` compares
+Tables = dict[str, pd.DataFrame]
+
+
+@dataclass(frozen=True)
+class LayerTexts:
+    """What the first pass collected of a layer; each [texts, N] float32, perhaps mapped from a file.
+
+    mean, variance: of a text's activations, the variance divided by T (0 where a text is one sample). probed: what
+    probing sees of a text, its mean or its largest activation.
+    """
+
+    mean: Array
+    variance: Array
+    probed: Array
+
+
+@dataclass(frozen=True)
+class LayerOwn:
+    """By what the second pass counts the scores of a layer; [N] each.
+
+    mean, s: float64, over all tokens; own: int64, index of the own feature l*, -1 for dead neurons, which are not
+    counted.
+    """
+
+    mean: Array
+    s: Array
+    own: Array
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """What the second pass counted of a layer.
+
+    histogram: [texts, 2, BINS] int64, scores of a text's tokens by bin, index 1 where the text's feature is the
+    neuron's own; fourth: [N] float64, mean of phi^2 over all tokens.
+    """
+
+    histogram: Array
+    fourth: Array
+
+
+@dataclass(frozen=True)
+class FirstTables:
+    """Stage one. tables: those that need no histogram; `neurons` still lacks kurtosis. own: of each layer.
+
+    tokens: T; weights: [B, texts]; own_score, mean_s: [L, B], of each resample.
+    """
+
+    tables: Tables
+    own: list[LayerOwn]
+    tokens: int
+    weights: Array
+    own_score: Array
+    mean_s: Array
+
+
+@dataclass(frozen=True)
+class _LayerMoments:
+    """A layer's neurons, whole; [F, N] but for `own`, `alive` [N] and the resampled own_score, mean_s [B]."""
+
+    own: LayerOwn
+    alive: Array
+    own_score: Array
+    inside: Array
+    mean: Array
+    s: Array
+    probes: probing.Probes
+    resampled_own_score: Array
+    resampled_mean_s: Array
+
+
+def first_tables(
+    layers: Sequence[LayerTexts],
+    labels: Array,
+    features: Sequence[str],
+    *,
+    tokens: int,
+    parameters: int,
+    seed: int,
+    resamples: int = bootstrap.RESAMPLES,
+) -> FirstTables:
+    """Everything that follows from each text's moments.
+
+    labels: [texts] int64, index into `features`; tokens: T, 1 where a text is one sample; parameters: the model's, for
+    `scale`. The same seed and labels give the same splits, samples and resamples for every model.
+    Raises ConfigError: fewer than two features, a feature with fewer than two texts, activations that are not finite.
+    """
+    _check(labels, features)
+    weights = bootstrap.resample_weights(labels, resamples, seed)
+    masks = probing.training_masks(labels, probing.SPLITS, seed)
+    found = [
+        _layer_moments(index, layer, labels, len(features), tokens, weights, masks)
+        for index, layer in enumerate(layers)
+    ]
+    alive = np.concatenate([layer.alive for layer in found])
+    live = np.flatnonzero(alive)
+    if not len(live):
+        raise ConfigError(
+            "analysis: no neuron of any layer varies over the texts; is the model trained and read right?"
+        )
+    sample = np.sort(np.random.default_rng(seed).choice(live, min(RANDOM_NEURONS, len(live)), replace=False))
+    best = probing.best_places([layer.probes.f1_train for layer in found], [layer.alive for layer in found])
+    chosen = _choose(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
+    place = _places(found)
+    tables = {
+        "neurons": _neurons(found, features, place),
+        "neuron_features": _neuron_features(found, np.bincount(labels), features, place),
+        "probes": _probes(found, features, best, chosen, place),
+        "significance": _significance(features, best, sample, chosen),
+        "scale": _scale(parameters, sample, chosen),
+    }
+    return FirstTables(
+        tables,
+        [layer.own for layer in found],
+        tokens,
+        weights,
+        np.stack([layer.resampled_own_score for layer in found]),
+        np.stack([layer.resampled_mean_s for layer in found]),
+    )
+
+
+def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array) -> Tables:
+    """All tables of a model. edges: [BINS] float64, lower edge of each bin of the score, ascending from 0."""
+    tables = dict(first.tables)
+    neurons = tables["neurons"].copy()
+    kurtosis = np.where(neurons["alive"], np.concatenate([layer.fourth for layer in counts]), 0.0)
+    neurons.insert(neurons.columns.get_loc("s") + 1, "kurtosis", kurtosis)
+    tables["neurons"] = neurons
+    # the texts as they are, then the resamples
+    weights = np.vstack([np.ones(first.weights.shape[1]), first.weights])
+    pairs = [len(layer.histogram) * first.tokens * len(layer.fourth) for layer in counts]
+    curves = [
+        measures.false_killing(bootstrap.resampled_histogram(weights, layer.histogram), edges, SHARES, of_layer)
+        for layer, of_layer in zip(counts, pairs, strict=True)
+    ]
+    everything = measures.together(curves)
+    suggestions = [measures.suggested_share(curve, SHARES) for curve in curves]
+    tables["layers"] = _layers(first, neurons, suggestions)
+    tables["fkr"] = pd.concat(
+        [_fkr(-1, everything, sum(pairs)), *(_fkr(i, curve, pairs[i]) for i, curve in enumerate(curves))],
+        ignore_index=True,
+    )
+    tables["scale"] = tables["scale"].assign(**_suggested(*measures.suggested_share(everything, SHARES)))
+    resamples = len(first.weights)
+    tables["resamples"] = pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(len(curves)), resamples),
+            "resample": np.tile(np.arange(resamples), len(curves)),
+            "own_score": first.own_score.ravel(),
+            "mean_s": first.mean_s.ravel(),
+            "suggested_share": np.concatenate([share[1:] for share, _ in suggestions]),
+            "fkr": np.concatenate([curve.rate[1:, SHARES.index(REPORTED_SHARE)] for curve in curves]),
+        }
+    )
+    return tables
+
+
+def layer_change(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """After minus before, a row a layer, from the tables of two models of one shape on the same texts, seed and B.
+
+    Columns: layer, kurtosis (of medians), dead_share, and with paired intervals own_score, mean_s, suggested_share and
+    fkr (at a share of 2 %); own_changed, the share of neurons alive in both whose own feature is another, and
+    own_correlation, of their own scores. The last two have no interval: resampling texts adds noise of its own to
+    each model, which pushes the first up and the second down.
+    Raises ConfigError where layers, neurons or resamples differ.
+    """
+    for name, keys in (("neurons", ["layer", "neuron"]), ("resamples", ["layer", "resample"])):
+        old, new = before[name][keys], after[name][keys]
+        if not old.equals(new):
+            raise ConfigError(
+                f"change between two models: {name} {len(old)} and {len(new)} do not pair; they must be of one shape"
+                " and analysed on the same texts with the same resamples"
+            )
+    columns: dict[str, Any] = {"layer": before["layers"]["layer"]}
+    for name in ("kurtosis", "dead_share"):
+        columns[name] = after["layers"][name] - before["layers"][name]
+    reported = [_at_reported_share(tables["fkr"]) for tables in (before, after)]
+    layers = len(before["layers"])
+    for name in ("own_score", "mean_s", "suggested_share", "fkr"):
+        old, new = reported if name == "fkr" else (before["layers"][name], after["layers"][name])
+        difference = after["resamples"][name] - before["resamples"][name]
+        columns[name] = new - old
+        columns |= _bounds(name, difference.to_numpy().reshape(layers, -1).T)
+    both = before["neurons"].merge(after["neurons"], on=["layer", "neuron"], suffixes=("_before", "_after"))
+    alive = both["alive_before"] & both["alive_after"]
+    by_layer = [both[alive & (both["layer"] == layer)] for layer in range(layers)]
+    columns["own_changed"] = [(rows["own_feature_before"] != rows["own_feature_after"]).mean() for rows in by_layer]
+    columns["own_correlation"] = [rows["own_score_before"].corr(rows["own_score_after"]) for rows in by_layer]
+    return pd.DataFrame(columns)
+
+
+def _check(labels: Array, features: Sequence[str]) -> None:
+    if len(features) < 2:
+        raise ConfigError(f"features: {len(features)} given ({', '.join(features)}), two or more are needed to compare")
+    for feature, texts in zip(features, np.bincount(labels, minlength=len(features)), strict=True):
+        if texts < 2:
+            raise ConfigError(f"features: {feature} has {texts} text(s); the minimum is 2")
+
+
+def _layer_moments(
+    index: int, layer: LayerTexts, labels: Array, features: int, tokens: int, weights: Array, masks: Array
+) -> _LayerMoments:
+    """One layer in blocks of neurons."""
+    texts, neurons = layer.mean.shape
+    resamples = len(weights)
+    own_score_sum, live, s_sum = np.zeros(resamples), np.zeros(resamples), np.zeros(resamples)
+    parts = []
+    for columns in measures.column_blocks(neurons, max(texts, resamples * features)):
+        mean, variance = np.asarray(layer.mean[:, columns]), np.asarray(layer.variance[:, columns])
+        moments = measures.feature_moments(mean, variance, labels, features, tokens)
+        overall, square = measures.pooled(moments)
+        if not np.isfinite(square).all():
+            neuron = columns.start + int(np.flatnonzero(~np.isfinite(square))[0])
+            raise ConfigError(f"layer {index}, neuron {neuron}: activations are not all finite; is the model broken?")
+        inside = measures.mean_scores(moments)
+        count = moments.texts * tokens
+        s = np.sqrt(moments.variance * (count / np.maximum(count - 1, 1))[:, None])
+        parts.append((overall, np.sqrt(square), *measures.own_features(inside), inside, moments.mean, s))
+        resampled = bootstrap.resampled_moments(weights, mean, variance, labels, moments)
+        score = measures.mean_scores(resampled).max(axis=1)
+        own_score_sum += score.sum(axis=1)
+        live += np.count_nonzero(score > 0, axis=1)
+        s_sum += np.sqrt(measures.pooled(resampled)[1]).sum(axis=1)
+    overall, s_all, own, own_score, inside, mean, s = (
+        np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
+    )
+    return _LayerMoments(
+        LayerOwn(overall, s_all, own),
+        own >= 0,
+        own_score,
+        inside,
+        mean,
+        s,
+        probing.probe_layer(layer.probed, labels, features, masks),
+        np.where(live > 0, own_score_sum / np.maximum(live, 1), np.nan),
+        s_sum / neurons,
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Scores of a few neurons, where more is asked than a layer's mean.
+
+    neurons: [chosen], sorted indices among all layers' neurons in order; texts: [F]; inside: [F, chosen]; resampled:
+    [B, F, chosen].
+    """
+
+    neurons: Array
+    texts: Array
+    inside: Array
+    resampled: Array
+
+    def of(self, neurons: Array) -> tuple[Array, Array]:
+        """[F, neurons], and of each resample [B, F, neurons]."""
+        at = np.searchsorted(self.neurons, neurons)
+        return self.inside[:, at], self.resampled[..., at]
+
+
+def _choose(
+    layers: Sequence[LayerTexts], labels: Array, features: int, tokens: int, weights: Array, neurons: Array
+) -> _Chosen:
+    """neurons: sorted indices among all layers' neurons in order."""
+    starts = np.cumsum([0, *(layer.mean.shape[1] for layer in layers)])
+    inside, resampled = [], []
+    for layer, start, end in zip(layers, starts[:-1], starts[1:], strict=True):
+        within = neurons[(neurons >= start) & (neurons < end)] - start
+        for block in measures.column_blocks(len(within), max(len(labels), len(weights) * features)):
+            mean, variance = layer.mean[:, within[block]], layer.variance[:, within[block]]
+            moments = measures.feature_moments(mean, variance, labels, features, tokens)
+            inside.append(measures.mean_scores(moments))
+            resampled.append(
+                measures.mean_scores(bootstrap.resampled_moments(weights, mean, variance, labels, moments))
+            )
+    texts = np.bincount(labels, minlength=features)
+    return _Chosen(neurons, texts, np.concatenate(inside, axis=-1), np.concatenate(resampled, axis=-1))
+
+
+def _places(found: list[_LayerMoments]) -> pd.DataFrame:
+    """layer, neuron of all neurons in order."""
+    sizes = [len(layer.alive) for layer in found]
+    return pd.DataFrame(
+        {"layer": np.repeat(np.arange(len(sizes)), sizes), "neuron": np.concatenate([np.arange(n) for n in sizes])}
+    )
+
+
+def _neurons(found: list[_LayerMoments], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
+    names = np.array([*features, ""], dtype=object)  # -1, dead, is the last
+    return place.assign(
+        mean=np.concatenate([layer.own.mean for layer in found]),
+        s=np.concatenate([layer.own.s for layer in found]),
+        alive=np.concatenate([layer.alive for layer in found]),
+        own_feature=names[np.concatenate([layer.own.own for layer in found])],
+        own_score=np.concatenate([layer.own_score for layer in found]),
+    )
+
+
+def _neuron_features(
+    found: list[_LayerMoments], texts: Array, features: Sequence[str], place: pd.DataFrame
+) -> pd.DataFrame:
+    def rows(parts: list[Array]) -> Array:
+        """[F, N] of each layer -> all neurons' features, neuron by neuron."""
+        return np.concatenate([part.T.ravel() for part in parts])
+
+    repeated = place.loc[place.index.repeat(len(features))].reset_index(drop=True)
+    return repeated.assign(
+        feature=np.tile(np.array(features, dtype=object), len(place)),
+        score_inside=rows([layer.inside for layer in found]),
+        score_outside=rows([measures.scores_outside(layer.inside, texts) for layer in found]),
+        mean=rows([layer.mean for layer in found]),
+        s=rows([layer.s for layer in found]),
+        f1_train=rows([np.where(layer.alive, layer.probes.f1_train, 0.0) for layer in found]),
+        f1_test=rows([np.where(layer.alive, layer.probes.f1_test, 0.0) for layer in found]),
+    )
+
+
+def _probes(
+    found: list[_LayerMoments], features: Sequence[str], best: Array, chosen: _Chosen, place: pd.DataFrame
+) -> pd.DataFrame:
+    probes = {
+        name: np.concatenate([getattr(layer.probes, name) for layer in found], axis=1)
+        for name in ("direction", "f1_train", "f1_test", "f1_test_sd")
+    }
+    tables = []
+    for f, neurons in enumerate(best):
+        inside, resampled = chosen.of(neurons)
+        outside, resampled_outside = (measures.scores_outside(a, chosen.texts) for a in (inside, resampled))
+        tables.append(
+            pd.DataFrame(
+                {
+                    "feature": features[f],
+                    "place": np.arange(1, len(neurons) + 1),
+                    "layer": place["layer"].to_numpy()[neurons],
+                    "neuron": place["neuron"].to_numpy()[neurons],
+                    **{name: values[f, neurons] for name, values in probes.items()},
+                    "score_inside": inside[f],
+                    **_bounds("score_inside", resampled[:, f]),
+                    "score_outside": outside[f],
+                    **_bounds("score_outside", resampled_outside[:, f]),
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _Chosen) -> pd.DataFrame:
+    """One-sided Mann-Whitney of the probed neurons' scores inside the feature against random neurons'.
+
+    A probed neuron that is in the sample too is left out of the latter. The probed were found on the same texts: see p
+    as a description of these texts, as in the paper.
+    """
+    rows = []
+    for f, probed in enumerate(best):
+        inside, resampled = chosen.of(probed)
+        random_inside, random_resampled = chosen.of(np.setdiff1d(sample, probed))
+        monosemantic, random = inside[f], random_inside[f]
+        row: dict[str, Any] = {"feature": features[f], "monosemantic_score": monosemantic.mean()}
+        if len(random):
+            test = stats.mannwhitneyu(monosemantic, random, alternative="greater")
+            ratios = resampled[:, f].mean(axis=1) / random_resampled[:, f].mean(axis=1)
+            row |= {"random_score": random.mean(), "ratio": monosemantic.mean() / random.mean()}
+            row |= _bounds("ratio", ratios) | {"u": test.statistic, "p_value": test.pvalue}
+        else:  # a model with as few neurons as are probed
+            names = ("random_score", "ratio", "ratio_low", "ratio_high", "u", "p_value")
+            row |= dict.fromkeys(names, np.nan)
+        rows.append(row | {"p_adjusted": np.nan, "monosemantic": len(monosemantic), "random": len(random)})
+    table = pd.DataFrame(rows)
+    table["p_adjusted"] = measures.holm(table["p_value"].to_numpy())
+    return table
+
+
+def _scale(parameters: int, sample: Array, chosen: _Chosen) -> pd.DataFrame:
+    inside, resampled = chosen.of(sample)
+    ks = np.array([measures.own_against_all(replicate) for replicate in resampled])
+    row = {"parameters": parameters, "neurons": len(sample), "ks": measures.own_against_all(inside)}
+    row |= _bounds("ks", ks) | {"own_score": inside.max(axis=0).mean()}
+    return pd.DataFrame([row | _bounds("own_score", resampled.max(axis=1).mean(axis=1))])
+
+
+def _layers(first: FirstTables, neurons: pd.DataFrame, suggestions: list[tuple[Array, Array]]) -> pd.DataFrame:
+    rows = []
+    for layer, group in neurons.groupby("layer"):
+        live = group[group["alive"]]
+        row = {
+            "layer": layer,
+            "depth": layer / max(1, len(suggestions) - 1),
+            "neurons": len(group),
+            "dead_share": 1 - len(live) / len(group),
+            "kurtosis": live["kurtosis"].median(),
+            "mean_s": group["s"].mean(),
+            "own_score": live["own_score"].mean(),
+        }
+        rows.append(row | _bounds("own_score", first.own_score[layer]) | _suggested(*suggestions[layer]))
+    return pd.DataFrame(rows)
+
+
+def _suggested(share: Array, rate: Array) -> dict[str, Any]:
+    """[1 + B] each, the first of the texts as they are."""
+    return {
+        "suggested_share": share[0],
+        **_bounds("suggested_share", share[1:]),
+        "suggested_fkr": rate[0],
+    }
+
+
+def _fkr(layer: int, curve: FalseKilling, pairs: int) -> pd.DataFrame:
+    rate = curve.rate
+    return pd.DataFrame(
+        {
+            "layer": layer,
+            "share": SHARES,
+            "tau": curve.tau[0],
+            "share_counted": curve.selected[0] / pairs,
+            "fkr": rate[0],
+            **_bounds("fkr", rate[1:]),
+            "fkr_error": curve.error[0],
+        }
+    )
+
+
+def _bounds(name: str, resampled: Array) -> dict[str, Any]:
+    """[B, ...] -> the two columns of its interval."""
+    low, high = bootstrap.interval(resampled)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
+def _at_reported_share(fkr: pd.DataFrame) -> pd.Series:
+    """A layer's FKR at 2 %, in order of layers."""
+    rows = fkr[(fkr["share"] == REPORTED_SHARE) & (fkr["layer"] >= 0)]
+    return rows.sort_values("layer")["fkr"].reset_index(drop=True)
