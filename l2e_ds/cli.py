@@ -11,7 +11,8 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds import benchmarks
-from l2e_ds.console import CommandParser
+from l2e_ds.analysis import missing_packages
+from l2e_ds.console import CommandParser, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
 
@@ -43,6 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
     export.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
     export.set_defaults(action=_export)
+
+    analysis = verbs.add_parser("analyze", help="how monosemantic a model's neurons are: tables and figures")
+    neuron = verbs.add_parser("neuron", help="what one neuron answers to: a page")
+    if words[:1] in (["analyze"], ["neuron"]):
+        missing = missing_packages()
+        if missing:
+            say(f"l2e-ds: error: {words[0]} needs {', '.join(missing)}: pip install 'l2e-ds[analysis]'")
+            return ConfigError.exit_code
+        _add_analysis(analysis, neuron)
 
     summary = verbs.add_parser("summary", help="print a run's first and last figures")
     summary.add_argument("run", type=Path, metavar="RUN")
@@ -88,6 +98,17 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     planning.add_arguments(parser)
     parser.set_defaults(action=planning.run)
+
+
+def _add_analysis(analysis: argparse.ArgumentParser, neuron: argparse.ArgumentParser) -> None:
+    from l2e_ds.analysis import analyze
+    from l2e_ds.analysis import neuron as one_neuron
+
+    for parser, module in ((analysis, analyze), (neuron, one_neuron)):
+        parser.description = module.__doc__
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        module.add_arguments(parser)
+        parser.set_defaults(action=module.run)
 
 
 def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:

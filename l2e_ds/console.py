@@ -17,6 +17,12 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table, the first column to the left, the others to the right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
 class CommandParser(argparse.ArgumentParser):
     """Takes no option by its first letters: a mistyped one must not be another. Its sub-commands are parsed alike."""
 

@@ -13,38 +13,48 @@ Also under a launcher, on any number of ranks: they share the texts. DIR appears
 from __future__ import annotations
 
 import argparse
+import json
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+import l2e_ds
 from l2e_ds import distributed
-from l2e_ds.analysis import options
+from l2e_ds.analysis import options, tables
 from l2e_ds.analysis.collect import (
     BINS,
     Distribution,
     LayerActivations,
-    LayerHistogram,
-    Reference,
+    Shown,
     Texts,
+    bin_edges,
     collect_activations,
     count_scores,
     count_scores_of_samples,
+    distributions_of_samples,
 )
 from l2e_ds.analysis.load import LoadedModel, ModelSource, all_checkpoints, find_model, load_model, load_tokenizer_of
+from l2e_ds.analysis.tables import Tables
+from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError, L2EError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from l2e_ds.analysis.features import FeatureSet
-    from l2e_ds.analysis.tables import FirstTables
 
+TABLES = (
+    *("neurons", "neuron_features", "probes", "significance", "scale", "layers", "fkr"),
+    "distributions",
+)
 SAMPLES = ("token", "mean", "max")
 REPORTED_SHARES = (0.01, 0.02, 0.05)
 TIMEOUT_MINUTES = 60.0
@@ -87,20 +97,21 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     device = distributed.join(launch, TIMEOUT_MINUTES)
     with _folders(arguments) as (scratch, output):
         session = _Session(arguments, device, scratch)
-        results: list[_Result] = []
+        results: list[Result] = []
         changes: list[pd.DataFrame] = []
         for source in sources:
             result = session.analyse(source)
-            if distributed.is_main():
-                if arguments.all_checkpoints and results:
-                    changes.append(_change(results[-1], result))
-                results.append(result)
+            if output is None:
+                continue
+            _write_tables(output / "models" / source.label, result)
+            if arguments.all_checkpoints and results:
+                changes.append(_change(results[-1], result))
+                results[-1] = results[-1].without_neurons()
+            results.append(result.without_features())
         if output is not None:
-            _write(output, arguments, session, results, changes)
+            _write(output, arguments, results, changes)
     if distributed.is_main():
         print((arguments.output / "summary.md").read_text(encoding="utf-8"))
-        if arguments.suggest_share:
-            print(_suggestions(results))
         print(f"figures and tables: {arguments.output}", flush=True)
     distributed.leave()
 
@@ -114,8 +125,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--resamples: got {arguments.resamples}, allowed: an integer >= 20")
     if arguments.all_checkpoints and len(arguments.models) != 1:
         raise ConfigError(f"--all-checkpoints: goes with one run, got {len(arguments.models)} models")
-    if arguments.zero3 and arguments.samples != "token" and distributed.find_launch().size == 1:
-        raise ConfigError("--zero3: one rank has nobody to share the weights with")
     path = arguments.output
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--output: {path} exists and is not an empty folder")
@@ -161,14 +170,23 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
 
 
 @dataclass(frozen=True)
-class _Result:
-    """What rank 0 keeps of a model."""
+class Result:
+    """What rank 0 keeps of a model: what is small, once the tables are on disk."""
 
     source: ModelSource
-    tables: dict[str, pd.DataFrame]
+    tables: Tables
     parameters: int
     tokens: int | None
     report: dict[str, Any]
+
+    def without_features(self) -> Result:
+        """Of the table of neurons and features only the neurons whose distribution is shown."""
+        shown = self.tables["distributions"][["layer", "neuron"]].drop_duplicates()
+        kept = self.tables["neuron_features"].merge(shown, on=["layer", "neuron"])
+        return replace(self, tables=self.tables | {"neuron_features": kept})
+
+    def without_neurons(self) -> Result:
+        return replace(self, tables={name: table for name, table in self.tables.items() if name != "neurons"})
 
 
 class _Session:
@@ -179,19 +197,24 @@ class _Session:
         self._texts: dict[str, FeatureSet] = {}
 
     def texts_of(self, source: ModelSource) -> FeatureSet:
-        """In the model's tokens; models of one tokenizer see the very same."""
+        """In the model's tokens; models of one tokenizer see the very same. Collective."""
         from l2e_ds.analysis.features import format_report
         from l2e_ds.data.tokenizer import tokenizer_digest
 
-        tokenizer = load_tokenizer_of(source, self.arguments.tokenizer)
-        digest = tokenizer_digest(tokenizer)
-        if digest not in self._texts:
-            self._texts[digest] = options.load_features(self.arguments, tokenizer)
-            if distributed.is_main():
-                print(format_report(self._texts[digest].report), flush=True)
+        error: L2EError | None = None
+        try:
+            tokenizer = load_tokenizer_of(source, self.arguments.tokenizer)
+            digest = tokenizer_digest(tokenizer)
+            if digest not in self._texts:
+                self._texts[digest] = options.load_features(self.arguments, tokenizer)
+                if distributed.is_main():
+                    print(format_report(self._texts[digest].report), flush=True)
+        except L2EError as raised:
+            error = raised
+        distributed.agree(error)
         return self._texts[digest]
 
-    def analyse(self, source: ModelSource) -> _Result:
+    def analyse(self, source: ModelSource) -> Result:
         """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere."""
         arguments = self.arguments
         texts = self.texts_of(source)
@@ -205,23 +228,47 @@ class _Session:
         if arguments.samples != "token":
             layers = [layer.as_one_sample(arguments.samples) for layer in layers]
 
-        first = _on_main(lambda: _first_tables(layers, texts, model, arguments))
-        references, shown = distributed.main_decides(
-            (_references(first), _shown(first, layers)) if first is not None else None
-        )
-        if arguments.samples == "token":
-            histograms, distributions = count_scores(
-                model, rows, texts.labels, references, len(texts.features), shown, folder
-            )
-        else:
-            histograms = [
-                count_scores_of_samples(layer, texts.labels, reference, folder / f"scores-{layer.layer:03d}.npy")
-                for layer, reference in zip(layers, references, strict=False)
-            ]
-            distributions = _distributions_of_samples(layers, texts, shown)
-        tables = _on_main(lambda: _all_tables(first, model, texts, histograms, distributions)) or {}
+        first = _on_main(lambda: self._first_tables(layers, texts, model))
+        own, shown = distributed.main_decides((first.own, _shown(first, layers)) if first is not None else None)
+        counts, distributions = self._count(model, rows, texts, layers, own, shown, folder)
+        found = _on_main(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
         shutil.rmtree(folder, ignore_errors=True)
-        return _Result(source, tables, model.parameters, model.tokens, texts.report)
+        return Result(source, found, model.parameters, model.tokens, texts.report)
+
+    def _first_tables(
+        self, layers: Sequence[LayerActivations], texts: FeatureSet, model: LoadedModel
+    ) -> tables.FirstTables:
+        wanted = self.arguments
+        probed = [layer.top if wanted.samples == "max" else layer.mean for layer in layers]
+        return tables.first_tables(
+            [tables.LayerTexts(layer.mean, layer.variance, value) for layer, value in zip(layers, probed, strict=True)],
+            texts.labels,
+            texts.features,
+            tokens=layers[0].tokens,
+            parameters=model.parameters,
+            seed=wanted.seed,
+            resamples=wanted.resamples,
+        )
+
+    def _count(
+        self,
+        model: LoadedModel,
+        rows: Texts,
+        texts: FeatureSet,
+        layers: Sequence[LayerActivations],
+        own: Sequence[tables.LayerOwn],
+        shown: Sequence[Shown],
+        folder: Path,
+    ) -> tuple[list[tables.LayerCounts], list[Distribution]]:
+        if self.arguments.samples == "token":
+            return count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
+        if not distributed.is_main():
+            return [], []
+        counts = [
+            count_scores_of_samples(layer, texts.labels, of_layer, folder / f"scores-{layer.layer:03d}.npy")
+            for layer, of_layer in zip(layers, own, strict=True)
+        ]
+        return counts, distributions_of_samples(layers, texts.labels, len(texts.features), shown)
 
     def _check_disk(self, model: LoadedModel, texts: FeatureSet) -> None:
         """That the tables of texts will find room. Raises ConfigError on every rank."""
@@ -242,31 +289,237 @@ def _on_main(action: Callable[[], Any]) -> Any:
     return distributed.main_works(action, lambda: None)
 
 
-def _first_tables(
-    layers: Sequence[LayerActivations], texts: FeatureSet, model: LoadedModel, arguments: argparse.Namespace
-) -> FirstTables:
-    raise NotImplementedError
-
-
-def _references(first: FirstTables) -> list[Reference]:
-    raise NotImplementedError
-
-
-def _shown(first: FirstTables, layers: Sequence[LayerActivations]) -> list[tuple[int, int, float, float]]:
-    raise NotImplementedError
-
-
-def _distributions_of_samples(
-    layers: Sequence[LayerActivations], texts: FeatureSet, shown: Sequence[tuple[int, int, float, float]]
-) -> list[Distribution]:
-    raise NotImplementedError
+def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
+    """The best probed neuron of each feature, once each, and between which values its activations lie."""
+    probes = first.tables["probes"]
+    best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
+    shown = []
+    for place, neuron in best.itertuples(index=False):
+        layer, own = layers[place], first.own[place]
+        lowest = float(own.mean[neuron] - 6 * own.s[neuron])
+        shown.append(Shown(layer.layer, int(neuron), lowest, float(layer.top[:, neuron].max())))
+    return shown
 
 
 def _all_tables(
-    first: FirstTables,
+    first: tables.FirstTables,
     model: LoadedModel,
     texts: FeatureSet,
-    histograms: Sequence[LayerHistogram],
+    counts: Sequence[tables.LayerCounts],
     distributions: Sequence[Distribution],
-) -> dict[str, pd.DataFrame]:
-    raise NotImplementedError
+) -> Tables:
+    """With the layers' own numbers, where not all were looked at."""
+    found = tables.build_tables(first, counts, bin_edges())
+    numbers = {-1: -1} | {place: site.layer for place, site in enumerate(model.sites)}
+    for table in found.values():
+        if "layer" in table:
+            table["layer"] = table["layer"].map(numbers)
+    found["layers"]["depth"] = found["layers"]["layer"] / max(1, model.layers - 1)
+    found["distributions"] = _distributions(found["probes"], distributions, texts.features)
+    return found
+
+
+def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features: Sequence[str]) -> pd.DataFrame:
+    """A row a bin, feature and probed feature."""
+    import pandas as pd
+
+    by_neuron = {(part.layer, part.neuron): part.trimmed() for part in found}
+    parts = []
+    for row in probes[probes["place"] == 1].itertuples():
+        part = by_neuron[row.layer, row.neuron]
+        bins = len(part.edges) - 1
+        parts.append(
+            pd.DataFrame(
+                {
+                    "probe_feature": row.feature,
+                    "layer": row.layer,
+                    "neuron": row.neuron,
+                    "feature": np.repeat(np.array(features, dtype=object), bins),
+                    "left": np.tile(part.edges[:-1], len(features)),
+                    "right": np.tile(part.edges[1:], len(features)),
+                    "count": part.counts.ravel(),
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def _write_tables(folder: Path, result: Result) -> None:
+    folder.mkdir(parents=True)
+    for name in TABLES:
+        result.tables[name].to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def _change(before: Result, after: Result) -> pd.DataFrame:
+    change = tables.layer_change(before.tables, after.tables)
+    return change.assign(from_step=before.source.step, to_step=after.source.step)
+
+
+def _write(
+    output: Path, arguments: argparse.Namespace, results: Sequence[Result], changes: Sequence[pd.DataFrame]
+) -> None:
+    import pandas as pd
+
+    from l2e_ds.analysis.figures import write_figures
+
+    report = results[0].report
+    about = {
+        "name": Path(report["source"]).stem if Path(report["source"]).exists() else report["source"],
+        "features": len(report["features"]),
+        "texts": report["total"]["kept"],
+        "tokens": report["total"]["tokens"],
+    }
+    if changes:
+        pd.concat(changes, ignore_index=True).to_parquet(output / "changes.parquet", index=False)
+    shown = results[-1:] if arguments.all_checkpoints else results
+    over_time = [(result.source.step or 0, result.tables) for result in results] if arguments.all_checkpoints else ()
+    write_figures({each.source.label: each.tables for each in shown}, about, output / "figures", over_time)
+    (output / "analysis.json").write_text(json.dumps(_about(arguments, results), indent=1) + "\n", encoding="utf-8")
+    (output / "summary.md").write_text(summary(arguments, results), encoding="utf-8")
+
+
+def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    packages = ("torch", "transformers", "numpy", "scipy", "pandas")
+    wanted = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+    for name in ("action", "verb", "local_rank", "for_sbatch", "models"):
+        wanted.pop(name, None)
+    return {
+        "models": [
+            {
+                "model": result.source.given,
+                "label": result.source.label,
+                "step": result.source.step,
+                "tokens": result.tokens,
+                "parameters": result.parameters,
+                "texts": result.report["digest"],
+            }
+            for result in results
+        ],
+        "options": wanted,
+        "texts": list({result.report["digest"]: result.report for result in results}.values()),
+        "ranks": distributed.size(),
+        "versions": {
+            "l2e_ds": l2e_ds.__version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
+    }
+
+
+def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
+    """The figures that matter, as Markdown."""
+    parts = [
+        "## Models\n",
+        markdown(
+            [
+                "model",
+                "step",
+                "parameters",
+                "neurons",
+                "K-S",
+                "phi of own feature",
+                "FKR at 1, 2, 5 %",
+                "dead",
+                "kurtosis",
+            ],
+            [_model_row(result) for result in results],
+        ),
+        f"Own phi: mean score of the neurons' own features; K-S: between the scores of own and of all features; FKR: false"
+        f" killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap resamples of the texts. A sample"
+        f" is a {'token' if arguments.samples == 'token' else f'text by its {arguments.samples}'}.\n",
+    ]
+    last = results[-1]
+    parts += [
+        f"## Layers of {last.source.label}\n",
+        markdown(
+            ["layer", "neurons", "dead", "kurtosis", "mean S", "own phi", "FKR at 2 %"],
+            [_layer_row(row, last.tables["fkr"]) for _, row in last.tables["layers"].iterrows()],
+        ),
+        f"## Best probed neuron of each feature, {last.source.label}\n",
+        markdown(
+            ["feature", "layer", "neuron", "F1 (test)", "phi inside", "phi outside", "ten best against random", "p"],
+            _probe_rows(last.tables),
+        ),
+    ]
+    if arguments.suggest_share:
+        parts += [
+            "## Share k with the lowest False Killing Rate\n",
+            markdown(["model", "layer", "k", "FKR there"], [row for result in results for row in _share_rows(result)]),
+        ]
+    return "\n".join(parts)
+
+
+def _model_row(result: Result) -> list[str]:
+    scale, layers = result.tables["scale"].iloc[0], result.tables["layers"]
+    neurons = int(layers["neurons"].sum())
+    dead = float((layers["dead_share"] * layers["neurons"]).sum() / neurons)
+    return [
+        result.source.label,
+        "" if result.source.step is None else f"{result.source.step:,}",
+        f"{result.parameters:,}",
+        f"{neurons:,}",
+        _with_interval(scale, "ks"),
+        _with_interval(scale, "own_score"),
+        ", ".join(f"{_fkr_at(result.tables['fkr'], -1, share)['fkr']:.1%}" for share in REPORTED_SHARES),
+        f"{dead:.2%}",
+        f"{layers['kurtosis'].median():.1f}",
+    ]
+
+
+def _layer_row(row: pd.Series, fkr: pd.DataFrame) -> list[str]:
+    at = _fkr_at(fkr, int(row["layer"]), 0.02)
+    return [
+        str(int(row["layer"])),
+        f"{int(row['neurons']):,}",
+        f"{row['dead_share']:.2%}",
+        f"{row['kurtosis']:.1f}",
+        f"{row['mean_s']:.3g}",
+        _with_interval(row, "own_score"),
+        f"{at['fkr']:.1%} [{at['fkr_low']:.1%}, {at['fkr_high']:.1%}]",
+    ]
+
+
+def _probe_rows(found: Tables) -> list[list[str]]:
+    rows = []
+    best = found["probes"][found["probes"]["place"] == 1].merge(found["significance"], on="feature")
+    for _, row in best.iterrows():
+        rows.append(
+            [
+                str(row["feature"]),
+                str(row["layer"]),
+                str(row["neuron"]),
+                f"{row['f1_test']:.2f}",
+                _with_interval(row, "score_inside"),
+                _with_interval(row, "score_outside"),
+                _with_interval(row, "ratio"),
+                f"{row['p_adjusted']:.2g}",
+            ]
+        )
+    return rows
+
+
+def _share_rows(result: Result) -> list[list[str]]:
+    rows = [("all", result.tables["scale"].iloc[0])]
+    rows += [(str(int(row["layer"])), row) for _, row in result.tables["layers"].iterrows()]
+    return [
+        [
+            result.source.label,
+            layer,
+            f"{row['suggested_share']:.2%} [{row['suggested_share_low']:.2%}, {row['suggested_share_high']:.2%}]",
+            f"{row['suggested_fkr']:.1%}",
+        ]
+        for layer, row in rows
+    ]
+
+
+def _fkr_at(fkr: pd.DataFrame, layer: int, share: float) -> pd.Series:
+    return fkr[(fkr["layer"] == layer) & (fkr["share"] == share)].iloc[0]
+
+
+def _with_interval(row: pd.Series, name: str) -> str:
+    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"

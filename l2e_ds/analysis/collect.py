@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from l2e_ds import distributed
 from l2e_ds.analysis.load import LoadedModel
+from l2e_ds.analysis.tables import LayerCounts, LayerOwn
 from l2e_ds.errors import AnalysisError
 from l2e_ds.inhibition.measure import observed
 
@@ -33,8 +35,8 @@ LOWEST, HIGHEST = -8, 16
 BINS = (HIGHEST - LOWEST) * 2**MANTISSA_BITS + 1
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
-# Values of one neuron, for its distribution: equal bins over what it takes.
-VALUE_BINS = 64
+# Of one neuron's activations, equal in width over what they may be; `Distribution.trimmed` joins them.
+VALUE_BINS = 512
 BLOCK = 1024  # columns or rows of a table that are in memory at a time
 
 
@@ -67,33 +69,43 @@ class LayerActivations:
         return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, 1)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What a layer's scores are taken from, and each neuron's own feature; [N], from the first pass."""
-
-    mean: np.ndarray
-    inverse_variance: np.ndarray  # 0 for dead neurons
-    own_feature: np.ndarray  # int64; -1 for dead neurons
+def inverse_variance(own: LayerOwn) -> np.ndarray:
+    """[N] float32: 1 / S^2, 0 for dead neurons."""
+    alive = own.own >= 0
+    return np.where(alive, 1 / np.where(alive, own.s, 1.0) ** 2, 0.0).astype(np.float32)
 
 
-@dataclass(frozen=True)
-class LayerHistogram:
-    """counts: [texts, 2, BINS] int32 on disk, the text's scores by bins, second index 1 where the text's feature is the
-    neuron's own; dead neurons are left out. fourth: [N] float64, mean of phi^2 over all samples."""
+class Shown(NamedTuple):
+    """A neuron whose distribution is wanted, between two values."""
 
-    counts: np.ndarray
-    fourth: np.ndarray
+    layer: int
+    neuron: int
+    lowest: float
+    highest: float
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Activations of one neuron by feature: counts [F, VALUE_BINS] int64 between edges [VALUE_BINS + 1]; what lies
-    outside is in the outermost."""
+    """Activations of one neuron by feature: counts [F, bins] int64 between edges [bins + 1]; what lies outside is in
+    the outermost."""
 
     layer: int
     neuron: int
     edges: np.ndarray
     counts: np.ndarray
+
+    def trimmed(self, most: int = 64) -> Distribution:
+        """Without the empty bins at both ends, and in at most so many bins."""
+        used = np.flatnonzero(self.counts.sum(0))
+        first, last = int(used[0]), int(used[-1]) + 1
+        width = math.ceil((last - first) / most)
+        last = min(first + width * math.ceil((last - first) / width), self.counts.shape[1])
+        starts = np.arange(first, last, width)
+        return replace(
+            self,
+            edges=self.edges[[*starts, last]],
+            counts=np.add.reduceat(self.counts[:, :last], starts, axis=1),
+        )
 
 
 class Texts:
@@ -215,15 +227,15 @@ def count_scores(
     model: LoadedModel,
     texts: Texts,
     labels: np.ndarray,
-    references: Sequence[Reference],
+    own: Sequence[LayerOwn],
     features: int,
-    shown: Sequence[tuple[int, int, float, float]],
+    shown: Sequence[Shown],
     folder: Path,
-) -> tuple[list[LayerHistogram], list[Distribution]]:
+) -> tuple[list[LayerCounts], list[Distribution]]:
     """The second pass: scores by bins, and the distributions of some neurons.
 
-    labels: [texts]; references: one a site, the same on every rank; shown: (layer, neuron, lowest and highest value) of
-    the neurons whose distribution is wanted; folder: as in `collect_activations`. Returns both on rank 0, empty lists
+    labels: [texts]; own: of each site, the same on every rank; shown: whose
+    distribution is wanted; folder: as in `collect_activations`. Returns both on rank 0, empty lists
     elsewhere.
     """
     count, length = texts.tokens.shape
@@ -235,25 +247,25 @@ def count_scores(
     constants = [
         (
             torch.from_numpy(part.mean.astype(np.float32)).to(device),
-            torch.from_numpy(part.inverse_variance.astype(np.float32)).to(device),
-            torch.from_numpy(part.own_feature).to(device),
+            torch.from_numpy(inverse_variance(part)).to(device),
+            torch.from_numpy(part.own).to(device),
         )
-        for part in references
+        for part in own
     ]
     fourth = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in model.sites]
     values = torch.zeros(len(shown), features, VALUE_BINS, dtype=torch.float64)
     on_device = torch.from_numpy(np.asarray(labels)).to(device)
 
     def see(index: int, rows: slice, z: Tensor) -> None:
-        mean, inverse_variance, own = constants[index]
+        mean, inverse, feature = constants[index]
         z = z.float()
-        scores = (z - mean).square_().mul_(inverse_variance)
+        scores = (z - mean).square_().mul_(inverse)
         fourth[index] += torch.linalg.vecdot(scores, scores, dim=0).double()
         batch = rows.stop - rows.start
         # the place of each neuron's counts in [B, 2, BINS]; those of dead neurons are put behind
-        own_text = on_device[rows, None] == own
+        own_text = on_device[rows, None] == feature
         place = (torch.arange(batch, device=device)[:, None] * 2 + own_text) * BINS
-        place = torch.where(own >= 0, place, batch * 2 * BINS).int()
+        place = torch.where(feature >= 0, place, batch * 2 * BINS).int()
         bins = bin_of(scores).view(batch, length, -1).add_(place[:, None])
         counts = torch.bincount(bins.flatten(), minlength=batch * 2 * BINS)[: batch * 2 * BINS]
         tables[index][rows] = counts.view(batch, 2, BINS).cpu().numpy()
@@ -272,7 +284,7 @@ def count_scores(
             if distributed.is_main():
                 table[first : first + BLOCK] = total
         distributed.all_reduce_sum(part)
-        histograms.append(LayerHistogram(table, part.cpu().numpy() / samples))
+        histograms.append(LayerCounts(table, part.cpu().numpy() / samples))
     values = torch.from_numpy(_sum_on_main(values.numpy()))
     distributions = [
         Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[place].long().numpy())
@@ -281,24 +293,35 @@ def count_scores(
     return (histograms, distributions) if distributed.is_main() else ([], [])
 
 
-def count_scores_of_samples(
-    layer: LayerActivations, labels: np.ndarray, reference: Reference, path: Path
-) -> LayerHistogram:
+def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: LayerOwn, path: Path) -> LayerCounts:
     """As `count_scores` where a text is one sample: from the table of the first pass alone."""
     texts, neurons = layer.mean.shape
     table = open_memmap(path, mode="w+", dtype=np.int32, shape=(texts, 2, BINS))
     table[:] = 0
     fourth = np.zeros(neurons)
-    alive = reference.own_feature >= 0
+    alive, inverse = own.own >= 0, inverse_variance(own)
     for first in range(0, texts, 64):
         rows = slice(first, min(first + 64, texts))
-        d = layer.mean[rows] - reference.mean.astype(np.float32)
-        scores = d * d * reference.inverse_variance.astype(np.float32)
+        d = layer.mean[rows] - own.mean.astype(np.float32)
+        scores = d * d * inverse
         fourth += (scores.astype(np.float64) ** 2).sum(0)
         bins = bin_of(torch.from_numpy(scores)).numpy()
-        own = labels[rows, None] == reference.own_feature
+        own_text = labels[rows, None] == own.own
         for place in range(rows.stop - rows.start):
             for is_own in (0, 1):
-                chosen = bins[place][alive & (own[place] == bool(is_own))]
+                chosen = bins[place][alive & (own_text[place] == bool(is_own))]
                 table[first + place, is_own] = np.bincount(chosen, minlength=BINS)
-    return LayerHistogram(table, fourth / texts)
+    return LayerCounts(table, fourth / texts)
+
+
+def distributions_of_samples(
+    layers: Sequence[LayerActivations], labels: np.ndarray, features: int, shown: Sequence[Shown]
+) -> list[Distribution]:
+    """As `count_scores` gives them, where a text is one sample."""
+    by_number = {layer.layer: layer for layer in layers}
+    found = []
+    for layer, neuron, low, high in shown:
+        values = np.clip(by_number[layer].mean[:, neuron], low, high)
+        counts = [np.histogram(values[labels == feature], VALUE_BINS, (low, high))[0] for feature in range(features)]
+        found.append(Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), np.stack(counts)))
+    return found

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.errors import ConfigError
@@ -56,9 +55,6 @@ def check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name.replace('_', '-')}: got {value}, allowed: an integer >= 1")
-    missing = [name for name in ("matplotlib", "scipy") if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"the analysis needs {' and '.join(missing)}: pip install 'l2e-ds[analysis]'")
 
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
@@ -79,7 +75,7 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
 
 def check_fits(model: LoadedModel, texts: FeatureSet) -> None:
     """That the model takes the texts. Raises ConfigError."""
-    config = model.network.config
+    config: Any = model.network.config
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and texts.tokens.shape[1] > longest:
         raise ConfigError(

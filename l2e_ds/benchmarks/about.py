@@ -82,9 +82,3 @@ def new_folder(option: str, path: Path) -> Path:
 
 def say(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
-
-
-def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table, the first column to the left, the others to the right."""
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

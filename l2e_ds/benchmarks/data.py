@@ -30,13 +30,13 @@ import yaml
 from l2e_ds.benchmarks.about import (
     circumstances,
     heading,
-    markdown,
     median_and_spread,
     new_folder,
     say,
     write_results,
 )
 from l2e_ds.config import DataConfig
+from l2e_ds.console import markdown
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedTokens
 from l2e_ds.data.sampler import SequenceOrder

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from l2e_ds import distributed
-from l2e_ds.benchmarks.about import circumstances, heading, markdown, new_folder, write_results
+from l2e_ds.benchmarks.about import circumstances, heading, new_folder, write_results
 from l2e_ds.benchmarks.overhead import NONE, VARIANTS
+from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from l2e_ds import distributed
 from l2e_ds.benchmarks import throughput
-from l2e_ds.benchmarks.about import circumstances, heading, markdown, median_and_spread, new_folder, say, write_results
+from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
+from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 

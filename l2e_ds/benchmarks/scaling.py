@@ -21,7 +21,8 @@ import torch
 
 from l2e_ds import distributed
 from l2e_ds.benchmarks import overhead
-from l2e_ds.benchmarks.about import circumstances, heading, markdown, median_and_spread, new_folder, write_results
+from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, write_results
+from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.inhibition.hook import NeuronHook
 

@@ -28,13 +28,13 @@ from l2e_ds import distributed
 from l2e_ds.benchmarks.about import (
     circumstances,
     heading,
-    markdown,
     median_and_spread,
     new_folder,
     say,
     write_results,
 )
 from l2e_ds.benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
+from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError, L2EError
 
 DEFAULTS: dict[str, Any] = {

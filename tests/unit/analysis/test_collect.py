@@ -6,8 +6,9 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e_ds.analysis import collect
-from l2e_ds.analysis.collect import BINS, Reference, Texts, bin_edges, bin_of, collect_activations, count_scores
+from l2e_ds.analysis.collect import BINS, Texts, bin_edges, bin_of, collect_activations, count_scores
 from l2e_ds.analysis.load import LoadedModel, ModelSource
+from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.errors import AnalysisError
 from l2e_ds.models import neuron_sites
 
@@ -49,16 +50,15 @@ def activations(model, tokens) -> list[np.ndarray]:
     return [np.concatenate(seen[layer::2]) for layer in (0, 1)]
 
 
-def reference_of(z: np.ndarray) -> Reference:
+def own_of(z: np.ndarray) -> LayerOwn:
     flat = z.reshape(-1, NEURONS)
-    inverse = 1 / flat.var(0, ddof=1)
     own = np.arange(NEURONS) % FEATURES
-    inverse[5], own[5] = 0, -1  # as if dead
-    return Reference(flat.mean(0), inverse, own)
+    own[5] = -1  # as if dead
+    return LayerOwn(flat.mean(0), flat.std(0, ddof=1), own)
 
 
-def score(z: np.ndarray, reference: Reference) -> np.ndarray:
-    return (z - reference.mean) ** 2 * reference.inverse_variance
+def score(z: np.ndarray, own: LayerOwn) -> np.ndarray:
+    return np.where(own.own >= 0, ((z - own.mean) / own.s) ** 2, 0.0)
 
 
 def test_bins():
@@ -86,24 +86,24 @@ def test_activations_of_texts(model, tokens, activations, tmp_path):
 
 
 def test_scores_by_bins(model, tokens, activations, tmp_path):
-    references = [reference_of(z) for z in activations]
+    owns = [own_of(z) for z in activations]
     shown = [(1, 3, -0.5, 0.75), (0, 7, -0.2, 0.1)]
-    histograms, distributions = count_scores(model, Texts(tokens, BATCH), LABELS, references, FEATURES, shown, tmp_path)
-    for histogram, z, reference in zip(histograms, activations, references, strict=True):
-        phi = score(z, reference)
-        np.testing.assert_allclose(histogram.fourth, (phi**2).mean((0, 1)), rtol=1e-3, atol=1e-6)
-        assert histogram.fourth[5] == 0
+    counts_of_layers, distributions = count_scores(model, Texts(tokens, BATCH), LABELS, owns, FEATURES, shown, tmp_path)
+    for found, z, own in zip(counts_of_layers, activations, owns, strict=True):
+        phi = score(z, own)
+        np.testing.assert_allclose(found.fourth, (phi**2).mean((0, 1)), rtol=1e-3, atol=1e-6)
+        assert found.fourth[5] == 0
         expected = np.zeros((TEXTS, 2, BINS), dtype=np.int64)
         edges = bin_edges()
         for text in range(TEXTS):
             for neuron in set(range(NEURONS)) - {5}:
-                is_own = int(LABELS[text] == reference.own_feature[neuron])
+                is_own = int(LABELS[text] == own.own[neuron])
                 for value in phi[text, :, neuron]:
                     expected[text, is_own, np.searchsorted(edges, value, side="right") - 1] += 1
-        assert (histogram.counts.sum(2) == expected.sum(2)).all()
+        assert (found.histogram.sum(2) == expected.sum(2)).all()
         # float32 may put a score that lies on an edge into the neighbouring bin
-        assert np.abs(histogram.counts.cumsum(2) - expected.cumsum(2)).max() <= 1
-        assert np.abs(histogram.counts - expected).sum() <= 0.01 * expected.sum()
+        assert np.abs(found.histogram.cumsum(2) - expected.cumsum(2)).max() <= 1
+        assert np.abs(found.histogram - expected).sum() <= 0.01 * expected.sum()
     for distribution, (layer, neuron, low, high) in zip(distributions, shown, strict=True):
         assert (distribution.layer, distribution.neuron) == (layer, neuron)
         for feature in range(FEATURES):
@@ -116,16 +116,16 @@ def test_scores_by_bins(model, tokens, activations, tmp_path):
 def test_samples_of_texts_are_counted_as_tokens_would_be(model, tokens, activations, tmp_path):
     layer = collect_activations(model, Texts(tokens, BATCH), tmp_path)[0].as_one_sample("max")
     values = activations[0].max(1)
-    reference = reference_of(values[:, None])
-    histogram = collect.count_scores_of_samples(layer, LABELS, reference, tmp_path / "scores.npy")
-    phi = score(values, reference)
-    np.testing.assert_allclose(histogram.fourth, (phi**2).mean(0), rtol=1e-3, atol=1e-6)
+    own = own_of(values[:, None])
+    found = collect.count_scores_of_samples(layer, LABELS, own, tmp_path / "scores.npy")
+    phi = score(values, own)
+    np.testing.assert_allclose(found.fourth, (phi**2).mean(0), rtol=1e-3, atol=1e-6)
     for text in range(TEXTS):
-        own = reference.own_feature == LABELS[text]
-        alive = reference.own_feature >= 0
-        assert histogram.counts[text].sum(1).tolist() == [int((alive & ~own).sum()), int((alive & own).sum())]
+        is_own = own.own == LABELS[text]
+        alive = own.own >= 0
+        assert found.histogram[text].sum(1).tolist() == [int((alive & ~is_own).sum()), int((alive & is_own).sum())]
     total = np.histogram(phi[:, np.arange(NEURONS) != 5], [*bin_edges(), np.inf])[0]
-    assert np.abs(histogram.counts.sum((0, 1)).cumsum() - total.cumsum()).max() <= 1
+    assert np.abs(found.histogram.sum((0, 1)).cumsum() - total.cumsum()).max() <= 1
 
 
 @pytest.mark.parametrize("batch", [1, TEXTS])
