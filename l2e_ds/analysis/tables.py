@@ -239,7 +239,7 @@ def _layer_moments(
     """One layer in blocks of neurons."""
     texts, neurons = layer.mean.shape
     resamples = len(weights)
-    own_score_sum, live, s_sum = np.zeros(resamples), np.zeros(resamples), np.zeros(resamples)
+    own_score_sum, s_sum = np.zeros(resamples), np.zeros(resamples)
     parts = []
     for columns in measures.column_blocks(neurons, max(texts, resamples * features)):
         mean, variance = np.asarray(layer.mean[:, columns]), np.asarray(layer.variance[:, columns])
@@ -251,24 +251,24 @@ def _layer_moments(
         inside = measures.mean_scores(moments)
         count = moments.texts * tokens
         s = np.sqrt(moments.variance * (count / np.maximum(count - 1, 1))[:, None])
-        parts.append((overall, np.sqrt(square), *measures.own_features(inside), inside, moments.mean, s))
+        own, own_score = measures.own_features(inside)
+        parts.append((overall, np.sqrt(square), own, own_score, inside, moments.mean, s))
         resampled = bootstrap.resampled_moments(weights, mean, variance, labels, moments)
-        score = measures.mean_scores(resampled).max(axis=1)
-        own_score_sum += score.sum(axis=1)
-        live += np.count_nonzero(score > 0, axis=1)
+        own_score_sum += bootstrap.held_own_scores(measures.mean_scores(resampled), own).sum(axis=1)
         s_sum += np.sqrt(measures.pooled(resampled)[1]).sum(axis=1)
     overall, s_all, own, own_score, inside, mean, s = (
         np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
     )
+    alive = own >= 0
     return _LayerMoments(
         LayerOwn(overall, s_all, own),
-        own >= 0,
+        alive,
         own_score,
         inside,
         mean,
         s,
         probing.probe_layer(layer.probed, labels, features, masks),
-        np.where(live > 0, own_score_sum / np.maximum(live, 1), np.nan),
+        own_score_sum / alive.sum() if alive.any() else np.full(resamples, np.nan),
         s_sum / neurons,
     )
 
@@ -408,8 +408,9 @@ def _scale(parameters: int, sample: Array, chosen: _Chosen) -> pd.DataFrame:
     inside, resampled = chosen.of(sample)
     ks = np.array([measures.own_against_all(replicate) for replicate in resampled])
     row = {"parameters": parameters, "neurons": len(sample), "ks": measures.own_against_all(inside)}
-    row |= _bounds("ks", ks) | {"own_score": inside.max(axis=0).mean()}
-    return pd.DataFrame([row | _bounds("own_score", resampled.max(axis=1).mean(axis=1))])
+    own, own_score = measures.own_features(inside)
+    row |= _bounds("ks", ks) | {"own_score": own_score.mean()}
+    return pd.DataFrame([row | _bounds("own_score", bootstrap.held_own_scores(resampled, own).mean(axis=1))])
 
 
 def _layers(first: FirstTables, neurons: pd.DataFrame, suggestions: list[tuple[Array, Array]]) -> pd.DataFrame:

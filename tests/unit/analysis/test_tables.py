@@ -187,7 +187,7 @@ def ends(values: list) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_intervals_of_scores(example):
-    """probes, significance, scale and layers: everything derived anew from each resample's tokens."""
+    """probes, significance, scale and layers: derived anew from each resample's tokens, but for held own features."""
     layers, labels, made = example
     probes, alive = made["probes"], made["neurons"]["alive"].to_numpy()
     at = made["neurons"].reset_index().set_index(["layer", "neuron"])["index"]
@@ -212,11 +212,13 @@ def test_intervals_of_scores(example):
     live = [inside[:, alive] for inside, _ in resampled]
     low, high = ends([slow_ks(inside.max(axis=0), inside.ravel()) for inside in live])
     assert [scale["ks_low"], scale["ks_high"]] == pytest.approx([low, high], rel=1e-6)
-    low, high = ends([inside.max(axis=0).mean() for inside in live])
+    own = np.concatenate([slow_own(z, labels, 3) for z in layers])
+    own_scores = [inside[np.maximum(own, 0), np.arange(len(own))] for inside, _ in resampled]
+    low, high = ends([scores[alive].mean() for scores in own_scores])
     assert [scale["own_score_low"], scale["own_score_high"]] == pytest.approx([low, high], rel=1e-5)
     layer_of = made["neurons"]["layer"].to_numpy()
     for layer, row in made["layers"].iterrows():
-        scores = [inside[:, alive & (layer_of == layer)].max(axis=0).mean() for inside, _ in resampled]
+        scores = [of_all[alive & (layer_of == layer)].mean() for of_all in own_scores]
         low, high = ends(scores)
         assert [row["own_score_low"], row["own_score_high"]] == pytest.approx([low, high], rel=1e-5)
         resamples = made["resamples"][made["resamples"]["layer"] == layer]
