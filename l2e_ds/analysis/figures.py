@@ -114,7 +114,7 @@ def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) 
         axes.legend(
             title=f"layer {layer}, neuron {neuron}",
             alignment="left",
-            title_fontproperties={"weight": "bold", "size": 9},
+            title_fontproperties={"weight": "bold"},
             loc="lower left",
             bbox_to_anchor=(-0.02, 1.0),
             borderaxespad=0,
@@ -143,10 +143,10 @@ def monosemantic_vs_random(results: Results, about: Mapping[str, Any]) -> Figure
     figure, grid = _frame(
         "Monosemantic and random neurons: their score on each feature",
         "Monosemanticity score (MS) on the texts of a feature: mean squared distance of a neuron's activations from its"
-        " mean over all texts, in units of its variance (1 on average). Small dots: the monosemantic neurons, those that"
-        " best tell the feature from the others, each with its interval. Right: how many times higher, its interval, and"
-        " the probability of such a lead by chance (one-sided Mann-Whitney test, Holm-adjusted over features). Hollow"
-        " circle: p is 0.05 or more.",
+        " mean over all texts, in units of its variance (1 on average). Small dots: the monosemantic neurons, those"
+        " that best tell the feature from the others, each with its interval. Right: how many times higher, its"
+        " interval, and the probability of such a lead by chance (one-sided Mann-Whitney test, Holm-adjusted over"
+        " features). Hollow circle: p is 0.05 or more.",
         f"{_set_of(about)}. A feature has {_range(counts['monosemantic'])} monosemantic and"
         f" {_range(counts['random'])} random neurons. Lines {_INTERVALS}.",
         math.ceil(len(results) / columns),
@@ -533,7 +533,7 @@ def _draw_band(axes: Axes, table: pd.DataFrame, x: str, column: str, label: str,
     """A line with its interval."""
     axes.plot(table[x], table[column], label=label, **look)
     low, high = table[f"{column}_low"], table[f"{column}_high"]
-    axes.fill_between(table[x], low, high, color=look["color"], alpha=0.13, linewidth=0)
+    axes.fill_between(table[x], low, high, color=look["color"], alpha=0.09, linewidth=0)
 
 
 def _depth_axis(axes: Axes) -> None:
