@@ -164,6 +164,20 @@ def test_false_killing_with_equal_scores():
         assert abs(curve.rate[k] - false / selected) <= curve.error[k] + 1e-12
 
 
+def test_error_allows_for_scores_equal_to_tau():
+    """Ten own scores, then five or three others of one value: asked for 11, tokens select 15 (or 13), all of them.
+
+    With own ones of that value the rate falls: six false, then eight own, of which the 7th asked for takes all.
+    """
+    edges = np.array([0.0, 2.0, 4.0])
+    for others in (5, 3):
+        curve = measures.false_killing(np.array([[85 - others, others, 0], [5, 0, 10]]), edges, (0.11,), 100)
+        assert curve.rate[0] == pytest.approx(1 / 11)
+        assert curve.error[0] == pytest.approx(others / (10 + others) - 1 / 11)
+    curve = measures.false_killing(np.array([[80, 0, 6], [6, 8, 0]]), edges, (0.07,), 100)
+    assert curve.rate[0] == pytest.approx(6 / 7) and curve.error[0] == pytest.approx(6 / 7 - 6 / 14)
+
+
 def test_false_killing_of_few_live_neurons():
     """Shares beyond the live neurons' take all of these; a layer of dead ones has no tau and no rate."""
     z, labels = activations(10)
