@@ -127,6 +127,7 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
     if wrong:
         raise CheckpointError(f"{checkpoint}: {wrong[0]} is of another shape than {run_directory / 'model'} says")
     model.load_state_dict(weights, strict=False, assign=True)  # buffers are not in the checkpoint
+    model.tie_weights()  # assigning has parted an embedding from the output matrix that it is
 
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
