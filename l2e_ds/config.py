@@ -53,7 +53,8 @@ class ModelConfig(Section):
     name: str | None = None
     """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
     pretrained: str | None = None
-    """Instead of `name`: a local folder or a hub name whose weights the run starts from."""
+    """Instead of `name`: a local folder or a hub name whose weights the run starts from; of a family in
+    docs/families.md."""
     revision: str | None = None
     """Branch, tag or commit of `pretrained` on the hub, e.g. `step3000`."""
     vocab_size: int | None = Field(None, gt=0)
@@ -65,7 +66,7 @@ class ModelConfig(Section):
     num_heads: int | None = Field(None, gt=0)
     """Overrides the family's number of attention heads."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Implementation of attention in transformers."""
+    """Implementation of attention in transformers. BLOOM has `eager` only."""
     activation_checkpointing: bool = False
     """Recompute every layer in backward (non-reentrant)."""
     compile: bool = False

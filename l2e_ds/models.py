@@ -1,8 +1,8 @@
-"""The Pythia family: sizes, published hyper-parameters, initialisation, and where its neurons are.
+"""The Pythia family: sizes, published hyper-parameters, initialisation; building and loading networks; their layers.
 
 Sources: Biderman et al. 2023 and the released configuration files (METHOD, section 10). GPT-NeoX initialises
 with `small_init` (Nguyen & Salazar 2019) and, where a layer writes to the residual stream, `wang_init`.
-Shapes: N neurons of a layer = 4 * hidden size.
+Where the neurons of these and of other families are: families.py. Shapes: N neurons of a layer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from l2e_ds import distributed
 from l2e_ds.config import ModelConfig
 from l2e_ds.errors import ConfigError
+from l2e_ds.families import blocks_of, check_trainable, site_of
 from l2e_ds.inhibition.hook import NeuronSite
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
             f"model.pretrained: cannot load {config.pretrained!r}"
             f"{f' at revision {config.revision!r}' if config.revision else ''}: {str(error).splitlines()[0]}"
         ) from None
-    if network.model_type != "gpt_neox":
-        raise ConfigError(f"model.pretrained: {config.pretrained!r} is a {network.model_type}, allowed: gpt_neox")
+    check_trainable(network, config.attention, f"model.pretrained: {config.pretrained!r}")
     return network
 
 
@@ -127,8 +127,8 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
-        for layer in model.gpt_neox.layers:
-            layer.compile()  # within what recomputes it, so that a hook's `in_backward` is seen
+        for block in blocks_of(model):
+            block.compile()  # within what recomputes it, so that a hook's `in_backward` is seen
     model.train()
     return model
 
@@ -240,22 +240,32 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
 
 
 def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
-    """Where the neurons of the chosen layers are: the output of each MLP's activation, [B, T, N]."""
-    blocks = model.gpt_neox.layers
-    neurons = model.config.intermediate_size
-    function: Literal["gelu"] | None = "gelu" if model.config.hidden_act == "gelu" else None
-    return [
-        NeuronSite(index, blocks[index].mlp, "act", "activation", neurons, function)
-        for index in chosen_layers(layers, len(blocks))
-    ]
+    """Where the neurons of the chosen layers are, each [B, T, N]; model: of transformers, with or without its head.
+
+    Raises ConfigError for a family that is not registered (families.py) and for layers out of range.
+    """
+    return [site_of(model, layer) for layer in chosen_layers(layers, len(blocks_of(model)))]
 
 
-def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
-    """Parameters in all, and those outside the embedding and the output matrix."""
+def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
+    """The network without its weights, to be counted."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(network)
+        return AutoModelForCausalLM.from_config(network)
+
+
+def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
+    """Parameters in all, and those outside the token embedding and the output matrix."""
+    model = unbuilt(network)
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = sum(p.numel() for p in model.parameters())
-    embeddings = network.vocab_size * network.hidden_size * (1 if network.tie_word_embeddings else 2)
-    return total, total - embeddings
+    return total, sum(p.numel() for p in model.parameters() if id(p) not in ends)
+
+
+def matrix_parameters(model: Any) -> int:
+    """Parameters that every token is multiplied with: not those of embeddings, which are looked up; but where one is
+    also the output matrix, it counts."""
+    output = model.get_output_embeddings().weight
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in looked_up)

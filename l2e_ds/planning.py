@@ -114,19 +114,24 @@ class Work:
 
 
 def work_of(plan: Plan) -> Work:
-    """Raises ConfigError where the DeepSpeed JSON names an optimizer other than Adam."""
-    import torch
+    """Raises ConfigError where the DeepSpeed JSON names an optimizer other than Adam, or the network is none of
+    Pythia's family, whose activations the formulae count."""
     from deepspeed.runtime.config import DtypeEnum
-    from transformers import AutoModelForCausalLM
+
+    from l2e_ds.families import neurons_of
+    from l2e_ds.models import unbuilt
 
     config, network, ds = plan.config, plan.network, plan.ds
+    if network.model_type != "gpt_neox":
+        raise ConfigError(
+            f"model.pretrained: {config.model.pretrained!r} is a {network.model_type}; a plan knows the memory and time"
+            " of gpt_neox (Pythia) only"
+        )
     kind = str(ds.get("optimizer", {}).get("type", "AdamW"))
     if kind.lower() not in ("adam", "adamw"):
         raise ConfigError(
             f"deepspeed.config: optimizer.type: got {kind}; a plan knows the states of Adam and AdamW only"
         )
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(network)
     zero = ds.get("zero_optimization", {})
     stage, precision = zero_stage(ds), config.training.precision
     element = 4 if precision == "fp32" else 2
@@ -143,12 +148,12 @@ def work_of(plan: Plan) -> Work:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
 
     return Work(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in unbuilt(network).parameters()),
         embedding=network.vocab_size * network.hidden_size,
         layers=network.num_hidden_layers,
         hidden=network.hidden_size,
         heads=network.num_attention_heads,
-        neurons=network.intermediate_size,
+        neurons=neurons_of(network),
         vocabulary=network.vocab_size,
         sequence_length=config.data.sequence_length,
         attention=config.model.attention,

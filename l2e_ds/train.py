@@ -182,10 +182,11 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
     network = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
-    if config.data.sequence_length > network.max_position_embeddings:
+    longest = getattr(network, "max_position_embeddings", None)  # None: alibi, any length
+    if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
             f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
-            f" {network.max_position_embeddings}"
+            f" {longest}"
         )
     return Plan(config, ds, batch, network, layers)
 
@@ -211,12 +212,13 @@ def _check_machine(config: RunConfig) -> None:
 
 def describe(plan: Plan) -> str:
     """What `--dry-run` prints."""
+    from l2e_ds.families import neurons_of
     from l2e_ds.models import parameter_counts
 
     config, network = plan.config, plan.network
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
-    neurons = network.intermediate_size
+    neurons = neurons_of(network)
     tokens = plan.batch.tokens_per_step * config.training.steps
     retrieval, mechanism = config.inhibition.parts
     method = config.inhibition.method

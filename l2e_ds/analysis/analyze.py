@@ -95,25 +95,34 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     quiet_libraries()
     sources = _sources(arguments)
     device = distributed.join(launch, TIMEOUT_MINUTES)
-    with _folders(arguments) as (scratch, output):
-        session = _Session(arguments, device, scratch)
-        results: list[Result] = []
-        changes: list[pd.DataFrame] = []
-        for source in sources:
-            result = session.analyse(source)
-            if output is None:
-                continue
-            _write_tables(output / "models" / source.label, result)
-            if arguments.all_checkpoints and results:
-                changes.append(_change(results[-1], result))
-                results[-1] = results[-1].without_neurons()
-            results.append(result.without_features())
-        if output is not None:
-            _write(output, arguments, results, changes)
-    if distributed.is_main():
-        print((arguments.output / "summary.md").read_text(encoding="utf-8"))
+    try:
+        with _folders(arguments) as (scratch, output):
+            results = _analyse_all(arguments, sources, _Session(arguments, device, scratch), output)
+    finally:
+        distributed.leave()
+    if launch.rank == 0:
+        print(summary(arguments, results))
         print(f"figures and tables: {arguments.output}", flush=True)
-    distributed.leave()
+
+
+def _analyse_all(
+    arguments: argparse.Namespace, sources: Sequence[ModelSource], session: _Session, output: Path | None
+) -> list[Result]:
+    """One model after another; their tables are written at once, the rest at the end. Collective."""
+    results: list[Result] = []
+    changes: list[pd.DataFrame] = []
+    for source in sources:
+        result = session.analyse(source)
+        if output is None:
+            continue
+        _write_tables(output / "models" / source.label, result)
+        if arguments.all_checkpoints and results:
+            changes.append(_change(results[-1], result))
+            results[-1] = results[-1].without_neurons()
+        results.append(result.without_features())
+    if output is not None:
+        _write(output, arguments, results, changes)
+    return results
 
 
 # --- what was asked for ------------------------------------------------------------------------------------------
@@ -429,9 +438,9 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
             ],
             [_model_row(result) for result in results],
         ),
-        f"Own phi: mean score of the neurons' own features; K-S: between the scores of own and of all features; FKR: false"
-        f" killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap resamples of the texts. A sample"
-        f" is a {'token' if arguments.samples == 'token' else f'text by its {arguments.samples}'}.\n",
+        "Own phi: mean score of the neurons' own features; K-S: between the scores of own and of all features; FKR:"
+        f" false killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap resamples of the texts. A"
+        f" sample is a {'token' if arguments.samples == 'token' else f'text by its {arguments.samples}'}.\n",
     ]
     last = results[-1]
     parts += [

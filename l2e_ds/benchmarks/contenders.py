@@ -28,7 +28,7 @@ from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig, run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.errors import L2EError
-from l2e_ds.models import build_network, network_config, parameter_counts
+from l2e_ds.models import build_network, matrix_parameters, network_config, unbuilt
 from l2e_ds.training import metrics
 from l2e_ds.training.deepspeed_config import check_device, resolve
 
@@ -289,7 +289,7 @@ def measure(spec: dict) -> dict[str, Any]:
     network = network_config(config.model, config.data.sequence_length)
     dataset = make_dataset(config.training.steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
     work = Work(config, ds, batch, network, dataset, device, Path(spec["folder"]))
-    matrices = parameter_counts(network)[0] - network.vocab_size * network.hidden_size
+    matrices = matrix_parameters(unbuilt(network))
     libraries = peak_bytes(device)
     CONTENDERS[spec["contender"]](work)
     marks = work.marks[WARMUP:]

@@ -231,6 +231,7 @@ def measure_model(
     """
     from l2e_ds.benchmarks.contenders import make_dataset
     from l2e_ds.data import PreparedData
+    from l2e_ds.families import neurons_of
     from l2e_ds.models import network_config
     from l2e_ds.training.trainer import Trainer
 
@@ -238,7 +239,7 @@ def measure_model(
     steps = (WARMUP + rounds) * (1 + len(VARIANTS))
     network = network_config(config.model, config.data.sequence_length)
     tokens = batch.micro_batch * config.data.sequence_length
-    operation = measure_operation(tokens, network.intermediate_size, dtype, device, PER_STEP * rounds)
+    operation = measure_operation(tokens, neurons_of(network), dtype, device, PER_STEP * rounds)
     dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
     data = [PreparedData(dataset, None, None, dataset.num_tokens, 0, None)]
     seconds: dict[str, list[float]] = {variant: [] for variant in (NONE, *VARIANTS)}

@@ -119,13 +119,15 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
 def sizes_of(model: str) -> dict[str, int]:
     """Bytes of the packed sums of `mid-2` (float64) and of the gradients in float32; neurons of a layer."""
     from l2e_ds.config import ModelConfig
+    from l2e_ds.families import neurons_of
     from l2e_ds.models import chosen_layers, network_config, parameter_counts
 
     network = network_config(ModelConfig(name=model), 2048)
+    neurons = neurons_of(network)
     layers = len(chosen_layers("mid-2", network.num_hidden_layers))
     return {
-        "neurons": network.intermediate_size,
-        "packed": layers * NeuronHook.buffer_size(network.intermediate_size) * 8,
+        "neurons": neurons,
+        "packed": layers * NeuronHook.buffer_size(neurons) * 8,
         "gradients": 4 * parameter_counts(network)[0],
     }
 

@@ -127,6 +127,7 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
     if wrong:
         raise CheckpointError(f"{checkpoint}: {wrong[0]} is of another shape than {run_directory / 'model'} says")
     model.load_state_dict(weights, strict=False, assign=True)  # but for buffers, made above
+    model.tie_weights()  # assigning has parted an embedding from the output matrix that it is
     return model, state
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from l2e_ds.errors import SelfTestError
+
 HAS_LIGER = (
     find_spec("liger_kernel") is not None
 )  # looked up once: a missing package is searched for on all of the path
@@ -41,6 +43,8 @@ class LossHead:
         self._logits = self.projection.forward
         self._targets: Tensor | None = None
         self._reduction: Literal["mean", "none"] = "mean"
+        self._returned: Tensor | None = None  # what the projection gave the network last
+        self._is_checked = False
         self.projection.forward = self._forward
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -53,7 +57,23 @@ class LossHead:
 
     def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
         with self._returning(targets, reduction):
-            return model(input_ids=inputs, use_cache=False).logits
+            loss = model(input_ids=inputs, use_cache=False).logits
+            if not self._is_checked:
+                self._check(loss)
+            return loss
+
+    def _check(self, found: Tensor) -> None:
+        """Once, that the network passes on what its projection returned: some scale or cap their logits.
+
+        Raises SelfTestError.
+        """
+        given = self._returned
+        if given is None or found.shape != given.shape or not torch.equal(found.nan_to_num(), given.nan_to_num()):
+            raise SelfTestError(
+                "LM loss: the network changes its logits after the output projection (scales or caps them); its loss"
+                " cannot be computed there, and such model families are not supported"
+            )
+        self._is_checked = True
 
     @contextmanager
     def _returning(self, targets: Tensor, reduction: Literal["mean", "none"]) -> Iterator[None]:
@@ -61,13 +81,17 @@ class LossHead:
         try:
             yield
         finally:
-            self._targets = None
+            self._targets = self._returned = None
 
     def _forward(self, hidden: Tensor) -> Tensor:
         """[B, T, h] -> losses, or logits [B, T, V]."""
-        targets, weight = self._targets, self.projection.weight
-        if targets is None:
+        if self._targets is None:
             return self._logits(hidden)
+        loss = self._losses(hidden, self._targets, self.projection.weight)
+        self._returned = None if self._is_checked else loss.detach()
+        return loss
+
+    def _losses(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
         if targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
             logits = self._logits(hidden)
             return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=self._reduction)

@@ -23,7 +23,7 @@ from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.errors import Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
-from l2e_ds.models import build_network, neuron_sites
+from l2e_ds.models import build_network, matrix_parameters, neuron_sites
 from l2e_ds.training import metrics, preemption
 from l2e_ds.training.checkpoint import CheckpointManager, Identity, changed_values, is_due
 from l2e_ds.training.deepspeed_config import zero_stage
@@ -132,10 +132,8 @@ class Trainer:
         assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
-        matrices = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        matrices -= network.vocab_size * network.hidden_size
         self._flops_per_token = metrics.flops_per_token(
-            matrices, network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+            matrix_parameters(model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._start_interval()
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
