@@ -13,8 +13,9 @@ from torch import nn
 
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.evaluation.export import DTYPES, find_checkpoint, load_network
+from l2e_ds.families import family_of
 from l2e_ds.inhibition.hook import NeuronSite
-from l2e_ds.models import chosen_layers, neuron_sites
+from l2e_ds.models import neuron_sites
 from l2e_ds.training.checkpoint import NAME, CheckpointManager
 
 if TYPE_CHECKING:
@@ -122,10 +123,13 @@ def load_model(
         tokens = state["train"]["tokens"]
     else:
         network = _from_transformers(source, precision, zero3)
+    family_of(network.config, source.given)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
     count = network.config.num_hidden_layers
-    chosen_layers(layers or "all", count)
-    sites = neuron_sites(network, layers or "all")
+    wrong = next((layer for layer in layers or [] if not 0 <= layer < count), None)
+    if wrong is not None:
+        raise ConfigError(f"layers: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
+    sites = neuron_sites(network, sorted(set(layers)) if layers else "all")
     body = network.base_model.eval().requires_grad_(False)
     if zero3:
         body = _sharded(body, precision)

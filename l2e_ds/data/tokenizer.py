@@ -34,6 +34,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise DataError(f"data.tokenizer: cannot load {name!r}: {one_line(error)}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json; a fast tokenizer is needed")
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without one
+        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json, or one without a vocabulary")
     # Documents are packed, never cut or filled up, whatever the file asks for.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
