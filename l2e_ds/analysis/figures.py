@@ -91,7 +91,8 @@ _INTERVALS = "are 95 % bootstrap intervals over texts"
 def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) -> Figure:
     """Of one model: activations on each feature's texts, for the best probed neuron of each feature (12 at most)."""
     table = tables["distributions"]
-    best = tables["probes"].query("place == 1").sort_values("f1_train", ascending=False, kind="stable")["feature"]
+    probes = tables["probes"]
+    best = probes[probes["place"] == 1].sort_values("f1_train", ascending=False, kind="stable")["feature"]
     found = set(table["probe_feature"])
     chosen = [feature for feature in best if feature in found][:_MOST_PANELS]
     columns = min(3, len(chosen))
@@ -109,7 +110,8 @@ def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) 
     for axes, feature in zip(grid.flat, chosen, strict=False):
         of_neuron = table[table["probe_feature"] == feature]
         layer, neuron = (int(of_neuron[key].iloc[0]) for key in ("layer", "neuron"))
-        scores = tables["neuron_features"].query("layer == @layer and neuron == @neuron")
+        scores = tables["neuron_features"]
+        scores = scores[(scores["layer"] == layer) & (scores["neuron"] == neuron)]
         _draw_distribution(axes, of_neuron, feature, dict(zip(scores["feature"], scores["score_inside"], strict=True)))
         axes.legend(
             title=f"layer {layer}, neuron {neuron}",
@@ -234,15 +236,18 @@ def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
         _LEGEND_INCHES,
     )
     left, right = grid[0]
-    at_two, lowest = {}, []
+    at_two: dict[str, pd.Series] = {}
+    lowest: list[str] = []
     for (label, tables), look in zip(results.items(), _looks(results), strict=True):
-        rates = tables["fkr"].query("layer == -1").sort_values("share")
-        least = rates.loc[rates["fkr"].idxmin()]
+        rates = _together(tables["fkr"]).sort_values("share")
         _draw_band(left, rates, "share", "fkr", label, look)
-        left.plot(
-            [least["share"]], [least["fkr"]], marker="*", markersize=13, color=look["color"], markeredgecolor="white"
-        )
-        lowest.append(f"\nlowest at {_percent(least['share'])}")
+        if rates["fkr"].isna().all():  # of dead neurons
+            lowest.append("")
+        else:
+            least = rates.loc[rates["fkr"].idxmin()]
+            star = {"marker": "*", "markersize": 13, "color": look["color"], "markeredgecolor": "white"}
+            left.plot([least["share"]], [least["fkr"]], **star)
+            lowest.append(f"\nlowest at {_percent(least['share'])}")
         at_two[label] = _at_share(rates, _ON_SCALE).iloc[0]
     left.set_xscale("log")
     left.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]))
@@ -274,7 +279,7 @@ def fkr_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
     )
     for axes, share in zip(grid[0], _LAYER_SHARES, strict=True):
         for (label, tables), look in zip(results.items(), _looks(results), strict=True):
-            rates = _at_share(tables["fkr"].query("layer >= 0"), share)
+            rates = _at_share(_by_layer(tables["fkr"]), share)
             rates = rates.merge(tables["layers"][["layer", "depth"]], on="layer").sort_values("depth")
             _draw_band(axes, rates, "depth", "fkr", label, look)
         _depth_axis(axes)
@@ -359,9 +364,11 @@ def write_figures(
 
 @style.context(_STYLE)
 def svg_of(figure: Figure) -> str:
-    """As text of an XML document; the same figure gives the same text."""
+    """As text of an XML document, transparent; the same figure gives the same text."""
     content = io.StringIO()
-    figure.savefig(content, format="svg", metadata={"Date": None}, transparent=True)
+    figure.savefig(
+        content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
+    )
     return content.getvalue()
 
 
@@ -449,7 +456,8 @@ def _draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mappin
             zorder=4 - place,
         )
     if len(others) > 1:
-        axes.plot([], [], color=_OTHERS, linewidth=0.8, label=f"{len(others) - 1} other features")
+        more = f"{len(others) - 1} more feature{'s' if len(others) > 2 else ''}"
+        axes.plot([], [], color=_OTHERS, linewidth=0.8, label=more)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_locator(LogLocator(numticks=6))
@@ -465,7 +473,7 @@ def _legend_name(feature: str, score: float) -> str:
 def _draw_significance(axes: Axes, tables: Tables) -> None:
     rows = tables["significance"].reset_index(drop=True)
     for y, row in rows.iterrows():
-        each = tables["probes"].query("feature == @row.feature").sort_values("place")
+        each = tables["probes"][tables["probes"]["feature"] == row["feature"]].sort_values("place")
         offsets = y + np.linspace(-0.3, 0.3, len(each)) if len(each) > 1 else np.array([y])
         axes.hlines(offsets, each["score_inside_low"], each["score_inside_high"], color=_OWN, alpha=0.35, linewidth=0.8)
         axes.plot(each["score_inside"], offsets, ".", color=_OWN, alpha=0.45, markersize=4, label="_each")
@@ -607,6 +615,14 @@ def _looks(results: Results) -> list[dict[str, Any]]:
 # --- numbers out of the tables ----------------------------------------------------------------------------------
 
 
+def _together(rates: pd.DataFrame) -> pd.DataFrame:
+    return rates[rates["layer"] == -1]
+
+
+def _by_layer(rates: pd.DataFrame) -> pd.DataFrame:
+    return rates[rates["layer"] >= 0]
+
+
 def _at_share(rates: pd.DataFrame, share: float) -> pd.DataFrame:
     """The rows whose share is nearest to the one asked for."""
     nearest = rates["share"].iloc[int((rates["share"] - share).abs().to_numpy().argmin())]
@@ -614,7 +630,7 @@ def _at_share(rates: pd.DataFrame, share: float) -> pd.DataFrame:
 
 
 def _with_fkr(tables: Tables) -> pd.DataFrame:
-    return tables["layers"].merge(_at_share(tables["fkr"].query("layer >= 0"), _ON_SCALE)[["layer", "fkr"]], on="layer")
+    return tables["layers"].merge(_at_share(_by_layer(tables["fkr"]), _ON_SCALE)[["layer", "fkr"]], on="layer")
 
 
 # --- words ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,343 @@
+"""One neuron as one HTML page or a few lines: what it answers to, and its strongest tokens in context.
+
+All is computed from the neuron's own activations, in float64 and in the open.
+Shapes: T tokens of a text, F features; activations z [texts, T], tokens [texts, T] ids, labels [texts] index into the
+F features.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from l2e_ds.data.files import write_whole
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR
+
+if TYPE_CHECKING:  # importing transformers takes seconds
+    from transformers import PreTrainedTokenizerFast
+
+_STRONGEST, _LOWEST = 20, 10  # tokens shown
+_OF_ONE_TEXT = 2  # at most
+_CONTEXT = 20  # tokens on either side
+_BINS = 80
+_LONGEST_CHARACTER = 4  # bytes, and so tokens, in UTF-8
+_MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """mean, s: over all tokens, s from the sample variance; kurtosis: E[phi^2]; own_feature: eq. 3, "" if dead.
+
+    scores: [texts, T] float64, phi of eq. 1, 0 if dead. features: a row a feature, by descending score_inside, with
+    feature, texts, tokens, score_inside, score_outside (eq. 2), mean, s (over the feature's tokens).
+    """
+
+    mean: float
+    s: float
+    kurtosis: float
+    alive: bool
+    own_feature: str
+    scores: np.ndarray
+    features: pd.DataFrame
+
+
+def measure_neuron(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> Neuron:
+    """Eq. 1 to 3 of one neuron, with the global mean and sample variance. Raises ConfigError for NaN or infinity."""
+    z = np.asarray(activations, dtype=np.float64)
+    bad = int(np.count_nonzero(~np.isfinite(z)))
+    if bad:
+        raise ConfigError(f"neuron: {bad:,} of {z.size:,} activations are NaN or infinite; allowed: finite numbers")
+    mean, variance = float(z.mean()), float(z.var(ddof=1))
+    alive = variance > VARIANCE_FLOOR * (1 + mean * mean)
+    scores = (z - mean) ** 2 / variance if alive else np.zeros_like(z)
+    rows = []
+    for index, feature in enumerate(features):
+        inside = labels == index
+        rows.append(
+            {
+                "feature": feature,
+                "texts": int(inside.sum()),
+                "tokens": z[inside].size,
+                "score_inside": scores[inside].mean() if inside.any() else np.nan,
+                "score_outside": scores[~inside].mean() if not inside.all() else np.nan,
+                "mean": z[inside].mean() if inside.any() else np.nan,
+                "s": z[inside].std(ddof=1) if z[inside].size > 1 else np.nan,
+            }
+        )
+    table = pd.DataFrame(rows).sort_values("score_inside", ascending=False, kind="stable", ignore_index=True)
+    own = str(table["feature"].iloc[0]) if alive else ""
+    return Neuron(mean, variance**0.5, float((scores**2).mean()), alive, own, scores, table)
+
+
+def strongest_tokens(activations: np.ndarray, count: int, lowest: bool = False) -> list[tuple[int, int]]:
+    """(text, position) of the tokens with the largest (or smallest) activation, at most two of one text; ties: the
+    first."""
+    flat = activations.reshape(-1)
+    taken: dict[int, int] = {}
+    found: list[tuple[int, int]] = []
+    for place in np.argsort(flat if lowest else -flat, kind="stable"):
+        text, position = divmod(int(place), activations.shape[1])
+        if taken.get(text, 0) < _OF_ONE_TEXT:
+            taken[text] = taken.get(text, 0) + 1
+            found.append((text, position))
+            if len(found) == count:
+                break
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `begin` to `end - 1` of a text, which decode to whole characters together; mostly one token."""
+
+    begin: int
+    end: int
+    text: str
+
+
+def pieces_around(
+    ids: np.ndarray, position: int, tokenizer: PreTrainedTokenizerFast, context: int = _CONTEXT
+) -> list[Piece]:
+    """The text around a token, `context` tokens on either side and what completes a character there. ids: [T].
+
+    Byte-level tokens that are parts of one character come as one piece.
+    """
+    first = max(0, position - context - _LONGEST_CHARACTER)
+    last = min(len(ids), position + context + 1 + _LONGEST_CHARACTER)
+    decode = tokenizer.backend_tokenizer.decode
+    pieces: list[Piece] = []
+    begin, before = first, ""
+    for end in range(first + 1, last + 1):
+        text = decode(ids[first:end].tolist(), skip_special_tokens=False)
+        incomplete = text.endswith("\ufffd") and end < last and end - begin < _LONGEST_CHARACTER
+        if not incomplete:
+            # bytes that are no character may decode otherwise once more follow
+            goes_on = text.startswith(before)
+            pieces.append(Piece(begin, end, text[len(before) :] if goes_on else decode(ids[begin:end].tolist())))
+            begin, before = end, text
+    return [one for one in pieces if one.end > position - context and one.begin <= position + context]
+
+
+def write_neuron_page(
+    path: Path,
+    activations: np.ndarray,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    features: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    about: Mapping[str, Any],
+) -> None:
+    """One file that needs no other; the same input gives the same bytes.
+
+    activations: [texts, T] float32 of the neuron, tokens: [texts, T] ids, labels: [texts] index into `features`.
+    about: model (label), layer, neuron, name (of the feature set). Raises ConfigError for activations that are not
+    finite, and OSError.
+    """
+    from l2e_ds.analysis.figures import neuron_distribution, svg_of
+
+    found = measure_neuron(activations, labels, features)
+    title = f"{about['model']}, layer {about['layer']}, neuron {about['neuron']}"
+    figure = neuron_distribution(
+        _histogram(activations, labels, features),
+        found.own_feature,
+        dict(zip(found.features["feature"], found.features["score_inside"], strict=True)),
+    )
+    svg = svg_of(figure).partition("<svg ")[2]
+    distances = activations - np.float64(found.mean)
+    tints = distances / (np.abs(distances).max() or 1)  # 1 or -1: the token furthest from the mean
+
+    def listed(places: list[tuple[int, int]]) -> str:
+        items = []
+        for rank, (text, position) in enumerate(places, 1):
+            pieces = pieces_around(tokens[text], position, tokenizer)
+            of_text = (activations[text], found.scores[text], tints[text])
+            where = f"MS {found.scores[text, position]:.4g} · text {text}, token {position}"
+            items.append(
+                f'<li value="{rank}"><p class="head"><bdi class="feature">{_safe(features[labels[text]])}</bdi>'
+                f" <b>{activations[text, position]:.4g}</b>"
+                f' <span class="quiet">{where}</span></p>\n'
+                f'<p class="text" dir="auto">{_context(pieces, position, *of_text)}</p></li>'
+            )
+        return "<ol>\n" + "\n".join(items) + "\n</ol>"
+
+    strongest, lowest = (strongest_tokens(activations, n, low) for n, low in ((_STRONGEST, False), (_LOWEST, True)))
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_safe(title)}</title>
+<style>{_CSS}</style>
+</head>
+<body>
+<h1>{_safe(title)}</h1>
+<p class="quiet">Feature set: {_safe(str(about["name"]))}, {len(features)} features, n = {len(tokens):,} texts,
+{tokens.size:,} tokens. MS, the monosemanticity score phi: squared distance of an activation from the neuron's mean over
+all tokens, in units of its variance; 1 on average.</p>
+{_facts(found)}
+<h2>Activations on the texts of each feature</h2>
+<figure><svg role="img" aria-label="density of activations, a line a feature" {svg}</figure>
+<h2>MS inside and outside each feature</h2>
+{_feature_table(found)}
+<h2>The {len(strongest)} strongest tokens</h2>
+<p class="quiet">The highest activations, at most {_OF_ONE_TEXT} of one text, with {_CONTEXT} tokens on either side.
+Orange: above the neuron's mean; blue: below it; the deeper, the further.
+{" ".join(_MARKS.values())} stand for line feed, tab, carriage return and no-break space.</p>
+{listed(strongest)}
+<h2>The {len(lowest)} lowest tokens</h2>
+{listed(lowest)}
+</body>
+</html>
+"""
+    write_whole(path, page)
+
+
+def describe_neuron(
+    activations: np.ndarray,
+    tokens: np.ndarray,
+    labels: np.ndarray,
+    features: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    about: Mapping[str, Any],
+    count: int = 5,
+) -> str:
+    """The same for a terminal: a few aligned lines, with the `count` strongest tokens. Arguments and errors as of
+    `write_neuron_page`."""
+    found = measure_neuron(activations, labels, features)
+    names = [_plain(feature) for feature in found.features["feature"]]
+    rows = [("neuron", f"{_plain(str(about['model']))}, layer {about['layer']}, neuron {about['neuron']}")]
+    rows.append(("feature set", f"{_plain(str(about['name']))}: {len(tokens):,} texts, {tokens.size:,} tokens"))
+    if found.alive:
+        best = found.features.iloc[0]
+        score = f"MS {best['score_inside']:.4g} inside, {best['score_outside']:.4g} outside"
+        rows.append(("own feature", f"{names[0]} ({score})"))
+        others = zip(names[1:4], found.features["score_inside"][1:4], strict=True)
+        rows.append(("next", ", ".join(f"{name} {score:.4g}" for name, score in others) or "-"))
+    else:
+        rows.append(("own feature", "none: the neuron is dead, it does not vary"))
+    rows.append(("mean, S", f"{found.mean:.4g}, {found.s:.4g}"))
+    rows.append(("kurtosis", f"{found.kurtosis:.4g}" if found.alive else "-"))
+    for rank, (text, position) in enumerate(strongest_tokens(activations, count), 1):
+        pieces = pieces_around(tokens[text], position, tokenizer, 6)
+        words = "".join(
+            f"[{_plain(one.text)}]" if one.begin <= position < one.end else _plain(one.text) for one in pieces
+        )
+        value = f"{activations[text, position]:.4g}"
+        rows.append(("strongest" if rank == 1 else "", f"{value:>9}  {_plain(features[labels[text]])}: {words}"))
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+# --- parts of the page ------------------------------------------------------------------------------------------
+
+
+def _facts(found: Neuron) -> str:
+    own = f"<bdi>{_safe(found.own_feature)}</bdi>" if found.alive else "none"
+    inside, outside = found.features.iloc[0][["score_inside", "score_outside"]]
+    rows = [
+        ("own feature", own),
+        ("MS inside it", f"{inside:.4g}" if found.alive else "-"),
+        ("MS outside it", f"{outside:.4g}" if found.alive else "-"),
+        ("mean", f"{found.mean:.4g}"),
+        ("S (standard deviation)", f"{found.s:.4g}"),
+        ("kurtosis (normal: 3)", f"{found.kurtosis:.4g}" if found.alive else "-"),
+        ("state", "alive" if found.alive else "dead: it does not vary"),
+    ]
+    return '<dl class="facts">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in rows) + "</dl>"
+
+
+def _feature_table(found: Neuron) -> str:
+    heads = ("feature", "texts", "tokens", "MS inside", "MS outside", "mean", "S")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    lines = []
+    for row in found.features.itertuples():
+        own = ' class="own"' if found.alive and row.feature == found.own_feature else ""
+        numbers = (row.score_inside, row.score_outside, row.mean, row.s)
+        cells = [f"{row.texts:,}", f"{row.tokens:,}", *(f"{number:.4g}" for number in numbers)]
+        name = f'<th scope="row"><bdi>{_safe(str(row.feature))}</bdi></th>'
+        lines.append(f"<tr{own}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    body = "\n".join(lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _context(pieces: list[Piece], position: int, activations: np.ndarray, scores: np.ndarray, tints: np.ndarray) -> str:
+    """activations, scores, tints: [T] of the text."""
+    spans = []
+    for piece in pieces:
+        own = range(piece.begin, piece.end)
+        tint = max(tints[piece.begin : piece.end], key=abs)
+        kinds = f"t {'hot' if tint > 0 else 'cold'}{' peak' if position in own else ''}"
+        note = "; ".join(f"token {i}: {activations[i]:.4g}, MS {scores[i]:.4g}" for i in own)
+        spans.append(f'<span class="{kinds}" style="--a:{abs(tint):.2g}" title="{note}">{_safe(piece.text)}</span>')
+    before, after = pieces[0].begin > 0, pieces[-1].end < len(activations)
+    return f"{'… ' if before else ''}{''.join(spans)}{' …' if after else ''}"
+
+
+def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> pd.DataFrame:
+    """feature, left, right, count: bins of one width from the lowest to the highest activation."""
+    edges = np.histogram_bin_edges(activations.astype(np.float64), _BINS)
+    parts = []
+    for index, feature in enumerate(features):
+        count, _ = np.histogram(activations[labels == index], edges)
+        parts.append(pd.DataFrame({"feature": feature, "left": edges[:-1], "right": edges[1:], "count": count}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _safe(text: str) -> str:
+    """For HTML: escaped, and whatever a reader would not see, or would be misled by, shown by a mark or its number."""
+    return "".join(
+        html.escape(c) if c.isprintable() and c != "\ufffd" else f'<i class="mark">{_mark(c)}</i>' for c in text
+    )
+
+
+def _plain(text: str) -> str:
+    """For a terminal: the same without markup."""
+    return "".join(c if c.isprintable() else _mark(c) for c in text)
+
+
+def _mark(character: str) -> str:
+    if character == "\ufffd":
+        return "\ufffd"  # bytes that are no character
+    return _MARKS.get(character, f"U+{ord(character):04X}")
+
+
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #5c5c5c; --line: #dedede; --tint: .8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --paper: #141414; --quiet: #a3a3a3; --line: #3a3a3a; --tint: .5; }
+  figure svg { filter: invert(1) hue-rotate(180deg); }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.4rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.quiet { color: var(--quiet); font-size: .875rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
+.facts dt { color: var(--quiet); font-size: .8rem; }
+.facts dd { margin: 0; font-weight: 600; }
+figure { margin: 0; max-width: 36rem; }
+figure svg { display: block; width: 100%; height: auto; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child { text-align: left; font-weight: 400; padding-left: 0; }
+thead th, thead th:first-child, .own th:first-child, .own td { font-weight: 600; }
+ol { list-style: none; margin: 0; padding: 0; }
+li { border-top: 1px solid var(--line); padding: .5rem 0; }
+li p { margin: 0; }
+.head b { font-variant-numeric: tabular-nums; margin: 0 .3rem; }
+.feature { font-weight: 600; }
+.text { font: .875rem/1.75 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin-top: .2rem; }
+.t { border-radius: .15rem; padding: .1rem 0; }
+.hot { background: rgb(230 159 0 / calc(var(--a) * var(--tint))); }
+.cold { background: rgb(86 180 233 / calc(var(--a) * var(--tint))); }
+.peak { outline: 2px solid var(--ink); font-weight: 700; }
+.mark { color: var(--quiet); font-style: normal; font-size: .85em; }
+"""
