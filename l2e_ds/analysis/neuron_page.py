@@ -106,21 +106,23 @@ def pieces_around(
 ) -> list[Piece]:
     """The text around a token, `context` tokens on either side and what completes a character there. ids: [T].
 
-    Byte-level tokens that are parts of one character come as one piece.
+    Byte-level tokens that are parts of one character come as one piece. Bytes that are no character come as U+FFFD.
     """
-    first = max(0, position - context - _LONGEST_CHARACTER)
     last = min(len(ids), position + context + 1 + _LONGEST_CHARACTER)
-    decode = tokenizer.backend_tokenizer.decode
+
+    def decode(begin: int, end: int) -> str:
+        return tokenizer.backend_tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
+
     pieces: list[Piece] = []
-    begin, before = first, ""
-    for end in range(first + 1, last + 1):
-        text = decode(ids[first:end].tolist(), skip_special_tokens=False)
-        incomplete = text.endswith("\ufffd") and end < last and end - begin < _LONGEST_CHARACTER
-        if not incomplete:
-            # bytes that are no character may decode otherwise once more follow
-            goes_on = text.startswith(before)
-            pieces.append(Piece(begin, end, text[len(before) :] if goes_on else decode(ids[begin:end].tolist())))
-            begin, before = end, text
+    before = begin = 0  # where the piece before begins, and this one
+    for end in range(1, last + 1):
+        # Decoded after the piece before: many tokenizers take a space away from what comes first.
+        head, text = decode(before, begin), decode(before, end)
+        if text.endswith("\ufffd") and end < last and end - begin < _LONGEST_CHARACTER:
+            continue  # within a character
+        # Bytes that are no character may be decoded otherwise once more of them follow.
+        pieces.append(Piece(begin, end, text[len(head) :] if text.startswith(head) else decode(begin, end)))
+        before, begin = begin, end
     return [one for one in pieces if one.end > position - context and one.begin <= position + context]
 
 
