@@ -49,12 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     values = activations_of(model, texts.tokens, arguments.index, arguments.batch)
     about = {
         "model": source.given,
-        "step": source.step,
         "layer": arguments.layer,
-        "layers": model.layers,
-        "index": arguments.index,
-        "neurons": neurons,
-        "features": str(arguments.features),
+        "neuron": arguments.index,
+        "name": Path(arguments.features).stem if Path(arguments.features).exists() else arguments.features,
     }
     given = (values, texts.tokens, texts.labels, texts.features, tokenizer, about)
     write_neuron_page(output, *given)

@@ -200,7 +200,7 @@ def test_a_text_as_one_sample(made, tmp_path, samples):
 
 def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     """Figures over training, changes between checkpoints; the newest checkpoint is what the run directory means."""
-    overrides = ["training.steps=4", "training.checkpoint_every=2"]
+    overrides = ["training.steps=4", "checkpoint.every=2"]
     one = launch(sys.executable, "-m", "l2e_ds.train", run_file, *overrides)
     assert one.end() == 0, one.said()[-3000:]
     run = tmp_path / "run"
