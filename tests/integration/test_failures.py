@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.integration.running import REPOSITORY, Launch, lines, newest, saved
@@ -64,7 +66,7 @@ def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch, run_file, tmp_
 def test_a_raising_rank_is_named_with_its_reason(launch, run_file):
     script = REPOSITORY / "tests/distributed/workers/raising.py"
     one = launch(*two_ranks(str(script)), run_file, "training.steps=10")
-    assert one.end(60) == 1
+    assert one.end() == 1
     assert "l2e-ds: error: rank 1 failed" in one.said()
     assert "ZeroDivisionError: broken on purpose" in one.said()
 
@@ -141,7 +143,8 @@ def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
     one = launch(*two, *words)
     assert one.end() == 3
     said = [line for line in one.said().splitlines() if "was not saved" in line]
-    assert len(said) == 1 and "No space left on device; the newest good checkpoint is step" in said[0], one.said()
+    assert len(said) == 1 and "No space left on device" in said[0], one.said()
+    assert "the newest good checkpoint is step" in said[0]
     good = saved(run)
     assert good >= 4
     checkpoints = run / "checkpoints"
@@ -160,10 +163,16 @@ def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
         json.loads(line)  # whole lines only
 
 
+def catches(process: psutil.Process, number: int) -> bool:
+    """Whether it has a handler for this signal by now."""
+    mask = re.search(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)[1]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_path):
     one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG)
     one.wait_for(lambda: len([p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == "1"]) == 1)
-    time.sleep(1.5)  # it imports torch
+    one.wait_for(lambda: catches(rank(one, 1), signal.SIGUSR1))  # then it imports torch
     rank(one, 1).send_signal(signal.SIGUSR1)
     assert one.end() == 75
     assert "l2e-ds: stopped: SIGUSR1 at rank 1; " in one.said()

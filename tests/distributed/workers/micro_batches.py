@@ -19,6 +19,7 @@ from pathlib import Path
 
 from l2e_ds import distributed
 from l2e_ds.config import run_config_from_dict
+from l2e_ds.data.files import write_whole
 from l2e_ds.models import network_config
 from l2e_ds.train import preflight, quiet_libraries, train
 from l2e_ds.training import micro_batch
@@ -49,7 +50,7 @@ def find(output: Path, name: str, global_batch: int, limit: float) -> None:
     if name == "killed" and launch.rank == 1:
         threading.Thread(target=kill_at_2, daemon=True).start()
     found = micro_batch.find(config, ds, network_config(config.model, 128), device, limit, by_speed=False)
-    (output / f"{name}-rank{launch.rank}.json").write_text(found.record)
+    write_whole(output / f"{name}-rank{launch.rank}.json", found.record)
     distributed.leave()
 
 
@@ -66,7 +67,10 @@ def found_by(path: Path) -> dict:
 
 def limit_from(output: Path) -> float:
     """The peak of 1, and eleven times the logits' share of a sequence, which is all but a tenth of it."""
-    return found_by(output / "killed-rank0.json")["measured"]["1"]["peak_bytes"] + 11 * 12 * 128 * 8192
+    found = output / "killed-rank0.json"
+    while not found.exists():  # rank 0 may be a moment behind
+        time.sleep(0.01)
+    return found_by(found)["measured"]["1"]["peak_bytes"] + 11 * 12 * 128 * 8192
 
 
 def case(name: str, output: Path, port: str) -> None:
