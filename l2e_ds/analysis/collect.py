@@ -47,9 +47,20 @@ def bin_edges() -> np.ndarray:
     return np.concatenate([[0.0], np.outer(octaves, within).ravel()])
 
 
-def bin_of(scores: Tensor) -> Tensor:
+def bin_of(scores: Tensor, out: Tensor | None = None) -> Tensor:
     """The bin of each score >= 0, int32; float32 of any shape."""
-    return (scores.view(torch.int32) >> _SHIFT).sub_(_FIRST).clamp_(0, BINS - 1)
+    return torch.bitwise_right_shift(scores.view(torch.int32), _SHIFT, out=out).sub_(_FIRST).clamp_(0, BINS - 1)
+
+
+class _Buffers(dict[tuple[torch.Size, torch.dtype], Tensor]):
+    """Memory for what is computed of a batch, used again for the next: to ask the system for it takes longer than the
+    computation."""
+
+    def like(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        key = (z.shape, dtype)
+        if key not in self:
+            self[key] = torch.empty_like(z, dtype=dtype)
+        return self[key]
 
 
 @dataclass(frozen=True)
@@ -164,10 +175,12 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     """
     count, length = texts.tokens.shape
     parts = [_Table(folder / f"layer-{site.layer:03d}", count, site.neurons) for site in model.sites]
+    buffers = _Buffers()
 
     def see(index: int, rows: slice, z: Tensor) -> None:
         z = z.view(rows.stop - rows.start, length, -1).float()
-        variance, mean = torch.var_mean(z, 1, correction=0)
+        mean = z.mean(1)
+        variance = torch.sub(z, mean[:, None], out=buffers.like(z)).square_().mean(1)
         found = torch.stack([mean, variance, z.amax(1)]).cpu().numpy()
         if not np.isfinite(found).all():
             _, text, neuron = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
@@ -255,19 +268,21 @@ def count_scores(
     fourth = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in model.sites]
     values = torch.zeros(len(shown), features, VALUE_BINS, dtype=torch.float64)
     on_device = torch.from_numpy(np.asarray(labels)).to(device)
+    buffers = _Buffers()
 
     def see(index: int, rows: slice, z: Tensor) -> None:
         mean, inverse, feature = constants[index]
         z = z.float()
-        scores = (z - mean).square_().mul_(inverse)
-        fourth[index] += torch.linalg.vecdot(scores, scores, dim=0).double()
+        scores = torch.sub(z, mean, out=buffers.like(z)).square_().mul_(inverse)
+        bins = bin_of(scores, buffers.like(z, torch.int32))
+        fourth[index] += scores.square_().sum(0).double()
         batch = rows.stop - rows.start
         # the place of each neuron's counts in [B, 2, BINS]; those of dead neurons are put behind
         own_text = on_device[rows, None] == feature
         place = (torch.arange(batch, device=device)[:, None] * 2 + own_text) * BINS
         place = torch.where(feature >= 0, place, batch * 2 * BINS).int()
-        bins = bin_of(scores).view(batch, length, -1).add_(place[:, None])
-        counts = torch.bincount(bins.flatten(), minlength=batch * 2 * BINS)[: batch * 2 * BINS]
+        bins.view(batch, length, -1).add_(place[:, None])
+        counts = torch.bincount(bins.view(-1), minlength=batch * 2 * BINS)[: batch * 2 * BINS]
         tables[index][rows] = counts.view(batch, 2, BINS).cpu().numpy()
         for place_shown, (layer, neuron, low, high) in enumerate(shown):
             if layer == model.sites[index].layer:

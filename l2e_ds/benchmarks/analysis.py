@@ -109,7 +109,7 @@ def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -
     for number in range(arguments.rounds + 1):
         for name, part in parts.items():
             with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet():
-                seconds = _timed(lambda part=part, folder=folder: part(Path(folder)), device)
+                seconds = _timed(part, Path(folder), device)
             if number:  # the first warms up
                 rounds[name].append(seconds)
     wholes = []
@@ -147,9 +147,9 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
     return {"seconds": seconds, "peak": peak.most - peak.before} | on_gpu
 
 
-def _timed(action: Callable[[], object], device: torch.device) -> float:
+def _timed(action: Callable[[Path], object], folder: Path, device: torch.device) -> float:
     begin = time.perf_counter()
-    action()
+    action(folder)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
