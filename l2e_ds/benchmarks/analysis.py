@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import tempfile
 import threading
 import time
@@ -28,6 +27,7 @@ from l2e_ds import distributed
 from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
 from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
+from l2e_ds.training.metrics import process_memory
 
 FEATURES = 12
 POLL = 0.02  # seconds
@@ -159,7 +159,7 @@ class _Peak:
     """The most memory, in bytes, that this process held beside files while it was open."""
 
     def __enter__(self) -> _Peak:
-        self.before = self.most = self._now()
+        self.before = self.most = process_memory("RssAnon")
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -171,15 +171,7 @@ class _Peak:
 
     def _watch(self) -> None:
         while not self._end.wait(POLL):
-            self.most = max(self.most, self._now())
-
-    @staticmethod
-    def _now() -> int:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
-        if found is None:
-            raise ConfigError("bench analysis: this system does not tell RssAnon in /proc/self/status")
-        return int(found[1]) * 1024
+            self.most = max(self.most, process_memory("RssAnon"))
 
 
 @contextlib.contextmanager

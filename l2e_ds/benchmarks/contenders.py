@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -75,7 +74,7 @@ class Work:
             torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
         if len(self.marks) > self.config.training.steps:
-            self.peak_bytes = peak_bytes(self.device)
+            self.peak_bytes = metrics.peak_memory_bytes(self.device)
 
 
 # --- contenders --------------------------------------------------------------------------------------------------
@@ -268,15 +267,6 @@ def mean_of_ranks(value: Tensor) -> float:
     return distributed.all_reduce_sum(value.double()).item() / distributed.size()
 
 
-def peak_bytes(device: torch.device) -> int:
-    """Allocated on the GPU; on CPUs the process's resident set. (getrusage counts what the parent had, too.)"""
-    if device.type == "cuda":
-        return metrics.peak_memory_bytes(device)
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 # --- the process -------------------------------------------------------------------------------------------------
 
 
@@ -290,7 +280,7 @@ def measure(spec: dict) -> dict[str, Any]:
     dataset = make_dataset(config.training.steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
     work = Work(config, ds, batch, network, dataset, device, Path(spec["folder"]))
     matrices = matrix_parameters(unbuilt(network))
-    libraries = peak_bytes(device)
+    libraries = metrics.peak_memory_bytes(device)
     CONTENDERS[spec["contender"]](work)
     marks = work.marks[WARMUP:]
     return {

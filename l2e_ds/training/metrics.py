@@ -66,7 +66,6 @@ import json
 import math
 import os
 import re
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -110,9 +109,19 @@ def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: 
 
 
 def peak_memory_bytes(device: torch.device) -> int:
+    """Allocated on the GPU; on CPUs the process's resident set. (getrusage would count what its parent had, too.)"""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return process_memory("VmHWM")
+
+
+def process_memory(name: str) -> int:
+    """Bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no file's).
+
+    Raises OSError or KeyError where the system does not tell it.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(dict(line.split(":", 1) for line in lines)[name].split()[0])
 
 
 class MetricsWriter:

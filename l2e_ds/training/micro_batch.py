@@ -35,6 +35,7 @@ from l2e_ds.data.files import one_line
 from l2e_ds.data.workers import serve_parent, without_stop_signals
 from l2e_ds.errors import ConfigError, WorkerError
 from l2e_ds.training import preemption
+from l2e_ds.training.metrics import process_memory
 
 FILE = "micro_batch.json"
 USABLE = 0.9  # of the device's memory; the rest: evaluations, checkpoints, fragmentation, what others do meanwhile
@@ -277,7 +278,7 @@ def _held(device: torch.device) -> float:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
-    return _of_process("VmRSS")
+    return process_memory("VmRSS")
 
 
 def _forget_peak(device: torch.device) -> None:
@@ -294,14 +295,7 @@ def _peak(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return _held(device) - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
-    return _of_process("VmHWM")
-
-
-def _of_process(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise WorkerError(f"/proc/self/status: has no {name}")
+    return process_memory("VmHWM")
 
 
 # --- the ranks' side ------------------------------------------------------------------------------------------------
