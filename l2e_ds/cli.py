@@ -47,11 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     analysis = verbs.add_parser("analyze", help="how monosemantic a model's neurons are: tables and figures")
     neuron = verbs.add_parser("neuron", help="what one neuron answers to: a page")
-    if words[:1] in (["analyze"], ["neuron"]):
+    if words[:1] in (["analyze"], ["neuron"]) or words[:2] == ["bench", "analysis"]:
         missing = missing_packages()
         if missing:
-            say(f"l2e-ds: error: {words[0]} needs {', '.join(missing)}: pip install 'l2e-ds[analysis]'")
+            say(f"l2e-ds: error: the analysis needs {', '.join(missing)}: pip install 'l2e-ds[analysis]'")
             return ConfigError.exit_code
+    if words[:1] in (["analyze"], ["neuron"]):
         _add_analysis(analysis, neuron)
 
     summary = verbs.add_parser("summary", help="print a run's first and last figures")

@@ -16,6 +16,8 @@ import argparse
 import json
 import platform
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +43,17 @@ from l2e_ds.analysis.collect import (
     count_scores_of_samples,
     distributions_of_samples,
 )
-from l2e_ds.analysis.load import LoadedModel, ModelSource, all_checkpoints, find_model, load_model, load_tokenizer_of
+from l2e_ds.analysis.load import (
+    LoadedModel,
+    ModelSource,
+    all_checkpoints,
+    check_model,
+    find_model,
+    load_model,
+    load_tokenizer_of,
+)
 from l2e_ds.analysis.tables import Tables
-from l2e_ds.console import markdown
+from l2e_ds.console import markdown, say
 from l2e_ds.errors import ConfigError, L2EError
 
 if TYPE_CHECKING:
@@ -91,11 +101,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     from l2e_ds.train import quiet_libraries
 
-    _check(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of the scratch folder stays
     quiet_libraries()
-    sources = _sources(arguments)
     device = distributed.join(launch, TIMEOUT_MINUTES)
     try:
+        sources = _on_all(lambda: _sources(arguments))
         with _folders(arguments) as (scratch, output):
             results = _analyse_all(arguments, sources, _Session(arguments, device, scratch), output)
     finally:
@@ -111,6 +121,8 @@ def _analyse_all(
     """One model after another; their tables are written at once, the rest at the end. Collective."""
     results: list[Result] = []
     changes: list[pd.DataFrame] = []
+    for source in sources:  # all of them, before any takes its hours
+        session.texts_of(source)
     for source in sources:
         result = session.analyse(source)
         if output is None:
@@ -128,7 +140,8 @@ def _analyse_all(
 # --- what was asked for ------------------------------------------------------------------------------------------
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
+    """The models, where everything about the options is right. Raises ConfigError, CheckpointError."""
     options.check(arguments)
     if arguments.resamples < 20:
         raise ConfigError(f"--resamples: got {arguments.resamples}, allowed: an integer >= 20")
@@ -137,9 +150,6 @@ def _check(arguments: argparse.Namespace) -> None:
     path = arguments.output
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"--output: {path} exists and is not an empty folder")
-
-
-def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
     if arguments.all_checkpoints:
         return all_checkpoints(arguments.models[0])
     sources = [find_model(given) for given in arguments.models]
@@ -170,6 +180,12 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
             if arguments.output.exists():
                 arguments.output.rmdir()
             folders[1].rename(arguments.output)
+    except BaseException:
+        if len(folders) == 2 and (folders[1] / "models").is_dir():  # it may have taken hours
+            kept = folders[1].with_name(f"{folders[1].name[1:]}.unfinished")
+            folders[1].rename(kept)
+            say(f"l2e-ds: tables of the models that were finished: {kept}")
+        raise
     finally:
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -206,33 +222,35 @@ class _Session:
         self._texts: dict[str, FeatureSet] = {}
 
     def texts_of(self, source: ModelSource) -> FeatureSet:
-        """In the model's tokens; models of one tokenizer see the very same. Collective."""
+        """In the model's tokens; models of one tokenizer see the very same. Collective. Raises ConfigError, DataError,
+        also for what the model cannot take."""
+        return _on_all(lambda: self._texts_of(source))
+
+    def _texts_of(self, source: ModelSource) -> FeatureSet:
         from l2e_ds.analysis.features import format_report
         from l2e_ds.data.tokenizer import tokenizer_digest
 
-        error: L2EError | None = None
-        try:
-            tokenizer = load_tokenizer_of(source, self.arguments.tokenizer)
-            digest = tokenizer_digest(tokenizer)
-            if digest not in self._texts:
-                self._texts[digest] = options.load_features(self.arguments, tokenizer)
-                if distributed.is_main():
-                    print(format_report(self._texts[digest].report), flush=True)
-        except L2EError as raised:
-            error = raised
-        distributed.agree(error)
+        network = check_model(source, self.arguments.layers)
+        tokenizer = load_tokenizer_of(source, self.arguments.tokenizer)
+        digest = tokenizer_digest(tokenizer)
+        if digest not in self._texts:
+            self._texts[digest] = options.load_features(self.arguments, tokenizer)
+            if distributed.is_main():
+                print(format_report(self._texts[digest].report), flush=True)
+        options.check_fits(network, self._texts[digest], source.given)
         return self._texts[digest]
 
     def analyse(self, source: ModelSource) -> Result:
         """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere."""
         arguments = self.arguments
         texts = self.texts_of(source)
-        model = load_model(source, arguments.layers, arguments.precision, self.device, arguments.zero3)
-        options.check_fits(model, texts)
+        if len(set(distributed.all_gather_objects(texts.report["digest"]))) > 1:
+            raise L2EError(f"--features: {arguments.features} is not the same on all ranks")
+        model = _on_all(lambda: load_model(source, arguments.layers, arguments.precision, self.device, arguments.zero3))
         self._check_disk(model, texts)
         folder = self.scratch / source.label
         folder.mkdir()
-        rows = Texts(texts.tokens, arguments.batch, keep_step=arguments.zero3)
+        rows = Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
         layers = collect_activations(model, rows, folder)
         if arguments.samples != "token":
             layers = [layer.as_one_sample(arguments.samples) for layer in layers]
@@ -240,6 +258,7 @@ class _Session:
         first = _on_main(lambda: self._first_tables(layers, texts, model))
         own, shown = distributed.main_decides((first.own, _shown(first, layers)) if first is not None else None)
         counts, distributions = self._count(model, rows, texts, layers, own, shown, folder)
+        model.close()
         found = _on_main(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
         shutil.rmtree(folder, ignore_errors=True)
         return Result(source, found, model.parameters, model.tokens, texts.report)
@@ -283,6 +302,7 @@ class _Session:
         """That the tables of texts will find room. Raises ConfigError on every rank."""
         count = len(texts.labels)
         needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
+        needed *= min(2, distributed.size())  # the other ranks' parts may lie on the same disk
         free = shutil.disk_usage(self.scratch).free
         error = None
         if needed > free:
@@ -291,6 +311,17 @@ class _Session:
                 f" {self.scratch.parent} has {free / 1e9:.1f} GB free; fewer --layers or texts take less"
             )
         distributed.agree(error)
+
+
+def _on_all(action: Callable[[], Any]) -> Any:
+    """Every rank's work; what one of them raises as an L2EError, all do."""
+    result, error = None, None
+    try:
+        result = action()
+    except L2EError as raised:
+        error = raised
+    distributed.agree(error)
+    return result
 
 
 def _on_main(action: Callable[[], Any]) -> Any:
@@ -303,10 +334,9 @@ def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> lis
     probes = first.tables["probes"]
     best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
     shown = []
-    for place, neuron in best.itertuples(index=False):
-        layer, own = layers[place], first.own[place]
-        lowest = float(own.mean[neuron] - 6 * own.s[neuron])
-        shown.append(Shown(layer.layer, int(neuron), lowest, float(layer.top[:, neuron].max())))
+    for index, neuron in best.itertuples(index=False):  # the tables still count the layers that were looked at
+        layer = layers[index]
+        shown.append(Shown(layer.layer, int(neuron), float(layer.lowest[neuron]), float(layer.top[:, neuron].max())))
     return shown
 
 
@@ -376,10 +406,11 @@ def _write(
 
     report = results[0].report
     about = {
-        "name": Path(report["source"]).stem if Path(report["source"]).exists() else report["source"],
+        "name": options.name_of_set(report["source"]),
         "features": len(report["features"]),
         "texts": report["total"]["kept"],
         "tokens": report["total"]["tokens"],
+        "sample": _sample(arguments),
     }
     if changes:
         pd.concat(changes, ignore_index=True).to_parquet(output / "changes.parquet", index=False)
@@ -438,20 +469,20 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
             ],
             [_model_row(result) for result in results],
         ),
-        "Own phi: mean score of the neurons' own features; K-S: between the scores of own and of all features; FKR:"
-        f" false killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap resamples of the texts. A"
-        f" sample is a {'token' if arguments.samples == 'token' else f'text by its {arguments.samples}'}.\n",
+        "Own MS: mean monosemanticity score (MS) on the texts of the neurons' own features. K-S: between the MS of own"
+        f" and of all features. FKR: false killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap"
+        f" resamples of the texts. A sample is a {_sample(arguments)}.\n",
     ]
     last = results[-1]
     parts += [
         f"## Layers of {last.source.label}\n",
         markdown(
-            ["layer", "neurons", "dead", "kurtosis", "mean S", "own phi", "FKR at 2 %"],
+            ["layer", "neurons", "dead", "kurtosis", "mean S", "own MS", "FKR at 2 %"],
             [_layer_row(row, last.tables["fkr"]) for _, row in last.tables["layers"].iterrows()],
         ),
         f"## Best probed neuron of each feature, {last.source.label}\n",
         markdown(
-            ["feature", "layer", "neuron", "F1 (test)", "phi inside", "phi outside", "ten best against random", "p"],
+            ["feature", "layer", "neuron", "F1 (test)", "MS inside", "MS outside", "ten best against random", "p"],
             _probe_rows(last.tables),
         ),
     ]
@@ -461,6 +492,10 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
             markdown(["model", "layer", "k", "FKR there"], [row for result in results for row in _share_rows(result)]),
         ]
     return "\n".join(parts)
+
+
+def _sample(arguments: argparse.Namespace) -> str:
+    return "token" if arguments.samples == "token" else f"text by its {arguments.samples}"
 
 
 def _model_row(result: Result) -> list[str]:

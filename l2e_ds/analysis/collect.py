@@ -1,8 +1,8 @@
 """What is read from the neurons: a table of each text's activations in one pass, scores by bins in a second.
 
 Ranks take turns at batches of texts; a batch is the same whatever their number. What they found is summed, a block at a
-time, on rank 0, which alone computes the measures: tables are bit-identical for any number of ranks. Nothing that is
-kept in memory grows with the number of texts; tables of texts are on disk.
+time, on rank 0, which alone computes the measures: tables are bit-identical for any number of ranks. Tables of texts
+are on disk; what grows in memory with their number is their tokens and the weights of the bootstrap.
 
 Shapes: B texts of a batch, T tokens a text, N neurons of a layer, F features, BINS bins of the score.
 """
@@ -37,7 +37,7 @@ _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
 # Of one neuron's activations, equal in width over what they may be; `Distribution.trimmed` joins them.
 VALUE_BINS = 512
-BLOCK = 1024  # columns or rows of a table that are in memory at a time
+BLOCK = 1024  # rows of a table, or (squared) values of it, that are in memory at a time
 
 
 def bin_edges() -> np.ndarray:
@@ -66,18 +66,21 @@ class _Buffers(dict[tuple[torch.Size, torch.dtype], Tensor]):
 @dataclass(frozen=True)
 class LayerActivations:
     """A layer's table of texts, each [texts, N] float32 on disk: mean, variance (population) and largest activation of
-    the text's T tokens. `tokens` is T; where a text is one sample (`as_one_sample`), 1."""
+    the text's T tokens. lowest: [N], the neuron's lowest activation of all. `tokens` is T; where a text is one sample
+    (`as_one_sample`), 1."""
 
     layer: int
     mean: np.ndarray
     variance: np.ndarray
     top: np.ndarray
+    lowest: np.ndarray
     tokens: int
 
     def as_one_sample(self, kind: str) -> LayerActivations:
         """Each text as one sample: its mean or its largest activation ("max"), as in sparse probing."""
         value = self.mean if kind == "mean" else self.top
-        return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, 1)
+        lowest = np.minimum.reduce([value[first : first + BLOCK].min(0) for first in range(0, len(value), BLOCK)])
+        return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, lowest, 1)
 
 
 def inverse_variance(own: LayerOwn) -> np.ndarray:
@@ -97,8 +100,7 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True)
 class Distribution:
-    """Activations of one neuron by feature: counts [F, bins] int64 between edges [bins + 1]; what lies outside is in
-    the outermost."""
+    """Activations of one neuron by feature: counts [F, bins] int64 between edges [bins + 1]."""
 
     layer: int
     neuron: int
@@ -122,13 +124,13 @@ class Distribution:
 class Texts:
     """The batches of tokens [texts, T] that are this rank's, and how its results get to rank 0."""
 
-    def __init__(self, tokens: np.ndarray, batch: int, keep_step: bool = False) -> None:
-        """keep_step: every rank runs equally often (ZeRO-3), some of them on a batch that is not theirs."""
-        self.tokens, self.batch = tokens, batch
+    def __init__(self, tokens: np.ndarray, batch: int, in_step: bool = False) -> None:
+        """in_step: every rank runs equally often (ZeRO-3), some of them on a batch that is not theirs."""
+        self.tokens, self.batch, self.in_step = tokens, batch, in_step
         starts = range(0, len(tokens), batch)
         self._mine = [start for place, start in enumerate(starts) if place % distributed.size() == distributed.rank()]
-        self.rounds = math.ceil(len(starts) / distributed.size())
-        self.idle = self.rounds - len(self._mine) if keep_step else 0
+        most = math.ceil(len(starts) / distributed.size())
+        self.idle = most - len(self._mine) if in_step else 0
 
     def __iter__(self) -> Iterator[slice]:
         for start in self._mine:
@@ -143,28 +145,29 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
 
     Raises AnalysisError, on every rank, for what `see` raises as one.
     """
-    rows = slice(0, 0)
+    rows: slice | None = None
     error: AnalysisError | None = None
 
     def seen(index: int, z: Tensor) -> None:
-        if rows.stop:
-            see(index, rows, z)
-
-    with observed(model.sites, seen), tqdm(texts, doing, unit="batch", disable=None if _shows() else True) as bar:
+        nonlocal error
+        if rows is None or error is not None:
+            return
         try:
-            for rows in bar:
-                model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
-                distributed.beat()
-        except AnalysisError as raised:
+            see(index, rows, z)
+        except AnalysisError as raised:  # out of a forward pass it would leave ranks waiting that gather weights
             error = raised
-        rows = slice(0, 0)
+
+    progress_bar = tqdm(texts, doing, unit="batch", disable=None if distributed.is_main() else True)
+    with observed(model.sites, seen), progress_bar as batches:
+        for rows in batches:
+            model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
+            distributed.beat()
+            if error is not None and not texts.in_step:
+                break
+        rows = None
         for _ in range(texts.idle):
             model.run(torch.from_numpy(texts.tokens[: texts.batch].astype(np.int64)))
     distributed.agree(error)
-
-
-def _shows() -> bool:
-    return distributed.is_main()
 
 
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
@@ -175,10 +178,12 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     """
     count, length = texts.tokens.shape
     parts = [_Table(folder / f"layer-{site.layer:03d}", count, site.neurons) for site in model.sites]
+    lowest = [torch.full((site.neurons,), math.inf, device=model.device) for site in model.sites]
     buffers = _Buffers()
 
     def see(index: int, rows: slice, z: Tensor) -> None:
         z = z.view(rows.stop - rows.start, length, -1).float()
+        torch.minimum(lowest[index], z.amin((0, 1)), out=lowest[index])
         mean = z.mean(1)
         variance = torch.sub(z, mean[:, None], out=buffers.like(z)).square_().mean(1)
         found = torch.stack([mean, variance, z.amax(1)]).cpu().numpy()
@@ -186,15 +191,16 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
             _, text, neuron = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
             raise AnalysisError(
                 f"{model.source.given}: layer {model.sites[index].layer}, neuron {neuron}: its activations in text"
-                f" {rows.start + text} are not finite; with --precision fp32 they may be"
+                f" {rows.start + text} are not finite"
             )
         parts[index].write(rows, found)
 
     run_over(model, texts, see, f"{model.source.label}: activations")
     whole = [part.joined() for part in parts]
+    of_ranks = distributed.all_gather_objects([part.cpu().numpy() for part in lowest])
     return [
-        LayerActivations(site.layer, table[0], table[1], table[2], length)
-        for site, table in zip(model.sites, whole, strict=True)
+        LayerActivations(site.layer, *table, np.minimum.reduce([part[place] for part in of_ranks]), length)
+        for place, (site, table) in enumerate(zip(model.sites, whole, strict=True))
         if table is not None
     ]
 
@@ -215,25 +221,25 @@ class _Table:
         for array, value in zip(self.arrays, values, strict=True):
             array[rows] = value
 
-    def joined(self) -> list[np.ndarray] | None:
-        """The sum over ranks on rank 0, in place, a block of neurons at a time; None elsewhere. Collective."""
+    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """The sum over ranks on rank 0, in place; None elsewhere. Collective."""
         for array in self.arrays:
-            for first in range(0, array.shape[1] if distributed.size() > 1 else 0, BLOCK):
-                columns = slice(first, first + BLOCK)
-                total = _sum_on_main(np.ascontiguousarray(array[:, columns]))
-                if distributed.is_main():
-                    array[:, columns] = total
-        return list(self.arrays) if distributed.is_main() else None
+            _sum_on_main(array)
+        mean, variance, top = self.arrays
+        return (mean, variance, top) if distributed.is_main() else None
 
 
-def _sum_on_main(values: np.ndarray) -> np.ndarray:
-    """Over the ranks; elsewhere meaningless. Each element comes from one rank and is zero on the others: exact."""
-    tensor = torch.from_numpy(values)
-    if distributed.size() > 1:
-        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-        dist.reduce(on_device, 0)
-        tensor = on_device.cpu()
-    return tensor.numpy()
+def _sum_on_main(array: np.ndarray) -> None:
+    """Over the ranks, on rank 0, in place, a block of rows at a time; elsewhere it stays. Collective. Exact, as each
+    row comes from one rank and is zero on the others."""
+    rows = max(1, BLOCK * BLOCK // math.prod(array.shape[1:]))
+    for first in range(0, len(array) if distributed.size() > 1 else 0, rows):
+        block = slice(first, first + rows)
+        tensor = torch.from_numpy(np.array(array[block]))
+        tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.reduce(tensor, 0)
+        if distributed.is_main():
+            array[block] = tensor.cpu().numpy()
 
 
 def count_scores(
@@ -294,13 +300,11 @@ def count_scores(
     samples = count * length
     histograms = []
     for table, part in zip(tables, fourth, strict=True):
-        for first in range(0, count if distributed.size() > 1 else 0, BLOCK):
-            total = _sum_on_main(np.array(table[first : first + BLOCK]))
-            if distributed.is_main():
-                table[first : first + BLOCK] = total
+        _sum_on_main(table)
         distributed.all_reduce_sum(part)
         histograms.append(LayerCounts(table, part.cpu().numpy() / samples))
-    values = torch.from_numpy(_sum_on_main(values.numpy()))
+    if len(shown):
+        _sum_on_main(values.numpy())
     distributions = [
         Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[place].long().numpy())
         for place, (layer, neuron, low, high) in enumerate(shown)

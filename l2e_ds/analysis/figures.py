@@ -659,6 +659,7 @@ def _set_of(about: Mapping[str, Any]) -> str:
     return (
         f"Feature set: {about['name']}, {about['features']} features, n = {about['texts']:,} texts,"
         f" {about['tokens']:,} tokens"
+        + (f", a {about['sample']} as one sample" if about.get("sample", "token") != "token" else "")
     )
 
 

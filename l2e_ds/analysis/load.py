@@ -4,6 +4,7 @@ that transformers loads, or a hub name with `@revision`."""
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from l2e_ds.models import neuron_sites
 from l2e_ds.training.checkpoint import NAME, CheckpointManager
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
@@ -60,6 +61,12 @@ class LoadedModel:
     parameters: int
     tokens: int | None
     device: torch.device
+    release: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        """Let go of weights that are sharded (ZeRO-3)."""
+        if self.release is not None:
+            self.release()
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor) -> None:
@@ -76,7 +83,8 @@ def find_model(given: str) -> ModelSource:
         return ModelSource(given, f"{run}-{checkpoint.name}", checkpoint=checkpoint)
     name, _, revision = given.partition("@") if not path.exists() else (given, "", "")
     label = Path(name).resolve().name if path.exists() else name.rpartition("/")[2]
-    return ModelSource(given, f"{label}-{revision}" if revision else label, name=name, revision=revision or None)
+    label = f"{label}-{revision}" if revision else label
+    return ModelSource(given, label.replace("/", "-"), name=name, revision=revision or None)
 
 
 def all_checkpoints(run: str) -> list[ModelSource]:
@@ -89,19 +97,41 @@ def all_checkpoints(run: str) -> list[ModelSource]:
     return [find_model(str(path)) for path in found]
 
 
+def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
+    """The network's configuration, where everything that can be known from it is right. Loads no weight.
+
+    Raises ConfigError: no such model, a family that is not known, a layer that there is not.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(str(source.name)) if source.checkpoint is None else source.checkpoint.parent.parent / "model"
+    if (folder.exists() or source.checkpoint is not None) and not (folder / "config.json").is_file():
+        raise ConfigError(f"{source.given}: is neither a run directory nor a folder with a model's config.json")
+    try:
+        network = AutoConfig.from_pretrained(str(folder), revision=source.revision)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(source, error) from None
+    family_of(network, source.given)
+    count = network.num_hidden_layers
+    wrong = next((layer for layer in layers or [] if not 0 <= layer < count), None)
+    if wrong is not None:
+        raise ConfigError(f"layer: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
+    return network
+
+
 def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
     """The model's own, or the one named `instead`. Raises ConfigError where there is none."""
     from l2e_ds.data.tokenizer import load_tokenizer
     from l2e_ds.errors import DataError
 
-    if instead is not None:
-        return load_tokenizer(instead)
     folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
     assert folder is not None
     try:
-        return load_tokenizer(folder, source.revision)
+        return load_tokenizer(folder, source.revision) if instead is None else load_tokenizer(instead)
     except DataError as error:
         reason = str(error).removeprefix("data.tokenizer: ")
+        if instead is not None:
+            raise ConfigError(f"--tokenizer: {reason}") from None
         raise ConfigError(f"{source.given}: its tokenizer is missing ({reason}); name one with --tokenizer") from None
 
 
@@ -112,10 +142,10 @@ def load_model(
     device: torch.device,
     zero3: bool = False,
 ) -> LoadedModel:
-    """Raises ConfigError or CheckpointError: not to be found, a family that is not known, a layer that there is not.
+    """A model that `check_model` has passed. Raises ConfigError or CheckpointError where its weights cannot be loaded.
 
     zero3: the weights are sharded over the ranks by DeepSpeed and gathered layer by layer; every rank must then run
-    equally often.
+    equally often, and close the model before the next is loaded.
     """
     tokens = None
     if source.checkpoint is not None:
@@ -123,19 +153,14 @@ def load_model(
         tokens = state["train"]["tokens"]
     else:
         network = _from_transformers(source, precision, zero3)
-    family_of(network.config, source.given)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
-    count = network.config.num_hidden_layers
-    wrong = next((layer for layer in layers or [] if not 0 <= layer < count), None)
-    if wrong is not None:
-        raise ConfigError(f"layers: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
     sites = neuron_sites(network, sorted(set(layers)) if layers else "all")
     body = network.base_model.eval().requires_grad_(False)
-    if zero3:
-        body = _sharded(body, precision)
-    else:
+    close = _shard(body, precision) if zero3 else None
+    if not zero3:
         body.to(device)
-    return LoadedModel(source, body, sites, count, parameters, tokens, device)
+    count = network.config.num_hidden_layers
+    return LoadedModel(source, body, sites, count, parameters, tokens, device, close)
 
 
 def _from_transformers(source: ModelSource, precision: str, zero3: bool) -> Any:
@@ -143,28 +168,43 @@ def _from_transformers(source: ModelSource, precision: str, zero3: bool) -> Any:
 
     from l2e_ds.models import _loading_sharded
 
-    folder = Path(str(source.name))
-    if folder.exists() and not (folder / "config.json").is_file():
-        raise ConfigError(f"{source.given}: is neither a run directory nor a folder with a model's config.json")
     try:
         with _loading_sharded({**ZERO3, **_dtype_section(precision)} if zero3 else None):
             return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=DTYPES[precision])
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "" if os.environ.get("HF_HUB_OFFLINE") != "1" else " (HF_HUB_OFFLINE is 1)"
-        raise ConfigError(f"{source.given}: transformers cannot load it: {reason}{hint}") from None
+        raise _not_loaded(source, error) from None
+
+
+def _not_loaded(source: ModelSource, error: Exception) -> ConfigError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    where = "transformers cannot load it" if Path(source.given).exists() else "no such folder, and no model of the hub"
+    offline = " (HF_HUB_OFFLINE is 1)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
+    return ConfigError(f"{source.given}: {where}: {reason}{offline}")
 
 
 def _dtype_section(precision: str) -> dict[str, Any]:
     return {} if precision == "fp32" else {precision: {"enabled": True}}
 
 
-def _sharded(network: nn.Module, precision: str) -> nn.Module:
+def _shard(network: nn.Module, precision: str) -> Callable[[], None]:
+    """Make it one that gathers weights as it runs; what is returned lets go of it."""
     import contextlib
     import io
 
     import deepspeed
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
+    config = {**ZERO3, **_dtype_section(precision)}
     with contextlib.redirect_stdout(io.StringIO()):  # it narrates
-        engine = deepspeed.initialize(model=network, config={**ZERO3, **_dtype_section(precision)})[0]
-    return engine.module.eval()
+        if not any(hasattr(p, "ds_id") for p in network.parameters()):
+            # a parameter at a time: initialize alone would bring all of them to the device first
+            deepspeed.zero.Init(module=network, config_dict_or_path=config)
+        engine = deepspeed.initialize(model=network, config=config)[0]
+
+    def close() -> None:
+        engine.destroy()
+        FWD_MODULE_STACK.clear()  # 0.19.8 keeps every model that was ever sharded in it
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    return close

@@ -12,8 +12,9 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.analysis import options
 from l2e_ds.analysis.collect import Texts, run_over
-from l2e_ds.analysis.load import LoadedModel, find_model, load_model, load_tokenizer_of
+from l2e_ds.analysis.load import LoadedModel, check_model, find_model, load_model, load_tokenizer_of
 from l2e_ds.errors import AnalysisError, ConfigError
+from l2e_ds.families import neurons_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,20 +39,21 @@ def run(arguments: argparse.Namespace) -> int:
     options.check(arguments)
     quiet_libraries()
     source = find_model(arguments.model)
+    network = check_model(source, [arguments.layer])
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
-    texts = options.load_features(arguments, tokenizer)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    model = load_model(source, [arguments.layer], arguments.precision, device)
-    options.check_fits(model, texts)
-    neurons = model.sites[0].neurons
+    neurons = neurons_of(network)
     if not 0 <= arguments.index < neurons:
         raise ConfigError(f"--index: got {arguments.index}, allowed: 0 to {neurons - 1}")
+    texts = options.load_features(arguments, tokenizer)
+    options.check_fits(network, texts, source.given)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model = load_model(source, [arguments.layer], arguments.precision, device)
     values = activations_of(model, texts.tokens, arguments.index, arguments.batch)
     about = {
         "model": source.given,
         "layer": arguments.layer,
         "neuron": arguments.index,
-        "name": Path(arguments.features).stem if Path(arguments.features).exists() else arguments.features,
+        "name": options.name_of_set(arguments.features),
     }
     given = (values, texts.tokens, texts.labels, texts.features, tokenizer, about)
     write_neuron_page(output, *given)

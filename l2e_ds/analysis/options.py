@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.export import DTYPES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
     from l2e_ds.analysis.features import FeatureSet
 
@@ -73,16 +73,17 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
     )
 
 
-def check_fits(model: LoadedModel, texts: FeatureSet) -> None:
+def name_of_set(features: str) -> str:
+    """As figures call it."""
+    path = Path(features)
+    return path.name.partition(".")[0] if path.exists() else features
+
+
+def check_fits(network: PretrainedConfig, texts: FeatureSet, given: str) -> None:
     """That the model takes the texts. Raises ConfigError."""
-    config: Any = model.network.config
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(network, "max_position_embeddings", None)
     if longest is not None and texts.tokens.shape[1] > longest:
-        raise ConfigError(
-            f"--sequence-length: got {texts.tokens.shape[1]}, {model.source.given} takes at most {longest} tokens"
-        )
+        raise ConfigError(f"--sequence-length: got {texts.tokens.shape[1]}, {given} takes at most {longest} tokens")
     largest = int(texts.tokens.max())
-    if largest >= config.vocab_size:
-        raise ConfigError(
-            f"{model.source.given}: its tokenizer gives token {largest}, its vocabulary has {config.vocab_size} rows"
-        )
+    if largest >= network.vocab_size:
+        raise ConfigError(f"{given}: its tokenizer gives token {largest}, its vocabulary has {network.vocab_size} rows")

@@ -67,7 +67,7 @@ class LayerOwn:
 class LayerCounts:
     """What the second pass counted of a layer.
 
-    histogram: [texts, 2, BINS] int64, scores of a text's tokens by bin, index 1 where the text's feature is the
+    histogram: [texts, 2, BINS] integer, scores of a text's tokens by bin, index 1 where the text's feature is the
     neuron's own; fourth: [N] float64, mean of phi^2 over all tokens.
     """
 
@@ -219,7 +219,7 @@ def layer_change(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.Data
         columns |= _bounds(name, difference.to_numpy().reshape(layers, -1).T)
     both = before["neurons"].merge(after["neurons"], on=["layer", "neuron"], suffixes=("_before", "_after"))
     alive = both["alive_before"] & both["alive_after"]
-    by_layer = [both[alive & (both["layer"] == layer)] for layer in range(layers)]
+    by_layer = [both[alive & (both["layer"] == layer)] for layer in before["layers"]["layer"]]
     columns["own_changed"] = [(rows["own_feature_before"] != rows["own_feature_after"]).mean() for rows in by_layer]
     columns["own_correlation"] = [rows["own_score_before"].corr(rows["own_score_after"]) for rows in by_layer]
     return pd.DataFrame(columns)

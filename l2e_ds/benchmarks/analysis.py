@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from l2e_ds import distributed
+from l2e_ds.analysis.collect import Shown
 from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
 from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
@@ -31,6 +32,8 @@ from l2e_ds.training.metrics import process_memory
 
 FEATURES = 12
 POLL = 0.02  # seconds
+SHOWN = [Shown(0, neuron, -1.0, 10.0) for neuron in range(FEATURES)]
+"""As many distributions as an analysis counts; of no particular neurons."""
 NUMBERS = ("texts", "sequence_length", "batch", "round_texts", "rounds")
 
 
@@ -103,7 +106,7 @@ def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -
     parts: dict[str, Callable[[Path], object]] = {
         "forward": lambda folder: plain(),
         "first": lambda folder: collect_activations(model, few, folder),
-        "second": lambda folder: count_scores(model, few, labels, own, FEATURES, [], folder),
+        "second": lambda folder: count_scores(model, few, labels, own, FEATURES, SHOWN, folder),
     }
     rounds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(arguments.rounds + 1):
@@ -126,6 +129,8 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
     features = [f"feature {place}" for place in range(FEATURES)]
     texts = Texts(tokens, batch)
     seconds: dict[str, float] = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet(), _Peak() as peak:
         begin = time.perf_counter()
         layers = collect_activations(model, texts, Path(folder))
@@ -139,7 +144,7 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
             seed=1,
         )
         seconds["tables"] = time.perf_counter() - begin - seconds["first"]
-        counts, _ = count_scores(model, texts, labels, first.own, FEATURES, [], Path(folder))
+        counts, _ = count_scores(model, texts, labels, first.own, FEATURES, SHOWN, Path(folder))
         seconds["second"] = time.perf_counter() - begin - sum(seconds.values())
         tables.build_tables(first, counts, bin_edges())
         seconds["tables"] += time.perf_counter() - begin - sum(seconds.values())
@@ -203,9 +208,12 @@ def page(results: dict[str, Any]) -> str:
             *(f"{whole['seconds'][name]:.1f}" for name in ("first", "second", "tables")),
             f"{_against_forward(whole, per_text['forward']):.2f}",
             f"{whole['peak'] / 2**20:,.0f}",
+            *([f"{whole['gpu_peak'] / 2**20:,.0f}"] if "gpu_peak" in whole else []),
         ]
         for whole in (small, large)
     ]
+    heads = ["texts", "first, s", "second, s", "tables, s", "against forward", "peak, MiB"]
+    heads += ["peak of the GPU, MiB"] if "gpu_peak" in large else []
     return "\n".join(
         [
             heading(f"Analysis of {options['model']}, all layers", command, results),
@@ -213,7 +221,7 @@ def page(results: dict[str, Any]) -> str:
             markdown(["a text", "ms"], rows),
             "Whole analyses, with probing, tables and 200 bootstrap resamples; against the two forward passes of each"
             " text, by the medians above:\n",
-            markdown(["texts", "first, s", "second, s", "tables, s", "against forward", "peak, MiB"], whole_rows),
+            markdown(heads, whole_rows),
         ]
     )
 

@@ -188,6 +188,26 @@ def test_sharded_weights_give_the_same(alone, made, tmp_path):
     ).all()
 
 
+def test_an_activation_that_is_not_finite_ends_all_ranks(made, tmp_path):
+    """At once, also where ranks gather each other's weights; the model before it is not lost."""
+    given = not_finite(made)
+    words = ["analyze", made / "planted", *given, "--features", made / "features.jsonl", "--output", tmp_path / "out"]
+    words += ["--sequence-length", LENGTH, "--resamples", 20, "--zero3"]
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--log_level", "error"]
+    done = subprocess.run(
+        [*command, "--module", "l2e_ds.cli", *map(str, words)],
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("broken: layer 2, neuron 3: its activations in text 0 are not finite") == 1
+    (kept,) = tmp_path.iterdir()
+    assert kept.name.endswith(".unfinished") and str(kept) in done.stderr
+    assert len(pd.read_parquet(kept / "models/planted/neurons.parquet")) == 3 * NEURONS
+
+
 @pytest.mark.parametrize("samples", ["mean", "max"])
 def test_a_text_as_one_sample(made, tmp_path, samples):
     analyze(made, tmp_path / "analysis", "--samples", samples, "--layers", 1, "--precision", "bf16")
@@ -206,7 +226,7 @@ def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     run = tmp_path / "run"
     output = tmp_path / "over-time"
     options = ["--features", made / "features.jsonl", "--sequence-length", LENGTH, "--resamples", 20]
-    words = ["analyze", run, "--all-checkpoints", "--output", output, *options]
+    words = ["analyze", run, "--all-checkpoints", "--layers", 1, 3, "--output", output, *options]
     done = subprocess.run(
         [sys.executable, "-m", "l2e_ds.cli", *map(str, words)], env=rank_environment(), capture_output=True, text=True
     )
@@ -216,15 +236,19 @@ def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     assert changes[["from_step", "to_step"]].drop_duplicates().to_numpy().tolist() == [[2, 4]]
     labels = [model["label"] for model in json.loads((output / "analysis.json").read_text())["models"]]
     assert labels == ["run-step00000002", "run-step00000004"]
+    assert changes["layer"].tolist() == [1, 3]
     before, after = (table(output, "layers", label) for label in labels)
     np.testing.assert_allclose(changes["mean_s"], after["mean_s"] - before["mean_s"])
-    words = ["neuron", run, "--layer", 2, "--index", 5, "--output", tmp_path / "neuron.html", *options[:4]]
+    before, after = (table(output, "neurons", label).groupby("layer")["own_feature"].agg(list) for label in labels)
+    changed = [np.mean([a != b for a, b in zip(before[layer], after[layer], strict=True)]) for layer in (1, 3)]
+    np.testing.assert_allclose(changes["own_changed"], changed)
+    words = ["neuron", run, "--layer", 3, "--index", 5, "--output", tmp_path / "neuron.html", *options[:4]]
     done = subprocess.run(
         [sys.executable, "-m", "l2e_ds.cli", *map(str, words)], env=rank_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "<svg" in (tmp_path / "neuron.html").read_text()
-    own = table(output, "neurons", labels[1]).query("layer == 2 and neuron == 5")
+    own = table(output, "neurons", labels[1]).query("layer == 3 and neuron == 5")
     assert own["own_feature"].iloc[0] in done.stdout
 
 
@@ -267,8 +291,8 @@ BAD = {
     "no tokenizer": (without_tokenizer, ["bare", "tokenizer", "--tokenizer"]),
     "unknown family": (unknown_family, ["mpt", "l2e_ds/families.py"]),
     "not finite": (not_finite, ["broken", "layer 2, neuron 3", "not finite"]),
-    "no such model": (lambda folder: [str(folder / "nowhere")], ["nowhere"]),
-    "no such layer": (lambda folder: ["--layers", "1", "3"], ["3", "0 to 2"]),
+    "no such model": (lambda folder: [str(folder / "nowhere")], ["nowhere: no such folder"]),
+    "no such layer": (lambda folder: ["--layers", "1", "3"], ["layer: got 3", "0 to 2"]),
     "too long": (lambda folder: ["--sequence-length", "4096"], ["animals", "4096"]),
     "no such features": (lambda folder: ["--features", str(folder / "nothing.jsonl")], ["nothing.jsonl"]),
     "batch": (lambda folder: ["--batch", "0"], ["--batch", "0", ">= 1"]),
