@@ -18,7 +18,7 @@ def test_table_says_what_was_measured(tmp_path, capsys):
     assert {name: len(times) for name, times in record["rounds"].items()} == {"forward": 2, "first": 2, "second": 2}
     assert [whole["texts"] for whole in record["wholes"]] == [60, 240]
     for whole in record["wholes"]:
-        assert whole["peak"] > 0 and all(seconds > 0 for seconds in whole["seconds"].values())
+        assert whole["peak"] > 0 and whole["forward"] > 0 and all(seconds > 0 for seconds in whole["seconds"].values())
     page = (tmp_path / "out/analysis.md").read_text()
     assert page in capsys.readouterr().out and str(tmp_path) not in page
     rounds = zip(*(record["rounds"][name] for name in ("forward", "first", "second")), strict=True)
