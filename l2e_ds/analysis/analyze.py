@@ -106,8 +106,11 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     device = distributed.join(launch, TIMEOUT_MINUTES)
     try:
         sources = _on_all(lambda: _sources(arguments))
+        session = _Session(arguments, device)
+        for source in sources:  # all of them, before anything is written and any takes its hours
+            session.texts_of(source)
         with _folders(arguments) as (scratch, output):
-            results = _analyse_all(arguments, sources, _Session(arguments, device, scratch), output)
+            results = _analyse_all(arguments, sources, session, scratch, output)
     finally:
         distributed.leave()
     if launch.rank == 0:
@@ -116,15 +119,17 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
 
 
 def _analyse_all(
-    arguments: argparse.Namespace, sources: Sequence[ModelSource], session: _Session, output: Path | None
+    arguments: argparse.Namespace,
+    sources: Sequence[ModelSource],
+    session: _Session,
+    scratch: Path,
+    output: Path | None,
 ) -> list[Result]:
     """One model after another; their tables are written at once, the rest at the end. Collective."""
     results: list[Result] = []
     changes: list[pd.DataFrame] = []
-    for source in sources:  # all of them, before any takes its hours
-        session.texts_of(source)
     for source in sources:
-        result = session.analyse(source)
+        result = session.analyse(source, scratch / source.label)
         if output is None:
             continue
         _write_tables(output / "models" / source.label, result)
@@ -217,8 +222,8 @@ class Result:
 class _Session:
     """What stays the same from model to model."""
 
-    def __init__(self, arguments: argparse.Namespace, device: torch.device, scratch: Path) -> None:
-        self.arguments, self.device, self.scratch = arguments, device, scratch
+    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.arguments, self.device = arguments, device
         self._texts: dict[str, FeatureSet] = {}
 
     def texts_of(self, source: ModelSource) -> FeatureSet:
@@ -240,16 +245,16 @@ class _Session:
         options.check_fits(network, self._texts[digest], source.given)
         return self._texts[digest]
 
-    def analyse(self, source: ModelSource) -> Result:
-        """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere."""
+    def analyse(self, source: ModelSource, folder: Path) -> Result:
+        """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere. folder: of tables of texts,
+        gone at the end."""
         arguments = self.arguments
         texts = self.texts_of(source)
         if len(set(distributed.all_gather_objects(texts.report["digest"]))) > 1:
             raise L2EError(f"--features: {arguments.features} is not the same on all ranks")
         model = _on_all(lambda: load_model(source, arguments.layers, arguments.precision, self.device, arguments.zero3))
-        self._check_disk(model, texts)
-        folder = self.scratch / source.label
         folder.mkdir()
+        _check_disk(model, texts, folder)
         rows = Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
         layers = collect_activations(model, rows, folder)
         if arguments.samples != "token":
@@ -298,19 +303,20 @@ class _Session:
         ]
         return counts, distributions_of_samples(layers, texts.labels, len(texts.features), shown)
 
-    def _check_disk(self, model: LoadedModel, texts: FeatureSet) -> None:
-        """That the tables of texts will find room. Raises ConfigError on every rank."""
-        count = len(texts.labels)
-        needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
-        needed *= min(2, distributed.size())  # the other ranks' parts may lie on the same disk
-        free = shutil.disk_usage(self.scratch).free
-        error = None
-        if needed > free:
-            error = ConfigError(
-                f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 1e9:.1f} GB,"
-                f" {self.scratch.parent} has {free / 1e9:.1f} GB free; fewer --layers or texts take less"
-            )
-        distributed.agree(error)
+
+def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
+    """That the tables of texts will find room. Collective; raises ConfigError."""
+    count = len(texts.labels)
+    needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
+    needed *= min(2, distributed.size())  # the other ranks' parts may lie on the same disk
+    free = shutil.disk_usage(folder).free
+    error = None
+    if needed > free:
+        error = ConfigError(
+            f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 1e9:.1f} GB, there"
+            f" are {free / 1e9:.1f} GB free in {folder.parent.parent}; fewer --layers or texts take less"
+        )
+    distributed.agree(error)
 
 
 def _on_all(action: Callable[[], Any]) -> Any:
