@@ -90,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # `train` says more of it, by itself
+        say("l2e-ds: interrupted")
+        return 130
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:

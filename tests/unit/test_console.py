@@ -24,3 +24,12 @@ def test_options_are_not_abbreviated(command, words, mistyped, capsys):
         command(words)
     assert ended.value.code == 2
     assert f"unrecognized arguments: {mistyped}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupt_is_one_line(capsys, monkeypatch):
+    def interrupted(_run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("l2e_ds.evaluation.summary.summarise", interrupted)
+    assert cli.main(["summary", "runs/x"]) == 130
+    assert capsys.readouterr().err == "l2e-ds: interrupted\n"
