@@ -327,6 +327,11 @@ class InhibitionConfig(Section):
             for key in ("retrieval", "mechanism"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
+        elif self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
+            raise ValueError(
+                "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
+                " here: auto, false"
+            )
         if isinstance(self.statistics_window, int) and self.statistics_window < 1:
             raise ValueError(
                 f"inhibition.statistics_window: got {self.statistics_window}, allowed: an integer >= 1 or 'cumulative'"

@@ -20,7 +20,12 @@ def say(line: str) -> None:
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """A table, the first column to the left, the others to the right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """On one line, and one cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -101,7 +101,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     from l2e_ds.train import quiet_libraries
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of the scratch folder stays
+    for number in (signal.SIGTERM, signal.SIGHUP):  # nothing of the scratch folder stays
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     quiet_libraries()
     device = distributed.join(launch, TIMEOUT_MINUTES)
     try:
@@ -313,8 +315,8 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
     error = None
     if needed > free:
         error = ConfigError(
-            f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 1e9:.1f} GB, there"
-            f" are {free / 1e9:.1f} GB free in {folder.parent.parent}; fewer --layers or texts take less"
+            f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 2**20:,.0f} MiB,"
+            f" there are {free / 2**20:,.0f} MiB free in {folder.parent.parent}; fewer --layers or texts take less"
         )
     distributed.agree(error)
 
@@ -468,7 +470,7 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
                 "parameters",
                 "neurons",
                 "K-S",
-                "phi of own feature",
+                "own MS",
                 "FKR at 1, 2, 5 %",
                 "dead",
                 "kurtosis",

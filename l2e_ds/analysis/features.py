@@ -11,7 +11,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -169,15 +169,15 @@ def _texts_of_each(
     if scarce := [feature for feature, count in available.items() if count < MINIMUM_TEXTS]:
         raise ConfigError(
             f"--features: {source} has fewer than {MINIMUM_TEXTS} texts of at least {sequence_length} tokens of:"
-            f" {', '.join(f'{name} ({available[name]} of {found[name]} texts)' for name in scarce)}; give a smaller"
-            " --sequence-length, add or join texts, or take these features out of the source"
+            f" {_named(f'{_short(name)} ({available[name]} of {found[name]} texts)' for name in scarce)}; give a"
+            " smaller --sequence-length, add or join texts, or take these features out of the source"
         )
     fewest = min(available.values())
     if asked is not None and asked > fewest:
         scarce = [feature for feature, count in available.items() if count < asked]
         raise ConfigError(
             f"--texts-per-feature: got {asked}, {source} has fewer texts of at least {sequence_length} tokens of:"
-            f" {', '.join(f'{name} ({available[name]})' for name in scarce)}; allowed: {MINIMUM_TEXTS} to {fewest}"
+            f" {_named(f'{_short(name)} ({available[name]})' for name in scarce)}; allowed: {MINIMUM_TEXTS} to {fewest}"
         )
     return asked or fewest
 
@@ -332,6 +332,18 @@ def _check_columns(columns: dict[str, str], there: list[str], where: str) -> Non
             raise DataError(f"{where}: no column {column!r}; set {option} to one of: {allowed}")
 
 
+def _named(things: Iterable[str], most: int = 12) -> str:
+    """A list for a message: a column that holds no features has thousands of values."""
+    names = list(things)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _short(name: str, most: int = 40) -> str:
+    """On one line."""
+    name = " ".join(name.split())
+    return name if len(name) <= most else f"{name[: most - 3]}..."
+
+
 def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | None, where: str) -> Row:
     text, feature = (record[column] for column in columns.values())
     if names is not None and isinstance(feature, int):
@@ -345,4 +357,4 @@ def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | Non
             raise DataError(f"{where}: {column!r} is empty")
         if not isinstance(value, str):
             raise DataError(f"{where}: {column!r} is a {type(value).__name__}, must be text")
-    return printable(feature), printable(text)
+    return printable(feature.strip()), printable(text)

@@ -82,6 +82,8 @@ def find_model(given: str) -> ModelSource:
         run = checkpoint.parent.parent.resolve().name
         return ModelSource(given, f"{run}-{checkpoint.name}", checkpoint=checkpoint)
     name, _, revision = given.partition("@") if not path.exists() else (given, "", "")
+    if not name or (revision and Path(name).exists()):
+        raise ConfigError(f"MODEL: got {given!r}; a revision goes with a hub name, a folder holds one model")
     label = Path(name).resolve().name if path.exists() else name.rpartition("/")[2]
     label = f"{label}-{revision}" if revision else label
     return ModelSource(given, label.replace("/", "-"), name=name, revision=revision or None)

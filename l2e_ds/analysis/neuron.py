@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=options.MODEL)
     parser.add_argument("--layer", type=int, required=True, metavar="L", help="counted from 0")
     parser.add_argument("--index", type=int, required=True, metavar="J", help="of the neuron in its layer, from 0")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: neuron-L-J.html")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="a new file (default: MODEL-L-J.html)")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)
 
@@ -33,12 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     if distributed.find_launch().rank != 0:
         return 0
-    output = arguments.output or Path(f"neuron-{arguments.layer}-{arguments.index}.html")
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: cannot write {output}; allowed: a file in a folder that exists")
+    source = find_model(arguments.model)
+    output = arguments.output or Path(f"{source.label}-{arguments.layer}-{arguments.index}.html")
+    if output.exists() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: {output} exists, or its folder does not; allowed: a new file")
     options.check(arguments)
     quiet_libraries()
-    source = find_model(arguments.model)
     network = check_model(source, [arguments.layer])
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
     neurons = neurons_of(network)

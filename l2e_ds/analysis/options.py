@@ -6,6 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from l2e_ds import distributed
+from l2e_ds.console import say
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.export import DTYPES
 
@@ -61,7 +65,7 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
     """As `load_feature_set`, by the command's options."""
     from l2e_ds.analysis.features import load_feature_set
 
-    return load_feature_set(
+    texts = load_feature_set(
         arguments.features,
         tokenizer,
         sequence_length=arguments.sequence_length,
@@ -71,6 +75,13 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
         feature_column=arguments.feature_column,
         split=arguments.split,
     )
+    repeated = 1 - len(np.unique(texts.tokens, axis=0)) / len(texts.tokens)
+    if repeated > 0.01 and distributed.is_main():
+        say(
+            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first"
+            f" {texts.tokens.shape[1]} tokens; probes and intervals take them for independent (docs/feature-sets.md)"
+        )
+    return texts
 
 
 def name_of_set(features: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -295,14 +297,28 @@ BAD = {
     "no such layer": (lambda folder: ["--layers", "1", "3"], ["layer: got 3", "0 to 2"]),
     "too long": (lambda folder: ["--sequence-length", "4096"], ["animals", "4096"]),
     "no such features": (lambda folder: ["--features", str(folder / "nothing.jsonl")], ["nothing.jsonl"]),
+    "revision of a folder": (lambda folder: [f"{folder / 'planted'}@step1"], ["planted@step1", "hub name"]),
+    "texts as features": (lambda folder: ["--feature-column", "text"], ["and 108 more", "20"]),
     "batch": (lambda folder: ["--batch", "0"], ["--batch", "0", ">= 1"]),
     "resamples": (lambda folder: ["--resamples", "3"], ["--resamples", "3"]),
     "checkpoints of a folder": (lambda folder: ["--all-checkpoints"], ["--all-checkpoints", "not a run directory"]),
 }
 
 
+@pytest.fixture
+def as_before():
+    """The process group is joined in this process: nothing of it may reach other tests."""
+    environment = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(name, made, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line(name, made, tmp_path, capsys, monkeypatch, as_before):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     make, expected = BAD[name]
     given = make(made)
