@@ -13,6 +13,7 @@ Also under a launcher, on any number of ranks: they share the texts. DIR appears
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import platform
 import shutil
@@ -174,6 +175,9 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
     folders: list[Path] = []
     try:
         parent = arguments.output.absolute().parent
+        left = sorted(map(str, parent.glob(f".{glob.escape(arguments.output.name)}.????????")))
+        if left and distributed.is_main():
+            say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
         for place in (arguments.scratch or parent, parent)[: 2 if distributed.is_main() else 1]:
             place.mkdir(parents=True, exist_ok=True)
             folders.append(Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=place)))
