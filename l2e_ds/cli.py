@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NoReturn
 
 import l2e_ds
@@ -36,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     planning = verbs.add_parser("plan", help="memory, time and traffic of a run on GPUs one does not have")
     if words[:1] == ["plan"]:  # no other verb waits for its imports
-        _add_plan(planning)
+        from l2e_ds import planning as plan
+
+        _fill(planning, plan)
 
     export = verbs.add_parser("export", help="write a model that transformers loads")
     export.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
@@ -53,7 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             say(f"l2e-ds: error: the analysis needs {', '.join(missing)}: pip install 'l2e-ds[analysis]'")
             return ConfigError.exit_code
     if words[:1] in (["analyze"], ["neuron"]):
-        _add_analysis(analysis, neuron)
+        from l2e_ds.analysis import analyze
+        from l2e_ds.analysis import neuron as one_neuron
+
+        _fill(analysis, analyze)
+        _fill(neuron, one_neuron)
 
     summary = verbs.add_parser("summary", help="print a run's first and last figures")
     summary.add_argument("run", type=Path, metavar="RUN")
@@ -77,10 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from l2e_ds import submit, supervise
 
-    submission = verbs.add_parser("submit", help="give a run to SLURM", description=submit.__doc__)
-    submission.formatter_class = argparse.RawDescriptionHelpFormatter
-    submit.add_arguments(submission)
-    submission.set_defaults(action=submit.run)
+    _fill(verbs.add_parser("submit", help="give a run to SLURM"), submit)
 
     words, for_sbatch = supervise.split_at_dashes(words) if words[:1] == ["submit"] else (words, [])
     arguments = train.parse(parser, words)
@@ -95,24 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_plan(parser: argparse.ArgumentParser) -> None:
-    from l2e_ds import planning
-
-    parser.description = planning.__doc__
+def _fill(parser: argparse.ArgumentParser, command: ModuleType) -> None:
+    """Description, options and action of a command that is a module of its own."""
+    parser.description = command.__doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    planning.add_arguments(parser)
-    parser.set_defaults(action=planning.run)
-
-
-def _add_analysis(analysis: argparse.ArgumentParser, neuron: argparse.ArgumentParser) -> None:
-    from l2e_ds.analysis import analyze
-    from l2e_ds.analysis import neuron as one_neuron
-
-    for parser, module in ((analysis, analyze), (neuron, one_neuron)):
-        parser.description = module.__doc__
-        parser.formatter_class = argparse.RawDescriptionHelpFormatter
-        module.add_arguments(parser)
-        parser.set_defaults(action=module.run)
+    command.add_arguments(parser)
+    parser.set_defaults(action=command.run)
 
 
 def _add_checkpoint_verbs(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,8 @@ import contextlib
 import sys
 from typing import Any
 
+from l2e_ds.errors import ConfigError
+
 
 def say(line: str) -> None:
     """Print one line, if that is still possible."""
@@ -26,6 +28,14 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 def _cell(text: str) -> str:
     """On one line, and one cell."""
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
+    """The value of an option. Raises ConfigError where it is out of range."""
+    if value < least or (at_most is not None and value > at_most):
+        limit = "" if at_most is None or value < least else f" and <= {at_most}"
+        raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
+    return value
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -296,7 +296,7 @@ def main_decides(value: Any) -> Any:
     return box[0]
 
 
-def main_works(action: Callable[[], Any], tick: Callable[[], None]) -> Any:
+def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: None) -> Any:
     """Rank 0 does `action` while the others wait, however long it takes: they meet in a small collective every second,
     so that no timeout ends a long piece of work. Returns the result on rank 0 and None elsewhere.
 
@@ -332,6 +332,17 @@ def agree(error: L2EError | None) -> None:
     if first is not None:
         first.on_every_rank = True
         raise first
+
+
+def all_work(action: Callable[[], Any]) -> Any:
+    """Every rank does `action` and gets its own result; what one of them raises as an L2EError, all do. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except L2EError as raised:
+        error = raised
+    agree(error)
+    return result
 
 
 def new_group() -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +52,22 @@ PYTHIA = {
 }
 
 
+def check_sizes(option: str, names: Iterable[str]) -> None:
+    """That an option names Pythia sizes. Raises ConfigError."""
+    for name in names:
+        if name not in PYTHIA:
+            raise ConfigError(f"{option}: got {name!r}, allowed: {', '.join(PYTHIA)}")
+
+
 def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfig:
     """The Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
     if config.pretrained is not None:
         return _pretrained_config(config)
     from transformers import GPTNeoXConfig
 
-    if config.name not in PYTHIA:
-        raise ConfigError(f"model.name: got {config.name!r}, allowed: {', '.join(PYTHIA)}")
-    size = PYTHIA[config.name]
+    name = str(config.name)
+    check_sizes("model.name", [name])
+    size = PYTHIA[name]
     hidden, heads = config.hidden_size or size.hidden, config.num_heads or size.heads
     if hidden % heads or (hidden // heads) % 2:
         raise ConfigError(
@@ -115,12 +122,12 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     from transformers import AutoModelForCausalLM
 
     if config.pretrained is not None:
-        with _loading_sharded(zero3):
+        with loading_sharded(zero3):
             model = AutoModelForCausalLM.from_pretrained(
                 config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
             )
     else:
-        with _sharded(zero3), _no_default_init():
+        with _sharded(zero3), without_default_init():
             model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
         initialise(model, seed)
     model.config.use_cache = False
@@ -153,7 +160,7 @@ def _sharded(zero3: dict | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _loading_sharded(zero3: dict | None) -> Iterator[None]:
+def loading_sharded(zero3: dict | None) -> Iterator[None]:
     """Within, transformers' from_pretrained shards the network while rank 0 reads it tensor by tensor."""
     if zero3 is None:
         yield
@@ -177,8 +184,8 @@ def _loading_sharded(zero3: dict | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_default_init() -> Iterator[None]:
-    """Skip transformers' own initialisation: `initialise` writes every weight."""
+def without_default_init() -> Iterator[None]:
+    """Skip transformers' own initialisation: every weight is written afterwards."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():

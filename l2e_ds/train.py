@@ -313,13 +313,8 @@ def _locked(directory: Path) -> Iterator[RunLock]:
     """No other run writes here meanwhile. Collective; raises ConfigError on every rank."""
     from l2e_ds import distributed
 
-    lock, error = RunLock(directory), None
-    if distributed.is_main():
-        try:
-            lock.acquire()
-        except L2EError as raised:
-            error = raised
-    distributed.agree(error)
+    lock = RunLock(directory)
+    distributed.all_work(lambda: lock.acquire() if distributed.is_main() else None)
     try:
         yield lock
     finally:
@@ -330,14 +325,8 @@ def _main_first(action: Any) -> Any:
     """Run on rank 0, then on the others, which find its result on disk; an error of any ends all."""
     from l2e_ds import distributed
 
-    result, error = distributed.main_works(action, preemption.stop_if_asked), None
-    if not distributed.is_main():
-        try:
-            result = action()
-        except L2EError as raised:
-            error = raised
-    distributed.agree(error)
-    return result
+    result = distributed.main_works(action, preemption.stop_if_asked)
+    return distributed.all_work(lambda: result if distributed.is_main() else action())
 
 
 def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:

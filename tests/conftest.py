@@ -39,6 +39,15 @@ def rank_environment(accelerator: str = "cpu") -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def without_hub(monkeypatch, tmp_path) -> None:
+    """`datasets` asks no network, and keeps its files in the test's folder."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., None]:
     """run_ranks(ranks, script, *arguments): so many processes with a launcher's variables; the first that fails ends

@@ -20,9 +20,8 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +52,18 @@ from l2e_ds.analysis.load import (
     load_model,
     load_tokenizer_of,
 )
+from l2e_ds.analysis.summary import Result, sample_of, summary
 from l2e_ds.analysis.tables import Tables
-from l2e_ds.console import markdown, say
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.console import at_least, say
+from l2e_ds.data.files import is_free, whole_folder
+from l2e_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from l2e_ds.analysis.features import FeatureSet
 
-TABLES = (
-    *("neurons", "neuron_features", "probes", "significance", "scale", "layers", "fkr"),
-    "distributions",
-)
 SAMPLES = ("token", "mean", "max")
-REPORTED_SHARES = (0.01, 0.02, 0.05)
 TIMEOUT_MINUTES = 60.0
 
 
@@ -108,12 +104,12 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     quiet_libraries()
     device = distributed.join(launch, TIMEOUT_MINUTES)
     try:
-        sources = _on_all(lambda: _sources(arguments))
-        session = _Session(arguments, device)
-        for source in sources:  # all of them, before anything is written and any takes its hours
-            session.texts_of(source)
+        sources = distributed.all_work(lambda: _sources(arguments))
+        # of all of them, before anything is written and any takes its hours
+        texts = distributed.all_work(lambda: _texts_of_each(arguments, sources))
+        _check_same_texts(arguments, texts)
         with _folders(arguments) as (scratch, output):
-            results = _analyse_all(arguments, sources, session, scratch, output)
+            results = _analyse_all(arguments, sources, texts, device, scratch, output)
     finally:
         distributed.leave()
     if launch.rank == 0:
@@ -124,15 +120,16 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
 def _analyse_all(
     arguments: argparse.Namespace,
     sources: Sequence[ModelSource],
-    session: _Session,
+    texts: Sequence[FeatureSet],
+    device: torch.device,
     scratch: Path,
     output: Path | None,
 ) -> list[Result]:
     """One model after another; their tables are written at once, the rest at the end. Collective."""
     results: list[Result] = []
     changes: list[pd.DataFrame] = []
-    for source in sources:
-        result = session.analyse(source, scratch / source.label)
+    for source, of_source in zip(sources, texts, strict=True):
+        result = _analyse(arguments, source, of_source, device, scratch / source.label)
         if output is None:
             continue
         _write_tables(output / "models" / source.label, result)
@@ -150,14 +147,12 @@ def _analyse_all(
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
     """The models, where everything about the options is right. Raises ConfigError, CheckpointError."""
-    options.check(arguments)
-    if arguments.resamples < 20:
-        raise ConfigError(f"--resamples: got {arguments.resamples}, allowed: an integer >= 20")
+    at_least("--batch", arguments.batch, 1)
+    at_least("--resamples", arguments.resamples, 20)
     if arguments.all_checkpoints and len(arguments.models) != 1:
         raise ConfigError(f"--all-checkpoints: goes with one run, got {len(arguments.models)} models")
-    path = arguments.output
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"--output: {path} exists and is not an empty folder")
+    if not is_free(arguments.output):
+        raise ConfigError(f"--output: {arguments.output} exists and is not an empty folder")
     if arguments.all_checkpoints:
         return all_checkpoints(arguments.models[0])
     sources = [find_model(given) for given in arguments.models]
@@ -168,146 +163,121 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
     return sources
 
 
+def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]) -> list[FeatureSet]:
+    """In each model's tokens; models of one tokenizer see the very same.
+
+    Raises ConfigError, DataError, also for what a model cannot take.
+    """
+    from l2e_ds.analysis.features import format_report
+    from l2e_ds.data.tokenizer import tokenizer_digest
+
+    by_tokenizer: dict[str, FeatureSet] = {}
+    found = []
+    for source in sources:
+        network = check_model(source, arguments.layers)
+        tokenizer = load_tokenizer_of(source, arguments.tokenizer)
+        digest = tokenizer_digest(tokenizer)
+        if digest not in by_tokenizer:
+            by_tokenizer[digest] = options.load_features(arguments, tokenizer)
+            if distributed.is_main():
+                print(format_report(by_tokenizer[digest].report), flush=True)
+        options.check_fits(network, by_tokenizer[digest], source.given)
+        found.append(by_tokenizer[digest])
+    return found
+
+
+def _check_same_texts(arguments: argparse.Namespace, texts: Sequence[FeatureSet]) -> None:
+    """That all ranks read the same. Collective; raises ConfigError."""
+    digests = [of_source.report["digest"] for of_source in texts]
+    differs = digests != distributed.main_decides(digests)
+    distributed.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
+
+
 @contextmanager
 def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
-    """This rank's scratch folder, and on rank 0 the folder that becomes --output when all went well."""
-    error: L2EError | None = None
-    folders: list[Path] = []
-    try:
-        parent = arguments.output.absolute().parent
-        left = sorted(map(str, parent.glob(f".{glob.escape(arguments.output.name)}.????????")))
-        if left and distributed.is_main():
-            say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
-        for place in (arguments.scratch or parent, parent)[: 2 if distributed.is_main() else 1]:
-            place.mkdir(parents=True, exist_ok=True)
-            folders.append(Path(tempfile.mkdtemp(prefix=f".{arguments.output.name}.", dir=place)))
-    except OSError as raised:
-        error = ConfigError(f"--output, --scratch: cannot write: {raised}")
-    try:
-        distributed.agree(error)
-        yield folders[0], folders[1] if distributed.is_main() else None
-        if distributed.is_main():
-            folders[1].chmod(0o755)
-            if arguments.output.exists():
-                arguments.output.rmdir()
-            folders[1].rename(arguments.output)
-    except BaseException:
-        if len(folders) == 2 and (folders[1] / "models").is_dir():  # it may have taken hours
-            kept = folders[1].with_name(f"{folders[1].name[1:]}.unfinished")
-            folders[1].rename(kept)
-            say(f"l2e-ds: tables of the models that were finished: {kept}")
-        raise
-    finally:
-        for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+    """This rank's scratch folder, and on rank 0 the folder that becomes --output when all went well. Collective."""
+    target = arguments.output
+    parent = target.absolute().parent
+    name = f".{target.name}."
+    with ExitStack() as stack:
+
+        def make() -> tuple[Path, Path | None]:
+            try:
+                if distributed.is_main():
+                    _name_left_over(parent, name)
+                place = arguments.scratch or parent
+                place.mkdir(parents=True, exist_ok=True)
+                scratch = stack.enter_context(
+                    tempfile.TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True)
+                )
+                output = stack.enter_context(whole_folder(target)) if distributed.is_main() else None
+            except OSError as error:
+                raise ConfigError(f"--output, --scratch: cannot write: {error}") from None
+            return Path(scratch), output
+
+        scratch, output = distributed.all_work(make)
+        try:
+            yield scratch, output
+        except BaseException:
+            if output is not None and (output / "models").is_dir():  # it may have taken hours
+                kept = output.rename(output.with_name(f"{output.name[1:]}.unfinished"))
+                say(f"l2e-ds: tables of the models that were finished: {kept}")
+            raise
+
+
+def _name_left_over(parent: Path, name: str) -> None:
+    left = sorted(map(str, parent.glob(f"{glob.escape(name)}????????")))
+    if left:
+        say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
 
 
 # --- one model ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Result:
-    """What rank 0 keeps of a model: what is small, once the tables are on disk."""
+def _analyse(
+    arguments: argparse.Namespace, source: ModelSource, texts: FeatureSet, device: torch.device, folder: Path
+) -> Result:
+    """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere. folder: of tables of texts,
+    gone at the end."""
+    model = distributed.all_work(
+        lambda: load_model(source, arguments.layers, arguments.precision, device, arguments.zero3)
+    )
+    folder.mkdir()
+    _check_disk(model, texts, folder)
+    rows = Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
+    layers = collect_activations(model, rows, folder)
+    if arguments.samples != "token":
+        layers = [layer.as_one_sample(arguments.samples) for layer in layers]
 
-    source: ModelSource
-    tables: Tables
-    parameters: int
-    tokens: int | None
-    report: dict[str, Any]
-
-    def without_features(self) -> Result:
-        """Of the table of neurons and features only the neurons whose distribution is shown."""
-        shown = self.tables["distributions"][["layer", "neuron"]].drop_duplicates()
-        kept = self.tables["neuron_features"].merge(shown, on=["layer", "neuron"])
-        return replace(self, tables=self.tables | {"neuron_features": kept})
-
-    def without_neurons(self) -> Result:
-        return replace(self, tables={name: table for name, table in self.tables.items() if name != "neurons"})
-
-
-class _Session:
-    """What stays the same from model to model."""
-
-    def __init__(self, arguments: argparse.Namespace, device: torch.device) -> None:
-        self.arguments, self.device = arguments, device
-        self._texts: dict[str, FeatureSet] = {}
-
-    def texts_of(self, source: ModelSource) -> FeatureSet:
-        """In the model's tokens; models of one tokenizer see the very same. Collective. Raises ConfigError, DataError,
-        also for what the model cannot take."""
-        return _on_all(lambda: self._texts_of(source))
-
-    def _texts_of(self, source: ModelSource) -> FeatureSet:
-        from l2e_ds.analysis.features import format_report
-        from l2e_ds.data.tokenizer import tokenizer_digest
-
-        network = check_model(source, self.arguments.layers)
-        tokenizer = load_tokenizer_of(source, self.arguments.tokenizer)
-        digest = tokenizer_digest(tokenizer)
-        if digest not in self._texts:
-            self._texts[digest] = options.load_features(self.arguments, tokenizer)
-            if distributed.is_main():
-                print(format_report(self._texts[digest].report), flush=True)
-        options.check_fits(network, self._texts[digest], source.given)
-        return self._texts[digest]
-
-    def analyse(self, source: ModelSource, folder: Path) -> Result:
-        """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere. folder: of tables of texts,
-        gone at the end."""
-        arguments = self.arguments
-        texts = self.texts_of(source)
-        if len(set(distributed.all_gather_objects(texts.report["digest"]))) > 1:
-            raise L2EError(f"--features: {arguments.features} is not the same on all ranks")
-        model = _on_all(lambda: load_model(source, arguments.layers, arguments.precision, self.device, arguments.zero3))
-        folder.mkdir()
-        _check_disk(model, texts, folder)
-        rows = Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
-        layers = collect_activations(model, rows, folder)
-        if arguments.samples != "token":
-            layers = [layer.as_one_sample(arguments.samples) for layer in layers]
-
-        first = _on_main(lambda: self._first_tables(layers, texts, model))
-        own, shown = distributed.main_decides((first.own, _shown(first, layers)) if first is not None else None)
-        counts, distributions = self._count(model, rows, texts, layers, own, shown, folder)
-        model.close()
-        found = _on_main(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
-        shutil.rmtree(folder, ignore_errors=True)
-        return Result(source, found, model.parameters, model.tokens, texts.report)
-
-    def _first_tables(
-        self, layers: Sequence[LayerActivations], texts: FeatureSet, model: LoadedModel
-    ) -> tables.FirstTables:
-        wanted = self.arguments
-        probed = [layer.top if wanted.samples == "max" else layer.mean for layer in layers]
-        return tables.first_tables(
-            [tables.LayerTexts(layer.mean, layer.variance, value) for layer, value in zip(layers, probed, strict=True)],
-            texts.labels,
-            texts.features,
-            tokens=layers[0].tokens,
-            parameters=model.parameters,
-            seed=wanted.seed,
-            resamples=wanted.resamples,
-        )
-
-    def _count(
-        self,
-        model: LoadedModel,
-        rows: Texts,
-        texts: FeatureSet,
-        layers: Sequence[LayerActivations],
-        own: Sequence[tables.LayerOwn],
-        shown: Sequence[Shown],
-        folder: Path,
-    ) -> tuple[list[tables.LayerCounts], list[Distribution]]:
-        if self.arguments.samples == "token":
-            return count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
-        if not distributed.is_main():
-            return [], []
+    first = distributed.main_works(lambda: _first_tables(arguments, layers, texts, model))
+    own, shown = distributed.main_decides((first.own, _shown(first, layers)) if first is not None else None)
+    if arguments.samples == "token":
+        counts, distributions = count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
+    else:  # from rank 0's tables alone: nowhere else are there any
         counts = [
             count_scores_of_samples(layer, texts.labels, of_layer, folder / f"scores-{layer.layer:03d}.npy")
-            for layer, of_layer in zip(layers, own, strict=True)
+            for layer, of_layer in zip(layers, own[: len(layers)], strict=True)
         ]
-        return counts, distributions_of_samples(layers, texts.labels, len(texts.features), shown)
+        distributions = distributions_of_samples(layers, texts.labels, len(texts.features), shown if layers else [])
+    model.close()
+    found = distributed.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
+    shutil.rmtree(folder, ignore_errors=True)
+    return Result(source, found, model.parameters, model.tokens, texts.report)
+
+
+def _first_tables(
+    arguments: argparse.Namespace, layers: Sequence[LayerActivations], texts: FeatureSet, model: LoadedModel
+) -> tables.FirstTables:
+    probed = [layer.top if arguments.samples == "max" else layer.mean for layer in layers]
+    return tables.first_tables(
+        [tables.LayerTexts(layer.mean, layer.variance, value) for layer, value in zip(layers, probed, strict=True)],
+        texts.labels,
+        texts.features,
+        tokens=layers[0].tokens,
+        parameters=model.parameters,
+        seed=arguments.seed,
+        resamples=arguments.resamples,
+    )
 
 
 def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
@@ -323,22 +293,6 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
             f" there are {free / 2**20:,.0f} MiB free in {folder.parent.parent}; fewer --layers or texts take less"
         )
     distributed.agree(error)
-
-
-def _on_all(action: Callable[[], Any]) -> Any:
-    """Every rank's work; what one of them raises as an L2EError, all do."""
-    result, error = None, None
-    try:
-        result = action()
-    except L2EError as raised:
-        error = raised
-    distributed.agree(error)
-    return result
-
-
-def _on_main(action: Callable[[], Any]) -> Any:
-    """Rank 0's work, however long it takes; None elsewhere. An error of it ends all."""
-    return distributed.main_works(action, lambda: None)
 
 
 def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
@@ -400,8 +354,9 @@ def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features
 
 def _write_tables(folder: Path, result: Result) -> None:
     folder.mkdir(parents=True)
-    for name in TABLES:
-        result.tables[name].to_parquet(folder / f"{name}.parquet", index=False)
+    for name, table in result.tables.items():
+        if name != "resamples":  # what `layer_change` needs
+            table.to_parquet(folder / f"{name}.parquet", index=False)
 
 
 def _change(before: Result, after: Result) -> pd.DataFrame:
@@ -422,7 +377,7 @@ def _write(
         "features": len(report["features"]),
         "texts": report["total"]["kept"],
         "tokens": report["total"]["tokens"],
-        "sample": _sample(arguments),
+        "sample": sample_of(arguments),
     }
     if changes:
         pd.concat(changes, ignore_index=True).to_parquet(output / "changes.parquet", index=False)
@@ -461,121 +416,3 @@ def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str
             **{package: version(package) for package in packages},
         },
     }
-
-
-def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
-    """The figures that matter, as Markdown."""
-    parts = [
-        "## Models\n",
-        markdown(
-            [
-                "model",
-                "step",
-                "parameters",
-                "neurons",
-                "K-S",
-                "own MS",
-                "FKR at 1, 2, 5 %",
-                "dead",
-                "kurtosis",
-            ],
-            [_model_row(result) for result in results],
-        ),
-        "Own MS: mean monosemanticity score (MS) on the texts of the neurons' own features. K-S: between the MS of own"
-        f" and of all features. FKR: false killing rate. 95 % intervals in brackets, by {arguments.resamples} bootstrap"
-        f" resamples of the texts. A sample is a {_sample(arguments)}.\n",
-    ]
-    last = results[-1]
-    parts += [
-        f"## Layers of {last.source.label}\n",
-        markdown(
-            ["layer", "neurons", "dead", "kurtosis", "mean S", "own MS", "FKR at 2 %"],
-            [_layer_row(row, last.tables["fkr"]) for _, row in last.tables["layers"].iterrows()],
-        ),
-        f"## Best probed neuron of each feature, {last.source.label}\n",
-        markdown(
-            ["feature", "layer", "neuron", "F1 (test)", "MS inside", "MS outside", "ten best against random", "p"],
-            _probe_rows(last.tables),
-        ),
-    ]
-    if arguments.suggest_share:
-        parts += [
-            "## Share k with the lowest False Killing Rate\n",
-            markdown(["model", "layer", "k", "FKR there"], [row for result in results for row in _share_rows(result)]),
-        ]
-    return "\n".join(parts)
-
-
-def _sample(arguments: argparse.Namespace) -> str:
-    return "token" if arguments.samples == "token" else f"text by its {arguments.samples}"
-
-
-def _model_row(result: Result) -> list[str]:
-    scale, layers = result.tables["scale"].iloc[0], result.tables["layers"]
-    neurons = int(layers["neurons"].sum())
-    dead = float((layers["dead_share"] * layers["neurons"]).sum() / neurons)
-    return [
-        result.source.label,
-        "" if result.source.step is None else f"{result.source.step:,}",
-        f"{result.parameters:,}",
-        f"{neurons:,}",
-        _with_interval(scale, "ks"),
-        _with_interval(scale, "own_score"),
-        ", ".join(f"{_fkr_at(result.tables['fkr'], -1, share)['fkr']:.1%}" for share in REPORTED_SHARES),
-        f"{dead:.2%}",
-        f"{layers['kurtosis'].median():.1f}",
-    ]
-
-
-def _layer_row(row: pd.Series, fkr: pd.DataFrame) -> list[str]:
-    at = _fkr_at(fkr, int(row["layer"]), 0.02)
-    return [
-        str(int(row["layer"])),
-        f"{int(row['neurons']):,}",
-        f"{row['dead_share']:.2%}",
-        f"{row['kurtosis']:.1f}",
-        f"{row['mean_s']:.3g}",
-        _with_interval(row, "own_score"),
-        f"{at['fkr']:.1%} [{at['fkr_low']:.1%}, {at['fkr_high']:.1%}]",
-    ]
-
-
-def _probe_rows(found: Tables) -> list[list[str]]:
-    rows = []
-    best = found["probes"][found["probes"]["place"] == 1].merge(found["significance"], on="feature")
-    for _, row in best.iterrows():
-        rows.append(
-            [
-                str(row["feature"]),
-                str(row["layer"]),
-                str(row["neuron"]),
-                f"{row['f1_test']:.2f}",
-                _with_interval(row, "score_inside"),
-                _with_interval(row, "score_outside"),
-                _with_interval(row, "ratio"),
-                f"{row['p_adjusted']:.2g}",
-            ]
-        )
-    return rows
-
-
-def _share_rows(result: Result) -> list[list[str]]:
-    rows = [("all", result.tables["scale"].iloc[0])]
-    rows += [(str(int(row["layer"])), row) for _, row in result.tables["layers"].iterrows()]
-    return [
-        [
-            result.source.label,
-            layer,
-            f"{row['suggested_share']:.2%} [{row['suggested_share_low']:.2%}, {row['suggested_share_high']:.2%}]",
-            f"{row['suggested_fkr']:.1%}",
-        ]
-        for layer, row in rows
-    ]
-
-
-def _fkr_at(fkr: pd.DataFrame, layer: int, share: float) -> pd.Series:
-    return fkr[(fkr["layer"] == layer) & (fkr["share"] == share)].iloc[0]
-
-
-def _with_interval(row: pd.Series, name: str) -> str:
-    return f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"

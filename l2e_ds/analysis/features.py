@@ -7,6 +7,7 @@ F: features. T: tokens of a text.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from array import array
@@ -22,7 +23,16 @@ import numpy as np
 
 from l2e_ds.config import SourceConfig
 from l2e_ds.data.files import one_line
-from l2e_ds.data.sources import COMPRESSED, load_hub, looks_local, opened, printable, python_values, source_files
+from l2e_ds.data.sources import (
+    COMPRESSED,
+    json_object,
+    load_hub,
+    looks_local,
+    opened,
+    printable,
+    python_values,
+    source_files,
+)
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
 
@@ -268,14 +278,7 @@ def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{where}: not JSON ({one_line(error)})") from None
-            if not isinstance(record, dict):
-                raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be an object")
+            record = json_object(line.removeprefix(codecs.BOM_UTF8), where, "an object")
             _check_columns(columns, list(record), where)
             yield _row(record, columns, None, where)
 

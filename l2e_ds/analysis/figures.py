@@ -27,6 +27,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES
 from l2e_ds.data.files import temporary_name
 
 Tables = Mapping[str, pd.DataFrame]
@@ -78,8 +79,6 @@ _TITLE, _SUBTITLE, _NOTE = 13.0, 9.5, 8.0  # points
 _LINE = 1.3  # of the font size
 _EM = {_TITLE: 0.63, _SUBTITLE: 0.55, _NOTE: 0.55}  # a character's width of the font size, on the safe side
 _LEGEND_INCHES = 2.6
-_ON_SCALE = 0.02  # the paper's default share, shown over scale and over time
-_LAYER_SHARES = (0.01, 0.02, 0.05)
 _MOST_PANELS = 12
 _INTERVALS = "are 95 % bootstrap intervals over texts"
 
@@ -248,7 +247,7 @@ def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
             star = {"marker": "*", "markersize": 13, "color": look["color"], "markeredgecolor": "white"}
             left.plot([least["share"]], [least["fkr"]], **star)
             lowest.append(f"\nlowest at {_percent(least['share'])}")
-        at_two[label] = _at_share(rates, _ON_SCALE).iloc[0]
+        at_two[label] = _at_share(rates, REPORTED_SHARE).iloc[0]
     left.set_xscale("log")
     left.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]))
     left.xaxis.set_minor_locator(NullLocator())
@@ -273,11 +272,11 @@ def fkr_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
         f" {_percent(1 - 1 / about['features'])}.",
         f"{_set_of(about)}. Each layer by itself, {_count_of(results.values())}. Bands {_INTERVALS}.",
         1,
-        len(_LAYER_SHARES),
+        len(REPORTED_SHARES),
         (3.5, max(3.9, _legend_height(results))),
         _LEGEND_INCHES,
     )
-    for axes, share in zip(grid[0], _LAYER_SHARES, strict=True):
+    for axes, share in zip(grid[0], REPORTED_SHARES, strict=True):
         for (label, tables), look in zip(results.items(), _looks(results), strict=True):
             rates = _at_share(_by_layer(tables["fkr"]), share)
             rates = rates.merge(tables["layers"][["layer", "depth"]], on="layer").sort_values("depth")
@@ -300,9 +299,9 @@ def over_time(checkpoints: Sequence[tuple[int, Tables]], about: Mapping[str, Any
     figure, grid = _frame(
         "How neurons change over training, layer by layer",
         "Own-feature score: how strongly a neuron answers to the feature it answers to most (1: no more than to any"
-        f" text). FKR: share of the top {_percent(_ON_SCALE)} of activations that lie on text of another feature. Mean"
-        " S: standard deviation of activations, the layer's scale. Kurtosis: 3 for a normal distribution, more where a"
-        " few tokens stand out. Dead: neurons that do not vary.",
+        f" text). FKR: share of the top {_percent(REPORTED_SHARE)} of activations that lie on text of another feature."
+        " Mean S: standard deviation of activations, the layer's scale. Kurtosis: 3 for a normal distribution, more"
+        " where a few tokens stand out. Dead: neurons that do not vary.",
         f"{_set_of(about)}. {len(steps)} checkpoints, steps {steps[0]:,} to {steps[-1]:,};"
         f" {_count_of([ordered[-1][1]])}.",
         2,
@@ -311,7 +310,7 @@ def over_time(checkpoints: Sequence[tuple[int, Tables]], about: Mapping[str, Any
     )
     panels = (
         ("own_score", "own-feature score", "mean MS on the own feature"),
-        ("fkr", f"FKR at k = {_percent(_ON_SCALE)}", "FKR"),
+        ("fkr", f"FKR at k = {_percent(REPORTED_SHARE)}", "FKR"),
         ("mean_s", "scale of activations", "mean S (units of activation)"),
         ("kurtosis", "kurtosis", "median over live neurons"),
         ("dead_share", "dead neurons", "share of the layer"),
@@ -634,7 +633,7 @@ def _at_share(rates: pd.DataFrame, share: float) -> pd.DataFrame:
 
 
 def _with_fkr(tables: Tables) -> pd.DataFrame:
-    return tables["layers"].merge(_at_share(_by_layer(tables["fkr"]), _ON_SCALE)[["layer", "fkr"]], on="layer")
+    return tables["layers"].merge(_at_share(_by_layer(tables["fkr"]), REPORTED_SHARE)[["layer", "fkr"]], on="layer")
 
 
 # --- words ------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from l2e_ds.data.files import one_line
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.evaluation.export import DTYPES, find_checkpoint, load_network
 from l2e_ds.families import family_of
 from l2e_ds.inhibition.hook import NeuronSite
-from l2e_ds.models import neuron_sites
+from l2e_ds.models import loading_sharded, neuron_sites
 from l2e_ds.training.checkpoint import NAME, CheckpointManager
 
 if TYPE_CHECKING:
@@ -168,20 +169,17 @@ def load_model(
 def _from_transformers(source: ModelSource, precision: str, zero3: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from l2e_ds.models import _loading_sharded
-
     try:
-        with _loading_sharded({**ZERO3, **_dtype_section(precision)} if zero3 else None):
+        with loading_sharded({**ZERO3, **_dtype_section(precision)} if zero3 else None):
             return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=DTYPES[precision])
     except (OSError, ValueError) as error:
         raise _not_loaded(source, error) from None
 
 
 def _not_loaded(source: ModelSource, error: Exception) -> ConfigError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     where = "transformers cannot load it" if Path(source.given).exists() else "no such folder, and no model of the hub"
     offline = " (HF_HUB_OFFLINE is 1)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-    return ConfigError(f"{source.given}: {where}: {reason}{offline}")
+    return ConfigError(f"{source.given}: {where}: {one_line(error)}{offline}")
 
 
 def _dtype_section(precision: str) -> dict[str, Any]:

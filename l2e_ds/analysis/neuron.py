@@ -13,6 +13,7 @@ from l2e_ds import distributed
 from l2e_ds.analysis import options
 from l2e_ds.analysis.collect import Texts, run_over
 from l2e_ds.analysis.load import LoadedModel, check_model, find_model, load_model, load_tokenizer_of
+from l2e_ds.console import at_least
 from l2e_ds.errors import AnalysisError, ConfigError
 from l2e_ds.families import neurons_of
 
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output or Path(f"{source.label}-{arguments.layer}-{arguments.index}.html")
     if output.exists() or not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: {output} exists, or its folder does not; allowed: a new file")
-    options.check(arguments)
+    at_least("--batch", arguments.batch, 1)
     quiet_libraries()
     network = check_model(source, [arguments.layer])
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from l2e_ds.analysis.measures import is_alive
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def measure_neuron(activations: np.ndarray, labels: np.ndarray, features: Sequen
     if bad:
         raise ConfigError(f"neuron: {bad:,} of {z.size:,} activations are NaN or infinite; allowed: finite numbers")
     mean, variance = float(z.mean()), float(z.var(ddof=1))
-    alive = variance > VARIANCE_FLOOR * (1 + mean * mean)
+    alive = bool(is_alive(np.array(mean), np.array(variance)))
     scores = (z - mean) ** 2 / variance if alive else np.zeros_like(z)
     rows = []
     for index, feature in enumerate(features):

@@ -53,14 +53,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raises ConfigError for what can be known without a model."""
-    for name in ("sequence_length", "texts_per_feature", "batch"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {value}, allowed: an integer >= 1")
-
-
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
     """As `load_feature_set`, by the command's options."""
     from l2e_ds.analysis.features import load_feature_set
@@ -75,13 +67,18 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
         feature_column=arguments.feature_column,
         split=arguments.split,
     )
-    repeated = 1 - len(np.unique(texts.tokens, axis=0)) / len(texts.tokens)
-    if repeated > 0.01 and distributed.is_main():
-        say(
-            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first"
-            f" {texts.tokens.shape[1]} tokens; probes and intervals take them for independent (docs/feature-sets.md)"
-        )
+    if distributed.is_main():
+        _warn_of_repeated(texts.tokens)
     return texts
+
+
+def _warn_of_repeated(tokens: np.ndarray) -> None:
+    repeated = 1 - len(np.unique(tokens, axis=0)) / len(tokens)
+    if repeated > 0.01:
+        say(
+            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first {tokens.shape[1]}"
+            " tokens; probes and intervals take them for independent (docs/feature-sets.md)"
+        )
 
 
 def name_of_set(features: str) -> str:

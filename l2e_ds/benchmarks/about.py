@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 import l2e_ds
+from l2e_ds.data.files import is_free
 from l2e_ds.errors import ConfigError
 
 
@@ -74,7 +75,7 @@ def median_and_spread(values: Sequence[float], digits: int = 2) -> str:
 def new_folder(option: str, path: Path) -> Path:
     """An empty folder, made if need be. Raises ConfigError."""
     path = path.absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if not is_free(path):
         raise ConfigError(f"{option}: {path} exists and is not an empty folder")
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -26,8 +26,7 @@ import torch
 from l2e_ds import distributed
 from l2e_ds.analysis.collect import Shown
 from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
-from l2e_ds.console import markdown
-from l2e_ds.errors import ConfigError
+from l2e_ds.console import at_least, markdown
 from l2e_ds.training.metrics import process_memory
 
 FEATURES = 12
@@ -51,19 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError. Under a launcher rank 0 measures alone."""
     from l2e_ds.config import ModelConfig
-    from l2e_ds.models import PYTHIA, build_network, network_config
+    from l2e_ds.models import build_network, check_sizes, network_config
     from l2e_ds.train import quiet_libraries
 
     if distributed.find_launch().rank != 0:
         return 0
-    if arguments.model not in PYTHIA:
-        raise ConfigError(f"--model: got {arguments.model!r}, allowed: {', '.join(PYTHIA)}")
+    check_sizes("--model", [arguments.model])
     for name in NUMBERS:
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: got {getattr(arguments, name)}, allowed: an integer >= 1")
+        at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
     least = 4 * 5 * FEATURES  # a quarter of them: five of each feature, which a probe is fitted and tested on
-    if arguments.texts < least:
-        raise ConfigError(f"--texts: got {arguments.texts}, allowed: an integer >= {least}")
+    at_least("--texts", arguments.texts, least)
     quiet_libraries()
     about = circumstances("torch", "transformers", "numpy", "scipy", "pandas")
     if arguments.output is not None:

@@ -36,7 +36,7 @@ from l2e_ds.benchmarks.about import (
     write_results,
 )
 from l2e_ds.config import DataConfig
-from l2e_ds.console import markdown
+from l2e_ds.console import at_least, markdown
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedTokens
 from l2e_ds.data.sampler import SequenceOrder
@@ -74,8 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, and L2EError where a tool fails or tools do not give the same tokens."""
     for name in ("processes", "rounds", "repeat"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name}: got {getattr(arguments, name)}, allowed: an integer >= 1")
+        at_least(f"--{name}", getattr(arguments, name), 1)
     for path in (*arguments.text, arguments.tokenizer):
         if not path.is_file():
             raise ConfigError(f"no such file: {path}")

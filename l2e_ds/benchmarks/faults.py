@@ -33,6 +33,7 @@ from l2e_ds import distributed
 from l2e_ds.benchmarks import virtual_slurm
 from l2e_ds.benchmarks.about import machine, new_folder, say, versions
 from l2e_ds.benchmarks.watched_run import RunEnded, RunLost, WatchedRun, read_reference
+from l2e_ds.console import at_least
 from l2e_ds.errors import ConfigError, L2EError, SaveError
 
 EVERY = 20
@@ -104,8 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 if every fault was injected or could not be on this machine, no run was lost and no resume was
     wrong; else 1. Raises ConfigError."""
     for name, least in (("faults", 1), ("ranks", 2)):
-        if getattr(arguments, name) < least:
-            raise ConfigError(f"--{name}: got {getattr(arguments, name)}, allowed: an integer >= {least}")
+        at_least(f"--{name}", getattr(arguments, name), least)
     page = arguments.page
     if page is not None and not (page.is_file() and all(marker in page.read_text("utf-8") for marker in MARKERS)):
         raise ConfigError(f"--page: {page} is not a file with the lines {MARKERS[0]} and {MARKERS[1]}")

@@ -22,7 +22,7 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.benchmarks.about import circumstances, heading, new_folder, write_results
 from l2e_ds.benchmarks.overhead import NONE, VARIANTS
-from l2e_ds.console import markdown
+from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor
 
@@ -50,17 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError. Under a launcher rank 0 measures alone: other ranks' memory is the same."""
     from l2e_ds.config import ModelConfig
-    from l2e_ds.models import PYTHIA
+    from l2e_ds.models import check_sizes
     from l2e_ds.train import quiet_libraries
 
     if distributed.find_launch().rank != 0:
         return 0
-    if arguments.model not in PYTHIA:
-        raise ConfigError(f"--model: got {arguments.model!r}, allowed: {', '.join(PYTHIA)}")
+    check_sizes("--model", [arguments.model])
     for option in ("vocabulary", "sequence_length"):
-        if getattr(arguments, option) < 2:
-            name = option.replace("_", "-")
-            raise ConfigError(f"--{name}: got {getattr(arguments, option)}, allowed: an integer >= 2")
+        at_least(f"--{option.replace('_', '-')}", getattr(arguments, option), 2)
     if len(set(arguments.micro_batches)) < 2 or min(arguments.micro_batches) < 1:
         given = " ".join(map(str, arguments.micro_batches))
         raise ConfigError(f"--micro-batches: got {given}, allowed: at least two different integers >= 1")

@@ -60,16 +60,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
-    from l2e_ds.models import PYTHIA
+    from l2e_ds.models import check_sizes
     from l2e_ds.train import quiet_libraries
 
     for name in ("neurons", "tokens", "layers", "ranks", "rounds"):
         given = getattr(arguments, name)
         if min(given if isinstance(given, list) else [given]) < 1:
             raise ConfigError(f"--{name}: got {given}, allowed: integers >= 1")
-    for name in arguments.models:
-        if name not in PYTHIA:
-            raise ConfigError(f"--models: got {name!r}, allowed: {', '.join(PYTHIA)}")
+    check_sizes("--models", arguments.models)
     quiet_libraries()
     about = circumstances("torch")
     if arguments.output is not None and launch.rank == 0:

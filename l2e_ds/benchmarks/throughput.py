@@ -34,7 +34,7 @@ from l2e_ds.benchmarks.about import (
     write_results,
 )
 from l2e_ds.benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
-from l2e_ds.console import markdown
+from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, L2EError
 
 DEFAULTS: dict[str, Any] = {
@@ -102,13 +102,8 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
         raise ConfigError("bench: the Hugging Face Trainer needs the package accelerate: pip install 'l2e-ds[bench]'")
     about = circumstances("torch", "deepspeed", "transformers", "accelerate", "numpy")
     distributed.join(launch, 10)
-    error = None
-    if distributed.is_main() and arguments.output is not None:
-        try:
-            new_folder("--output", arguments.output)
-        except ConfigError as raised:
-            error = raised
-    distributed.agree(error)
+    if arguments.output is not None:
+        distributed.all_work(lambda: new_folder("--output", arguments.output) if distributed.is_main() else None)
     environment = child_environment(launch.launcher, launch.local_rank, given)
     hosts = distributed.all_gather_objects(socket.gethostname())
     results = about | {
@@ -145,19 +140,15 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) -> None:
     """Everything that needs no look at the device. Raises ConfigError."""
     from l2e_ds.config import find_file, run_config_from_dict
-    from l2e_ds.models import PYTHIA, network_config
+    from l2e_ds.models import PYTHIA, check_sizes, network_config
     from l2e_ds.training.deepspeed_config import resolve
 
     for name, least in {"sequence_length": 2, "micro_batch": 1, "accumulation": 1, "steps": 1, "rounds": 1}.items():
-        if getattr(arguments, name) < least:
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option}: got {getattr(arguments, name)}, allowed: an integer >= {least}")
+        at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), least)
     for name, allowed in {"precision": PRECISIONS, "method": METHODS}.items():
         if getattr(arguments, name) not in allowed:
             raise ConfigError(f"--{name}: got {getattr(arguments, name)!r}, allowed: {', '.join(allowed)}")
-    for name in contents:
-        if name not in PYTHIA:
-            raise ConfigError(f"--models: got {name!r}, allowed: {', '.join(PYTHIA)}")
+    check_sizes("--models", contents)
     if not contents:
         raise ConfigError(f"--models: got none, allowed: {', '.join(PYTHIA)}")
     if find_file(arguments.deepspeed) is None:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from l2e_ds.config import load_run_config
+from l2e_ds.console import at_least
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
@@ -54,8 +55,8 @@ def read_known(
     if tokenizer is not None:
         loaded = _load(tokenizer)
         known = Known(vocabulary_size(loaded), _end_of_text_or_none(loaded), tokenizer)
-    size = known.vocab_size if vocab_size is None else _at_least("--vocab-size", vocab_size, 1)
-    end = known.end_of_text if end_of_text is None else _at_least("--end-of-text", end_of_text, 0)
+    size = known.vocab_size if vocab_size is None else at_least("--vocab-size", vocab_size, 1)
+    end = known.end_of_text if end_of_text is None else at_least("--end-of-text", end_of_text, 0)
     if size is not None and end is not None and end >= size:
         raise DataError(f"{prefix}: end-of-text is id {end}, but the vocabulary has ids 0 to {size - 1}")
     return Known(size, end, known.tokenizer)
@@ -85,13 +86,6 @@ def _end_of_text_or_none(tokenizer: PreTrainedTokenizerFast) -> int | None:
         return end_of_text_id(tokenizer)
     except DataError:
         return None
-
-
-def _at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
-    if value < least or (at_most is not None and value > at_most):
-        limit = "" if at_most is None or value < least else f" and <= {at_most}"
-        raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
-    return value
 
 
 # --- check ------------------------------------------------------------------------------------------------------
@@ -277,8 +271,8 @@ def view_of_set(
     first = len(indexed.document(0)) if indexed.num_documents else 0
     if sequence_length is None:
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
-    width = _at_least("--sequence-length", sequence_length, 1) + 1
-    _at_least("--global-batch", global_batch, 1, at_most=10**7)
+    width = at_least("--sequence-length", sequence_length, 1) + 1
+    at_least("--global-batch", global_batch, 1, at_most=10**7)
     dataset = TokenDataset(
         *(indexed.tokens, 0, indexed.num_tokens, sequence_length),
         known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1,
@@ -322,7 +316,7 @@ def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFas
 
 def show(view: View, step: int, row: int | None) -> int:
     """Print global batch `step`, or one sequence of it in full."""
-    _at_least("--step", step, 0, at_most=10**10)
+    at_least("--step", step, 0, at_most=10**10)
     batch = view.sequences.global_batch
     if row is not None and not 0 <= row < batch:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")

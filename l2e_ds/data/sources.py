@@ -236,7 +236,8 @@ def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Recor
                 yield error
 
 
-def _text_of_line(line: bytes, where: str, key: str) -> str:
+def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
+    """The object on a line of JSON. wanted: what an error asks for. Raises DataError."""
     try:
         record = json.loads(line.decode())  # given bytes, json would guess UTF-16 and let surrogates through
     except UnicodeDecodeError as error:
@@ -244,7 +245,12 @@ def _text_of_line(line: bytes, where: str, key: str) -> str:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({one_line(error)})") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be an object with the key {key!r}")
+        raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be {wanted}")
+    return record
+
+
+def _text_of_line(line: bytes, where: str, key: str) -> str:
+    record = json_object(line, where, f"an object with the key {key!r}")
     if key not in record:
         raise _missing_key(where, key, list(record))
     return _text_of_value(record[key], where, key)

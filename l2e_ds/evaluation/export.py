@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
+from l2e_ds.data.files import is_free, whole_folder
 from l2e_ds.errors import CheckpointError
 from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
 from l2e_ds.training.manifest import verify
@@ -108,7 +107,8 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
     precision: of the weights; default: the run's, with which logits equal the engine's. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
+
+    from l2e_ds.models import without_default_init
 
     state = read_state(checkpoint)
     precision = precision or state["identity"]["precision"]
@@ -117,7 +117,7 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
         raise CheckpointError(f"{run_directory / 'model'}: the network's config.json is missing")
     network = AutoConfig.from_pretrained(run_directory / "model")
     network.use_cache = True
-    with no_init_weights():
+    with without_default_init():
         model = AutoModelForCausalLM.from_config(network, dtype=DTYPES[precision])
     weights = checkpoint_weights(checkpoint, precision)
     expected = {name for name, _ in model.named_parameters()}
@@ -138,23 +138,14 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
     precision, parameters, and whether there was a tokenizer. Raises CheckpointError.
     """
     checkpoint = find_checkpoint(source, step)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
     model, state = load_network(checkpoint, precision)
     precision = precision or state["identity"]["precision"]
     run_directory = checkpoint.parent.parent
 
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    with whole_folder(output) as temporary:
         _write(model, run_directory, state, temporary)
-        temporary.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     return {
         "step": state["train"]["step"],
         "precision": precision,

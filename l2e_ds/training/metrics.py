@@ -74,6 +74,7 @@ import torch
 from tqdm import tqdm
 
 from l2e_ds.console import say
+from l2e_ds.errors import L2EError
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -118,10 +119,12 @@ def peak_memory_bytes(device: torch.device) -> int:
 def process_memory(name: str) -> int:
     """Bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no file's).
 
-    Raises OSError or KeyError where the system does not tell it.
+    Raises L2EError where the system does not tell it.
     """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(dict(line.split(":", 1) for line in lines)[name].split()[0])
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise L2EError(f"/proc/self/status: has no {name}")
 
 
 class MetricsWriter:

@@ -75,19 +75,29 @@ def plant(model: GPTNeoXForCausalLM, tokenizer) -> None:
         mlp.dense_h_to_4h.bias[neuron] = -2.0
 
 
-def analyze(made: Path, output: Path, *options: object, ranks: int = 1, models: tuple[str, ...] = ("planted",)) -> str:
-    """What the command says on stdout."""
-    words = ["analyze", *(str(made / model) for model in models), "--features", made / "features.jsonl"]
-    words += ["--output", output, "--sequence-length", LENGTH, "--resamples", 20, *options]
-    command = [sys.executable, "-m", "l2e_ds.cli"]
+def command(*words: object, ranks: int = 1, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "l2e_ds.cli"]
     if ranks > 1:
-        command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        command += ["--log_level", "error", "--module", "l2e_ds.cli"]
-    done = subprocess.run([*command, *map(str, words)], env=rank_environment(), capture_output=True, text=True)
+        start = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+        start += ["--log_level", "error", "--module", "l2e_ds.cli"]
+    every = [*start, *map(str, words)]
+    return subprocess.run(every, env=rank_environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def said_by(*words: object, ranks: int = 1) -> str:
+    """What a command says on stdout that succeeds."""
+    done = command(*words, ranks=ranks)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def analyze(made: Path, output: Path, *options: object, ranks: int = 1, models: tuple[str, ...] = ("planted",)) -> str:
+    words = ["analyze", *(made / model for model in models), "--features", made / "features.jsonl"]
+    words += ["--output", output, "--sequence-length", LENGTH, "--resamples", 20, *options]
+    said = said_by(*words, ranks=ranks)
     assert output.stat().st_mode & 0o777 == 0o755
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
-    return done.stdout
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -195,14 +205,7 @@ def test_an_activation_that_is_not_finite_ends_all_ranks(made, tmp_path):
     given = not_finite(made)
     words = ["analyze", made / "planted", *given, "--features", made / "features.jsonl", "--output", tmp_path / "out"]
     words += ["--sequence-length", LENGTH, "--resamples", 20, "--zero3"]
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--log_level", "error"]
-    done = subprocess.run(
-        [*command, "--module", "l2e_ds.cli", *map(str, words)],
-        env=rank_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = command(*words, ranks=2, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("broken: layer 2, neuron 3: its activations in text 0 are not finite") == 1
     (kept,) = tmp_path.iterdir()
@@ -228,11 +231,7 @@ def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     run = tmp_path / "run"
     output = tmp_path / "over-time"
     options = ["--features", made / "features.jsonl", "--sequence-length", LENGTH, "--resamples", 20]
-    words = ["analyze", run, "--all-checkpoints", "--layers", 1, 3, "--output", output, *options]
-    done = subprocess.run(
-        [sys.executable, "-m", "l2e_ds.cli", *map(str, words)], env=rank_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said_by("analyze", run, "--all-checkpoints", "--layers", 1, 3, "--output", output, *options)
     assert (output / "figures/over_time.png").stat().st_size > 10_000
     changes = pd.read_parquet(output / "changes.parquet")
     assert changes[["from_step", "to_step"]].drop_duplicates().to_numpy().tolist() == [[2, 4]]
@@ -244,14 +243,10 @@ def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     before, after = (table(output, "neurons", label).groupby("layer")["own_feature"].agg(list) for label in labels)
     changed = [np.mean([a != b for a, b in zip(before[layer], after[layer], strict=True)]) for layer in (1, 3)]
     np.testing.assert_allclose(changes["own_changed"], changed)
-    words = ["neuron", run, "--layer", 3, "--index", 5, "--output", tmp_path / "neuron.html", *options[:4]]
-    done = subprocess.run(
-        [sys.executable, "-m", "l2e_ds.cli", *map(str, words)], env=rank_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    said = said_by("neuron", run, "--layer", 3, "--index", 5, "--output", tmp_path / "neuron.html", *options[:4])
     assert "<svg" in (tmp_path / "neuron.html").read_text()
     own = table(output, "neurons", labels[1]).query("layer == 3 and neuron == 5")
-    assert own["own_feature"].iloc[0] in done.stdout
+    assert own["own_feature"].iloc[0] in said
 
 
 def one_feature(folder: Path) -> list[str]:

@@ -18,13 +18,9 @@ from l2e_ds.analysis.features import MINIMUM_TEXTS, format_report, load_feature_
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.usefixtures("without_hub")
+
 T = 12
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,7 @@ from l2e_ds.data.indexed import IndexedWriter
 from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, source_files
 from l2e_ds.errors import DataError
 
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("without_hub")
 
 
 def config(source, path=None, **more):

@@ -22,15 +22,11 @@ from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import end_of_text_id, train_tokenizer
 from l2e_ds.errors import DataError, WorkerError
 
+pytestmark = pytest.mark.usefixtures("without_hub")
+
 T = 7
 SEED = 5
 WORDS = ["stream", "of", "documents", "é", "neuron", "\n", "one  two", "日本", "x" * 40, "<|endoftext|>", "\r\n"]
-
-
-@pytest.fixture(autouse=True)
-def _no_network(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
