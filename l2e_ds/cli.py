@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _fill(planning, plan)
 
+    evaluation = verbs.add_parser("evaluate", help="figures on tasks of lm-evaluation-harness")
+    if words[:1] == ["evaluate"]:
+        from l2e_ds.evaluation import evaluate
+
+        _fill(evaluation, evaluate)
+
     export = verbs.add_parser("export", help="write a model that transformers loads")
     export.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")

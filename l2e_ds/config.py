@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,6 +45,9 @@ class Section(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,  # docs/generate.py makes docs/run-files.md of them
     )
+
+
+Checked = TypeVar("Checked", bound=Section)
 
 
 class ModelConfig(Section):
@@ -388,6 +391,41 @@ class LoggingConfig(Section):
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
 
 
+class EvaluationConfig(Section):
+    """Tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations on tasks (also at the start and the end); 0: never."""
+    tasks: list[str] = []
+    """Tasks and groups by the harness's names, or `paper`: those of the paper."""
+    num_fewshot: int | list[int] | None = None
+    """Examples in each prompt; of a list each in turn. Default: each task's own number."""
+    include_path: list[str] = []
+    """Folders of task files of your own, for other tasks or a machine without a hub."""
+    limit: int | None = Field(None, gt=0)
+    """Take only the first documents of each task."""
+    batch_size: int | None = Field(None, gt=0)
+    """Requests that a rank answers at once. Default: `training.micro_batch`."""
+
+    @model_validator(mode="after")
+    def _tasks_and_shots(self) -> EvaluationConfig:
+        if self.every and not self.tasks:
+            raise ValueError("evaluation.tasks is required with evaluation.every")
+        for shots in self.shots:
+            if shots is not None and shots < 0:
+                raise ValueError(f"evaluation.num_fewshot: got {shots}, allowed: an integer >= 0 or a list of them")
+        if not self.shots:
+            raise ValueError("evaluation.num_fewshot: got [], give at least one number")
+        return self
+
+    @property
+    def shots(self) -> list[int] | list[None]:
+        """`num_fewshot` as a list."""
+        if self.num_fewshot is None:
+            return [None]
+        return self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]
+
+
 class RunConfig(Section):
     """Everything that a run is; `dump` gives it back as YAML."""
 
@@ -399,6 +437,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
@@ -492,7 +531,8 @@ def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode)
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """Raises ConfigError; `where` begins its line."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -501,18 +541,23 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
 
 
+def read_yaml(path: Path) -> Any:
+    """Raises ConfigError naming the file, and the line of a mistake."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise ConfigError(f"{path}: {reason or error}") from None
+    return parse_yaml(text, str(path))
+
+
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file and apply `section.key=value` overrides (values are YAML).
 
     Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise ConfigError(f"{path}: {reason or error}") from None
-    raw = _parse_yaml(text, str(path))
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
     for override in overrides:
@@ -526,41 +571,70 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 def run_config_from_dict(raw: dict, where: str) -> RunConfig:
     """Check a nested mapping. `where` begins the error's line. Raises ConfigError."""
+    return checked(RunConfig, raw, where)
+
+
+def checked(kind: type[Checked], raw: dict, where: str) -> Checked:
+    """A nested mapping as a section of this kind. `where` begins the error's line. Raises ConfigError."""
     try:
-        return RunConfig.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
         problems: dict[str, list[Any]] = {}
         for problem in error.errors():
-            problems.setdefault(_dotted_key(problem["loc"]), []).append(problem)
+            problems.setdefault(_dotted_key(kind, problem["loc"]), []).append(problem)
         key, alike = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {_describe(key, alike)}{more}") from None
+        raise ConfigError(f"{where}: {_describe(kind, key, alike)}{more}") from None
 
 
 def _apply_override(raw: dict, override: str) -> None:
+    section_name, key, value = split_override(override)
+    section = raw.setdefault(section_name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{section_name}: got {section!r}, must be a mapping")
+    section[key] = value
+
+
+def split_override(override: str) -> tuple[str, str, Any]:
+    """Section, key and value of `section.key=value`. Raises ConfigError."""
     key, separator, value = override.partition("=")
     path = key.strip().split(".")
     if not separator or len(path) != 2 or not all(path):
         raise ConfigError(f"override {override!r}: write section.key=value, e.g. training.steps=100")
-    section = raw.setdefault(path[0], {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path[0]}: got {section!r}, must be a mapping")
-    section[path[1]] = _parse_yaml(value, f"override {override!r}")
+    return path[0], path[1], parse_yaml(value, f"override {override!r}")
 
 
-def _dotted_key(location: Sequence[int | str]) -> str:
+def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
     """`section.key` of a pydantic location, without the names of union branches or positions in a list; of one of
-    several data sets `data.sets.I.key`."""
-    depth = 4 if tuple(location[:2]) == ("data", "sets") else 2
-    return ".".join(str(part) for part in location[:depth])
+    several sections their position too (`data.sets.I.key`)."""
+    parts: list[str] = []
+    section: type[Section] | None = kind
+    for part in location:
+        if section is None:
+            break
+        parts.append(str(part))
+        if not isinstance(part, int):
+            section = _section_of(section, part)
+    return ".".join(parts)
 
 
-def _describe(key: str, problems: Sequence[Any]) -> str:
+def _section_of(kind: type[Section], key: str) -> type[Section] | None:
+    """What a key holds: a section, several of them, or None: plain values."""
+    waiting = [kind.model_fields[key].annotation] if key in kind.model_fields else []
+    while waiting:
+        found: Any = waiting.pop()
+        if isinstance(found, type) and issubclass(found, Section):
+            return found
+        waiting += get_args(found)
+    return None
+
+
+def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
     """One line for what is wrong with one key: what was given, what is allowed (in a union: any of its branches)."""
     first = problems[0]
     if first["type"] == "extra_forbidden":
         *section, name = key.split(".")
-        allowed = _keys_of(section)
+        allowed = _keys_of(kind, section)
         close = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
@@ -580,12 +654,11 @@ def _given(problems: Sequence[Any]) -> Any:
     return min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
 
 
-def _keys_of(section: Sequence[str]) -> list[str]:
-    if not section:
-        return list(RunConfig.model_fields)
-    if section[1:2] == ["sets"]:
-        return list(SetConfig.model_fields)
-    return list(RunConfig.model_fields[section[0]].annotation.model_fields)  # type: ignore[union-attr]
+def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
+    for part in path:
+        if not part.isdigit():
+            kind = _section_of(kind, part) or kind
+    return list(kind.model_fields)
 
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:

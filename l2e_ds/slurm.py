@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments, launcher = _parse(words)
-        run = arguments.run if arguments.list is None else list_entry(arguments.list, _array_task())
+        run = arguments.run if arguments.list is None else list_entry(arguments.list, array_task())
         prepare_environment()
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr, flush=True)
@@ -124,7 +124,7 @@ def list_entry(path: Path, task: int) -> list[str]:
     return entries[task][1]
 
 
-def _array_task() -> int:
+def array_task() -> int:
     try:
         return int(os.environ["SLURM_ARRAY_TASK_ID"])
     except (KeyError, ValueError):

@@ -26,7 +26,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from l2e_ds.config import REPOSITORY, RunConfig, find_file, load_run_config
+from l2e_ds.code_version import commit_and_changes, difference
+from l2e_ds.config import RunConfig, find_file, load_run_config
 from l2e_ds.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
@@ -58,10 +59,16 @@ class Resources:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    add_resource_arguments(parser, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+
+
+def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What `resources_of` reads, and --restarts."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="one rank a GPU; 0: on CPUs")
+    parser.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help="one rank a GPU; 0: on CPUs")
     parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node, with --gpus-per-node 0")
-    parser.add_argument("--time", required=True, metavar="HH:MM:SS", help="limit after which the job is requeued")
+    parser.add_argument("--time", required=required, metavar="HH:MM:SS", help="limit after which the job is requeued")
     parser.add_argument("--partition", metavar="P")
     parser.add_argument("--account", metavar="A")
     parser.add_argument("--qos", metavar="Q")
@@ -70,7 +77,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--signal-seconds", type=int, default=300, metavar="S", help="stop and save so long before the limit (300)"
     )
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="after a crash, within one job (3)")
-    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.epilog = "Options of sbatch follow `--`, e.g. `-- --cpus-per-task=12 --mem=0 --exclusive`."
 
 
@@ -78,13 +84,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
     from l2e_ds.train import preflight, quiet_libraries
 
-    resources = _resources(arguments)
+    resources = resources_of(arguments)
     if arguments.restarts < 0:
         raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
     if not arguments.dry_run and shutil.which("sbatch") is None:
         raise ConfigError("submit: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
-        _refuse_control_characters("submit", word)
+        refuse_control_characters("submit", word)
     quiet_libraries()
     config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
     # `auto` is for the node that runs it to decide, not for this one
@@ -92,21 +98,21 @@ def run(arguments: argparse.Namespace) -> int:
     config = config.replace("training", precision=asked)
 
     directory = Path(config.training.run_directory)
-    _refuse_control_characters("training.run_directory", str(directory))
+    refuse_control_characters("training.run_directory", str(directory))
     if "\\" in str(directory.absolute()):  # turns off the replacement of %j in the log's name
         raise ConfigError(f"training.run_directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
     if arguments.dry_run:
         number = len(list(directory.glob("submit-*"))) + 1
-        print(_without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
+        print(without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
         return 0
 
     new = [path for path in (directory, *directory.parents) if not path.exists()]
-    folder, number = _new_folder(directory)
+    folder, number = new_folder(directory)
     try:
         _freeze(folder, config, arguments, resources)
         path = folder / "submit.sbatch"
-        path.write_text(_without_secrets(script(directory, number, resources, arguments.restarts), path.name))
-        job = _submit(path)
+        path.write_text(without_secrets(script(directory, number, resources, arguments.restarts), path.name))
+        job = queue(path)
     except BaseException:
         shutil.rmtree(folder)  # nothing was queued
         with contextlib.suppress(OSError):
@@ -125,30 +131,12 @@ def script(directory: Path, number: int, resources: Resources, restarts: int) ->
     Values are quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines.
     """
     folder = directory / f"submit-{number}"
-    log = str(folder.absolute()).replace("%", "%%") + "/slurm-%j.log"
-    options = {
-        "job-name": resources.job_name or _plain(directory.absolute().name),
-        "nodes": resources.nodes,
-        "ntasks-per-node": resources.tasks_per_node,
-        "gpus-per-node": resources.gpus_per_node or None,
-        "time": resources.time,
-        "partition": resources.partition,
-        "account": resources.account,
-        "qos": resources.qos,
-        "output": log,
-        "open-mode": "append",
-        "signal": f"B:USR1@{resources.signal_seconds}",
-    }
-    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
-    lines.append("#SBATCH --requeue")
-    if resources.extra:
-        lines.append(f"#SBATCH {shlex.join(resources.extra)}")
     python = shlex.quote(sys.executable)
     return "\n".join(
         [
             "#!/bin/bash",
             f"# Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
-            *lines,
+            *header(resources, directory.absolute().name, folder, "slurm-%j.log"),
             "",
             f"cd {shlex.quote(os.getcwd())} || exit 2",
             f"exec {python} -m l2e_ds.slurm --restarts {restarts} {shlex.quote(str(folder / 'run.yaml'))} \\",
@@ -158,11 +146,33 @@ def script(directory: Path, number: int, resources: Resources, restarts: int) ->
     )
 
 
-def _plain(name: str) -> str:
+def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]:
+    """The `#SBATCH` lines. name: of the job, where it was given none; log: in `folder`, a pattern of sbatch's."""
+    options = {
+        "job-name": resources.job_name or plain(name),
+        "nodes": resources.nodes,
+        "ntasks-per-node": resources.tasks_per_node,
+        "gpus-per-node": resources.gpus_per_node or None,
+        "time": resources.time,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "output": str(folder.absolute()).replace("%", "%%") + f"/{log}",
+        "open-mode": "append",
+        "signal": f"B:USR1@{resources.signal_seconds}",
+    }
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue")
+    if resources.extra:
+        lines.append(f"#SBATCH {shlex.join(resources.extra)}")
+    return lines
+
+
+def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "l2e-ds"
 
 
-def _resources(arguments: argparse.Namespace) -> Resources:
+def resources_of(arguments: argparse.Namespace) -> Resources:
     """Checked. Raises ConfigError naming the option, what was given and what is allowed."""
     gpus, tasks = arguments.gpus_per_node, arguments.tasks_per_node
     if arguments.nodes < 1:
@@ -187,7 +197,7 @@ def _resources(arguments: argparse.Namespace) -> Resources:
         )
     extra = tuple(arguments.for_sbatch)
     for word in extra:
-        _refuse_control_characters("submit", word)
+        refuse_control_characters("submit", word)
     if extra and not extra[0].startswith("-"):
         raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
     return Resources(
@@ -218,15 +228,16 @@ def _seconds(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _refuse_control_characters(where: str, text: str) -> None:
+def refuse_control_characters(where: str, text: str) -> None:
     if not text.isprintable():
         raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
 
 
-def _new_folder(directory: Path) -> tuple[Path, int]:
+def new_folder(directory: Path, what: str = "submit") -> tuple[Path, int]:
+    """The first of `what`-1, `what`-2 ... that is not there yet, made. Raises ConfigError."""
     number = 1
     while True:
-        folder = directory / f"submit-{number}"
+        folder = directory / f"{what}-{number}"
         try:
             folder.mkdir(parents=True)
             return folder, number
@@ -241,23 +252,29 @@ def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, reso
     source = find_file(config.deepspeed.config, arguments.run_file)
     assert source is not None  # preflight has read it
     json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
-    json_path.write_text(_without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
+    json_path.write_text(without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
     frozen = config.replace("deepspeed", config=str(json_path))
-    run_path.write_text(_without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
-    versions, (commit, status, difference) = _versions(), _code()
+    run_path.write_text(without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
+    record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)
+
+
+def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
+    """code.json, and code.diff where there is a difference. words: of the command line."""
+    versions, (commit, status) = _versions(), commit_and_changes()
     code = {
-        "command": ["l2e-ds", "submit", arguments.run_file, *arguments.overrides],
+        "command": ["l2e-ds", *words],
         "ranks": resources.ranks,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": {"commit": commit, "changed": status},
         "versions": versions,
     }
-    text = _without_secrets(json.dumps(code, indent=2), "the command line")
+    text = without_secrets(json.dumps(code, indent=2), "the command line")
     (folder / "code.json").write_text(text + "\n", encoding="utf-8")
-    if difference:
+    changes = difference() if status else ""  # of untracked files there is none
+    if changes:
         for _, value in _secrets(os.environ):
-            difference = difference.replace(value, "[left out: value of an environment variable]")
-        (folder / "code.diff").write_text(difference, encoding="utf-8")
+            changes = changes.replace(value, "[left out: value of an environment variable]")
+        (folder / "code.diff").write_text(changes, encoding="utf-8")
 
 
 def _versions() -> dict[str, str]:
@@ -268,23 +285,6 @@ def _versions() -> dict[str, str]:
     return found | {package: version for package in PACKAGES if (version := installed_version(package)) is not None}
 
 
-def _code() -> tuple[str | None, list[str], str]:
-    """Commit, `git status` lines and diff of the checkout that this package is run from; (None, [], "") of a copy."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(REPOSITORY), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, errors="replace").stdout
-
-    try:
-        git("ls-files", "--error-unmatch", "l2e_ds/__init__.py")  # else some other checkout around an installed copy
-        return git("rev-parse", "HEAD").strip(), git("status", "--porcelain").splitlines(), git(*DIFF)
-    except (OSError, subprocess.SubprocessError):
-        return None, [], ""
-
-
-DIFF = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
-
-
 def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
     return [
         (name, value)
@@ -293,7 +293,7 @@ def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
     ]
 
 
-def _without_secrets(text: str, where: str) -> str:
+def without_secrets(text: str, where: str) -> str:
     """The text itself. Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it."""
     for name, value in _secrets(os.environ):
         if value in text:
@@ -301,7 +301,7 @@ def _without_secrets(text: str, where: str) -> str:
     return text
 
 
-def _submit(path: Path) -> str:
+def queue(path: Path) -> str:
     """Queue the script and return the job's id."""
     leftover = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {

@@ -204,6 +204,8 @@ def _check_machine(config: RunConfig) -> None:
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
+    if config.evaluation.every and find_spec("lm_eval") is None:
+        raise ConfigError("evaluation.every: lm-evaluation-harness is not installed: pip install 'l2e-ds[eval]'")
     monitors = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb_project}
     for package, wanted in monitors.items():
         if wanted and find_spec(package) is None:
@@ -272,6 +274,7 @@ def train(plan: Plan, launch: Launch) -> None:
     from l2e_ds.data.files import write_whole
     from l2e_ds.training import micro_batch
     from l2e_ds.training.deepspeed_config import with_micro_batch
+    from l2e_ds.training.task_evaluation import load_task_evaluation
     from l2e_ds.training.trainer import Trainer
     from l2e_ds.training.watchdog import Watchdog
 
@@ -296,8 +299,10 @@ def train(plan: Plan, launch: Launch) -> None:
                 plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
             distributed.progress("data preparation")
             data = _main_first(prepare)
+            distributed.progress("loading evaluation tasks")
+            tasks = load_task_evaluation(config, data)
             distributed.progress("building the model")
-            with Trainer(config, plan.ds, plan.batch, plan.network, data, device) as trainer:
+            with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks) as trainer:
                 if distributed.is_main():
                     # only now: a refused resume must leave the run as it was
                     _freeze(plan, directory, data, is_new=trainer.state.step == 0)
@@ -345,7 +350,9 @@ def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: b
 
 
 def _circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
+    """What the line `kind: start` says. Collective."""
     import platform
+    from datetime import datetime, timezone
 
     import deepspeed
     import torch
@@ -353,6 +360,7 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[Prepa
 
     import l2e_ds
     from l2e_ds import distributed
+    from l2e_ds.code_version import commit_and_changes
     from l2e_ds.models import parameter_counts
 
     sets = {
@@ -360,7 +368,14 @@ def _circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[Prepa
         for part in data
         if part.name
     }
+    commit, changes = commit_and_changes() if distributed.is_main() else (None, [])
     return {
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "git": {"commit": commit, "changed": bool(changes)},
+        "host": platform.node(),
+        "hosts": len(set(distributed.all_gather_objects(platform.node()))),
+        "cores": os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
         "ranks": distributed.size(),
         "launcher": launch.launcher,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",

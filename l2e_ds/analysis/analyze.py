@@ -43,20 +43,13 @@ from l2e_ds.analysis.collect import (
     count_scores_of_samples,
     distributions_of_samples,
 )
-from l2e_ds.analysis.load import (
-    LoadedModel,
-    ModelSource,
-    all_checkpoints,
-    check_model,
-    find_model,
-    load_model,
-    load_tokenizer_of,
-)
+from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.analysis.summary import Result, sample_of, summary
 from l2e_ds.analysis.tables import Tables
 from l2e_ds.console import at_least, say
 from l2e_ds.data.files import is_free, whole_folder
 from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +61,7 @@ TIMEOUT_MINUTES = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("models", nargs="+", metavar="MODEL", help=options.MODEL)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)

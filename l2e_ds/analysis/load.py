@@ -1,50 +1,27 @@
-"""What `MODEL` means on the command line, and the model behind it: a run directory, one of its checkpoints, a folder
-that transformers loads, or a hub name with `@revision`."""
+"""A model whose neurons can be watched, whole on every rank or sharded over them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from l2e_ds.data.files import one_line
-from l2e_ds.errors import CheckpointError, ConfigError
-from l2e_ds.evaluation.export import DTYPES, find_checkpoint, load_network
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.model_source import ModelSource, load_causal_model, network_config
 from l2e_ds.families import family_of
 from l2e_ds.inhibition.hook import NeuronSite
-from l2e_ds.models import loading_sharded, neuron_sites
-from l2e_ds.training.checkpoint import NAME, CheckpointManager
+from l2e_ds.models import neuron_sites
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig
 
 ZERO3 = {
     "train_micro_batch_size_per_gpu": 1,
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """What was asked for, found but not loaded.
-
-    label: short, for tables and folders; checkpoint: verified, of a run; name, revision: what transformers loads.
-    """
-
-    given: str
-    label: str
-    checkpoint: Path | None = None
-    name: str | None = None
-    revision: str | None = None
-
-    @property
-    def step(self) -> int | None:
-        return None if self.checkpoint is None else int(self.checkpoint.name[4:])
 
 
 @dataclass
@@ -75,67 +52,18 @@ class LoadedModel:
         self.network(input_ids=tokens.to(self.device), use_cache=False)
 
 
-def find_model(given: str) -> ModelSource:
-    """Raises CheckpointError for a damaged checkpoint or an empty run."""
-    path = Path(given)
-    if (path / "checkpoints").is_dir() or (NAME.fullmatch(path.name) and path.parent.name == "checkpoints"):
-        checkpoint = find_checkpoint(path, None)
-        run = checkpoint.parent.parent.resolve().name
-        return ModelSource(given, f"{run}-{checkpoint.name}", checkpoint=checkpoint)
-    name, _, revision = given.partition("@") if not path.exists() else (given, "", "")
-    if not name or (revision and Path(name).exists()):
-        raise ConfigError(f"MODEL: got {given!r}; a revision goes with a hub name, a folder holds one model")
-    label = Path(name).resolve().name if path.exists() else name.rpartition("/")[2]
-    label = f"{label}-{revision}" if revision else label
-    return ModelSource(given, label.replace("/", "-"), name=name, revision=revision or None)
-
-
-def all_checkpoints(run: str) -> list[ModelSource]:
-    """Every complete checkpoint of a run, oldest first. Raises CheckpointError where there is none."""
-    if not (Path(run) / "checkpoints").is_dir():
-        raise CheckpointError(f"--all-checkpoints: {run} is not a run directory")
-    found = CheckpointManager(Path(run)).complete()
-    if not found:
-        raise CheckpointError(f"{run}: has no complete checkpoint")
-    return [find_model(str(path)) for path in found]
-
-
 def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
     """The network's configuration, where everything that can be known from it is right. Loads no weight.
 
     Raises ConfigError: no such model, a family that is not known, a layer that there is not.
     """
-    from transformers import AutoConfig
-
-    folder = Path(str(source.name)) if source.checkpoint is None else source.checkpoint.parent.parent / "model"
-    if (folder.exists() or source.checkpoint is not None) and not (folder / "config.json").is_file():
-        raise ConfigError(f"{source.given}: is neither a run directory nor a folder with a model's config.json")
-    try:
-        network = AutoConfig.from_pretrained(str(folder), revision=source.revision)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(source, error) from None
+    network = network_config(source)
     family_of(network, source.given)
     count = network.num_hidden_layers
     wrong = next((layer for layer in layers or [] if not 0 <= layer < count), None)
     if wrong is not None:
         raise ConfigError(f"layer: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
     return network
-
-
-def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
-    """The model's own, or the one named `instead`. Raises ConfigError where there is none."""
-    from l2e_ds.data.tokenizer import load_tokenizer
-    from l2e_ds.errors import DataError
-
-    folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
-    assert folder is not None
-    try:
-        return load_tokenizer(folder, source.revision) if instead is None else load_tokenizer(instead)
-    except DataError as error:
-        reason = str(error).removeprefix("data.tokenizer: ")
-        if instead is not None:
-            raise ConfigError(f"--tokenizer: {reason}") from None
-        raise ConfigError(f"{source.given}: its tokenizer is missing ({reason}); name one with --tokenizer") from None
 
 
 def load_model(
@@ -150,12 +78,8 @@ def load_model(
     zero3: the weights are sharded over the ranks by DeepSpeed and gathered layer by layer; every rank must then run
     equally often, and close the model before the next is loaded.
     """
-    tokens = None
-    if source.checkpoint is not None:
-        network, state = load_network(source.checkpoint, precision)
-        tokens = state["train"]["tokens"]
-    else:
-        network = _from_transformers(source, precision, zero3)
+    sharded = {**ZERO3, **_dtype_section(precision)} if zero3 else None
+    network, tokens = load_causal_model(source, precision, sharded)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
     sites = neuron_sites(network, sorted(set(layers)) if layers else "all")
     body = network.base_model.eval().requires_grad_(False)
@@ -164,22 +88,6 @@ def load_model(
         body.to(device)
     count = network.config.num_hidden_layers
     return LoadedModel(source, body, sites, count, parameters, tokens, device, close)
-
-
-def _from_transformers(source: ModelSource, precision: str, zero3: bool) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with loading_sharded({**ZERO3, **_dtype_section(precision)} if zero3 else None):
-            return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=DTYPES[precision])
-    except (OSError, ValueError) as error:
-        raise _not_loaded(source, error) from None
-
-
-def _not_loaded(source: ModelSource, error: Exception) -> ConfigError:
-    where = "transformers cannot load it" if Path(source.given).exists() else "no such folder, and no model of the hub"
-    offline = " (HF_HUB_OFFLINE is 1)" if os.environ.get("HF_HUB_OFFLINE") == "1" else ""
-    return ConfigError(f"{source.given}: {where}: {one_line(error)}{offline}")
 
 
 def _dtype_section(precision: str) -> dict[str, Any]:

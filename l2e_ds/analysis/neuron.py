@@ -12,14 +12,15 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.analysis import options
 from l2e_ds.analysis.collect import Texts, run_over
-from l2e_ds.analysis.load import LoadedModel, check_model, find_model, load_model, load_tokenizer_of
+from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.console import at_least
 from l2e_ds.errors import AnalysisError, ConfigError
+from l2e_ds.evaluation.model_source import MODEL, find_model, load_tokenizer_of
 from l2e_ds.families import neurons_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=options.MODEL)
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--layer", type=int, required=True, metavar="L", help="counted from 0")
     parser.add_argument("--index", type=int, required=True, metavar="J", help="of the neuron in its layer, from 0")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="a new file (default: MODEL-L-J.html)")

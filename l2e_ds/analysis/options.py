@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from l2e_ds.analysis.features import FeatureSet
 
-MODEL = "a run directory, one of its checkpoints, a folder that transformers loads, or a hub name (NAME@REVISION)"
-
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("texts")

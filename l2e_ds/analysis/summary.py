@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from l2e_ds.analysis.load import ModelSource
 from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES, Tables
 from l2e_ds.console import markdown
+from l2e_ds.evaluation.model_source import ModelSource
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -82,8 +82,9 @@ def run(arguments: argparse.Namespace) -> int:
 def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
     from l2e_ds.analysis.collect import Texts, collect_activations, count_scores
-    from l2e_ds.analysis.load import LoadedModel, ModelSource
+    from l2e_ds.analysis.load import LoadedModel
     from l2e_ds.analysis.tables import LayerOwn
+    from l2e_ds.evaluation.model_source import ModelSource
     from l2e_ds.models import neuron_sites
 
     sites = neuron_sites(network, "all")

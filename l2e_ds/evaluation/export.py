@@ -22,6 +22,7 @@ from l2e_ds.training.manifest import verify
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PROVENANCE = "l2e_run.yaml"  # in the exported folder: step, tokens, configuration
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -161,4 +162,4 @@ def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
 
         AutoTokenizer.from_pretrained(run_directory / "tokenizer").save_pretrained(folder)
     provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
-    (folder / "l2e_run.yaml").write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
+    (folder / PROVENANCE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")

@@ -45,6 +45,13 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 On GPUs top_share_score may differ in its last digits from one evaluation of the same weights to the next (the
 histogram is summed by atomic additions).
 
+`kind: tasks`, every `evaluation.every` steps (with standard errors and more in evaluations.jsonl, docs/evaluation.md):
+
+| key | unit | what, and where it comes from |
+|---|---|---|
+| step, tokens | | as above |
+| TASK/N-shot/METRIC | | of lm-evaluation-harness, inhibition off; a group without those of its tasks |
+
 `kind: checkpoint`, when a checkpoint has been published (`step` is the checkpoint's):
 
 | key | unit | what, and where it comes from |
@@ -55,7 +62,8 @@ histogram is summed by atomic additions).
 | bytes | B | size of all its files |
 | error | | instead of these: why it could not be written (`checkpoint.on_error: continue`) |
 
-`kind: start`, whenever a process starts or resumes: versions, device, ranks, parameters.
+`kind: start`, whenever a run starts or resumes: time, git commit and whether files were changed, versions, device,
+ranks, host of rank 0 (its cores and GPUs), number of hosts, parameters, tokens of the data.
 """
 
 from __future__ import annotations
@@ -74,7 +82,7 @@ import torch
 from tqdm import tqdm
 
 from l2e_ds.console import say
-from l2e_ds.errors import L2EError
+from l2e_ds.errors import DataError, L2EError
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -228,6 +236,20 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
-    """The lines of one kind, in order."""
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [line for line in lines if line["kind"] == kind]
+    """The lines of one kind, in order; a last one that is still being written does not count.
+
+    Raises DataError for another line that is none of a run's, and OSError.
+    """
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, text in enumerate(lines, start=1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            if line["kind"] == kind and line["step"] >= 0:
+                found.append(line)
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # it has an end
+                raise DataError(f"{path}:{number}: is no line of a run's metrics") from None
+    return found

@@ -14,13 +14,14 @@ from torch import Tensor
 @dataclass
 class TrainState:
     """step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
-    tokens: consumed in training; evaluated: step of the newest finished evaluation; streams: where each set that is a
-    stream stands, by name (on rank 0)."""
+    tokens: consumed in training; evaluated, evaluated_on_tasks: steps of the newest finished evaluations; streams:
+    where each set that is a stream stands, by name (on rank 0)."""
 
     step: int = 0
     applied: int = 0
     tokens: int = 0
     evaluated: int = -1
+    evaluated_on_tasks: int = -1
     streams: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

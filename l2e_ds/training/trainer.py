@@ -39,6 +39,7 @@ from l2e_ds.training.loader import Loader
 from l2e_ds.training.loss import LossHead
 from l2e_ds.training.state import TrainState, seed_everything
 from l2e_ds.training.streams import StreamedSequences
+from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def inhibition_settings(config: RunConfig) -> Settings:
@@ -69,10 +70,11 @@ class Trainer:
         network: Any,
         data: Sequence[PreparedData],
         device: torch.device,
+        tasks: TaskEvaluation | None = None,
     ) -> None:
         """network: the Hugging Face configuration of the model; data: the sets. Builds everything; resumes if there is
         something to resume. Collective. Raises CheckpointError."""
-        self.config, self.ds, self.batch, self.device = config, ds, batch, device
+        self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
         self.held_out = [part for part in data if part.held_out is not None]
         self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
@@ -158,9 +160,11 @@ class Trainer:
         logging, last = self.config.logging, self.config.training.steps
         preemption.stop_if_asked()
         while True:
-            paused = self._evaluation_is_due() or self._checkpoint_is_due()
+            paused = self._evaluation_is_due() or self._task_evaluation_is_due() or self._checkpoint_is_due()
             if self._evaluation_is_due():
                 self.evaluate()
+            if self._task_evaluation_is_due():
+                self.evaluate_on_tasks()
             if self._checkpoint_is_due():
                 self.save()
             if self.state.step >= last:
@@ -179,9 +183,15 @@ class Trainer:
         self._carry_on_saving(must_succeed=True)
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.state.step, self.config.training.evaluate_every
-        due = every and (step % every == 0 or step == self.config.training.steps)
-        return bool(due) and bool(self.held_out) and self.state.evaluated != step
+        due = self._is_regularly_due(self.config.training.evaluate_every)
+        return due and bool(self.held_out) and self.state.evaluated != self.state.step
+
+    def _task_evaluation_is_due(self) -> bool:
+        due = self._is_regularly_due(self.config.evaluation.every)
+        return due and self.tasks is not None and self.state.evaluated_on_tasks != self.state.step
+
+    def _is_regularly_due(self, every: int) -> bool:
+        return bool(every) and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
 
     def _checkpoint_is_due(self) -> bool:
         step, checkpoint = self.state.step, self.config.checkpoint
@@ -292,6 +302,18 @@ class Trainer:
         self.state.evaluated = self.state.step
         self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
         self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+        self._paused += time.perf_counter() - begin
+
+    def evaluate_on_tasks(self) -> None:
+        """Figures on the tasks of section `evaluation`, inhibition off."""
+        assert self.tasks is not None
+        begin = time.perf_counter()
+        distributed.progress(f"the evaluation on tasks of step {self.state.step}")
+        figures = self.tasks.evaluate(self.engine, self.state, self.config.training.precision, preemption.stop_if_asked)
+        self.state.evaluated_on_tasks = self.state.step
+        self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
+        self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
         self._paused += time.perf_counter() - begin
 
     def save(self, must_succeed: bool = False) -> None:

@@ -1,15 +1,19 @@
 """Whole runs on two ranks: the baseline, resuming, non-finite steps, export, monitors."""
 
 import csv
+import json
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from l2e_ds.cli import main
 from l2e_ds.evaluation.export import checkpoint_weights, export
+from l2e_ds.evaluation.results import FILE, read_results
 from l2e_ds.training.checkpoint import CheckpointManager
 from l2e_ds.training.manifest import verify
+from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
 
@@ -29,8 +33,13 @@ def zero(stage: int, **sections) -> dict:
     return {"deepspeed": {"config": f"ds_configs/zero{stage}.json"}, **sections}
 
 
-def cases() -> dict:
+# tasks are due at 0, 4, 8 and 10
+TASK_INTERRUPTIONS = [[1, "SIGTERM", "tasks", 4], [0, "SIGUSR1", "tasks", 8]]
+
+
+def cases(tasks: str) -> dict:
     found = {}
+    evaluation = {"every": 4, "tasks": TASKS, "num_fewshot": [0, 2], "include_path": [tasks], "batch_size": 3}
     for stage in STAGES:
         five = {"training": {"steps": 5}}
         found[f"none{stage}"] = zero(stage, inhibition={"method": "none"}, **five)
@@ -38,7 +47,10 @@ def cases() -> dict:
         found[f"nan{stage}"] = zero(stage, options={"nan": [1, [3, 4]]})
         found[f"straight{stage}"] = zero(stage, options={"logits": True})
         found[f"resumed{stage}"] = zero(stage, options={"stop_after": 4})
+        found[f"tasks{stage}"] = zero(stage, evaluation=evaluation)
         found[f"interrupted{stage}"] = zero(stage, checkpoint={"every": 8}, options={"interrupt": INTERRUPTIONS})
+    interruptions = {"interrupt": TASK_INTERRUPTIONS}
+    found["interrupted-tasks"] = zero(3, evaluation=evaluation, checkpoint={"every": 8}, options=interruptions)
     for precision in ("bf16", "fp16"):
         training = {"precision": precision}
         found[f"straight-{precision}"] = zero(1, training=training, options={"logits": True})
@@ -73,8 +85,15 @@ def cases() -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(train_cases):
-    return train_cases(2, cases())
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    write_tasks(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(train_cases, tasks):
+    return train_cases(2, cases(str(tasks)))
 
 
 def timeless(lines: list[dict]) -> list[dict]:
@@ -115,6 +134,46 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(interrupted, kind)) == timeless(metric_lines(straight, kind))
     _same_checkpoint(straight, interrupted)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
+    """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit."""
+    plain, evaluated = runs / f"straight{stage}", runs / f"tasks{stage}"
+    assert [line["step"] for line in metric_lines(evaluated, "tasks")] == [0, 4, 8, 10]
+    for kind in ("train", "evaluation"):
+        assert timeless(metric_lines(evaluated, kind)) == timeless(metric_lines(plain, kind))
+    _same_checkpoint(plain, evaluated)
+
+
+def test_evaluation_on_tasks_can_be_interrupted(runs, metric_lines):
+    """By either rank, at ZeRO-3, where all must go on together: saved, and the same figures in the end."""
+    run = runs / "interrupted-tasks"
+    assert (run / "interrupted-rank0.txt").read_text().splitlines() == [
+        "SIGTERM at rank 1; step 4 is saved",
+        "SIGUSR1 at rank 0; step 8 is saved",
+    ]
+    assert timeless(metric_lines(run, "tasks")) == timeless(metric_lines(runs / "tasks3", "tasks"))
+    assert read_results(run) == read_results(runs / "tasks3")
+    _same_checkpoint(runs / "straight3", run)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_figures_on_two_ranks_are_those_of_evaluate_on_one(runs, tasks, tmp_path, stage):
+    """Of the last step, as it was trained by two ranks, and of its checkpoint, as one process reads it."""
+    run = runs / f"tasks{stage}"
+    command = ["evaluate", str(run), "--tasks", *TASKS, "--include-path", str(tasks), "--num-fewshot", "0", "2"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks had: more would add up in another order
+    command += ["--batch-size", "3", "--tokenizer", str(tasks / "words.json"), "--output", str(tmp_path / "one.jsonl")]
+    try:
+        assert main(command) == 0
+    finally:
+        torch.set_num_threads(threads)
+    written = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    trained = [line for line in map(json.loads, (run / FILE).read_text().splitlines()) if line["step"] == 10]
+    assert [line["ranks"] for line in trained] == [2, 2] and [line["ranks"] for line in written] == [1, 1]
+    assert [line["tasks"] for line in written] == [line["tasks"] for line in trained]
 
 
 @pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream"])

@@ -6,8 +6,9 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e_ds.analysis.collect import Shown, Texts, collect_activations, count_scores
-from l2e_ds.analysis.load import LoadedModel, ModelSource
+from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
+from l2e_ds.evaluation.model_source import ModelSource
 from l2e_ds.models import neuron_sites
 
 pytestmark = [

@@ -4,8 +4,9 @@ Options of a case: "stop_after": k (train k steps, close, and go on in a second 
 (that rank's loss is not a number in those steps), "logits": true (save the engine's logits at the end),
 "expect": name of the exception that training must raise, "continues": another case whose run directory to use,
 "interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
-that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation" or "saving".
+that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation", "tasks" or "saving".
 "broken": k (a token outside the vocabulary in every row of step k).
+"evaluation": a section of that name, with the tasks of tests/task_files.py in its include_path.
 "copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
 A case's section "model" replaces the base's where it names a pretrained one. "weights": [...]
 instead of a section "data": three sets, mixed; the last holds nothing out. "streamed": such sets, of which the first
@@ -18,6 +19,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from l2e_ds.models import network_config
 from l2e_ds.train import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
 
 VOCABULARY, LENGTH = 64, 16
@@ -131,12 +134,18 @@ def make_trainer(case: dict, directory: Path, device: torch.device, steps: int |
     raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // distributed.size())
     if steps is not None:
         raw["training"]["steps"] = steps
+    if "evaluation" in case:
+        raw["evaluation"] = case["evaluation"]
     config, ds, batch = resolve(run_config_from_dict(raw, "case"), distributed.size())
     directory.mkdir(parents=True, exist_ok=True)
     network = network_config(config.model, LENGTH)
     if distributed.is_main():
         network.save_pretrained(directory / "model")
-    return Trainer(config, ds, batch, network, data(config.data, case.get("streamed") == "twin"), device)
+    sets, tasks = data(config.data, case.get("streamed") == "twin"), None
+    if "evaluation" in case:
+        words = load_tokenizer(str(Path(case["evaluation"]["include_path"][0]) / "words.json"))
+        tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
+    return Trainer(config, ds, batch, network, sets, device, tasks)
 
 
 def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
@@ -173,6 +182,8 @@ def interrupted(case: dict, directory: Path, device: torch.device, rank: int, ki
 
         if where == "step":
             before(trainer, "train_step")
+        elif where == "tasks":
+            before(trainer, "evaluate_on_tasks")
         elif where == "saving":
             before(trainer.checkpoints, "save")
         else:

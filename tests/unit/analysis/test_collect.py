@@ -7,9 +7,10 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e_ds.analysis import collect
 from l2e_ds.analysis.collect import BINS, Texts, bin_edges, bin_of, collect_activations, count_scores
-from l2e_ds.analysis.load import LoadedModel, ModelSource
+from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.errors import AnalysisError
+from l2e_ds.evaluation.model_source import ModelSource
 from l2e_ds.models import neuron_sites
 
 TEXTS, LENGTH, NEURONS, FEATURES, BATCH = 11, 8, 32, 3, 4

@@ -1,0 +1,174 @@
+"""`l2e-ds evaluate MODEL --tasks TASK ... [--num-fewshot N ...]`: figures on tasks of lm-evaluation-harness.
+
+Prints a table and appends the figures, with standard errors and the step, to evaluations.jsonl of the run directory (of
+the folder that transformers loads; of a hub model to --output). Also under a launcher, on any number of ranks: they
+share the requests, and the figures are the same (docs/evaluation.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from l2e_ds import distributed
+from l2e_ds.console import at_least, markdown, say
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation import results
+from l2e_ds.evaluation.export import DTYPES, PROVENANCE
+from l2e_ds.evaluation.model_source import (
+    MODEL,
+    ModelSource,
+    all_checkpoints,
+    find_model,
+    load_causal_model,
+    load_tokenizer_of,
+    network_config,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from l2e_ds.evaluation.harness import Tasks
+
+TIMEOUT_MINUTES = 60.0
+SECONDS_BETWEEN_LINES = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="tasks and groups by the harness's names, or `paper`"
+    )
+    parser.add_argument(
+        "--num-fewshot",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="examples in each prompt, each N in turn (default: the task's own number)",
+    )
+    parser.add_argument(
+        "--include-path", nargs="+", default=[], metavar="DIR", help="folders of task files of your own (YAML)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, metavar="B", help="requests a rank answers at once (default: %(default)s)"
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, metavar="K", help="of a run: this checkpoint instead of the newest")
+    which.add_argument("--all-checkpoints", action="store_true", help="of a run: one after another")
+    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the figures to this file instead")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError, CheckpointError, DataError."""
+    return distributed.reported_once(lambda launch: _run(arguments, launch))
+
+
+def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
+    from l2e_ds.train import quiet_libraries
+
+    check_installed()
+    quiet_libraries()
+    device = distributed.join(launch, TIMEOUT_MINUTES)
+    try:
+        sources = distributed.all_work(lambda: _sources(arguments))
+        tasks = distributed.main_works(lambda: _load_tasks(arguments))
+        for source in sources:
+            _evaluate(arguments, source, tasks, device)
+    finally:
+        distributed.leave()
+
+
+def check_installed() -> None:
+    """Raises ConfigError without lm-evaluation-harness."""
+    if find_spec("lm_eval") is None:
+        raise ConfigError("evaluation on tasks needs lm-evaluation-harness: pip install 'l2e-ds[eval]'")
+
+
+def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
+    """The models, where everything about the options is right. Raises ConfigError, CheckpointError."""
+    at_least("--batch-size", arguments.batch_size, 1)
+    if arguments.limit is not None:
+        at_least("--limit", arguments.limit, 1)
+    for shots in arguments.num_fewshot or []:
+        at_least("--num-fewshot", shots, 0)
+    if arguments.all_checkpoints:
+        sources = all_checkpoints(arguments.model)
+    else:
+        sources = [find_model(arguments.model, arguments.step)]
+    for source in sources:
+        network_config(source)
+    output = _output(arguments, sources[0])
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: cannot write {output}; give a file in a folder that is there")
+    return sources
+
+
+def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
+    """The file to which the figures go. Raises ConfigError."""
+    if arguments.output is not None:
+        return arguments.output
+    if source.checkpoint is not None:
+        return source.checkpoint.parent.parent / results.FILE
+    if not Path(str(source.name)).is_dir():
+        raise ConfigError(f"--output: {source.given} has no folder here to keep its figures in; give a file")
+    return Path(str(source.name)) / results.FILE
+
+
+def _load_tasks(arguments: argparse.Namespace) -> Tasks:
+    from l2e_ds.evaluation.harness import load_tasks
+
+    return load_tasks(arguments.tasks, arguments.include_path)
+
+
+def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:
+    """One model, with each number of examples. Collective."""
+    from l2e_ds.evaluation import harness
+
+    tokenizer = distributed.all_work(lambda: load_tokenizer_of(source, arguments.tokenizer))
+    network, tokens = distributed.all_work(lambda: load_causal_model(source, arguments.precision))
+    model: Any = network.to(device)
+    step, tokens = _progress_of(source, tokens)
+    about = results.about(step, tokens, arguments.precision)
+    reporter = _Reporter(source.label)
+    evaluations = [
+        about | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
+        for shots in arguments.num_fewshot or [None]
+    ]
+    if not distributed.is_main():
+        return
+    for evaluation in evaluations:
+        results.append_result(_output(arguments, source), evaluation)
+    heads = ["task", "shots", "metric", "value", "stderr", "documents"]
+    rows = results.table([figure for evaluation in evaluations for figure in results.results_of(evaluation)])
+    print(f"{source.label}:\n\n{markdown(heads, rows)}")
+    print(f"figures: {_output(arguments, source)}", flush=True)
+
+
+def _progress_of(source: ModelSource, tokens: int | None) -> tuple[int | None, int | None]:
+    """Step and tokens: of a checkpoint, or as an exported folder says."""
+    provenance = Path(str(source.name)) / PROVENANCE
+    if source.checkpoint is None and provenance.is_file():
+        said = yaml.safe_load(provenance.read_text(encoding="utf-8"))
+        return said["step"], said["tokens"]
+    return source.step, tokens
+
+
+class _Reporter:
+    """A line now and then."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.said = label, time.monotonic()
+
+    def __call__(self, done: int, of: int) -> None:
+        if time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
+            say(f"{self.label}: {done:,} of {of:,} requests")
+            self.said = time.monotonic()

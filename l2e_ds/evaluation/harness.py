@@ -1,0 +1,325 @@
+"""EleutherAI's lm-evaluation-harness on the ranks of a launch.
+
+Rank 0 loads the tasks, writes the prompts and computes the figures; every forward pass is shared: in each round every
+rank takes one batch. Which requests make a batch does not depend on the number of ranks, so neither do the figures.
+Every rank runs the same number of forward passes (ZeRO-3 needs that). Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import functools
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from l2e_ds import distributed
+from l2e_ds.data.files import one_line
+from l2e_ds.errors import ConfigError, DataError, L2EError
+from l2e_ds.training.state import rng_state, seed_everything, set_rng_state
+
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, GPU and threads and all
+logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+from lm_eval.evaluator import evaluate as run_tasks  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+OWN_TASKS = Path(__file__).parent / "tasks"  # the groups `paper` and `bigbench_lite`
+SEED = 1234  # of the examples that stand in prompts; the harness's own
+RESAMPLES = 1000  # for standard errors without a formula (perplexity)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """loaded: with their data sets, as the harness's TaskManager gives them; shots: what each says itself, by name."""
+
+    loaded: dict[str, Any]
+    shots: dict[str, int | None]
+
+
+def load_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> Tasks:
+    """The tasks of these names.
+
+    include_path: folders of task files (YAML); one of the name of a known task takes its place. Raises ConfigError for
+    a name that is not known and DataError for a data set that cannot be loaded.
+    """
+    for folder in include_path:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"include_path: no such folder: {folder}")
+    with _quiet():
+        try:
+            own = TaskManager(include_path=include_path, include_defaults=False)
+            is_enough = set(names) <= set(own.all_subtasks)  # the harness's own are 14,000 files to read
+            manager = own if is_enough else TaskManager(include_path=[OWN_TASKS, *include_path])
+        except Exception as error:
+            raise ConfigError(f"include_path: a task file cannot be read: {one_line(error)}") from None
+        _check_known(names, manager.all_tasks)
+        loaded = [_load(manager, name) for name in names]
+        try:
+            tasks = manager.load([built for part in loaded for built in part])
+        except ValueError as error:  # one task asked for twice
+            raise ConfigError(f"tasks: {one_line(error)}") from None
+    return Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
+
+
+def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` prints all"
+            raise ConfigError(f"tasks: no task or group {name!r}; {hint}")
+
+
+def _load(manager: TaskManager, name: str) -> list[Any]:
+    """A task, a group, or the tasks of a tag."""
+    try:
+        found = manager._load_spec(name)
+    except Exception as error:  # whatever datasets, a hub or a task's own code raises
+        raise DataError(
+            f"task {name}: cannot be loaded: {one_line(error)}; without a hub, give local task files as include_path"
+        ) from None
+    return found if isinstance(found, list) else [found]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Tasks | None,
+    num_fewshot: int | None,
+    batch_size: int,
+    limit: int | None = None,
+    call: Callable[..., Any] | None = None,
+    tick: Callable[[], None] = distributed.beat,
+    report: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """The figures of `tasks` in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
+
+    tasks: as `load_tasks` gives them, on rank 0; num_fewshot: None: each task's own number; limit: documents a task.
+    call: runs the network in place of `model` (a DeepSpeed engine around it). tick: called before each round on every
+    rank; may raise on all ranks alike. report: of finished and all requests of a kind, on rank 0.
+    Leaves random states and the model's mode as they were. Raises L2EError for a task that fails.
+    """
+    begin = time.perf_counter()
+    was_training, states = model.training, rng_state(model.device)
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            seed_everything(SEED, 0)
+            lm = SharedModel(model, tokenizer, batch_size, call, tick, report)
+            if distributed.is_main():
+                assert tasks is not None
+                values = lm.lead(functools.partial(_figures, lm, tasks, num_fewshot, limit))
+            else:
+                values = lm.follow()
+    finally:
+        set_rng_state(states, model.device)
+        model.train(was_training)
+    return {"seconds": time.perf_counter() - begin, "limit": limit, "ranks": distributed.size(), "tasks": values}
+
+
+class SharedModel(HFLM):
+    """The harness's own Hugging Face model, whose batches all ranks take turns to compute."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerFast,
+        batch_size: int,
+        call: Callable[..., Any] | None,
+        tick: Callable[[], None],
+        report: Callable[[int, int], None],
+    ) -> None:
+        # float32: in half precision the log-probabilities would be rounded to three digits
+        super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
+        self._size = batch_size
+        self._call = call or model
+        self._tick, self._tell = tick, report
+        self._is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+    # --- who does what -------------------------------------------------------------------------------------------
+
+    def lead(self, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """On rank 0: do `action`, which calls the methods below, and let the others go."""
+        try:
+            values = action()
+        except L2EError as error:
+            if not error.on_every_rank:  # those all ranks have raised themselves
+                error.on_every_rank = True
+                distributed.main_decides(error)
+            raise
+        distributed.main_decides(values)
+        return values
+
+    def follow(self) -> dict[str, Any]:
+        """On the other ranks: compute what rank 0 deals out, until it is done."""
+        while True:
+            order = distributed.main_decides(None)
+            if isinstance(order, L2EError):
+                raise order
+            if isinstance(order, dict):
+                return order
+            self._round(*order)
+
+    def _deal(self, kind: str, requests: Sequence[Any]) -> list[Any]:
+        """Answers to requests that are sorted already, in their order: neighbours make a batch, each rank takes one."""
+        ranks, size = distributed.size(), self._size
+        batches = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
+        answers: list[Any] = []
+        for begin in range(0, len(batches), ranks):
+            dealt = batches[begin : begin + ranks]
+            distributed.main_decides((kind, dealt))
+            answers += [answer for part in self._round(kind, dealt) for answer in part]
+            self._tell(len(answers), len(requests))
+        return answers
+
+    def _round(self, kind: str, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Every rank's answers to its own batch. A rank without one computes the first, which counts once."""
+        self._tick()
+        rank = distributed.rank()
+        mine = dealt[rank] if rank < len(dealt) else dealt[0]
+        answer = getattr(HFLM, kind)(self, mine, disable_tqdm=True)
+        return distributed.all_gather_objects(answer)[: len(dealt)]
+
+    # --- what the harness calls ----------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether greedy decoding gives it) of each continuation: ((text, text), context
+        tokens, continuation tokens)."""
+
+        def length_and_tokens(index: int) -> tuple[int, list[int]]:
+            # requests that differ in their last token only stand together: they share one row of a batch
+            _, context, continuation = requests[index]
+            return -len(context) - len(continuation), context + continuation
+
+        order = sorted(range(len(requests)), key=length_and_tokens)
+        plain = [(("", ""), *requests[index][1:]) for index in order]
+        answers = self._deal("_loglikelihood_tokens", plain)
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        self.batch_size_per_gpu = self._size * distributed.size()  # the windows that it asks for at once
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self.batch_size_per_gpu = self._size
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        def settings(index: int) -> str:
+            return repr(requests[index].args[1])
+
+        def settings_and_length(index: int) -> tuple[str, int, str]:
+            text = requests[index].args[0]
+            return settings(index), -len(self.tok_encode(text)), text
+
+        order = sorted(range(len(requests)), key=settings_and_length)
+        answers: list[str] = []
+        for wanted in dict.fromkeys(map(settings, order)):  # one batch has one way to generate
+            alike = [requests[index] for index in order if settings(index) == wanted]
+            answers += self._deal("generate_until", [_Generation(request.args) for request in alike])
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
+        """[B, T] -> [B, T, V]"""
+        return self._call(input_ids=inps, use_cache=False).logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
+        if self._is_sharded:
+            settings["synced_gpus"] = True  # a rank that is done goes on with the others, who need its shards
+        return super()._model_generate(context, max_length, stop, **settings)
+
+
+class _Generation:
+    """Of a request all that a rank needs: (text, how to generate)."""
+
+    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
+        self.args = arguments
+
+
+def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
+    for name, task in tasks.loaded["tasks"].items():
+        task.set_config(key="num_fewshot", value=_shots(tasks.shots[name], num_fewshot))
+        task.set_fewshot_seed(seed=SEED)
+    with _quiet():
+        try:
+            found = run_tasks(lm, tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+        except L2EError:
+            raise
+        except (AssertionError, LookupError, TypeError, ValueError) as error:
+            names = ", ".join(tasks.shots)
+            raise DataError(f"tasks: {names}: {type(error).__name__}: {one_line(error)}") from error
+    return _in_our_form(found)
+
+
+def _shots(own: int | None, asked: int | None) -> int:
+    """As in the harness, a task that says 0 itself keeps it."""
+    return own or 0 if asked is None or own == 0 else asked
+
+
+def _in_our_form(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    children = found.get("group_subtasks", {})
+    figures = {name: _metrics_of(name, found) for name in found["results"]}
+    parents = {child: group for group, names in children.items() for child in names if figures.get(group)}
+
+    def samples(name: str) -> int:
+        if name in found["n-samples"]:
+            return found["n-samples"][name]["effective"]
+        return sum(samples(child) for child in children[name])
+
+    return {
+        name: {
+            "samples": samples(name),
+            "num_fewshot": found["n-shot"].get(name, 0),
+            "version": found["versions"].get(name),
+            "part_of": parents.get(name),
+            "metrics": metrics,
+        }
+        for name, metrics in figures.items()
+        if metrics
+    }
+
+
+def _metrics_of(name: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    figures = {}
+    for key, value in found["results"][name].items():
+        metric, separator, answer_filter = key.partition(",")
+        if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = found["results"][name].get(f"{metric}_stderr,{answer_filter}")
+        better = found["higher_is_better"].get(name, {}).get(metric)
+        figures[metric if answer_filter == "none" else key] = {
+            "value": float(value),
+            "stderr": float(stderr) if isinstance(stderr, int | float) else None,
+            "higher_is_better": better is not False,
+        }
+    return figures
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of the harness, and nothing of what it prints. Errors of other threads still reach stderr."""
+    plain = tqdm.__init__
+
+    def without_bar(bar: tqdm, *arguments: Any, **settings: Any) -> None:
+        plain(bar, *arguments, **{**settings, "disable": True})
+
+    tqdm.__init__ = without_bar
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = plain

@@ -1,0 +1,108 @@
+"""What a model reached on evaluation tasks: `evaluations.jsonl` of a run directory, one evaluation a line.
+
+    {"step": 150, "tokens": 655360, "time": "2026-11-25T09:00:00Z", "seconds": 12.3, "ranks": 2, "precision": "fp32",
+     "limit": null, "versions": {"lm_eval": "0.4.13", ...},
+     "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "version": 1.0, "part_of": null,
+                            "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
+
+`part_of` names the group (mmlu) that a task's figures are in too; a group's `samples` are those of its parts. `limit`
+is the number of documents a task was cut to. `step` and `tokens` are null where the model does not say them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import l2e_ds
+
+FILE = "evaluations.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task at one step. stderr: of the mean over the task's documents; None where there is none."""
+
+    step: int | None
+    task: str
+    num_fewshot: int
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    samples: int
+    part_of: str | None
+    limit: int | None
+
+
+def read_results(run: Path) -> list[TaskResult]:
+    """Every metric of every task, ordered by step; of one that was evaluated twice the newest. Empty without a file.
+
+    A last line that is still being written does not count.
+    """
+    path = run / FILE
+    if not path.is_file():
+        return []
+    newest: dict[tuple, TaskResult] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            evaluation = json.loads(line)
+        except ValueError:
+            continue
+        for result in results_of(evaluation):
+            newest[result.step, result.task, result.num_fewshot, result.metric, result.limit] = result
+    return sorted(newest.values(), key=lambda result: -1 if result.step is None else result.step)
+
+
+def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
+    """Of one line."""
+    return [
+        TaskResult(
+            evaluation["step"],
+            name,
+            task["num_fewshot"],
+            metric,
+            figure["value"],
+            figure["stderr"],
+            figure["higher_is_better"],
+            task["samples"],
+            task["part_of"],
+            evaluation["limit"],
+        )
+        for name, task in evaluation["tasks"].items()
+        for metric, figure in task["metrics"].items()
+    ]
+
+
+def about(step: int | None, tokens: int | None, precision: str) -> dict[str, Any]:
+    """What a line says beside the figures themselves."""
+    packages = ("lm_eval", "transformers", "torch", "datasets")
+    versions = {"l2e_ds": l2e_ds.__version__, **{package: version(package) for package in packages}}
+    time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return {"step": step, "tokens": tokens, "time": time, "precision": precision, "versions": versions}
+
+
+def append_result(path: Path, evaluation: dict[str, Any]) -> None:
+    """One line more, in a file or in that of a run directory. Raises OSError."""
+    with (path / FILE if path.is_dir() else path).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(evaluation) + "\n")
+
+
+def table(results: Sequence[TaskResult]) -> list[list[str]]:
+    """Rows of text for a terminal: task, shots, metric, value, standard error, documents."""
+    return [
+        [
+            f"  {result.task}" if result.part_of else result.task,
+            str(result.num_fewshot),
+            result.metric,
+            f"{result.value:.4f}",
+            "" if result.stderr is None else f"{result.stderr:.4f}",
+            f"{result.samples:,}",
+        ]
+        for result in results
+    ]

@@ -1,0 +1,89 @@
+"""Evaluation on tasks of lm-evaluation-harness while training: section `evaluation` of a run file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2e_ds import distributed
+from l2e_ds.config import RunConfig
+from l2e_ds.data import PreparedData
+from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.evaluation import results
+from l2e_ds.training import preemption
+from l2e_ds.training.state import TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from l2e_ds.evaluation.harness import Tasks
+
+
+@dataclass(frozen=True)
+class TaskEvaluation:
+    """What is evaluated, and with which tokenizer. tasks: on rank 0; batch_size: requests a rank answers at once."""
+
+    config: RunConfig
+    tasks: Tasks | None
+    tokenizer: PreTrainedTokenizerFast
+    batch_size: int
+
+    def evaluate(self, engine: Any, state: TrainState, precision: str, tick: Callable[[], None]) -> dict[str, float]:
+        """Appends to evaluations.jsonl; returns the metrics of `kind: tasks`, the same on every rank. Collective.
+
+        tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
+        Nothing that training goes on with is changed: weights, random states, statistics.
+        """
+        from l2e_ds.evaluation import harness
+
+        figures: dict[str, float] = {}
+        directory = Path(self.config.training.run_directory)
+        engine.eval()
+        try:
+            for shots in self.config.evaluation.shots:
+                found = harness.evaluate(
+                    engine.module,
+                    self.tokenizer,
+                    self.tasks,
+                    shots,
+                    self.batch_size,
+                    self.config.evaluation.limit,
+                    call=engine,
+                    tick=tick,
+                )
+                evaluation = {**results.about(state.step, state.tokens, precision), **found}
+                if distributed.is_main():
+                    results.append_result(directory, evaluation)
+                figures |= {
+                    f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
+                    for result in results.results_of(evaluation)
+                    if result.part_of is None
+                }
+        finally:
+            engine.train()
+        return figures
+
+
+def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
+    """With the tasks that a run evaluates on, if there are any. Collective. Raises ConfigError, DataError."""
+    section = config.evaluation
+    if not section.every:
+        return None
+    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    if tokenizer is None:
+        raise ConfigError("evaluation.every: tasks are text, and the run has no tokenizer; give data.tokenizer")
+
+    def load() -> Tasks:
+        from l2e_ds.evaluation.harness import load_tasks
+
+        try:
+            return load_tasks(section.tasks, section.include_path)
+        except L2EError as error:
+            raise type(error)(f"evaluation.{error}") from None
+
+    tasks = distributed.main_works(load, preemption.stop_if_asked)
+    micro_batch = config.training.micro_batch
+    assert isinstance(micro_batch, int)  # `auto` has been found by now
+    return TaskEvaluation(config, tasks, tokenizer, section.batch_size or micro_batch)

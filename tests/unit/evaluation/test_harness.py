@@ -1,0 +1,273 @@
+"""The harness on a tiny network against a slow obvious reference: one request at a time, in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from l2e_ds.cli import main
+from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.evaluation import harness, results
+from tests.task_files import TASKS, VOCABULARY, write_tasks
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("tasks")
+
+
+@pytest.fixture(scope="module")
+def documents(folder):
+    return write_tasks(folder)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder, documents):
+    return load_tokenizer(str(folder / "words.json"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.5,  # so that answers differ
+    )
+    return GPTNeoXForCausalLM(config)
+
+
+@pytest.fixture(scope="module")
+def tasks(folder, documents):
+    return harness.load_tasks(TASKS, [folder])
+
+
+class Reference:
+    """Log-probabilities of a float64 copy of the model."""
+
+    def __init__(self, model, tokenizer):
+        self.model = GPTNeoXForCausalLM(model.config).double().eval()
+        self.model.load_state_dict(model.state_dict())
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def log_p(self, tokens: list[int]) -> torch.Tensor:
+        """[T, V] for the tokens after each of [T]."""
+        return self.model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+
+    def of(self, context: str, continuation: str) -> tuple[float, bool]:
+        before, after = (self.tokenizer.encode(text) for text in (context, continuation))
+        log_p = self.log_p((before + after)[:-1])[-len(after) :]
+        greedy = log_p.argmax(-1).tolist() == after
+        return float(log_p.gather(1, torch.tensor(after)[:, None]).sum()), greedy
+
+    def goes_on(self, context: str, count: int) -> str:
+        tokens = self.tokenizer.encode(context)
+        for _ in range(count):
+            tokens.append(int(self.log_p(tokens)[-1].argmax()))
+        return self.tokenizer.decode(tokens[-count:])
+
+    def whole_text(self, text: str) -> float:
+        """Log-probability: windows of at most LENGTH predicted tokens, the first token after end-of-text."""
+        tokens, total = [0, *self.tokenizer.encode(text)], 0.0
+        for end in range(LENGTH, len(tokens) + LENGTH, LENGTH):
+            # as many new tokens as are left, before them what fits of the text
+            new = min(LENGTH, len(tokens) - 1 - (end - LENGTH))
+            if new <= 0:
+                break
+            last = end - LENGTH + new
+            begin = max(0, last - LENGTH)
+            log_p = self.log_p(tokens[begin:last])[-new:]
+            total += float(log_p.gather(1, torch.tensor(tokens[last - new + 1 : last + 1])[:, None]).sum())
+        return total
+
+
+def figures(evaluation: dict) -> dict[str, float]:
+    line = results.about(None, None, "fp32") | evaluation
+    return {f"{r.task}/{r.metric}": r.value for r in results.results_of(line)}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_every_kind_of_task_against_one_request_at_a_time(model, tokenizer, tasks, documents, batch_size):
+    """The word-level tokenizer makes each word a token, so that words are lengths in characters too."""
+    found = figures(harness.evaluate(model, tokenizer, tasks, None, batch_size))
+    reference = Reference(model, tokenizer)
+
+    chosen, by_length = [], []
+    for document in documents["choices"]:
+        scores = [reference.of(document["query"], " " + choice)[0] for choice in document["choices"]]
+        chosen.append(int(np.argmax(scores)) == document["gold"])
+        lengths = [len(choice) for choice in document["choices"]]
+        by_length.append(int(np.argmax(np.array(scores) / lengths)) == document["gold"])
+    answers = [reference.of(document["context"], " " + document["last"]) for document in documents["last_word"]]
+    written = [reference.goes_on(document["context"], 3) == document["rest"] for document in documents["goes_on"]]
+    texts = [document["text"] for document in documents["whole_text"]]
+    words = sum(len(text.split()) for text in texts)
+    expected = {
+        "choices/acc": np.mean(chosen),
+        "choices/acc_norm": np.mean(by_length),
+        "last_word/perplexity": math.exp(-np.mean([score for score, _ in answers])),
+        "last_word/acc": np.mean([greedy for _, greedy in answers]),
+        "goes_on/exact_match": np.mean(written),
+        "whole_text/word_perplexity": math.exp(-sum(map(reference.whole_text, texts)) / words),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-4), name
+    assert 0 < found["choices/acc"] < 1
+
+
+def test_what_is_generated_is_the_greedy_continuation(model, tokenizer, tmp_path):
+    """A task whose answers are the reference's own: all right; with the second half of the answers changed: half."""
+    documents = write_tasks(tmp_path)["goes_on"][:6]
+    reference = Reference(model, tokenizer)
+    for index, document in enumerate(documents):
+        document["rest"] = reference.goes_on(document["context"], 3) if index < 3 else "w1"
+    (tmp_path / "goes_on.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    found = figures(harness.evaluate(model, tokenizer, harness.load_tasks(["goes_on"], [tmp_path]), None, 4))
+    assert found["goes_on/exact_match"] == 0.5
+
+
+def test_shots_are_examples_and_do_not_stay(model, tokenizer, tasks):
+    """With examples other figures, and afterwards without them the first ones again; the same with the same number."""
+    none, two, again, two_again = (
+        harness.evaluate(model, tokenizer, tasks, shots, 8)["tasks"] for shots in (0, 2, 0, 2)
+    )
+    assert none == again and two == two_again and none != two
+    assert [task["num_fewshot"] for task in two.values()] == [2] * len(TASKS)
+    assert none["choices"]["metrics"]["acc"]["stderr"] > 0
+
+
+def test_limit(model, tokenizer, tasks):
+    found = harness.evaluate(model, tokenizer, tasks, 0, 8, limit=5)
+    assert found["limit"] == 5
+    assert {name: task["samples"] for name, task in found["tasks"].items()} == {
+        "choices": 5,
+        "last_word": 5,
+        "goes_on": 5,
+        "whole_text": 4,
+    }
+
+
+def test_nothing_is_left_behind(model, tokenizer, tasks):
+    """Random states, mode and weights are as before; the tokenizer too, though the harness wants a padding token."""
+    model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    expected = [random.random(), np.random.rand(), float(torch.rand(()))]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    padding = tokenizer.pad_token
+    harness.evaluate(model, tokenizer, tasks, 2, 8)
+    assert [random.random(), np.random.rand(), float(torch.rand(()))] == expected
+    assert model.training and all(module.training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert tokenizer.pad_token == padding
+
+
+def test_groups(model, tokenizer, tmp_path):
+    """A group's figure is the mean of its tasks', weighted by their documents; they say that they are part of it."""
+    write_tasks(tmp_path)
+    group = {
+        "group": "two",
+        "task": ["choices", "last_word"],
+        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
+        "metadata": {"version": 1},
+    }
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(group))
+    found = harness.evaluate(model, tokenizer, harness.load_tasks(["two"], [tmp_path]), 0, 8)["tasks"]
+    accuracy = {name: task["metrics"]["acc"]["value"] for name, task in found.items()}
+    assert accuracy["two"] == pytest.approx((11 * accuracy["choices"] + 9 * accuracy["last_word"]) / 20)
+    assert found["two"]["samples"] == 20
+    assert [found[name]["part_of"] for name in ("two", "choices", "last_word")] == [None, "two", "two"]
+
+
+def test_our_groups_name_tasks_that_the_harness_has(monkeypatch):
+    """And a name that it has not is said, with the nearest one."""
+    made, real = [], harness._check_known
+    monkeypatch.setattr(harness, "_check_known", lambda names, known: made.append(known) or real(names, known))
+    with pytest.raises(ConfigError, match="tasks: no task or group 'arc_eazy'; did you mean 'arc_easy'"):
+        harness.load_tasks(["arc_eazy"], [])
+    for name, count in {"paper": 9, "bigbench_lite": 24}.items():
+        names = yaml.safe_load((harness.OWN_TASKS / f"{name}.yaml").read_text())["task"]
+        assert len(set(names)) == count
+        assert set(names) <= set(made[0])
+
+
+def test_bad_tasks_are_named(folder, documents, tmp_path):
+    with pytest.raises(ConfigError, match="include_path: no such folder: .*nowhere"):
+        harness.load_tasks(["choices"], [tmp_path / "nowhere"])
+    (tmp_path / "lost.yaml").write_text((folder / "choices.yaml").read_text().replace("choices.jsonl", "lost.jsonl"))
+    with pytest.raises(DataError, match="task choices: cannot be loaded: .*lost.jsonl"):
+        harness.load_tasks(["choices"], [tmp_path])
+
+
+@pytest.fixture(scope="module")
+def exported(model, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("exported") / "model"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "l2e_run.yaml").write_text(yaml.safe_dump({"step": 7, "tokens": 4096, "config": {}}))
+    return path
+
+
+def test_command(exported, folder, documents, model, tokenizer, tasks, capsys):
+    words = ["evaluate", str(exported), "--tasks", *TASKS, "--include-path", str(folder), "--num-fewshot", "0", "2"]
+    assert main([*words, "--batch-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("| choices |") == 4
+    lines = [json.loads(line) for line in (exported / results.FILE).read_text().splitlines()]
+    assert [(line["step"], line["tokens"], line["ranks"], line["precision"]) for line in lines] == [
+        (7, 4096, 1, "fp32")
+    ] * 2
+    for line, shots in zip(lines, (0, 2), strict=True):
+        assert line["tasks"] == harness.evaluate(model, tokenizer, tasks, shots, 4)["tasks"]
+    assert len(results.read_results(exported)) == 2 * 6
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--limit", "0"], "--limit: got 0, allowed: an integer >= 1"),
+        (["--num-fewshot", "0", "-1"], "--num-fewshot: got -1, allowed: an integer >= 0"),
+        (["--batch-size", "0"], "--batch-size: got 0, allowed: an integer >= 1"),
+        (["--step", "5"], "--step: goes with a run directory, "),
+        (["--all-checkpoints"], "--all-checkpoints: "),
+        (["--output", "nowhere/figures.jsonl"], "--output: cannot write nowhere/figures.jsonl"),
+        (["--tokenizer", "nowhere.json"], "--tokenizer: no such file or folder: nowhere.json"),
+    ],
+)
+def test_bad_input_is_one_line(exported, folder, documents, tmp_path, capsys, words, told):
+    before = sorted(exported.iterdir())
+    command = ["evaluate", str(exported), "--tasks", "choices", "--include-path", str(folder), *words]
+    assert main(command) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and told in said.err and said.out == ""
+    assert sorted(exported.iterdir()) == before
+
+
+def test_results_take_the_newest_and_no_half_line(tmp_path):
+    def line(step: int, value: float) -> dict:
+        metric = {"acc": {"value": value, "stderr": 0.1, "higher_is_better": True}}
+        task = {"samples": 9, "num_fewshot": 0, "version": 1.0, "part_of": None, "metrics": metric}
+        return results.about(step, 10 * step, "fp32") | {"limit": None, "tasks": {"choices": task}}
+
+    assert results.read_results(tmp_path) == []
+    for step, value in ((20, 0.5), (10, 0.25), (20, 0.75)):
+        results.append_result(tmp_path, line(step, value))
+    with (tmp_path / results.FILE).open("a") as file:
+        file.write('{"step": 30, "tas')
+    assert [(found.step, found.value) for found in results.read_results(tmp_path)] == [(10, 0.25), (20, 0.75)]
