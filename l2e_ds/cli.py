@@ -52,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     export.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
     export.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
+    export.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
+    export.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
+    export.add_argument("--private", action="store_true", help="with --push: a new repository that others do not see")
     export.set_defaults(action=_export)
 
     analysis = verbs.add_parser("analyze", help="how monosemantic a model's neurons are: tables and figures")
@@ -67,6 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         _fill(analysis, analyze)
         _fill(neuron, one_neuron)
+
+    reporting = verbs.add_parser("report", help="one page of runs and studies: curves, tables, warnings")
+    if words[:1] == ["report"]:
+        from l2e_ds import report
+
+        missing = report.missing_packages()
+        if missing:
+            say(f"l2e-ds: error: the report needs {', '.join(missing)}: pip install 'l2e-ds[report]'")
+            return ConfigError.exit_code
+        from l2e_ds.report import command as report_command
+
+        _fill(reporting, report_command)
 
     summary = verbs.add_parser("summary", help="print a run's first and last figures")
     summary.add_argument("run", type=Path, metavar="RUN")
@@ -92,7 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     _fill(verbs.add_parser("submit", help="give a run to SLURM"), submit)
 
-    words, for_sbatch = supervise.split_at_dashes(words) if words[:1] == ["submit"] else (words, [])
+    study = verbs.add_parser("study", help="a grid of runs: run, resume, collect")
+    if words[:1] == ["study"]:
+        from l2e_ds.study import command as studies
+
+        _fill(study, studies)
+
+    submits = words[:1] in (["submit"], ["study"])
+    words, for_sbatch = supervise.split_at_dashes(words) if submits else (words, [])
     arguments = train.parse(parser, words)
     arguments.for_sbatch = for_sbatch
     try:
@@ -203,14 +225,23 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from l2e_ds.evaluation.export import export
+    from l2e_ds.evaluation.push import check_push, push
     from l2e_ds.train import quiet_libraries
 
+    repository = arguments.push
+    if arguments.private and repository is None:
+        raise ConfigError("--private: goes with --push")
     quiet_libraries()
-    done = export(arguments.source, arguments.output, arguments.step, arguments.precision)
+    if repository is not None:
+        check_push(repository)  # before the work, not after it
+    options = (arguments.step, arguments.precision, arguments.license, repository)
+    done = export(arguments.source, arguments.output, *options)
     print(
         f"exported step {done['step']} ({done['parameters']:,} parameters, {done['precision']},"
         f" {'with' if done['tokenizer'] else 'without a'} tokenizer) to {arguments.output}"
     )
+    if repository is not None:
+        print(f"pushed to {push(arguments.output, repository, arguments.private)}")
     return 0
 
 

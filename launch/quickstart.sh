@@ -37,6 +37,8 @@ train "$@"
 echo "continuing from its checkpoint for 10 steps"
 train "$@" training.steps=160
 l2e-ds export "$RUN" --output "$RUN/export"
+l2e-ds report "$RUN" --output "$RUN/report.html"
 echo
 l2e-ds summary "$RUN"
+echo "report                     $RUN/report.html   (opens in a browser)"
 echo "exported model             $RUN/export   (transformers: AutoModelForCausalLM.from_pretrained)"

@@ -1,4 +1,4 @@
-"""`l2e-ds export`: a checkpoint becomes a folder that transformers loads.
+"""`l2e-ds export`: a checkpoint becomes a folder that transformers loads, with a model card.
 
 Reads finished checkpoints only; needs no process group. DeepSpeed's shards are pickles: export only checkpoints
 from a source you trust.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ import torch
 import yaml
 
 from l2e_ds.data.files import is_free, whole_folder
-from l2e_ds.errors import CheckpointError
+from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.evaluation.card import Exported, model_card
 from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
 from l2e_ds.training.manifest import verify
 
@@ -132,12 +134,22 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
     return model, state
 
 
-def export(source: Path, output: Path, step: int | None = None, precision: str | None = None) -> dict[str, Any]:
-    """Write the model and tokenizer of a run or checkpoint to `output`.
+def export(
+    source: Path,
+    output: Path,
+    step: int | None = None,
+    precision: str | None = None,
+    licence: str | None = None,
+    repository: str | None = None,
+) -> dict[str, Any]:
+    """Write model, tokenizer and model card of a run or checkpoint to `output`.
 
-    precision: of the written weights; default: the run's, with which logits equal the engine's. Returns step,
-    precision, parameters, and whether there was a tokenizer. Raises CheckpointError.
+    precision: of the written weights; default: the run's, with which logits equal the engine's. licence, repository:
+    for the card, which says how to load it from there. Returns step, precision, parameters, and whether there was a
+    tokenizer. Raises CheckpointError, ConfigError.
     """
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
     checkpoint = find_checkpoint(source, step)
     if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
@@ -147,11 +159,22 @@ def export(source: Path, output: Path, step: int | None = None, precision: str |
 
     with whole_folder(output) as temporary:
         _write(model, run_directory, state, temporary)
+        of = Exported(
+            run=run_directory,
+            state=state,
+            network=model.config,
+            parameters=sum(p.numel() for p in model.parameters()),
+            precision=precision,
+            tokenizer=(temporary / "tokenizer.json").exists(),
+            licence=licence,
+            repository=repository,
+        )
+        (temporary / "README.md").write_text(model_card(of), encoding="utf-8")
     return {
         "step": state["train"]["step"],
         "precision": precision,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "tokenizer": (output / "tokenizer.json").exists(),
+        "parameters": of.parameters,
+        "tokenizer": of.tokenizer,
     }
 
 

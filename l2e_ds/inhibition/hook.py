@@ -1,6 +1,6 @@
 """`Inhibitor` puts the method into any PyTorch training loop:
 
-    inhibitor = Inhibitor(neuron_sites(model, "mid-2"), device=device)
+    inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
     with inhibitor:                                    # hooks on; removed at the end, also after an exception
         for batch in batches:
             loss = inhibitor.attach_loss(language_model_loss(model(batch)))
@@ -8,16 +8,20 @@
             optimizer.step()
             inhibitor.step()                           # one packed all-reduce; moments and tau move
 
+docs/python-api.md has more of it, and whole programs.
+
 Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
 Statistics and tau are the same on every rank, frozen within an optimizer step, and move only in `step`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -57,7 +61,7 @@ class NeuronSite:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the hooks do; the run file's section `inhibition` documents the choices."""
+    """What the hooks do; the run file's section `inhibition` documents the choices. Raises ValueError."""
 
     retrieval: Literal["threshold", "top-k"] = "threshold"
     mechanism: Literal["regulariser", "reverse-deactivation", "naive-deactivation"] = "regulariser"
@@ -68,6 +72,27 @@ class Settings:
     statistics_window: int | None = 50
     reduce: Literal["step", "forward"] = "step"
     fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
+
+    def __post_init__(self) -> None:
+        for name in ("retrieval", "mechanism", "reduce"):
+            _require(name, getattr(self, name), getattr(self, name) in _CHOICES[name], " or ".join(_CHOICES[name]))
+        _require("target_share", self.target_share, 0 < self.target_share < 1, "between 0 and 1")
+        _require("coefficient", self.coefficient, 0 <= self.coefficient < math.inf, "0 or more")
+        _require("coefficient_warmup", self.coefficient_warmup, self.coefficient_warmup >= 0, "0 or more steps")
+        window = self.statistics_window
+        _require("statistics_window", window, window is None or window >= 1, "1 step or more, or None: all steps")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "retrieval": ("threshold", "top-k"),
+    "mechanism": ("regulariser", "reverse-deactivation", "naive-deactivation"),
+    "reduce": ("step", "forward"),
+}
+
+
+def _require(name: str, given: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"Settings.{name}: got {given!r}, allowed: {allowed}")
 
 
 @dataclass
@@ -149,8 +174,16 @@ class NeuronHook:
 
     # --- forward -------------------------------------------------------------------------------------------------
 
+    def _check_device(self, activations: Tensor) -> None:
+        if activations.device != self.sums.device:
+            raise ValueError(
+                f"Inhibitor: is on {self.sums.device}, the activations of layer {self.site.layer} on"
+                f" {activations.device}; make it after the model was moved, or give it device="
+            )
+
     def __call__(self, activations: Tensor) -> Tensor:
         """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
+        self._check_device(activations)
         z = activations.reshape(-1, self.site.neurons)
         if self.owner.in_backward:  # activation checkpointing runs forward again: same statistics, nothing counted
             self.calls.recomputed += 1
@@ -178,6 +211,7 @@ class NeuronHook:
         """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
         from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
+        self._check_device(x)
         flat = x.reshape(-1, self.site.neurons)
         keep = not self.in_kernel
         return fused.with_inhibition(flat, self._compute_gelu, self._gelu_gradient, keep).view_as(x)
@@ -367,12 +401,14 @@ class Inhibitor:
         self,
         sites: Sequence[NeuronSite],
         settings: Settings | None = None,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
         group: Any = None,
     ) -> None:
-        """`group`: the data-parallel process group whose tokens count together (default: all ranks)."""
+        """`device`: where the model computes (default: where it is now); `group`: the data-parallel process group whose
+        tokens count together (default: all ranks)."""
         if not sites:
             raise ValueError("no neurons to inhibit: sites is empty")
+        device = device or _device_of(sites[0].module)
         self.settings = settings or Settings()
         self.group = group
         self.steps = 0  # applied optimizer steps that the statistics have seen
@@ -425,18 +461,19 @@ class Inhibitor:
 
     # --- every micro-batch ---------------------------------------------------------------------------------------
 
-    def attach_loss(self, loss: Tensor, is_last: bool = False) -> Tensor:
+    def attach_loss(self, loss: Tensor, is_last: bool = False, weight: Tensor | float = 1.0) -> Tensor:
         """The same LM loss []; its backward tells the hooks the scale at which gradients arrive.
 
         is_last: no other micro-batch of this step follows: its sums are reduced over the ranks behind its backward.
-        Raises ValueError where one follows nonetheless.
+        Raises ValueError where one follows nonetheless. weight: [], of this micro-batch where the loss is not its mean
+        but already its share of a larger batch's, i.e. weight * mean.
         """
         if self._reduced is not None:
             raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
         self._micro_batches += 1
         if is_last:
             self._reduced = begin_all_reduce_sum(self._packed, self.group)
-        return losses.note_loss_gradient(loss, self._begin_backward)
+        return losses.note_loss_gradient(loss, lambda gradient: self._begin_backward(gradient * weight))
 
     def set_token_mask(self, mask: Tensor | None) -> None:
         """Mask of the coming micro-batches, [B, T], nonzero where a token counts. Padding never counts."""
@@ -524,6 +561,21 @@ class Inhibitor:
                 )
         self.self_test_pending = not bool((shares > 0).all())
 
+    def metrics(self) -> dict[str, float]:
+        """Of the newest applied step, by the names of docs/metrics.md; empty before the first. Waits for the device."""
+        if self.last is None:
+            return {}
+        share, loss = self.STATISTICS.index("observed_share"), self.STATISTICS.index("inhibition_loss")
+        values = {
+            "observed_share": float(self.last[:, share].mean()),
+            "inhibition_loss": float(self.last[:, loss].sum()),
+            "coefficient": self.last_coefficient,
+        }
+        for hook, row in zip(self.hooks, self.last.tolist(), strict=True):
+            named = zip(self.STATISTICS, row, strict=True)
+            values |= {f"layer{hook.site.layer}/{name}": value for name, value in named if name != "inhibition_loss"}
+        return values
+
     # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -557,6 +609,12 @@ class Inhibitor:
             hook.moments = Moments(part["count"], part["mean"], part["m2"])
             hook.tau, hook.selected, hook.selectable = part["tau"], part["selected"], part["selectable"]
             hook._freeze()
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    """Of its weights; the CPU where it has none."""
+    tensor = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _projection_hook(hook: NeuronHook) -> Any:

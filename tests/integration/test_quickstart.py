@@ -49,7 +49,8 @@ def test_quickstart_learns_and_inhibits(tmp_path):
     starts = lines(tmp_path / "l2e", "start")
     assert [start["step"] for start in starts] == [0, 150]
     assert all(start["ranks"] >= 2 for start in starts)
-    for words in ("held-out LM loss", "observed share", "layer 2: MS of the top 2%", "layer 3: mean S", "tokens/s"):
+    first, second = ("layer 2: MS of the top 2%", "layer 3: mean S")
+    for words in ("held-out LM loss", "observed share", first, second, "tokens/s", "report.html"):
         assert words in table
 
     from transformers import AutoModelForCausalLM, AutoTokenizer

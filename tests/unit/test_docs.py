@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from l2e_ds.config import load_run_config
+from l2e_ds.models import PYTHIA
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -24,3 +27,21 @@ def test_linked_files_exist(page):
     for target in re.findall(r"\b(?:launch|ds_configs|docs|tests)/[\w./-]*\w", text):
         if page.name == "README.md":
             assert (REPOSITORY / target).exists() or target.startswith("tests/"), target
+
+
+def test_table_of_recipes():
+    """docs/recipes.md says of each recipe what it says itself."""
+    rows = dict(re.findall(r"^\| `([\w.-]+)\.yaml` \| (.*) \|$", (REPOSITORY / "docs/recipes.md").read_text(), re.M))
+    recipes = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
+    assert sorted(rows) == [path.stem for path in recipes]
+    for path in recipes:
+        config = load_run_config(path)
+        size = PYTHIA[config.model.name]
+        shape = f"{size.layers} x {size.hidden}"
+        if config.model.vocab_size is not None:
+            shape += f", vocabulary {config.model.vocab_size:,}"
+        rate, exponent = f"{config.optimizer.peak_learning_rate:.1e}".split("e")
+        stage = re.search(r"zero(\d)", config.deepspeed.config)[1]
+        share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
+        values = [shape, f"{rate}e{int(exponent)}", share, stage, str(config.training.micro_batch)]
+        assert rows[path.stem] == " | ".join(values), path.stem

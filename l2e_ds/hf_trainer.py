@@ -1,0 +1,157 @@
+"""Inhibition in the Hugging Face Trainer, without a subclass of it:
+
+    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(target_share=0.02, coefficient=1e-3)])
+
+While the Trainer trains, a forward hook on the model attaches the inhibition to the loss that the model returns. The
+Trainer has its causal language models divide that loss by the predicted tokens of the whole step (on all ranks, in all
+accumulated micro-batches): each micro-batch's inhibition loss then weighs what its LM loss weighs,
+
+    L = sum over micro-batches i of w_i * (mean cross-entropy of i + lambda * L_MS of i)
+
+w_i being its share of those tokens. Sequences of one length give the same numbers however they are divided.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.models import neuron_sites
+
+IGNORED = -100  # a label that is not predicted, in transformers
+
+
+class InhibitionCallback(TrainerCallback, ExportableState):
+    """Trains with inhibition. Evaluation is untouched, and the model is as it was when training has ended.
+
+    Logs gain `Inhibitor.metrics` of the newest step. Moments and thresholds are saved within the checkpoint's
+    trainer_state.json and resumed with it.
+    """
+
+    def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
+        """layers: as `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
+        self.layers, self.settings = layers, Settings(**settings)
+        self.inhibitor: Inhibitor | None = None  # while the Trainer trains
+        self._handles: list[Any] = []
+
+    # --- on and off ----------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """The model is wrapped by now, and a checkpoint's weights are loaded. Raises ConfigError, CheckpointError."""
+        self._take_off()  # left over from a training that failed
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
+                " process a GPU: torchrun --nproc-per-node=gpu ..."
+            )
+        self.inhibitor = Inhibitor(neuron_sites(model, self.layers), self.settings, args.device)
+        self._resume(state)
+        self.inhibitor.attach()
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+        ]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._take_off()
+
+    def _take_off(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self.inhibitor is not None:
+            self.inhibitor.detach()
+
+    # --- every micro-batch ---------------------------------------------------------------------------------------
+
+    # A graph, traced once, would not see what these note and change.
+    @torch.compiler.disable
+    def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.inhibitor is not None and model.training:
+            mask = kwargs.get("attention_mask")
+            is_padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
+            self.inhibitor.set_token_mask(mask if is_padded else None)  # without one the pass is faster
+
+    @torch.compiler.disable
+    def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The model's output with its loss attached. Raises ConfigError."""
+        if self.inhibitor is None or not model.training or not torch.is_grad_enabled():
+            return None
+        loss = _loss_of(output)
+        if loss is None:
+            raise ConfigError(
+                "InhibitionCallback: the model returned no loss of its own; batches need labels, and"
+                " label_smoothing_factor and compute_loss_func, which take them away, are not supported"
+            )
+        # a copy: the Trainer multiplies in place, which a view does not allow
+        attached = self.inhibitor.attach_loss(loss, weight=_weight(kwargs)).clone()
+        if isinstance(output, dict):
+            output["loss"] = attached
+            return output
+        return (attached, *output[1:])
+
+    # --- every step ----------------------------------------------------------------------------------------------
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        if self.inhibitor is not None:
+            self.inhibitor.step(applied=not getattr(optimizer, "step_was_skipped", False))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Later callbacks see what is added here; the Trainer's history was written before."""
+        if self.inhibitor is not None and logs is not None and "loss" in logs:  # not an evaluation's, nor the end's
+            values = self.inhibitor.metrics()
+            logs |= values
+            state.log_history[-1] |= values
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json: what makes such a callback, and `Inhibitor.state_dict`."""
+        statistics = None if self.inhibitor is None else _encode(self.inhibitor.state_dict())
+        return {"args": {"layers": self.layers, **asdict(self.settings)}, "attributes": {}, "statistics": statistics}
+
+    def _resume(self, state: Any) -> None:
+        name = type(self).__name__
+        of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer, saving, takes it to be there
+        if state.global_step == 0:
+            return
+        saved = of_checkpoint.get("statistics")
+        if saved is None:
+            logging.getLogger(__name__).warning(
+                f"{name}: the checkpoint was saved without it; moments and thresholds begin anew"
+            )
+            return
+        assert self.inhibitor is not None
+        try:
+            self.inhibitor.load_state_dict(load(base64.b64decode(saved)))
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+def _encode(state: dict[str, Tensor]) -> str:
+    return base64.b64encode(save(state)).decode("ascii")
+
+
+def _loss_of(output: Any) -> Tensor | None:
+    """As the Trainer finds it: in a dictionary by its name, in a tuple first."""
+    loss = output.get("loss") if isinstance(output, dict) else output[0]
+    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
+
+
+def _weight(kwargs: dict[str, Any]) -> Tensor | float:
+    """[] share that a micro-batch's predicted tokens have of the step's, as the Trainer counts them; 1 where the loss
+    is the micro-batch's mean. kwargs: of the model's forward."""
+    tokens = kwargs.get("num_items_in_batch")
+    if tokens is None:
+        return 1.0
+    labels = kwargs["shift_labels"] if kwargs.get("shift_labels") is not None else kwargs["labels"][..., 1:]
+    return (labels != IGNORED).sum() / tokens

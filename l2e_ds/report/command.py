@@ -1,0 +1,102 @@
+"""`l2e-ds report RUN_OR_STUDY ... --output report.html`: one page, and beside it every table as CSV and Markdown.
+
+    report.html        opens in any browser, without a network
+    report-tables/     index.md, and NAME.csv, NAME.md of each table
+
+A run that goes on is shown as far as it is; the same command again replaces the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from l2e_ds.data.files import write_whole
+from l2e_ds.errors import ConfigError
+from l2e_ds.report import page, runs, tables, warnings
+
+_MARK = f"<!-- {page.GENERATOR} -->"  # the first line of index.md, by which a folder of ours is known
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folder of a run or of a study")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="new, or a report")
+    parser.add_argument(
+        "--analysis",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="show the figures of `l2e-ds analyze`, too (RUN/analysis is found by itself)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError, DataError."""
+    output = arguments.output
+    folder = output.with_name(f"{output.stem}-tables")
+    _check_output(output, folder)
+    analyses = _analyses(arguments.analysis)
+    found = runs.read(arguments.paths)
+    analyses += [place for one in found.runs if _has_figures(place := one.directory / "analysis")]
+    now = datetime.now(timezone.utc)
+    of_page = tables.all_tables(found)
+    notices = warnings.all_warnings(found, now)
+    text = page.render(found, of_page, notices, analyses, folder.name, now)
+    try:
+        _write_tables(folder, of_page)
+        write_whole(output, text)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {output}: {error}") from None
+    print(f"report: {output} ({len(found.runs)} runs, {len(notices)} warnings)")
+    print(f"tables: {folder}")
+    return 0
+
+
+def _check_output(output: Path, folder: Path) -> None:
+    """Raises ConfigError where something else than a report would be lost."""
+    allowed = "allowed: a new file, or a report to be replaced"
+    if output.suffix != ".html":
+        raise ConfigError(f"--output: got {output}, allowed: a file name that ends in .html")
+    if output.exists() and (not output.is_file() or f'content="{page.GENERATOR}"' not in _beginning(output)):
+        raise ConfigError(f"--output: {output} exists and is no report; {allowed}")
+    index = folder / "index.md"
+    if folder.exists() and not (index.is_file() and _beginning(index).startswith(_MARK)):
+        raise ConfigError(f"--output: its tables would be written to {folder}, which exists and is not a report's")
+
+
+def _beginning(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(1000).decode("utf-8", errors="replace")
+
+
+def _analyses(given: Sequence[Path]) -> list[Path]:
+    """Raises ConfigError where a folder has no figures."""
+    for folder in given:
+        if not _has_figures(folder):
+            raise ConfigError(f"--analysis: {folder} has no figures/*.svg; allowed: a folder that l2e-ds analyze wrote")
+    return list(given)
+
+
+def _has_figures(folder: Path) -> bool:
+    return any((folder / "figures").glob("*.svg"))
+
+
+def _write_tables(folder: Path, of_page: Sequence[tables.Table]) -> None:
+    """Each file whole; those of the report before this one whose tables are no more are removed."""
+    index = folder / "index.md"
+    old = set(re.findall(r"\]\((\w+\.(?:csv|md))\)", index.read_text(encoding="utf-8"))) if index.is_file() else set()
+    lines = [
+        f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"
+        for table in of_page
+    ]
+    write_whole(index, "\n".join([_MARK, "# Tables", "", *lines, ""]))
+    for table in of_page:
+        for ending, text in (("csv", table.csv()), ("md", table.markdown())):
+            old.discard(f"{table.name}.{ending}")
+            write_whole(folder / f"{table.name}.{ending}", text)
+    for name in old:
+        (folder / name).unlink(missing_ok=True)

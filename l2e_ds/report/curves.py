@@ -1,0 +1,340 @@
+"""The charts of a page: one question each, all runs in one chart. A run has the same colour and dash in all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2e_ds.report.drawing import Axis, Line, Look, draw, is_thinned
+from l2e_ds.report.runs import Collection, Run, Variant, number
+from l2e_ds.report.statistics import held_out
+from l2e_ds.report.tables import task_name, tasks_of
+
+# Okabe and Ito's colours without the light ones, and two of Paul Tol's; told apart by most colour-blind readers.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+_PLAIN = "#333333"  # of runs without inhibition
+_DASHES = ("", "6 2", "2 2", "6 2 2 2", "10 3")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """name: of its elements in the page. about: in words, for who cannot see it. by_layer: its lines are layers."""
+
+    name: str
+    title: str
+    note: str
+    svg: str
+    about: str
+    by_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """key: of a line of metrics.jsonl; `layers/NAME` is the mean over layers, or with one run a line each.
+
+    kind: attribute of Run; scale: linear or log; factor: from the metric's unit to the chart's; falls: its
+    beginning would hide the rest.
+    """
+
+    name: str
+    title: str
+    unit: str
+    note: str
+    kind: str
+    key: str
+    scale: str = "linear"
+    factor: float = 1.0
+    falls: bool = False
+
+
+_DIFFERENCE = Quantity(
+    "loss-difference",
+    "Held-out loss less the baseline's",
+    "nats/token",
+    "Paired runs at the same step; below 0 is better than the baseline.",
+    "",
+    "",
+)
+_QUANTITIES = (
+    Quantity(
+        "training-loss",
+        "LM loss, training text",
+        "nats/token",
+        "Without the inhibition loss.",
+        "training",
+        "lm_loss",
+        falls=True,
+    ),
+    Quantity(
+        "held-out-loss",
+        "LM loss, held-out text",
+        "nats/token",
+        "Inhibition off.",
+        "evaluations",
+        "held_out_loss",
+        falls=True,
+    ),
+    Quantity(
+        "observed-share",
+        "Observed share",
+        "% of (token, neuron) pairs",
+        "Selected for inhibition; dotted: the target.",
+        "training",
+        "layers/observed_share",
+        factor=100,
+    ),
+    Quantity(
+        "tau",
+        "Threshold tau",
+        "MS",
+        "Activations whose MS is at least tau are selected.",
+        "training",
+        "layers/tau",
+        "log",
+    ),
+    Quantity(
+        "selected-score",
+        "MS of the selected",
+        "MS",
+        "Squared distance from the neuron's mean, in variances.",
+        "training",
+        "layers/selected_score",
+        "log",
+    ),
+    Quantity(
+        "training-mean-s",
+        "Mean S, training text",
+        "activation",
+        "Standard deviation of a neuron. A run in which it only falls shrinks its layers.",
+        "training",
+        "layers/mean_s",
+        "log",
+    ),
+    Quantity(
+        "top-score",
+        "MS of the top share, held-out text",
+        "MS",
+        "Of the share with the highest MS, inhibition or not: lower is less monosemantic.",
+        "evaluations",
+        "layers/top_share_score",
+    ),
+    Quantity(
+        "mean-s",
+        "Mean S, held-out text",
+        "activation",
+        "The layer's scale, inhibition off.",
+        "evaluations",
+        "layers/mean_s",
+        "log",
+    ),
+    Quantity(
+        "kurtosis",
+        "Kurtosis, held-out text",
+        "E[MS²]",
+        "Median over neurons; 3 for a normal distribution.",
+        "evaluations",
+        "layers/kurtosis",
+    ),
+    Quantity(
+        "dead-share",
+        "Dead neurons",
+        "% of neurons",
+        "Never vary on the held-out text.",
+        "evaluations",
+        "layers/dead_share",
+        factor=100,
+    ),
+    Quantity(
+        "gradient-norm",
+        "Gradient norm",
+        "2-norm",
+        "Before clipping, loss scale removed.",
+        "training",
+        "gradient_norm",
+        "log",
+    ),
+    Quantity(
+        "speed",
+        "Speed",
+        "tokens/s",
+        "All ranks, evaluation and checkpoints not counted.",
+        "training",
+        "tokens_per_second",
+    ),
+)
+
+
+def looks(variants: Sequence[Variant]) -> list[Look]:
+    """The colour tells the treatment, the dash the model's size; no inhibition is dark."""
+    sizes = list(dict.fromkeys(variant.size for variant in variants))
+    if len(variants) == 1 and len(variants[0].runs) == 1:
+        return [Look(_PLAIN)]  # the colours are its layers'
+    coloured = list(dict.fromkeys(variant.treatment for variant in variants if variant.method != "none"))
+    found = []
+    for variant in variants:
+        place = coloured.index(variant.treatment) if variant.treatment in coloured else 0
+        colour = _COLOURS[place % len(_COLOURS)] if variant.method != "none" else _PLAIN
+        found.append(Look(colour, _DASHES[(sizes.index(variant.size) + place // len(_COLOURS)) % len(_DASHES)]))
+    return found
+
+
+def layer_looks(page: Collection) -> dict[int, Look]:
+    """Of the only run's layers; empty where there are several runs, or too many layers to tell apart."""
+    layers = page.runs[0].layers if len(page.runs) == 1 else []
+    return dict(zip(layers, map(Look, _COLOURS), strict=False)) if len(layers) <= len(_COLOURS) else {}
+
+
+def axis_of(runs: Sequence[Run]) -> Axis:
+    per_step = {run.config["training.global_batch"] * run.config["data.sequence_length"] for run in runs}
+    key = "step" if len(per_step) == 1 else "tokens"
+    return Axis(key, max(getattr(run, key) for run in runs))
+
+
+def all_charts(page: Collection) -> list[Chart]:
+    """Those that have something to show."""
+    runs = [run for variant in page.variants for run in variant.runs]  # the plain ones behind the others
+    axis = axis_of(runs)
+    by_layer = layer_looks(page)
+    by_run = {
+        run.name: look
+        for variant, look in zip(page.variants, looks(page.variants), strict=True)
+        for run in variant.runs
+    }
+    charts = []
+    for quantity in _quantities(runs):
+        own = by_layer if quantity.key.startswith("layers/") else {}
+        lines = _layer_lines(runs[0], quantity, axis, own) if own else _run_lines(runs, quantity, axis, by_run)
+        if quantity.name == "dead-share" and not any(line.y.any() for line in lines):
+            continue
+        targets = _targets(runs) if quantity.name == "observed-share" else []
+        charts.append(_chart(quantity, lines, axis, targets, bool(own)))
+        if quantity.name == "held-out-loss":
+            charts.append(_chart(_DIFFERENCE, _difference_lines(page, axis, by_run), axis, [0.0]))
+    for place, (task, shots) in enumerate(tasks_of(runs)):
+        charts.append(_task_chart(runs, place, task, shots, axis, by_run))
+    return [chart for chart in charts if chart is not None]
+
+
+# --- lines -------------------------------------------------------------------------------------------------------
+
+
+def _quantities(runs: Sequence[Run]) -> list[Quantity]:
+    """With one for each set of a mixture after the loss of all."""
+    names = dict.fromkeys(
+        key.partition("/")[2]
+        for run in runs
+        for key in (run.evaluations or [{}])[-1]
+        if key.startswith("held_out_loss/")
+    )
+    found = []
+    for quantity in _QUANTITIES:
+        found.append(quantity)
+        if quantity.name == "held-out-loss":
+            found += [
+                Quantity(
+                    f"set-{place}",
+                    f"LM loss, held-out text of {name}",
+                    "nats/token",
+                    "One set of the mixture.",
+                    "evaluations",
+                    f"held_out_loss/{name}",
+                    falls=True,
+                )
+                for place, name in enumerate(names)
+            ]
+    return found
+
+
+def _points(lines: Iterable[dict], key: str, axis: Axis, factor: float) -> tuple[np.ndarray, np.ndarray]:
+    found = [(line[axis.key], value * factor) for line in lines if (value := number(line, key)) is not None]
+    x, y = np.array(found, dtype=float).reshape(-1, 2).T
+    return x, y
+
+
+def _run_lines(runs: Sequence[Run], quantity: Quantity, axis: Axis, by_run: dict[str, Look]) -> list[Line]:
+    if quantity.name == "tau":
+        runs = [run for run in runs if run.has_threshold]
+    return [
+        Line(run.name, by_run[run.name], *_points(getattr(run, quantity.kind), quantity.key, axis, quantity.factor))
+        for run in runs
+    ]
+
+
+def _layer_lines(run: Run, quantity: Quantity, axis: Axis, by_layer: dict[int, Look]) -> list[Line]:
+    lines = getattr(run, quantity.kind)
+    return [
+        Line(
+            f"layer {layer}",
+            look,
+            *_points(lines, quantity.key.replace("layers", f"layer{layer}"), axis, quantity.factor),
+        )
+        for layer, look in by_layer.items()
+    ]
+
+
+def _difference_lines(page: Collection, axis: Axis, by_run: dict[str, Look]) -> list[Line]:
+    lines = []
+    for run in page.runs:
+        base = page.baseline_of(run)
+        other = held_out(base) if base is not None else {}
+        both = [
+            {axis.key: line[axis.key], "difference": loss - other[line["step"]]}
+            for line in run.evaluations
+            if line["step"] in other and (loss := number(line, "held_out_loss")) is not None
+        ]
+        lines.append(Line(run.name, by_run[run.name], *_points(both, "difference", axis, 1.0)))
+    return lines
+
+
+def _targets(runs: Sequence[Run]) -> list[float]:
+    return sorted({100 * run.config["inhibition.target_share"] for run in runs if run.method != "none"})
+
+
+def _task_chart(
+    runs: Sequence[Run], place: int, task: str, shots: int, axis: Axis, by_run: dict[str, Look]
+) -> Chart | None:
+    """Only where a run was evaluated at several steps."""
+    quantity = Quantity(
+        f"task-{place}", f"{task_name(runs, task, shots)}, {shots}-shot", "accuracy", "Evaluation task.", "", "value"
+    )
+    lines = []
+    for run in runs:
+        per_step = run.config["training.global_batch"] * run.config["data.sequence_length"]
+        found = [
+            one
+            for one in run.results
+            if (one.task, one.num_fewshot, one.metric) == (task, shots, "acc") and one.step is not None
+        ]
+        points = [{"step": one.step, "tokens": one.step * per_step, "value": one.value} for one in found]
+        lines.append(Line(run.name, by_run[run.name], *_points(points, "value", axis, 1.0)))
+    if all(len(line.x) < 2 for line in lines):
+        return None
+    return _chart(quantity, lines, axis, [])
+
+
+# --- charts ------------------------------------------------------------------------------------------------------
+
+
+def _chart(
+    quantity: Quantity, lines: Sequence[Line], axis: Axis, marks: Sequence[float], by_layer: bool = False
+) -> Chart | None:
+    """None where no line has a point. marks: heights that are marked by a dotted line."""
+    lines = [line for line in lines if len(line.x)]
+    if not lines:
+        return None
+    svg = draw(quantity.name, quantity.unit, lines, axis, quantity.scale == "log", quantity.falls, marks)
+    about = [f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in lines[:12]]
+    about += [f"and {len(lines) - 12} more"] if len(lines) > 12 else []
+    notes = [quantity.note]
+    notes += ["Mean over layers."] if quantity.key.startswith("layers/") and not by_layer else []
+    notes += ["Points are means of neighbours."] if is_thinned(lines) else []
+    return Chart(
+        quantity.name,
+        quantity.title,
+        " ".join(notes),
+        svg,
+        f"{quantity.title}, {quantity.unit}, over {axis.key}s: {'; '.join(about)}",
+        by_layer,
+    )

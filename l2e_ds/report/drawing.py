@@ -1,0 +1,192 @@
+"""One chart as SVG that stands in a page itself.
+
+Nothing in it comes from a file but numbers. It is drawn small, so that its letters stay readable on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+_MOST_POINTS = 500  # of a line; more are drawn as means of neighbours
+_ALL_POINTS = 8000  # of a chart
+_BANDS = 3  # runs up to which a thinned line shows what it lies between
+_LONG = 100  # points from which on a beginning is cut
+_SIZE = (3.6, 2.3)  # inches
+_AXES = (0.13, 0.17, 0.85, 0.73)  # of these: left, bottom, width, height; the same in all charts, which stand in rows
+_WORDS = 8.0  # points
+_ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
+
+_STYLE: list[Any] = [
+    "default",  # not what the user's matplotlibrc says
+    {
+        "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page puts the reader's own in its place
+        "font.size": _WORDS,
+        "axes.titlesize": _WORDS,
+        "axes.labelsize": _WORDS,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": "#888888",
+        "axes.labelcolor": "#444444",
+        "axes.titlecolor": "#444444",
+        "axes.titlelocation": "left",
+        "axes.titlepad": 6,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.xmargin": 0.02,
+        "xtick.color": "#888888",
+        "ytick.color": "#888888",
+        "xtick.labelcolor": "#444444",
+        "ytick.labelcolor": "#444444",
+        "grid.color": "#E6E6E6",
+        "grid.linewidth": 0.7,
+        "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and its size seen
+    },
+]
+
+
+@dataclass(frozen=True)
+class Look:
+    """dash: as SVG's stroke-dasharray, "" for none."""
+
+    colour: str
+    dash: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """x, y: [points]. name: for those who cannot see the chart."""
+
+    name: str
+    look: Look
+    x: np.ndarray
+    y: np.ndarray
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Of all charts: `step`, or `tokens` where the runs' steps are not of one size. end: of the longest run."""
+
+    key: str
+    end: float
+
+
+def is_thinned(lines: Sequence[Line]) -> bool:
+    """Whether points are drawn that are means of several."""
+    return max(len(line.x) for line in lines) > _most_points(lines)
+
+
+def _most_points(lines: Sequence[Line]) -> int:
+    return max(100, min(_MOST_POINTS, _ALL_POINTS // len(lines)))
+
+
+@style.context(_STYLE)
+def draw(
+    name: str,
+    unit: str,
+    lines: Sequence[Line],
+    axis: Axis,
+    log: bool = False,
+    falls: bool = False,
+    marks: Sequence[float] = (),
+) -> str:
+    """The element `svg`. name: unlike that of any other chart of the page; each of `lines` has a point.
+
+    log: of the heights, where all are above 0; falls: a long chart is as high as what comes after its first twentieth;
+    marks: heights of dotted lines.
+    """
+    figure = Figure(figsize=_SIZE)
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes(_AXES)
+    for line in lines:
+        _plot(axes, line, len(lines), _most_points(lines))
+    for height in marks:
+        axes.axhline(height, color="#888888", linewidth=1, linestyle=(0, (1, 2)))
+    axes.set_title(unit)
+    axes.set_xlabel(axis.key, loc="right")
+    axes.set_xlim(-0.02 * axis.end, 1.02 * max(axis.end, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_ROUND))
+    if log and all((line.y > 0).all() for line in lines):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(_log_locator(*axes.get_ylim()))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
+    for one in (axes.xaxis, axes.yaxis):
+        one.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    if falls:
+        _cut_beginning(axes, lines, axis)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return _inline(text.getvalue(), name)
+
+
+def _plot(axes: Axes, line: Line, lines: int, most: int) -> None:
+    x, y, between = _thin(line, most)
+    dashes = tuple(map(float, line.look.dash.split())) or None
+    axes.plot(
+        x,
+        y,
+        color=line.look.colour,
+        linestyle=(0, dashes) if dashes else "-",
+        linewidth=1.4 if lines <= 6 else 0.9,
+        marker="o" if len(x) <= 12 else "",
+        markersize=2.5,
+    )
+    if between is not None and lines <= _BANDS:
+        axes.fill_between(x, *between, color=line.look.colour, alpha=0.15, linewidth=0)
+
+
+def _thin(line: Line, most: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """x and y of at most so many points, means of neighbours; the lowest and highest of these, where there are any."""
+    if len(line.x) <= most:
+        return line.x, line.y, None
+
+    def parts(values: np.ndarray, of: Callable[[np.ndarray], float]) -> np.ndarray:
+        return np.array([of(part) for part in np.array_split(values, most)])
+
+    return parts(line.x, np.mean), parts(line.y, np.mean), (parts(line.y, np.min), parts(line.y, np.max))
+
+
+def _cut_beginning(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
+    if max(len(line.x) for line in lines) > _LONG:
+        late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
+        space = 0.05 * np.ptp(late)
+        axes.set_ylim(late.min() - space, late.max() + space)
+
+
+def _log_locator(low: float, high: float) -> Locator:
+    """Four or so round numbers."""
+    if high < 4 * low:
+        return MaxNLocator(4, steps=_ROUND)
+    parts = (1, 2, 3, 5) if high < 30 * low else (1, 2, 5) if high < 300 * low else (1,)
+    return LogLocator(subs=parts, numticks=8)
+
+
+def _short(value: float) -> str:
+    """70M, 1.4B; what is not so large as it is."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit * 0.9995:
+            return f"{value / unit:.3g}{letter}"
+    return f"{value:.4g}".replace("-", "−")
+
+
+def _inline(svg: str, name: str) -> str:
+    """Of a whole file the element alone, sized by the page, whose ids no other chart has."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^(<svg\b[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"\1\2", svg)
+    used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)

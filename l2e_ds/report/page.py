@@ -1,0 +1,159 @@
+"""The page: what stands where, filled into page.html. Whatever comes from a file is escaped there."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+import l2e_ds
+from l2e_ds.report import curves
+from l2e_ds.report.runs import Collection, Run, Variant, first_and_last, last_tenth, mean, number
+from l2e_ds.report.statistics import loss_difference, steady_median
+from l2e_ds.report.tables import Table, text_of
+from l2e_ds.report.warnings import Notice
+
+GENERATOR = "l2e-ds report"  # by which a page of ours is known
+_AFTER = ("configurations", "machines")  # tables that stand in the last part
+_FILE_ONLY = ("evaluations",)
+_MOST_FACTS = 8
+_METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An analysis's, as a data: image."""
+
+    title: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """folder: where its tables lie."""
+
+    folder: Path
+    figures: list[Figure]
+
+
+def render(
+    page: Collection,
+    tables: Sequence[Table],
+    notices: Sequence[Notice],
+    analyses: Sequence[Path],
+    beside: str,
+    now: datetime,
+) -> str:
+    """The whole page. beside: the folder of its tables' files."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        generator=GENERATOR,
+        version=l2e_ds.__version__,
+        made=now,
+        title=_title(page),
+        sentence=_sentence(page),
+        facts=_facts(page),
+        notices=[(kind, list(group)) for kind, group in groupby(notices, key=lambda notice: notice.kind)],
+        legend=_legend(page),
+        layers=curves.layer_looks(page),
+        charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(page)],
+        tables=[table for table in tables if table.name not in (*_AFTER, *_FILE_ONLY)],
+        after=[table for table in tables if table.name in _AFTER],
+        beside=beside,
+        analyses=[_analysis(folder) for folder in analyses],
+        configs=[(run, yaml.safe_dump(_nested(run.config), sort_keys=False)) for run in page.runs],
+    )
+
+
+# --- head --------------------------------------------------------------------------------------------------------
+
+
+def _title(page: Collection) -> str:
+    if page.titles:
+        return "; ".join(page.titles)
+    names = [variant.name for variant in page.variants]
+    return ", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"
+
+
+def _sentence(page: Collection) -> str:
+    models = ", ".join(dict.fromkeys(run.model for run in page.runs))
+    methods = ", ".join(dict.fromkeys(_METHODS[variant.method] for variant in page.variants))
+    seeds = sorted({run.seed for run in page.runs})
+    of = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return f"Pretraining of {models}; {methods}; {of}."
+
+
+def _facts(page: Collection) -> list[tuple[str, str]]:
+    """The figures that one looks for first."""
+    return _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
+
+
+def _facts_of_run(run: Run) -> list[tuple[str, str]]:
+    first, last = first_and_last(run.evaluations, "held_out_loss")
+    shares = [share for line in last_tenth(run.training) if (share := number(line, "observed_share")) is not None]
+    speed = steady_median(run, "tokens_per_second")
+    found = [("held-out loss", f"{first:.3f} → {last:.3f}" if first is not None and last is not None else "–")]
+    if shares:
+        found.append(("observed share", f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"))
+    found += [("steps", f"{run.step:,} of {run.steps:,}"), ("tokens", f"{run.tokens:,}")]
+    return found + ([("tokens/s", f"{speed:,.0f}")] if speed is not None else [])
+
+
+def _facts_of_runs(page: Collection) -> list[tuple[str, str]]:
+    done = sum(run.step >= run.steps for run in page.runs)
+    tokens = sorted({run.tokens for run in page.runs})
+    found = [
+        ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}"),
+        ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1])))),
+    ]
+    losses = [(loss, run.name) for run in page.runs if (loss := first_and_last(run.evaluations, "held_out_loss")[1])]
+    if losses and len({run.model for run in page.runs}) == 1:
+        found.append((f"lowest held-out loss, {min(losses)[1]}", f"{min(losses)[0]:.4f}"))
+    for variant in page.variants:
+        difference = loss_difference(page, variant)
+        base = page.baseline_variant(variant)
+        if difference is not None and base is not None and len(found) < _MOST_FACTS:
+            text = text_of(difference[0].difference, "+.4f")
+            found.append((f"held-out loss, {variant.name} − {base.name}", text))
+    return found
+
+
+def _legend(page: Collection) -> list[tuple[curves.Look, Variant]]:
+    """Empty where there is one run only."""
+    looks = curves.looks(page.variants)
+    return list(zip(looks, page.variants, strict=True)) if len(page.runs) > 1 else []
+
+
+# --- the rest ----------------------------------------------------------------------------------------------------
+
+
+def _analysis(folder: Path) -> Analysis:
+    figures = []
+    for path in sorted((folder / "figures").glob("*.svg")):
+        drawing = path.read_text(encoding="utf-8").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+        data = base64.b64encode(drawing.encode()).decode("ascii")
+        figures.append(Figure(path.stem.replace("_", " ").replace("-", " "), f"data:image/svg+xml;base64,{data}"))
+    return Analysis(folder, figures)
+
+
+def _nested(config: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys as sections again."""
+    sections: dict[str, Any] = {}
+    for key, value in config.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections

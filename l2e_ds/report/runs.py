@@ -1,0 +1,351 @@
+"""Run directories and studies, read into plain values; runs that go on are read as far as they are.
+
+A *variant* is what is compared: the runs that differ in nothing but their seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from l2e_ds.config import METHODS, RunConfig
+from l2e_ds.data.files import one_line
+from l2e_ds.errors import DataError
+from l2e_ds.evaluation.results import TaskResult, read_results
+from l2e_ds.study.definition import INDEX
+from l2e_ds.study.state import read_index
+from l2e_ds.training.metrics import read_metrics
+
+# Keys that say where and how a run was computed, not what: they decide no figure but times.
+_NO_MATTER = re.compile(
+    r"training\.(run_directory|resume|micro_batch|evaluate_every|max_skipped_steps|time_limit|timeout)"
+    r"|data\.(cache|workers)|(checkpoint|deepspeed|logging|evaluation)\..*"
+)
+_SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
+_NEEDED = (
+    "model.name",
+    "data.sequence_length",
+    "training.steps",
+    "training.global_batch",
+    "training.seed",
+    "inhibition.method",
+    "inhibition.target_share",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind.
+
+    study, levels, baseline: of a study: its title, factor -> level, and the folder of the run to compare this one with.
+    """
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    starts: list[dict]
+    training: list[dict]
+    evaluations: list[dict]
+    results: list[TaskResult]
+    written: datetime
+    study: str = ""
+    levels: Mapping[str, str] | None = None
+    baseline: Path | None = None
+
+    @property
+    def method(self) -> str:
+        return self.config["inhibition.method"]
+
+    @property
+    def seed(self) -> int:
+        return self.config["training.seed"]
+
+    @property
+    def steps(self) -> int:
+        """That it is to have when it is done."""
+        return self.config["training.steps"]
+
+    @property
+    def step(self) -> int:
+        """The newest that it tells of."""
+        return max((line["step"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
+
+    @property
+    def tokens(self) -> int:
+        return max((line["tokens"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
+
+    @property
+    def model(self) -> str:
+        """pythia-70m, or what a pretrained one is called; with what was changed of it."""
+        name = self.config["model.name"] or Path(str(self.config.get("model.pretrained"))).name
+        changes = [f"{key} {value}" for key in _SHAPE if (value := self.config.get(f"model.{key}")) is not None]
+        return f"{name} ({', '.join(changes)})" if changes else name
+
+    @property
+    def size(self) -> str:
+        """The same without the family's name, as the paper's tables have it: 70m."""
+        return self.model.removeprefix("pythia-")
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether activations are selected by tau."""
+        return (self.config.get("inhibition.retrieval") or METHODS[self.method][0]) == "threshold"
+
+    @property
+    def layers(self) -> list[int]:
+        """Those that its lines have figures of."""
+        lines = (*self.training[-1:], *self.evaluations[-1:])
+        return sorted({int(found[1]) for line in lines for key in line if (found := re.match(r"layer(\d+)/", key))})
+
+    @property
+    def is_published_method(self) -> bool:
+        """Whether the paper has figures of it: plain pretraining, or L2E with eq. 5."""
+        parts = [self.config.get(f"inhibition.{key}") for key in ("retrieval", "mechanism")]
+        if self.method == "none":
+            return True
+        return (
+            self.method in ("l2e", "memel")
+            and parts == [None, None]
+            and self.config.get("inhibition.loss") == "published"
+        )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """treatment: its name without the model's size."""
+
+    name: str
+    treatment: str
+    runs: list[Run]
+
+    @property
+    def size(self) -> str:
+        return self.runs[0].size
+
+    @property
+    def method(self) -> str:
+        return self.runs[0].method
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Everything that one page tells of. waiting: names of a study's runs that have written nothing yet."""
+
+    runs: list[Run]
+    variants: list[Variant]
+    titles: list[str]
+    waiting: list[str]
+
+    def baseline_of(self, run: Run) -> Run | None:
+        """The run that has the same seed and all else but inhibits nothing, or the one that its study says."""
+        if run.baseline is not None:
+            return next((other for other in self.runs if other.directory == run.baseline), None)
+        if run.method == "none":
+            return None
+        wanted = comparable(run, inhibition=False)
+        return next(
+            (other for other in self.runs if other.method == "none" and comparable(other, inhibition=False) == wanted),
+            None,
+        )
+
+    def baseline_variant(self, variant: Variant) -> Variant | None:
+        found = [base for run in variant.runs if (base := self.baseline_of(run)) is not None]
+        return next((other for other in self.variants if found and found[0] in other.runs), None)
+
+
+def read(paths: Sequence[Path]) -> Collection:
+    """Raises DataError and ConfigError: no run directory or study, nothing written yet, a broken file."""
+    runs: list[Run] = []
+    titles: list[str] = []
+    waiting: list[str] = []
+    for path in paths:
+        if (path / INDEX).is_file():
+            title, found, missing = _read_study(path, titles)
+            titles.append(title)
+            waiting += missing
+            runs += found
+        else:
+            run = _read_run(path)
+            if run is None:
+                raise DataError(f"{path / 'metrics.jsonl'}: has no metrics yet")
+            runs.append(run)
+    runs = _named_apart(runs)
+    return Collection(runs, _variants(runs), titles, waiting)
+
+
+def _read_run(directory: Path) -> Run | None:
+    """None where it has begun, but has no metrics yet."""
+    path = directory / "metrics.jsonl"
+    try:
+        starts, training, evaluations = (read_metrics(path, kind) for kind in ("start", "train", "evaluation"))
+        written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+        config = _read_config(directory / "config.yaml")
+        results = read_results(directory)
+    except OSError as error:
+        if directory.is_dir():
+            raise DataError(
+                f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}"
+            ) from None
+        raise DataError(f"{directory}: there is no such folder") from None
+    if not training and not evaluations:
+        return None
+    return Run(directory.resolve().name, directory, config, starts, training, evaluations, results, written)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from None
+    for key in _NEEDED:
+        if key not in config:
+            raise DataError(f"{path}: has no {key}")
+    return {**_defaults(), **config}
+
+
+def _defaults() -> dict[str, Any]:
+    """Of keys that a run's version did not have yet."""
+    return {
+        f"{section}.{key}": entry.default
+        for section, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key, entry in field.annotation.model_fields.items()
+        if not entry.is_required()
+    }
+
+
+def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run], list[str]]:
+    """Its title, unlike the others', the runs that have begun and the names of those that have not."""
+    index = read_index(directory)
+    title, entries = str(index["title"]), index["runs"]
+    try:
+        places = {entry["name"]: directory / entry["directory"] for entry in entries}
+    except (KeyError, TypeError):
+        raise DataError(f"{directory / INDEX}: runs: each needs a name and a directory") from None
+    title = f"{title} ({directory})" if title in others else title
+    runs = []
+    for entry in entries:
+        place = places[entry["name"]]
+        run = _read_run(place) if (place / "metrics.jsonl").is_file() else None
+        if run is not None:
+            levels = {key: str(level) for key, level in entry.get("levels", {}).items()}
+            base = places.get(entry.get("baseline"))
+            runs.append(replace(run, name=entry["name"], study=title, levels=levels, baseline=base))
+    begun = {run.name for run in runs}
+    if not runs:
+        raise DataError(f"{directory}: none of its {len(entries)} runs has metrics yet")
+    return title, runs, [name for name in places if name not in begun]
+
+
+def _named_apart(runs: Sequence[Run]) -> list[Run]:
+    """With as much of the path as it takes before names that two runs share."""
+    names = [run.name for run in runs]
+    parts = [run.directory.resolve().parts for run in runs]
+    for depth in range(2, max(map(len, parts)) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = ["/".join(own[-depth:]) if name in twice else name for name, own in zip(names, parts, strict=True)]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
+
+
+# --- what is compared with what ----------------------------------------------------------------------------------
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in config.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
+
+
+def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str, Any]:
+    """The part of its configuration that decides its figures, on whatever machine."""
+    return {
+        key: value
+        for key, value in run.config.items()
+        if not _NO_MATTER.fullmatch(key)
+        and (inhibition or not key.startswith("inhibition."))
+        and (seed or key != "training.seed")
+    }
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys whose values are not all the same, in the order of the files."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if len({json.dumps(config.get(key), default=str) for config in configs}) > 1]
+
+
+def _variants(runs: Sequence[Run]) -> list[Variant]:
+    """Those of one size together, plain pretraining first, otherwise as they come."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = [run.study, run.levels] if run.levels is not None else comparable(run, seed=False)
+        groups.setdefault(json.dumps(key, default=str), []).append(run)
+    alone = [group[0] for group in groups.values() if group[0].levels is None]
+    names = _names(alone, all(len(group) == 1 for group in groups.values()))
+    several_studies = len({run.study for run in runs}) > 1
+    variants = []
+    for group in groups.values():
+        first = group[0]
+        if first.levels is None:
+            name, treatment = names[first.name]
+        else:
+            name = " ".join(first.levels.values()) or first.study
+            treatment = " ".join(level for factor, level in first.levels.items() if factor != "size") or name
+            if several_studies:
+                name, treatment = (f"{first.study}: {part}" for part in (name, treatment))
+        variants.append(Variant(name, treatment, group))
+    sizes = list(dict.fromkeys(variant.size for variant in variants))
+    return sorted(variants, key=lambda variant: (sizes.index(variant.size), variant.method != "none"))
+
+
+def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
+    """Of the variants outside studies, by their first run: the run's own name, or what makes the variant differ."""
+    if single:
+        return {run.name: (run.name, run.name) for run in firsts}
+    keys = [key for key in differing([comparable(run, seed=False) for run in firsts]) if not key.startswith("model.")]
+    sizes = len({run.size for run in firsts}) > 1
+    names = {}
+    for run in firsts:
+        own = [key for key in keys if key != "inhibition.method"]
+        if run.method == "none":  # the others' settings mean nothing to it
+            own = [key for key in own if not key.startswith("inhibition.")]
+        others = [f"{key.rpartition('.')[2]} {run.config.get(key)}" for key in own]
+        treatment = ", ".join([run.method, *others])
+        names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)
+    return names
+
+
+# --- lines -------------------------------------------------------------------------------------------------------
+
+
+def number(line: Mapping[str, Any], key: str) -> float | None:
+    """None where the line has no such number. Of `layers/NAME` the mean over its layers."""
+    if key.startswith("layers/"):
+        ending = key.removeprefix("layers")
+        own = (name for name in line if name.startswith("layer") and name.endswith(ending))
+        return mean(value for name in own if (value := number(line, name)) is not None)
+    value = line.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def first_and_last(lines: Sequence[dict], key: str) -> tuple[float | None, float | None]:
+    return (number(lines[0], key), number(lines[-1], key)) if lines else (None, None)
+
+
+def last_tenth(lines: Sequence[dict]) -> list[dict]:
+    """Of the steps so far."""
+    return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]

@@ -1,0 +1,500 @@
+"""The tables of a page: each is text for people, Markdown, and CSV with all digits.
+
+They tell of runs that go on as far as these are. A figure that a run does not have is left empty.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from l2e_ds.console import markdown
+from l2e_ds.report import published
+from l2e_ds.report.runs import (
+    Collection,
+    Run,
+    Variant,
+    differing,
+    first_and_last,
+    last_tenth,
+    mean,
+    number,
+)
+from l2e_ds.report.statistics import (
+    Measured,
+    benchmark,
+    benchmark_difference,
+    last_common_step,
+    loss_difference,
+    newest_result,
+    over_seeds,
+    paired,
+    steady_median,
+)
+
+_TASKS = {
+    "mmlu": "MMLU",
+    "bigbench_lite": "BIG-bench lite",
+    "arc_challenge": "ARC-Challenge",
+    "arc_easy": "ARC-Easy",
+}
+_EMPTY = "–"
+_PLACES = ("training.run_directory", "data.cache")
+
+
+@dataclass(frozen=True)
+class Column:
+    """form: how a number is written; empty: it is text. group: a head that stands over several columns."""
+
+    head: str
+    form: str = ""
+    group: str = ""
+
+    @property
+    def full_head(self) -> str:
+        return f"{self.group}: {self.head}" if self.group else self.head
+
+    @property
+    def css(self) -> str:
+        return "number" if self.form else "words"
+
+
+@dataclass(frozen=True)
+class Table:
+    """name: of its files. A cell is text, a number, a Measured or None."""
+
+    name: str
+    title: str
+    note: str
+    columns: list[Column]
+    rows: list[list[Any]]
+
+    def texts(self) -> list[list[str]]:
+        return [
+            [text_of(cell, column.form) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows
+        ]
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Heads over heads, with how many columns each has; empty where there are none."""
+        found: list[tuple[str, int]] = []
+        for column in self.columns:
+            if found and found[-1][0] == column.group:
+                found[-1] = (column.group, found[-1][1] + 1)
+            else:
+                found.append((column.group, 1))
+        return found if any(name for name, _ in found) else []
+
+    def markdown(self) -> str:
+        heads = [column.full_head for column in self.columns]
+        safe = [[html.escape(text, quote=False) for text in row] for row in (heads, *self.texts())]
+        note = html.escape(self.note, quote=False)
+        return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
+
+    def csv(self) -> str:
+        """All digits; a column of figures with standard errors becomes two."""
+        with_errors = [any(isinstance(row[i], Measured) for row in self.rows) for i in range(len(self.columns))]
+        heads: list[Any] = []
+        for column, two in zip(self.columns, with_errors, strict=True):
+            heads += [column.full_head, f"{column.full_head}, standard error"] if two else [column.full_head]
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(heads)
+        for row in self.rows:
+            cells: list[Any] = []
+            for cell, two in zip(row, with_errors, strict=True):
+                value, error = (cell.value, cell.error) if isinstance(cell, Measured) else (cell, None)
+                cells += [value, error] if two else [value]
+            writer.writerow(cells)
+        return text.getvalue()
+
+
+def text_of(cell: Any, form: str) -> str:
+    """For people."""
+    if cell is None or cell == "":
+        return _EMPTY
+    if isinstance(cell, Measured):
+        value = text_of(cell.value, form)
+        return value if cell.error is None else f"{value} ± {format(cell.error, form.removeprefix('+'))}"
+    return format(cell, form).replace("-", "−") if form and not isinstance(cell, str) else str(cell)
+
+
+def all_tables(page: Collection) -> list[Table]:
+    """Those that have rows, without the columns that have nothing, in the order of the page."""
+    tables = [
+        _variants(page),
+        _benchmarks(page),
+        _time(page),
+        _shares(page),
+        _runs(page),
+        _layers(page),
+        _sets(page),
+        differences(page),
+        machines(page),
+        evaluations(page),
+    ]
+    return [_without_empty_columns(table) for table in tables if table.rows and len(table.columns) > 1]
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [i for i in range(len(table.columns)) if any(row[i] is not None for row in table.rows)]
+    rows = [[row[i] for i in kept] for row in table.rows]
+    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
+
+
+# --- loss --------------------------------------------------------------------------------------------------------
+
+
+def _variants(page: Collection) -> Table:
+    """Only where several runs are compared."""
+    rows = []
+    for variant, size in zip(page.variants, _sizes(page), strict=True):
+        if len(page.runs) == 1:
+            break
+        evaluated = [run for run in variant.runs if run.evaluations]
+        step = last_common_step(evaluated)
+        lines = [line for run in evaluated for line in run.evaluations if line["step"] == step]
+        difference = loss_difference(page, variant)
+        base = page.baseline_variant(variant)
+        rows.append(
+            [
+                variant.name,
+                size,
+                variant.method,
+                len(variant.runs),
+                over_seeds(_present(number(line, "held_out_loss") for line in lines)),
+                step,
+                difference and difference[0].difference,
+                base and base.name,
+                difference and difference[1],
+                *(over_seeds(_present(number(line, key) for line in lines)) for key in _SCORES),
+            ]
+        )
+    columns = [
+        Column("variant"),
+        Column("size"),
+        Column("method"),
+        Column("seeds", "d"),
+        Column("mean", ".4f", "held-out loss"),
+        Column("step", ",d", "held-out loss"),
+        Column("difference", "+.4f", "against the baseline"),
+        Column("which", "", "against the baseline"),
+        Column("step", ",d", "against the baseline"),
+        Column("MS of the top share", ".2f"),
+        Column("mean S", ".4f"),
+        Column("kurtosis", ".2f"),
+    ]
+    note = (
+        "LM loss on held-out text in nats/token, at the last step that all seeds have evaluated; the difference is that"
+        " of runs with the same seed, at the last step that all pairs have. ±: standard error over seeds. MS, mean S"
+        " and kurtosis are means over the layers, on held-out text."
+    )
+    return Table("variants", "Loss on held-out text, and what it is compared with", note, columns, rows)
+
+
+_SCORES = ("layers/top_share_score", "layers/mean_s", "layers/kurtosis")
+
+
+def _last(run: Run, key: str) -> float | None:
+    return first_and_last(run.evaluations, key)[1]
+
+
+def _present(values: Any) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+# --- evaluation tasks --------------------------------------------------------------------------------------------
+
+
+def _benchmarks(page: Collection) -> Table:
+    """In the paper's shape: a row a benchmark and number of shots, columns by size and method."""
+    wanted = tasks_of(page.runs)
+    columns = [Column("benchmark"), Column("shots", "d")]
+    rows: list[list[Any]] = [[task_name(page.runs, *one), one[1]] for one in wanted]
+    for variant, size in zip(page.variants, _sizes(page), strict=True):
+        if not any(run.results for run in variant.runs):
+            continue
+        base = page.baseline_variant(variant)
+        group = f"{size} {variant.name}" if size else variant.name
+        columns += [Column("ours", ".4f", group), Column("published", ".4f", group)]
+        columns += [Column("ours − published", "+.4f", group)]
+        if base is not None:
+            beside = f"{group} − {base.treatment}"
+            columns += [Column("ours", "+.4f", beside), Column("published", "+.4f", beside)]
+        for cells, (task, shots) in zip(rows, wanted, strict=True):
+            ours, theirs = benchmark(variant, task, shots), _published(variant, task, shots)
+            cells += [ours, theirs, ours.minus(theirs) if ours and theirs is not None else None]
+            if base is not None:
+                plain = _published(base, task, shots)
+                published_difference = None if theirs is None or plain is None else theirs - plain
+                cells += [benchmark_difference(page, variant, task, shots), published_difference]
+    return Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", _about_tasks(page), columns, rows)
+
+
+def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
+    """(task, shots), those of the paper first; parts of a group (the subjects of MMLU) are not among them."""
+    found = {(result.task, result.num_fewshot) for run in runs for result in run.results if result.part_of is None}
+    known = list(published.BENCHMARKS)
+    return [one for one in known if one in found] + sorted(found - set(known))
+
+
+def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
+    """With its metric, where that is not the accuracy."""
+    metrics = {result.metric for run in runs if (result := newest_result(run, task, shots)) is not None}
+    other = ", ".join(sorted(metrics - {"acc"}))
+    name = _TASKS.get(task, task)
+    return f"{name} ({other})" if other else name
+
+
+def _sizes(page: Collection) -> list[str | None]:
+    """Of the variants, where their names do not say it."""
+    several = len({variant.size for variant in page.variants}) > 1
+    return [variant.size if several and variant.size not in variant.name else None for variant in page.variants]
+
+
+def _published(variant: Variant, task: str, shots: int) -> float | None:
+    if not all(run.is_published_method for run in variant.runs):
+        return None
+    return published.benchmark(task, shots, variant.size, variant.method)
+
+
+def _about_tasks(page: Collection) -> str:
+    parts = [
+        "Accuracy (acc, not acc_norm; the paper does not say which it took) at the newest evaluated step. ±: standard"
+        " error, over documents and, where there are several, over seeds; of a difference of two models it is"
+        " sqrt(a² + b²), of several pairs theirs. The published figures come without one: that of ours − published is"
+        " ours alone.",
+    ]
+    with_results = [run for run in page.runs if run.results]
+    if any(_published(variant, *one) is not None for variant in page.variants for one in tasks_of(with_results)):
+        tokens = sorted({run.tokens for run in with_results})
+        parts.append(
+            f"Published ({published.SOURCE}): after {published.STEPS:,} steps of {published.GLOBAL_BATCH:,} x"
+            f" {published.SEQUENCE_LENGTH:,} tokens ({published.TOKENS:,}) of the Pile; ours so far:"
+            f" {' to '.join(f'{count:,}' for count in dict.fromkeys((tokens[0], tokens[-1])))} tokens."
+        )
+    limits = sorted({result.limit for run in with_results for result in run.results if result.limit is not None})
+    if limits:
+        parts.append(f"Of some tasks only the first {', '.join(map(str, limits))} documents were taken.")
+    return " ".join(parts)
+
+
+# --- time, shares ------------------------------------------------------------------------------------------------
+
+
+def _time(page: Collection) -> Table:
+    rows = []
+    for variant, size in zip(page.variants, _sizes(page), strict=True):
+        seconds = over_seeds(_present(steady_median(run, "step_seconds") for run in variant.runs))
+        if seconds is None:
+            continue
+        theirs = published.EXTRA_TIME.get((variant.method, variant.size))
+        if not all(run.is_published_method for run in variant.runs):
+            theirs = None
+        over = paired(page, variant, lambda run: steady_median(run, "step_seconds"))
+        extra = None if over is None else over.relative
+        difference = extra.minus(theirs) if extra is not None and theirs is not None else None
+        speed = over_seeds(_present(steady_median(run, "tokens_per_second") for run in variant.runs))
+        rows.append([variant.name, size, seconds, speed, extra, theirs, difference])
+    columns = [
+        Column("variant"),
+        Column("size"),
+        Column("seconds a step", ".3f"),
+        Column("tokens/s", ",.0f"),
+        Column("over the baseline", "+.1%"),
+        Column("published", "+.1%"),
+        Column("ours − published", "+.1%"),
+    ]
+    note = (
+        "Medians over the lines of a run but the first after each start, means over seeds; ±: standard error over"
+        " seeds. Times compare only between"
+        " runs on the same machines with nothing beside them."
+    )
+    return Table("time", "Time of a step", note, columns, rows)
+
+
+def _shares(page: Collection) -> Table:
+    """Only where a size was trained with several target shares."""
+    rows = []
+    inhibited = [variant for variant in page.variants if variant.method != "none"]
+    for size in dict.fromkeys(variant.size for variant in inhibited):
+        losses: dict[float, Measured] = {}
+        for variant in (one for one in inhibited if one.size == size):
+            loss = over_seeds(_present(_last(run, "held_out_loss") for run in variant.runs))
+            share = variant.runs[0].config["inhibition.target_share"]
+            if loss is not None and (share not in losses or loss.value < losses[share].value):
+                losses[share] = loss
+        if len(losses) > 1:
+            best = min(losses, key=lambda share: losses[share].value)
+            tried = ", ".join(f"{share:.3g}" for share in sorted(losses))
+            rows.append([size, tried, best, losses[best], published.BEST_SHARE.get(size)])
+    columns = [
+        Column("size"),
+        Column("target shares tried"),
+        Column("ours", ".1%", "best share"),
+        Column("its held-out loss", ".4f"),
+        Column("published", ".1%", "best share"),
+    ]
+    note = "Ours is best by the loss on held-out text; of runs that go on, so far. ±: standard error over seeds."
+    return Table("shares", "Share to inhibit", note, columns, rows)
+
+
+# --- each run ----------------------------------------------------------------------------------------------------
+
+
+def _runs(page: Collection) -> Table:
+    columns = [
+        Column("run"),
+        Column("step", ",d"),
+        Column("tokens", ",d"),
+        Column("training", ".4f", "LM loss"),
+        Column("held out, first", ".4f", "LM loss"),
+        Column("held out, last", ".4f", "LM loss"),
+        Column("observed", ".2%", "share"),
+        Column("target", ".2%", "share"),
+        Column("gradient norm", ".3g"),
+        Column("skipped steps", ",d"),
+        Column("tokens/s", ",.0f"),
+        Column("memory, GiB", ".2f"),
+    ]
+    note = (
+        "LM loss in nats/token; of training, like observed share and gradient norm, the mean over the last tenth of the"
+        " steps so far. tokens/s: median. Memory: the largest of a rank."
+    )
+    return Table("runs", "Each run", note, columns, [_row_of(run) for run in page.runs])
+
+
+def _row_of(run: Run) -> list[Any]:
+    first, last = first_and_last(run.evaluations, "held_out_loss")
+    recent = last_tenth(run.training)
+
+    def lately(key: str) -> float | None:
+        return mean(_present(number(line, key) for line in recent))
+
+    return [
+        run.name,
+        run.step,
+        run.tokens,
+        lately("lm_loss"),
+        first,
+        last,
+        lately("observed_share"),
+        run.config["inhibition.target_share"] if lately("observed_share") is not None else None,
+        lately("gradient_norm"),
+        skipped_steps(run),
+        steady_median(run, "tokens_per_second"),
+        max(_present(number(line, "peak_memory_gib") for line in run.training), default=None),
+    ]
+
+
+def skipped_steps(run: Run) -> int:
+    """Consumed batches that changed no weight."""
+    line = run.training[-1] if run.training else {}
+    return line.get("step", 0) - line.get("applied_steps", line.get("step", 0))
+
+
+def _layers(page: Collection) -> Table:
+    keys = ("top_share_score", "mean_s", "kurtosis", "dead_share")
+    rows = []
+    for run in page.runs:
+        for layer in run.layers if run.evaluations else []:
+            figures = [first_and_last(run.evaluations, f"layer{layer}/{key}") for key in keys]
+            first_s, last_s = figures[1]
+            ratio = last_s / first_s if first_s and last_s is not None else None
+            tau = first_and_last(run.training, f"layer{layer}/tau")[1] if run.has_threshold else None
+            flat = [value for pair in figures for value in pair]
+            rows.append([run.name, layer, *flat[:4], ratio, *flat[4:], tau])
+    columns = [Column("run"), Column("layer", "d")]
+    for group, form in (("MS of the top share", ".2f"), ("mean S", ".4f")):
+        columns += [Column("first", form, group), Column("last", form, group)]
+    columns.append(Column("last / first", ".0%", "mean S"))
+    for group, form in (("kurtosis", ".2f"), ("dead neurons", ".1%")):
+        columns += [Column("first", form, group), Column("last", form, group)]
+    columns.append(Column("tau, last", ".3g"))
+    note = "At the first and the last evaluation on held-out text, inhibition off. tau: of the newest training step."
+    return Table("layers", "Each layer", note, columns, rows)
+
+
+def _sets(page: Collection) -> Table:
+    """Of mixtures."""
+    rows = []
+    for run in page.runs:
+        names = [key.partition("/")[2] for key in (run.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
+        line = run.training[-1] if run.training else {}
+        for name in names:
+            losses = first_and_last(run.evaluations, f"held_out_loss/{name}")
+            rows.append([run.name, name, *losses, line.get(f"tokens/{name}"), line.get(f"epochs/{name}")])
+    columns = [
+        Column("run"),
+        Column("set"),
+        Column("first", ".4f", "held-out loss"),
+        Column("last", ".4f", "held-out loss"),
+        Column("tokens", ",d"),
+        Column("epochs", ".3g"),
+    ]
+    note = "LM loss on the held-out text of each set of the mixture, nats/token; tokens and epochs of it trained on."
+    return Table("sets", "Each set of the mixture", note, columns, rows)
+
+
+# --- what was run ------------------------------------------------------------------------------------------------
+
+
+def differences(page: Collection) -> Table:
+    """Of the runs' configurations, the keys that differ."""
+    keys = [key for key in differing([run.config for run in page.runs]) if key not in _PLACES]
+    rows = [[run.name, *(_plain(run.config.get(key)) for key in keys)] for run in page.runs]
+    note = "Keys of docs/run-files.md; all others are the same in all runs."
+    return Table("configurations", "What differs between the runs", note, [Column("run"), *map(Column, keys)], rows)
+
+
+def machines(page: Collection) -> Table:
+    """Of each start or resume."""
+    rows = []
+    for run in page.runs:
+        for line in run.starts:
+            git = line.get("git") or {}
+            commit = git.get("commit")
+            changed = " and changes" if git.get("changed") else ""
+            versions = ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
+            rows.append(
+                [
+                    run.name,
+                    line["step"],
+                    line.get("time"),
+                    line.get("host"),
+                    line.get("hosts"),
+                    line.get("ranks"),
+                    line.get("device"),
+                    line.get("launcher"),
+                    run.config.get("training.precision"),
+                    line.get("parameters"),
+                    f"{commit[:12]}{changed}" if commit else None,
+                    versions,
+                ]
+            )
+    heads = ("run", "from step", "time", "host", "hosts", "ranks", "device", "launcher", "precision", "parameters")
+    columns = [Column(head, ",d" if head in ("from step", "hosts", "ranks", "parameters") else "") for head in heads]
+    note = "A line for each time that a run was started or gone on with."
+    return Table("machines", "Machines and versions", note, [*columns, Column("git commit"), Column("versions")], rows)
+
+
+def _plain(value: Any) -> str | None:
+    return None if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def evaluations(page: Collection) -> Table:
+    """Every figure of every task and part of a task, at every step."""
+    rows: list[list[Any]] = []
+    for run in page.runs:
+        for one in run.results:
+            figure = Measured(one.value, one.stderr)
+            about = [one.step, one.task, one.part_of, one.num_fewshot, one.metric]
+            rows.append([run.name, *about, figure, one.samples, one.limit])
+    heads = ("run", "step", "task", "part of", "shots", "metric")
+    columns = [Column(head, ",d" if head in ("step", "shots") else "") for head in heads]
+    columns += [Column("value", ".4f"), Column("documents", ",d"), Column("limit", ",d")]
+    return Table("evaluations", "Every figure of the evaluation tasks", "", columns, rows)

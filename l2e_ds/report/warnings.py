@@ -1,0 +1,136 @@
+"""What a reader must know before any curve: what looks wrong with the runs, with the figures that say so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from l2e_ds.evaluation.summary import SHRUNK
+from l2e_ds.report.runs import (
+    Collection,
+    Run,
+    Variant,
+    comparable,
+    differing,
+    first_and_last,
+    last_tenth,
+    mean,
+    number,
+)
+from l2e_ds.report.statistics import loss_difference
+from l2e_ds.report.tables import skipped_steps
+
+OFF_TARGET = 0.1  # of the target share
+SKIPPED = 0.01  # of the steps
+DEAD = 0.01  # of a layer's neurons more than at first
+
+
+@dataclass(frozen=True)
+class Notice:
+    """kind: the same for warnings that stand together; where: of it in the documentation."""
+
+    kind: str
+    text: str
+    where: str
+
+
+def all_warnings(page: Collection, now: datetime) -> list[Notice]:
+    """The gravest first."""
+    found = [warning for variant in page.variants for warning in _worse(page, variant)]
+    for check in (_shrunk, _off_target, _skipped, _dying):
+        found += [warning for run in page.runs for warning in check(run)]
+    found += _different(page)
+    found += [warning for run in page.runs for warning in _unfinished(run, now)]
+    if page.waiting:
+        text = f"{len(page.waiting)} have written nothing yet: {', '.join(page.waiting)}"
+        found.append(Notice("not finished", text, "docs/report.md"))
+    return found
+
+
+def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
+    found = loss_difference(page, variant)
+    if found is None:
+        return
+    (of_pairs, step), base = found, page.baseline_variant(variant)
+    value, error = of_pairs.difference.value, of_pairs.difference.error
+    if base is not None and value > (error or 0.0):
+        text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
+        text += ", one pair of runs" if error is None else f" ± {error:.4f}, {of_pairs.pairs} pairs of runs"
+        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.2")
+
+
+def _shrunk(run: Run) -> Iterator[Notice]:
+    for layer in run.layers:
+        first, last = first_and_last(run.evaluations, f"layer{layer}/mean_s")
+        if first and last is not None and last / first < SHRUNK:
+            text = f"{run.name}: layer {layer} shrank to {last / first:.0%} of its first mean S"
+            text += f" ({first:.3g} to {last:.3g})"
+            yield Notice("a layer that only shrinks", text, "docs/method.md, 5.1")
+
+
+def _off_target(run: Run) -> Iterator[Notice]:
+    target = run.config["inhibition.target_share"]
+    lines = last_tenth(run.training)
+    for layer in run.layers:
+        key = f"layer{layer}/observed_share"
+        share = mean(value for line in lines if (value := number(line, key)) is not None)
+        if share is not None and abs(share / target - 1) > OFF_TARGET:
+            text = f"{run.name}: layer {layer} had {share:.2%} selected, target {target:.2%}"
+            text += f" (last tenth of {run.step:,} steps)"
+            yield Notice("observed share off its target", text, "docs/method.md, 4")
+
+
+def _skipped(run: Run) -> Iterator[Notice]:
+    skipped = skipped_steps(run)
+    if skipped > SKIPPED * run.step:
+        text = f"{run.name}: {skipped:,} of {run.step:,} steps were skipped ({skipped / run.step:.1%})"
+        yield Notice("steps skipped for non-finite gradients", text, "docs/metrics.md")
+
+
+def _dying(run: Run) -> Iterator[Notice]:
+    for layer in run.layers:
+        first, last = first_and_last(run.evaluations, f"layer{layer}/dead_share")
+        if first is not None and last is not None and last - first > DEAD:
+            text = f"{run.name}: layer {layer} has {last:.1%} dead neurons, at first {first:.1%}"
+            yield Notice("neurons that die", text, "docs/metrics.md")
+
+
+def _different(page: Collection) -> Iterator[Notice]:
+    """Between a run and its baseline, and between runs that nobody has paired."""
+    where = "docs/run-files.md"
+    for run in page.runs:
+        base = page.baseline_of(run)
+        if base is not None:
+            keys = differing([comparable(one, inhibition=False) for one in (base, run)])
+            if keys:
+                values = "; ".join(f"{key} {base.config.get(key)} and {run.config.get(key)}" for key in keys)
+                yield Notice("compared with another configuration", f"{base.name} and {run.name}: {values}", where)
+    alone = [run for run in page.runs if not run.study]
+    paired = [base for run in alone if (base := page.baseline_of(run)) is not None]
+    if all(run in paired or page.baseline_of(run) is not None for run in alone):
+        return
+    keys = differing([comparable(run, inhibition=False, seed=False) for run in alone])
+    seeds = {frozenset(run.seed for run in variant.runs) for variant in page.variants if not variant.runs[0].study}
+    keys += ["training.seed"] if len(seeds) > 1 else []
+    if keys:
+        values = "; ".join(
+            f"{key} {', '.join(dict.fromkeys(str(run.config.get(key)) for run in alone))}" for key in keys
+        )
+        yield Notice("runs that differ in more than inhibition", f"{len(alone)} runs: {values}", where)
+
+
+def _unfinished(run: Run, now: datetime) -> Iterator[Notice]:
+    if run.step < run.steps:
+        ago = (now - run.written).total_seconds() / 60
+        text = f"{run.name}: at step {run.step:,} of {run.steps:,}, last line written"
+        text += f" {run.written:%Y-%m-%d %H:%M} UTC, {_age(ago)} before this page"
+        yield Notice("not finished", text, "docs/report.md")
+
+
+def _age(minutes: float) -> str:
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 120:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.0f} h" if minutes < 48 * 60 else f"{minutes / 1440:.0f} days"

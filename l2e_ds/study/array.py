@@ -1,0 +1,100 @@
+"""`l2e-ds study ... --slurm`: the runs that are not done as an array job, one task a run.
+
+slurm-1/
+  study.sbatch      readable; `sbatch study.sbatch` starts the same again
+  list              one run a line, as l2e_ds.slurm reads it
+  code.json         command, git commit, whether files were changed, versions of packages
+  code.diff         the changes, if there are any
+  job               the id of the array job
+  slurm-JOB_TASK.log
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from l2e_ds.errors import ConfigError
+from l2e_ds.study.state import config_file
+from l2e_ds.submit import (
+    Resources,
+    header,
+    new_folder,
+    queue,
+    record_code,
+    refuse_control_characters,
+    without_secrets,
+)
+
+FOLDER = "slurm"
+
+
+def submit(directory: Path, names: Sequence[str], resources: Resources, restarts: int, words: Sequence[str]) -> None:
+    """Queue the runs of these names, where `check` found nothing wrong. words: of the command line. Raises ConfigError
+    where sbatch refuses."""
+    folder, _ = new_folder(directory, FOLDER)
+    try:
+        record_code(folder, words, resources)
+        lines = [shlex.quote(str(config_file(directory, name))) for name in names]
+        (folder / "list").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path = folder / "study.sbatch"
+        path.write_text(without_secrets(script(folder, len(names), resources, restarts), path.name), encoding="utf-8")
+        job = queue(path)
+    except BaseException:
+        shutil.rmtree(folder)  # nothing was queued
+        raise
+    (folder / "job").write_text(job + "\n")
+    print(f"job     {job}: {len(names)} tasks of {resources.nodes} nodes x {resources.tasks_per_node} ranks")
+    print(f"script  {path}")
+    print(f"logs    {folder}/slurm-{job}_TASK.log")
+
+
+def script(folder: Path, tasks: int, resources: Resources, restarts: int) -> str:
+    """The batch script. Quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines."""
+    python = shlex.quote(sys.executable)
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "# Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to go on with them.",
+            f"#SBATCH --array=0-{tasks - 1}",
+            *header(resources, folder.absolute().parent.name, folder, "slurm-%A_%a.log"),
+            "",
+            f"cd {shlex.quote(os.getcwd())} || exit 2",
+            f"exec {python} -m l2e_ds.study.array_task --restarts {restarts} {shlex.quote(str(folder / 'list'))} \\",
+            f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+            "",
+        ]
+    )
+
+
+def check(directory: Path, words: Sequence[str]) -> None:
+    """Raises ConfigError where nothing can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError("--slurm: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+    for word in (*words, os.getcwd(), sys.executable, str(directory)):
+        refuse_control_characters("--slurm", word)
+    if "\\" in str(directory.absolute()):  # turns off the replacement of %A in the logs' names
+        raise ConfigError(f"directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+
+
+def refuse_queued(directory: Path) -> None:
+    """Raises ConfigError where tasks of an earlier submission are still queued or running."""
+    if shutil.which("squeue") is None:
+        return
+    for path in sorted(directory.glob(f"{FOLDER}-*/job")):
+        job = path.read_text().strip()
+        listing = ["squeue", "--noheader", f"--jobs={job}", "--format=%i"]
+        try:
+            done = subprocess.run(listing, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if done.returncode == 0 and done.stdout.strip():  # a job that SLURM has forgotten is an error to squeue
+            raise ConfigError(
+                f"{directory}: tasks of the array job {job} are still queued or running ({path.parent.name}); wait for"
+                f" them, or scancel {job}"
+            )

@@ -1,0 +1,87 @@
+"""What a task of a study's array job runs, on its first node:
+
+    python -m l2e_ds.study.array_task [--restarts N] STUDY/slurm-1/list -- srun ... python -m l2e_ds.train
+
+Trains the run of this task's line as any array task (l2e_ds.slurm: signals, restarts, requeueing), then evaluates it
+by the same srun, then brings results.csv up to date.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from l2e_ds import slurm
+from l2e_ds.config import load_run_config
+from l2e_ds.console import CommandParser, say
+from l2e_ds.errors import Interrupted, L2EError
+from l2e_ds.study.child import Child, evaluation_words
+from l2e_ds.study.collect import collect, write_results
+from l2e_ds.study.definition import Evaluation
+from l2e_ds.study.state import read_index, state_of
+from l2e_ds.supervise import split_at_dashes
+
+_heard: list[int] = []
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes as of l2e_ds.slurm; the job may be requeued by then."""
+    words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
+    parser = CommandParser(prog="python -m l2e_ds.study.array_task", description=__doc__)
+    parser.add_argument("--restarts", metavar="N", default="3")
+    parser.add_argument("list", type=Path, metavar="LIST")
+    arguments = parser.parse_args(words)
+    try:
+        training = load_run_config(slurm.list_entry(arguments.list, slurm.array_task())[0]).training
+        study, run = arguments.list.parent.parent, Path(training.run_directory)
+        evaluations = [Evaluation.model_validate(entry) for entry in read_index(study)["evaluate"]]
+        if not state_of(run, training.steps, evaluations).trained:
+            options = ["--restarts", arguments.restarts, "--list", str(arguments.list)]
+            code = slurm.main([*options, "--", *launcher])
+            if code != 0:
+                return code
+        code = _evaluate(run, state_of(run, training.steps, evaluations).missing, launcher)
+        _write_results(study)
+    except L2EError as error:
+        say(f"l2e-ds: error: {error}")
+        return error.exit_code
+    return code
+
+
+def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:
+    """One after another, by the launcher of training. Stopped on request, the job is requeued."""
+    slurm.prepare_environment()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, _note)
+    for evaluation in evaluations:
+        child = Child([*launcher[:-1], "l2e_ds.cli", *evaluation_words(run, evaluation)], os.environ)
+        while child.process.poll() is None and not _heard:
+            time.sleep(0.2)
+        if _heard:
+            child.kill()
+            slurm.requeue_if_due(Interrupted.exit_code, broke_stopping=False)
+            return Interrupted.exit_code
+        if child.process.returncode != 0:
+            return child.process.returncode
+    return 0
+
+
+def _write_results(study: Path) -> None:
+    """Tasks that end together may write over one another: until what is written is how it is."""
+    table = None
+    while table is None or not collect(study).equals(table):
+        table = collect(study)
+        write_results(study, table)
+
+
+def _note(number: int, _frame: FrameType | None) -> None:
+    _heard.append(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""A study's runs, checked before anything starts, and written down in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from l2e_ds.config import RunConfig, checked, find_file, load_run_config, read_yaml
+from l2e_ds.data.files import write_whole
+from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, portable, text_of
+from l2e_ds.study.state import config_file, read_index, run_directory
+from l2e_ds.train import Plan, preflight, resolve_run
+from l2e_ds.training.run_lock import RunLock
+
+# keys that decide no figure, but where, how safely and how visibly it is computed
+NEUTRAL = (
+    *("checkpoint.", "evaluation.", "logging.", "data.cache", "data.workers", "training.micro_batch"),
+    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout"),
+)
+
+
+class StudyLock(RunLock):
+    """One `l2e-ds study` at a time works in a study's folder."""
+
+    def _refusal(self, holder: dict) -> ConfigError:
+        who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
+        return ConfigError(f"{self.path.parent}: another l2e-ds study works here ({who}); wait for it or stop it")
+
+
+def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
+    """Every run, completely checked as `l2e-ds train` does before it starts. Raises ConfigError or DataError naming the
+    run."""
+    plans: dict[str, Plan] = {}
+    looked_at: set[str] = set()
+    for run in study.runs:
+        own = [f"training.run_directory={json.dumps(str(run_directory(study.directory, run.name)))}"]
+        try:
+            asked = load_run_config(_base(run), [*run.overrides, *own])
+            words = (_base(run), [*run.overrides, *own], ranks)
+            # data and machine are looked at once for all runs that only train otherwise
+            needs = json.dumps([asked.model_dump(mode="json", exclude={"inhibition", "optimizer", "training"})])
+            needs += f"{asked.training.precision} {asked.training.resume}"
+            plan = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
+            looked_at.add(needs)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{run.name}: {error}") from None
+        plans[run.name] = replace(plan, config=_settled(plan.config, asked, run, study.directory))
+    _refuse_twins(study, plans)
+    return plans
+
+
+def _base(run: StudyRun) -> Path:
+    found = find_file(run.base)
+    if found is None:
+        raise ConfigError(f"base: no such run file: {run.base}")
+    return found
+
+
+def _settled(config: RunConfig, asked: RunConfig, run: StudyRun, directory: Path) -> RunConfig:
+    """What is started: with the precision that was asked for, for the device that runs it to decide, with one cache for
+    all runs, and with a DeepSpeed JSON that is found without the base beside it."""
+    config = config.replace("training", precision=asked.training.precision)
+    if config.data.cache is None:
+        config = config.replace("data", cache=str(directory / "data"))
+    if (given := find_file(config.deepspeed.config, _base(run))) is not None:
+        config = config.replace("deepspeed", config=portable(given))
+    return config
+
+
+def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
+    seen: dict[str, str] = {}
+    for run in study.runs:
+        content = json.dumps(_flat(plans[run.name].config, without="training.run_directory"))
+        if content in seen:
+            raise ConfigError(f"factors: {seen[content]} and {run.name} would be the same run; leave one of them out")
+        seen[content] = run.name
+
+
+def _flat(config: RunConfig, without: str | None = None) -> dict[str, Any]:
+    """Dotted key -> value."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+        if f"{section}.{key}" != without
+    }
+
+
+def changes(directory: Path, new: RunConfig) -> list[str]:
+    """What a run that was begun would become another by, as `key: old -> new`.
+
+    It may grow longer where its schedule does not change by that. Raises ConfigError.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        return []
+    old, now = _flat(checked(RunConfig, read_yaml(path), str(path))), _flat(new)
+    if now["training.precision"] == "auto":
+        old["training.precision"] = "auto"
+    if now["optimizer.schedule_steps"] is not None and now["training.steps"] > old["training.steps"]:
+        old["training.steps"] = now["training.steps"]
+    return [
+        f"{key}: {text_of(old[key])} -> {text_of(now[key])}"
+        for key in now
+        if old[key] != now[key] and not key.startswith(NEUTRAL)
+    ]
+
+
+def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
+    """Lines about what is otherwise than at the last call and may be. Raises ConfigError for a run that has begun and
+    would become another one."""
+    lines = []
+    for run in study.runs:
+        found = changes(run_directory(study.directory, run.name), plans[run.name].config)
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise ConfigError(
+                f"{study.directory}: the run {run.name} has begun, and its configuration has changed since: {found[0]}"
+                f"{more}; give the same overrides again (they are in {study.directory / FILE}), or another --directory"
+            )
+    if (study.directory / INDEX).is_file():
+        before = {entry["name"]: entry for entry in read_index(study.directory)["runs"]}
+        now = {entry["name"]: entry for entry in study.index()["runs"]}
+        for name, entry in before.items():
+            if name not in now:
+                lines.append(f"{name} is no longer in the study; what it did stays in {study.directory / 'runs'}")
+            elif [entry.get(key) for key in ("base", "overrides")] != [now[name][key] for key in ("base", "overrides")]:
+                lines.append(f"the configuration of {name} has changed since the last call")
+    return lines
+
+
+def write_study(study: Study, plans: dict[str, Plan]) -> None:
+    """Raises ConfigError where the folder cannot be written."""
+    try:
+        for run in study.runs:
+            write_whole(config_file(study.directory, run.name), plans[run.name].config.dump())
+        write_whole(study.directory / FILE, study.dump())
+        write_whole(study.directory / INDEX, json.dumps(study.index(), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"directory: cannot write {error.filename or study.directory}: {error.strerror}") from None

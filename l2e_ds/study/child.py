@@ -1,0 +1,62 @@
+"""Commands that a study starts: in sessions of their own, and never longer than the study itself."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from l2e_ds.study.definition import Evaluation
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+LEAVE_SECONDS = 10.0  # for an evaluation that was told to end
+
+
+class Child:
+    """A command in a session of its own, which signals to this process's group do not reach."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None = None) -> None:
+        with contextlib.ExitStack() as stack:
+            file = None
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(log.open("ab"))
+            self.process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+                preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
+            )
+
+    def kill(self) -> None:
+        """End it and all that it started: politely, then by force. For what loses nothing by it."""
+        doomed = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
+        processes = []
+        for pid in doomed:
+            with contextlib.suppress(psutil.Error):
+                processes.append(psutil.Process(pid))
+                processes[-1].terminate()
+        for process in psutil.wait_procs(processes, timeout=LEAVE_SECONDS)[1]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def evaluation_words(directory: Path, evaluation: Evaluation) -> list[str]:
+    """Of `l2e-ds`, for one run."""
+    words = ["evaluate", str(directory), "--tasks", *evaluation.tasks]
+    if evaluation.num_fewshot is not None:
+        words += ["--num-fewshot", str(evaluation.num_fewshot)]
+    if evaluation.include_path:
+        words += ["--include-path", *evaluation.include_path]
+    if evaluation.limit is not None:
+        words += ["--limit", str(evaluation.limit)]
+    return words

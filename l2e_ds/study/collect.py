@@ -1,0 +1,206 @@
+"""What a study's runs came to: one line a run, means over seeds, and paired differences to the baseline.
+
+Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
+(the run it is compared with), `state`, `step`, `tokens`, then figures. Of metrics.jsonl, the newest: `held_out_loss`,
+`top_share_score`, `mean_s`, `kurtosis` (means over the hooked layers), `observed_share`; medians over the lines of
+training but the first after each start: `step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. Of
+evaluations.jsonl, at the last step: `TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a
+group without those of its parts. An empty cell: there is no such figure (yet).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas as pd
+
+from l2e_ds.console import markdown
+from l2e_ds.data.files import write_whole
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.results import read_results
+from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
+from l2e_ds.study.state import json_lines, read_index, state_of, steps_of
+
+RESULTS = "results.csv"
+SHOWN = {
+    "held_out_loss": ("held-out loss", "{:.4f}"),
+    "top_share_score": ("MS of the top share", "{:.3f}"),
+    "mean_s": ("mean S", "{:.4f}"),
+    "kurtosis": ("kurtosis", "{:.3f}"),
+}
+
+
+def collect(directory: Path) -> pd.DataFrame:
+    """The table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
+
+    Raises ConfigError where there is no study.
+    """
+    index = read_index(directory)
+    evaluations = [Evaluation.model_validate(entry) for entry in index["evaluate"]]
+    rows = []
+    for entry in index["runs"]:
+        run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
+        state = state_of(run, steps, evaluations)
+        rows.append(
+            {
+                "run": entry["name"],
+                "combination": ", ".join(entry["levels"].values()) or index["name"],
+                **entry["levels"],
+                "seed": entry["seed"],
+                "baseline": entry["baseline"],
+                "state": str(state),
+                "step": state.step,
+                **_metrics(json_lines(run / "metrics.jsonl")),
+                **_figures(run, steps),
+            }
+        )
+    table = pd.DataFrame(rows)
+    return table.reindex(
+        columns=[*dict.fromkeys(["run", "combination", *index["factors"], *COLUMNS, *FIGURES, *table.columns])]
+    )
+
+
+def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """One row a combination, in the table's order, of the runs that have a figure in `column`.
+
+    runs: how many; mean: over them (seeds). Of the pairs of a run and its baseline: pairs: how many; difference: mean
+    of (run - baseline), and its stderr: standard deviation (n - 1) over the square root of n, NaN for a single pair;
+    relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the baseline itself.
+    """
+    value_of = table.set_index("run")[column].astype(float)
+    base = table["baseline"].map(value_of).astype(float)
+    difference = table[column].astype(float) - base
+    found = pd.DataFrame(
+        {
+            "combination": table["combination"],
+            "value": table[column].astype(float),
+            "difference": difference,
+            "relative": difference / base,
+        }
+    )
+    groups = found.groupby("combination", sort=False)
+    return pd.DataFrame(
+        {
+            "runs": groups["value"].count(),
+            "mean": groups["value"].mean(),
+            "pairs": groups["difference"].count(),
+            "difference": groups["difference"].mean(),
+            "stderr": groups["difference"].sem(),
+            "relative": groups["relative"].mean(),
+            "relative_stderr": groups["relative"].sem(),
+        }
+    )
+
+
+def write_results(directory: Path, table: pd.DataFrame) -> None:
+    """Raises ConfigError where the folder cannot be written."""
+    try:
+        write_whole(directory / RESULTS, table.to_csv(index=False))
+    except OSError as error:
+        raise ConfigError(f"directory: cannot write {directory / RESULTS}: {error.strerror}") from None
+
+
+def figures_of(table: pd.DataFrame) -> list[str]:
+    """The columns of evaluations: `TASK/N-shot/METRIC`."""
+    return [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Means over seeds and paired differences, as Markdown."""
+    metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
+    states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
+    heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
+    for name, (label, form) in SHOWN.items():
+        if metrics[name]["runs"].any():
+            heads += [label, "difference"]
+            for row, (_, found) in zip(rows, metrics[name].iterrows(), strict=True):
+                row += [_text(found["mean"], form), _plus_minus(found["difference"], found["stderr"], form)]
+    if metrics["step_seconds"]["runs"].any():
+        heads += ["s a step", "more"]
+        for row, (_, found) in zip(rows, metrics["step_seconds"].iterrows(), strict=True):
+            more = _plus_minus(100 * found["relative"], 100 * found["relative_stderr"], "{:.1f}", " %")
+            row += [_text(found["mean"], "{:.4f}"), more]
+    parts = [markdown(heads, rows)]
+    tasks = [
+        [name, combination, str(int(found["runs"])), _text(found["mean"], "{:.4f}"), _difference(found)]
+        for name in figures_of(table)
+        for combination, found in paired_differences(table, name).iterrows()
+        if found["runs"]
+    ]
+    if tasks:
+        parts.append(markdown(["figure", "combination", "runs", "mean", "difference"], tasks))
+    parts.append(
+        "Means over seeds; differences to the baseline of the same seed, with their standard error over seeds.\n"
+    )
+    return "\n".join(parts)
+
+
+def _difference(found: pd.Series) -> str:
+    return _plus_minus(found["difference"], found["stderr"], "{:.4f}")
+
+
+def _text(value: float, form: str) -> str:
+    return "" if pd.isna(value) else form.format(value)
+
+
+def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
+    if pd.isna(value):
+        return ""
+    signed = form.replace(":", ":+").format(value)
+    return f"{signed}{unit}" if pd.isna(error) else f"{signed} ± {form.format(error)}{unit}"
+
+
+# --- one run -----------------------------------------------------------------------------------------------------
+
+
+def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
+    training = [line for line in lines if line["kind"] == "train"]
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    steady = _after_first_intervals(lines)
+    values: dict[str, float | None] = {}
+    if training:
+        values["observed_share"] = training[-1].get("observed_share")
+        values["peak_memory_gib"] = max(line["peak_memory_gib"] for line in training)
+        values["tokens"] = training[-1]["tokens"]
+    if evaluations:
+        last = evaluations[-1]
+        values["held_out_loss"] = last["held_out_loss"]
+        values |= {name: _mean(_of_layers(last, name)) for name in LAYER_MEANS}
+    if steady:
+        values |= {key: median(line[key] for line in steady) for key in ("step_seconds", "tokens_per_second")}
+    return values
+
+
+def _after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of training without the first after each start, in which things are compiled and caches filled."""
+    kept, is_first = [], True
+    for line in lines:
+        if line["kind"] == "start":
+            is_first = True
+        elif line["kind"] == "train":
+            if not is_first:
+                kept.append(line)
+            is_first = False
+    return kept
+
+
+def _of_layers(line: dict[str, Any], name: str) -> list[float]:
+    found = (value for key, value in line.items() if re.fullmatch(rf"layer\d+/{name}", key))
+    return [value for value in found if value is not None]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _figures(run: Path, step: int) -> dict[str, float | None]:
+    figures: dict[str, float | None] = {}
+    for result in read_results(run):
+        if result.step == step and result.part_of is None:
+            name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
+            figures |= {name: result.value, f"{name}_stderr": result.stderr}
+    return figures

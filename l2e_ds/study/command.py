@@ -1,0 +1,193 @@
+"""`l2e-ds study STUDY.yaml [section.key=value ...]`: a grid of runs; what is done is skipped, what was cut off goes on.
+
+Every run's configuration is checked before anything starts. The results are collected at the end of every call:
+results.csv in the study's folder, and a table of means and paired differences. docs/studies.md has the details.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+from l2e_ds.config import find_file
+from l2e_ds.console import at_least, markdown
+from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.study import array
+from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
+from l2e_ds.study.collect import collect, summary, write_results
+from l2e_ds.study.definition import FILE, INDEX, Study, read_study
+from l2e_ds.study.places import places
+from l2e_ds.study.runner import Runner, say
+from l2e_ds.study.state import State, run_directory, state_of
+from l2e_ds.submit import add_resource_arguments, resources_of
+from l2e_ds.train import Plan, quiet_libraries
+
+SLURM_ONLY = ("gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "job_name")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="also study.yaml of a study's folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of all runs")
+    parser.add_argument("--directory", type=Path, metavar="DIR", help="the study's folder, instead of the file's")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="check everything, print the runs and how far they are")
+    what.add_argument("--collect", action="store_true", help="only collect the results so far")
+    where = parser.add_argument_group("on this machine")
+    where.add_argument("--devices", type=int, metavar="N", help="N runs at a time, each on one device")
+    where.add_argument(
+        "--ranks", type=int, metavar="R", help="one run at a time, on R ranks (default: all GPUs; without any 1)"
+    )
+    cluster = parser.add_argument_group("on a cluster")
+    cluster.add_argument("--slurm", action="store_true", help="as an array job, one task a run; with the options below")
+    add_resource_arguments(parser, required=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when all runs are done (or queued); 1 where one failed, 2 where the user can mend it, 75 where it
+    was stopped and can be gone on with. Raises ConfigError or DataError before anything starts."""
+    _check_options(arguments)
+    if arguments.collect:
+        return _collect(_directory(arguments))
+    quiet_libraries()
+    study = read_study(arguments.study, arguments.overrides, arguments.directory)
+    if study.file.evaluate and find_spec("lm_eval") is None:
+        raise ConfigError("evaluate: lm-evaluation-harness is not installed: pip install 'l2e-ds[eval]'")
+    resources = resources_of(arguments) if arguments.slurm else None
+    where = [] if resources else places(arguments.devices, arguments.ranks, os.environ)
+    ranks = resources.ranks if resources else where[0].ranks
+    plans = plan_runs(study, ranks, this_machine=not (arguments.slurm or arguments.dry_run))
+    lines = refuse_changes(study, plans)
+    names = [name for name, state in _states(study, plans).items() if not state.is_done]
+    if arguments.dry_run:
+        print(describe(study, plans, lines))
+        if resources is not None:
+            print(array.script(study.directory / "slurm-N", len(names), resources, arguments.restarts), end="")
+        return 0
+
+    if names:
+        _load_tasks(study)
+    words = ["study", *_words(arguments)]
+    if resources is not None:
+        array.check(study.directory, words)
+    array.refuse_queued(study.directory)
+    lock = StudyLock(study.directory)
+    lock.acquire()
+    try:
+        for line in lines:
+            say(line)
+        write_study(study, plans)
+        if resources is None:
+            runner = Runner(study.directory, names, study.file.evaluate, where, arguments.restarts, lock.renew)
+            code = runner.run()
+        elif names:
+            array.submit(study.directory, names, resources, arguments.restarts, words)
+            return 0
+        else:
+            code = 0
+    finally:
+        lock.release()
+    _collect(study.directory)
+    if resources is None:
+        for name, (_, why) in runner.failed.items():
+            say(f"{name}: failed: {why}")
+        for name in runner.stopped:
+            say(f"{name}: was stopped; the same command goes on")
+    return code
+
+
+def _load_tasks(study: Study) -> None:
+    """That the harness has the tasks and their data, before the first run takes its hours; where compute nodes have no
+    hub, they find the data in the cache. Raises ConfigError, DataError."""
+    wanted = {(tuple(part.tasks), tuple(part.include_path)) for part in study.file.evaluate}
+    if not wanted:
+        return
+    from l2e_ds.evaluation.harness import load_tasks
+
+    for tasks, include_path in sorted(wanted):
+        try:
+            load_tasks(tasks, include_path)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"evaluate: {error}") from None
+
+
+def describe(study: Study, plans: dict[str, Plan], lines: list[str]) -> str:
+    """What `--dry-run` prints: a table of the runs, and what is left to do."""
+    common = set.intersection(*(set(run.overrides) for run in study.runs))
+    states = _states(study, plans)
+    rows, steps_left, tokens_left = [], 0, 0
+    for run in study.runs:
+        plan, state = plans[run.name], states[run.name]
+        left = 0 if state.trained else state.steps - state.step
+        steps_left, tokens_left = steps_left + left, tokens_left + left * plan.batch.tokens_per_step
+        own = " ".join(word for word in run.overrides if word not in common and not word.startswith("training.seed="))
+        rows.append([run.name, own, str(state), f"{left:,}", f"{left * plan.batch.tokens_per_step:,}", str(plan.batch)])
+    batches = {row[-1] for row in rows}
+    heads = ["run", "differs", "state", "steps to go", "tokens to go", "batch"]
+    if len(batches) == 1:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    counts = Counter(str(state) if state.is_done or not state.begun else "begun" for state in states.values())
+    said = [f"study       {study.file.title}", f"folder      {study.directory}", f"base        {_bases(study)}"]
+    said += [f"all runs    {' '.join(sorted(common))}"] if common else []
+    said += [f"batch       {batch}" for batch in batches if len(batches) == 1]
+    said += [f"evaluation  {' '.join(part.tasks)}, {part.num_fewshot}-shot" for part in study.file.evaluate]
+    said += [f"runs        {len(rows)}: {', '.join(f'{count} {state}' for state, count in counts.items())}"]
+    said += [f"to go       {steps_left:,} steps, {tokens_left:,} tokens"]
+    return "\n".join([markdown(heads, rows), *said, *lines])
+
+
+def _bases(study: Study) -> str:
+    return ", ".join(dict.fromkeys(run.base for run in study.runs))
+
+
+def _states(study: Study, plans: dict[str, Plan]) -> dict[str, State]:
+    return {
+        run.name: state_of(
+            run_directory(study.directory, run.name), plans[run.name].config.training.steps, study.file.evaluate
+        )
+        for run in study.runs
+    }
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    at_least("--restarts", arguments.restarts, 0)
+    if arguments.study.is_dir():
+        arguments.study = arguments.study / FILE
+    elif (found := find_file(str(arguments.study))) is not None and not arguments.study.is_file():
+        arguments.study = found  # of this package, from another folder
+    if arguments.slurm:
+        for option in ("devices", "ranks"):
+            if getattr(arguments, option) is not None:
+                raise ConfigError(f"--{option}: is for runs on this machine; leave it or --slurm out")
+        for option in ("gpus_per_node", "time"):
+            if getattr(arguments, option) is None:
+                raise ConfigError(f"--slurm: needs --{option.replace('_', '-')}")
+    else:
+        given = next((option for option in SLURM_ONLY if getattr(arguments, option) is not None), None)
+        if given is not None or arguments.for_sbatch:
+            option = f"--{given.replace('_', '-')}" if given else "--"
+            raise ConfigError(f"{option}: is for --slurm; give that too, or leave it out")
+
+
+def _directory(arguments: argparse.Namespace) -> Path:
+    """The study's folder, without a look at the runs."""
+    if arguments.directory is not None:
+        return arguments.directory
+    if arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file():
+        return arguments.study.parent
+    return read_study(arguments.study).directory
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    directory = [] if arguments.directory is None else ["--directory", str(arguments.directory)]
+    return [str(arguments.study), *arguments.overrides, *directory, "--slurm"]
+
+
+def _collect(directory: Path) -> int:
+    table = collect(directory)
+    write_results(directory, table)
+    print(summary(table))
+    print(f"results  {directory / 'results.csv'}", flush=True)
+    return 0

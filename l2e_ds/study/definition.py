@@ -1,0 +1,367 @@
+"""A study file, and the runs that it stands for: every combination of its factors' levels, with every seed.
+
+title: Main comparison
+base: launch/recipes/pythia-70m.yaml     # a run file: as given, beside the study file, or in the repository
+directory: studies/main                  # default: studies/ and the file's name
+seeds: [1234, 1235]                      # paired: every combination runs with every seed
+set: {training.steps: 400}               # for all runs
+factors:
+  method: {none: {inhibition.method: none}, l2e: {inhibition.method: l2e}}
+  inhibition.target_share: [0.01, 0.02]  # in short: a key and its values
+exclude: [{method: none, inhibition.target_share: 0.02}]
+baseline: {method: none}                 # what the others are compared with
+evaluate: [{tasks: [paper], num_fewshot: 0}]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from l2e_ds.config import REPOSITORY, Section, checked, find_file, parse_yaml, read_yaml, split_override
+from l2e_ds.errors import ConfigError
+
+FILE, INDEX = "study.yaml", "study.json"
+PACKAGE = Path(__file__).resolve().parents[1]
+LEVEL = re.compile(r"[A-Za-z0-9_.+-]+")
+KEY = re.compile(r"[a-z_]+\.[a-z_]+")
+LONGEST_NAME = 200  # characters; a file's name may have 255 bytes
+DECIDED = {"training.run_directory": "directory", "training.seed": "seeds"}
+"""Keys of a run that the study decides, and by which of its own."""
+
+
+COLUMNS = ("run", "combination", "seed", "baseline", "state", "step", "tokens")
+"""Of the table of runs (collect.py), beside the factors."""
+LAYER_MEANS = ("top_share_score", "mean_s", "kurtosis")
+FIGURES = ("held_out_loss", *LAYER_MEANS, "observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib")
+
+
+class Evaluation(Section):
+    """Tasks of lm-evaluation-harness on the finished run (`l2e-ds evaluate`)."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Tasks and groups by the harness's names, or `paper`."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Examples in each prompt. Default: each task's own number."""
+    include_path: list[str] = Field([])
+    """Folders of task files of your own."""
+    limit: int | None = Field(None, gt=0)
+    """Take only the first documents of each task."""
+
+
+class StudyFile(Section):
+    """What stands in the file."""
+
+    title: str = ""
+    base: str | None = None
+    directory: str = ""
+    published: Literal["main", "ablation", "level", "layers", "time"] | None = None
+    seeds: list[int] = Field([1234], min_length=1)
+    set: dict[str, Any] = Field({})
+    factors: dict[str, Any] = Field({})
+    exclude: list[dict[str, Any]] = Field([])
+    baseline: dict[str, Any] | None = None
+    evaluate: list[Evaluation] = Field([])
+
+
+@dataclass(frozen=True)
+class Level:
+    """One value of a factor: what it sets, by dotted key, and the run file that it takes in the place of `base`."""
+
+    settings: dict[str, Any]
+    base: str | None = None
+
+
+Levels = dict[str, str]
+"""factor -> name of its level."""
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """overrides: of the run file `base`, but for the run directory and the cache; baseline: the name of the run that
+    this one is compared with, None for a baseline and where there is none."""
+
+    name: str
+    levels: Levels
+    seed: int
+    base: str
+    overrides: tuple[str, ...]
+    baseline: str | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """file: with everything found that it names. runs: all combinations with the first seed first, so that a study
+    that is cut off has whole replicates."""
+
+    file: StudyFile
+    directory: Path
+    factors: dict[str, dict[str, Level]]
+    runs: tuple[StudyRun, ...]
+
+    def index(self) -> dict[str, Any]:
+        """JSON-able: what study.json says, to readers that do not know study files."""
+        return {
+            "title": self.file.title,
+            "name": self.directory.absolute().name,
+            "published": self.file.published,
+            "factors": {factor: list(levels) for factor, levels in self.factors.items()},
+            "seeds": self.file.seeds,
+            "baseline": self.file.baseline,
+            "evaluate": [evaluation.model_dump() for evaluation in self.file.evaluate],
+            "runs": [
+                {
+                    "name": run.name,
+                    "directory": f"runs/{run.name}",
+                    "levels": run.levels,
+                    "seed": run.seed,
+                    "baseline": run.baseline,
+                    "overrides": list(run.overrides),
+                    "base": run.base,
+                }
+                for run in self.runs
+            ],
+        }
+
+    def dump(self) -> str:
+        """The file, as YAML, which gives the same runs from anywhere."""
+        return yaml.safe_dump(self.file.model_dump(exclude_defaults=True), sort_keys=False, default_flow_style=None)
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None = None) -> Study:
+    """overrides: `section.key=value` for all runs, over the file's `set`. directory: in the place of the file's.
+
+    Raises ConfigError naming the file and the key, what was given and what is allowed.
+    """
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a study file is a mapping with the keys {', '.join(StudyFile.model_fields)}")
+    file = checked(StudyFile, raw, str(path))
+    if directory is None:
+        beside = path.name == FILE and (path.parent / INDEX).is_file()
+        directory = path.parent if beside else Path(file.directory or f"studies/{path.stem}")
+    try:
+        factors = _factors(file, path)
+        file = file.model_copy(
+            update={
+                "title": file.title or path.stem,
+                "directory": "",
+                "base": None if file.base is None else _found(file.base, path, "base"),
+                "set": _settings(file.set, "set") | _overrides(overrides, factors),
+                "factors": {name: _dumped(name, levels) for name, levels in factors.items()},
+                "exclude": [_levels(given, f"exclude.{i}", factors) for i, given in enumerate(file.exclude)],
+                "baseline": None if file.baseline is None else _levels(file.baseline, "baseline", factors),
+                "evaluate": [_with_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
+            }
+        )
+        return Study(file, directory, factors, _runs(file, factors))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def text_of(value: Any) -> str:
+    """As it stands in an override; also the name of a level that is given by its value."""
+    try:
+        if isinstance(value, str) and value.isprintable() and parse_yaml(value, "") == value:
+            return value
+    except ConfigError:
+        pass
+    return json.dumps(value)
+
+
+# --- what the file says, checked ---------------------------------------------------------------------------------
+
+
+def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
+    factors: dict[str, dict[str, Level]] = {}
+    set_by: dict[str, str] = {}
+    for name, given in file.factors.items():
+        where = f"factors.{name}"
+        if name in (*COLUMNS, *FIGURES):
+            raise ConfigError(f"{where}: is a column of the results already; give the factor another name")
+        if isinstance(given, list) and KEY.fullmatch(name):
+            _settings({name: None}, "factors")
+            levels = {text_of(value): Level({name: value}) for value in given}
+            if len(levels) < len(given):
+                raise ConfigError(f"{where}: {given} names a value twice")
+        elif isinstance(given, dict) and LEVEL.fullmatch(name):
+            levels = {level: _level(settings, f"{where}.{level}", path) for level, settings in given.items()}
+            bad = next((level for level in given if not isinstance(level, str) or not LEVEL.fullmatch(level)), None)
+            if bad is not None:
+                raise ConfigError(f"{where}: got the level {bad!r}, allowed: letters, digits and _ . + - (in quotes)")
+        else:
+            raise ConfigError(
+                f"{where}: got {given!r}; write levels and what each sets, e.g. {{none: {{inhibition.method: none}}}},"
+                " or a dotted key and a list of its values"
+            )
+        if not levels:
+            raise ConfigError(f"{where}: got {given!r}, give at least one level")
+        factors[name] = levels
+        for key in sorted(
+            {key for level in levels.values() for key in (*level.settings, *(["base"] * bool(level.base)))}
+        ):
+            if set_by.setdefault(key, name) != name:
+                raise ConfigError(f"{where}: sets {key}, as the factor {set_by[key]} does")
+    return factors
+
+
+def _level(given: Any, where: str, path: Path) -> Level:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: got {given!r}, must be a mapping of dotted keys, e.g. {{inhibition.method: l2e}}")
+    base = given.get("base")
+    settings = _settings({key: value for key, value in given.items() if key != "base"}, where)
+    return Level(settings, None if base is None else _found(base, path, f"{where}.base"))
+
+
+def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
+    for key in given:
+        if not isinstance(key, str) or not KEY.fullmatch(key):
+            raise ConfigError(f"{where}: got the key {key!r}, write section.key, e.g. training.steps")
+        if key in DECIDED:
+            raise ConfigError(f"{where}.{key}: is decided by the study's {DECIDED[key]}; remove it")
+    return given
+
+
+def _overrides(overrides: Sequence[str], factors: dict[str, dict[str, Level]]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        section, key, value = split_override(override)
+        settings |= _settings({f"{section}.{key}": value}, "override")
+    for name, levels in factors.items():
+        for level in levels.values():
+            both = next((key for key in level.settings if key in settings), None)
+            if both is not None:
+                raise ConfigError(f"override {both}: the factor {name} sets it; change the study file")
+    return settings
+
+
+def _found(base: Any, path: Path, where: str) -> str:
+    """A run file, by a name that leads to it from any folder."""
+    found = find_file(base, path) if isinstance(base, str) else None
+    if found is None:
+        raise ConfigError(f"{where}: no such run file: {base}")
+    return portable(found)
+
+
+def portable(path: Path) -> str:
+    """The name of a file or folder of this repository as `find_file` finds it from anywhere, of others the path."""
+    for root in (PACKAGE, REPOSITORY):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)
+
+
+def _with_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
+    folders = []
+    for name in evaluation.include_path:
+        places = [Path(name).expanduser(), path.parent / name, REPOSITORY / name]
+        found = next((place for place in places if place.is_dir()), None)
+        if found is None:
+            raise ConfigError(f"{where}.include_path: no such folder: {name}")
+        folders.append(str(found.resolve()))
+    return evaluation.model_copy(update={"include_path": folders})
+
+
+def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Level]]) -> Levels:
+    """factor -> level, as texts."""
+    levels = {}
+    for factor, value in given.items():
+        if factor not in factors:
+            raise ConfigError(f"{where}: there is no factor {factor!r}; allowed: {', '.join(factors)}")
+        levels[factor] = value if isinstance(value, str) and value in factors[factor] else text_of(value)
+        if levels[factor] not in factors[factor]:
+            raise ConfigError(f"{where}.{factor}: got {value!r}; allowed: {', '.join(factors[factor])}")
+    if not levels:
+        raise ConfigError(f"{where}: got {given}, name at least one factor and its level")
+    return levels
+
+
+def _dumped(name: str, levels: dict[str, Level]) -> Any:
+    """A factor as a file has it."""
+    if KEY.fullmatch(name) and all(list(level.settings) == [name] for level in levels.values()):
+        return [level.settings[name] for level in levels.values()]
+    return {text: ({"base": level.base} if level.base else {}) | level.settings for text, level in levels.items()}
+
+
+# --- the runs ----------------------------------------------------------------------------------------------------
+
+
+def _runs(file: StudyFile, factors: dict[str, dict[str, Level]]) -> tuple[StudyRun, ...]:
+    if len(set(file.seeds)) < len(file.seeds):
+        raise ConfigError(f"seeds: {file.seeds} names a seed twice")
+    grid = [dict(zip(factors, names, strict=True)) for names in product(*factors.values())]
+    kept = [levels for levels in grid if not any(excluded.items() <= levels.items() for excluded in file.exclude)]
+    if not kept:
+        raise ConfigError("exclude: leaves no run")
+    baselines = [
+        None if file.baseline is None else baseline_of(levels, kept, file.baseline, factors) for levels in kept
+    ]
+    runs = []
+    for seed in file.seeds:
+        for levels, baseline in zip(kept, baselines, strict=True):
+            chosen = [factors[factor][name] for factor, name in levels.items()]
+            base = next((level.base for level in chosen if level.base), file.base)
+            if base is None:
+                raise ConfigError(f"base: is required; the run {_name(levels, seed)} has none")
+            settings = dict(file.set)
+            for level in chosen:
+                settings |= level.settings
+            overrides = [f"{key}={text_of(value)}" for key, value in settings.items()]
+            other = None if baseline is None else _name(baseline, seed)
+            name = _name(levels, seed)
+            runs.append(StudyRun(name, levels, seed, base, (*overrides, f"training.seed={seed}"), other))
+    names = [run.name for run in runs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"factors: two runs would be called {twice!r}; give a level another name")
+    if len(longest := max(names, key=len)) > LONGEST_NAME:
+        raise ConfigError(f"factors: {longest[:40]}... has {len(longest)} characters, allowed: {LONGEST_NAME}")
+    return tuple(runs)
+
+
+def _name(levels: Levels, seed: int) -> str:
+    return "-".join([*(re.sub(r"[^A-Za-z0-9_.+-]+", "_", level) for level in levels.values()), f"seed{seed}"])
+
+
+def baseline_of(
+    levels: Levels, kept: Sequence[Levels], baseline: Levels, factors: dict[str, dict[str, Level]]
+) -> Levels | None:
+    """The combination, of those that are run, that this one is compared with; None for a baseline itself.
+
+    It has the baseline's levels and otherwise the same ones. A factor may differ that sets nothing but inhibition,
+    where the baseline was excluded at this combination's level. Raises ConfigError where several would do.
+    """
+    if baseline.items() <= levels.items():
+        return None
+    meaningless = {
+        name
+        for name, found in factors.items()
+        if all(
+            not level.base and all(key.startswith("inhibition.") for key in level.settings) for level in found.values()
+        )
+    }
+    fitting: dict[int, list[Levels]] = {}
+    for other in kept:
+        if not baseline.items() <= other.items():
+            continue
+        differing = [name for name in levels if name not in baseline and other[name] != levels[name]]
+        nearer = any({**other, name: levels[name]} in kept for name in differing)
+        if not nearer and meaningless.issuperset(differing):
+            fitting.setdefault(len(differing), []).append(other)
+    if not fitting:
+        return None
+    found = fitting[min(fitting)]
+    if len(found) > 1:
+        names = " and ".join(", ".join(other.values()) for other in found[:2])
+        raise ConfigError(
+            f"baseline: {', '.join(levels.values())} could be compared with {names}; exclude all but one of them"
+        )
+    return found[0]

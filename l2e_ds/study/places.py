@@ -1,0 +1,61 @@
+"""Where runs of a study are computed on this machine: which devices, which launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2e_ds.console import at_least
+from l2e_ds.distributed import free_port
+from l2e_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run is computed. environment: what differs from this process's."""
+
+    ranks: int
+    environment: Mapping[str, str]
+
+    def launcher(self) -> list[str]:
+        """The words before a module's name; as launch/deepspeed.sh has them, and for one rank none at all."""
+        if self.ranks == 1:
+            return [sys.executable, "-u", "-m"]
+        beside = Path(sys.executable).with_name("deepspeed")
+        # given a number, the launcher forgets CUDA_VISIBLE_DEVICES; without one it takes all that are visible
+        count = [] if "CUDA_VISIBLE_DEVICES" in self.environment else ["--num_accelerators", str(self.ranks)]
+        program = str(beside) if beside.is_file() else "deepspeed"
+        return [program, "--master_port", str(free_port()), "--log_level", "error", *count, "--module"]
+
+
+def places(devices: int | None, ranks: int | None, environment: Mapping[str, str]) -> list[Place]:
+    """One for each run at a time. Raises ConfigError for more devices than there are."""
+    import torch
+
+    if devices is not None and ranks is not None:
+        raise ConfigError("--ranks: with --devices every run has one rank; give one of them")
+    cores = len(os.sched_getaffinity(0))
+    gpus = 0 if environment.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    option, count = ("--devices", devices) if devices is not None else ("--ranks", ranks or gpus or 1)
+    at_least(option, count, 1, gpus or cores)
+    if gpus:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        if devices is None:
+            return [Place(count, {"CUDA_VISIBLE_DEVICES": ",".join(visible[:count])})]
+        return [Place(1, {"CUDA_VISIBLE_DEVICES": visible[index]}) for index in range(count)]
+    threads = environment.get("OMP_NUM_THREADS", str(max(1, cores // count)))
+    own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
+    return [Place(count, own)] if devices is None else [Place(1, own)] * count
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a launcher around this process tells its ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in names and not name.startswith(("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID"))
+    }

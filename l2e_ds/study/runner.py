@@ -1,0 +1,255 @@
+"""Runs a study on this machine: several runs at a time, each with devices of its own.
+
+A run is trained by the supervisor (l2e_ds.supervise), which restarts it after failures and stops it without losing a
+step, then evaluated. Where this process is killed, its supervisors save and stop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from l2e_ds import console
+from l2e_ds.config import load_run_config
+from l2e_ds.errors import ConfigError, Interrupted
+from l2e_ds.study.child import Child, evaluation_words
+from l2e_ds.study.definition import Evaluation
+from l2e_ds.study.places import Place, without_launcher
+from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
+from l2e_ds.supervise import ASK
+from l2e_ds.training.run_lock import RENEWED_EVERY, RunLock
+
+POLL = 0.2  # seconds
+LOOK_AGAIN = 2.0  # seconds, at a run directory in which another process works
+STOPPED = Interrupted.exit_code
+
+
+@dataclass
+class Job:
+    """A run and what is under way for it.
+
+    doing: "train" or an evaluation's command; done: what it has begun before; log_begins: bytes; waits_since, look_at:
+    while another process works in its directory.
+    """
+
+    name: str
+    place: Place | None = None
+    child: Child | None = None
+    doing: str = ""
+    done: list[str] = field(default_factory=list)
+    began: float = 0.0
+    began_at_step: int = 0
+    log_begins: int = 0
+    waits_since: float | None = None
+    look_at: float = 0.0
+
+
+class Runner:
+    """directory: the study's. `run` returns when every run is done, has failed, or was stopped."""
+
+    def __init__(
+        self,
+        directory: Path,
+        names: Sequence[str],
+        evaluations: Sequence[Evaluation],
+        where: Sequence[Place],
+        restarts: int,
+        renew: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.directory, self.evaluations, self.restarts = directory, evaluations, restarts
+        self.waiting = [Job(name) for name in names]
+        self.running: list[Job] = []
+        self.free = list(where)
+        self.failed: dict[str, tuple[int, str]] = {}
+        """name -> exit code, why"""
+        self.stopped: list[str] = []
+        self.total, self.places = len(names), len(where)
+        self.seconds: list[float] = []  # of runs that this call began and finished
+        self._renew, self._renewed = renew, 0.0
+        self._heard: list[int] = []
+        self._heeded = 0
+
+    def run(self) -> int:
+        """Exit code: 0; 75 where it was asked to stop; 2 where all that failed can be mended by the user, else 1."""
+        before = {number: signal.getsignal(number) for number in ASK}
+        for number in ASK:
+            if before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._note)
+        try:
+            while self.running or (self.waiting and not self._heard):
+                self._heed()
+                if not self._heard:
+                    self._start_what_can_be()
+                for job in [job for job in self.running if job.child and job.child.process.poll() is not None]:
+                    self._take(job)
+                if time.monotonic() > self._renewed + RENEWED_EVERY:
+                    self._renewed = time.monotonic()
+                    self._renew()
+                time.sleep(POLL)
+        finally:
+            for job in self.running:  # after an exception of ours
+                if job.child is not None:
+                    job.child.process.terminate()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._heard:
+            return STOPPED
+        if self.failed:
+            codes = {code for code, _ in self.failed.values()}
+            return ConfigError.exit_code if codes == {ConfigError.exit_code} else 1
+        return STOPPED if self.stopped else 0
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self._heard.append(number)
+
+    def _heed(self) -> None:
+        """Hand every signal on; the supervisor takes a second one, some seconds later, for impatience."""
+        if len(self._heard) == self._heeded:
+            return
+        if not self._heeded:
+            say("asked to stop: the runs under way save and stop; the same command goes on")
+        self._heeded = len(self._heard)
+        for job in self.running:
+            assert job.child is not None
+            if job.doing == "train":
+                job.child.process.terminate()
+            else:
+                job.child.kill()
+
+    # --- one run after another -----------------------------------------------------------------------------------
+
+    def _state(self, job: Job) -> State:
+        return state_of(run_directory(self.directory, job.name), steps_of(self.directory, job.name), self.evaluations)
+
+    def _log(self, job: Job) -> Path:
+        return self.directory / "logs" / f"{job.name}.log"
+
+    def _start_what_can_be(self) -> None:
+        for job in list(self.waiting):
+            if not self.free:
+                return
+            if self._is_busy(job):
+                continue
+            self.waiting.remove(job)
+            state = self._state(job)
+            if state.is_done:
+                continue
+            job.place, job.began, job.began_at_step = self.free.pop(0), time.monotonic(), state.step
+            self.running.append(job)
+            say(f"{job.name}: begins ({state}); log: {self._log(job)}")
+            self._go_on(job)
+
+    def _is_busy(self, job: Job) -> bool:
+        """Whether another process writes there: perhaps what a killed study has left, which saves and stops. After
+        `training.timeout` the run counts as failed."""
+        now = time.monotonic()
+        if now < job.look_at:
+            return True
+        lock = RunLock(run_directory(self.directory, job.name))
+        if not lock.path.exists():
+            return False
+        try:
+            lock.acquire()
+        except ConfigError as error:
+            patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout
+            if job.waits_since is None:
+                job.waits_since = now
+                say(f"{job.name}: has to wait: {error}")
+            if now > job.waits_since + patience:
+                self.waiting.remove(job)
+                self._fail(job, error.exit_code, str(error))
+            job.look_at = now + LOOK_AGAIN
+            return True
+        lock.release()
+        return False
+
+    def _go_on(self, job: Job) -> None:
+        """Start what is next for a run, or end with it."""
+        assert job.place is not None
+        state = self._state(job)
+        directory = run_directory(self.directory, job.name)
+        if state.is_done:
+            self._finish(job, state)
+            return
+        if not state.trained:
+            doing = "train"
+            supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(self.restarts)]
+            run_file = str(config_file(self.directory, job.name))
+            command = [*supervisor, run_file, "--", *job.place.launcher(), "l2e_ds.train"]
+        else:
+            words = evaluation_words(directory, state.missing[0])
+            doing = " ".join(["l2e-ds", *words])
+            command = [*job.place.launcher(), "l2e_ds.cli", *words]
+        if doing in job.done:
+            what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such figures"
+            self._end(job)
+            self._fail(job, 1, f"{'training' if doing == 'train' else doing} {what}; see {self._log(job)}")
+            return
+        job.done.append(doing)
+        job.doing = doing
+        log = self._log(job)
+        job.log_begins = log.stat().st_size if log.is_file() else 0
+        job.child = Child(command, {**without_launcher(os.environ), **job.place.environment}, log)
+
+    def _take(self, job: Job) -> None:
+        """A child has ended."""
+        assert job.child is not None
+        code = job.child.process.returncode
+        if code == 0:
+            if self._heard:
+                self._end(job)
+                return
+            self._go_on(job)
+            return
+        self._end(job)
+        if self._heard:
+            return
+        if code == STOPPED:
+            self.stopped.append(job.name)
+            say(f"{job.name}: was stopped at step {self._state(job).step}")
+        else:
+            self._fail(job, code, self._reason(job, code))
+
+    def _finish(self, job: Job, state: State) -> None:
+        seconds = time.monotonic() - job.began
+        self._end(job)
+        if job.began_at_step == 0:
+            self.seconds.append(seconds)
+        left = len(self.waiting) + len(self.running)
+        done = self.total - left - len(self.failed) - len(self.stopped)
+        text = f"{job.name}: done in {_duration(seconds)}; {done} of {self.total} runs"
+        if left and self.seconds:
+            text += f", about {_duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
+        say(text)
+
+    def _end(self, job: Job) -> None:
+        assert job.place is not None
+        self.running.remove(job)
+        self.free.append(job.place)
+
+    def _fail(self, job: Job, code: int, why: str) -> None:
+        self.failed[job.name] = (code, why)
+        say(f"{job.name}: failed: {why}")
+
+    def _reason(self, job: Job, code: int) -> str:
+        """The last error that its log tells of."""
+        with self._log(job).open("rb") as file:
+            file.seek(job.log_begins)
+            lines = file.read().decode("utf-8", errors="replace").splitlines()
+        errors = [line.partition("error: ")[2] for line in lines if line.startswith("l2e-ds: error: ")]
+        said = errors[-1] if errors else f"exit code {code}"
+        return f"{said} (log: {self._log(job)})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def say(line: str) -> None:
+    console.say(f"l2e-ds study: {line}")

@@ -1,0 +1,133 @@
+"""What lies in a study's folder, and how far each run is.
+
+STUDY/
+  study.yaml        the study file, as it was read
+  study.json        the index: every run with its levels, seed and baseline; written before anything runs
+  configs/NAME.yaml the resolved configuration of each run, which is what is started
+  runs/NAME/        run directories
+  data/             tokenised text, shared by the runs
+  logs/NAME.log     what the run said
+  results.csv       one line a run
+  slurm-1/          by --slurm: batch script, list of runs, code version, logs
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import l2e_ds.evaluation
+from l2e_ds.config import load_run_config
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation import results
+from l2e_ds.study.definition import INDEX, Evaluation
+from l2e_ds.supervise import newest_step
+from l2e_ds.training.manifest import check_files
+
+
+@dataclass(frozen=True)
+class State:
+    """step: of the newest checkpoint; trained: it is complete and the last one; missing: evaluations to be made yet."""
+
+    begun: bool
+    step: int
+    steps: int
+    trained: bool
+    missing: tuple[Evaluation, ...]
+
+    @property
+    def is_done(self) -> bool:
+        return self.trained and not self.missing
+
+    def __str__(self) -> str:
+        if self.is_done:
+            return "done"
+        if self.trained:
+            return "not evaluated"
+        if self.step:
+            return f"at step {self.step}"
+        return "begun" if self.begun else "not begun"
+
+
+def run_directory(study: Path, name: str) -> Path:
+    return study / "runs" / name
+
+
+def config_file(study: Path, name: str) -> Path:
+    return study / "configs" / f"{name}.yaml"
+
+
+def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> State:
+    """directory: the run's."""
+    trained = check_files(directory / "checkpoints" / f"step{steps:08d}") is None
+    missing = tuple(evaluation for evaluation in evaluations if not is_evaluated(directory, steps, evaluation))
+    begun = (directory / "config.yaml").is_file()
+    return State(begun, newest_step(directory), steps, trained, missing)
+
+
+def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
+    """Whether one line of evaluations.jsonl has all these tasks at this step, with these shots and this limit.
+
+    A task that fixes its own number of shots keeps it; one of the tasks must have the number that was asked for.
+    """
+    for line in json_lines(directory / results.FILE):
+        found = results.results_of(line)
+        if line["step"] != step or line["limit"] != evaluation.limit:
+            continue
+        present = {result.task for result in found} | {result.part_of for result in found}
+        shots = {result.num_fewshot for result in found}
+        if all(_is_covered(task, present) for task in evaluation.tasks) and (
+            evaluation.num_fewshot is None or evaluation.num_fewshot in shots
+        ):
+            return True
+    return False
+
+
+def _is_covered(task: str, present: set[str | None]) -> bool:
+    """A group without figures of its own is there when all its tasks are."""
+    children = _own_groups().get(task, [])
+    return task in present or (bool(children) and all(_is_covered(child, present) for child in children))
+
+
+@cache
+def _own_groups() -> dict[str, list[str]]:
+    """Groups of tasks of this package."""
+    folder = Path(l2e_ds.evaluation.__file__).parent / "tasks"
+    contents = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))]
+    return {content["group"]: content["task"] for content in contents if "group" in content}
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Of a file that may be growing: a line that is still being written does not count. Empty without a file."""
+    lines = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(line))
+    return lines
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """Of study.json. Raises ConfigError where it is missing or cannot be read."""
+    path = directory / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if not all(key in index for key in ("title", "factors", "seeds", "evaluate", "runs")):
+            raise ValueError
+        return index
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
+    except (ValueError, TypeError):
+        raise ConfigError(f"{path}: is no index of a study") from None
+
+
+def steps_of(directory: Path, name: str) -> int:
+    """That a run of a study is to have. Raises ConfigError."""
+    return load_run_config(config_file(directory, name)).training.steps

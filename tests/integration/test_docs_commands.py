@@ -1,0 +1,144 @@
+"""Every command in README and docs, as it stands there, in a folder that has what they name.
+
+A command that cannot run here carries a mark in its comment: [cluster], [network] (a hub or pip), or [hours] (tests run
+it with smaller sizes).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from l2e_ds.cli import main
+from tests.conftest import REPOSITORY, rank_environment
+from tests.integration.conftest import SENTENCES
+
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+MARK = re.compile(r"\[(cluster|network|hours)\]")
+# in a test of their own, which calls them as they stand
+ELSEWHERE = {
+    "launch/quickstart.sh": "tests/integration/test_quickstart.py",
+    "launch/test.sh": ".ci/run",
+    "launch/test.sh tests/unit -n auto": ".ci/run",
+}
+
+
+STUDY = {
+    "base": "RUN.yaml",
+    "directory": "studies/main",
+    "factors": {"method": {"none": {"inhibition.method": "none"}, "l2e": {"inhibition.method": "l2e"}}},
+    "baseline": {"method": "none"},
+}
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of each line of each bash block, without marked ones; a line may go on after a backslash."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+            for line in block.replace("\\\n", " ").splitlines():
+                if line.strip() and not line.startswith("#") and not MARK.search(line):
+                    found.append((str(page.relative_to(REPOSITORY)), " ".join(shlex.split(line, comments=True))))
+    return list(dict.fromkeys(found))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """With the files and runs that the pages' commands name."""
+    root = tmp_path_factory.mktemp("docs")
+    here = Path.cwd()
+    os.chdir(root)
+    try:
+        _write_files(root)
+        for name, method in (("RUN_DIRECTORY", "l2e"), ("runs/none", "none")):
+            changes = [f"training.run_directory={name}", f"inhibition.method={method}", "training.micro_batch=32"]
+            run_command(["l2e-ds", "train", "RUN.yaml", *changes, "training.steps=12", "checkpoint.every=4"])
+        shutil.copytree("RUN_DIRECTORY", "RUN")
+        (root / "STUDY.yaml").write_text(yaml.safe_dump(STUDY))
+        run_command(["l2e-ds", "study", "STUDY.yaml", "training.micro_batch=32", "--devices", "2"])
+        for name in ("l2e", "memel", "quickstart"):
+            shutil.copytree("RUN_DIRECTORY", f"runs/{name}")
+        assert main(["export", "RUN_DIRECTORY", "--output", "MODEL"]) == 0
+        shutil.copy("MODEL/tokenizer.json", "NAME.json")
+        for name in ("20B_tokenizer.json", "tokenizer.json"):
+            shutil.copy("MODEL/tokenizer.json", name)
+        assert main(["tokenize", "corpus", "--output", "PREFIX", "--tokenizer", "tokenizer.json"]) == 0
+    finally:
+        os.chdir(here)
+    return root
+
+
+def run_command(words: list[str]) -> None:
+    """In a process of its own: DeepSpeed makes engines in one process group only."""
+    words = [str(REPOSITORY / words[0]) if "/" in words[0] else words[0], *words[1:]]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    done = subprocess.run(words, env={**rank_environment(), **root}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+
+
+def _write_files(root: Path) -> None:
+    texts = ["\n".join(SENTENCES[(i + k) % 5] + f" {i * k}" for k in range(40)) for i in range(60)]
+    for name in ("corpus", "TEXT"):
+        (root / name).mkdir()
+        for index, text in enumerate(texts):
+            (root / name / f"{index:02d}.txt").write_text(text)
+    lines = [{"text": text, "feature": ("odd", "even")[i % 2]} for i, text in enumerate(texts)]
+    for name in ("FILE", "code.jsonl"):
+        (root / name).with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("launch", "ds_configs"):
+        (root / name).symlink_to(REPOSITORY / name)
+    _write_task(root)
+    run = {
+        "model": {"name": "pythia-14m", "vocab_size": 320, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+        "data": {"source": "text", "path": "corpus", "train_tokenizer": 320, "sequence_length": 128, "held_out": 0.1},
+        "optimizer": {"schedule_steps": 100},
+        "training": {"steps": 4, "global_batch": 64, "micro_batch": 1, "precision": "fp32", "evaluation_sequences": 4},
+        "logging": {"progress": False},
+    }
+    run["data"]["cache"] = str(root / "cache")
+    (root / "RUN.yaml").write_text(yaml.safe_dump(run))
+
+
+def _write_task(root: Path) -> None:
+    """The task file of docs/evaluation.md, over a file here."""
+    page = (REPOSITORY / "docs/evaluation.md").read_text(encoding="utf-8")
+    found = re.search(r"^```yaml\n(task: arc_easy\n.*?)^```", page, re.S | re.M)
+    assert found is not None
+    (root / "my_tasks").mkdir()
+    (root / "my_tasks/arc_easy.yaml").write_text(found[1].replace("/data/", f"{root}/"))
+    questions = [{"query": SENTENCES[i % 5], "choices": ["rain", "two lemons"], "gold": i % 2} for i in range(12)]
+    (root / "arc_easy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+
+
+def test_there_are_commands_and_every_page_s_blocks_are_labelled():
+    assert len(commands()) > 40
+    for page in PAGES:
+        for language, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+            if language != "bash":
+                started = re.findall(r"^(?:\$ )?(?:l2e-ds|launch/\S+\.sh|deepspeed|srun|sbatch|torchrun) ", block, re.M)
+                assert not started, f"{page.name}: a block with commands must be ```bash: {block[:80]}"
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_command(page, command, folder, monkeypatch, capsys):
+    if command in ELSEWHERE:
+        assert command.split()[0] in (REPOSITORY / ELSEWHERE[command]).read_text()
+        return
+    monkeypatch.chdir(folder)
+    words = [word for word in shlex.split(command) if word != "..."]
+    words = [{"NAME": "NAME.json", "FILE": "FILE.jsonl"}.get(word, word) for word in words]
+    if "--output" in words and words[1] != "report":  # of the command before
+        for path in folder.glob(f"{words[words.index('--output') + 1]}*"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if words[0] != "l2e-ds" or words[1] in ("train", "doctor"):
+        run_command(words)
+        return
+    assert main(words[1:]) == 0, capsys.readouterr().err[-2000:]

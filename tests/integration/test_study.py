@@ -1,0 +1,103 @@
+"""`l2e-ds study` with real runs: stopped, killed, gone on with, evaluated, collected; a run that fails alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import pandas as pd
+import yaml
+
+from tests.integration.running import lines, newest, saved
+
+STEPS = 100
+
+
+def tiny_task(folder) -> None:
+    folder.mkdir()
+    documents = [{"question": f"{i} and one make", "choices": [f"{i + 1}", f"{i + 7}"], "answer": 0} for i in range(8)]
+    (folder / "tiny.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    task = {
+        "task": "tiny_sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "tiny.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(task))
+
+
+def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_path):
+    tiny_task(tmp_path / "tasks")
+    base = yaml.safe_load(run_file.read_text())
+    del base["data"]["cache"]
+    base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1}
+    base["logging"] |= {"progress": False}
+    run_file.write_text(yaml.safe_dump(base))
+    methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e"}}
+    study = tmp_path / "study"
+    content = {
+        "title": "A run and one whose disk is broken",
+        "base": "run.yaml",
+        "directory": str(study),
+        "seeds": [7],
+        "factors": {"method": methods},
+        "baseline": {"method": "none"},
+        "evaluate": [{"tasks": ["tiny_sums"], "num_fewshot": 0, "include_path": ["tasks"]}],
+    }
+    path = tmp_path / "methods.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    command = [sys.executable, "-m", "l2e_ds.cli", "study"]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf")}
+    plain, broken = (study / "runs" / f"{name}-seed7" for name in methods)
+    (broken / "checkpoints").parent.mkdir(parents=True)
+    (broken / "checkpoints").write_text("no folder, so nothing can be saved here")
+
+    # one run on two ranks, asked to stop as by Ctrl-C
+    one = launch(*command, path, "--ranks", "2", **environment)
+    one.wait_for(lambda: newest(plain) >= 3)
+    one.process.send_signal(signal.SIGINT)
+    assert one.end() == 75, one.said()
+    first = saved(plain)
+    assert first == newest(plain) < STEPS and lines(plain, "start")[0]["ranks"] == 2
+    assert "asked to stop" in one.said() and f"at step {first}" not in one.said()
+    table = pd.read_csv(study / "results.csv").set_index("run")
+    assert table["state"].tolist() == [f"at step {first}", "not begun"]
+
+    # on one rank; the study itself is killed: what it runs saves and stops
+    one = launch(*command, path, "--devices", "1", **environment)
+    one.wait_for(lambda: newest(plain) >= first + 3)
+    one.process.kill()
+    one.process.wait()
+    # two at a time, at once, from the folder alone: waits for what is left, then goes on
+    one = launch(*command, study / "study.yaml", "--devices", "2", **environment)
+    assert one.end() == 1, one.said()
+    assert f"none-seed7: begins (at step {saved_before(plain)})" in one.said()
+    failures = [line for line in one.said().splitlines() if "failed: " in line]
+    assert len(failures) == 2 and failures[0] == failures[1], failures  # when it happened, and at the end
+    assert failures[0].startswith("l2e-ds study: broken-seed7: failed: ") and "checkpoints" in failures[0]
+
+    assert [line["step"] for line in lines(plain)] == list(range(1, STEPS + 1))
+    assert len(lines(plain, "start")) == 3
+    (evaluation,) = [json.loads(line) for line in (plain / "evaluations.jsonl").read_text().splitlines()]
+    assert evaluation["step"] == STEPS and evaluation["tasks"]["tiny_sums"]["samples"] == 8
+    # one set of tokens for all
+    (tokens,) = (study / "data").iterdir()
+    assert not (plain / "data").exists() and tokens.name.startswith("text-")
+
+    table = pd.read_csv(study / "results.csv").set_index("run")
+    assert table["state"].tolist() == ["done", "begun"]
+    assert table.loc["none-seed7", "held_out_loss"] == lines(plain, "evaluation")[-1]["held_out_loss"]
+    assert (
+        table.loc["none-seed7", "tiny_sums/0-shot/acc"] == evaluation["tasks"]["tiny_sums"]["metrics"]["acc"]["value"]
+    )
+
+
+def saved_before(run) -> int:
+    """The step from which its last start went on."""
+    return lines(run, "start")[-1]["step"]

@@ -1,0 +1,257 @@
+"""Every figure of the tables, computed by hand."""
+
+import csv
+import io
+import math
+
+import pytest
+
+from l2e_ds.evaluation.results import append_result
+from l2e_ds.report import published, runs, tables
+from l2e_ds.report.statistics import Measured
+from tests.unit.report.making import add_results, paired_study, write_run
+
+
+def table(page, name):
+    return next((one for one in tables.all_tables(page) if one.name == name), None)
+
+
+def cells(found):
+    """first cell of the row -> full head of the column -> cell"""
+    heads = [column.full_head for column in found.columns]
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in found.rows}
+
+
+# --- published figures -------------------------------------------------------------------------------------------
+
+
+def test_published_figures():
+    """As METHOD, section 9, has them."""
+    assert published.benchmark("mmlu", 0, "2.8b", "none") == 0.2306
+    assert published.benchmark("mmlu", 0, "2.8b", "l2e") == 0.2534
+    assert published.benchmark("bigbench_lite", 5, "410m", "l2e") == 0.2266
+    assert published.benchmark("arc_challenge", 0, "70m", "none") == 0.1706
+    assert published.benchmark("arc_easy", 5, "70m", "l2e") == 0.3864
+    assert published.TOKENS == 14_300 * 1024 * 2048
+
+
+@pytest.mark.parametrize(
+    "task, shots, size, method",
+    [("mmlu", 1, "70m", "l2e"), ("piqa", 0, "70m", "l2e"), ("mmlu", 0, "160m", "l2e"), ("mmlu", 0, "70m", "memel")],
+)
+def test_there_is_no_other(task, shots, size, method):
+    assert published.benchmark(task, shots, size, method) is None
+
+
+# --- evaluation tasks --------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_of_one_seed(tmp_path):
+    study = paired_study(tmp_path / "study", seeds=(1234,))
+    add_results(study / "runs/70m-none-seed1234", 100, {("mmlu", 0): (0.24, 0.003), ("piqa", 0): (0.5, None)})
+    add_results(study / "runs/70m-l2e-seed1234", 100, {("mmlu", 0): (0.25, 0.004), ("piqa", 0): (0.6, 0.01)})
+    found = table(runs.read([study]), "benchmarks")
+    mmlu, piqa = (cells(found)[name] for name in ("MMLU", "piqa"))
+    assert mmlu["70m none: ours"] == Measured(0.24, 0.003)
+    assert mmlu["70m none: published"] == 0.2311
+    assert mmlu["70m none: ours − published"] == Measured(pytest.approx(0.0089), 0.003)
+    assert mmlu["70m l2e: published"] == 0.2301
+    assert mmlu["70m l2e − none: ours"] == Measured(pytest.approx(0.01), pytest.approx(0.005))  # a triangle of 3, 4, 5
+    assert mmlu["70m l2e − none: published"] == pytest.approx(-0.0010)
+    assert piqa["70m l2e: ours"] == Measured(0.6, 0.01)
+    assert piqa["70m l2e: published"] is None
+    assert piqa["70m l2e − none: ours"] == Measured(pytest.approx(0.1), None)  # of one of them it is not known
+    assert "acc, not acc_norm" in found.note
+    assert "29,989,273,600" in found.note
+
+
+def test_benchmarks_of_two_seeds(tmp_path):
+    study = paired_study(tmp_path / "study")
+    figures = {"none-seed1234": 0.20, "none-seed1235": 0.24, "l2e-seed1234": 0.21, "l2e-seed1235": 0.27}
+    for name, accuracy in figures.items():
+        add_results(study / f"runs/70m-{name}", 100, {("arc_easy", 0): (accuracy, 0.03)})
+    row = cells(table(runs.read([study]), "benchmarks"))["ARC-Easy"]
+    # documents 0.03; seeds: standard deviation of 0.20 and 0.24 over sqrt(2) is 0.02
+    assert row["70m none: ours"] == Measured(pytest.approx(0.22), pytest.approx(math.hypot(0.03, 0.02)))
+    # pairs: 0.01 and 0.03
+    assert row["70m l2e − none: ours"] == Measured(pytest.approx(0.02), pytest.approx(0.01))
+
+
+def test_rows_are_those_of_the_paper_first(tmp_path):
+    run = write_run(tmp_path / "none", "none")
+    wanted = [("zebra", 0), ("arc_easy", 5), ("mmlu", 5), ("mmlu_anatomy", 5), ("mmlu", 0), ("bigbench_lite", 0)]
+    add_results(run, 100, dict.fromkeys(wanted, (0.3, 0.01)))
+    page = runs.read([run])
+    assert [row[:2] for row in table(page, "benchmarks").rows] == [
+        ["MMLU", 0],
+        ["MMLU", 5],
+        ["BIG-bench lite", 0],
+        ["ARC-Easy", 5],
+        ["zebra", 0],
+    ]
+    parts = [row for row in table(page, "evaluations").rows if row[2] == "mmlu_anatomy"]
+    assert len(parts) == 2  # acc and acc_norm
+
+
+def test_newest_step_and_all_documents_count(tmp_path):
+    run = write_run(tmp_path / "none", "none")
+    add_results(run, 50, {("mmlu", 0): (0.21, 0.01), ("piqa", 0): (0.51, 0.01)})
+    add_results(run, 100, {("mmlu", 0): (0.22, 0.01)})
+    add_results(run, 100, {("mmlu", 0): (0.29, 0.05)}, limit=100)
+    found = table(runs.read([run]), "benchmarks")
+    assert cells(found)["MMLU"]["none: ours"].value == 0.22
+    assert cells(found)["piqa"]["none: ours"].value == 0.51
+    assert "only the first 100 documents" in found.note
+
+
+def test_what_the_paper_did_not_train_has_no_published_figure(tmp_path):
+    other = {"scale": {"inhibition__loss": "scale-invariant"}, "mechanism": {"inhibition__retrieval": "top-k"},
+             "small": {"model__num_layers": 4}, "memel": {"method": "memel"}, "big": {"size": "160m"}}  # fmt: skip
+    folders = [write_run(tmp_path / name, **keys) for name, keys in {**other, "plain": {}}.items()]
+    for folder in folders:
+        add_results(folder, 100, {("mmlu", 0): (0.25, 0.01)})
+    row = cells(table(runs.read(folders), "benchmarks"))["MMLU"]
+    assert [head for head, cell in row.items() if head.endswith(": published") and cell is not None] == [
+        "70m plain: published"
+    ]
+
+
+def test_task_without_accuracy(tmp_path):
+    run = write_run(tmp_path / "none", "none")
+    metrics = {"perplexity": {"value": 30.0, "stderr": 1.0, "higher_is_better": False}}
+    task = {"samples": 10, "num_fewshot": 0, "version": 1, "part_of": None, "metrics": metrics}
+    append_result(run, {"step": 100, "tokens": 1, "limit": None, "tasks": {"wikitext": task}})
+    assert cells(table(runs.read([run]), "benchmarks"))["wikitext (perplexity)"]["none: ours"] == Measured(30.0, 1.0)
+
+
+# --- loss, time, shares ------------------------------------------------------------------------------------------
+
+
+def test_losses_of_pairs(tmp_path):
+    found = cells(table(runs.read([paired_study(tmp_path / "study")]), "variants"))
+    assert found["70m none"]["held-out loss: mean"] == Measured(pytest.approx(5.025), pytest.approx(0.025))
+    # 5.0 to 4.9, 5.05 to 4.85: -0.1 and -0.2
+    assert found["70m l2e"]["against the baseline: difference"] == Measured(pytest.approx(-0.15), pytest.approx(0.05))
+    assert found["70m l2e"]["against the baseline: which"] == "70m none"
+    assert found["70m none"]["against the baseline: difference"] is None
+
+
+def test_runs_that_go_on_are_compared_at_a_common_step(tmp_path):
+    """One seed has got to step 60 of 100, where the loss is 1.2 above the last."""
+    none = [write_run(tmp_path / f"none{seed}", "none", seed, loss=5.0) for seed in (1, 2)]
+    l2e = [
+        write_run(tmp_path / f"l2e{seed}", "l2e", seed, loss=4.0, until=until) for seed, until in ((1, 100), (2, 66))
+    ]
+    row = cells(table(runs.read([*none, *l2e]), "variants"))["l2e"]
+    assert row["held-out loss: mean"] == Measured(pytest.approx(5.2), pytest.approx(0))
+    assert row["held-out loss: step"] == 60
+    assert row["against the baseline: difference"] == Measured(pytest.approx(-1.0), pytest.approx(0, abs=1e-9))
+    assert row["against the baseline: step"] == 60
+
+
+def test_single_run_has_nothing_to_be_compared_with(tmp_path):
+    names = [one.name for one in tables.all_tables(runs.read([write_run(tmp_path / "l2e")]))]
+    assert names == ["time", "runs", "layers", "machines"]
+
+
+def test_time(tmp_path):
+    found = cells(table(runs.read([paired_study(tmp_path / "study")]), "time"))
+    row = found["70m l2e"]
+    assert row["seconds a step"] == Measured(pytest.approx(0.55), pytest.approx(0))  # not the first line's 27.5
+    assert row["over the baseline"].value == pytest.approx(0.10)
+    assert row["published"] == 0.034
+    assert row["ours − published"].value == pytest.approx(0.066)
+    assert found["70m none"]["published"] is None
+
+
+def test_best_share(tmp_path):
+    losses = {0.01: 4.9, 0.02: 4.8, 0.05: 5.2}
+    folders = [
+        write_run(tmp_path / str(share), loss=loss, inhibition__target_share=share) for share, loss in losses.items()
+    ]
+    row = cells(table(runs.read(folders), "shares"))["70m"]
+    assert row["target shares tried"] == "0.01, 0.02, 0.05"
+    assert row["best share: ours"] == 0.02
+    assert row["best share: published"] == 0.01
+    assert row["its held-out loss"].value == pytest.approx(4.8)
+
+
+# --- each run ----------------------------------------------------------------------------------------------------
+
+
+def test_runs_and_layers(tmp_path):
+    folder = write_run(tmp_path / "l2e", shrink=0.4, skipped=3, share=0.025, dead=0.1)
+    page = runs.read([folder])
+    row = cells(table(page, "runs"))["l2e"]
+    assert (row["step"], row["tokens"], row["skipped steps"], row["memory, GiB"]) == (100, 409600, 3, 1.5)
+    assert row["LM loss: training"] == pytest.approx(5.0 + 3 * 0.04)  # mean of steps 92 to 100
+    assert (row["LM loss: held out, first"], row["LM loss: held out, last"]) == (8.0, 5.0)
+    assert (row["share: observed"], row["share: target"]) == (pytest.approx(0.025), 0.02)
+    first = table(page, "layers").rows[0]
+    assert first == ["l2e", 2, 16.0, 16.0, 0.3, pytest.approx(0.12), pytest.approx(0.4), 7.0, 7.0, 0.0, 0.1, 4.0]
+
+
+def test_run_without_inhibition_has_no_share_and_no_tau(tmp_path):
+    page = runs.read([write_run(tmp_path / "none", "none")])
+    for name in ("runs", "layers"):
+        heads = [column.full_head for column in table(page, name).columns]
+        assert not [head for head in heads if head.startswith(("share", "tau"))], heads
+
+
+def test_mixture(tmp_path):
+    sets = [{"name": name, "weight": 1.0, "source": "stdlib"} for name in ("prose", "code")]
+    data = {"data__sets": sets, "data__source": None, "data__train_tokenizer": None, "data__tokenizer": "t.json"}
+    found = table(runs.read([write_run(tmp_path / "l2e", **data)]), "sets")
+    assert [row[:4] for row in found.rows] == [["l2e", "prose", 13.0, 10.0], ["l2e", "code", 12.0, 9.0]]
+
+
+# --- what was run ------------------------------------------------------------------------------------------------
+
+
+def test_only_keys_that_differ(tmp_path):
+    page = runs.read([write_run(tmp_path / "none", "none"), write_run(tmp_path / "l2e", inhibition__coefficient=0.5)])
+    found = table(page, "configurations")
+    assert [column.head for column in found.columns] == ["run", "inhibition.method", "inhibition.coefficient"]
+    assert found.rows == [["none", "none", "0.001"], ["l2e", "l2e", "0.5"]]
+
+
+def test_machines(tmp_path):
+    row = cells(table(runs.read([write_run(tmp_path / "l2e")]), "machines"))["l2e"]
+    assert row["git commit"] == "0123456789ab"
+    assert (row["time"], row["host"], row["ranks"], row["versions"]) == (
+        "2026-11-25T09:00:00Z",
+        "node1",
+        2,
+        "l2e_ds 0.1.0",
+    )
+
+
+# --- as files ----------------------------------------------------------------------------------------------------
+
+
+def an_example():
+    columns = [tables.Column("run"), tables.Column("ours", "+.2f", "x"), tables.Column("n", ",d")]
+    rows = [["a|b <i>", Measured(-0.123456, 0.01), 1000], ["c", None, None]]
+    return tables.Table("name", "A <title>", "A note.", columns, rows)
+
+
+def test_csv_has_all_digits():
+    rows = list(csv.reader(io.StringIO(an_example().csv())))
+    assert rows == [
+        ["run", "x: ours", "x: ours, standard error", "n"],
+        ["a|b <i>", "-0.123456", "0.01", "1000"],
+        ["c", "", "", ""],
+    ]
+
+
+def test_markdown():
+    lines = an_example().markdown().splitlines()
+    assert lines[0] == "## A &lt;title&gt;"
+    assert "| a\\|b &lt;i&gt; | −0.12 ± 0.01 | 1,000 |" in lines
+    assert "| c | – | – |" in lines
+    assert lines[-1] == "A note."
+
+
+def test_groups_of_heads():
+    assert an_example().groups() == [("", 1), ("x", 1), ("", 1)]
+    assert tables.Table("n", "t", "", [tables.Column("a"), tables.Column("b")], []).groups() == []

@@ -1,0 +1,114 @@
+"""The table of a study and its statistics, against numbers computed by hand."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from l2e_ds.study.collect import collect, figures_of, paired_differences, summary, write_results
+from tests.unit.study.folders import begin_run, begun_study, checkpoint, evaluation, write_lines
+
+
+def metrics(loss: float, seconds: float, extra: float = 0.0) -> list[dict]:
+    def train(step: int, step_seconds: float) -> dict:
+        speeds = {
+            "tokens_per_second": 128 / step_seconds,
+            "step_seconds": step_seconds,
+            "peak_memory_gib": 1 + step / 100,
+        }
+        return {"kind": "train", "step": step, "tokens": step * 128, "observed_share": 0.02 + step / 1e4, **speeds}
+
+    def held_out(step: int, value: float) -> dict:
+        layers = {"layer1/mean_s": 0.1, "layer2/mean_s": 0.3, "layer1/kurtosis": None, "layer2/kurtosis": 5.0}
+        scores = {"layer1/top_share_score": 10.0 + extra, "layer2/top_share_score": 12.0 + extra}
+        return {"kind": "evaluation", "step": step, "tokens": step * 128, "held_out_loss": value, **layers, **scores}
+
+    return [
+        {"kind": "start", "step": 0},
+        held_out(0, 9.0),
+        train(5, 100.0),  # the first interval of each start does not count
+        train(10, seconds),
+        {"kind": "start", "step": 10},
+        train(15, 50.0),
+        train(18, seconds + 0.2),
+        train(20, seconds + 0.1),
+        held_out(20, loss),
+    ]
+
+
+LOSSES = {1: (5.0, 4.9), 2: (5.5, 5.2), 3: (6.0, 5.8)}
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch) -> pd.DataFrame:
+    monkeypatch.chdir(tmp_path)
+    evaluate = [{"tasks": ["arc_easy"], "num_fewshot": 0}]
+    study, plans = begun_study(tmp_path, evaluate=evaluate)
+    for seed, losses in LOSSES.items():
+        for method, loss in zip(("none", "l2e"), losses, strict=True):
+            run = begin_run(study, plans, f"{method}-seed{seed}")
+            write_lines(run / "metrics.jsonl", metrics(loss, 1.0 if method == "none" else 1.1, seed))
+            checkpoint(run, 20)
+            old, parts = evaluation(10, 0, {"arc_easy": 0.9}), {"mmlu": 0.25, "mmlu_law": 0.5}
+            new = evaluation(20, 0, {"arc_easy": loss / 10, **parts}, mmlu_law="mmlu")
+            write_lines(run / "evaluations.jsonl", [old, new])
+    with (study.directory / "runs/none-seed1/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # it is being written
+    return collect(study.directory)
+
+
+def test_one_line_a_run(table, tmp_path):
+    assert list(table["run"]) == [f"{method}-seed{seed}" for seed in (1, 2, 3) for method in ("none", "l2e")]
+    row = table.set_index("run").loc["l2e-seed2"]
+    assert (row["combination"], row["method"], row["seed"], row["baseline"]) == ("l2e", "l2e", 2, "none-seed2")
+    assert (row["state"], row["step"], row["tokens"], row["held_out_loss"]) == ("done", 20, 2560, 5.2)
+    assert row["top_share_score"] == 13.0 and row["mean_s"] == pytest.approx(0.2) and row["kurtosis"] == 5.0
+    assert row["observed_share"] == pytest.approx(0.022) and row["peak_memory_gib"] == pytest.approx(1.2)
+    assert row["step_seconds"] == pytest.approx(1.2)  # the median of 1.1, 1.3 and 1.2
+    assert row["tokens_per_second"] == pytest.approx(128 / 1.2)
+    assert row["arc_easy/0-shot/acc"] == pytest.approx(0.52) and row["arc_easy/0-shot/acc_stderr"] == 0.01
+    assert figures_of(table) == ["arc_easy/0-shot/acc", "mmlu/0-shot/acc"]  # the parts of mmlu are in mmlu
+    write_results(tmp_path / "out", table)
+    again = pd.read_csv(tmp_path / "out/results.csv")
+    assert list(again.columns) == list(table.columns) and again["held_out_loss"].equals(table["held_out_loss"])
+    assert again["method"].tolist() == ["none", "l2e"] * 3 and again["baseline"].isna().tolist() == [True, False] * 3
+
+
+def test_paired_differences(table):
+    found = paired_differences(table, "held_out_loss")
+    assert list(found.index) == ["none", "l2e"]
+    plain, l2e = found.loc["none"], found.loc["l2e"]
+    assert (plain["runs"], plain["mean"], plain["pairs"]) == (3, 5.5, 0)
+    assert math.isnan(plain["difference"]) and math.isnan(plain["stderr"])
+    assert (l2e["runs"], l2e["pairs"]) == (3, 3) and l2e["mean"] == pytest.approx(5.3)
+    assert l2e["difference"] == pytest.approx(-0.2)  # of -0.1, -0.3, -0.2
+    assert l2e["stderr"] == pytest.approx(0.1 / math.sqrt(3))
+    relative = [-0.1 / 5.0, -0.3 / 5.5, -0.2 / 6.0]
+    assert l2e["relative"] == pytest.approx(sum(relative) / 3)
+
+    # a run without its figure takes its pair with it; of one pair there is no standard error
+    less = table.assign(held_out_loss=table["held_out_loss"].where(~table["run"].isin(["none-seed1", "l2e-seed2"])))
+    one = paired_differences(less, "held_out_loss").loc["l2e"]
+    assert (one["runs"], one["pairs"]) == (2, 1) and one["difference"] == pytest.approx(-0.2)
+    assert math.isnan(one["stderr"])
+
+
+def test_the_printed_table(table):
+    text = summary(table)
+    assert "| l2e | 3 | 5.3000 | -0.2000 ± 0.0577 |" in text
+    assert "| 1.2000 | +9.1 ± 0.0 % |" in text
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
+    single = summary(table[table["seed"] == 1])
+    assert "| l2e | 1 | 4.9000 | -0.1000 |" in single and "nan" not in single
+
+
+def test_runs_that_have_not_begun_are_empty_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, plans = begun_study(tmp_path)
+    run = begin_run(study, plans, "l2e-seed1")
+    write_lines(run / "metrics.jsonl", metrics(5.0, 1.0)[:4])
+    checkpoint(run, 10)
+    table = collect(study.directory).set_index("run")
+    assert table["state"].tolist() == ["not begun", "at step 10", *["not begun"] * 4]
+    assert table["held_out_loss"].count() == 1 and table.loc["l2e-seed1", "held_out_loss"] == 9.0
+    assert "nan" not in summary(table.reset_index())

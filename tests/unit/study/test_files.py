@@ -1,0 +1,88 @@
+"""Every study file of this repository: each of its runs is checked as before a start, and pairs with its baseline."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from l2e_ds.config import find_file
+from l2e_ds.data.indexed import IndexedWriter
+from l2e_ds.study.checking import plan_runs
+from l2e_ds.study.definition import read_study
+from l2e_ds.train import quiet_libraries
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
+RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 27}
+SMALL_RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 18}
+
+
+def test_there_is_one_for_every_table():
+    names = [str(path.relative_to(REPOSITORY / "launch/studies")) for path in FILES]
+    assert sorted(names) == sorted([f"{name}.yaml" for name in RUNS] + [f"small/{name}.yaml" for name in RUNS])
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    """In the place of the preshuffled Pile: documents of 2,049 tokens."""
+    prefix = tmp_path_factory.mktemp("pile") / "pile"
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for document in np.random.default_rng(0).integers(0, 50_000, (64, 2049), dtype=np.uint16):
+            writer.add(document)
+    return prefix
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet_libraries()
+    is_small = path.parent.name == "small"
+    pile = [] if is_small else [f"data.path={tokens}", "data.tokenizer=null", "data.held_out=0.1"]
+    study = read_study(path, pile)
+    plans = plan_runs(study, 2 if is_small else 64, this_machine=False)
+    assert len(plans) == (SMALL_RUNS if is_small else RUNS)[path.stem]
+    assert study.file.published == path.stem
+    assert str(study.directory) == f"studies/{'small/' if is_small else ''}{path.stem}"
+    methods = {"main": {"none", "memel", "l2e"}, "time": {"none", "memel", "l2e"}}.get(path.stem, {"none", "l2e"})
+    assert {plan.config.inhibition.method for plan in plans.values()} == methods
+    for run in study.runs:
+        config = plans[run.name].config
+        assert (run.baseline is None) == (config.inhibition.method == "none"), run.name
+        assert config.training.seed == run.seed
+        assert config.training.run_directory == f"{study.directory}/runs/{run.name}"
+        assert config.data.cache == f"{study.directory}/data"
+        assert find_file(config.deepspeed.config) is not None
+        if run.baseline is not None:
+            other = plans[run.baseline].config
+            assert other.model == config.model and other.optimizer == config.optimizer and other.data == config.data
+            assert other.training.seed == config.training.seed
+        if not is_small and path.stem != "time":
+            assert (config.training.steps, config.optimizer.schedule_steps) == (14300, 143000)
+            assert [part.tasks for part in study.file.evaluate] == [["paper"], ["paper"]]
+            assert [part.num_fewshot for part in study.file.evaluate] == [0, 5]
+        if is_small or path.stem == "time":
+            assert not study.file.evaluate  # small ones need no hub
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_the_paper_crosses(tokens):
+    def parts(name: str) -> set[tuple]:
+        study = read_study(REPOSITORY / f"launch/studies/{name}.yaml", [f"data.path={tokens}", "data.tokenizer=null"])
+        plans = plan_runs(study, 64, this_machine=False)
+        sections = [(plan.config.model.name, plan.config.inhibition) for plan in plans.values()]
+        return {(size, part.method, part.parts, part.layers, part.target_share) for size, part in sections}
+
+    quiet_libraries()
+    best = {"pythia-70m": 0.01, "pythia-410m": 0.02, "pythia-2.8b": 0.03}
+    plain = {(size, "none", ("threshold", "regulariser"), "mid-2", share) for size, share in best.items()}
+    pairs = [(way, what) for way in ("top-k", "threshold") for what in ("reverse-deactivation", "regulariser")]
+    assert parts("ablation") == plain | {(size, "l2e", pair, "mid-2", best[size]) for size in best for pair in pairs}
+    memel = {(size, "memel", pairs[0], "mid-2", share) for size, share in best.items()}
+    assert parts("main") == plain | memel | {(size, "l2e", pairs[3], "mid-2", share) for size, share in best.items()}
+    choices = ("mid-2", "mid-third", "top-bottom", "all")
+    assert parts("layers") == plain | {
+        (size, "l2e", pairs[3], layers, best[size]) for size in best for layers in choices
+    }
+    shares = (0.01, 0.02, 0.03, 0.04, 0.05)
+    levels = {(size, "l2e", pairs[3], "mid-2", share) for size in best for share in shares}
+    assert parts("level") == levels | {(size, "none", pairs[3], "mid-2", 0.01) for size in best}

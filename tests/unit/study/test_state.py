@@ -1,0 +1,109 @@
+"""How far a run is, and which changes of a study are refused."""
+
+import pytest
+import yaml
+
+from l2e_ds.errors import ConfigError
+from l2e_ds.study.checking import plan_runs, refuse_changes
+from l2e_ds.study.definition import Evaluation, read_study
+from l2e_ds.study.state import is_evaluated, state_of
+from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, evaluation, study_file, write_lines
+
+
+def test_states(tmp_path):
+    tasks = [Evaluation(tasks=["arc_easy"], num_fewshot=0), Evaluation(tasks=["arc_easy"], num_fewshot=5)]
+    run = tmp_path / "run"
+    assert str(state_of(run, 20, tasks)) == "not begun"
+    run.mkdir()
+    (run / "config.yaml").write_text("")
+    assert str(state_of(run, 20, tasks)) == "begun"
+    checkpoint(run, 10)
+    assert str(state_of(run, 20, tasks)) == "at step 10"
+    checkpoint(run, 20)
+    assert str(state_of(run, 20, tasks)) == "not evaluated" and state_of(run, 20, tasks).missing == tuple(tasks)
+    write_lines(run / "evaluations.jsonl", [evaluation(10, 0, {"arc_easy": 0.1}), evaluation(20, 5, {"arc_easy": 0.1})])
+    assert state_of(run, 20, tasks).missing == (tasks[0],)
+    assert state_of(run, 20, tasks[1:]).is_done and str(state_of(run, 20, [])) == "done"
+    (run / "checkpoints/step00000020/state.json").unlink()
+    assert not state_of(run, 20, tasks).trained
+
+
+def test_which_figures_an_evaluation_stands_for(tmp_path):
+    def done(asked: dict, *lines: dict) -> bool:
+        write_lines(tmp_path / "evaluations.jsonl", list(lines))
+        return is_evaluated(tmp_path, 20, Evaluation.model_validate(asked))
+
+    two = evaluation(20, 5, {"piqa": 0.5, "sciq": 0.5})
+    assert done({"tasks": ["piqa"]}, two) and done({"tasks": ["piqa", "sciq"], "num_fewshot": 5}, two)
+    assert not done({"tasks": ["piqa"], "num_fewshot": 0}, two)
+    assert not done({"tasks": ["piqa"], "limit": 10}, two)
+    assert not done({"tasks": ["piqa", "arc_easy"]}, two)
+    assert not done({"tasks": ["piqa", "arc_easy"]}, two, evaluation(20, 5, {"arc_easy": 0.5}))  # not one evaluation
+    # a group by its own figures, by its parts, and `paper` by all that it stands for
+    assert done({"tasks": ["mmlu"]}, evaluation(20, 0, {"mmlu_law": 0.5}, mmlu_law="mmlu"))
+    paper = ["arc_easy", "arc_challenge", "piqa", "sciq", "winogrande", "logiqa", "lambada_openai", "mmlu"]
+    whole = evaluation(20, 5, dict.fromkeys([*paper, "bigbench_lite"], 0.3))
+    assert done({"tasks": ["paper"], "num_fewshot": 5}, whole)
+    assert not done({"tasks": ["paper"], "num_fewshot": 0}, whole)
+    assert not done({"tasks": ["paper"], "num_fewshot": 5}, evaluation(20, 5, dict.fromkeys(paper, 0.3)))
+    # a task that keeps its own number of shots, beside one that takes them
+    whole["tasks"]["lambada_openai"]["num_fewshot"] = 0
+    assert done({"tasks": ["paper"], "num_fewshot": 5}, whole) and not done(
+        {"tasks": ["paper"], "num_fewshot": 1}, whole
+    )
+    # a line that is being written
+    (tmp_path / "evaluations.jsonl").write_text('{"step": 20, "limit"')
+    assert not is_evaluated(tmp_path, 20, Evaluation(tasks=["piqa"]))
+
+
+def change(tmp_path, *overrides: str, **changes: object) -> list[str]:
+    study = read_study(study_file(tmp_path, **changes), overrides)
+    return refuse_changes(study, plan_runs(study, 1, this_machine=False))
+
+
+def test_a_begun_run_stays_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, plans = begun_study(tmp_path)
+    assert change(tmp_path) == []
+    begin_run(study, plans, "l2e-seed1")
+    assert change(tmp_path) == []
+    # where and how safely it is computed may change
+    assert change(tmp_path, "training.timeout=5", "checkpoint.every=3", "training.micro_batch=4", "data.workers=1") == [
+        f"the configuration of {run.name} has changed since the last call" for run in study.runs
+    ]
+    refused = r"^out: the run l2e-seed1 has begun, and its configuration has changed since: {}; .*out/study.yaml"
+    with pytest.raises(ConfigError, match=refused.format("optimizer.eps: 1e-08 -> 1e-06")):
+        change(tmp_path, "optimizer.eps=1e-6")
+    with pytest.raises(ConfigError, match=refused.format("training.steps: 20 -> 10")):
+        change(tmp_path, "training.steps=10")
+    with pytest.raises(ConfigError, match=r"training\.steps: 20 -> 30"):  # the schedule would be another one
+        change(tmp_path, "training.steps=30")
+    factors = {"method": {"none": {"inhibition.method": "none"}, "l2e": {"inhibition.method": "memel"}}}
+    with pytest.raises(ConfigError, match=refused.format("inhibition.method: l2e -> memel")):
+        change(tmp_path, factors=factors)
+    # also by way of the base
+    path = study_file(tmp_path)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE | {"optimizer": {"warmup": 0.2}}))
+    study = read_study(path)
+    with pytest.raises(ConfigError, match=refused.format("optimizer.warmup: 0.01 -> 0.2")):
+        refuse_changes(study, plan_runs(study, 1, this_machine=False))
+
+
+def test_what_has_not_begun_may_change_and_a_schedule_of_its_own_may_be_gone_on_with(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, plans = begun_study(tmp_path, set={"optimizer.schedule_steps": 100})
+    begin_run(study, plans, "none-seed1")
+    longer = change(tmp_path, "training.steps=30", set={"optimizer.schedule_steps": 100})
+    assert longer[0] == "the configuration of none-seed1 has changed since the last call"
+    with pytest.raises(ConfigError, match=r"training\.steps: 20 -> 10"):
+        change(tmp_path, "training.steps=10", set={"optimizer.schedule_steps": 100})
+    factors = {"method": {"none": {"inhibition.method": "none"}, "memel": {"inhibition.method": "memel"}}}
+    lines = change(tmp_path, factors=factors, set={"optimizer.schedule_steps": 100})
+    assert lines == [f"l2e-seed{n} is no longer in the study; what it did stays in out/runs" for n in (1, 2, 3)]
+
+
+def test_two_runs_that_are_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    factors = {"method": {"a": {"inhibition.method": "none"}, "b": {"inhibition.method": "none"}}}
+    with pytest.raises(ConfigError, match="factors: a-seed1 and b-seed1 would be the same run"):
+        change(tmp_path, factors=factors, baseline=None)

@@ -1,0 +1,124 @@
+"""What `from l2e_ds import ...` gives: cheap to import, easy to use, and what its documentation shows runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import l2e_ds
+from l2e_ds import Inhibitor, NeuronSite, Settings
+
+PAGE = Path(__file__).resolve().parents[2] / "docs/python-api.md"
+
+
+def test_the_package_itself_imports_nothing():
+    """Not torch, which `l2e-ds doctor` must do without, nor any module that bare Python has not."""
+    code = "import sys; before = set(sys.modules); import l2e_ds; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['l2e_ds']"
+
+
+def test_every_name_is_there():
+    for name in l2e_ds.__all__:
+        assert getattr(l2e_ds, name) is not None
+    assert set(l2e_ds.__all__) <= set(dir(l2e_ds))
+    with pytest.raises(AttributeError, match="module 'l2e_ds' has no attribute 'nonsense'"):
+        _ = l2e_ds.nonsense
+
+
+def test_code_of_the_page_runs(capsys):
+    """A network of one's own, as docs/python-api.md has it."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    torch.manual_seed(0)
+    exec(compile(code, str(PAGE), "exec"), {"__name__": "page"})
+    assert 0.005 < float(capsys.readouterr().out) < 0.08
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_share": 1}, "Settings.target_share: got 1, allowed: between 0 and 1"),
+        ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
+        ({"coefficient": float("nan")}, "Settings.coefficient: got nan"),
+        ({"coefficient_warmup": -5}, "Settings.coefficient_warmup: got -5, allowed: 0 or more steps"),
+        ({"statistics_window": 0}, "Settings.statistics_window: got 0, allowed: 1 step or more, or None"),
+        ({"retrieval": "topk"}, "Settings.retrieval: got 'topk', allowed: threshold or top-k"),
+        ({"mechanism": "none"}, "Settings.mechanism: got 'none', allowed: regulariser or reverse-deactivation"),
+        ({"reduce": "never"}, "Settings.reduce: got 'never', allowed: step or forward"),
+    ],
+)
+def test_settings_that_cannot_be(changes, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Settings(**changes)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.act, self.down = nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.act(self.up(x)))
+
+
+def test_the_device_is_the_models():
+    """And where it is not, one line says so."""
+    layer = Layer()
+    site = NeuronSite(3, layer, "act", "activation", 8)
+    assert Inhibitor([site])._packed.device == torch.device("cpu")
+    assert Inhibitor([NeuronSite(0, layer.to("meta"), "act", "activation", 8)])._packed.device == torch.device("meta")
+    layer = Layer()
+    for attribute, kind in (("act", "activation"), ("down", "projection")):
+        elsewhere = Inhibitor([NeuronSite(3, layer, attribute, kind, 8)], device="meta")
+        with elsewhere, pytest.raises(ValueError, match="is on meta, the activations of layer 3 on cpu"):
+            layer(torch.randn(2, 5, 4))
+
+
+def test_weight_of_a_part_of_a_loss():
+    """A loss that is already its share of a larger batch's: the gradient is as of the mean, divided afterwards."""
+    gradients = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        layer = Layer()
+        with Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], Settings(coefficient=0.5)) as inhibitor:
+            for seed in range(3):
+                layer.zero_grad()
+                x = torch.randn(2, 64, 4, generator=torch.Generator().manual_seed(seed))
+                loss = layer(x).square().mean()
+                attached = (
+                    inhibitor.attach_loss(loss / 4, weight=torch.tensor(0.25))
+                    if inside
+                    else inhibitor.attach_loss(loss) / 4
+                )
+                attached.backward()
+                inhibitor.step()
+            assert float(inhibitor.last[0, 0]) > 0
+        gradients.append([parameter.grad for parameter in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_metrics_are_those_of_the_newest_step():
+    torch.manual_seed(0)
+    layers = [Layer(), Layer()]
+    sites = [NeuronSite(i, layer, "act", "activation", 8) for i, layer in zip((1, 4), layers, strict=True)]
+    with Inhibitor(sites, Settings(coefficient=0.5, coefficient_warmup=4)) as inhibitor:
+        assert inhibitor.metrics() == {}
+        for _ in range(2):
+            loss = sum(layer(torch.randn(2, 64, 4)).square().mean() for layer in layers)
+            inhibitor.attach_loss(loss).backward()
+            inhibitor.step()
+    found = inhibitor.metrics()
+    assert found["coefficient"] == 0.25
+    assert found["observed_share"] == (found["layer1/observed_share"] + found["layer4/observed_share"]) / 2 > 0
+    names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss")
+    rows = dict(zip((1, 4), inhibitor.last.tolist(), strict=True))
+    for layer, row in rows.items():
+        for name, value in zip(names[:-1], row, strict=False):
+            assert found[f"layer{layer}/{name}"] == value
+    assert found["inhibition_loss"] == pytest.approx(rows[1][-1] + rows[4][-1])
