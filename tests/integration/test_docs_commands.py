@@ -58,14 +58,13 @@ def folder(tmp_path_factory) -> Path:
     os.chdir(root)
     try:
         _write_files(root)
-        for name, method in (("RUN_DIRECTORY", "l2e"), ("runs/none", "none")):
-            changes = [f"training.run_directory={name}", f"inhibition.method={method}", "training.micro_batch=32"]
-            run_command(["l2e-ds", "train", "RUN.yaml", *changes, "training.steps=12", "checkpoint.every=4"])
-        shutil.copytree("RUN_DIRECTORY", "RUN")
         (root / "STUDY.yaml").write_text(yaml.safe_dump(STUDY))
-        run_command(["l2e-ds", "study", "STUDY.yaml", "training.micro_batch=32", "--devices", "2"])
-        for name in ("l2e", "memel", "quickstart"):
-            shutil.copytree("RUN_DIRECTORY", f"runs/{name}")
+        run_command(
+            ["l2e-ds", "study", "STUDY.yaml", "training.micro_batch=32", "checkpoint.every=2", "--devices", "2"]
+        )
+        for name in ("RUN_DIRECTORY", "RUN", "runs/l2e", "runs/memel", "runs/quickstart"):
+            shutil.copytree("studies/main/runs/l2e-seed1234", name)
+        shutil.copytree("studies/main/runs/none-seed1234", "runs/none")
         assert main(["export", "RUN_DIRECTORY", "--output", "MODEL"]) == 0
         shutil.copy("MODEL/tokenizer.json", "NAME.json")
         for name in ("20B_tokenizer.json", "tokenizer.json"):
@@ -138,7 +137,7 @@ def test_command(page, command, folder, monkeypatch, capsys):
     if "--output" in words and words[1] != "report":  # of the command before
         for path in folder.glob(f"{words[words.index('--output') + 1]}*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if words[0] != "l2e-ds" or words[1] in ("train", "doctor"):
+    if words[0] != "l2e-ds" or words[1] == "doctor" or (words[1] == "train" and "--dry-run" not in words):
         run_command(words)
         return
     assert main(words[1:]) == 0, capsys.readouterr().err[-2000:]
