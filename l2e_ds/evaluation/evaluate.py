@@ -137,10 +137,10 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     network, tokens = distributed.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
     step, tokens = _progress_of(source, tokens)
-    about = results.about(step, tokens, arguments.precision)
     reporter = _Reporter(source.label)
     evaluations = [
-        about | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
+        results.about(step, tokens, arguments.precision, arguments.tasks, shots)
+        | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
         for shots in arguments.num_fewshot or [None]
     ]
     if not distributed.is_main():

@@ -1,7 +1,7 @@
 """What a model reached on evaluation tasks: `evaluations.jsonl` of a run directory, one evaluation a line.
 
     {"step": 150, "tokens": 655360, "time": "2026-11-25T09:00:00Z", "seconds": 12.3, "ranks": 2, "precision": "fp32",
-     "limit": null, "versions": {"lm_eval": "0.4.13", ...},
+     "asked": {"tasks": ["arc_easy"], "num_fewshot": 0}, "limit": null, "versions": {"lm_eval": "0.4.13", ...},
      "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "version": 1.0, "part_of": null,
                             "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
 
@@ -79,12 +79,16 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
     ]
 
 
-def about(step: int | None, tokens: int | None, precision: str) -> dict[str, Any]:
-    """What a line says beside the figures themselves."""
+def about(
+    step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
+) -> dict[str, Any]:
+    """What a line says beside the figures themselves. tasks, num_fewshot: as they were asked for."""
     packages = ("lm_eval", "transformers", "torch", "datasets")
     versions = {"l2e_ds": l2e_ds.__version__, **{package: version(package) for package in packages}}
     time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    return {"step": step, "tokens": tokens, "time": time, "precision": precision, "versions": versions}
+    asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
+    common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
+    return {**common, "asked": asked, "versions": versions}
 
 
 def append_result(path: Path, evaluation: dict[str, Any]) -> None:

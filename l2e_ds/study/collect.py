@@ -110,7 +110,10 @@ def figures_of(table: pd.DataFrame) -> list[str]:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Means over seeds and paired differences, as Markdown."""
+    """Means over seeds and paired differences, as Markdown; of runs that are trained to their end."""
+    table = table.copy()
+    figures = [name for name in (*SHOWN, "step_seconds", *figures_of(table)) if name in table]
+    table.loc[~table["state"].isin(("done", "not evaluated")), figures] = float("nan")
     metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
@@ -134,7 +137,8 @@ def summary(table: pd.DataFrame) -> str:
     if tasks:
         parts.append(markdown(["figure", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
-        "Means over seeds; differences to the baseline of the same seed, with their standard error over seeds.\n"
+        "Means over seeds, of finished runs; differences to the baseline of the same seed, with their standard error over"
+        " seeds.\n"
     )
     return "\n".join(parts)
 

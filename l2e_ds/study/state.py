@@ -17,13 +17,9 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-import l2e_ds.evaluation
 from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation import results
@@ -73,35 +69,14 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 
 
 def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
-    """Whether one line of evaluations.jsonl has all these tasks at this step, with these shots and this limit.
-
-    A task that fixes its own number of shots keeps it; one of the tasks must have the number that was asked for.
-    """
-    for line in json_lines(directory / results.FILE):
-        found = results.results_of(line)
-        if line["step"] != step or line["limit"] != evaluation.limit:
-            continue
-        present = {result.task for result in found} | {result.part_of for result in found}
-        shots = {result.num_fewshot for result in found}
-        if all(_is_covered(task, present) for task in evaluation.tasks) and (
-            evaluation.num_fewshot is None or evaluation.num_fewshot in shots
-        ):
-            return True
-    return False
-
-
-def _is_covered(task: str, present: set[str | None]) -> bool:
-    """A group without figures of its own is there when all its tasks are."""
-    children = _own_groups().get(task, [])
-    return task in present or (bool(children) and all(_is_covered(child, present) for child in children))
-
-
-@cache
-def _own_groups() -> dict[str, list[str]]:
-    """Groups of tasks of this package."""
-    folder = Path(l2e_ds.evaluation.__file__).parent / "tasks"
-    contents = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))]
-    return {content["group"]: content["task"] for content in contents if "group" in content}
+    """Whether one line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at this
+    step."""
+    wanted = (step, evaluation.limit, evaluation.num_fewshot)
+    return any(
+        (line["step"], line["limit"], line["asked"]["num_fewshot"]) == wanted
+        and set(evaluation.tasks) <= set(line["asked"]["tasks"])
+        for line in json_lines(directory / results.FILE)
+    )
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

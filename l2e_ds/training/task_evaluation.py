@@ -53,7 +53,8 @@ class TaskEvaluation:
                     call=engine,
                     tick=tick,
                 )
-                evaluation = {**results.about(state.step, state.tokens, precision), **found}
+                about = results.about(state.step, state.tokens, precision, self.config.evaluation.tasks, shots)
+                evaluation = {**about, **found}
                 if distributed.is_main():
                     results.append_result(directory, evaluation)
                 figures |= {

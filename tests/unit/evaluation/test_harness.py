@@ -97,7 +97,7 @@ class Reference:
 
 
 def figures(evaluation: dict) -> dict[str, float]:
-    line = results.about(None, None, "fp32") | evaluation
+    line = results.about(None, None, "fp32", TASKS, None) | evaluation
     return {f"{r.task}/{r.metric}": r.value for r in results.results_of(line)}
 
 
@@ -263,7 +263,7 @@ def test_results_take_the_newest_and_no_half_line(tmp_path):
     def line(step: int, value: float) -> dict:
         metric = {"acc": {"value": value, "stderr": 0.1, "higher_is_better": True}}
         task = {"samples": 9, "num_fewshot": 0, "version": 1.0, "part_of": None, "metrics": metric}
-        return results.about(step, 10 * step, "fp32") | {"limit": None, "tasks": {"choices": task}}
+        return results.about(step, 10 * step, "fp32", ["choices"], 0) | {"limit": None, "tasks": {"choices": task}}
 
     assert results.read_results(tmp_path) == []
     for step, value in ((20, 0.5), (10, 0.25), (20, 0.75)):

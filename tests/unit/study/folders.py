@@ -60,11 +60,19 @@ def checkpoint(run: Path, step: int) -> None:
     (folder / "manifest.json").write_text(json.dumps({"files": {"state.json": entry}}))
 
 
-def evaluation(step: int, shots: int, tasks: dict[str, float], limit: int | None = None, **part_of: str) -> dict:
+def evaluation(
+    step: int,
+    shots: int,
+    tasks: dict[str, float],
+    limit: int | None = None,
+    asked: list[str] | None = None,
+    **part_of: str,
+) -> dict:
     figure = {"stderr": 0.01, "higher_is_better": True}
     return {
         "step": step,
         "limit": limit,
+        "asked": {"tasks": asked or list(tasks), "num_fewshot": shots},
         "tasks": {
             name: {
                 "samples": 10,
