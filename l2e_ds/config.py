@@ -33,6 +33,14 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
     "memel": ("top-k", "reverse-deactivation"),
 }
 
+# Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what: they decide its
+# times, and its figures to rounding only. What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
+DECIDES_NO_FIGURE = (
+    *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
+    *("training.evaluate_every", "training.max_skipped_steps", "training.micro_batch", "training.resume"),
+    *("training.run_directory", "training.time_limit", "training.timeout"),
+)
+
 SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
 
 

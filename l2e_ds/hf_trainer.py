@@ -48,7 +48,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """The model is wrapped by now, and a checkpoint's weights are loaded. Raises ConfigError, CheckpointError."""
-        self._take_off()  # left over from a training that failed
+        self.detach()  # left over from a training that failed
         if args.n_gpu > 1:
             raise ConfigError(
                 f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
@@ -63,9 +63,10 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         ]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._take_off()
+        self.detach()
 
-    def _take_off(self) -> None:
+    def detach(self) -> None:
+        """Leave the model as it was; to be called after an exception or Ctrl-C, which the Trainer does not tell."""
         while self._handles:
             self._handles.pop().remove()
         if self.inhibitor is not None:

@@ -12,13 +12,14 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import nn
 
 from l2e_ds import distributed
-from l2e_ds.config import ModelConfig
+from l2e_ds.config import LayerChoice, ModelConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.families import blocks_of, check_trainable, site_of
 from l2e_ds.inhibition.hook import NeuronSite
@@ -231,7 +232,14 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
 
 
 def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
-    """Indices of the hooked layers (METHOD, section 7), ascending. Raises ConfigError where out of range."""
+    """Indices of the hooked layers (METHOD, section 7), ascending. Raises ConfigError."""
+    named = get_args(LayerChoice)
+    numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
+    if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
+        raise ConfigError(
+            f"inhibition.layers: got {choice!r}, allowed: {', '.join(named)}, or a list of distinct numbers from 0 to"
+            f" {layers - 1}"
+        )
     if isinstance(choice, list):
         wrong = [i for i in choice if not 0 <= i < layers]
         if wrong:
@@ -249,8 +257,14 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
 def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
     """Where the neurons of the chosen layers are, each [B, T, N]; model: of transformers, with or without its head.
 
-    Raises ConfigError for a family that is not registered (families.py) and for layers out of range.
+    Raises ConfigError for a model of another kind, a family that is not registered (families.py) and for layers out of
+    range.
     """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise ConfigError(
+            f"neuron_sites: got a {type(model).__name__} without `config`, allowed: a transformers model (not wrapped);"
+            " of any other say where its neurons are, with a NeuronSite a layer (docs/python-api.md)"
+        )
     return [site_of(model, layer) for layer in chosen_layers(layers, len(blocks_of(model)))]
 
 

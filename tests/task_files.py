@@ -33,6 +33,7 @@ def write_tasks(folder: Path) -> dict[str, list[dict]]:
         "goes_on": [{"context": words(2 + index % 3), "rest": words(2)} for index in range(7)],
         "whole_text": [{"text": words(5 + 9 * index)} for index in range(4)],
     }
+    documents["too_long"] = documents["goes_on"]
     kinds = {
         "choices": {
             "output_type": "multiple_choice",
@@ -55,6 +56,14 @@ def write_tasks(folder: Path) -> dict[str, list[dict]]:
             "doc_to_text": "context",
             "doc_to_target": "rest",
             "generation_kwargs": {"max_gen_toks": 3, "until": ["w0"]},
+            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        },
+        # more than fits any context
+        "too_long": {
+            "output_type": "generate_until",
+            "doc_to_text": "context",
+            "doc_to_target": "rest",
+            "generation_kwargs": {"max_gen_toks": 9999, "until": ["w0"]},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
         "whole_text": {

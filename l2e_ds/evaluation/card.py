@@ -243,7 +243,9 @@ def _source(part: dict[str, Any]) -> str:
 def _results(of: Exported, results: Sequence[TaskResult]) -> str:
     line = of.newest("evaluation")
     if line:
-        text = f"Held-out LM loss at step {line['step']:,}: {line['held_out_loss']:.4f} nats/token."
+        loss = line["held_out_loss"]
+        said = "not finite" if loss is None else f"{loss:.4f} nats/token"
+        text = f"Held-out LM loss at step {line['step']:,}: {said}."
     else:
         text = "The run was not evaluated on held-out text."
     if not results:

@@ -8,6 +8,8 @@ share the requests, and the figures are the same (docs/evaluation.md).
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,10 +108,20 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
         sources = [find_model(arguments.model, arguments.step)]
     for source in sources:
         network_config(source)
-    output = _output(arguments, sources[0])
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: cannot write {output}; give a file in a folder that is there")
+        _progress_of(source)
+    _check_output(_output(arguments, sources[0]))
     return sources
+
+
+def _check_output(path: Path) -> None:
+    """That figures can be appended there. Raises ConfigError."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"--output: cannot write {path}; give a file in a folder that is there")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"--output: {path} must not be written to; give a file that may")
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        if file.read(1) not in (b"", b"{") or not path.is_file():
+            raise ConfigError(f"--output: {path} exists and is no file of evaluations; give another, or a new one")
 
 
 def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
@@ -123,10 +135,18 @@ def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
     return Path(str(source.name)) / results.FILE
 
 
+def _shots(arguments: argparse.Namespace) -> list[int | None]:
+    return list(dict.fromkeys(arguments.num_fewshot or [None]))
+
+
 def _load_tasks(arguments: argparse.Namespace) -> Tasks:
     from l2e_ds.evaluation.harness import load_tasks
 
-    return load_tasks(arguments.tasks, arguments.include_path)
+    try:
+        return load_tasks(arguments.tasks, arguments.include_path, _shots(arguments))
+    except ConfigError as error:
+        key, separator, rest = str(error).partition(":")
+        raise ConfigError(f"--{key.replace('_', '-')}{separator}{rest}") from None
 
 
 def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:
@@ -136,30 +156,38 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     tokenizer = distributed.all_work(lambda: load_tokenizer_of(source, arguments.tokenizer))
     network, tokens = distributed.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
-    step, tokens = _progress_of(source, tokens)
+    said = _progress_of(source)
+    step, tokens = (source.step, tokens) if said is None else said
     reporter = _Reporter(source.label)
     evaluations = [
         results.about(step, tokens, arguments.precision, arguments.tasks, shots)
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
-        for shots in arguments.num_fewshot or [None]
+        for shots in _shots(arguments)
     ]
     if not distributed.is_main():
         return
-    for evaluation in evaluations:
-        results.append_result(_output(arguments, source), evaluation)
     heads = ["task", "shots", "metric", "value", "stderr", "documents"]
     rows = results.table([figure for evaluation in evaluations for figure in results.results_of(evaluation)])
     print(f"{source.label}:\n\n{markdown(heads, rows)}")
-    print(f"figures: {_output(arguments, source)}", flush=True)
+    path = _output(arguments, source)
+    try:
+        for evaluation in evaluations:
+            results.append_result(path, evaluation)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot write {path}: {error.strerror}; the figures stand above") from None
+    print(f"figures: {path}", flush=True)
 
 
-def _progress_of(source: ModelSource, tokens: int | None) -> tuple[int | None, int | None]:
-    """Step and tokens: of a checkpoint, or as an exported folder says."""
-    provenance = Path(str(source.name)) / PROVENANCE
-    if source.checkpoint is None and provenance.is_file():
-        said = yaml.safe_load(provenance.read_text(encoding="utf-8"))
-        return said["step"], said["tokens"]
-    return source.step, tokens
+def _progress_of(source: ModelSource) -> tuple[int, int] | None:
+    """Step and tokens as an exported folder says them; None of another model. Raises ConfigError."""
+    path = Path(str(source.name)) / PROVENANCE
+    if source.checkpoint is not None or not path.is_file():
+        return None
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return int(said["step"]), int(said["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        raise ConfigError(f"{path}: does not say step and tokens of the model; mend or remove it") from None
 
 
 class _Reporter:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
-from l2e_ds.data.files import is_free, whole_folder
+from l2e_ds.data.files import is_free, one_line, whole_folder
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.evaluation.card import Exported, model_card
 from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
@@ -153,23 +155,29 @@ def export(
     checkpoint = find_checkpoint(source, step)
     if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
+    beside = next(path for path in output.absolute().parents if path.exists())
+    if not beside.is_dir() or not os.access(beside, os.W_OK):
+        raise CheckpointError(f"--output: cannot write below {beside}")
     model, state = load_network(checkpoint, precision)
     precision = precision or state["identity"]["precision"]
     run_directory = checkpoint.parent.parent
 
-    with whole_folder(output) as temporary:
-        _write(model, run_directory, state, temporary)
-        of = Exported(
-            run=run_directory,
-            state=state,
-            network=model.config,
-            parameters=sum(p.numel() for p in model.parameters()),
-            precision=precision,
-            tokenizer=(temporary / "tokenizer.json").exists(),
-            licence=licence,
-            repository=repository,
-        )
-        (temporary / "README.md").write_text(model_card(of), encoding="utf-8")
+    try:
+        with whole_folder(output) as temporary:
+            _write(model, run_directory, state, temporary)
+            of = Exported(
+                run=run_directory,
+                state=state,
+                network=model.config,
+                parameters=sum(p.numel() for p in model.parameters()),
+                precision=precision,
+                tokenizer=(temporary / "tokenizer.json").exists(),
+                licence=licence,
+                repository=repository,
+            )
+            (temporary / "README.md").write_text(model_card(of), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"--output: cannot write {output}: {one_line(error)}") from None
     return {
         "step": state["train"]["step"],
         "precision": precision,

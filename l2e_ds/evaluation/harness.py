@@ -13,6 +13,7 @@ import difflib
 import functools
 import io
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from l2e_ds import distributed
 from l2e_ds.data.files import one_line
@@ -33,6 +35,7 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 from lm_eval.evaluator import evaluate as run_tasks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 if TYPE_CHECKING:
@@ -51,29 +54,60 @@ class Tasks:
     shots: dict[str, int | None]
 
 
-def load_tasks(names: Sequence[str], include_path: Sequence[str | Path]) -> Tasks:
+def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: Sequence[int | None] = ()) -> Tasks:
     """The tasks of these names.
 
-    include_path: folders of task files (YAML); one of the name of a known task takes its place. Raises ConfigError for
-    a name that is not known and DataError for a data set that cannot be loaded.
+    include_path: folders of task files (YAML); one of the name of a known task takes its place. shots: numbers of
+    examples that are going to be asked for. Raises ConfigError for a name that is not known, a file that cannot be read
+    or more examples than there are, and DataError for a data set that cannot be loaded.
     """
     for folder in include_path:
-        if not Path(folder).is_dir():
-            raise ConfigError(f"include_path: no such folder: {folder}")
+        _check_files(Path(folder))
     with _quiet():
-        try:
-            own = TaskManager(include_path=include_path, include_defaults=False)
-            is_enough = set(names) <= set(own.all_subtasks)  # the harness's own are 14,000 files to read
-            manager = own if is_enough else TaskManager(include_path=[OWN_TASKS, *include_path])
-        except Exception as error:
-            raise ConfigError(f"include_path: a task file cannot be read: {one_line(error)}") from None
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        is_enough = set(names) <= set(own.all_subtasks)  # the harness's own are 14,000 files to read
+        manager = own if is_enough else TaskManager(include_path=[OWN_TASKS, *include_path])
         _check_known(names, manager.all_tasks)
-        loaded = [_load(manager, name) for name in names]
+        loaded = [_load(manager, name, is_own=name in own.all_tasks) for name in names]
         try:
             tasks = manager.load([built for part in loaded for built in part])
         except ValueError as error:  # one task asked for twice
             raise ConfigError(f"tasks: {one_line(error)}") from None
-    return Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
+    found = Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
+    _check_shots(found, shots)
+    return found
+
+
+def _check_files(folder: Path) -> None:
+    """The harness passes over files that it cannot read. Raises ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"include_path: no such folder: {folder}")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        try:
+            content = load_yaml(path, resolve_func=False, recursive=True)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f":{mark.line + 1}" if mark else ""
+            raise ConfigError(f"include_path: {path}{line}: {getattr(error, 'problem', None) or error}") from None
+        except Exception as error:  # a file that it includes
+            raise ConfigError(f"include_path: {path}: {one_line(error)}") from None
+        name = content.get("task") if isinstance(content, dict) else None
+        if isinstance(name, str) and files.setdefault(name, path) != path:
+            raise ConfigError(f"include_path: {path}: the task {name!r} is also in {files[name]}")
+
+
+def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
+    for name, task in tasks.loaded["tasks"].items():
+        for number in asked:
+            shots = _shots(tasks.shots[name], number)
+            if not shots:
+                continue
+            documents = len(list(task.fewshot_docs()))
+            if not task.config.fewshot_split:  # a document is no example of its own
+                documents -= 1
+            if shots > documents:
+                raise ConfigError(f"num_fewshot: got {shots}, the task {name} has {documents} examples")
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
@@ -84,14 +118,15 @@ def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
             raise ConfigError(f"tasks: no task or group {name!r}; {hint}")
 
 
-def _load(manager: TaskManager, name: str) -> list[Any]:
-    """A task, a group, or the tasks of a tag."""
+def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
+    """A task, a group, or the tasks of a tag. is_own: from a folder of include_path."""
     try:
         found = manager._load_spec(name)
     except Exception as error:  # whatever datasets, a hub or a task's own code raises
-        raise DataError(
-            f"task {name}: cannot be loaded: {one_line(error)}; without a hub, give local task files as include_path"
-        ) from None
+        cause = error.__cause__ or error
+        hint = "" if is_own else "; without a hub, give local task files as include_path"
+        reason = f"{type(cause).__name__}: {one_line(cause)}"
+        raise DataError(f"task {name}: cannot be loaded: {reason}{hint}") from None
     return found if isinstance(found, list) else [found]
 
 
@@ -156,7 +191,7 @@ class SharedModel(HFLM):
         try:
             values = action()
         except L2EError as error:
-            if not error.on_every_rank:  # those all ranks have raised themselves
+            if not error.on_every_rank:  # of rank 0 alone; a round's all ranks have raised themselves
                 error.on_every_rank = True
                 distributed.main_decides(error)
             raise
@@ -179,19 +214,30 @@ class SharedModel(HFLM):
         batches = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
         answers: list[Any] = []
         for begin in range(0, len(batches), ranks):
-            dealt = batches[begin : begin + ranks]
-            distributed.main_decides((kind, dealt))
-            answers += [answer for part in self._round(kind, dealt) for answer in part]
+            order = (kind, begin, batches[begin : begin + ranks])
+            distributed.main_decides(order)
+            answers += [answer for part in self._round(*order) for answer in part]
             self._tell(len(answers), len(requests))
         return answers
 
-    def _round(self, kind: str, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Every rank's answers to its own batch. A rank without one computes the first, which counts once."""
+    def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        """Every rank's answers to its own batch; first: number of the first batch. A rank without one computes that,
+        which counts once. Raises DataError on every rank where one of them fails."""
         self._tick()
-        rank = distributed.rank()
-        mine = dealt[rank] if rank < len(dealt) else dealt[0]
-        answer = getattr(HFLM, kind)(self, mine, disable_tqdm=True)
-        return distributed.all_gather_objects(answer)[: len(dealt)]
+        mine = distributed.rank() if distributed.rank() < len(dealt) else 0
+        torch.manual_seed(SEED + first + mine)  # for tasks that sample: the same on any number of ranks
+        answer, problem = None, None
+        try:
+            answer = getattr(HFLM, kind)(self, dealt[mine], disable_tqdm=True)
+        except Exception as error:
+            problem = f"rank {distributed.rank()}: {type(error).__name__}: {one_line(error)}"
+        gathered = distributed.all_gather_objects((answer, problem))
+        failed = next((problem for _, problem in gathered if problem is not None), None)
+        if failed is not None:
+            agreed = DataError(f"tasks: {failed}")
+            agreed.on_every_rank = True
+            raise agreed
+        return [answer for answer, _ in gathered[: len(dealt)]]
 
     # --- what the harness calls ----------------------------------------------------------------------------------
 
@@ -212,7 +258,7 @@ class SharedModel(HFLM):
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        self.batch_size_per_gpu = self._size * distributed.size()  # the windows that it asks for at once
+        self.batch_size_per_gpu = 10**9  # so many windows it asks for at once; `_deal` makes batches of them
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
@@ -259,7 +305,7 @@ def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int 
             found = run_tasks(lm, tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
         except L2EError:
             raise
-        except (AssertionError, LookupError, TypeError, ValueError) as error:
+        except Exception as error:  # of a task's own code
             names = ", ".join(tasks.shots)
             raise DataError(f"tasks: {names}: {type(error).__name__}: {one_line(error)}") from error
     return _in_our_form(found)
@@ -272,18 +318,17 @@ def _shots(own: int | None, asked: int | None) -> int:
 
 def _in_our_form(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     children = found.get("group_subtasks", {})
-    figures = {name: _metrics_of(name, found) for name in found["results"]}
+
+    def tasks_of(name: str) -> list[str]:
+        return [name] if name in found["n-samples"] else [task for child in children[name] for task in tasks_of(child)]
+
+    figures = {name: _metrics_of(found, name, tasks_of(name)) for name in found["results"]}
     parents = {child: group for group, names in children.items() for child in names if figures.get(group)}
-
-    def samples(name: str) -> int:
-        if name in found["n-samples"]:
-            return found["n-samples"][name]["effective"]
-        return sum(samples(child) for child in children[name])
-
     return {
         name: {
-            "samples": samples(name),
-            "num_fewshot": found["n-shot"].get(name, 0),
+            "samples": sum(found["n-samples"][task]["effective"] for task in tasks_of(name)),
+            # of nested groups the harness itself says nothing; a task that keeps 0 does not count
+            "num_fewshot": max(found["n-shot"][task] for task in tasks_of(name)),
             "version": found["versions"].get(name),
             "part_of": parents.get(name),
             "metrics": metrics,
@@ -293,20 +338,25 @@ def _in_our_form(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _metrics_of(name: str, found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _metrics_of(found: dict[str, Any], name: str, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """tasks: of a group its tasks, else the task itself."""
     figures = {}
     for key, value in found["results"][name].items():
         metric, separator, answer_filter = key.partition(",")
         if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        stderr = found["results"][name].get(f"{metric}_stderr,{answer_filter}")
-        better = found["higher_is_better"].get(name, {}).get(metric)
+        lower = any(found["higher_is_better"].get(task, {}).get(metric) is False for task in tasks)
         figures[metric if answer_filter == "none" else key] = {
-            "value": float(value),
-            "stderr": float(stderr) if isinstance(stderr, int | float) else None,
-            "higher_is_better": better is not False,
+            "value": _finite(value),
+            "stderr": _finite(found["results"][name].get(f"{metric}_stderr,{answer_filter}")),
+            "higher_is_better": not lower,
         }
     return figures
+
+
+def _finite(value: Any) -> float | None:
+    """None for what is no number, or none that JSON has."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def load_causal_model(
         with loading_sharded(zero3):
             dtype = DTYPES[precision]
             return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=dtype), None
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also what safetensors and torch say of damaged files
         raise _not_loaded(source, error) from None
 
 

@@ -6,7 +6,8 @@
                             "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
 
 `part_of` names the group (mmlu) that a task's figures are in too; a group's `samples` are those of its parts. `limit`
-is the number of documents a task was cut to. `step` and `tokens` are null where the model does not say them.
+is the number of documents a task was cut to, `value` null where it is not finite. `step` and `tokens` are null where the
+model does not say them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import l2e_ds
+from l2e_ds.errors import DataError
 
 FILE = "evaluations.jsonl"
 
@@ -43,18 +45,22 @@ class TaskResult:
 def read_results(run: Path) -> list[TaskResult]:
     """Every metric of every task, ordered by step; of one that was evaluated twice the newest. Empty without a file.
 
-    A last line that is still being written does not count.
+    A line that was cut off, or is still being written, does not count. Raises DataError for one that is no evaluation.
     """
     path = run / FILE
     if not path.is_file():
         return []
     newest: dict[tuple, TaskResult] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         try:
             evaluation = json.loads(line)
         except ValueError:
             continue
-        for result in results_of(evaluation):
+        try:
+            found = results_of(evaluation)
+        except (AttributeError, KeyError, TypeError):
+            raise DataError(f"{path}:{number}: is no evaluation; remove the line") from None
+        for result in found:
             newest[result.step, result.task, result.num_fewshot, result.metric, result.limit] = result
     return sorted(newest.values(), key=lambda result: -1 if result.step is None else result.step)
 
@@ -76,6 +82,7 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
         )
         for name, task in evaluation["tasks"].items()
         for metric, figure in task["metrics"].items()
+        if figure["value"] is not None
     ]
 
 
@@ -93,8 +100,11 @@ def about(
 
 def append_result(path: Path, evaluation: dict[str, Any]) -> None:
     """One line more, in a file or in that of a run directory. Raises OSError."""
-    with (path / FILE if path.is_dir() else path).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(evaluation) + "\n")
+    with (path / FILE if path.is_dir() else path).open("ab+") as file:
+        end = file.tell()
+        file.seek(max(0, end - 1))
+        cut_off = file.read(1) not in (b"", b"\n")  # by a kill
+        file.write(b"\n" * cut_off + json.dumps(evaluation).encode() + b"\n")
 
 
 def table(results: Sequence[TaskResult]) -> list[list[str]]:

@@ -32,13 +32,13 @@ def summarise(run: Path) -> str:
         rows.append(
             (
                 "held-out LM loss",
-                f"{first['held_out_loss']:.4f} (step {first['step']}) -> {final['held_out_loss']:.4f}"
+                f"{_loss(first['held_out_loss'])} (step {first['step']}) -> {_loss(final['held_out_loss'])}"
                 f" (step {final['step']})",
             )
         )
         for name in (key.partition("/")[2] for key in final if key.startswith("held_out_loss/")):
-            key = f"held_out_loss/{name}"
-            rows.append((f"  of {name}", f"{first[key]:.4f} -> {final[key]:.4f} ({last[f'tokens/{name}']:,} tokens)"))
+            losses = " -> ".join(_loss(line[f"held_out_loss/{name}"]) for line in (first, final))
+            rows.append((f"  of {name}", f"{losses} ({last[f'tokens/{name}']:,} tokens)"))
     if "observed_share" in last:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:
@@ -46,9 +46,9 @@ def summarise(run: Path) -> str:
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
                 key = f"layer{layer}/{name}"
                 rows.append((f"layer {layer}: {label}", f"{_number(first[key])} -> {_number(final[key])}"))
-            shrunk = final[f"layer{layer}/mean_s"] / first[f"layer{layer}/mean_s"]
-            if shrunk < SHRUNK:
-                rows.append(("", f"layer {layer} shrank to {shrunk:.0%} of its first scale (docs/method.md, 5.1)"))
+            scale, was = final[key], first[key]
+            if scale is not None and was and scale / was < SHRUNK:
+                rows.append(("", f"layer {layer} shrank to {scale / was:.0%} of its first scale (docs/method.md, 5.1)"))
     rows.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f} (median)"))
     rows.append(("metrics", str(run / "metrics.jsonl")))
     rows.append(("checkpoints", str(run / "checkpoints")))
@@ -58,6 +58,11 @@ def summarise(run: Path) -> str:
 
 def _layers(line: dict) -> list[int]:
     return sorted({int(found[1]) for key in line if (found := re.match(r"layer(\d+)/", key))})
+
+
+def _loss(value: float | None) -> str:
+    """Training writes null for what is not finite."""
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _number(value: float | None) -> str:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -49,6 +49,7 @@ class NeuronSite:
     """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection).
 
     function: what an activation computes, where a GPU kernel may compute it in the same pass: the exact GELU.
+    Raises ValueError.
     """
 
     layer: int
@@ -57,6 +58,9 @@ class NeuronSite:
     kind: Literal["activation", "projection"]
     neurons: int
     function: Literal["gelu"] | None = None
+
+    def __post_init__(self) -> None:
+        _require("NeuronSite.kind", self.kind, lambda kind: kind in _KINDS, " or ".join(_KINDS))
 
 
 @dataclass(frozen=True)
@@ -74,15 +78,21 @@ class Settings:
     fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
 
     def __post_init__(self) -> None:
-        for name in ("retrieval", "mechanism", "reduce"):
-            _require(name, getattr(self, name), getattr(self, name) in _CHOICES[name], " or ".join(_CHOICES[name]))
-        _require("target_share", self.target_share, 0 < self.target_share < 1, "between 0 and 1")
-        _require("coefficient", self.coefficient, 0 <= self.coefficient < math.inf, "0 or more")
-        _require("coefficient_warmup", self.coefficient_warmup, self.coefficient_warmup >= 0, "0 or more steps")
-        window = self.statistics_window
-        _require("statistics_window", window, window is None or window >= 1, "1 step or more, or None: all steps")
+        for name, choices in _CHOICES.items():
+            self._check(name, choices.__contains__, " or ".join(choices))
+        self._check("scale_invariant", lambda value: isinstance(value, bool), "True or False")
+        self._check("target_share", lambda share: 0 < share < 1, "between 0 and 1")
+        self._check("coefficient", lambda coefficient: 0 <= coefficient < math.inf, "0 or more")
+        self._check("coefficient_warmup", lambda steps: steps >= 0, "0 or more steps")
+        window = "1 step or more, or None: all steps"
+        self._check("statistics_window", lambda steps: steps is None or steps >= 1, window)
+        self._check("fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
+
+    def _check(self, name: str, holds: Callable[[Any], bool], allowed: str) -> None:
+        _require(f"Settings.{name}", getattr(self, name), holds, allowed)
 
 
+_KINDS = ("activation", "projection")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "retrieval": ("threshold", "top-k"),
     "mechanism": ("regulariser", "reverse-deactivation", "naive-deactivation"),
@@ -90,9 +100,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _require(name: str, given: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"Settings.{name}: got {given!r}, allowed: {allowed}")
+def _require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    try:
+        fine = holds(given)
+    except TypeError:  # no number, compared with one
+        fine = False
+    if not fine:
+        raise ValueError(f"{where}: got {given!r}, allowed: {allowed}")
 
 
 @dataclass
@@ -159,6 +173,7 @@ class NeuronHook:
         if not self.owner.in_backward:
             self.in_kernel = self.is_gelu = False
             if self.site.function == "gelu" and self.owner.steps and self.owner.coefficient > 0:
+                self._check(x)
                 self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
                 self.in_kernel = self._has_kernel(x) and self._is_fused(x)
                 self.is_gelu = self.in_kernel or (x.device.type == "cpu" and self._is_fused(x))
@@ -174,7 +189,12 @@ class NeuronHook:
 
     # --- forward -------------------------------------------------------------------------------------------------
 
-    def _check_device(self, activations: Tensor) -> None:
+    def _check(self, activations: Tensor) -> None:
+        if activations.shape[-1] != self.site.neurons:
+            raise ValueError(
+                f"Inhibitor: NeuronSite.neurons of layer {self.site.layer} is {self.site.neurons}, found are"
+                f" {activations.shape[-1]}"
+            )
         if activations.device != self.sums.device:
             raise ValueError(
                 f"Inhibitor: is on {self.sums.device}, the activations of layer {self.site.layer} on"
@@ -183,7 +203,7 @@ class NeuronHook:
 
     def __call__(self, activations: Tensor) -> Tensor:
         """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
-        self._check_device(activations)
+        self._check(activations)
         z = activations.reshape(-1, self.site.neurons)
         if self.owner.in_backward:  # activation checkpointing runs forward again: same statistics, nothing counted
             self.calls.recomputed += 1
@@ -211,7 +231,6 @@ class NeuronHook:
         """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
         from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
-        self._check_device(x)
         flat = x.reshape(-1, self.site.neurons)
         keep = not self.in_kernel
         return fused.with_inhibition(flat, self._compute_gelu, self._gelu_gradient, keep).view_as(x)
@@ -361,8 +380,11 @@ class NeuronHook:
     # --- once a step ---------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def update(self) -> Tensor:
-        """Move moments and tau by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64."""
+    def update(self, finite: Tensor) -> Tensor:
+        """Move moments and tau by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64.
+
+        finite: [] bool; where False they stay, and the statistics show what was seen.
+        """
         move: Callable[..., Any] = moved_statistics
         if self.fused:
             from l2e_ds.inhibition import fused
@@ -370,8 +392,8 @@ class NeuronHook:
             move = fused.moved_statistics
         settings = self.settings
         self.moments, self.tau, self.selected, self.selectable, statistics = move(
-            *(self.moments, self.tau, self.selected, self.selectable, self._parts(), self.frozen.mean),
-            *(self.owner.fade, settings.target_share, settings.reduce == "forward"),
+            *(self.moments, self.tau, self.selected, self.selectable, self._parts(), finite),
+            *(self.frozen.mean, self.owner.fade, settings.target_share, settings.reduce == "forward"),
         )
         self._freeze()
         return statistics
@@ -405,9 +427,17 @@ class Inhibitor:
         group: Any = None,
     ) -> None:
         """`device`: where the model computes (default: where it is now); `group`: the data-parallel process group whose
-        tokens count together (default: all ranks)."""
+        tokens count together (default: all ranks). Raises ValueError."""
         if not sites:
             raise ValueError("no neurons to inhibit: sites is empty")
+        for one, other in combinations(sites, 2):
+            if one.layer == other.layer:
+                raise ValueError(f"Inhibitor: two sites have the layer number {one.layer}, allowed: one site a layer")
+            if one.module is other.module and one.attribute == other.attribute:
+                raise ValueError(
+                    f"Inhibitor: the sites of layers {one.layer} and {other.layer} are the same {one.attribute!r} of"
+                    " the same module, allowed: one site a layer"
+                )
         device = device or _device_of(sites[0].module)
         self.settings = settings or Settings()
         self.group = group
@@ -442,7 +472,17 @@ class Inhibitor:
         self.detach()
 
     def attach(self) -> None:
-        """Put the hooks into the model (before deepspeed.initialize under ZeRO-3)."""
+        """Put the hooks into the model (before deepspeed.initialize under ZeRO-3).
+
+        Raises ValueError where hooks are there already, this Inhibitor's or another's: they would act twice.
+        """
+        if self._undo:
+            raise ValueError("Inhibitor.attach: is attached already")
+        for hook in self.hooks:
+            if _is_hooked(getattr(hook.site.module, hook.site.attribute)):
+                raise ValueError(
+                    f"Inhibitor.attach: layer {hook.site.layer} has the hook of another Inhibitor; detach that first"
+                )
         for hook in self.hooks:
             module, attribute = hook.site.module, hook.site.attribute
             child = getattr(module, attribute)
@@ -465,9 +505,17 @@ class Inhibitor:
         """The same LM loss []; its backward tells the hooks the scale at which gradients arrive.
 
         is_last: no other micro-batch of this step follows: its sums are reduced over the ranks behind its backward.
-        Raises ValueError where one follows nonetheless. weight: [], of this micro-batch where the loss is not its mean
-        but already its share of a larger batch's, i.e. weight * mean.
+        weight: [], of this micro-batch where the loss is not its mean but already its share of a larger batch's, i.e.
+        weight * mean. Raises ValueError and TypeError; ValueError also where one follows the last nonetheless.
         """
+        allowed = "allowed: a scalar tensor that requires a gradient"
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"attach_loss: got a loss of type {type(loss).__name__}, {allowed}")
+        if loss.dim() or not loss.requires_grad:
+            given = f"of shape {[*loss.shape]}" if loss.dim() else "without a gradient"
+            raise ValueError(f"attach_loss: got a loss {given}, {allowed}")
+        if not isinstance(weight, Tensor):  # whose value would have to be waited for
+            _require("attach_loss: weight", weight, lambda share: 0 <= share < math.inf, "0 or more, or a tensor []")
         if self._reduced is not None:
             raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
         self._micro_batches += 1
@@ -509,7 +557,8 @@ class Inhibitor:
     def step(self, applied: bool = True) -> None:
         """After the optimizer's step: reduce the step's sums over ranks, move moments and tau, start anew.
 
-        `applied` False (an overflow, a non-finite gradient; the same on every rank): the sums are dropped.
+        `applied` False (an overflow, a non-finite gradient; the same on every rank): the sums are dropped. Where they
+        are not finite themselves, moments and tau stay in any case, but the step counts as one.
         Raises SelfTestError in the first step if a hook missed a call, or later if its gradient was zero.
         """
         if self.self_test_pending:
@@ -520,7 +569,9 @@ class Inhibitor:
             all_reduce_sum(self._packed, self.group)
         self._reduced = None
         if applied:
-            self.last = torch.stack([hook.update() for hook in self.hooks])
+            # of every layer or of none, the same on every rank, and without the host knowing
+            finite = self._packed.isfinite().all()
+            self.last = torch.stack([hook.update(finite) for hook in self.hooks])
             self.last_coefficient = self.coefficient if self.settings.mechanism == "regulariser" else 0.0
             if self.self_test_pending:
                 self._check_gradients()
@@ -615,6 +666,12 @@ def _device_of(module: nn.Module) -> torch.device:
     """Of its weights; the CPU where it has none."""
     tensor = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def _is_hooked(child: nn.Module) -> bool:
+    """Whether an `InhibitedActivation` stands in its place, or a `_projection_hook` before it."""
+    before = getattr(child, "_forward_pre_hooks", {}).values()
+    return isinstance(child, InhibitedActivation) or any(getattr(f, "__module__", None) == __name__ for f in before)
 
 
 def _projection_hook(hook: NeuronHook) -> Any:

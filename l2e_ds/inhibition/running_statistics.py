@@ -19,6 +19,7 @@ def moved_statistics(
     selected: Tensor,
     selectable: Tensor,
     sums: tuple[Tensor, Tensor, Tensor, Tensor],
+    finite: Tensor,
     shift: Tensor,
     fade: float,
     target_share: float,
@@ -27,9 +28,9 @@ def moved_statistics(
     """The first four after a step, and the layer's `Inhibitor.STATISTICS` of it, [5] (METHOD, sections 3 and 4).
 
     tau: []; selected: [N], faded count of selections; selectable: [], of tokens. sums, of all ranks: [3] tokens, loss
-    and score of the selected; [N] d, [N] d^2, [N] selected. shift: [N], what d was taken from. fade: the share of the
-    past that stays. seen_before: whether the step's own samples were in the moments that it selected by
-    (`reduce: forward`).
+    and score of the selected; [N] d, [N] d^2, [N] selected. finite: [] bool; where False nothing moves. shift: [N],
+    what d was taken from. fade: the share of the past that stays. seen_before: whether the step's own samples were in
+    the moments that it selected by (`reduce: forward`).
     """
     header, d, d2, newly_selected = sums
     tokens, loss, score = header.unbind()
@@ -48,10 +49,15 @@ def moved_statistics(
             loss / (target_share * pairs).clamp(min=1),
         ]
     )
+    kept = Moments(
+        torch.where(finite, merged.count, moments.count),
+        torch.where(finite, merged.mean, moments.mean),
+        torch.where(finite, merged.m2, moments.m2),
+    )
     return (
-        merged,
-        moved_threshold(tau, total, pairs, target_share, possible),
-        selected * fade + newly_selected,
-        selectable * fade + torch.where(possible, tokens, 0.0),
+        kept,
+        moved_threshold(tau, total, pairs, target_share, possible & finite),
+        torch.where(finite, selected * fade + newly_selected, selected),
+        torch.where(finite, selectable * fade + torch.where(possible, tokens, 0.0), selectable),
         statistics,
     )

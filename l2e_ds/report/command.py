@@ -16,7 +16,7 @@ from pathlib import Path
 
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.report import page, runs, tables, warnings
+from l2e_ds.report import analyses, page, runs, tables, warnings
 
 _MARK = f"<!-- {page.GENERATOR} -->"  # the first line of index.md, by which a folder of ours is known
 
@@ -39,13 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     folder = output.with_name(f"{output.stem}-tables")
     _check_output(output, folder)
-    analyses = _analyses(arguments.analysis)
+    places = _analyses(arguments.analysis)
     found = runs.read(arguments.paths)
-    analyses += [place for one in found.runs if _has_figures(place := one.directory / "analysis")]
+    places += [place for one in found.runs if analyses.is_analysis(place := one.directory / "analysis")]
     now = datetime.now(timezone.utc)
-    of_page = tables.all_tables(found)
+    of_page = [*tables.all_tables(found), *analyses.all_tables(places)]
     notices = warnings.all_warnings(found, now)
-    text = page.render(found, of_page, notices, analyses, folder.name, now)
+    text = page.render(found, of_page, notices, places, folder.name, now)
     try:
         _write_tables(folder, of_page)
         write_whole(output, text)
@@ -74,15 +74,11 @@ def _beginning(path: Path) -> str:
 
 
 def _analyses(given: Sequence[Path]) -> list[Path]:
-    """Raises ConfigError where a folder has no figures."""
+    """Raises ConfigError where a folder is none of an analysis."""
     for folder in given:
-        if not _has_figures(folder):
-            raise ConfigError(f"--analysis: {folder} has no figures/*.svg; allowed: a folder that l2e-ds analyze wrote")
+        if not analyses.is_analysis(folder):
+            raise ConfigError(f"--analysis: {folder} has no analysis.json; allowed: a folder that l2e-ds analyze wrote")
     return list(given)
-
-
-def _has_figures(folder: Path) -> bool:
-    return any((folder / "figures").glob("*.svg"))
 
 
 def _write_tables(folder: Path, of_page: Sequence[tables.Table]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,14 +21,13 @@ _DASHES = ("", "6 2", "2 2", "6 2 2 2", "10 3")
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of its elements in the page. about: in words, for who cannot see it. by_layer: its lines are layers."""
+    """name: of its elements in the page. about: in words, for who cannot see it."""
 
     name: str
     title: str
     note: str
     svg: str
     about: str
-    by_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -187,8 +187,7 @@ def layer_looks(page: Collection) -> dict[int, Look]:
 
 
 def axis_of(runs: Sequence[Run]) -> Axis:
-    per_step = {run.config["training.global_batch"] * run.config["data.sequence_length"] for run in runs}
-    key = "step" if len(per_step) == 1 else "tokens"
+    key = "step" if len({run.tokens_per_step for run in runs}) == 1 else "tokens"
     return Axis(key, max(getattr(run, key) for run in runs))
 
 
@@ -295,19 +294,25 @@ def _targets(runs: Sequence[Run]) -> list[float]:
 def _task_chart(
     runs: Sequence[Run], place: int, task: str, shots: int, axis: Axis, by_run: dict[str, Look]
 ) -> Chart | None:
-    """Only where a run was evaluated at several steps."""
-    quantity = Quantity(
-        f"task-{place}", f"{task_name(runs, task, shots)}, {shots}-shot", "accuracy", "Evaluation task.", "", "value"
-    )
+    """Only where a run was evaluated at several steps; of as many documents as most of the figures are of."""
+    figures = [
+        (run, one)
+        for run in runs
+        for one in run.results
+        if (one.task, one.num_fewshot, one.metric) == (task, shots, "acc")
+    ]
+    counts = Counter(one.limit for _, one in figures)
+    limit = max(counts, key=lambda limit: (counts[limit], limit is None), default=None)
+    note = "Evaluation task." if limit is None else f"Evaluation task, its first {limit:,} documents."
+    title = f"{task_name(runs, task, shots)}, {shots}-shot"
+    quantity = Quantity(f"task-{place}", title, "accuracy", note, "", "value")
     lines = []
     for run in runs:
-        per_step = run.config["training.global_batch"] * run.config["data.sequence_length"]
-        found = [
-            one
-            for one in run.results
-            if (one.task, one.num_fewshot, one.metric) == (task, shots, "acc") and one.step is not None
+        points = [
+            {"step": one.step, "tokens": one.step * run.tokens_per_step, "value": one.value}
+            for of_run, one in figures
+            if of_run is run and one.step is not None and one.limit == limit
         ]
-        points = [{"step": one.step, "tokens": one.step * per_step, "value": one.value} for one in found]
         lines.append(Line(run.name, by_run[run.name], *_points(points, "value", axis, 1.0)))
     if all(len(line.x) < 2 for line in lines):
         return None
@@ -336,5 +341,4 @@ def _chart(
         " ".join(notes),
         svg,
         f"{quantity.title}, {quantity.unit}, over {axis.key}s: {'; '.join(about)}",
-        by_layer,
     )

@@ -17,12 +17,13 @@ from markupsafe import Markup
 import l2e_ds
 from l2e_ds.report import curves
 from l2e_ds.report.runs import Collection, Run, Variant, first_and_last, last_tenth, mean, number
-from l2e_ds.report.statistics import loss_difference, steady_median
+from l2e_ds.report.statistics import held_out, last_common_step, loss_difference, steady_median
 from l2e_ds.report.tables import Table, text_of
 from l2e_ds.report.warnings import Notice
 
 GENERATOR = "l2e-ds report"  # by which a page of ours is known
 _AFTER = ("configurations", "machines")  # tables that stand in the last part
+_OF_ANALYSES = ("false_killing",)
 _FILE_ONLY = ("evaluations",)
 _MOST_FACTS = 8
 _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
@@ -71,9 +72,10 @@ def render(
         legend=_legend(page),
         layers=curves.layer_looks(page),
         charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(page)],
-        tables=[table for table in tables if table.name not in (*_AFTER, *_FILE_ONLY)],
+        tables=[table for table in tables if table.name not in (*_AFTER, *_OF_ANALYSES, *_FILE_ONLY)],
         after=[table for table in tables if table.name in _AFTER],
         beside=beside,
+        of_analyses=[table for table in tables if table.name in _OF_ANALYSES],
         analyses=[_analysis(folder) for folder in analyses],
         configs=[(run, yaml.safe_dump(_nested(run.config), sort_keys=False)) for run in page.runs],
     )
@@ -106,11 +108,15 @@ def _facts_of_run(run: Run) -> list[tuple[str, str]]:
     first, last = first_and_last(run.evaluations, "held_out_loss")
     shares = [share for line in last_tenth(run.training) if (share := number(line, "observed_share")) is not None]
     speed = steady_median(run, "tokens_per_second")
-    found = [("held-out loss", f"{first:.3f} → {last:.3f}" if first is not None and last is not None else "–")]
+    found = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else "–")]
     if shares:
         found.append(("observed share", f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"))
     found += [("steps", f"{run.step:,} of {run.steps:,}"), ("tokens", f"{run.tokens:,}")]
     return found + ([("tokens/s", f"{speed:,.0f}")] if speed is not None else [])
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _facts_of_runs(page: Collection) -> list[tuple[str, str]]:
@@ -120,9 +126,10 @@ def _facts_of_runs(page: Collection) -> list[tuple[str, str]]:
         ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}"),
         ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1])))),
     ]
-    losses = [(loss, run.name) for run in page.runs if (loss := first_and_last(run.evaluations, "held_out_loss")[1])]
-    if losses and len({run.model for run in page.runs}) == 1:
-        found.append((f"lowest held-out loss, {min(losses)[1]}", f"{min(losses)[0]:.4f}"))
+    step = last_common_step([run for run in page.runs if held_out(run)])
+    if step is not None and len({run.model for run in page.runs}) == 1:
+        loss, name = min((losses[step], run.name) for run in page.runs if (losses := held_out(run)))
+        found.append((f"lowest held-out loss at step {step:,}, {name}", f"{loss:.4f}"))
     for variant in page.variants:
         difference = loss_difference(page, variant)
         base = page.baseline_variant(variant)

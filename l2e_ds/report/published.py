@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SOURCE = "Wang et al. 2025, arXiv 2503.23298"
 STEPS, GLOBAL_BATCH, SEQUENCE_LENGTH = 14_300, 1024, 2048
 TOKENS = STEPS * GLOBAL_BATCH * SEQUENCE_LENGTH
@@ -20,6 +22,11 @@ BENCHMARKS: dict[tuple[str, int], tuple[tuple[float, float], ...]] = {
     ("arc_easy", 5): ((0.3708, 0.3864), (0.4811, 0.4798), (0.5522, 0.5358)),
 }
 
+# of the models analysed, the one whose False Killing Rates are told: plain Pythia-70M at a share k of 1 %
+FKR_PARAMETERS, FKR_SHARE = 70_426_624, 0.01
+FKR = {"natural_language": 0.052, "data_subset": 0.218, "code_language": 0.67}  # by set of features
+LOWEST_FKR_SHARE = 0.02  # "near"
+
 # (method, size) -> extra time a step over plain pretraining
 EXTRA_TIME = {
     ("l2e", "70m"): 0.034,
@@ -30,6 +37,13 @@ EXTRA_TIME = {
 
 # size -> share k that did best
 BEST_SHARE = {"70m": 0.01, "410m": 0.02, "2.8b": 0.03}
+
+
+def fkr(features: str, parameters: int) -> float | None:
+    """features: what a set of features is called; one whose name has natural-language in it is taken for that."""
+    name = re.sub(r"[\W_]+", "_", features).lower()
+    known = next((figure for known, figure in FKR.items() if known in name), None)
+    return known if parameters == FKR_PARAMETERS else None
 
 
 def benchmark(task: str, shots: int, size: str, method: str) -> float | None:

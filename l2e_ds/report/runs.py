@@ -20,6 +20,7 @@ from l2e_ds.config import METHODS, RunConfig
 from l2e_ds.data.files import one_line
 from l2e_ds.errors import DataError
 from l2e_ds.evaluation.results import TaskResult, read_results
+from l2e_ds.report import published
 from l2e_ds.study.definition import INDEX
 from l2e_ds.study.state import read_index
 from l2e_ds.training.metrics import read_metrics
@@ -83,6 +84,10 @@ class Run:
         return max((line["tokens"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
 
     @property
+    def tokens_per_step(self) -> int:
+        return self.config["training.global_batch"] * self.config["data.sequence_length"]
+
+    @property
     def model(self) -> str:
         """pythia-70m, or what a pretrained one is called; with what was changed of it."""
         name = self.config["model.name"] or Path(str(self.config.get("model.pretrained"))).name
@@ -107,14 +112,17 @@ class Run:
 
     @property
     def is_published_method(self) -> bool:
-        """Whether the paper has figures of it: plain pretraining, or L2E with eq. 5."""
+        """Whether the paper has figures of it: plain pretraining, or a method of its own with eq. 5, on the two middle
+        layers, with the share that did best at this size."""
         parts = [self.config.get(f"inhibition.{key}") for key in ("retrieval", "mechanism")]
         if self.method == "none":
             return True
         return (
             self.method in ("l2e", "memel")
             and parts == [None, None]
-            and self.config.get("inhibition.loss") == "published"
+            and self.config["inhibition.loss"] == "published"
+            and self.config["inhibition.layers"] == "mid-2"
+            and self.config["inhibition.target_share"] == published.BEST_SHARE.get(self.size)
         )
 
 
@@ -197,7 +205,9 @@ def _read_run(directory: Path) -> Run | None:
         raise DataError(f"{directory}: there is no such folder") from None
     if not training and not evaluations:
         return None
-    return Run(directory.resolve().name, directory, config, starts, training, evaluations, results, written)
+    run = Run(directory.resolve().name, directory, config, starts, training, evaluations, results, written)
+    # a run that goes on from an older checkpoint has not yet come to what it was evaluated at before
+    return replace(run, results=[one for one in results if one.step is None or one.step <= run.step])
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pandas as pd
 
 from l2e_ds.evaluation.results import TaskResult
 from l2e_ds.report.runs import Collection, Run, Variant, number
-from l2e_ds.study.collect import paired_differences
+from l2e_ds.study.collect import after_first_intervals, paired_differences
 
 
 @dataclass(frozen=True)
@@ -94,46 +94,67 @@ def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | 
 # --- evaluation tasks --------------------------------------------------------------------------------------------
 
 
-def newest_result(run: Run, task: str, shots: int) -> TaskResult | None:
-    """The accuracy of the newest step, on all documents rather than on the first; of a task without one its first
-    metric."""
-    found = [result for result in run.results if (result.task, result.num_fewshot) == (task, shots)]
+@dataclass(frozen=True)
+class Point:
+    """What figures of a task must share to be compared. limit: they are of the first documents only."""
 
-    def worth(result: TaskResult) -> tuple:
-        limit = float("inf") if result.limit is None else result.limit
-        return result.step is not None, result.step or 0, limit, result.metric == "acc"
+    step: int | None
+    limit: int | None
+    metric: str
 
-    return max(found, key=worth, default=None)
+    @property
+    def rank(self) -> tuple:
+        """The newest step is the highest, there all documents, there the accuracy."""
+        limit = float("inf") if self.limit is None else self.limit
+        return self.step is not None, self.step or 0, limit, self.metric == "acc"
 
 
-def benchmark(variant: Variant, task: str, shots: int) -> Measured | None:
-    """Mean over seeds. Its error: the documents', and with several seeds theirs too."""
-    found = [result for run in variant.runs if (result := newest_result(run, task, shots)) is not None]
+def results_of(run: Run, task: str, shots: int) -> dict[Point, TaskResult]:
+    found = (one for one in run.results if (one.task, one.num_fewshot) == (task, shots))
+    return {Point(one.step, one.limit, one.metric): one for one in found}
+
+
+def last_common_point(runs: Sequence[Run], task: str, shots: int) -> Point | None:
+    """That all of them have a figure of."""
+    found = [results_of(run, task, shots) for run in runs]
+    common = [point for point in found[0] if all(point in other for other in found)] if found else []
+    return max(common, key=lambda point: point.rank, default=None)
+
+
+def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
+    """Mean over seeds, and at which point: the last that all seeds have that were evaluated. Its error: the
+    documents', and with several seeds theirs too."""
+    evaluated = [run for run in variant.runs if results_of(run, task, shots)]
+    point = last_common_point(evaluated, task, shots)
+    if point is None:
+        return None
+    found = [results_of(run, task, shots)[point] for run in evaluated]
     seeds = over_seeds([result.value for result in found])
     if seeds is None:
         return None
     errors = [result.stderr for result in found if result.stderr is not None]
     if not errors:
-        return seeds
-    return Measured(seeds.value, math.hypot(statistics.fmean(errors), seeds.error or 0.0))
+        return seeds, point
+    return Measured(seeds.value, math.hypot(statistics.fmean(errors), seeds.error or 0.0)), point
 
 
-def benchmark_difference(page: Collection, variant: Variant, task: str, shots: int) -> Measured | None:
-    """To the paired baseline: the error is that of the pairs, or of one pair sqrt(error^2 + error of the other^2)."""
-
-    def accuracy(run: Run) -> float | None:
-        result = newest_result(run, task, shots)
-        return None if result is None else result.value
-
-    found = paired(page, variant, accuracy)
+def benchmark_difference(page: Collection, variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
+    """To the paired baseline, and at which point: the last that all pairs have that were evaluated. The error is that
+    of the pairs, or of one pair sqrt(error^2 + error of the other^2)."""
+    evaluated = [pair for pair in pairs(page, variant) if all(results_of(run, task, shots) for run in pair)]
+    members = [run for pair in evaluated for run in pair]
+    point = last_common_point(members, task, shots)
+    if point is None:
+        return None
+    results = {run.name: results_of(run, task, shots)[point] for run in members}
+    found = paired(page, variant, lambda run: results[run.name].value if run.name in results else None)
     if found is None:
         return None
     if found.pairs > 1:
-        return found.difference
-    run, base = next(pair for pair in pairs(page, variant) if None not in map(accuracy, pair))
-    errors = [result.stderr for one in (run, base) if (result := newest_result(one, task, shots)) is not None]
-    known = [error for error in errors if error is not None]
-    return Measured(found.difference.value, math.hypot(*known) if len(known) == 2 else None)
+        return found.difference, point
+    known = [results[run.name].stderr for run in evaluated[0]]
+    errors = [error for error in known if error is not None]
+    return Measured(found.difference.value, math.hypot(*errors) if len(errors) == 2 else None), point
 
 
 # --- time --------------------------------------------------------------------------------------------------------
@@ -141,8 +162,6 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
 
 def steady_median(run: Run, key: str) -> float | None:
     """Over its lines of training but the first after each start, in which things are compiled and caches filled."""
-    first = {
-        min((line["step"] for line in run.training if line["step"] > start["step"]), default=0) for start in run.starts
-    }
-    found = [value for line in run.training if line["step"] not in first and (value := number(line, key)) is not None]
+    lines = sorted([*run.training, *run.starts], key=lambda line: line["step"])  # a start after what it goes on from
+    found = [value for line in after_first_intervals(lines) if (value := number(line, key)) is not None]
     return statistics.median(found) if found else None

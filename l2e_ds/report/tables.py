@@ -27,11 +27,13 @@ from l2e_ds.report.runs import (
 )
 from l2e_ds.report.statistics import (
     Measured,
+    Point,
     benchmark,
     benchmark_difference,
+    held_out,
+    last_common_point,
     last_common_step,
     loss_difference,
-    newest_result,
     over_seeds,
     paired,
     steady_median,
@@ -95,6 +97,18 @@ class Table:
         note = html.escape(self.note, quote=False)
         return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
 
+    def without(self, head: str) -> Table:
+        """Its columns of this head."""
+        kept = [i for i, column in enumerate(self.columns) if column.head != head]
+        return self._only(kept)
+
+    def without_empty_columns(self) -> Table:
+        return self._only([i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)])
+
+    def _only(self, kept: Sequence[int]) -> Table:
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
+
     def csv(self) -> str:
         """All digits; a column of figures with standard errors becomes two."""
         with_errors = [any(isinstance(row[i], Measured) for row in self.rows) for i in range(len(self.columns))]
@@ -137,13 +151,7 @@ def all_tables(page: Collection) -> list[Table]:
         machines(page),
         evaluations(page),
     ]
-    return [_without_empty_columns(table) for table in tables if table.rows and len(table.columns) > 1]
-
-
-def _without_empty_columns(table: Table) -> Table:
-    kept = [i for i in range(len(table.columns)) if any(row[i] is not None for row in table.rows)]
-    rows = [[row[i] for i in kept] for row in table.rows]
-    return replace(table, columns=[table.columns[i] for i in kept], rows=rows)
+    return [table.without_empty_columns() for table in tables if table.rows and len(table.columns) > 1]
 
 
 # --- loss --------------------------------------------------------------------------------------------------------
@@ -199,10 +207,6 @@ def _variants(page: Collection) -> Table:
 _SCORES = ("layers/top_share_score", "layers/mean_s", "layers/kurtosis")
 
 
-def _last(run: Run, key: str) -> float | None:
-    return first_and_last(run.evaluations, key)[1]
-
-
 def _present(values: Any) -> list[float]:
     return [value for value in values if value is not None]
 
@@ -215,24 +219,48 @@ def _benchmarks(page: Collection) -> Table:
     wanted = tasks_of(page.runs)
     columns = [Column("benchmark"), Column("shots", "d")]
     rows: list[list[Any]] = [[task_name(page.runs, *one), one[1]] for one in wanted]
+    points: set[Point] = set()
+    tokens: set[int] = set()  # that those have seen which stand beside published figures
     for variant, size in zip(page.variants, _sizes(page), strict=True):
         if not any(run.results for run in variant.runs):
             continue
         base = page.baseline_variant(variant)
         group = f"{size} {variant.name}" if size else variant.name
-        columns += [Column("ours", ".4f", group), Column("published", ".4f", group)]
+        columns += [Column("ours", ".4f", group), Column("step", ",d", group), Column("published", ".4f", group)]
         columns += [Column("ours − published", "+.4f", group)]
         if base is not None:
             beside = f"{group} − {base.treatment}"
-            columns += [Column("ours", "+.4f", beside), Column("published", "+.4f", beside)]
+            columns += [Column("ours", "+.4f", beside), Column("step", ",d", beside)]
+            columns += [Column("published", "+.4f", beside)]
         for cells, (task, shots) in zip(rows, wanted, strict=True):
-            ours, theirs = benchmark(variant, task, shots), _published(variant, task, shots)
-            cells += [ours, theirs, ours.minus(theirs) if ours and theirs is not None else None]
+            ours, point = benchmark(variant, task, shots) or (None, None)
+            theirs = _published(variant, task, shots)
+            cells += [ours, _step(point), theirs, ours.minus(theirs) if ours and theirs is not None else None]
+            points |= {point} if point else set()
+            if theirs is not None and point and point.step is not None:
+                tokens.add(point.step * variant.runs[0].tokens_per_step)
             if base is not None:
                 plain = _published(base, task, shots)
                 published_difference = None if theirs is None or plain is None else theirs - plain
-                cells += [benchmark_difference(page, variant, task, shots), published_difference]
-    return Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", _about_tasks(page), columns, rows)
+                difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
+                cells += [difference, _step(common), published_difference]
+                points |= {common} if common else set()
+    note = _about_tasks(page, wanted, points, tokens)
+    table = Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, columns, rows)
+    return table if _several(points) else table.without("step")
+
+
+def _several(points: set[Point]) -> bool:
+    return len({(point.step, point.limit) for point in points}) > 1
+
+
+def _step(point: Point | None) -> int | str | None:
+    """And of how many documents, where these are not all."""
+    if point is None:
+        return None
+    if point.limit is None:
+        return point.step
+    return f"{text_of(point.step, ',d')}, first {point.limit:,}"
 
 
 def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
@@ -244,7 +272,7 @@ def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
 
 def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
     """With its metric, where that is not the accuracy."""
-    metrics = {result.metric for run in runs if (result := newest_result(run, task, shots)) is not None}
+    metrics = {point.metric for run in runs if (point := last_common_point([run], task, shots)) is not None}
     other = ", ".join(sorted(metrics - {"acc"}))
     name = _TASKS.get(task, task)
     return f"{name} ({other})" if other else name
@@ -262,25 +290,46 @@ def _published(variant: Variant, task: str, shots: int) -> float | None:
     return published.benchmark(task, shots, variant.size, variant.method)
 
 
-def _about_tasks(page: Collection) -> str:
+def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
     parts = [
-        "Accuracy (acc, not acc_norm; the paper does not say which it took) at the newest evaluated step. ±: standard"
+        "Accuracy (acc, not acc_norm; the paper does not say which it took), a mean at the last step that all seeds"
+        " have evaluated, a difference at the last that all pairs have, both of equally many documents. ±: standard"
         " error, over documents and, where there are several, over seeds; of a difference of two models it is"
-        " sqrt(a² + b²), of several pairs theirs. The published figures come without one: that of ours − published is"
-        " ours alone.",
+        " sqrt(a² + b²), of several pairs theirs.",
     ]
-    with_results = [run for run in page.runs if run.results]
-    if any(_published(variant, *one) is not None for variant in page.variants for one in tasks_of(with_results)):
-        tokens = sorted({run.tokens for run in with_results})
+    if not _several(points):
+        for point in list(points)[:1]:
+            only = "" if point.limit is None else f", of the first {point.limit:,} documents of each task only"
+            parts.append(f"All at step {text_of(point.step, ',d')}{only}.")
+    elif any(point.limit is not None for point in points):
+        parts.append('"First": of so many documents of each task only.')
+    if any(task == "bigbench_lite" for task, _ in tasks):
+        parts.append(
+            "The acc of BIG-bench lite is here that of 19 of its 24 tasks; the other five are scored by exact_match"
+            " (docs/evaluation.md)."
+        )
+    if tokens:
         parts.append(
             f"Published ({published.SOURCE}): after {published.STEPS:,} steps of {published.GLOBAL_BATCH:,} x"
-            f" {published.SEQUENCE_LENGTH:,} tokens ({published.TOKENS:,}) of the Pile; ours so far:"
-            f" {' to '.join(f'{count:,}' for count in dict.fromkeys((tokens[0], tokens[-1])))} tokens."
+            f" {published.SEQUENCE_LENGTH:,} tokens ({published.TOKENS:,}) of the Pile, without standard errors: that"
+            " of ours − published is ours alone. Ours: after"
+            f" {' to '.join(f'{count:,}' for count in dict.fromkeys((min(tokens), max(tokens))))} tokens."
         )
-    limits = sorted({result.limit for run in with_results for result in run.results if result.limit is not None})
-    if limits:
-        parts.append(f"Of some tasks only the first {', '.join(map(str, limits))} documents were taken.")
-    return " ".join(parts)
+    return " ".join([*parts, *_without_published(page)])
+
+
+def _without_published(page: Collection) -> list[str]:
+    """A sentence where runs of a published size inhibit in another way than the paper's tables."""
+    others = [
+        run for run in page.runs if run.size in published.SIZES and run.method != "none" and not run.is_published_method
+    ]
+    if not others:
+        return []
+    shares = ", ".join(f"{share:.0%} at {size}" for size, share in published.BEST_SHARE.items())
+    return [
+        f"Published figures are of L2E on the two middle layers (mid-2) with the share that did best ({shares}), and of"
+        " MEmeL's time; of other layers, shares, losses and ways to retrieve and to inhibit none is known here."
+    ]
 
 
 # --- time, shares ------------------------------------------------------------------------------------------------
@@ -311,10 +360,9 @@ def _time(page: Collection) -> Table:
     ]
     note = (
         "Medians over the lines of a run but the first after each start, means over seeds; ±: standard error over"
-        " seeds. Times compare only between"
-        " runs on the same machines with nothing beside them."
+        " seeds. Times compare only between runs on the same machines with nothing beside them."
     )
-    return Table("time", "Time of a step", note, columns, rows)
+    return Table("time", "Time of a step", " ".join([note, *_without_published(page)]), columns, rows)
 
 
 def _shares(page: Collection) -> Table:
@@ -322,24 +370,32 @@ def _shares(page: Collection) -> Table:
     rows = []
     inhibited = [variant for variant in page.variants if variant.method != "none"]
     for size in dict.fromkeys(variant.size for variant in inhibited):
+        of_size = [variant for variant in inhibited if variant.size == size]
+        step = last_common_step([run for variant in of_size for run in variant.runs if held_out(run)])
+        if step is None:
+            continue
         losses: dict[float, Measured] = {}
-        for variant in (one for one in inhibited if one.size == size):
-            loss = over_seeds(_present(_last(run, "held_out_loss") for run in variant.runs))
+        for variant in of_size:
+            loss = over_seeds([losses_of[step] for run in variant.runs if (losses_of := held_out(run))])
             share = variant.runs[0].config["inhibition.target_share"]
             if loss is not None and (share not in losses or loss.value < losses[share].value):
                 losses[share] = loss
         if len(losses) > 1:
             best = min(losses, key=lambda share: losses[share].value)
             tried = ", ".join(f"{share:.3g}" for share in sorted(losses))
-            rows.append([size, tried, best, losses[best], published.BEST_SHARE.get(size)])
+            rows.append([size, tried, best, losses[best], step, published.BEST_SHARE.get(size)])
     columns = [
         Column("size"),
         Column("target shares tried"),
         Column("ours", ".1%", "best share"),
-        Column("its held-out loss", ".4f"),
+        Column("its held-out loss", ".4f", "best share"),
+        Column("step", ",d", "best share"),
         Column("published", ".1%", "best share"),
     ]
-    note = "Ours is best by the loss on held-out text; of runs that go on, so far. ±: standard error over seeds."
+    note = (
+        "Ours is best by the loss on held-out text at the last step that all runs of the size have evaluated."
+        " ±: standard error over seeds."
+    )
     return Table("shares", "Share to inhibit", note, columns, rows)
 
 

@@ -37,7 +37,8 @@ class Notice:
 
 def all_warnings(page: Collection, now: datetime) -> list[Notice]:
     """The gravest first."""
-    found = [warning for variant in page.variants for warning in _worse(page, variant)]
+    found = [warning for run in page.runs for warning in _not_finite(run)]
+    found += [warning for variant in page.variants for warning in _worse(page, variant)]
     for check in (_shrunk, _off_target, _skipped, _dying):
         found += [warning for run in page.runs for warning in check(run)]
     found += _different(page)
@@ -58,6 +59,14 @@ def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
         text += ", one pair of runs" if error is None else f" ± {error:.4f}, {of_pairs.pairs} pairs of runs"
         yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.2")
+
+
+def _not_finite(run: Run) -> Iterator[Notice]:
+    for name, lines, key in (("held-out", run.evaluations, "held_out_loss"), ("training", run.training, "lm_loss")):
+        lost = [line["step"] for line in lines if number(line, key) is None]
+        if lost:
+            text = f"{run.name}: {name} loss, in {len(lost):,} of {len(lines):,} lines, first at step {lost[0]:,}"
+            yield Notice("loss that is not finite", text, "docs/metrics.md")
 
 
 def _shrunk(run: Run) -> Iterator[Notice]:

@@ -7,19 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import RunConfig, checked, find_file, load_run_config, read_yaml
+from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, find_file, load_run_config, read_yaml
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, portable, text_of
 from l2e_ds.study.state import config_file, read_index, run_directory
 from l2e_ds.train import Plan, preflight, resolve_run
 from l2e_ds.training.run_lock import RunLock
-
-# keys that decide no figure, but where, how safely and how visibly it is computed
-NEUTRAL = (
-    *("checkpoint.", "evaluation.", "logging.", "data.cache", "data.workers", "training.micro_batch"),
-    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout"),
-)
 
 
 class StudyLock(RunLock):
@@ -105,8 +99,14 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     return [
         f"{key}: {text_of(old[key])} -> {text_of(now[key])}"
         for key in now
-        if old[key] != now[key] and not key.startswith(NEUTRAL)
+        if old[key] != now[key] and not _may_change(key, old[key], now[key])
     ]
+
+
+def _may_change(key: str, old: Any, new: Any) -> bool:
+    if key == "training.resume":  # a path is where the run began
+        return {old, new} == {"auto", "never"}
+    return key.startswith(DECIDES_NO_FIGURE)
 
 
 def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:

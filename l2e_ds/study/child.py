@@ -38,13 +38,17 @@ class Child:
             )
 
     def kill(self) -> None:
-        """End it and all that it started: politely, then by force. For what loses nothing by it."""
-        doomed = [self.process.pid, *(child.pid for child in psutil.Process(self.process.pid).children(recursive=True))]
-        processes = []
-        for pid in doomed:
+        """End it and all that it started: politely, then by force. For what loses nothing by it. Nothing happens where
+        it has ended by itself, or by the signal that this process was told to stop with."""
+        if self.process.poll() is not None:
+            return
+        processes: list[psutil.Process] = []
+        with contextlib.suppress(psutil.Error):
+            processes.append(psutil.Process(self.process.pid))
+            processes += processes[0].children(recursive=True)
+        for process in processes:
             with contextlib.suppress(psutil.Error):
-                processes.append(psutil.Process(pid))
-                processes[-1].terminate()
+                process.terminate()
         for process in psutil.wait_procs(processes, timeout=LEAVE_SECONDS)[1]:
             with contextlib.suppress(psutil.Error):
                 process.kill()

@@ -1,17 +1,19 @@
 """What a study's runs came to: one line a run, means over seeds, and paired differences to the baseline.
 
 Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
-(the run it is compared with), `state`, `step`, `tokens`, then figures. Of metrics.jsonl, the newest: `held_out_loss`,
-`top_share_score`, `mean_s`, `kurtosis` (means over the hooked layers), `observed_share`; medians over the lines of
-training but the first after each start: `step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. Of
-evaluations.jsonl, at the last step: `TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a
-group without those of its parts. An empty cell: there is no such figure (yet).
+(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then figures. Of metrics.jsonl, of
+the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis` (means
+over the hooked layers); the newest `observed_share`; medians over the lines of training but the first after each start:
+`step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. Of evaluations.jsonl, at the last step:
+`TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its parts. An
+empty cell: there is no such figure (yet).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,9 +23,9 @@ import pandas as pd
 from l2e_ds.console import markdown
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation.results import read_results
+from l2e_ds.evaluation.results import FILE, results_of
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
-from l2e_ds.study.state import json_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, json_lines, read_index, state_of, steps_of
 
 RESULTS = "results.csv"
 SHOWN = {
@@ -41,7 +43,7 @@ def collect(directory: Path) -> pd.DataFrame:
     """
     index = read_index(directory)
     evaluations = [Evaluation.model_validate(entry) for entry in index["evaluate"]]
-    rows = []
+    rows, own, others = [], [], []
     for entry in index["runs"]:
         run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
         state = state_of(run, steps, evaluations)
@@ -55,9 +57,14 @@ def collect(directory: Path) -> pd.DataFrame:
                 "state": str(state),
                 "step": state.step,
                 **_metrics(json_lines(run / "metrics.jsonl")),
-                **_figures(run, steps),
             }
         )
+        lines = [line for line in json_lines(run / FILE) if line.get("step") == steps]
+        own.append(_own_figures(lines, steps, evaluations))
+        others.append(_figures(lines))
+    asked = set().union(*own)  # of these none from elsewhere, which may be of other documents
+    for row, ours, theirs in zip(rows, own, others, strict=True):
+        row |= ours | {name: value for name, value in theirs.items() if name not in asked}
     table = pd.DataFrame(rows)
     return table.reindex(
         columns=[*dict.fromkeys(["run", "combination", *index["factors"], *COLUMNS, *FIGURES, *table.columns])]
@@ -110,10 +117,13 @@ def figures_of(table: pd.DataFrame) -> list[str]:
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Means over seeds and paired differences, as Markdown; of runs that are trained to their end."""
+    """Means over seeds and paired differences, as Markdown; of runs that are trained to their end, at their end, and of
+    pairs that are equally long."""
     table = table.copy()
-    figures = [name for name in (*SHOWN, "step_seconds", *figures_of(table)) if name in table]
-    table.loc[~table["state"].isin(("done", "not evaluated")), figures] = float("nan")
+    table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
+    table.loc[table["evaluated_step"] != table["step"], [*SHOWN]] = math.nan
+    step_of = table.set_index("run")["step"]
+    table["baseline"] = table["baseline"].where(table["baseline"].map(step_of) == table["step"])
     metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
@@ -137,8 +147,8 @@ def summary(table: pd.DataFrame) -> str:
     if tasks:
         parts.append(markdown(["figure", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
-        "Means over seeds, of finished runs; differences to the baseline of the same seed, with their standard error over"
-        " seeds.\n"
+        "Means over seeds, of finished runs; differences to the baseline of the same seed and as many steps, with their"
+        " standard error over seeds.\n"
     )
     return "\n".join(parts)
 
@@ -164,7 +174,7 @@ def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
 def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     training = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
-    steady = _after_first_intervals(lines)
+    steady = after_first_intervals(lines)
     values: dict[str, float | None] = {}
     if training:
         values["observed_share"] = training[-1].get("observed_share")
@@ -172,14 +182,14 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
         values["tokens"] = training[-1]["tokens"]
     if evaluations:
         last = evaluations[-1]
-        values["held_out_loss"] = last["held_out_loss"]
+        values |= {"evaluated_step": last["step"], "held_out_loss": last["held_out_loss"]}
         values |= {name: _mean(_of_layers(last, name)) for name in LAYER_MEANS}
     if steady:
         values |= {key: median(line[key] for line in steady) for key in ("step_seconds", "tokens_per_second")}
     return values
 
 
-def _after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Lines of training without the first after each start, in which things are compiled and caches filled."""
     kept, is_first = [], True
     for line in lines:
@@ -201,10 +211,28 @@ def _mean(values: list[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _figures(run: Path, step: int) -> dict[str, float | None]:
+def _own_figures(
+    lines: Sequence[dict[str, Any]], step: int, evaluations: Sequence[Evaluation]
+) -> dict[str, float | None]:
+    """What the study asks for, whoever had it evaluated; of a task that it asks for twice that of more documents."""
     figures: dict[str, float | None] = {}
-    for result in read_results(run):
-        if result.step == step and result.part_of is None:
-            name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
-            figures |= {name: result.value, f"{name}_stderr": result.stderr}
+    for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
+        for line in lines:
+            if answers(line, step, evaluation):
+                figures |= _figures([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
     return figures
+
+
+def _figures(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
+    """Of each task that of most documents, of these the newest. without: tasks."""
+    figures: dict[str, float | None] = {}
+    for line in sorted(lines, key=lambda line: _documents(line["limit"])):
+        for result in results_of(line):
+            if result.part_of is None and result.task not in without:
+                name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
+                figures |= {name: result.value, f"{name}_stderr": result.stderr}
+    return figures
+
+
+def _documents(limit: int | None) -> float:
+    return math.inf if limit is None else limit

@@ -41,7 +41,10 @@ DECIDED = {"training.run_directory": "directory", "training.seed": "seeds"}
 COLUMNS = ("run", "combination", "seed", "baseline", "state", "step", "tokens")
 """Of the table of runs (collect.py), beside the factors."""
 LAYER_MEANS = ("top_share_score", "mean_s", "kurtosis")
-FIGURES = ("held_out_loss", *LAYER_MEANS, "observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib")
+FIGURES = (
+    *("evaluated_step", "held_out_loss", *LAYER_MEANS),
+    *("observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib"),
+)
 
 
 class Evaluation(Section):

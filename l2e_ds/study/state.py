@@ -27,6 +27,8 @@ from l2e_ds.study.definition import INDEX, Evaluation
 from l2e_ds.supervise import newest_step
 from l2e_ds.training.manifest import check_files
 
+PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
+
 
 @dataclass(frozen=True)
 class State:
@@ -69,14 +71,18 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 
 
 def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
-    """Whether one line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at this
-    step."""
-    wanted = (step, evaluation.limit, evaluation.num_fewshot)
-    return any(
-        (line["step"], line["limit"], line["asked"]["num_fewshot"]) == wanted
-        and set(evaluation.tasks) <= set(line["asked"]["tasks"])
-        for line in json_lines(directory / results.FILE)
-    )
+    """Whether a line of evaluations.jsonl answers this at this step."""
+    return any(answers(line, step, evaluation) for line in json_lines(directory / results.FILE))
+
+
+def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
+    """Whether this line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at this
+    step, and computed as `l2e-ds evaluate` does it: what was evaluated while training may be in half precision. A line
+    that does not say what it was asked for answers nothing."""
+    asked = line.get("asked") or {}
+    found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
+    wanted = (step, PRECISION, evaluation.limit, evaluation.num_fewshot)
+    return found == wanted and set(evaluation.tasks) <= set(asked.get("tasks", ()))
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:

@@ -51,6 +51,7 @@ histogram is summed by atomic additions).
 |---|---|---|
 | step, tokens | | as above |
 | TASK/N-shot/METRIC | | of lm-evaluation-harness, inhibition off; a group without those of its tasks |
+| error | | instead of these: why the tasks failed |
 
 `kind: checkpoint`, when a checkpoint has been published (`step` is the checkpoint's):
 
@@ -83,6 +84,7 @@ from tqdm import tqdm
 
 from l2e_ds.console import say
 from l2e_ds.errors import DataError, L2EError
+from l2e_ds.evaluation import results
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -149,7 +151,8 @@ class MetricsWriter:
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
-        drop_lines_after(self.path, first_step)
+        for path in (self.path, run_directory / results.FILE):
+            drop_lines_after(path, first_step)
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True
@@ -228,7 +231,7 @@ def drop_lines_after(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from l2e_ds import distributed
 from l2e_ds.config import RunConfig
+from l2e_ds.console import say
 from l2e_ds.data import PreparedData
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation import results
 from l2e_ds.training import preemption
 from l2e_ds.training.state import TrainState
@@ -56,7 +57,7 @@ class TaskEvaluation:
                 about = results.about(state.step, state.tokens, precision, self.config.evaluation.tasks, shots)
                 evaluation = {**about, **found}
                 if distributed.is_main():
-                    results.append_result(directory, evaluation)
+                    _append(directory, evaluation)
                 figures |= {
                     f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
                     for result in results.results_of(evaluation)
@@ -65,6 +66,14 @@ class TaskEvaluation:
         finally:
             engine.train()
         return figures
+
+
+def _append(directory: Path, evaluation: dict[str, Any]) -> None:
+    """A full disk costs lines, not the run, as with metrics.jsonl."""
+    try:
+        results.append_result(directory, evaluation)
+    except OSError as error:
+        say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the figures are lost")
 
 
 def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
@@ -80,9 +89,9 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
         from l2e_ds.evaluation.harness import load_tasks
 
         try:
-            return load_tasks(section.tasks, section.include_path)
-        except L2EError as error:
-            raise type(error)(f"evaluation.{error}") from None
+            return load_tasks(section.tasks, section.include_path, section.shots)
+        except ConfigError as error:
+            raise ConfigError(f"evaluation.{error}") from None
 
     tasks = distributed.main_works(load, preemption.stop_if_asked)
     micro_batch = config.training.micro_batch

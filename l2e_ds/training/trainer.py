@@ -21,7 +21,7 @@ from torch import Tensor
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
-from l2e_ds.errors import Interrupted, SaveError, TrainingError
+from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, matrix_parameters, neuron_sites
 from l2e_ds.training import metrics, preemption
@@ -305,15 +305,24 @@ class Trainer:
         self._paused += time.perf_counter() - begin
 
     def evaluate_on_tasks(self) -> None:
-        """Figures on the tasks of section `evaluation`, inhibition off."""
+        """Figures on the tasks of section `evaluation`, inhibition off. Tasks that fail end a run only at its start."""
         assert self.tasks is not None
         begin = time.perf_counter()
         distributed.progress(f"the evaluation on tasks of step {self.state.step}")
-        figures = self.tasks.evaluate(self.engine, self.state, self.config.training.precision, preemption.stop_if_asked)
+        try:
+            figures = self.tasks.evaluate(
+                self.engine, self.state, self.config.training.precision, preemption.stop_if_asked
+            )
+        except DataError as error:
+            if self.state.step == 0:  # nothing is lost
+                raise
+            self.metrics.write("tasks", self.state.step, {"error": str(error)})
+            self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {error}; training goes on")
+        else:
+            self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
+            self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
         self.state.evaluated_on_tasks = self.state.step
-        self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
-        self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
         self._paused += time.perf_counter() - begin
 
     def save(self, must_succeed: bool = False) -> None:

@@ -49,6 +49,10 @@ def cases(tasks: str) -> dict:
         found[f"resumed{stage}"] = zero(stage, options={"stop_after": 4})
         found[f"tasks{stage}"] = zero(stage, evaluation=evaluation)
         found[f"interrupted{stage}"] = zero(stage, checkpoint={"every": 8}, options={"interrupt": INTERRUPTIONS})
+    failing = evaluation | {"tasks": ["too_long"], "num_fewshot": 0}
+    found["tasks-fail-at-once"] = zero(1, evaluation=failing, options={"expect": "DataError"})
+    before = {"evaluation": {"every": 0}}
+    found["tasks-fail-later"] = zero(1, evaluation=failing, options={"stop_after": 4, "before": before})
     interruptions = {"interrupt": TASK_INTERRUPTIONS}
     found["interrupted-tasks"] = zero(3, evaluation=evaluation, checkpoint={"every": 8}, options=interruptions)
     for precision in ("bf16", "fp16"):
@@ -156,6 +160,18 @@ def test_evaluation_on_tasks_can_be_interrupted(runs, metric_lines):
     assert timeless(metric_lines(run, "tasks")) == timeless(metric_lines(runs / "tasks3", "tasks"))
     assert read_results(run) == read_results(runs / "tasks3")
     _same_checkpoint(runs / "straight3", run)
+
+
+def test_tasks_that_fail_end_a_run_at_its_start_only(runs, metric_lines):
+    """To generate more than fits the context: said on both ranks before the first step, and later a warning."""
+    told = "tasks: rank 0: AssertionError: Invalid configuration: requested max tokens to generate (9999)"
+    for rank in (0, 1):
+        assert (runs / f"tasks-fail-at-once-rank{rank}.txt").read_text().startswith(told)
+    later = runs / "tasks-fail-later"
+    lines = metric_lines(later, "tasks")
+    assert [line["step"] for line in lines] == [4, 8, 10]
+    assert all(line["error"].startswith(told) for line in lines)
+    _same_checkpoint(runs / "straight1", later)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from l2e_ds.cli import main
 from tests.integration.running import Launch
-from tests.unit.report.making import add_results, paired_study, write_run
+from tests.unit.report.making import add_results, paired_study, write_analysis, write_run
 
 WIDTHS = (390, 1440)
 SMALLEST = 9.0  # px, of letters in charts
@@ -82,9 +82,7 @@ def study(tmp_path_factory) -> Path:
             tasks = ("mmlu", "bigbench_lite", "arc_challenge", "arc_easy", "lambada_openai")
             figures = {(task, shots): (0.2 + 0.01 * place, 0.005) for task in tasks for shots in (0, 5)}
             add_results(run, step, figures)
-    drawing = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 900 400'><text x='9' y='90'>words</text></svg>"
-    (folder / "analysis/figures").mkdir(parents=True)
-    (folder / "analysis/figures/ks_over_scale.svg").write_text(drawing)
+    write_analysis(folder / "analysis")
     output = folder / "report.html"
     words = ["report", folder / "main", "--analysis", folder / "analysis", "--output", output]
     assert main(list(map(str, words))) == 0

@@ -39,7 +39,7 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1}
     base["logging"] |= {"progress": False}
     run_file.write_text(yaml.safe_dump(base))
-    methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e"}}
+    methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e", "checkpoint.every": 2}}
     study = tmp_path / "study"
     content = {
         "title": "A run and one whose disk is broken",
@@ -48,7 +48,6 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
         "seeds": [7],
         "factors": {"method": methods},
         "baseline": {"method": "none"},
-        "evaluate": [{"tasks": ["tiny_sums"], "num_fewshot": 0, "include_path": ["tasks"]}],
     }
     path = tmp_path / "methods.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -84,18 +83,28 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
 
     assert [line["step"] for line in lines(plain)] == list(range(1, STEPS + 1))
     assert len(lines(plain, "start")) == 3
+    table = pd.read_csv(study / "results.csv").set_index("run")
+    assert table["state"].tolist() == ["done", "begun"]
+
+    # then evaluated, on two ranks, without the broken one
+    evaluate = [{"tasks": ["tiny_sums"], "num_fewshot": 0, "include_path": ["tasks"]}]
+    content |= {"exclude": [{"method": "broken"}], "evaluate": evaluate}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    one = launch(*command, path, "--ranks", "2", **environment)
+    assert one.end() == 0, one.said()
+    assert "broken-seed7 is no longer in the study" in one.said() and (broken / "config.yaml").is_file()
+    assert "none-seed7: begins (not evaluated)" in one.said() and len(lines(plain, "start")) == 3
     (evaluation,) = [json.loads(line) for line in (plain / "evaluations.jsonl").read_text().splitlines()]
-    assert evaluation["step"] == STEPS and evaluation["tasks"]["tiny_sums"]["samples"] == 8
+    assert (evaluation["step"], evaluation["ranks"], evaluation["precision"]) == (STEPS, 2, "fp32")
+    assert evaluation["tasks"]["tiny_sums"]["samples"] == 8
     # one set of tokens for all
     (tokens,) = (study / "data").iterdir()
     assert not (plain / "data").exists() and tokens.name.startswith("text-")
 
-    table = pd.read_csv(study / "results.csv").set_index("run")
-    assert table["state"].tolist() == ["done", "begun"]
-    assert table.loc["none-seed7", "held_out_loss"] == lines(plain, "evaluation")[-1]["held_out_loss"]
-    assert (
-        table.loc["none-seed7", "tiny_sums/0-shot/acc"] == evaluation["tasks"]["tiny_sums"]["metrics"]["acc"]["value"]
-    )
+    (row,) = pd.read_csv(study / "results.csv").to_dict("records")
+    assert (row["run"], row["state"], row["evaluated_step"]) == ("none-seed7", "done", STEPS)
+    assert row["held_out_loss"] == lines(plain, "evaluation")[-1]["held_out_loss"]
+    assert row["tiny_sums/0-shot/acc"] == evaluation["tasks"]["tiny_sums"]["metrics"]["acc"]["value"]
 
 
 def saved_before(run) -> int:

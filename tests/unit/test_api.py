@@ -44,6 +44,11 @@ def test_code_of_the_page_runs(capsys):
     ("changes", "words"),
     [
         ({"target_share": 1}, "Settings.target_share: got 1, allowed: between 0 and 1"),
+        ({"target_share": "x"}, "Settings.target_share: got 'x', allowed: between 0 and 1"),
+        ({"coefficient": None}, "Settings.coefficient: got None, allowed: 0 or more"),
+        ({"statistics_window": "50"}, "Settings.statistics_window: got '50', allowed: 1 step or more, or None"),
+        ({"scale_invariant": "no"}, "Settings.scale_invariant: got 'no', allowed: True or False"),
+        ({"fused": "auto"}, "Settings.fused: got 'auto', allowed: True, False or None"),
         ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
         ({"coefficient": float("nan")}, "Settings.coefficient: got nan"),
         ({"coefficient_warmup": -5}, "Settings.coefficient_warmup: got -5, allowed: 0 or more steps"),
@@ -78,6 +83,52 @@ def test_the_device_is_the_models():
         elsewhere = Inhibitor([NeuronSite(3, layer, attribute, kind, 8)], device="meta")
         with elsewhere, pytest.raises(ValueError, match="is on meta, the activations of layer 3 on cpu"):
             layer(torch.randn(2, 5, 4))
+
+
+def test_sites_that_cannot_be():
+    """A kind that is not there, one layer twice (the loss would act twice), one number twice (its figures collide)."""
+    layer = Layer()
+    with pytest.raises(ValueError, match=r"^NeuronSite\.kind: got 'proj', allowed: activation or projection$"):
+        NeuronSite(0, layer, "down", "proj", 8)
+    site = NeuronSite(0, layer, "act", "activation", 8)
+    for other in (site, NeuronSite(0, Layer(), "act", "activation", 8)):
+        with pytest.raises(
+            ValueError, match=r"^Inhibitor: two sites have the layer number 0, allowed: one site a layer$"
+        ):
+            Inhibitor([site, other])
+    with pytest.raises(ValueError, match=r"^Inhibitor: the sites of layers 0 and 1 are the same 'act' of the same mod"):
+        Inhibitor([site, NeuronSite(1, layer, "act", "activation", 8)])
+
+
+@pytest.mark.parametrize(("attribute", "kind"), [("act", "activation"), ("down", "projection")])
+@pytest.mark.parametrize("neurons", [4, 16, 7])
+def test_a_wrong_number_of_neurons(attribute, kind, neurons):
+    """Also a divisor or multiple of the right one, which would count other tokens than there are."""
+    layer = Layer()
+    function = "gelu" if kind == "activation" else None
+    inhibitor = Inhibitor([NeuronSite(3, layer, attribute, kind, neurons, function)])
+    for inhibitor.steps in (0, 1):  # the second as after load_state_dict, when a GELU may be computed within the hook
+        words = rf"^Inhibitor: NeuronSite\.neurons of layer 3 is {neurons}, found are 8$"
+        with inhibitor, pytest.raises(ValueError, match=words):
+            layer(torch.randn(2, 5, 4))
+
+
+def test_losses_that_cannot_be_attached():
+    """One line that names attach_loss; nothing was counted."""
+    loss = torch.ones((), requires_grad=True)
+    inhibitor = Inhibitor([NeuronSite(0, Layer(), "act", "activation", 8)])
+    for given, error, words in (
+        (1.0, TypeError, "got a loss of type float"),
+        (torch.ones(2, requires_grad=True), ValueError, "got a loss of shape [2]"),
+        (loss.detach(), ValueError, "got a loss without a gradient"),
+    ):
+        with pytest.raises(error, match=re.escape(f"attach_loss: {words}, allowed: a scalar tensor that requires a")):
+            inhibitor.attach_loss(given)
+    for weight in (-1, float("nan"), float("inf"), "1"):
+        words = f"attach_loss: weight: got {weight!r}, allowed: 0 or more, or a tensor []"
+        with pytest.raises(ValueError, match=re.escape(words)):
+            inhibitor.attach_loss(loss, weight=weight)
+    assert inhibitor._micro_batches == 0
 
 
 def test_weight_of_a_part_of_a_loss():

@@ -36,6 +36,15 @@ def test_find_checkpoint(tmp_path, capsys):
             find_checkpoint(source, step)
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    checkpoint(tmp_path / "run", 5)
+    (tmp_path / "file.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "run", "--output", "file.txt/model"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "--output: cannot write" in said
+
+
 def test_what_resume_means(tmp_path):
     from l2e_ds.errors import CheckpointError
     from l2e_ds.training.checkpoint import CheckpointManager

@@ -252,6 +252,27 @@ def test_resuming_what_does_not_fit(tmp_path, caplog):
     assert int(ours.inhibitor.state_dict()["steps"]) == 1
 
 
+class Interrupting(TrainerCallback):
+    """Ctrl-C after the first step."""
+
+    def on_step_end(self, args, state, control, **_):
+        raise KeyboardInterrupt
+
+
+def test_interrupted(tmp_path):
+    """The Trainer does not say that training ended: `detach` leaves the model as it was, and another may begin."""
+    ours, model = InhibitionCallback([0, 2], **SETTINGS), network()
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, sequences(16), model=model, callbacks=[ours, Interrupting()]).train()
+    assert model._forward_hooks
+    ours.detach()
+    assert [type(module) for module in model.modules()] == modules
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    _, again, _ = train(tmp_path, sequences(16), model=model)
+    assert int(again.inhibitor.state_dict()["steps"]) == 2 and int(ours.inhibitor.state_dict()["steps"]) == 1
+
+
 def test_what_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Settings.target_share: got 2, allowed: between 0 and 1"):
         InhibitionCallback(target_share=2)
@@ -262,3 +283,9 @@ def test_what_is_refused(tmp_path):
     several.args._n_gpu = 2
     with pytest.raises(ConfigError, match="one process a GPU"):
         several.callback_handler.on_train_begin(several.args, several.state, several.control)
+    twice = trainer(tmp_path, sequences(8), callbacks=[InhibitionCallback([1]), InhibitionCallback([0, 1])])
+    with pytest.raises(ValueError, match="layer 1 has the hook of another Inhibitor"):
+        twice.train()
+    misspelt = trainer(tmp_path, sequences(8), callbacks=[InhibitionCallback("mid-3")])
+    with pytest.raises(ConfigError, match=r"inhibition\.layers: got 'mid-3', allowed: mid-2, "):
+        misspelt.train()

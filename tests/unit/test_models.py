@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from itertools import pairwise
 
 import pytest
@@ -222,6 +223,22 @@ def test_layers_out_of_range(wrong):
     """A layer that is not there is refused: the key, what was given, what is allowed."""
     with pytest.raises(ConfigError, match=rf"^inhibition\.layers: got {wrong}, allowed: 0 to 5 \(6 layers\)$"):
         chosen_layers([2, wrong], 6)
+
+
+@pytest.mark.parametrize("wrong", ["zz", "mid", "", [], [1, 1], [1, "x"], [1.5], (1, 2), None, 3])
+def test_layers_that_cannot_be_chosen(wrong):
+    """Neither a misspelt name nor an odd list is silently another choice."""
+    allowed = "mid-2, mid-third, top-bottom, all, or a list of distinct numbers from 0 to 5"
+    with pytest.raises(ConfigError, match=f"^{re.escape(f'inhibition.layers: got {wrong!r}, allowed: {allowed}')}$"):
+        chosen_layers(wrong, 6)
+
+
+def test_sites_of_another_kind_of_model():
+    """One line says what is needed and where it is described."""
+    for model in (torch.nn.Linear(2, 2), torch.nn.DataParallel(build())):
+        words = rf"^neuron_sites: got a {type(model).__name__} without `config`, .*a NeuronSite a layer \(docs/python-api.md"
+        with pytest.raises(ConfigError, match=words):
+            neuron_sites(model)
 
 
 def test_sites_see_the_activations():

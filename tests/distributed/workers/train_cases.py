@@ -1,6 +1,7 @@
 """Runs on every rank: the real Trainer on a tiny network and random tokens, for each case of OUTPUT/cases.json.
 
-Options of a case: "stop_after": k (train k steps, close, and go on in a second Trainer), "nan": [rank, steps]
+Options of a case: "stop_after": k (train k steps, close, and go on in a second Trainer; "before": sections of the first
+one in place of the case's), "nan": [rank, steps]
 (that rank's loss is not a number in those steps), "logits": true (save the engine's logits at the end),
 "expect": name of the exception that training must raise, "continues": another case whose run directory to use,
 "interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
@@ -142,7 +143,7 @@ def make_trainer(case: dict, directory: Path, device: torch.device, steps: int |
     if distributed.is_main():
         network.save_pretrained(directory / "model")
     sets, tasks = data(config.data, case.get("streamed") == "twin"), None
-    if "evaluation" in case:
+    if case.get("evaluation", {}).get("every"):
         words = load_tokenizer(str(Path(case["evaluation"]["include_path"][0]) / "words.json"))
         tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
     return Trainer(config, ds, batch, network, sets, device, tasks)
@@ -236,7 +237,7 @@ def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
     distributed.agree(None)  # the copy is there
     try:
         if "stop_after" in options:
-            with make_trainer(case, directory, device, steps=options["stop_after"]) as first:
+            with make_trainer({**case, **options.get("before", {})}, directory, device, options["stop_after"]) as first:
                 first.train()
         for interruption in options.get("interrupt", []):
             interrupted(case, directory, device, *interruption)

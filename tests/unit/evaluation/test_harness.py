@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -179,20 +180,30 @@ def test_nothing_is_left_behind(model, tokenizer, tasks):
 
 
 def test_groups(model, tokenizer, tmp_path):
-    """A group's figure is the mean of its tasks', weighted by their documents; they say that they are part of it."""
+    """A group's figure is the mean of its tasks', weighted by their documents; also of groups of groups, which have the
+    shots of their tasks. What lies in a group says so."""
     write_tasks(tmp_path)
-    group = {
-        "group": "two",
-        "task": ["choices", "last_word"],
-        "aggregate_metric_list": [{"metric": "acc", "weight_by_size": True}],
-        "metadata": {"version": 1},
-    }
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(group))
-    found = harness.evaluate(model, tokenizer, harness.load_tasks(["two"], [tmp_path]), 0, 8)["tasks"]
-    accuracy = {name: task["metrics"]["acc"]["value"] for name, task in found.items()}
-    assert accuracy["two"] == pytest.approx((11 * accuracy["choices"] + 9 * accuracy["last_word"]) / 20)
-    assert found["two"]["samples"] == 20
-    assert [found[name]["part_of"] for name in ("two", "choices", "last_word")] == [None, "two", "two"]
+    for name, parts, metric in (
+        ("inner", ["choices", "last_word"], "acc"),
+        ("outer", ["inner"], "acc"),
+        ("loss", ["last_word"], "perplexity"),
+        ("losses", ["loss"], "perplexity"),
+    ):
+        metrics = [{"metric": metric, "weight_by_size": True}]
+        group = {"group": name, "task": parts, "aggregate_metric_list": metrics, "metadata": {"version": 1}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(group))
+    for group in ("outer", "losses"):
+        found = harness.evaluate(model, tokenizer, harness.load_tasks([group], [tmp_path]), 2, 8)["tasks"]
+        assert {task["num_fewshot"] for task in found.values()} == {2}
+        if group == "losses":
+            assert not found["losses"]["metrics"]["perplexity"]["higher_is_better"]
+            continue
+        accuracy = {name: task["metrics"]["acc"]["value"] for name, task in found.items()}
+        mean = (11 * accuracy["choices"] + 9 * accuracy["last_word"]) / 20
+        assert [accuracy["inner"], accuracy["outer"]] == pytest.approx([mean, mean])
+        assert found["outer"]["samples"] == found["inner"]["samples"] == 20
+        parents = [found[name]["part_of"] for name in ("outer", "inner", "choices", "last_word")]
+        assert parents == [None, "outer", "inner", "inner"]
 
 
 def test_our_groups_name_tasks_that_the_harness_has(monkeypatch):
@@ -210,9 +221,33 @@ def test_our_groups_name_tasks_that_the_harness_has(monkeypatch):
 def test_bad_tasks_are_named(folder, documents, tmp_path):
     with pytest.raises(ConfigError, match="include_path: no such folder: .*nowhere"):
         harness.load_tasks(["choices"], [tmp_path / "nowhere"])
-    (tmp_path / "lost.yaml").write_text((folder / "choices.yaml").read_text().replace("choices.jsonl", "lost.jsonl"))
-    with pytest.raises(DataError, match="task choices: cannot be loaded: .*lost.jsonl"):
+    # one's own files are read before the harness, which would pass over a broken one and take its own task
+    task, write = (folder / "choices.yaml").read_text(), tmp_path.joinpath("one.yaml").write_text
+    write("task: [a, {")
+    with pytest.raises(ConfigError, match=r"include_path: .*one\.yaml:2: "):
         harness.load_tasks(["choices"], [tmp_path])
+    write("include: nowhere.yaml\n")
+    with pytest.raises(ConfigError, match=r"include_path: .*one\.yaml: .*nowhere"):
+        harness.load_tasks(["choices"], [tmp_path])
+    write(task)
+    (tmp_path / "two.yaml").write_text(task)
+    with pytest.raises(ConfigError, match=r"include_path: .*two\.yaml: the task 'choices' is also in .*one\.yaml"):
+        harness.load_tasks(["choices"], [tmp_path])
+    (tmp_path / "two.yaml").unlink()
+    write(task.replace("choices.jsonl", "lost.jsonl"))
+    with pytest.raises(DataError, match=r"task choices: cannot be loaded: FileNotFoundError: .*lost\.jsonl[^;]*$"):
+        harness.load_tasks(["choices"], [tmp_path])
+    (folder / "nothing.jsonl").write_text('{"query": ')
+    write(task.replace("choices.jsonl", "nothing.jsonl"))
+    with pytest.raises(DataError, match=r"task choices: cannot be loaded: \w+: .+"):
+        harness.load_tasks(["choices"], [tmp_path])
+
+
+def test_more_examples_than_there_are(folder, documents):
+    """Of the documents themselves one is always asked about."""
+    harness.load_tasks(["choices"], [folder], [None, 0, 10])
+    with pytest.raises(ConfigError, match="num_fewshot: got 11, the task choices has 10 examples"):
+        harness.load_tasks(["choices"], [folder], [0, 11])
 
 
 @pytest.fixture(scope="module")
@@ -247,16 +282,50 @@ def test_command(exported, folder, documents, model, tokenizer, tasks, capsys):
         (["--step", "5"], "--step: goes with a run directory, "),
         (["--all-checkpoints"], "--all-checkpoints: "),
         (["--output", "nowhere/figures.jsonl"], "--output: cannot write nowhere/figures.jsonl"),
+        (["--output", "OTHER"], "exists and is no file of evaluations"),
+        (["--num-fewshot", "11"], "--num-fewshot: got 11, the task choices has 10 examples"),
+        (["--include-path", "nowhere"], "--include-path: no such folder: nowhere"),
         (["--tokenizer", "nowhere.json"], "--tokenizer: no such file or folder: nowhere.json"),
     ],
 )
 def test_bad_input_is_one_line(exported, folder, documents, tmp_path, capsys, words, told):
     before = sorted(exported.iterdir())
+    other = tmp_path / "other.yaml"
+    other.write_text("task: mine")
+    words = [str(other) if word == "OTHER" else word for word in words]
     command = ["evaluate", str(exported), "--tasks", "choices", "--include-path", str(folder), *words]
     assert main(command) == 2
     said = capsys.readouterr()
     assert len(said.err.splitlines()) == 1 and told in said.err and said.out == ""
-    assert sorted(exported.iterdir()) == before
+    assert sorted(exported.iterdir()) == before and other.read_text() == "task: mine"
+
+
+def test_damaged_models_are_one_line(exported, folder, documents, tmp_path, capsys):
+    def told(name: str, content: str | bytes) -> str:
+        model = tmp_path / name
+        shutil.copytree(exported, model)
+        (model / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        assert main(["evaluate", str(model), "--tasks", "choices", "--include-path", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        return said
+
+    weights = (exported / "model.safetensors").read_bytes()
+    assert "transformers cannot load it" in told("model.safetensors", weights[:-100])
+    config = json.loads((exported / "config.json").read_text())
+    assert "transformers cannot load it" in told("config.json", json.dumps({**config, "hidden_size": 32}))
+    for content in ("", "step: [", "[]", "step: 7"):
+        assert "does not say step and tokens" in told("l2e_run.yaml", content)
+        shutil.rmtree(tmp_path / "l2e_run.yaml")
+
+
+def test_a_disk_that_is_full_costs_the_file_not_the_table(exported, folder, documents, capsys, monkeypatch):
+    words = ["evaluate", str(exported), "--tasks", "choices", "--include-path", str(folder), "--output", "/dev/full"]
+    monkeypatch.setattr("l2e_ds.evaluation.evaluate._check_output", lambda path: None)  # it is no file
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert "| choices |" in said.out
+    assert "--output: cannot write /dev/full: No space left on device; the figures stand above" in said.err
 
 
 def test_results_take_the_newest_and_no_half_line(tmp_path):
@@ -271,3 +340,9 @@ def test_results_take_the_newest_and_no_half_line(tmp_path):
     with (tmp_path / results.FILE).open("a") as file:
         file.write('{"step": 30, "tas')
     assert [(found.step, found.value) for found in results.read_results(tmp_path)] == [(10, 0.25), (20, 0.75)]
+    results.append_result(tmp_path, line(40, 0.5))  # after the kill that cut the line off
+    assert [found.step for found in results.read_results(tmp_path)] == [10, 20, 40]
+    for content in ("3", "null", '{"step": 6}'):
+        (tmp_path / results.FILE).write_text(f"{json.dumps(line(10, 0.5))}\n{content}\n")
+        with pytest.raises(DataError, match=r"evaluations\.jsonl:2: is no evaluation; remove the line"):
+            results.read_results(tmp_path)

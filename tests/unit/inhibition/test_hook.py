@@ -204,6 +204,25 @@ def test_evaluation_is_untouched(method, kind):
     assert torch.equal(network(text(9)), out)
 
 
+@pytest.mark.parametrize("kind", ["activation", "projection"])
+def test_hooks_are_put_on_once(kind):
+    """Twice, or another Inhibitor's on the same layer, is refused with nothing half put on; again after detach is not."""
+    network = Network()
+    inhibitor, other = (Inhibitor(sites(network, kind, layers), settings()) for layers in ((0, 2), (1, 2)))
+    with inhibitor:
+        with pytest.raises(ValueError, match=r"^Inhibitor\.attach: is attached already$"):
+            inhibitor.attach()
+        with pytest.raises(ValueError, match=r"^Inhibitor\.attach: layer 2 has the hook of another Inhibitor; detach"):
+            other.attach()
+        train(network, inhibitor, range(2))
+        assert not inhibitor.self_test_pending and other._packed.count_nonzero() == 0
+        assert all(hook.calls.forward == 0 for hook in other.hooks)
+    with other:
+        train(network, other, range(2))
+    with inhibitor:
+        train(network, inhibitor, range(1))
+
+
 def test_no_sites():
     """An empty list of sites is an error, not a run without the method."""
     with pytest.raises(ValueError, match="sites is empty"):
@@ -328,6 +347,50 @@ def test_a_skipped_step_moves_nothing(method):
             runs.append((train(network, inhibitor, range(3, 6)), inhibitor))
     assert_same(runs[0][0], runs[1][0])
     assert_same_state(runs[0][1], runs[1][1])
+
+
+@pytest.mark.parametrize("method", ["published", "fused", "exact", "top-k regulariser", "memel"])
+def test_a_step_that_is_not_finite_moves_nothing(method):
+    """A NaN in one micro-batch of one layer, and step() as after any other: no layer's moments or tau move, as with
+    step(applied=False); the step's figures show it."""
+    runs = []
+    for applied in (True, False):
+        network = Network()
+        inhibitor = Inhibitor(sites(network), settings(method))
+        with inhibitor:
+            train(network, inhibitor, range(3), split=2)
+            bias, before = network.blocks[2].up.bias, inhibitor.state_dict()
+            for value in (0.0, math.nan):
+                kept = bias.detach().clone()
+                bias.data[0] += value
+                inhibitor.attach_loss(lm_loss(network, text(50))).backward()
+                bias.data.copy_(kept)
+            inhibitor.step(applied=applied)
+            assert math.isnan(inhibitor.metrics()["layer2/mean_s"]) == applied
+            state = inhibitor.state_dict()
+            assert int(state.pop("steps")) == 3 + applied
+            assert all(torch.equal(value, before[name]) for name, value in state.items())
+            runs.append((train(network, inhibitor, range(3, 33)), inhibitor))
+        state = inhibitor.state_dict()
+        assert all(bool(value.isfinite().all()) for value in state.values())
+        assert 0.01 < float(inhibitor.last[:, 0].mean()) < 0.2
+    assert_same(runs[0][0], runs[1][0])
+    runs[0][1].steps -= 1
+    assert_same_state(runs[0][1], runs[1][1])
+
+
+def test_a_first_step_that_is_not_finite():
+    """Statistics begin with the first finite one."""
+    network = Network()
+    inhibitor = Inhibitor(sites(network), settings())
+    with inhibitor:
+        inhibitor.attach_loss(lm_loss(network, text(0))).backward()
+        inhibitor._packed[5] = math.inf
+        inhibitor.step()
+        assert float(inhibitor.hooks[0].moments.count) == 0
+        train(network, inhibitor, range(3))
+    assert float(inhibitor.hooks[0].moments.count) > 0 and not inhibitor.self_test_pending
+    assert float(inhibitor.last[:, 0].min()) > 0
 
 
 def test_skipped_first_step():

@@ -89,6 +89,17 @@ def test_tasks_that_were_evaluated_on_the_way(tmp_path):
     assert found["task-0"].about.endswith("l2e 0.21 to 0.22")
 
 
+def test_a_line_is_of_equally_many_documents(tmp_path):
+    """On the way the first 20, at the end once all."""
+    run = write_run(tmp_path / "l2e")
+    for step, accuracy in ((50, 0.21), (100, 0.22)):
+        add_results(run, step, {("mmlu", 0): (accuracy, 0.01)}, limit=20)
+    add_results(run, 100, {("mmlu", 0): (0.4, 0.01)})
+    chart = charts_of(run)["task-0"]
+    assert chart.about.endswith("l2e 0.21 to 0.22")
+    assert chart.note == "Evaluation task, its first 20 documents."
+
+
 def test_neurons_that_die(tmp_path):
     assert "dead-share" in charts_of(write_run(tmp_path / "l2e", dead=0.1))
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 
 from l2e_ds.cli import main
-from tests.unit.report.making import add_results, paired_study, write_run
+from tests.unit.report.making import add_results, paired_study, write_analysis, write_run
 
 NASTY = "<script>alert(1)</script>&'\"><img src=x onerror=alert(2)>"
 
@@ -39,13 +39,6 @@ def report(tmp_path, *words):
     return output.read_text()
 
 
-def figures(folder):
-    (folder / "figures").mkdir(parents=True)
-    svg = "<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'><text>a</text></svg>"
-    (folder / "figures/ks_over_scale.svg").write_text(svg)
-    return folder
-
-
 def test_page_is_whole(tmp_path):
     text = report(tmp_path, paired_study(tmp_path / "study"), write_run(tmp_path / "alone"))
     tags = Tags(text)
@@ -56,7 +49,8 @@ def test_page_is_whole(tmp_path):
 
 
 def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    text = report(tmp_path, write_run(tmp_path / "l2e"), "--analysis", figures(tmp_path / "analysis"))
+    write_analysis(tmp_path / "analysis")
+    text = report(tmp_path, write_run(tmp_path / "l2e"), "--analysis", tmp_path / "analysis")
     tags = Tags(text)
     policy = next(at["content"] for tag, at in tags.found if at.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -116,17 +110,33 @@ def test_head_of_one_run(tmp_path):
 
 def test_head_of_a_study(tmp_path):
     text = report(tmp_path, paired_study(tmp_path / "study"))
-    for words in ("<title>Main comparison</title>", "4 of 4", "held-out loss, 70m l2e − 70m none", "−0.1500 ± 0.0500"):
+    for words in (
+        "<title>Main comparison</title>",
+        "4 of 4",
+        "at step 100, 70m-l2e-seed1235",
+        "held-out loss, 70m l2e − 70m none",
+        "−0.1500 ± 0.0500",
+    ):
         assert words in text
+
+
+def test_lowest_loss_is_that_of_a_common_step(tmp_path):
+    """The other run is ahead, but was behind at step 50."""
+    ahead, behind = write_run(tmp_path / "ahead", loss=5.0), write_run(tmp_path / "behind", loss=4.9, until=50)
+    text = report(tmp_path, ahead, behind)
+    assert re.search(r"<dt>lowest held-out loss at step 50, behind</dt><dd>6.4000</dd>", text)
 
 
 def test_figures_of_an_analysis(tmp_path):
     """Given by --analysis, and found beside a run."""
-    figures(write_run(tmp_path / "l2e") / "analysis")
-    text = report(tmp_path, tmp_path / "l2e", "--analysis", figures(tmp_path / "other"))
+    write_analysis(write_run(tmp_path / "l2e") / "analysis")
+    write_analysis(tmp_path / "other")
+    text = report(tmp_path, tmp_path / "l2e", "--analysis", tmp_path / "other")
     images = [attributes for tag, attributes in Tags(text).found if tag == "img"]
     assert [image["alt"] for image in images] == ["ks over scale"] * 2
     assert str(tmp_path / "other") in text
+    assert text.index("<h2>What neurons answer to</h2>") < text.index("false_killing.csv")
+    assert (tmp_path / "report-tables/false_killing.md").is_file()
 
 
 def test_run_that_goes_on(tmp_path):
@@ -164,6 +174,8 @@ def test_loss_that_is_not_finite(tmp_path):
     text = report(tmp_path, tmp_path / "l2e", write_run(tmp_path / "none", "none"))
     assert "none 7.94 to 5" in text
     assert "l2e nan" not in text
+    assert "l2e: held-out loss, in 11 of 11 lines, first at step 0" in text
+    assert "not finite → not finite" in report(tmp_path, tmp_path / "l2e")
 
 
 def test_every_table_is_a_file(tmp_path):
@@ -186,7 +198,7 @@ def test_every_table_is_a_file(tmp_path):
         (["l2e", "--output", "folder.html"], "--output: folder.html exists and is no report"),
         (["l2e", "--output", "taken.html"], "--output: its tables would be written to taken-tables, which exists"),
         (["l2e", "--output", "l2e/config.yaml/x.html"], "--output: cannot write l2e/config.yaml/x.html"),
-        (["l2e", "--output", "r.html", "--analysis", "l2e"], "--analysis: l2e has no figures/*.svg"),
+        (["l2e", "--output", "r.html", "--analysis", "l2e"], "--analysis: l2e has no analysis.json"),
     ],
 )
 def test_one_line(tmp_path, monkeypatch, capsys, words, expected):

@@ -32,6 +32,14 @@ def test_run_that_is_being_written(tmp_path):
     assert runs.read([tmp_path / "l2e"]).runs[0].step == 40
 
 
+def test_results_of_steps_that_a_run_has_not_come_to_again(tmp_path):
+    """It goes on from step 40; what was evaluated at 60 before is not its newest."""
+    run = write_run(tmp_path / "l2e", until=40)
+    for step in (40, 60):
+        add_results(run, step, {("mmlu", 0): (0.25, 0.01)})
+    assert {one.step for one in runs.read([run]).runs[0].results} == {40}
+
+
 @pytest.mark.parametrize(
     "name, content, words",
     [

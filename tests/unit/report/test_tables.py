@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import math
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from l2e_ds.evaluation.results import append_result
 from l2e_ds.report import published, runs, tables
 from l2e_ds.report.statistics import Measured
+from l2e_ds.study.collect import after_first_intervals
 from tests.unit.report.making import add_results, paired_study, write_run
 
 
@@ -25,14 +27,51 @@ def cells(found):
 # --- published figures -------------------------------------------------------------------------------------------
 
 
+PUBLISHED = """
+mmlu 0           .2311/.2301, .2303/.2306, .2306/.2534
+mmlu 5           .2438/.2497, .2470/.2472, .2432/.2443
+bigbench_lite 0  .2188/.2242, .2198/.2199, .2321/.2313
+bigbench_lite 5  .2140/.2235, .2377/.2266, .2252/.2320
+arc_challenge 0  .1706/.1877, .1852/.2031, .2304/.2304
+arc_challenge 5  .1834/.1860, .1988/.2056, .2346/.2415
+arc_easy 0       .3880/.3813, .4545/.4423, .5223/.5042
+arc_easy 5       .3708/.3864, .4811/.4798, .5522/.5358
+"""
+"""Benchmark, shots; of 70m, 410m and 2.8b Pythia/L2E: as METHOD, section 9, has them."""
+
+
 def test_published_figures():
-    """As METHOD, section 9, has them."""
-    assert published.benchmark("mmlu", 0, "2.8b", "none") == 0.2306
-    assert published.benchmark("mmlu", 0, "2.8b", "l2e") == 0.2534
-    assert published.benchmark("bigbench_lite", 5, "410m", "l2e") == 0.2266
-    assert published.benchmark("arc_challenge", 0, "70m", "none") == 0.1706
-    assert published.benchmark("arc_easy", 5, "70m", "l2e") == 0.3864
+    written = {}
+    for line in PUBLISHED.strip().splitlines():
+        task, shots, figures = line.split(maxsplit=2)
+        for size, both in zip(("70m", "410m", "2.8b"), figures.split(", "), strict=True):
+            for method, figure in zip(("none", "l2e"), both.split("/"), strict=True):
+                written[task, int(shots), size, method] = float(figure)
+    assert len(written) == 48
+    assert {one: published.benchmark(*one) for one in written} == written
+    assert len(published.BENCHMARKS) == 8
     assert published.TOKENS == 14_300 * 1024 * 2048
+    assert published.BEST_SHARE == {"70m": 0.01, "410m": 0.02, "2.8b": 0.03}
+    assert published.EXTRA_TIME == {
+        ("l2e", "70m"): 0.034,
+        ("l2e", "2.8b"): 0.015,
+        ("memel", "70m"): 0.097,
+        ("memel", "2.8b"): 0.270,
+    }
+
+
+@pytest.mark.parametrize(
+    "features, parameters, figure",
+    [
+        ("natural_language", 70_426_624, 0.052),
+        ("Data-Subset of the Pile", 70_426_624, 0.218),
+        ("me/code_language@main", 70_426_624, 0.67),
+        ("languages", 70_426_624, None),
+        ("natural_language", 405_334_016, None),
+    ],
+)
+def test_published_false_killing_rates(features, parameters, figure):
+    assert published.fkr(features, parameters) == figure
 
 
 @pytest.mark.parametrize(
@@ -98,22 +137,91 @@ def test_newest_step_and_all_documents_count(tmp_path):
     add_results(run, 50, {("mmlu", 0): (0.21, 0.01), ("piqa", 0): (0.51, 0.01)})
     add_results(run, 100, {("mmlu", 0): (0.22, 0.01)})
     add_results(run, 100, {("mmlu", 0): (0.29, 0.05)}, limit=100)
-    found = table(runs.read([run]), "benchmarks")
-    assert cells(found)["MMLU"]["none: ours"].value == 0.22
-    assert cells(found)["piqa"]["none: ours"].value == 0.51
-    assert "only the first 100 documents" in found.note
+    found = cells(table(runs.read([run]), "benchmarks"))
+    assert (found["MMLU"]["none: ours"].value, found["MMLU"]["none: step"]) == (0.22, 100)
+    assert (found["piqa"]["none: ours"].value, found["piqa"]["none: step"]) == (0.51, 50)
+
+
+def test_models_are_compared_at_a_step_that_both_have(tmp_path):
+    """0.25 to 0.30 at step 50; the baseline's 0.40 at step 100 has nothing beside it."""
+    study = paired_study(tmp_path / "study", seeds=(1234,))
+    none, l2e = (study / f"runs/70m-{method}-seed1234" for method in ("none", "l2e"))
+    add_results(none, 50, {("mmlu", 0): (0.25, 0.003)})
+    add_results(none, 100, {("mmlu", 0): (0.40, 0.02)})
+    add_results(l2e, 50, {("mmlu", 0): (0.30, 0.004)})
+    row = cells(table(runs.read([study]), "benchmarks"))["MMLU"]
+    assert (row["70m none: ours"], row["70m none: step"]) == (Measured(0.40, 0.02), 100)
+    assert (row["70m l2e: ours"], row["70m l2e: step"]) == (Measured(0.30, 0.004), 50)
+    assert row["70m l2e − none: ours"] == Measured(pytest.approx(0.05), pytest.approx(0.005))
+    assert row["70m l2e − none: step"] == 50
+
+
+def test_seeds_are_averaged_at_a_step_that_all_have(tmp_path):
+    study = paired_study(tmp_path / "study")
+    for method, better in (("none", 0.0), ("l2e", 0.1)):
+        for seed in (1234, 1235):
+            run = study / f"runs/70m-{method}-seed{seed}"
+            add_results(run, 50, {("mmlu", 0): (0.2 + better, 0.01)})
+            if (method, seed) != ("l2e", 1235):
+                add_results(run, 100, {("mmlu", 0): (0.6, 0.01)})
+    row = cells(table(runs.read([study]), "benchmarks"))["MMLU"]
+    assert (row["70m none: ours"].value, row["70m none: step"]) == (pytest.approx(0.6), 100)
+    assert (row["70m l2e: ours"].value, row["70m l2e: step"]) == (pytest.approx(0.3), 50)
+    assert (row["70m l2e − none: ours"].value, row["70m l2e − none: step"]) == (pytest.approx(0.1), 50)
+
+
+def test_first_documents_are_not_compared_with_all(tmp_path):
+    """Both were evaluated at step 100, on all documents only one of them."""
+    study = paired_study(tmp_path / "study", seeds=(1234,))
+    none, l2e = (study / f"runs/70m-{method}-seed1234" for method in ("none", "l2e"))
+    add_results(none, 100, {("mmlu", 0): (0.25, 0.003)})
+    add_results(l2e, 100, {("mmlu", 0): (0.9, 0.1)}, limit=20)
+    row = cells(table(runs.read([study]), "benchmarks"))["MMLU"]
+    assert (row["70m none: step"], row["70m l2e: step"]) == (100, "100, first 20")
+    assert "70m l2e − none: ours" not in row
+    add_results(none, 100, {("mmlu", 0): (0.7, 0.1)}, limit=20)
+    found = table(runs.read([study]), "benchmarks")
+    assert cells(found)["MMLU"]["70m none: ours"].value == 0.25
+    assert cells(found)["MMLU"]["70m l2e − none: ours"].value == pytest.approx(0.2)
+    assert cells(found)["MMLU"]["70m l2e − none: step"] == "100, first 20"
+    assert "of so many documents of each task only" in found.note
+
+
+def test_one_step_is_told_once(tmp_path):
+    study = paired_study(tmp_path / "study", seeds=(1234,))
+    for method in ("none", "l2e"):
+        add_results(study / f"runs/70m-{method}-seed1234", 50, {("bigbench_lite", 0): (0.25, 0.01)}, limit=20)
+    found = table(runs.read([study]), "benchmarks")
+    assert not [column.full_head for column in found.columns if column.head == "step"]
+    assert "All at step 50, of the first 20 documents of each task only." in found.note
+    assert "19 of its 24 tasks" in found.note
+    assert "Ours: after 204,800 tokens." in found.note  # 50 steps of 16 x 256
 
 
 def test_what_the_paper_did_not_train_has_no_published_figure(tmp_path):
     other = {"scale": {"inhibition__loss": "scale-invariant"}, "mechanism": {"inhibition__retrieval": "top-k"},
-             "small": {"model__num_layers": 4}, "memel": {"method": "memel"}, "big": {"size": "160m"}}  # fmt: skip
-    folders = [write_run(tmp_path / name, **keys) for name, keys in {**other, "plain": {}}.items()]
+             "small": {"model__num_layers": 4}, "memel": {"method": "memel"}, "big": {"size": "160m"},
+             "all": {"inhibition__layers": "all"}, "two": {"inhibition__layers": [2, 3]},
+             "share": {"inhibition__target_share": 0.02}}  # fmt: skip
+    best = {"inhibition__target_share": 0.01}
+    folders = [write_run(tmp_path / name, **{**best, **keys}) for name, keys in {**other, "plain": {}}.items()]
     for folder in folders:
         add_results(folder, 100, {("mmlu", 0): (0.25, 0.01)})
-    row = cells(table(runs.read(folders), "benchmarks"))["MMLU"]
+    found = table(runs.read(folders), "benchmarks")
+    row = cells(found)["MMLU"]
     assert [head for head, cell in row.items() if head.endswith(": published") and cell is not None] == [
         "70m plain: published"
     ]
+    assert "1% at 70m, 2% at 410m, 3% at 2.8b), and of MEmeL's time; of other layers" in found.note
+    assert "of other layers" not in table(runs.read(folders[-1:]), "benchmarks").note
+
+
+def test_published_time_is_that_of_the_published_share_and_layers(tmp_path):
+    keys = {"best": {}, "share": {"inhibition__target_share": 0.02}, "all": {"inhibition__layers": "all"}}
+    best = {"inhibition__target_share": 0.01}
+    folders = [write_run(tmp_path / name, "memel", **{**best, **own}) for name, own in keys.items()]
+    found = cells(table(runs.read(folders), "time"))
+    assert {name: row["published"] for name, row in found.items()} == {"best": 0.097, "share": None, "all": None}
 
 
 def test_task_without_accuracy(tmp_path):
@@ -164,6 +272,20 @@ def test_time(tmp_path):
     assert found["70m none"]["published"] is None
 
 
+def test_time_is_that_of_the_studies(tmp_path):
+    """By one rule: without the first line after each start, also where the run goes on from a logged step."""
+    path = write_run(tmp_path / "l2e", seconds=0.5) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    place = next(i for i, line in enumerate(lines) if line["step"] == 90 and line["kind"] == "evaluation") + 1
+    lines = [lines[0], *(line for line in lines[:place] if line["step"] >= 90), {"kind": "start", "step": 90},
+             *({**line, "step_seconds": 9.0 - line["step"] / 20} for line in lines[place:])]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # 90 is the first line of the first start, 92 of the second: 94 to 100 are left
+    assert cells(table(runs.read([tmp_path / "l2e"]), "time"))["l2e"]["seconds a step"].value == pytest.approx(4.15)
+    steady = after_first_intervals(lines)
+    assert [line["step"] for line in steady] == [94, 96, 98, 100]
+
+
 def test_best_share(tmp_path):
     losses = {0.01: 4.9, 0.02: 4.8, 0.05: 5.2}
     folders = [
@@ -173,7 +295,16 @@ def test_best_share(tmp_path):
     assert row["target shares tried"] == "0.01, 0.02, 0.05"
     assert row["best share: ours"] == 0.02
     assert row["best share: published"] == 0.01
-    assert row["its held-out loss"].value == pytest.approx(4.8)
+    assert row["best share: its held-out loss"].value == pytest.approx(4.8)
+
+
+def test_shares_are_compared_at_a_common_step(tmp_path):
+    """That of 1 % is behind; at step 50 it was the better one."""
+    ahead = write_run(tmp_path / "ahead", loss=5.0, inhibition__target_share=0.02)
+    behind = write_run(tmp_path / "behind", loss=4.9, inhibition__target_share=0.01, until=50)
+    row = cells(table(runs.read([ahead, behind]), "shares"))["70m"]
+    assert (row["best share: ours"], row["best share: step"]) == (0.01, 50)
+    assert row["best share: its held-out loss"].value == pytest.approx(6.4)
 
 
 # --- each run ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Each warning: what gives it, and what just does not."""
 
+import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -9,6 +10,7 @@ from l2e_ds.report.warnings import all_warnings
 from tests.unit.report.making import paired_study, write_run, write_study
 
 KINDS = {
+    "lost": "loss that is not finite",
     "worse": "loss worse than the paired baseline's",
     "shrunk": "a layer that only shrinks",
     "share": "observed share off its target",
@@ -76,6 +78,19 @@ def test_when_the_last_line_was_written(tmp_path):
     ]:
         (warning,) = all_warnings(runs.read([folder]), written + passed)
         assert warning.text.endswith(f"UTC, {words} before this page")
+
+
+def test_loss_that_is_not_finite(tmp_path):
+    """Training writes null for it; here from step 80 on."""
+    path = write_run(tmp_path / "l2e") / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        line |= dict.fromkeys({"lm_loss", "held_out_loss"} & set(line), None) if line["step"] >= 80 else {}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert texts("lost", tmp_path / "l2e") == [
+        "l2e: held-out loss, in 3 of 11 lines, first at step 80",
+        "l2e: training loss, in 11 of 50 lines, first at step 80",
+    ]
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------

@@ -66,11 +66,13 @@ def evaluation(
     tasks: dict[str, float],
     limit: int | None = None,
     asked: list[str] | None = None,
+    precision: str = "fp32",
     **part_of: str,
 ) -> dict:
     figure = {"stderr": 0.01, "higher_is_better": True}
     return {
         "step": step,
+        "precision": precision,
         "limit": limit,
         "asked": {"tasks": asked or list(tasks), "num_fewshot": shots},
         "tasks": {

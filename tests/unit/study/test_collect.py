@@ -62,6 +62,7 @@ def test_one_line_a_run(table, tmp_path):
     row = table.set_index("run").loc["l2e-seed2"]
     assert (row["combination"], row["method"], row["seed"], row["baseline"]) == ("l2e", "l2e", 2, "none-seed2")
     assert (row["state"], row["step"], row["tokens"], row["held_out_loss"]) == ("done", 20, 2560, 5.2)
+    assert row["evaluated_step"] == 20
     assert row["top_share_score"] == 13.0 and row["mean_s"] == pytest.approx(0.2) and row["kurtosis"] == 5.0
     assert row["observed_share"] == pytest.approx(0.022) and row["peak_memory_gib"] == pytest.approx(1.2)
     assert row["step_seconds"] == pytest.approx(1.2)  # the median of 1.1, 1.3 and 1.2
@@ -102,6 +103,46 @@ def test_the_printed_table(table):
     assert "| l2e | 1 | 4.9000 | -0.1000 |" in single and "nan" not in single
 
 
+def test_only_what_is_equally_long_is_compared(table):
+    """As where a study's `training.steps` grew, and evaluation was turned off."""
+    longer = table.assign(step=table["step"].where(table["run"] != "l2e-seed1", 30))
+    longer["evaluated_step"] = longer["step"]
+    text = summary(longer)
+    assert "| l2e | 3 | 5.3000 | -0.2500 ± 0.0500 |" in text  # of -0.3, -0.2
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0250 ± 0.0050 |" in text
+    stale = table.assign(evaluated_step=table["evaluated_step"].where(table["run"] != "none-seed2", 10))
+    text = summary(stale)
+    assert "| none | 3 | 5.5000 |  |" in text  # of 5.0, 6.0
+    assert "| l2e | 3 | 5.3000 | -0.1500 ± 0.0500 |" in text  # of -0.1, -0.2
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
+
+
+def test_figures_of_the_documents_that_the_study_asks_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate = [{"tasks": ["piqa"], "num_fewshot": 0}, {"tasks": ["sciq"], "num_fewshot": 0, "limit": 10}]
+    study, plans = begun_study(tmp_path, evaluate=evaluate, seeds=[1])
+    plain, l2e = (begin_run(study, plans, f"{method}-seed1") for method in ("none", "l2e"))
+    own = [evaluation(20, 0, {"piqa": 0.5}), evaluation(20, 0, {"sciq": 0.6}, limit=10)]
+    by_hand = [
+        evaluation(20, 0, {"piqa": 0.1, "arc_easy": 0.7}, limit=10),
+        evaluation(20, 0, {"piqa": 0.2, "sciq": 0.6, "arc_easy": 0.1}, limit=10),  # also an answer, but not for piqa
+        evaluation(20, 0, {"piqa": 0.3}, precision="bf16"),
+        evaluation(20, 0, {"sciq": 0.1, "arc_easy": 0.8}, limit=20),
+        evaluation(20, 0, {"arc_easy": 0.2}, limit=5),
+        evaluation(20, 0, {"arc_easy": 0.9, "sciq": 0.2}),
+        evaluation(20, 0, {"arc_easy": 0.3}, limit=30),
+        evaluation(10, 0, {"arc_easy": 0.1}),
+    ]
+    write_lines(plain / "evaluations.jsonl", [*own, *by_hand])
+    write_lines(l2e / "evaluations.jsonl", by_hand)
+    table = collect(study.directory).set_index("run")
+    names = ["piqa/0-shot/acc", "sciq/0-shot/acc", "arc_easy/0-shot/acc"]
+    assert table.loc["none-seed1", names].tolist() == [0.5, 0.6, 0.9]
+    # piqa is left empty until the study has had it evaluated
+    found = table.loc["l2e-seed1", names].tolist()
+    assert math.isnan(found[0]) and found[1:] == [0.6, 0.9]
+
+
 def test_runs_that_have_not_begun_are_empty_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study, plans = begun_study(tmp_path)
@@ -111,4 +152,5 @@ def test_runs_that_have_not_begun_are_empty_lines(tmp_path, monkeypatch):
     table = collect(study.directory).set_index("run")
     assert table["state"].tolist() == ["not begun", "at step 10", *["not begun"] * 4]
     assert table["held_out_loss"].count() == 1 and table.loc["l2e-seed1", "held_out_loss"] == 9.0
+    assert (table.loc["l2e-seed1", "step"], table.loc["l2e-seed1", "evaluated_step"]) == (10, 0)
     assert "nan" not in summary(table.reset_index())

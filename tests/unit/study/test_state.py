@@ -1,8 +1,11 @@
 """How far a run is, and which changes of a study are refused."""
 
+import json
+
 import pytest
 import yaml
 
+from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.checking import plan_runs, refuse_changes
 from l2e_ds.study.definition import Evaluation, read_study
@@ -43,6 +46,14 @@ def test_which_figures_an_evaluation_stands_for(tmp_path):
     group = evaluation(20, 5, {"mmlu_law": 0.5}, asked=["mmlu"], mmlu_law="mmlu")
     assert done({"tasks": ["mmlu"], "num_fewshot": 5}, group)
     assert not done({"tasks": ["mmlu_law"], "num_fewshot": 5}, group)
+    # what was evaluated while training, in the precision of that
+    half = evaluation(20, 5, {"piqa": 0.5}, precision="bf16")
+    assert not done({"tasks": ["piqa"], "num_fewshot": 5}, half)
+    assert done({"tasks": ["piqa"], "num_fewshot": 5}, half, evaluation(20, 5, {"piqa": 0.5}))
+    # a line that does not say what it was asked for
+    nameless = {key: value for key, value in two.items() if key != "asked"}
+    assert not done({"tasks": ["piqa"], "num_fewshot": 5}, nameless, nameless | {"asked": None})
+    assert done({"tasks": ["piqa"], "num_fewshot": 5}, nameless, two)
     # a line that is being written
     (tmp_path / "evaluations.jsonl").write_text('{"step": 20, "limit"')
     assert not is_evaluated(tmp_path, 20, Evaluation(tasks=["piqa"]))
@@ -60,12 +71,23 @@ def test_a_begun_run_stays_what_it_is(tmp_path, monkeypatch):
     begin_run(study, plans, "l2e-seed1")
     assert change(tmp_path) == []
     # where and how safely it is computed may change
-    assert change(tmp_path, "training.timeout=5", "checkpoint.every=3", "training.micro_batch=4", "data.workers=1") == [
-        f"the configuration of {run.name} has changed since the last call" for run in study.runs
-    ]
+    how = ["training.timeout=5", "checkpoint.every=3", "training.micro_batch=4", "data.workers=1"]
+    how += ["training.evaluate_every=7", "training.max_skipped_steps=9", "training.resume=never"]
+    how += ["deepspeed.config=ds_configs/zero2.json"]
+    said = [f"the configuration of {run.name} has changed since the last call" for run in study.runs]
+    assert change(tmp_path, *how) == said
     refused = r"^out: the run l2e-seed1 has begun, and its configuration has changed since: {}; .*out/study.yaml"
     with pytest.raises(ConfigError, match=refused.format("optimizer.eps: 1e-08 -> 1e-06")):
         change(tmp_path, "optimizer.eps=1e-6")
+    with pytest.raises(ConfigError, match=refused.format("training.evaluation_sequences: 64 -> 9")):
+        change(tmp_path, "training.evaluation_sequences=9")
+    # where it began, and what a DeepSpeed JSON says of the optimizer
+    with pytest.raises(ConfigError, match=refused.format(f"training.resume: auto -> {tmp_path}")):
+        change(tmp_path, f"training.resume={tmp_path}")
+    own = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "AdamW", "params": {"eps": 1e-6}}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    with pytest.raises(ConfigError, match=refused.format("optimizer.eps: 1e-08 -> 1e-06")):
+        change(tmp_path, "deepspeed.config=own.json")
     with pytest.raises(ConfigError, match=refused.format("training.steps: 20 -> 10")):
         change(tmp_path, "training.steps=10")
     with pytest.raises(ConfigError, match=r"training\.steps: 20 -> 30"):  # the schedule would be another one
@@ -92,6 +114,15 @@ def test_what_has_not_begun_may_change_and_a_schedule_of_its_own_may_be_gone_on_
     factors = {"method": {"none": {"inhibition.method": "none"}, "memel": {"inhibition.method": "memel"}}}
     lines = change(tmp_path, factors=factors, set={"optimizer.schedule_steps": 100})
     assert lines == [f"l2e-seed{n} is no longer in the study; what it did stays in out/runs" for n in (1, 2, 3)]
+
+
+def test_the_keys_that_decide_no_figure_are_keys():
+    sections = RunConfig.model_fields
+    keys = [f"{name}.{key}" for name, section in sections.items() for key in section.annotation.model_fields]
+    assert all(any(key.startswith(part) for key in keys) for part in DECIDES_NO_FIGURE)
+    exact = [part for part in DECIDES_NO_FIGURE if not part.endswith(".")]
+    assert set(exact) <= set(keys)  # so that none takes another with it
+    assert [key for key in keys if key.startswith(tuple(exact))] == [key for key in keys if key in exact]
 
 
 def test_two_runs_that_are_the_same(tmp_path, monkeypatch):

@@ -1,0 +1,73 @@
+"""`l2e-ds evaluate` on one and on three ranks: the same figures; and what fails on one of two ends both."""
+
+import json
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.evaluation.harness import evaluate, load_tasks
+from tests.conftest import REPOSITORY
+from tests.task_files import TASKS, VOCABULARY, write_tasks
+
+WORKER = REPOSITORY / "tests/distributed/workers/evaluate.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, of which the small one lacks half of the tokens, and tasks."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_tasks(root / "tasks")
+    tokenizer = load_tokenizer(str(root / "tasks/words.json"))
+    for name, rows in (("model", VOCABULARY), ("small", VOCABULARY // 2)):
+        torch.manual_seed(0)
+        config = GPTNeoXConfig(
+            vocab_size=rows,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=24,
+            initializer_range=0.5,
+        )
+        GPTNeoXForCausalLM(config).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def test_three_ranks_give_the_figures_of_one(folder, run_ranks):
+    common = ["--include-path", str(folder / "tasks"), "--batch-size", "3", "--output", str(folder / "three.jsonl")]
+    command = ["evaluate", str(folder / "model"), "--tasks", *TASKS, "--num-fewshot", "0", "2", *common]
+    (folder / "command.json").write_text(json.dumps(command))
+    run_ranks(3, WORKER, "good", folder, timeout=120)
+    lines = [json.loads(line) for line in (folder / "three.jsonl").read_text().splitlines()]
+    assert [line["ranks"] for line in lines] == [3, 3]
+    model = GPTNeoXForCausalLM.from_pretrained(folder / "model")
+    tokenizer = load_tokenizer(str(folder / "tasks/words.json"))
+    tasks = load_tasks(TASKS, [folder / "tasks"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks had: more would add up in another order
+    try:
+        alone = [evaluate(model, tokenizer, tasks, shots, 3)["tasks"] for shots in (0, 2)]
+    finally:
+        torch.set_num_threads(threads)
+    assert [line["tasks"] for line in lines] == alone
+
+
+def test_a_failure_on_any_rank_ends_all(folder, run_ranks):
+    """Of all ranks alike, of some ranks' batches only, and of rank 0 while it reckons."""
+    broken = (folder / "tasks/goes_on.yaml").read_text().replace("goes_on", "broken")
+    (folder / "tasks/broken.yaml").write_text(
+        broken.replace("doc_to_target: rest", "doc_to_target: '{{rest | length}}'")
+    )
+    last = json.dumps({"context": "w1 w2", "rest": None})
+    (folder / "tasks/broken.jsonl").write_text((folder / "tasks/goes_on.jsonl").read_text() + last + "\n")
+    cases = {"too-long": ["model", "too_long"], "small": ["small", "choices"], "broken": ["model", "broken"]}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    run_ranks(2, WORKER, "bad", folder, timeout=120)
+    said = {name: [(folder / f"{name}-rank{rank}.txt").read_text() for rank in (0, 1)] for name in cases}
+    assert all(first == second for first, second in said.values())
+    assert said["too-long"][0].startswith("True tasks: rank 0: AssertionError: Invalid configuration: requested max")
+    assert said["small"][0].startswith("True tasks: rank 0: IndexError: index out of range")
+    assert said["broken"][0].startswith("True tasks: broken: ")

@@ -1,0 +1,39 @@
+"""Runs on every rank. `good`: the command of OUTPUT/command.json. `bad`: each case of OUTPUT/cases.json, {name: [model,
+task]}, by the harness; what is raised goes to OUTPUT/NAME-rankR.txt. A process joins one group of ranks only."""
+
+import json
+import sys
+from pathlib import Path
+
+from l2e_ds import distributed
+from l2e_ds.cli import main
+from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.errors import L2EError
+from l2e_ds.train import leave_process, quiet_libraries
+
+
+def run_bad(output: Path) -> None:
+    quiet_libraries()
+    distributed.join(distributed.find_launch(), 2)
+    from transformers import AutoModelForCausalLM
+
+    from l2e_ds.evaluation.harness import evaluate, load_tasks
+
+    tokenizer = load_tokenizer(str(output / "tasks/words.json"))
+    for name, (model, task) in json.loads((output / "cases.json").read_text()).items():
+        tasks = load_tasks([task], [output / "tasks"]) if distributed.is_main() else None
+        told = "nothing"
+        try:
+            evaluate(AutoModelForCausalLM.from_pretrained(output / model), tokenizer, tasks, 0, 3)
+        except L2EError as error:
+            told = f"{error.on_every_rank} {error}"
+        (output / f"{name}-rank{distributed.rank()}.txt").write_text(told)
+    distributed.leave()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    if sys.argv[1] == "bad":
+        run_bad(folder)
+        leave_process(0)
+    leave_process(main(json.loads((folder / "command.json").read_text())))
