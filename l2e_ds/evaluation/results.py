@@ -6,8 +6,8 @@
                             "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
 
 `part_of` names the group (mmlu) that a task's figures are in too; a group's `samples` are those of its parts. `limit`
-is the number of documents a task was cut to, `value` null where it is not finite. `step` and `tokens` are null where the
-model does not say them.
+is the number of documents a task was cut to, `value` null where it is not finite. `step` and `tokens` are null where
+the model does not say them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read_results(run: Path) -> list[TaskResult]:
             continue
         try:
             found = results_of(evaluation)
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise DataError(f"{path}:{number}: is no evaluation; remove the line") from None
         for result in found:
             newest[result.step, result.task, result.num_fewshot, result.metric, result.limit] = result
@@ -73,8 +73,8 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
             name,
             task["num_fewshot"],
             metric,
-            figure["value"],
-            figure["stderr"],
+            float(figure["value"]),
+            None if figure["stderr"] is None else float(figure["stderr"]),
             figure["higher_is_better"],
             task["samples"],
             task["part_of"],

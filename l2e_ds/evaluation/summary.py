@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 
-import yaml
-
 from l2e_ds.errors import DataError
-from l2e_ds.training.metrics import read_metrics
+from l2e_ds.report.run_directory import check_folder, read_config, read_lines
 
 # The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
 SHRUNK = 0.5
 
 
 def summarise(run: Path) -> str:
-    """Raises DataError where the run has no metrics yet."""
+    """Raises DataError: no run directory, no metrics yet, a broken file."""
+    check_folder(run)
     try:
-        training, evaluations = (read_metrics(run / "metrics.jsonl", kind) for kind in ("train", "evaluation"))
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        _, training, evaluations = read_lines(run).values()
     except OSError as error:
         raise DataError(f"{run}: is no run directory ({error.strerror}: {error.filename})") from None
     if not training:
         raise DataError(f"{run}: has no training metrics yet")
-    method, target = config["inhibition"]["method"], config["inhibition"]["target_share"]
+    inhibition = read_config(run).inhibition
+    target = inhibition.target_share
     last = training[-1]
-    speeds = sorted(line["tokens_per_second"] for line in training)
-    rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {method}")]
+    speeds = [speed for line in training if (speed := line["tokens_per_second"]) is not None]
+    rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {inhibition.method}")]
     if evaluations:
         first, final = evaluations[0], evaluations[-1]
         rows.append(
@@ -37,19 +37,20 @@ def summarise(run: Path) -> str:
             )
         )
         for name in (key.partition("/")[2] for key in final if key.startswith("held_out_loss/")):
-            losses = " -> ".join(_loss(line[f"held_out_loss/{name}"]) for line in (first, final))
-            rows.append((f"  of {name}", f"{losses} ({last[f'tokens/{name}']:,} tokens)"))
-    if "observed_share" in last:
+            losses = " -> ".join(_loss(line.get(f"held_out_loss/{name}")) for line in (first, final))
+            tokens = last.get(f"tokens/{name}")
+            rows.append((f"  of {name}", losses if tokens is None else f"{losses} ({tokens:,} tokens)"))
+    if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:
         for layer in _layers(final):
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
                 key = f"layer{layer}/{name}"
-                rows.append((f"layer {layer}: {label}", f"{_number(first[key])} -> {_number(final[key])}"))
-            scale, was = final[key], first[key]
+                rows.append((f"layer {layer}: {label}", f"{_number(first.get(key))} -> {_number(final.get(key))}"))
+            scale, was = final.get(key), first.get(key)
             if scale is not None and was and scale / was < SHRUNK:
                 rows.append(("", f"layer {layer} shrank to {scale / was:.0%} of its first scale (docs/method.md, 5.1)"))
-    rows.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f} (median)"))
+    rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
     rows.append(("metrics", str(run / "metrics.jsonl")))
     rows.append(("checkpoints", str(run / "checkpoints")))
     width = max(len(label) for label, _ in rows)
@@ -61,7 +62,7 @@ def _layers(line: dict) -> list[int]:
 
 
 def _loss(value: float | None) -> str:
-    """Training writes null for what is not finite."""
+    """None: training writes null for what is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 

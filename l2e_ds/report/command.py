@@ -9,8 +9,11 @@ A run that goes on is shown as far as it is; the same command again replaces the
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
 from l2e_ds.report import analyses, page, runs, tables, warnings
 
-_MARK = f"<!-- {page.GENERATOR} -->"  # the first line of index.md, by which a folder of ours is known
+_INDEX = "index.md"
+_MARK = f"<!-- {page.GENERATOR} -->"  # its first line, by which a folder of ours is known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
     notices = warnings.all_warnings(found, now)
     text = page.render(found, of_page, notices, places, folder.name, now)
     try:
-        _write_tables(folder, of_page)
-        write_whole(output, text)
+        _write({**{folder / name: content for name, content in _files(of_page).items()}, output: text}, folder)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
-    print(f"report: {output} ({len(found.runs)} runs, {len(notices)} warnings)")
+    print(f"report: {output} (runs: {len(found.runs)}, warnings: {len(notices)})")
     print(f"tables: {folder}")
     return 0
 
@@ -63,7 +66,7 @@ def _check_output(output: Path, folder: Path) -> None:
         raise ConfigError(f"--output: got {output}, allowed: a file name that ends in .html")
     if output.exists() and (not output.is_file() or f'content="{page.GENERATOR}"' not in _beginning(output)):
         raise ConfigError(f"--output: {output} exists and is no report; {allowed}")
-    index = folder / "index.md"
+    index = folder / _INDEX
     if folder.exists() and not (index.is_file() and _beginning(index).startswith(_MARK)):
         raise ConfigError(f"--output: its tables would be written to {folder}, which exists and is not a report's")
 
@@ -81,18 +84,34 @@ def _analyses(given: Sequence[Path]) -> list[Path]:
     return list(given)
 
 
-def _write_tables(folder: Path, of_page: Sequence[tables.Table]) -> None:
-    """Each file whole; those of the report before this one whose tables are no more are removed."""
-    index = folder / "index.md"
-    old = set(re.findall(r"\]\((\w+\.(?:csv|md))\)", index.read_text(encoding="utf-8"))) if index.is_file() else set()
+def _files(of_page: Sequence[tables.Table]) -> dict[str, str]:
+    """Name in the folder of tables -> content."""
     lines = [
         f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"
         for table in of_page
     ]
-    write_whole(index, "\n".join([_MARK, "# Tables", "", *lines, ""]))
+    files = {_INDEX: "\n".join([_MARK, "# Tables", "", *lines, ""])}
     for table in of_page:
-        for ending, text in (("csv", table.csv()), ("md", table.markdown())):
-            old.discard(f"{table.name}.{ending}")
-            write_whole(folder / f"{table.name}.{ending}", text)
-    for name in old:
+        files |= {f"{table.name}.csv": table.csv(), f"{table.name}.md": table.markdown()}
+    return files
+
+
+def _write(files: Mapping[Path, str], folder: Path) -> None:
+    """All of them or, on a full disk, none; those of the report before this one whose tables are no more are removed.
+
+    folder: of the tables. Raises OSError.
+    """
+    index = folder / _INDEX
+    old = set(re.findall(r"\]\((\w+\.(?:csv|md))\)", index.read_text(encoding="utf-8"))) if index.is_file() else set()
+    for path in files:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+        for path, text in files.items():
+            write_whole(Path(place) / path.name, text)
+        folder.mkdir(exist_ok=True)
+        for path in files:
+            (Path(place) / path.name).replace(path)
+    for name in old - {path.name for path in files}:
         (folder / name).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ A *variant* is what is compared: the runs that differ in nothing but their seed.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,33 +14,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
-from l2e_ds.config import METHODS, RunConfig
-from l2e_ds.data.files import one_line
+from l2e_ds.config import DECIDES_NO_FIGURE, METHODS
 from l2e_ds.errors import DataError
 from l2e_ds.evaluation.results import TaskResult, read_results
 from l2e_ds.report import published
+from l2e_ds.report.run_directory import check_folder, finite, read_config, read_lines, read_study
 from l2e_ds.study.definition import INDEX
-from l2e_ds.study.state import read_index
-from l2e_ds.training.metrics import read_metrics
 
-# Keys that say where and how a run was computed, not what: they decide no figure but times.
-_NO_MATTER = re.compile(
-    r"training\.(run_directory|resume|micro_batch|evaluate_every|max_skipped_steps|time_limit|timeout)"
-    r"|data\.(cache|workers)|(checkpoint|deepspeed|logging|evaluation)\..*"
-)
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
-_NEEDED = (
-    "model.name",
-    "data.sequence_length",
-    "training.steps",
-    "training.global_batch",
-    "training.seed",
-    "inhibition.method",
-    "inhibition.target_share",
-)
 
 
 @dataclass(frozen=True)
@@ -135,6 +117,14 @@ class Variant:
     runs: list[Run]
 
     @property
+    def seeds(self) -> list[Run]:
+        """The first run of each seed: a second one is no further sample."""
+        first: dict[int, Run] = {}
+        for run in self.runs:
+            first.setdefault(run.seed, run)
+        return list(first.values())
+
+    @property
     def size(self) -> str:
         return self.runs[0].size
 
@@ -170,12 +160,13 @@ class Collection:
 
 
 def read(paths: Sequence[Path]) -> Collection:
-    """Raises DataError and ConfigError: no run directory or study, nothing written yet, a broken file."""
+    """Raises DataError: no run directory or study, nothing written yet, a broken file."""
     runs: list[Run] = []
     titles: list[str] = []
     waiting: list[str] = []
-    for path in paths:
-        if (path / INDEX).is_file():
+    for path in {os.path.realpath(path): path for path in paths}.values():
+        check_folder(path)
+        if os.path.isfile(path / INDEX):
             title, found, missing = _read_study(path, titles)
             titles.append(title)
             waiting += missing
@@ -185,74 +176,54 @@ def read(paths: Sequence[Path]) -> Collection:
             if run is None:
                 raise DataError(f"{path / 'metrics.jsonl'}: has no metrics yet")
             runs.append(run)
-    runs = _named_apart(runs)
+    runs = _named_apart(_once(runs))
     return Collection(runs, _variants(runs), titles, waiting)
 
 
 def _read_run(directory: Path) -> Run | None:
     """None where it has begun, but has no metrics yet."""
-    path = directory / "metrics.jsonl"
     try:
-        starts, training, evaluations = (read_metrics(path, kind) for kind in ("start", "train", "evaluation"))
-        written = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
-        config = _read_config(directory / "config.yaml")
+        starts, training, evaluations = read_lines(directory).values()
+        written = datetime.fromtimestamp((directory / "metrics.jsonl").stat().st_mtime, timezone.utc)
         results = read_results(directory)
     except OSError as error:
-        if directory.is_dir():
-            raise DataError(
-                f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}"
-            ) from None
-        raise DataError(f"{directory}: there is no such folder") from None
+        raise DataError(f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}") from None
+    config = flat(read_config(directory).model_dump(mode="json"))
     if not training and not evaluations:
         return None
     run = Run(directory.resolve().name, directory, config, starts, training, evaluations, results, written)
     # a run that goes on from an older checkpoint has not yet come to what it was evaluated at before
-    return replace(run, results=[one for one in results if one.step is None or one.step <= run.step])
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = flat(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read: {one_line(error)}") from None
-    for key in _NEEDED:
-        if key not in config:
-            raise DataError(f"{path}: has no {key}")
-    return {**_defaults(), **config}
-
-
-def _defaults() -> dict[str, Any]:
-    """Of keys that a run's version did not have yet."""
-    return {
-        f"{section}.{key}": entry.default
-        for section, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for key, entry in field.annotation.model_fields.items()
-        if not entry.is_required()
-    }
+    reached = (one for one in results if one.step is None or one.step <= run.step)
+    kept = [replace(one, stderr=finite(one.stderr)) for one in reached if finite(one.value) is not None]
+    return replace(run, results=kept)
 
 
 def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run], list[str]]:
     """Its title, unlike the others', the runs that have begun and the names of those that have not."""
-    index = read_index(directory)
-    title, entries = str(index["title"]), index["runs"]
-    try:
-        places = {entry["name"]: directory / entry["directory"] for entry in entries}
-    except (KeyError, TypeError):
-        raise DataError(f"{directory / INDEX}: runs: each needs a name and a directory") from None
-    title = f"{title} ({directory})" if title in others else title
+    index = read_study(directory)
+    places = {entry.name: directory / entry.directory for entry in index.runs}
+    title = f"{index.title} ({directory})" if index.title in others else index.title
     runs = []
-    for entry in entries:
-        place = places[entry["name"]]
-        run = _read_run(place) if (place / "metrics.jsonl").is_file() else None
+    for entry in index.runs:
+        place = places[entry.name]
+        run = _read_run(place) if os.path.isfile(place / "metrics.jsonl") else None
         if run is not None:
-            levels = {key: str(level) for key, level in entry.get("levels", {}).items()}
-            base = places.get(entry.get("baseline"))
-            runs.append(replace(run, name=entry["name"], study=title, levels=levels, baseline=base))
+            base = places.get(entry.baseline) if entry.baseline is not None else None
+            runs.append(replace(run, name=entry.name, study=title, levels=entry.levels, baseline=base))
     begun = {run.name for run in runs}
     if not runs:
-        raise DataError(f"{directory}: none of its {len(entries)} runs has metrics yet")
+        raise DataError(f"{directory}: none of its {len(places)} runs has metrics yet")
     return title, runs, [name for name in places if name not in begun]
+
+
+def _once(runs: Sequence[Run]) -> list[Run]:
+    """A run that is given by itself and in a study, too, is the study's."""
+    found: dict[Path, Run] = {}
+    for run in runs:
+        place = run.directory.resolve()
+        if place not in found or (run.study and not found[place].study):
+            found[place] = run
+    return list(found.values())
 
 
 def _named_apart(runs: Sequence[Run]) -> list[Run]:
@@ -281,7 +252,7 @@ def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str
     return {
         key: value
         for key, value in run.config.items()
-        if not _NO_MATTER.fullmatch(key)
+        if not key.startswith(DECIDES_NO_FIGURE)
         and (inhibition or not key.startswith("inhibition."))
         and (seed or key != "training.seed")
     }

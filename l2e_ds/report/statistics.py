@@ -35,7 +35,7 @@ def over_seeds(values: Sequence[float]) -> Measured | None:
 
 def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:
     """Each run of a variant with its baseline, where it has one."""
-    return [(run, base) for run in variant.runs if (base := page.baseline_of(run)) is not None]
+    return [(run, base) for run in variant.seeds if (base := page.baseline_of(run)) is not None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Paired:
 def paired(page: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
     """None where no run and its baseline both have the value."""
     rows: dict[str, dict] = {}
-    for run in variant.runs:
+    for run in variant.seeds:
         base = page.baseline_of(run)
         rows[run.name] = {"combination": "own", "baseline": base.name if base else None, "value": value(run)}
         if base is not None:
@@ -124,7 +124,7 @@ def last_common_point(runs: Sequence[Run], task: str, shots: int) -> Point | Non
 def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
     """Mean over seeds, and at which point: the last that all seeds have that were evaluated. Its error: the
     documents', and with several seeds theirs too."""
-    evaluated = [run for run in variant.runs if results_of(run, task, shots)]
+    evaluated = [run for run in variant.seeds if results_of(run, task, shots)]
     point = last_common_point(evaluated, task, shots)
     if point is None:
         return None

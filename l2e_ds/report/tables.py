@@ -163,7 +163,7 @@ def _variants(page: Collection) -> Table:
     for variant, size in zip(page.variants, _sizes(page), strict=True):
         if len(page.runs) == 1:
             break
-        evaluated = [run for run in variant.runs if run.evaluations]
+        evaluated = [run for run in variant.seeds if run.evaluations]
         step = last_common_step(evaluated)
         lines = [line for run in evaluated for line in run.evaluations if line["step"] == step]
         difference = loss_difference(page, variant)
@@ -173,7 +173,7 @@ def _variants(page: Collection) -> Table:
                 variant.name,
                 size,
                 variant.method,
-                len(variant.runs),
+                len(variant.seeds),
                 over_seeds(_present(number(line, "held_out_loss") for line in lines)),
                 step,
                 difference and difference[0].difference,
@@ -338,7 +338,7 @@ def _without_published(page: Collection) -> list[str]:
 def _time(page: Collection) -> Table:
     rows = []
     for variant, size in zip(page.variants, _sizes(page), strict=True):
-        seconds = over_seeds(_present(steady_median(run, "step_seconds") for run in variant.runs))
+        seconds = over_seeds(_present(steady_median(run, "step_seconds") for run in variant.seeds))
         if seconds is None:
             continue
         theirs = published.EXTRA_TIME.get((variant.method, variant.size))
@@ -347,7 +347,7 @@ def _time(page: Collection) -> Table:
         over = paired(page, variant, lambda run: steady_median(run, "step_seconds"))
         extra = None if over is None else over.relative
         difference = extra.minus(theirs) if extra is not None and theirs is not None else None
-        speed = over_seeds(_present(steady_median(run, "tokens_per_second") for run in variant.runs))
+        speed = over_seeds(_present(steady_median(run, "tokens_per_second") for run in variant.seeds))
         rows.append([variant.name, size, seconds, speed, extra, theirs, difference])
     columns = [
         Column("variant"),
@@ -371,12 +371,12 @@ def _shares(page: Collection) -> Table:
     inhibited = [variant for variant in page.variants if variant.method != "none"]
     for size in dict.fromkeys(variant.size for variant in inhibited):
         of_size = [variant for variant in inhibited if variant.size == size]
-        step = last_common_step([run for variant in of_size for run in variant.runs if held_out(run)])
+        step = last_common_step([run for variant in of_size for run in variant.seeds if held_out(run)])
         if step is None:
             continue
         losses: dict[float, Measured] = {}
         for variant in of_size:
-            loss = over_seeds([losses_of[step] for run in variant.runs if (losses_of := held_out(run))])
+            loss = over_seeds([losses_of[step] for run in variant.seeds if (losses_of := held_out(run))])
             share = variant.runs[0].config["inhibition.target_share"]
             if loss is not None and (share not in losses or loss.value < losses[share].value):
                 losses[share] = loss

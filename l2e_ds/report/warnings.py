@@ -41,6 +41,7 @@ def all_warnings(page: Collection, now: datetime) -> list[Notice]:
     found += [warning for variant in page.variants for warning in _worse(page, variant)]
     for check in (_shrunk, _off_target, _skipped, _dying):
         found += [warning for run in page.runs for warning in check(run)]
+    found += [warning for variant in page.variants for warning in _repeated(variant)]
     found += _different(page)
     found += [warning for run in page.runs for warning in _unfinished(run, now)]
     if page.waiting:
@@ -103,6 +104,14 @@ def _dying(run: Run) -> Iterator[Notice]:
         if first is not None and last is not None and last - first > DEAD:
             text = f"{run.name}: layer {layer} has {last:.1%} dead neurons, at first {first:.1%}"
             yield Notice("neurons that die", text, "docs/metrics.md")
+
+
+def _repeated(variant: Variant) -> Iterator[Notice]:
+    first = {run.seed: run for run in variant.seeds}
+    for run in variant.runs:
+        if run is not first[run.seed]:
+            text = f"{run.name} has the seed and configuration of {first[run.seed].name}: counted once"
+            yield Notice("run that is no further seed", text, "docs/report.md")
 
 
 def _different(page: Collection) -> Iterator[Notice]:

@@ -23,7 +23,7 @@ from l2e_ds.errors import Interrupted, L2EError
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
-from l2e_ds.study.state import read_index, state_of
+from l2e_ds.study.state import asked_evaluations, state_of
 from l2e_ds.supervise import split_at_dashes
 
 _heard: list[int] = []
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         training = load_run_config(slurm.list_entry(arguments.list, slurm.array_task())[0]).training
         study, run = arguments.list.parent.parent, Path(training.run_directory)
-        evaluations = [Evaluation.model_validate(entry) for entry in read_index(study)["evaluate"]]
+        evaluations = asked_evaluations(study)
         if not state_of(run, training.steps, evaluations).trained:
             options = ["--restarts", arguments.restarts, "--list", str(arguments.list)]
             code = slurm.main([*options, "--", *launcher])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,18 @@ from l2e_ds.training.run_lock import RunLock
 
 
 class StudyLock(RunLock):
-    """One `l2e-ds study` at a time works in a study's folder."""
+    """One `l2e-ds study` at a time works in a study's folder. where: the folder was given, to begin an error's line."""
+
+    def __init__(self, directory: Path, where: str = "directory") -> None:
+        super().__init__(directory)
+        self.where = where
+
+    def acquire(self) -> None:
+        """Raises ConfigError where another study is at work, or the folder cannot be written."""
+        try:
+            self._acquire()
+        except OSError as error:
+            raise ConfigError(f"{self.where}: cannot write {self.path}: {error.strerror or error}") from None
 
     def _refusal(self, holder: dict) -> ConfigError:
         who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
@@ -26,7 +38,7 @@ class StudyLock(RunLock):
 
 def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
     """Every run, completely checked as `l2e-ds train` does before it starts. Raises ConfigError or DataError naming the
-    run."""
+    run, and where the key that is wrong was given."""
     plans: dict[str, Plan] = {}
     looked_at: set[str] = set()
     for run in study.runs:
@@ -40,7 +52,7 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
             plan = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
-            raise type(error)(f"{run.name}: {error}") from None
+            raise type(error)(_traced(str(error), run)) from None
         plans[run.name] = replace(plan, config=_settled(plan.config, asked, run, study.directory))
     _refuse_twins(study, plans)
     return plans
@@ -51,6 +63,16 @@ def _base(run: StudyRun) -> Path:
     if found is None:
         raise ConfigError(f"base: no such run file: {run.base}")
     return found
+
+
+def _traced(line: str, run: StudyRun) -> str:
+    """An error's line, beginning with where the study gives the first key of its own that it names. A key that the
+    study does not give is the base's."""
+    said = line.removeprefix(f"{find_file(run.base)}: ")
+    own = next((key for key in re.findall(r"[a-z_]+\.[a-z_]+", said) if key in run.sources), None)
+    if unknown := re.match(r"([a-z_]+): unknown key", said):  # a section
+        own = next((key for key in run.sources if key.startswith(f"{unknown[1]}.")), None)
+    return f"{run.name}: {line}" if own is None else f"{run.sources[own]}: {run.name}: {said}"
 
 
 def _settled(config: RunConfig, asked: RunConfig, run: StudyRun, directory: Path) -> RunConfig:

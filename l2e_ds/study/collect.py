@@ -23,9 +23,10 @@ import pandas as pd
 from l2e_ds.console import markdown
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation.results import FILE, results_of
+from l2e_ds.evaluation.results import FILE, read_results, results_of
+from l2e_ds.report.run_directory import read_lines
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
-from l2e_ds.study.state import answers, json_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, asked_evaluations, json_lines, read_index, state_of, steps_of
 
 RESULTS = "results.csv"
 SHOWN = {
@@ -39,13 +40,13 @@ SHOWN = {
 def collect(directory: Path) -> pd.DataFrame:
     """The table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
 
-    Raises ConfigError where there is no study.
+    Raises ConfigError where there is no study, DataError for a line that is no metrics or no evaluation.
     """
-    index = read_index(directory)
-    evaluations = [Evaluation.model_validate(entry) for entry in index["evaluate"]]
+    index, evaluations = read_index(directory), asked_evaluations(directory)
     rows, own, others = [], [], []
     for entry in index["runs"]:
         run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
+        _check_lines(run)
         state = state_of(run, steps, evaluations)
         rows.append(
             {
@@ -171,6 +172,13 @@ def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
 # --- one run -----------------------------------------------------------------------------------------------------
 
 
+def _check_lines(run: Path) -> None:
+    """Raises DataError naming file and line."""
+    if (run / "metrics.jsonl").is_file():
+        read_lines(run)
+    read_results(run)
+
+
 def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     training = [line for line in lines if line["kind"] == "train"]
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
@@ -178,15 +186,20 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     values: dict[str, float | None] = {}
     if training:
         values["observed_share"] = training[-1].get("observed_share")
-        values["peak_memory_gib"] = max(line["peak_memory_gib"] for line in training)
+        values["peak_memory_gib"] = max(_given(training, "peak_memory_gib"), default=None)
         values["tokens"] = training[-1]["tokens"]
     if evaluations:
         last = evaluations[-1]
         values |= {"evaluated_step": last["step"], "held_out_loss": last["held_out_loss"]}
         values |= {name: _mean(_of_layers(last, name)) for name in LAYER_MEANS}
     if steady:
-        values |= {key: median(line[key] for line in steady) for key in ("step_seconds", "tokens_per_second")}
+        speeds = {key: _given(steady, key) for key in ("step_seconds", "tokens_per_second")}
+        values |= {key: median(given) for key, given in speeds.items() if given}
     return values
+
+
+def _given(lines: Iterable[dict[str, Any]], key: str) -> list[float]:
+    return [line[key] for line in lines if line.get(key) is not None]
 
 
 def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,7 +239,7 @@ def _own_figures(
 def _figures(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
     """Of each task that of most documents, of these the newest. without: tasks."""
     figures: dict[str, float | None] = {}
-    for line in sorted(lines, key=lambda line: _documents(line["limit"])):
+    for line in sorted(lines, key=lambda line: _documents(line.get("limit"))):
         for result in results_of(line):
             if result.part_of is None and result.task not in without:
                 name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"

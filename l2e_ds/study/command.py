@@ -25,15 +25,20 @@ from l2e_ds.study.state import State, run_directory, state_of
 from l2e_ds.submit import add_resource_arguments, resources_of
 from l2e_ds.train import Plan, quiet_libraries
 
-SLURM_ONLY = ("gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "job_name")
+SLURM_ONLY = (
+    *("nodes", "gpus_per_node", "tasks_per_node", "time", "signal_seconds"),
+    *("partition", "account", "qos", "job_name"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml", help="also study.yaml of a study's folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of all runs")
-    parser.add_argument("--directory", type=Path, metavar="DIR", help="the study's folder, instead of the file's")
+    parser.add_argument("--directory", metavar="DIR", help="the study's folder, instead of the file's")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="check everything, print the runs and how far they are")
+    what.add_argument(
+        "--dry-run", action="store_true", help="check all but the tasks, print the runs and how far they are"
+    )
     what.add_argument("--collect", action="store_true", help="only collect the results so far")
     where = parser.add_argument_group("on this machine")
     where.add_argument("--devices", type=int, metavar="N", help="N runs at a time, each on one device")
@@ -43,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--slurm", action="store_true", help="as an array job, one task a run; with the options below")
     add_resource_arguments(parser, required=False)
+    # so that without --slurm it is seen which were given
+    defaults = {option: parser.get_default(option) for option in SLURM_ONLY}
+    parser.set_defaults(**dict.fromkeys(SLURM_ONLY), slurm_defaults=defaults)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -73,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if resources is not None:
         array.check(study.directory, words)
     array.refuse_queued(study.directory)
-    lock = StudyLock(study.directory)
+    lock = StudyLock(study.directory, study.runs[0].sources["training.run_directory"])
     lock.acquire()
     try:
         for line in lines:
@@ -157,7 +165,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
         arguments.study = arguments.study / FILE
     elif (found := find_file(str(arguments.study))) is not None and not arguments.study.is_file():
         arguments.study = found  # of this package, from another folder
+    if arguments.directory is not None:
+        if not arguments.directory:
+            raise ConfigError("--directory: got '', allowed: a folder; . is the current one")
+        arguments.directory = Path(arguments.directory)
     if arguments.slurm:
+        for option, default in arguments.slurm_defaults.items():
+            if getattr(arguments, option) is None:
+                setattr(arguments, option, default)
         for option in ("devices", "ranks"):
             if getattr(arguments, option) is not None:
                 raise ConfigError(f"--{option}: is for runs on this machine; leave it or --slurm out")

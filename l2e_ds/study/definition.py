@@ -18,10 +18,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field
@@ -66,7 +66,6 @@ class StudyFile(Section):
     title: str = ""
     base: str | None = None
     directory: str = ""
-    published: Literal["main", "ablation", "level", "layers", "time"] | None = None
     seeds: list[int] = Field([1234], min_length=1)
     set: dict[str, Any] = Field({})
     factors: dict[str, Any] = Field({})
@@ -90,7 +89,8 @@ Levels = dict[str, str]
 @dataclass(frozen=True)
 class StudyRun:
     """overrides: of the run file `base`, but for the run directory and the cache; baseline: the name of the run that
-    this one is compared with, None for a baseline and where there is none."""
+    this one is compared with, None for a baseline and where there is none; sources: dotted key -> where the study
+    gives it, to begin an error's line."""
 
     name: str
     levels: Levels
@@ -98,6 +98,7 @@ class StudyRun:
     base: str
     overrides: tuple[str, ...]
     baseline: str | None
+    sources: dict[str, str] = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ class Study:
         return {
             "title": self.file.title,
             "name": self.directory.absolute().name,
-            "published": self.file.published,
             "factors": {factor: list(levels) for factor, levels in self.factors.items()},
             "seeds": self.file.seeds,
             "baseline": self.file.baseline,
@@ -148,24 +148,30 @@ def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study file is a mapping with the keys {', '.join(StudyFile.model_fields)}")
     file = checked(StudyFile, raw, str(path))
+    own = _overrides(overrides)
+    sources = {key: f"{path}: set.{key}" for key in file.set}
+    sources |= {key: f"override '{key}={text_of(value)}'" for key, value in own.items()}
+    sources["training.seed"] = f"{path}: seeds"
+    sources["training.run_directory"] = f"{path}: directory" if directory is None else "--directory"
     if directory is None:
         beside = path.name == FILE and (path.parent / INDEX).is_file()
         directory = path.parent if beside else Path(file.directory or f"studies/{path.stem}")
     try:
         factors = _factors(file, path)
+        _refuse_both(own, factors)
         file = file.model_copy(
             update={
                 "title": file.title or path.stem,
                 "directory": "",
                 "base": None if file.base is None else _found(file.base, path, "base"),
-                "set": _settings(file.set, "set") | _overrides(overrides, factors),
+                "set": _settings(file.set, "set") | own,
                 "factors": {name: _dumped(name, levels) for name, levels in factors.items()},
                 "exclude": [_levels(given, f"exclude.{i}", factors) for i, given in enumerate(file.exclude)],
                 "baseline": None if file.baseline is None else _levels(file.baseline, "baseline", factors),
                 "evaluate": [_with_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
             }
         )
-        return Study(file, directory, factors, _runs(file, factors))
+        return Study(file, directory, factors, _runs(file, factors, sources, path))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -196,10 +202,12 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
             if len(levels) < len(given):
                 raise ConfigError(f"{where}: {given} names a value twice")
         elif isinstance(given, dict) and LEVEL.fullmatch(name):
+            bad = [level for level in given if not isinstance(level, str) or not LEVEL.fullmatch(level)]
+            if bad:
+                raise ConfigError(
+                    f"{where}: got the level {bad[0]!r}, allowed: letters, digits and _ . + - (in quotes)"
+                )
             levels = {level: _level(settings, f"{where}.{level}", path) for level, settings in given.items()}
-            bad = next((level for level in given if not isinstance(level, str) or not LEVEL.fullmatch(level)), None)
-            if bad is not None:
-                raise ConfigError(f"{where}: got the level {bad!r}, allowed: letters, digits and _ . + - (in quotes)")
         else:
             raise ConfigError(
                 f"{where}: got {given!r}; write levels and what each sets, e.g. {{none: {{inhibition.method: none}}}},"
@@ -229,21 +237,24 @@ def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise ConfigError(f"{where}: got the key {key!r}, write section.key, e.g. training.steps")
         if key in DECIDED:
-            raise ConfigError(f"{where}.{key}: is decided by the study's {DECIDED[key]}; remove it")
+            raise ConfigError(f"{where}: {key} is decided by the study's {DECIDED[key]}; remove it")
     return given
 
 
-def _overrides(overrides: Sequence[str], factors: dict[str, dict[str, Level]]) -> dict[str, Any]:
+def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for override in overrides:
         section, key, value = split_override(override)
-        settings |= _settings({f"{section}.{key}": value}, "override")
+        settings |= _settings({f"{section}.{key}": value}, f"override {override!r}")
+    return settings
+
+
+def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
     for name, levels in factors.items():
         for level in levels.values():
             both = next((key for key in level.settings if key in settings), None)
             if both is not None:
                 raise ConfigError(f"override {both}: the factor {name} sets it; change the study file")
-    return settings
 
 
 def _found(base: Any, path: Path, where: str) -> str:
@@ -297,7 +308,10 @@ def _dumped(name: str, levels: dict[str, Level]) -> Any:
 # --- the runs ----------------------------------------------------------------------------------------------------
 
 
-def _runs(file: StudyFile, factors: dict[str, dict[str, Level]]) -> tuple[StudyRun, ...]:
+def _runs(
+    file: StudyFile, factors: dict[str, dict[str, Level]], sources: dict[str, str], path: Path
+) -> tuple[StudyRun, ...]:
+    """sources: of what all runs have in common; path: of the study file."""
     if len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"seeds: {file.seeds} names a seed twice")
     grid = [dict(zip(factors, names, strict=True)) for names in product(*factors.values())]
@@ -314,13 +328,15 @@ def _runs(file: StudyFile, factors: dict[str, dict[str, Level]]) -> tuple[StudyR
             base = next((level.base for level in chosen if level.base), file.base)
             if base is None:
                 raise ConfigError(f"base: is required; the run {_name(levels, seed)} has none")
-            settings = dict(file.set)
-            for level in chosen:
+            settings, given_by = dict(file.set), dict(sources)
+            for (factor, text), level in zip(levels.items(), chosen, strict=True):
                 settings |= level.settings
+                where = f"{path}: factors.{factor}" + f".{text}" * (factor not in level.settings)
+                given_by |= dict.fromkeys(level.settings, where)
             overrides = [f"{key}={text_of(value)}" for key, value in settings.items()]
             other = None if baseline is None else _name(baseline, seed)
             name = _name(levels, seed)
-            runs.append(StudyRun(name, levels, seed, base, (*overrides, f"training.seed={seed}"), other))
+            runs.append(StudyRun(name, levels, seed, base, (*overrides, f"training.seed={seed}"), other, given_by))
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import load_run_config
+from l2e_ds.config import checked, load_run_config
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation import results
-from l2e_ds.study.definition import INDEX, Evaluation
+from l2e_ds.study.definition import INDEX, Evaluation, StudyFile
 from l2e_ds.supervise import newest_step
 from l2e_ds.training.manifest import check_files
 
@@ -86,13 +86,14 @@ def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file that may be growing: a line that is still being written does not count. Empty without a file."""
+    """Of a file that may be growing: a line that is still being written does not count, nor does what is no mapping.
+    Empty without a file."""
     lines = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 lines.append(json.loads(line))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -107,6 +108,11 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
     except (ValueError, TypeError):
         raise ConfigError(f"{path}: is no index of a study") from None
+
+
+def asked_evaluations(directory: Path) -> list[Evaluation]:
+    """Of study.json. Raises ConfigError."""
+    return checked(StudyFile, {"evaluate": read_index(directory)["evaluate"]}, str(directory / INDEX)).evaluate
 
 
 def steps_of(directory: Path, name: str) -> int:

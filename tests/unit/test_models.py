@@ -236,7 +236,7 @@ def test_layers_that_cannot_be_chosen(wrong):
 def test_sites_of_another_kind_of_model():
     """One line says what is needed and where it is described."""
     for model in (torch.nn.Linear(2, 2), torch.nn.DataParallel(build())):
-        words = rf"^neuron_sites: got a {type(model).__name__} without `config`, .*a NeuronSite a layer \(docs/python-api.md"
+        words = rf"^neuron_sites: got a {type(model).__name__} without `config`, .*a NeuronSite a layer \(docs/"
         with pytest.raises(ConfigError, match=words):
             neuron_sites(model)
 

@@ -342,7 +342,8 @@ def test_results_take_the_newest_and_no_half_line(tmp_path):
     assert [(found.step, found.value) for found in results.read_results(tmp_path)] == [(10, 0.25), (20, 0.75)]
     results.append_result(tmp_path, line(40, 0.5))  # after the kill that cut the line off
     assert [found.step for found in results.read_results(tmp_path)] == [10, 20, 40]
-    for content in ("3", "null", '{"step": 6}'):
+    wrong = json.dumps(line(20, "much"))  # type: ignore[arg-type]
+    for content in ("3", "null", '{"step": 6}', wrong):
         (tmp_path / results.FILE).write_text(f"{json.dumps(line(10, 0.5))}\n{content}\n")
         with pytest.raises(DataError, match=r"evaluations\.jsonl:2: is no evaluation; remove the line"):
             results.read_results(tmp_path)

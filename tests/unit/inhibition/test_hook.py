@@ -206,7 +206,7 @@ def test_evaluation_is_untouched(method, kind):
 
 @pytest.mark.parametrize("kind", ["activation", "projection"])
 def test_hooks_are_put_on_once(kind):
-    """Twice, or another Inhibitor's on the same layer, is refused with nothing half put on; again after detach is not."""
+    """Twice, or another Inhibitor's on the same layer, is refused, with nothing half put on; not again after detach."""
     network = Network()
     inhibitor, other = (Inhibitor(sites(network, kind, layers), settings()) for layers in ((0, 2), (1, 2)))
     with inhibitor:

@@ -1,6 +1,7 @@
 """The page as text. (In a browser: tests/integration/test_report_in_a_browser.py.)"""
 
 import re
+import resource
 from html.parser import HTMLParser
 
 import pytest
@@ -148,8 +149,7 @@ def test_run_that_goes_on(tmp_path):
     tables = tmp_path / "report-tables"
     assert (tables / "variants.csv").is_file()
     (tables / "mine.csv").write_text("mine")
-    write_run(tmp_path / "later" / "l2e")
-    (tmp_path / "later/l2e/metrics.jsonl").replace(folder / "metrics.jsonl")
+    go_on(folder)
     assert "at step 50 of 100" not in report(tmp_path, folder)
     assert not (tables / "variants.csv").exists()
     assert (tables / "mine.csv").read_text() == "mine"
@@ -193,6 +193,7 @@ def test_every_table_is_a_file(tmp_path):
     "words, expected",
     [
         (["nowhere", "--output", "report.html"], "nowhere: there is no such folder"),
+        (["l2e/config.yaml", "--output", "report.html"], "l2e/config.yaml: is a file, not a folder"),
         (["l2e", "--output", "report.pdf"], "--output: got report.pdf, allowed: a file name that ends in .html"),
         (["l2e", "--output", "mine.html"], "--output: mine.html exists and is no report"),
         (["l2e", "--output", "folder.html"], "--output: folder.html exists and is no report"),
@@ -221,6 +222,48 @@ def test_broken_line_of_metrics(tmp_path, capsys):
     path.write_text("\n".join([*lines[:3], lines[3][:20], *lines[4:], ""]))
     assert main(["report", str(tmp_path / "l2e"), "--output", str(tmp_path / "r.html")]) == 2
     assert capsys.readouterr().err == f"l2e-ds: error: {path}:4: is no line of a run's metrics\n"
+
+
+def test_folder_where_a_table_would_be_written(tmp_path, capsys):
+    """The last table: nothing of the report before is changed."""
+    run = write_run(tmp_path / "l2e", until=50)
+    report(tmp_path, run)
+    taken = tmp_path / "report-tables/machines.md"
+    taken.unlink()
+    taken.mkdir()
+    go_on(run)
+    before = contents(tmp_path)
+    assert main(["report", str(run), "--output", str(tmp_path / "report.html")]) == 2
+    assert str(taken) in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["report", "new"])
+def test_disk_that_is_full(tmp_path, capsys, name):
+    """The tables can be written, the page cannot: neither a new report nor the one before is half-written."""
+    run = write_run(tmp_path / "l2e", until=50)
+    largest = len(report(tmp_path, run)) // 2
+    assert all(path.stat().st_size < largest for path in (tmp_path / "report-tables").iterdir())
+    go_on(run)
+    before = contents(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, limits[1]))
+    try:
+        code = main(["report", str(run), "--output", str(tmp_path / f"{name}.html")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2
+    assert capsys.readouterr().err.startswith(f"l2e-ds: error: --output: cannot write {tmp_path / name}.html: ")
+    assert contents(tmp_path) == before
+
+
+def go_on(run):
+    """To its last step."""
+    (write_run(run.parent / "later" / run.name) / "metrics.jsonl").replace(run / "metrics.jsonl")
+
+
+def contents(folder):
+    return {path: path.read_text() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def test_missing_packages(monkeypatch, capsys):

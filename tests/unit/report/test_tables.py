@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shutil
 
 import pytest
 
@@ -242,6 +243,23 @@ def test_losses_of_pairs(tmp_path):
     assert found["70m l2e"]["against the baseline: difference"] == Measured(pytest.approx(-0.15), pytest.approx(0.05))
     assert found["70m l2e"]["against the baseline: which"] == "70m none"
     assert found["70m none"]["against the baseline: difference"] is None
+
+
+def test_copied_run_is_no_further_seed(tmp_path):
+    """Means, standard errors and pairs are those without it."""
+    seeds = (1, 2)
+    given = [write_run(tmp_path / f"none-{seed}", "none", seed, loss=5.0 + seed) for seed in seeds]
+    given += [write_run(tmp_path / f"l2e-{seed}", "l2e", seed, loss=4.5 + 2 * seed) for seed in seeds]
+    add_results(given[2], 100, {("mmlu", 0): (0.25, 0.01)})
+    add_results(given[3], 100, {("mmlu", 0): (0.35, 0.01)})
+    shutil.copytree(given[2], tmp_path / "copy")
+    names = ("variants", "benchmarks", "time")
+    without, copied = (runs.read(folders) for folders in (given, [*given, tmp_path / "copy"]))
+    assert len(copied.runs) == 5
+    assert [table(copied, name).rows for name in names] == [table(without, name).rows for name in names]
+    assert cells(table(copied, "variants"))["l2e"]["held-out loss: mean"] == Measured(pytest.approx(7.5), 1.0)
+    alone = runs.read([given[2], tmp_path / "copy"])
+    assert cells(table(alone, "variants"))["l2e"]["held-out loss: mean"] == Measured(pytest.approx(6.5), None)
 
 
 def test_runs_that_go_on_are_compared_at_a_common_step(tmp_path):

@@ -1,6 +1,7 @@
 """Each warning: what gives it, and what just does not."""
 
 import json
+import shutil
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -16,6 +17,7 @@ KINDS = {
     "share": "observed share off its target",
     "skipped": "steps skipped for non-finite gradients",
     "dead": "neurons that die",
+    "repeated": "run that is no further seed",
     "other": "compared with another configuration",
     "differ": "runs that differ in more than inhibition",
     "unfinished": "not finished",
@@ -119,6 +121,15 @@ def test_worse_at_the_same_step_only(tmp_path):
     """A run at step 50 has a higher loss than its baseline has by now, but not than that had at 50."""
     none, young = write_run(tmp_path / "none", "none"), write_run(tmp_path / "l2e", loss=4.9, until=50)
     assert texts("worse", none, young) == []
+
+
+def test_second_run_of_a_seed(tmp_path):
+    first, other = write_run(tmp_path / "first", seed=1), write_run(tmp_path / "other", seed=2)
+    shutil.copytree(first, tmp_path / "copy")
+    assert texts("repeated", first, other) == []
+    assert texts("repeated", first, tmp_path / "copy", other) == [
+        "copy has the seed and configuration of first: counted once"
+    ]
 
 
 # --- other configurations ----------------------------------------------------------------------------------------

@@ -1,10 +1,14 @@
 """The table of a study and its statistics, against numbers computed by hand."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.study.collect import collect, figures_of, paired_differences, summary, write_results
 from tests.unit.study.folders import begin_run, begun_study, checkpoint, evaluation, write_lines
 
@@ -16,7 +20,8 @@ def metrics(loss: float, seconds: float, extra: float = 0.0) -> list[dict]:
             "step_seconds": step_seconds,
             "peak_memory_gib": 1 + step / 100,
         }
-        return {"kind": "train", "step": step, "tokens": step * 128, "observed_share": 0.02 + step / 1e4, **speeds}
+        known = {"kind": "train", "step": step, "tokens": step * 128, "lm_loss": loss}
+        return {**known, "observed_share": 0.02 + step / 1e4, **speeds}
 
     def held_out(step: int, value: float) -> dict:
         layers = {"layer1/mean_s": 0.1, "layer2/mean_s": 0.3, "layer1/kurtosis": None, "layer2/kurtosis": 5.0}
@@ -154,3 +159,44 @@ def test_runs_that_have_not_begun_are_empty_lines(tmp_path, monkeypatch):
     assert table["held_out_loss"].count() == 1 and table.loc["l2e-seed1", "held_out_loss"] == 9.0
     assert (table.loc["l2e-seed1", "step"], table.loc["l2e-seed1", "evaluated_step"]) == (10, 0)
     assert "nan" not in summary(table.reset_index())
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("metrics.jsonl", {"a": 1}, "is no line of a run's metrics"),
+        ("metrics.jsonl", 3, "is no line of a run's metrics"),
+        ("metrics.jsonl", {"kind": "evaluation", "step": 20, "tokens": 1}, "has no held_out_loss"),
+        ("evaluations.jsonl", {"a": 1}, "is no evaluation; remove the line"),
+        ("evaluations.jsonl", 3, "is no evaluation; remove the line"),
+    ],
+)
+def test_a_line_that_is_something_else_is_told(table, name, line, said):
+    path = Path("out/runs/l2e-seed2") / name
+    place = len(path.read_text().splitlines()) + 1
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    with pytest.raises(DataError, match=re.escape(f"{path}:{place}: {said}")):
+        collect(Path("out"))
+
+
+def test_figures_that_an_older_version_did_not_write_are_empty(table):
+    path = Path("out/runs/l2e-seed2/metrics.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    without = ("step_seconds", "peak_memory_gib")
+    write_lines(path, [{key: value for key, value in line.items() if key not in without} for line in lines])
+    row = collect(Path("out")).set_index("run").loc["l2e-seed2"]
+    assert row[[*without]].isna().all() and row["held_out_loss"] == 5.2
+
+
+def test_an_index_that_asks_for_something_else_is_told(table):
+    path = Path("out/study.json")
+    index = json.loads(path.read_text())
+    for evaluate, said in (
+        ([{"tasks": ["arc_easy"], "limt": 3}], "evaluate.0.limt: unknown key; did you mean 'limit'"),
+        ([{"tasks": 3}], "evaluate.0.tasks: got 3"),
+        (7, "evaluate: got 7"),
+    ):
+        path.write_text(json.dumps(index | {"evaluate": evaluate}))
+        with pytest.raises(ConfigError, match=re.escape(f"{path}: {said}")):
+            collect(Path("out"))

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from l2e_ds import cli
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.places import places, without_launcher
-from tests.unit.study.folders import begin_run, begun_study, checkpoint, study_file
+from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SLURM = ["--slurm", "--gpus-per-node", "0", "--tasks-per-node", "2", "--time", "1:00:00"]
@@ -37,8 +38,11 @@ def refused(capsys, *words: str) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["training.steps=0"], "none-seed1: "),
-        (["training.steps=0"], "training.steps: got 0; must be greater than 0"),
+        (
+            ["training.steps=0"],
+            "error: override 'training.steps=0': none-seed1: training.steps: got 0; must be greater",
+        ),
+        (["trainig.steps=0"], "error: override 'trainig.steps=0': none-seed1: trainig: unknown key; did you mean"),
         (["data.path=nowhere"], "none-seed1: data.path: no such file or folder: nowhere"),
         (["training.global_batch=7"], "none-seed1: training.global_batch: 7 is not a multiple"),
         (["inhibition.methd=l2e"], "inhibition.methd: unknown key; did you mean 'method'?"),
@@ -49,6 +53,11 @@ def refused(capsys, *words: str) -> str:
         (["--devices", "2", "--ranks", "2"], "--ranks: with --devices every run has one rank"),
         (["--restarts", "-1"], "--restarts: got -1"),
         (["--time", "1:00:00"], "--time: is for --slurm"),
+        (["--nodes", "1"], "--nodes: is for --slurm"),
+        (["--signal-seconds", "300"], "--signal-seconds: is for --slurm"),
+        (["--directory", ""], "--directory: got '', allowed: a folder"),
+        (["--directory", "", "--collect"], "--directory: got '', allowed: a folder"),
+        (["--directory", "/proc/x"], "error: --directory: "),
         (["--", "--mem=0"], "--: is for --slurm"),
         (["--slurm"], "--slurm: needs --gpus-per-node"),
         ([*SLURM, "--devices", "2"], "--devices: is for runs on this machine"),
@@ -58,6 +67,42 @@ def refused(capsys, *words: str) -> str:
 )
 def test_refused_in_one_line(here, capsys, words, said):
     assert said in refused(capsys, *words)
+
+
+TWO = {"none": {"inhibition.method": "none"}, "l2e": {"inhibition.method": "l2e"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seeds": [1, -1]}, "study.yaml: seeds: none-seed-1: training.seed: got -1; must be "),
+        ({"set": {"training.steps": 0}}, "study.yaml: set.training.steps: none-seed1: training.steps: got 0"),
+        ({"set": {"trainig.steps": 1}}, "study.yaml: set.trainig.steps: none-seed1: trainig: unknown key"),
+        ({"set": {"data.path": "no"}}, "study.yaml: set.data.path: none-seed1: data.path: no such file or folder"),
+        # of two keys that do not go together the one that the study gives
+        (
+            {"set": {"training.micro_batch": 3}},
+            "study.yaml: set.training.micro_batch: none-seed1: training.global_batc",
+        ),
+        (
+            {"factors": {"method": TWO | {"l2e": {"inhibition.method": "l3e"}}}},
+            "study.yaml: factors.method.l2e: l2e-seed1: inhibition.method: got 'l3e'",
+        ),
+        (
+            {"factors": {"method": TWO, "inhibition.target_share": [0.1, 7]}},
+            "study.yaml: factors.inhibition.target_share: none-7-seed1: inhibition.target_share: got 7",
+        ),
+        ({"directory": "/proc/x"}, "study.yaml: directory: "),
+    ],
+)
+def test_a_mistake_of_the_study_is_told_where_it_stands(here, capsys, changes, said):
+    study_file(here, **changes)
+    assert refused(capsys).startswith(f"l2e-ds: error: {said}")
+
+
+def test_a_mistake_of_the_base_is_told_there(here, capsys):
+    (here / "base.yaml").write_text(yaml.safe_dump(BASE | {"training": BASE["training"] | {"steps": -3}}))
+    assert f"error: none-seed1: {here}/base.yaml: training.steps: got -3" in refused(capsys)
 
 
 def test_without_sbatch(here, capsys, monkeypatch):
@@ -86,6 +131,7 @@ def test_dry_run_says_how_far_runs_are_and_writes_nothing(here, capsys):
     text = capsys.readouterr().out
     assert "2 micro-batch x 2 ranks" in text
     options = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
+    assert ["--nodes=1"] in options and any("@300" in word for words in options for word in words)  # the defaults
     assert ["--array=0-4"] in options and ["--comment=a b"] in options and ["--requeue"] in options
     assert "-m l2e_ds.study.array_task --restarts 3 out/slurm-N/list" in text
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before

@@ -128,11 +128,18 @@ def test_values_as_overrides_have_them():
             "evaluate.0.include_path: no such folder: nowhere",
         ),
         ({"set": {"training": {"steps": 3}}}, "set: got the key 'training', write section.key"),
-        ({"set": {"training.seed": 3}}, "set.training.seed: is decided by the study's seeds"),
-        ({"factors": {"training.run_directory": ["a"]}}, "factors.training.run_directory: is decided by"),
+        ({"set": {"training.seed": 3}}, "set: training.seed is decided by the study's seeds"),
+        ({"factors": {"training.run_directory": ["a"]}}, "factors: training.run_directory is decided by"),
         ({"factors": {"method": "l2e"}}, "factors.method: got 'l2e'; write levels"),
         ({"factors": {"method": {}}}, "factors.method: got {}, give at least one level"),
-        ({"factors": {"method": {False: {}}}}, "factors.method: got the level False"),
+        (
+            {"factors": {"method": {True: 3}}},
+            "factors.method: got the level True, allowed: letters, digits and _ . + -",
+        ),
+        (
+            {"factors": {"method": {None: {}}}},
+            "factors.method: got the level None, allowed: letters, digits and _ . + -",
+        ),
         ({"factors": {"method": {"a/b": {}}}}, "factors.method: got the level 'a/b'"),
         ({"factors": {"method": {"a": 3}}}, "factors.method.a: got 3, must be a mapping"),
         ({"factors": {"seed": {"a": {}}}}, "factors.seed: is a column of the results already"),
@@ -168,7 +175,7 @@ def test_refused_in_one_line(here, changes, said):
     [
         ("steps=3", "override 'steps=3': write section.key=value"),
         ("inhibition.method=memel", "override inhibition.method: the factor method sets it"),
-        ("training.seed=3", "override.training.seed: is decided by the study's seeds"),
+        ("training.seed=3", "^override 'training.seed=3': training.seed is decided by the study's seeds"),
     ],
 )
 def test_overrides_that_are_refused(here, override, said):
