@@ -51,16 +51,17 @@ class WorkerPool(Generic[Item, Result]):
             yield from map(self._function, items)
             return
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(
-                self.count,
-                mp_context=multiprocessing.get_context("spawn"),
-                initializer=_start,
-                initargs=(self._setup, self._arguments),
-            )
+            with without_stop_signals():  # its locks start multiprocessing's tracker, which would die of them
+                self._executor = ProcessPoolExecutor(
+                    self.count,
+                    mp_context=multiprocessing.get_context("spawn"),
+                    initializer=_start,
+                    initargs=(self._setup, self._arguments),
+                )
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
-                with without_stop_signals():  # a process that starts now, or the pool's tracker, would die of them
+                with without_stop_signals():  # a process that starts now would die of them
                     waiting.append(self._executor.submit(self._function, item))
                 if len(waiting) > _AHEAD * self.count:
                     yield waiting.popleft().result()
