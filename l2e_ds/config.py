@@ -457,6 +457,15 @@ class RunConfig(Section):
         return self.model_copy(update={section: part})
 
 
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> JSON-able value."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }
+
+
 # --- batch arithmetic -------------------------------------------------------------------------------------------
 
 

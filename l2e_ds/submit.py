@@ -303,15 +303,19 @@ def without_secrets(text: str, where: str) -> str:
 
 def queue(path: Path) -> str:
     """Queue the script and return the job's id."""
-    leftover = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in leftover and not name.startswith("SLURM_STEP")  # of a launcher that this is called under
-    }
     command: Sequence[str] = ["sbatch", "--parsable", str(path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
         raise ConfigError(f"submit: {reason}")
     return done.stdout.strip().split(";")[0]
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a launcher around this process tells its ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in names and not name.startswith(("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID"))
+    }

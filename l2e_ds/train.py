@@ -195,6 +195,8 @@ def _check_machine(config: RunConfig) -> None:
     """That what the run needs beside its device is here. Raises ConfigError."""
     from importlib.util import find_spec
 
+    from l2e_ds.evaluation import check_installed
+
     directory = Path(config.training.run_directory)
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -204,8 +206,8 @@ def _check_machine(config: RunConfig) -> None:
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
-    if config.evaluation.every and find_spec("lm_eval") is None:
-        raise ConfigError("evaluation.every: lm-evaluation-harness is not installed: pip install 'l2e-ds[eval]'")
+    if config.evaluation.every:
+        check_installed("evaluation.every")
     monitors = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb_project}
     for package, wanted in monitors.items():
         if wanted and find_spec(package) is None:

@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 TASKS = ["choices", "last_word", "goes_on", "whole_text"]
-VOCABULARY = 64
+VOCABULARY, LENGTH = 64, 24  # tokens; of a context of `tiny_model`
 
 
 def write_tasks(folder: Path) -> dict[str, list[dict]]:
@@ -58,14 +60,6 @@ def write_tasks(folder: Path) -> dict[str, list[dict]]:
             "generation_kwargs": {"max_gen_toks": 3, "until": ["w0"]},
             "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
         },
-        # more than fits any context
-        "too_long": {
-            "output_type": "generate_until",
-            "doc_to_text": "context",
-            "doc_to_target": "rest",
-            "generation_kwargs": {"max_gen_toks": 9999, "until": ["w0"]},
-            "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-        },
         "whole_text": {
             "output_type": "loglikelihood_rolling",
             "doc_to_text": "",
@@ -73,6 +67,8 @@ def write_tasks(folder: Path) -> dict[str, list[dict]]:
             "metric_list": [{"metric": "word_perplexity"}],
         },
     }
+    longer = {"max_gen_toks": 9999, "until": ["w0"]}  # than any context
+    kinds["too_long"] = kinds["goes_on"] | {"generation_kwargs": longer}
     for name, kind in kinds.items():
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(document) + "\n" for document in documents[name]))
@@ -90,3 +86,18 @@ def write_tasks(folder: Path) -> dict[str, list[dict]]:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.save(str(folder / "words.json"))
     return documents
+
+
+def tiny_model(rows: int = VOCABULARY) -> GPTNeoXForCausalLM:
+    """Of so many tokens; the same at every call."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=rows,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.5,  # so that answers differ
+    )
+    return GPTNeoXForCausalLM(config)

@@ -30,6 +30,7 @@ from l2e_ds.errors import L2EError
 from l2e_ds.models import build_network, matrix_parameters, network_config, unbuilt
 from l2e_ds.training import metrics
 from l2e_ds.training.deepspeed_config import check_device, resolve
+from l2e_ds.training.metrics_lines import read_metrics
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -92,7 +93,7 @@ def train_ours(work: Work) -> None:
         work.mark()
         if step == 1 or step % LOG_EVERY == 0:
             trainer.log()
-    first = metrics.read_metrics(trainer.metrics.path, "train")[0]["lm_loss"] if distributed.is_main() else None
+    first = read_metrics(trainer.metrics.path, "train")[0]["lm_loss"] if distributed.is_main() else None
     work.losses = [distributed.main_decides(first)]
     if trainer.inhibitor is not None:
         trainer.inhibitor.detach()

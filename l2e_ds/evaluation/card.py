@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from l2e_ds.evaluation.results import TaskResult, read_results
-from l2e_ds.training.metrics import read_metrics
+from l2e_ds.training.metrics_lines import FILE, read_metrics
 
 METHODS = {
     "l2e": "Learning Towards Emergence (L2E)",
@@ -56,7 +56,7 @@ class Exported:
 
     def newest(self, kind: str) -> dict[str, Any]:
         """The newest line of the metrics at or before the step; empty without one."""
-        path = self.run / "metrics.jsonl"
+        path = self.run / FILE
         lines = read_metrics(path, kind) if path.is_file() else []
         return next((line for line in reversed(lines) if line["step"] <= self.step), {})
 

@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import os
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import yaml
 from l2e_ds import distributed
 from l2e_ds.console import at_least, markdown, say
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation import results
+from l2e_ds.evaluation import check_installed, results
 from l2e_ds.evaluation.export import DTYPES, PROVENANCE
 from l2e_ds.evaluation.model_source import (
     MODEL,
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     from l2e_ds.train import quiet_libraries
 
-    check_installed()
+    check_installed("evaluate")
     quiet_libraries()
     device = distributed.join(launch, TIMEOUT_MINUTES)
     try:
@@ -87,12 +86,6 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
             _evaluate(arguments, source, tasks, device)
     finally:
         distributed.leave()
-
-
-def check_installed() -> None:
-    """Raises ConfigError without lm-evaluation-harness."""
-    if find_spec("lm_eval") is None:
-        raise ConfigError("evaluation on tasks needs lm-evaluation-harness: pip install 'l2e-ds[eval]'")
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from pathlib import Path
 
 from l2e_ds.errors import DataError
-from l2e_ds.report.run_directory import check_folder, read_config, read_lines
+from l2e_ds.report.run_directory import check_folder, read_config
+from l2e_ds.training.metrics_lines import FILE, layers_of, numbers, of_kind, read_lines
 
 # The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
 SHRUNK = 0.5
@@ -17,15 +17,16 @@ def summarise(run: Path) -> str:
     """Raises DataError: no run directory, no metrics yet, a broken file."""
     check_folder(run)
     try:
-        _, training, evaluations = read_lines(run).values()
+        lines = read_lines(run)
     except OSError as error:
         raise DataError(f"{run}: is no run directory ({error.strerror}: {error.filename})") from None
+    training, evaluations = of_kind(lines, "train"), of_kind(lines, "evaluation")
     if not training:
         raise DataError(f"{run}: has no training metrics yet")
     inhibition = read_config(run).inhibition
     target = inhibition.target_share
     last = training[-1]
-    speeds = [speed for line in training if (speed := line["tokens_per_second"]) is not None]
+    speeds = numbers(training, "tokens_per_second")
     rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {inhibition.method}")]
     if evaluations:
         first, final = evaluations[0], evaluations[-1]
@@ -43,7 +44,7 @@ def summarise(run: Path) -> str:
     if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:
-        for layer in _layers(final):
+        for layer in layers_of([final]):
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
                 key = f"layer{layer}/{name}"
                 rows.append((f"layer {layer}: {label}", f"{_number(first.get(key))} -> {_number(final.get(key))}"))
@@ -51,14 +52,10 @@ def summarise(run: Path) -> str:
             if scale is not None and was and scale / was < SHRUNK:
                 rows.append(("", f"layer {layer} shrank to {scale / was:.0%} of its first scale (docs/method.md, 5.1)"))
     rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
-    rows.append(("metrics", str(run / "metrics.jsonl")))
+    rows.append(("metrics", str(run / FILE)))
     rows.append(("checkpoints", str(run / "checkpoints")))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
-
-
-def _layers(line: dict) -> list[int]:
-    return sorted({int(found[1]) for key in line if (found := re.match(r"layer(\d+)/", key))})
 
 
 def _loss(value: float | None) -> str:

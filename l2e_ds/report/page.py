@@ -16,10 +16,11 @@ from markupsafe import Markup
 
 import l2e_ds
 from l2e_ds.report import curves
-from l2e_ds.report.runs import Collection, Run, Variant, first_and_last, last_tenth, mean, number
+from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out, last_common_step, loss_difference, steady_median
 from l2e_ds.report.tables import Table, text_of
 from l2e_ds.report.warnings import Notice
+from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, numbers
 
 GENERATOR = "l2e-ds report"  # by which a page of ours is known
 _AFTER = ("configurations", "machines")  # tables that stand in the last part
@@ -106,7 +107,7 @@ def _facts(page: Collection) -> list[tuple[str, str]]:
 
 def _facts_of_run(run: Run) -> list[tuple[str, str]]:
     first, last = first_and_last(run.evaluations, "held_out_loss")
-    shares = [share for line in last_tenth(run.training) if (share := number(line, "observed_share")) is not None]
+    shares = numbers(last_tenth(run.training), "observed_share")
     speed = steady_median(run, "tokens_per_second")
     found = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else "–")]
     if shares:

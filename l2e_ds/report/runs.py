@@ -7,26 +7,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import DECIDES_NO_FIGURE, METHODS
+from l2e_ds.config import DECIDES_NO_FIGURE, METHODS, flat
 from l2e_ds.errors import DataError
 from l2e_ds.evaluation.results import TaskResult, read_results
 from l2e_ds.report import published
-from l2e_ds.report.run_directory import check_folder, finite, read_config, read_lines, read_study
+from l2e_ds.report.run_directory import check_folder, read_config, read_study
 from l2e_ds.study.definition import INDEX
+from l2e_ds.training.metrics_lines import FILE, after_first_intervals, finite, layers_of, of_kind, read_lines
 
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind.
+    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind; steady:
+    those of training by which its speed is told.
 
     study, levels, baseline: of a study: its title, factor -> level, and the folder of the run to compare this one with.
     """
@@ -37,6 +38,7 @@ class Run:
     starts: list[dict]
     training: list[dict]
     evaluations: list[dict]
+    steady: list[dict]
     results: list[TaskResult]
     written: datetime
     study: str = ""
@@ -89,8 +91,7 @@ class Run:
     @property
     def layers(self) -> list[int]:
         """Those that its lines have figures of."""
-        lines = (*self.training[-1:], *self.evaluations[-1:])
-        return sorted({int(found[1]) for line in lines for key in line if (found := re.match(r"layer(\d+)/", key))})
+        return layers_of((*self.training[-1:], *self.evaluations[-1:]))
 
     @property
     def is_published_method(self) -> bool:
@@ -174,7 +175,7 @@ def read(paths: Sequence[Path]) -> Collection:
         else:
             run = _read_run(path)
             if run is None:
-                raise DataError(f"{path / 'metrics.jsonl'}: has no metrics yet")
+                raise DataError(f"{path / FILE}: has no metrics yet")
             runs.append(run)
     runs = _named_apart(_once(runs))
     return Collection(runs, _variants(runs), titles, waiting)
@@ -183,15 +184,17 @@ def read(paths: Sequence[Path]) -> Collection:
 def _read_run(directory: Path) -> Run | None:
     """None where it has begun, but has no metrics yet."""
     try:
-        starts, training, evaluations = read_lines(directory).values()
-        written = datetime.fromtimestamp((directory / "metrics.jsonl").stat().st_mtime, timezone.utc)
+        lines = read_lines(directory)
+        written = datetime.fromtimestamp((directory / FILE).stat().st_mtime, timezone.utc)
         results = read_results(directory)
     except OSError as error:
         raise DataError(f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}") from None
-    config = flat(read_config(directory).model_dump(mode="json"))
+    config = flat(read_config(directory))
+    starts, training, evaluations = (of_kind(lines, kind) for kind in ("start", "train", "evaluation"))
     if not training and not evaluations:
         return None
-    run = Run(directory.resolve().name, directory, config, starts, training, evaluations, results, written)
+    steady = after_first_intervals(lines)
+    run = Run(directory.resolve().name, directory, config, starts, training, evaluations, steady, results, written)
     # a run that goes on from an older checkpoint has not yet come to what it was evaluated at before
     reached = (one for one in results if one.step is None or one.step <= run.step)
     kept = [replace(one, stderr=finite(one.stderr)) for one in reached if finite(one.value) is not None]
@@ -206,7 +209,7 @@ def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run],
     runs = []
     for entry in index.runs:
         place = places[entry.name]
-        run = _read_run(place) if os.path.isfile(place / "metrics.jsonl") else None
+        run = _read_run(place) if os.path.isfile(place / FILE) else None
         if run is not None:
             base = places.get(entry.baseline) if entry.baseline is not None else None
             runs.append(replace(run, name=entry.name, study=title, levels=entry.levels, baseline=base))
@@ -237,14 +240,6 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 # --- what is compared with what ----------------------------------------------------------------------------------
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return values
 
 
 def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str, Any]:
@@ -303,30 +298,3 @@ def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)
     return names
-
-
-# --- lines -------------------------------------------------------------------------------------------------------
-
-
-def number(line: Mapping[str, Any], key: str) -> float | None:
-    """None where the line has no such number. Of `layers/NAME` the mean over its layers."""
-    if key.startswith("layers/"):
-        ending = key.removeprefix("layers")
-        own = (name for name in line if name.startswith("layer") and name.endswith(ending))
-        return mean(value for name in own if (value := number(line, name)) is not None)
-    value = line.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None
-
-
-def first_and_last(lines: Sequence[dict], key: str) -> tuple[float | None, float | None]:
-    return (number(lines[0], key), number(lines[-1], key)) if lines else (None, None)
-
-
-def last_tenth(lines: Sequence[dict]) -> list[dict]:
-    """Of the steps so far."""
-    return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from l2e_ds.evaluation.results import TaskResult
-from l2e_ds.report.runs import Collection, Run, Variant, number
-from l2e_ds.study.collect import after_first_intervals, paired_differences
+from l2e_ds.report.runs import Collection, Run, Variant
+from l2e_ds.study.collect import paired_differences
+from l2e_ds.training.metrics_lines import number, numbers
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,5 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
 
 def steady_median(run: Run, key: str) -> float | None:
     """Over its lines of training but the first after each start, in which things are compiled and caches filled."""
-    lines = sorted([*run.training, *run.starts], key=lambda line: line["step"])  # a start after what it goes on from
-    found = [value for line in after_first_intervals(lines) if (value := number(line, key)) is not None]
+    found = numbers(run.steady, key)
     return statistics.median(found) if found else None

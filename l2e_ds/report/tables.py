@@ -15,16 +15,7 @@ from typing import Any
 
 from l2e_ds.console import markdown
 from l2e_ds.report import published
-from l2e_ds.report.runs import (
-    Collection,
-    Run,
-    Variant,
-    differing,
-    first_and_last,
-    last_tenth,
-    mean,
-    number,
-)
+from l2e_ds.report.runs import Collection, Run, Variant, differing
 from l2e_ds.report.statistics import (
     Measured,
     Point,
@@ -38,6 +29,7 @@ from l2e_ds.report.statistics import (
     paired,
     steady_median,
 )
+from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, numbers
 
 _TASKS = {
     "mmlu": "MMLU",
@@ -174,12 +166,12 @@ def _variants(page: Collection) -> Table:
                 size,
                 variant.method,
                 len(variant.seeds),
-                over_seeds(_present(number(line, "held_out_loss") for line in lines)),
+                over_seeds(numbers(lines, "held_out_loss")),
                 step,
                 difference and difference[0].difference,
                 base and base.name,
                 difference and difference[1],
-                *(over_seeds(_present(number(line, key) for line in lines)) for key in _SCORES),
+                *(over_seeds(numbers(lines, key)) for key in _SCORES),
             ]
         )
     columns = [
@@ -429,7 +421,7 @@ def _row_of(run: Run) -> list[Any]:
     recent = last_tenth(run.training)
 
     def lately(key: str) -> float | None:
-        return mean(_present(number(line, key) for line in recent))
+        return mean(numbers(recent, key))
 
     return [
         run.name,
@@ -443,7 +435,7 @@ def _row_of(run: Run) -> list[Any]:
         lately("gradient_norm"),
         skipped_steps(run),
         steady_median(run, "tokens_per_second"),
-        max(_present(number(line, "peak_memory_gib") for line in run.training), default=None),
+        max(numbers(run.training, "peak_memory_gib"), default=None),
     ]
 
 

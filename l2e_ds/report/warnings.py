@@ -7,19 +7,10 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from l2e_ds.evaluation.summary import SHRUNK
-from l2e_ds.report.runs import (
-    Collection,
-    Run,
-    Variant,
-    comparable,
-    differing,
-    first_and_last,
-    last_tenth,
-    mean,
-    number,
-)
+from l2e_ds.report.runs import Collection, Run, Variant, comparable, differing
 from l2e_ds.report.statistics import loss_difference
 from l2e_ds.report.tables import skipped_steps
+from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, number, numbers
 
 OFF_TARGET = 0.1  # of the target share
 SKIPPED = 0.01  # of the steps
@@ -84,7 +75,7 @@ def _off_target(run: Run) -> Iterator[Notice]:
     lines = last_tenth(run.training)
     for layer in run.layers:
         key = f"layer{layer}/observed_share"
-        share = mean(value for line in lines if (value := number(line, key)) is not None)
+        share = mean(numbers(lines, key))
         if share is not None and abs(share / target - 1) > OFF_TARGET:
             text = f"{run.name}: layer {layer} had {share:.2%} selected, target {target:.2%}"
             text += f" (last tenth of {run.step:,} steps)"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, find_file, load_run_config, read_yaml
+from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, find_file, flat, load_run_config, read_yaml
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, portable, text_of
@@ -89,20 +89,10 @@ def _settled(config: RunConfig, asked: RunConfig, run: StudyRun, directory: Path
 def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
     seen: dict[str, str] = {}
     for run in study.runs:
-        content = json.dumps(_flat(plans[run.name].config, without="training.run_directory"))
+        content = json.dumps(flat(plans[run.name].config.replace("training", run_directory="")))
         if content in seen:
             raise ConfigError(f"factors: {seen[content]} and {run.name} would be the same run; leave one of them out")
         seen[content] = run.name
-
-
-def _flat(config: RunConfig, without: str | None = None) -> dict[str, Any]:
-    """Dotted key -> value."""
-    return {
-        f"{section}.{key}": value
-        for section, values in config.model_dump(mode="json").items()
-        for key, value in values.items()
-        if f"{section}.{key}" != without
-    }
 
 
 def changes(directory: Path, new: RunConfig) -> list[str]:
@@ -113,7 +103,7 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     path = directory / "config.yaml"
     if not path.is_file():
         return []
-    old, now = _flat(checked(RunConfig, read_yaml(path), str(path))), _flat(new)
+    old, now = flat(checked(RunConfig, read_yaml(path), str(path))), flat(new)
     if now["training.precision"] == "auto":
         old["training.precision"] = "auto"
     if now["optimizer.schedule_steps"] is not None and now["training.steps"] > old["training.steps"]:

@@ -24,9 +24,10 @@ from l2e_ds.console import markdown
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.results import FILE, read_results, results_of
-from l2e_ds.report.run_directory import read_lines
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
 from l2e_ds.study.state import answers, asked_evaluations, json_lines, read_index, state_of, steps_of
+from l2e_ds.training.metrics_lines import FILE as METRICS
+from l2e_ds.training.metrics_lines import after_first_intervals, number, numbers, of_kind, read_lines
 
 RESULTS = "results.csv"
 SHOWN = {
@@ -46,7 +47,7 @@ def collect(directory: Path) -> pd.DataFrame:
     rows, own, others = [], [], []
     for entry in index["runs"]:
         run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
-        _check_lines(run)
+        read_results(run)  # raises for a line that is no evaluation
         state = state_of(run, steps, evaluations)
         rows.append(
             {
@@ -57,7 +58,7 @@ def collect(directory: Path) -> pd.DataFrame:
                 "baseline": entry["baseline"],
                 "state": str(state),
                 "step": state.step,
-                **_metrics(json_lines(run / "metrics.jsonl")),
+                **_metrics(read_lines(run) if (run / METRICS).is_file() else []),
             }
         )
         lines = [line for line in json_lines(run / FILE) if line.get("step") == steps]
@@ -172,56 +173,20 @@ def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
 # --- one run -----------------------------------------------------------------------------------------------------
 
 
-def _check_lines(run: Path) -> None:
-    """Raises DataError naming file and line."""
-    if (run / "metrics.jsonl").is_file():
-        read_lines(run)
-    read_results(run)
-
-
 def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
-    training = [line for line in lines if line["kind"] == "train"]
-    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    training, evaluations = of_kind(lines, "train"), of_kind(lines, "evaluation")
     steady = after_first_intervals(lines)
     values: dict[str, float | None] = {}
     if training:
         values["observed_share"] = training[-1].get("observed_share")
-        values["peak_memory_gib"] = max(_given(training, "peak_memory_gib"), default=None)
+        values["peak_memory_gib"] = max(numbers(training, "peak_memory_gib"), default=None)
         values["tokens"] = training[-1]["tokens"]
     if evaluations:
         last = evaluations[-1]
         values |= {"evaluated_step": last["step"], "held_out_loss": last["held_out_loss"]}
-        values |= {name: _mean(_of_layers(last, name)) for name in LAYER_MEANS}
-    if steady:
-        speeds = {key: _given(steady, key) for key in ("step_seconds", "tokens_per_second")}
-        values |= {key: median(given) for key, given in speeds.items() if given}
-    return values
-
-
-def _given(lines: Iterable[dict[str, Any]], key: str) -> list[float]:
-    return [line[key] for line in lines if line.get(key) is not None]
-
-
-def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of training without the first after each start, in which things are compiled and caches filled."""
-    kept, is_first = [], True
-    for line in lines:
-        if line["kind"] == "start":
-            is_first = True
-        elif line["kind"] == "train":
-            if not is_first:
-                kept.append(line)
-            is_first = False
-    return kept
-
-
-def _of_layers(line: dict[str, Any], name: str) -> list[float]:
-    found = (value for key, value in line.items() if re.fullmatch(rf"layer\d+/{name}", key))
-    return [value for value in found if value is not None]
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+        values |= {name: number(last, f"layers/{name}") for name in LAYER_MEANS}
+    speeds = {key: numbers(steady, key) for key in ("step_seconds", "tokens_per_second")}
+    return values | {key: median(given) for key, given in speeds.items() if given}
 
 
 def _own_figures(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 from l2e_ds.config import find_file
 from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.evaluation import check_installed
 from l2e_ds.study import array
 from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
 from l2e_ds.study.collect import collect, summary, write_results
@@ -61,8 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _collect(_directory(arguments))
     quiet_libraries()
     study = read_study(arguments.study, arguments.overrides, arguments.directory)
-    if study.file.evaluate and find_spec("lm_eval") is None:
-        raise ConfigError("evaluate: lm-evaluation-harness is not installed: pip install 'l2e-ds[eval]'")
+    if study.file.evaluate:
+        check_installed("evaluate")
     resources = resources_of(arguments) if arguments.slurm else None
     where = [] if resources else places(arguments.devices, arguments.ranks, os.environ)
     ranks = resources.ranks if resources else where[0].ranks

@@ -49,13 +49,3 @@ def places(devices: int | None, ranks: int | None, environment: Mapping[str, str
     threads = environment.get("OMP_NUM_THREADS", str(max(1, cores // count)))
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": threads}
     return [Place(count, own)] if devices is None else [Place(1, own)] * count
-
-
-def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a launcher around this process tells its ranks."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in names and not name.startswith(("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID"))
-    }

@@ -20,8 +20,9 @@ from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError, Interrupted
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.definition import Evaluation
-from l2e_ds.study.places import Place, without_launcher
+from l2e_ds.study.places import Place
 from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
+from l2e_ds.submit import without_launcher
 from l2e_ds.supervise import ASK
 from l2e_ds.training.run_lock import RENEWED_EVERY, RunLock
 

@@ -83,8 +83,9 @@ import torch
 from tqdm import tqdm
 
 from l2e_ds.console import say
-from l2e_ds.errors import DataError, L2EError
+from l2e_ds.errors import L2EError
 from l2e_ds.evaluation import results
+from l2e_ds.training.metrics_lines import FILE
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -145,7 +146,7 @@ class MetricsWriter:
     ) -> None:
         self.main = main
         self.engine = engine
-        self.path = run_directory / "metrics.jsonl"
+        self.path = run_directory / FILE
         self.bar: tqdm | None = None
         self.plain = False
         if not main:
@@ -236,23 +237,3 @@ def drop_lines_after(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
-
-
-def read_metrics(path: Path, kind: str) -> list[dict]:
-    """The lines of one kind, in order; a last one that is still being written does not count.
-
-    Raises DataError for another line that is none of a run's, and OSError.
-    """
-    lines = path.read_bytes().split(b"\n")
-    found = []
-    for number, text in enumerate(lines, start=1):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-            if line["kind"] == kind and line["step"] >= 0:
-                found.append(line)
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # it has an end
-                raise DataError(f"{path}:{number}: is no line of a run's metrics") from None
-    return found

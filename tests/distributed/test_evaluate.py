@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.evaluation.harness import evaluate, load_tasks
 from tests.conftest import REPOSITORY
-from tests.task_files import TASKS, VOCABULARY, write_tasks
+from tests.task_files import TASKS, VOCABULARY, tiny_model, write_tasks
 
 WORKER = REPOSITORY / "tests/distributed/workers/evaluate.py"
 
@@ -21,17 +21,7 @@ def folder(tmp_path_factory):
     write_tasks(root / "tasks")
     tokenizer = load_tokenizer(str(root / "tasks/words.json"))
     for name, rows in (("model", VOCABULARY), ("small", VOCABULARY // 2)):
-        torch.manual_seed(0)
-        config = GPTNeoXConfig(
-            vocab_size=rows,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            max_position_embeddings=24,
-            initializer_range=0.5,
-        )
-        GPTNeoXForCausalLM(config).save_pretrained(root / name)
+        tiny_model(rows).save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     return root
 

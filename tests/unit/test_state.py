@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from l2e_ds.training.metrics import drop_lines_after, flops_per_token, read_metrics
+from l2e_ds.training.metrics import drop_lines_after, flops_per_token
+from l2e_ds.training.metrics_lines import read_metrics
 from l2e_ds.training.state import reseed, rng_state, seed_everything, set_rng_state
 
 CPU = torch.device("cpu")

@@ -11,15 +11,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXForCausalLM
 
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation import harness, results
-from tests.task_files import TASKS, VOCABULARY, write_tasks
-
-LENGTH = 24
+from tests.task_files import LENGTH, TASKS, tiny_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +37,7 @@ def tokenizer(folder, documents):
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = GPTNeoXConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=LENGTH,
-        initializer_range=0.5,  # so that answers differ
-    )
-    return GPTNeoXForCausalLM(config)
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from l2e_ds.cli import main
 from l2e_ds.errors import DataError
 from l2e_ds.evaluation.summary import summarise
 from l2e_ds.report import runs
-from l2e_ds.report.run_directory import read_lines
+from l2e_ds.training.metrics_lines import of_kind, read_lines
 from tests.unit.report.making import paired_study, write_run
 
 TRAIN, EVALUATION = 2, 1  # of write_run's lines, counted from 0: a start, an evaluation, then training
@@ -127,7 +127,7 @@ def test_figures_that_no_chart_can_take(tmp_path):
     huge = [float("nan"), float("inf"), float("-inf"), 1e308, -1e39, 10**400]
     keys = ["lm_loss", "gradient_norm", "tokens_per_second", "layer2/tau", "layer2/mean_s", "layer3/tau"]
     change_line(write_run(tmp_path / "l2e"), TRAIN, **dict(zip(keys, huge, strict=True)))
-    line = read_lines(tmp_path / "l2e")["train"][0]
+    line = of_kind(read_lines(tmp_path / "l2e"), "train")[0]
     assert [line[key] for key in keys] == [None] * 6
     assert line["layer3/mean_s"] == 0.3
 

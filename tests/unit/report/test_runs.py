@@ -9,6 +9,7 @@ import yaml
 
 from l2e_ds.errors import DataError
 from l2e_ds.report import runs
+from l2e_ds.training.metrics_lines import last_tenth, number
 from tests.unit.report.making import STEPS, add_results, paired_study, write_run, write_study
 
 
@@ -208,12 +209,12 @@ def test_study_whose_baseline_inhibits(tmp_path):
 
 def test_number():
     line = json.loads('{"layer2/tau": 2.0, "layer10/tau": 4.0, "layer2/mean_s": null, "x": true, "layer2/taus": 9.0}')
-    assert runs.number(line, "layers/tau") == 3.0
-    assert runs.number(line, "layers/mean_s") is None
-    assert runs.number(line, "x") is None
-    assert runs.number(line, "nowhere") is None
+    assert number(line, "layers/tau") == 3.0
+    assert number(line, "layers/mean_s") is None
+    assert number(line, "x") is None
+    assert number(line, "nowhere") is None
 
 
 def test_last_tenth():
     lines = [{"step": step} for step in range(2, 101, 2)]
-    assert [line["step"] for line in runs.last_tenth(lines)] == [92, 94, 96, 98, 100]
+    assert [line["step"] for line in last_tenth(lines)] == [92, 94, 96, 98, 100]

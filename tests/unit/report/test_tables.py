@@ -11,7 +11,7 @@ import pytest
 from l2e_ds.evaluation.results import append_result
 from l2e_ds.report import published, runs, tables
 from l2e_ds.report.statistics import Measured
-from l2e_ds.study.collect import after_first_intervals
+from l2e_ds.training.metrics_lines import after_first_intervals
 from tests.unit.report.making import add_results, paired_study, write_run
 
 
