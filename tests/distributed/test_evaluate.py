@@ -8,7 +8,7 @@ from transformers import GPTNeoXForCausalLM
 
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.evaluation.harness import evaluate, load_tasks
-from tests.conftest import REPOSITORY
+from tests.processes import REPOSITORY
 from tests.task_files import TASKS, VOCABULARY, tiny_model, write_tasks
 
 WORKER = REPOSITORY / "tests/distributed/workers/evaluate.py"

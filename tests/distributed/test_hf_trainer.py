@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.conftest import REPOSITORY
+from tests.processes import REPOSITORY
 from tests.unit.test_hf_trainer import plain_loop, sequences
 
 

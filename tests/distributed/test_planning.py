@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import free_port
+from tests.processes import free_port
 
 WORKER = Path(__file__).parent / "workers/memory_peaks.py"
 MODEL = {"name": "pythia-14m", "vocab_size": 2048, "num_layers": 4, "hidden_size": 128, "num_heads": 4}

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.integration.running import Launch
+from tests.integration.running import Launch, Ranks
 
 SENTENCES = """The old pilot counted the lights along the coast. Rain came in from the west before noon.
 She wrote the numbers twice and crossed out the second. Nobody at the station knew where the train had gone.
@@ -76,3 +76,19 @@ def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
         for process in [one.process, *one.seen.values()]:
             with contextlib.suppress(psutil.Error, OSError):
                 process.kill()
+
+
+@pytest.fixture
+def launch_ranks(tmp_path) -> Iterator[Callable[..., Ranks]]:
+    """launch_ranks(count, *words): `python WORDS` on so many ranks in the background; none outlives the test."""
+    started: list[Ranks] = []
+
+    def start(count: int, *words: object, **variables: str) -> Ranks:
+        started.append(Ranks(tmp_path / f"ranks{len(started)}.log", count, *words, **variables))
+        return started[-1]
+
+    yield start
+    for one in started:
+        for process in one.processes:
+            process.kill()
+            process.wait()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,30 +11,27 @@ from pathlib import Path
 
 import psutil
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import Forked, begin_ranks, environment
+
+PATIENCE = 400
+"""Seconds for what takes ten on a quiet machine: a test waits for things to happen, it does not time them."""
 
 
 class Launch:
-    """A started command; `log` is what it said."""
+    """A started command, forked where it is `python ...`; `log` is what it said."""
 
-    def __init__(self, log: Path, *command: object, **environment: str) -> None:
-        scripts = str(Path(sys.executable).parent)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(REPOSITORY),
-            "PATH": scripts + os.pathsep + os.environ["PATH"],
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-            "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-            **environment,
-        }
+    def __init__(self, log: Path, *command: object, **variables: str) -> None:
         self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                list(map(str, command)), env=environment, stdout=file, stderr=subprocess.STDOUT
-            )
+        log.touch()
+        words = [*map(str, command)]
+        self.process: Forked | subprocess.Popen
+        if words[0] == sys.executable:
+            self.process = Forked(words[1:], environment(**variables), log)
+        else:
+            with log.open("w") as file:
+                self.process = subprocess.Popen(
+                    words, env=environment(**variables), stdout=file, stderr=subprocess.STDOUT
+                )
         self.seen: dict[int, psutil.Process] = {}
 
     def said(self) -> str:
@@ -55,19 +51,43 @@ class Launch:
         return sorted(found, key=lambda process: process.pid)
 
     def wait_for(self, condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not condition():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.said()[-3000:]}"
             assert time.monotonic() < deadline, self.said()[-3000:]
             time.sleep(0.02)
         self.find("python")  # remember all that are there
 
-    def end(self, timeout: float = 120) -> int:
+    def end(self, timeout: float = PATIENCE) -> int:
         """Its exit code; nothing that it started may be alive then."""
         code = self.process.wait(timeout)
         alive = [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         assert not alive, f"orphans: {alive}\n{self.said()[-3000:]}"
         return code
+
+
+class Ranks:
+    """`python WORDS` on so many ranks without a launcher, which would end the others when one has failed."""
+
+    def __init__(self, log: Path, count: int, *words: object, **variables: str) -> None:
+        self.log = log
+        log.touch()
+        self.processes = begin_ranks(count, words, environment(**variables), log)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            codes = [process.poll() for process in self.processes]
+            assert codes == [None] * len(codes), f"ended with {codes}:\n{self.said()[-3000:]}"
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.02)
+
+    def end(self, timeout: float = PATIENCE) -> list[int]:
+        """The exit codes, in the order of ranks."""
+        return [process.wait(timeout) for process in self.processes]
 
 
 def lines(run: Path, kind: str = "train") -> list[dict]:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Llama
 
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import train_tokenizer
-from tests.conftest import free_port, rank_environment
+from tests.processes import environment, free_port
 
 FEATURES = ("animals", "metals", "numbers", "rivers")
 WORDS = {
@@ -75,20 +75,11 @@ def plant(model: GPTNeoXForCausalLM, tokenizer) -> None:
         mlp.dense_h_to_4h.bias[neuron] = -2.0
 
 
-def command(*words: object, ranks: int = 1, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
-    start = [sys.executable, "-m", "l2e_ds.cli"]
-    if ranks > 1:
-        start = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-        start += ["--log_level", "error", "--module", "l2e_ds.cli"]
-    every = [*start, *map(str, words)]
-    return subprocess.run(every, env=rank_environment(), capture_output=True, text=True, timeout=timeout)
-
-
 def said_by(*words: object, ranks: int = 1) -> str:
-    """What a command says on stdout that succeeds."""
-    done = command(*words, ranks=ranks)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return done.stdout
+    """What a command says that succeeds."""
+    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=ranks)
+    assert codes == [0] * ranks, said[-5000:]
+    return said
 
 
 def analyze(made: Path, output: Path, *options: object, ranks: int = 1, models: tuple[str, ...] = ("planted",)) -> str:
@@ -205,11 +196,11 @@ def test_an_activation_that_is_not_finite_ends_all_ranks(made, tmp_path):
     given = not_finite(made)
     words = ["analyze", made / "planted", *given, "--features", made / "features.jsonl", "--output", tmp_path / "out"]
     words += ["--sequence-length", LENGTH, "--resamples", 20, "--zero3"]
-    done = command(*words, ranks=2, timeout=120)
-    assert done.returncode != 0
-    assert done.stderr.count("broken: layer 2, neuron 3: its activations in text 0 are not finite") == 1
+    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=2)
+    assert 0 not in codes
+    assert said.count("broken: layer 2, neuron 3: its activations in text 0 are not finite") == 1
     (kept,) = tmp_path.iterdir()
-    assert kept.name.endswith(".unfinished") and str(kept) in done.stderr
+    assert kept.name.endswith(".unfinished") and str(kept) in said
     assert len(pd.read_parquet(kept / "models/planted/neurons.parquet")) == 3 * NEURONS
 
 

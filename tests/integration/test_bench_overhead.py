@@ -11,7 +11,7 @@ import pytest
 
 from l2e_ds import cli
 from l2e_ds.benchmarks import overhead
-from tests.conftest import free_port
+from tests.processes import free_port
 
 TINY = ("--models", "pythia-14m", "model.num_layers=4", "model.hidden_size=32", "model.num_heads=2")
 TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2", "--rounds", "2", "--wide-tokens", "4")

@@ -12,7 +12,7 @@ import pytest
 from l2e_ds import cli
 from l2e_ds.benchmarks import memory, overhead
 from l2e_ds.inhibition.hook import NeuronHook
-from tests.conftest import free_port
+from tests.processes import free_port
 
 SCALING = ("--neurons", "8", "--tokens", "4", "--layers", "1", "2", "--rounds", "2", "--models", "pythia-14m")
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from l2e_ds.cli import main
-from tests.conftest import REPOSITORY, rank_environment
+from tests.processes import REPOSITORY, environment
 from tests.integration.conftest import SENTENCES
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -79,7 +79,7 @@ def run_command(words: list[str]) -> None:
     """In a process of its own: DeepSpeed makes engines in one process group only."""
     words = [str(REPOSITORY / words[0]) if "/" in words[0] else words[0], *words[1:]]
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    done = subprocess.run(words, env={**rank_environment(), **root}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env={**environment(), **root}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 

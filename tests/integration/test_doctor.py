@@ -5,7 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tests.conftest import free_port, rank_environment
+from tests.processes import environment, free_port
 
 # Rank 1 has another torch and adds something else than it should; or it fails in the middle.
 RANK_ONE = """
@@ -31,7 +31,7 @@ leave(doctor.main(arguments))
 
 def launch(*command: str) -> tuple[int, str, float]:
     began = time.monotonic()
-    done = subprocess.run(command, env=rank_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
 

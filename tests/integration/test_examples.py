@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.integration.running import REPOSITORY
+from tests.processes import REPOSITORY
 
 
 @pytest.mark.parametrize("program", ["pytorch_loop.py", "hf_trainer.py", "deepspeed_engine.py"])

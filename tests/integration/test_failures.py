@@ -15,60 +15,52 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.running import REPOSITORY, Launch, lines, newest, saved
+from l2e_ds.cli import main
 
-ALONE = [sys.executable, "-m", "l2e_ds.train"]
+from tests.integration.running import PATIENCE, lines, newest, saved
+from tests.processes import REPOSITORY, free_port
+
+TRAIN = ["-m", "l2e_ds.train"]
+ALONE = [sys.executable, *TRAIN]
 LONG = ["training.steps=3000", "training.evaluate_every=0", "checkpoint.every=10", "logging.progress=false"]
 
 
-def two_ranks(*script: str) -> list[str]:
-    with_port = ["--master_port", str(20000 + os.getpid() % 20000)]
-    return ["deepspeed", "--num_accelerators", "2", *with_port, "--log_level", "error", *script]
-
-
-def rank(one: Launch, number: int):
-    """The process of a rank."""
-    return next(p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == str(number))
-
-
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_is_named_and_ends_the_others(launch, run_file, tmp_path, lost):
-    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG)
-    one.wait_for(lambda: newest(tmp_path / "run") >= 15)
-    one.find("python")
-    process = rank(one, lost)
-    process.kill()
-    assert one.end(60) not in (0, 2, 3, 75)
-    said = one.said()
-    assert f"rank {1 - lost}: rank {lost} (host" in said and f"process {process.pid}, last seen in" in said
+def test_a_killed_rank_is_named_and_ends_the_others(launch_ranks, run_file, tmp_path, lost):
+    both = launch_ranks(2, *TRAIN, run_file, *LONG)
+    both.wait_for(lambda: newest(tmp_path / "run") >= 15)
+    killed, other = both.processes[lost], both.processes[1 - lost]
+    killed.kill()
+    assert other.wait(PATIENCE) not in (0, 2, 3, 75)
+    said = both.said()
+    assert f"rank {1 - lost}: rank {lost} (host" in said and f"process {killed.pid}, last seen in" in said
     assert f"l2e-ds: error: rank {1 - lost}: lost contact with another rank" in said
     assert "Traceback" not in said
     assert saved(tmp_path / "run") >= 10
 
 
-def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch, run_file, tmp_path):
-    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG, "training.timeout=0.5")
-    one.wait_for(lambda: newest(tmp_path / "run") >= 5)
-    other, process = rank(one, 0), rank(one, 1)
-    process.send_signal(signal.SIGSTOP)
+@pytest.mark.full
+def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch_ranks, run_file, tmp_path):
+    both = launch_ranks(2, *TRAIN, run_file, *LONG, "training.timeout=0.5")
+    both.wait_for(lambda: newest(tmp_path / "run") >= 5)
+    other, hanging = both.processes
+    hanging.send_signal(signal.SIGSTOP)
     begin = time.monotonic()
-    one.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in one.said())
-    assert 20 < time.monotonic() - begin < 45  # 30 s and the watchdog's interval, not the launcher's patience
-    other.wait(30)  # launch.py has taken its code, which is then its own
-    process.kill()  # else launch.py does, after 30 s
-    assert one.end(60) == 1
-    line = next(line for line in one.said().splitlines() if "no progress" in line)
+    both.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in both.said())
+    assert time.monotonic() - begin > 20  # it is given its 30 s, of which some may be over by now
+    assert other.wait(PATIENCE) == 1
+    line = next(line for line in both.said().splitlines() if "no progress" in line)
     assert line.startswith("l2e-ds: error: rank 0: ")
-    assert f"rank 1 (host {os.uname().nodename}, process {process.pid}, last seen in" in line
+    assert f"rank 1 (host {os.uname().nodename}, process {hanging.pid}, last seen in" in line
     assert "is silent" in line
 
 
-def test_a_raising_rank_is_named_with_its_reason(launch, run_file):
-    script = REPOSITORY / "tests/distributed/workers/raising.py"
-    one = launch(*two_ranks(str(script)), run_file, "training.steps=10")
-    assert one.end() == 1
-    assert "l2e-ds: error: rank 1 failed" in one.said()
-    assert "ZeroDivisionError: broken on purpose" in one.said()
+@pytest.mark.full
+def test_a_raising_rank_is_named_with_its_reason(launch_ranks, run_file):
+    both = launch_ranks(2, REPOSITORY / "tests/distributed/workers/raising.py", run_file, "training.steps=10")
+    assert both.end() == [1, 1]
+    assert "l2e-ds: error: rank 1 failed" in both.said()
+    assert "ZeroDivisionError: broken on purpose" in both.said()
 
 
 def test_a_second_run_is_refused_and_a_killed_one_makes_room(launch, run_file, tmp_path):
@@ -93,7 +85,7 @@ def test_a_second_run_is_refused_and_a_killed_one_makes_room(launch, run_file, t
         assert b"secret-of-" not in path.read_bytes(), path
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(launch, run_file, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(launch, run_file, tmp_path, capsys):
     words = [run_file, "training.steps=9", "checkpoint.every=3", "logging.progress=false"]
     straight = tmp_path / "straight"
     assert launch(*ALONE, *words, f"training.run_directory={straight}").end() == 0
@@ -114,11 +106,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(
     ]
     assert "resumed from " + str(checkpoints / "step00000003") in one.said()
     assert [line["lm_loss"] for line in lines(run)] == [line["lm_loss"] for line in lines(straight)]
-    listed = subprocess.run(
-        [sys.executable, "-m", "l2e_ds.cli", "checkpoint", "list", str(run)], capture_output=True, text=True
-    )
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["step", "3", "6", "9", "step00000009.damaged"]
-    assert listed.stdout.count("complete") == 3  # 6 and 9 were written again
+    assert main(["checkpoint", "list", str(run)]) == 0
+    listed = capsys.readouterr().out
+    assert [line.split()[0] for line in listed.splitlines()] == ["step", "3", "6", "9", "step00000009.damaged"]
+    assert listed.count("complete") == 3  # 6 and 9 were written again
 
 
 @pytest.fixture
@@ -133,15 +124,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
+@pytest.mark.full
+def test_a_full_disk_costs_no_good_checkpoint(launch_ranks, run_file, small_disk):
     """`stop`: one line, exit code 3, the last good checkpoint stays. `continue`: on it goes, and once there is room it
     saves again."""
     run = small_disk / "run"
     words = [run_file, f"training.run_directory={run}", "logging.progress=false", "training.evaluate_every=0"]
     words += ["training.steps=3000", "checkpoint.every=2", "optimizer.schedule_steps=3000"]
-    two = two_ranks("--module", "l2e_ds.train")
-    one = launch(*two, *words)
-    assert one.end() == 3
+    one = launch_ranks(2, *TRAIN, *words)
+    assert one.end() == [3, 3]
     said = [line for line in one.said().splitlines() if "was not saved" in line]
     assert len(said) == 1 and "No space left on device" in said[0], one.said()
     assert "the newest good checkpoint is step" in said[0]
@@ -149,16 +140,16 @@ def test_a_full_disk_costs_no_good_checkpoint(launch, run_file, small_disk):
     assert good >= 4
     checkpoints = run / "checkpoints"
     assert not list(checkpoints.glob("*.tmp"))
-    verified = subprocess.run([sys.executable, "-m", "l2e_ds.cli", "checkpoint", "verify", str(run)])
-    assert verified.returncode == 0
+    assert main(["checkpoint", "verify", str(run)]) == 0
 
-    one = launch(*two, *words, "checkpoint.on_error=continue")
+    one = launch_ranks(2, *TRAIN, *words, "checkpoint.on_error=continue")
     one.wait_for(lambda: one.said().count("training goes on (checkpoint.on_error)") >= 2)
     assert saved(run) == good
     for path in sorted(checkpoints.glob("step*"))[:-1]:
         shutil.rmtree(path)
     one.wait_for(lambda: saved(run) > good)
-    one.process.send_signal(signal.SIGKILL)
+    for process in one.processes:
+        process.kill()
     for line in Path(run / "metrics.jsonl").read_text().splitlines():
         json.loads(line)  # whole lines only
 
@@ -169,11 +160,18 @@ def catches(process: psutil.Process, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
+@pytest.mark.full
 def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_path):
-    one = launch(*two_ranks("--module", "l2e_ds.train"), run_file, *LONG)
-    one.wait_for(lambda: len([p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == "1"]) == 1)
-    one.wait_for(lambda: catches(rank(one, 1), signal.SIGUSR1))  # then it imports torch
-    rank(one, 1).send_signal(signal.SIGUSR1)
+    """The first under the deepspeed launcher, whose ranks import torch after they have begun to listen."""
+    deepspeed = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--log_level", "error"]
+    one = launch(*deepspeed, "--module", "l2e_ds.train", run_file, *LONG)
+
+    def rank_1() -> psutil.Process | None:
+        return next((p for p in one.find("l2e_ds.train") if p.environ().get("RANK") == "1"), None)
+
+    one.wait_for(rank_1)
+    one.wait_for(lambda: catches(rank_1(), signal.SIGUSR1))
+    rank_1().send_signal(signal.SIGUSR1)
     assert one.end() == 75
     assert "l2e-ds: stopped: SIGUSR1 at rank 1; " in one.said()
 

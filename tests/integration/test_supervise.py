@@ -11,7 +11,8 @@ import socket
 import sys
 import time
 
-from tests.integration.running import REPOSITORY, Launch, lines, newest, saved
+from tests.integration.running import Launch, lines, newest, saved
+from tests.processes import REPOSITORY
 
 DEEPSPEED = [str(REPOSITORY / "launch/deepspeed.sh"), "--num_accelerators", "2"]
 

@@ -20,7 +20,7 @@ from l2e_ds.config import run_config_from_dict
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.evaluation.results import append_result
 from l2e_ds.training import manifest
-from tests.conftest import free_port
+from tests.processes import free_port
 
 STEP, ROWS = 20, 300
 NETWORK = {"vocab_size": ROWS, "num_layers": 3, "hidden_size": 16, "num_heads": 2}

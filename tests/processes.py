@@ -1,0 +1,164 @@
+"""Processes for tests: forked from a server that has imported torch, DeepSpeed and transformers once.
+
+A process that imports them anew needs three to five seconds before it does anything, for every rank of every case. What
+is forked is otherwise the real thing: a process of its own, with its own environment, group, signals and exit code, that
+runs the real command. The launchers (deepspeed, torchrun, mpirun, srun) start processes in their own way; their tests
+use them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+IMPORTED_ONCE = [
+    "torch",
+    "torch.optim",
+    "deepspeed",
+    "datasets",
+    "transformers",
+    "transformers.models.gpt_neox.modeling_gpt_neox",
+    "l2e_ds.cli",
+    "l2e_ds.train",
+    "l2e_ds.training.trainer",
+    "l2e_ds.training.task_evaluation",
+]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(IMPORTED_ONCE)
+
+
+def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
+    """For child processes: this repository importable, one thread a rank, no launcher's variables, and no device but the
+    one asked for."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
+    return {
+        **{name: value for name, value in os.environ.items() if name not in launcher},
+        "PYTHONPATH": str(REPOSITORY),
+        "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": accelerator,
+        **({"CUDA_VISIBLE_DEVICES": ""} if accelerator == "cpu" else {}),
+        "PYTHONFAULTHANDLER": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+        **more,
+    }
+
+
+class Forked:
+    """`python WORDS`, in a process forked from the server; with the methods of subprocess.Popen that tests use.
+
+    words: `-m MODULE argument ...` or `SCRIPT argument ...`. What it says goes to `log`, appended.
+    """
+
+    def __init__(self, words: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._process = _start(words, environment, log)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, negative where a signal ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+
+def begin(words: Sequence[object], environment: Mapping[str, str], log: Path) -> Forked | subprocess.Popen:
+    """`python WORDS`, forked where no GPU is asked for: CUDA does not outlive a fork."""
+    said = [*map(str, words)]
+    if environment["DS_ACCELERATOR"] == "cpu":
+        return Forked(said, environment, log)
+    with log.open("a") as file:
+        return subprocess.Popen([sys.executable, "-u", *said], env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+
+def begin_ranks(
+    count: int, words: Sequence[object], environment: Mapping[str, str], log: Path
+) -> list[Forked | subprocess.Popen]:
+    """So many processes with the variables that a launcher sets, in the order of ranks."""
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [begin(words, {**environment, **common, **variables}, log) for variables in own]
+
+
+def finish(*words: object, ranks: int = 1, timeout: float = 600, **variables: str) -> tuple[list[int], str]:
+    """`python WORDS` on so many ranks, to its end; returns the exit codes in the order of ranks, and what was said."""
+    with tempfile.TemporaryDirectory(prefix="l2e-ds-said-") as folder:
+        log = Path(folder) / "log"
+        log.touch()
+        alone = [begin(words, environment(**variables), log)] if ranks == 1 else None
+        processes = alone or begin_ranks(ranks, words, environment(**variables), log)
+        try:
+            codes = [process.wait(timeout) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        return codes, log.read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:
+    # one thread also where the server imports: OpenMP reads its variable once
+    before = dict(os.environ)
+    os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", PYTHONPATH=str(REPOSITORY))
+    try:
+        process = _context.Process(target=_run, args=(list(words), dict(environment), str(log), os.getcwd()))
+        process.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return process
+
+
+def _run(words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    faulthandler.enable()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    if words[0] == "-m":
+        sys.modules.pop(words[1], None)  # else runpy warns that it is there already
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
