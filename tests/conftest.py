@@ -6,10 +6,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.training_case import TrainingCase, is_zero3
 from tests.processes import REPOSITORY, begin_ranks, environment
 
 
@@ -30,6 +32,12 @@ def without_hub(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def is_full(pytestconfig) -> bool:
+    """Whether tests marked `full` run too: what they need is trained for them alone."""
+    return "not full" not in pytestconfig.option.markexpr
 
 
 @pytest.fixture(scope="session")
@@ -58,15 +66,17 @@ def run_ranks(tmp_path_factory) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="session")
-def train_cases(run_ranks, tmp_path_factory) -> Callable[[int, dict], Path]:
-    """train_cases(ranks, {name: case}): runs them one after another in one launch; returns the folder of their runs.
+def train_cases(run_ranks, tmp_path_factory) -> Callable[[int, dict[str, TrainingCase]], Path]:
+    """train_cases(ranks, {name: case}): trains them one after another in one launch; returns the folder of their runs.
 
-    A case: {section: {key: value}, ...} over the tiny base run, and optionally "options" (see workers/train_cases.py).
+    Under ZeRO-3 DeepSpeed replaces torch's linear for the rest of the process: such cases are trained last.
     """
 
-    def train(ranks: int, cases: dict) -> Path:
+    def train(ranks: int, cases: dict[str, TrainingCase]) -> Path:
         output = tmp_path_factory.mktemp(f"ranks{ranks}")
-        (output / "cases.json").write_text(json.dumps(cases))
+        last = {name for name, case in cases.items() if is_zero3(case)}
+        order = sorted(cases, key=lambda name: name in last)
+        (output / "cases.json").write_text(json.dumps({name: asdict(cases[name]) for name in order}))
         run_ranks(ranks, REPOSITORY / "tests/distributed/workers/train_cases.py", output)
         return output
 

@@ -1,9 +1,8 @@
 """Processes for tests: forked from a server that has imported torch, DeepSpeed and transformers once.
 
-A process that imports them anew needs three to five seconds before it does anything, for every rank of every case. What
-is forked is otherwise the real thing: a process of its own, with its own environment, group, signals and exit code, that
-runs the real command. The launchers (deepspeed, torchrun, mpirun, srun) start processes in their own way; their tests
-use them.
+A process that imports them anew needs three to five seconds before it does anything, for every rank of every case.
+What is forked is otherwise the real thing: a process with its own environment, signals and exit code that runs the real
+command. The launchers (deepspeed, torchrun, mpirun, srun) start processes in their own way; their tests use them.
 """
 
 from __future__ import annotations
@@ -34,13 +33,19 @@ IMPORTED_ONCE = [
     "l2e_ds.training.task_evaluation",
 ]
 
+# Before anything reads it: what is cached of hubs is neither the user's nor left behind.
+HF_HOME = tempfile.TemporaryDirectory(prefix="l2e-ds-hf-home-")
+os.environ["HF_HOME"] = HF_HOME.name
+os.environ.pop("HF_HUB_CACHE", None)
+os.environ.pop("HF_DATASETS_CACHE", None)
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED_ONCE)
 
 
 def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
-    """For child processes: this repository importable, one thread a rank, no launcher's variables, and no device but the
-    one asked for."""
+    """For child processes: this repository importable, one thread a rank, no launcher's variables, and no device but
+    the one asked for."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     return {
         **{name: value for name, value in os.environ.items() if name not in launcher},

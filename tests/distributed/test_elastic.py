@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
+import shutil
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from l2e_ds.training.checkpoint import read_state
+from tests.distributed.test_equalities import ROUNDING, SELECTION
+from tests.distributed.training_case import TrainingCase
+from tests.processes import REPOSITORY
 
 # sizes that 4 ranks do not divide, so that ZeRO-3 pads; a decay that shows within a few steps wherever it is applied
 NETWORK = {"vocab_size": 65, "hidden_size": 30, "num_heads": 3, "num_layers": 3}
 STOP, LAST, DECAY = 6, 16, 5.0
-WORKERS = Path(__file__).parent / "workers"
 REVISION, COMMIT = "step3000", "0123456789abcdef0123456789abcdef01234567"
 
 # name of a run that stops after step STOP: ranks, DeepSpeed configuration, precision, the uninterrupted run
@@ -44,16 +49,19 @@ STRAIGHT = {
     "straight-pretrained": ("zero2", "fp32"),
 }
 # source, ranks and DeepSpeed configuration that go on from it
-PAIRS = [
-    ("one1", 2, "zero1"),
+SHORT_PAIRS = [
     ("one1", 2, "zero3"),
-    ("two0", 1, "zero3"),
     ("two1", 1, "zero2"),
+    ("two3", 1, "zero1"),
+]
+PAIRS = [
+    *SHORT_PAIRS,
+    ("one1", 2, "zero1"),
+    ("two0", 1, "zero3"),
     ("two1", 2, "zero2"),
     ("two1", 4, "groups"),
     ("two2", 1, "zero0"),
     ("two2", 2, "zero2_offload"),
-    ("two3", 1, "zero1"),
     ("two3-groups", 2, "zero2"),
     ("two3", 1, "zero3_offload"),
     ("two2-offload", 2, "zero3"),
@@ -66,12 +74,20 @@ PAIRS = [
     ("pretrained", 1, "zero3"),
 ]
 
-# Largest differences over the 10 steps after the resume, relative to the mean. Ranks and stages add up in another
-# order. Half precision shows it, as much as with another micro-batch in an uninterrupted run ("other-order").
+pairs = pytest.mark.parametrize(
+    ("source", "ranks", "zero"),
+    [pair if pair in SHORT_PAIRS else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS],
+)
+
+# Largest differences over the 10 steps after the resume, relative to the mean. Ranks and stages add up in another order:
+# for float32 the bounds of test_equalities.py hold, which trains as many steps on as many tokens. In half precision
+# every gradient is rounded after it was added up, to 8 and 11 bits: a rounding each way in the loss, and for what counts
+# single activations near tau twelve times as many (of 2 % selected, one in twenty). Another micro-batch shows as much in
+# an uninterrupted run ("other-order").
 TOLERANCE = {
-    "fp32": {"lm_loss": 1e-6, "rest": 1e-6},
-    "bf16": {"lm_loss": 5e-4, "rest": 5e-2},
-    "fp16": {"lm_loss": 1e-4, "rest": 5e-2},
+    "fp32": {"lm_loss": ROUNDING, "rest": SELECTION},
+    "bf16": {"lm_loss": 2**-9, "rest": 12 * 2**-8},
+    "fp16": {"lm_loss": 2**-12, "rest": 12 * 2**-8},
 }
 COMPARED = ("lm_loss", "observed_share", "gradient_norm", "layer0/tau", "layer1/tau", "layer1/mean_s")
 EXACT = ("step", "applied_steps", "tokens", "learning_rate", "loss_scale", "skipped_steps", "coefficient")
@@ -81,33 +97,30 @@ def label(source: str, ranks: int, zero: str) -> str:
     return f"{source}-to-{ranks}-{zero}"
 
 
-def case(zero: str, precision: str, origin: str = "", steps: int = LAST, **options) -> dict:
-    """zero: a file of ds_configs, or of the tests' own: "groups" is ZeRO-3 in many small groups, with an optimizer that
-    DeepSpeed builds."""
-    file = f"{zero}_deepspeed.json"
-    zero = f"tests/distributed/workers/{file}" if (WORKERS / file).exists() else f"ds_configs/{zero}.json"
-    if precision == "fp16" and "copies" not in options:
-        options["nan"] = [1, [2, 3]]  # the loss scale is halved, two steps are not applied
-    pretrained = {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION}
-    return {
-        **({"weights": [0.2, 0.7, 0.1]} if "mixture" in origin else {}),
-        **({"streamed": "stream"} if "stream" in origin else {}),
-        "model": pretrained if "pretrained" in origin else NETWORK,
+def case(file: str, precision: str, origin: str = "", steps: int = LAST, **changes) -> TrainingCase:
+    """file: of ds_configs, or of the tests' own: "groups" is ZeRO-3 in many small groups, with an optimizer that
+    DeepSpeed builds. origin: the run in SOURCES or STRAIGHT, whose name says what it trains on."""
+    own = f"tests/distributed/workers/{file}_deepspeed.json"
+    if precision == "fp16" and "copy_of" not in changes:
+        changes["non_finite_loss"] = (1, [2, 3])  # the loss scale is halved, two steps are not applied
+    sections = {
+        "model": {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION} if "pretrained" in origin else NETWORK,
         "optimizer": {"weight_decay": DECAY},
         "training": {"steps": steps, "precision": precision, "evaluate_every": 8},
         "inhibition": {"layers": [0, 1]},
-        "deepspeed": {"config": zero},
-        "options": options,
+        "deepspeed": {"config": own if (REPOSITORY / own).exists() else f"ds_configs/{file}.json"},
     }
+    mixture = (0.2, 0.7, 0.1) if "mixture" in origin else None
+    stream = "read while training" if "stream" in origin else None
+    return TrainingCase(sections, mixture=mixture, stream=stream, **changes)
 
 
 @pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """A hub cache as downloads would leave it, with tiny weights; the launches find it through HF_HOME."""
+def hub() -> Iterator[Path]:
+    """A hub cache as downloads would leave it, with tiny weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-    home = tmp_path_factory.mktemp("hub")
-    repository = home / "hub/models--EleutherAI--pythia-14m"
+    repository = Path(os.environ["HF_HOME"], "hub/models--EleutherAI--pythia-14m")
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / REVISION).write_text(COMMIT)
     network = GPTNeoXConfig(
@@ -121,59 +134,56 @@ def hub(tmp_path_factory):
     )
     torch.manual_seed(3)
     GPTNeoXForCausalLM(network).save_pretrained(repository / "snapshots" / COMMIT)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HOME", str(home))
-        patch.delenv("HF_HUB_CACHE", raising=False)
-        yield repository / "snapshots" / COMMIT
+    yield repository / "snapshots" / COMMIT
+    shutil.rmtree(repository)
 
 
 @pytest.fixture(scope="module")
-def runs(train_cases, hub) -> dict[str, Path]:
-    """Run directories by name; four launches. "chain...": stage 1 on 2 ranks, 2 on 1, 3 on 4, 1 on 2."""
+def runs(train_cases, hub, is_full) -> dict[str, Path]:
+    """Run directories by name; a few launches. "chain...": stage 1 on 2 ranks, 2 on 1, 3 on 4, 1 on 2."""
     found: dict[str, Path] = {}
+    going_on = PAIRS if is_full else SHORT_PAIRS
+    sources = {source: SOURCES[source] for source, _, _ in going_on}
 
-    def launch(ranks: int, cases: dict) -> None:
-        for name, (own, zero, precision, _) in SOURCES.items():
+    def launch(ranks: int, cases: dict[str, TrainingCase]) -> None:
+        """These, and of the above what can be trained on so many ranks by now."""
+        for name, (own, zero, precision, _) in sources.items():
             if own == ranks and name not in found:
                 cases[name] = case(zero, precision, name, steps=STOP)
-        for source, own, zero in PAIRS:
+        for source, own, zero in going_on:
             if own == ranks and source in found:
-                copied = {"copies": str(found[source]), "held": True}
+                copied = {"copy_of": str(found[source]), "save_engine_state": True}
                 cases[label(source, own, zero)] = case(zero, SOURCES[source][2], source, **copied)
-        # ZeRO-3 last: DeepSpeed replaces torch's linear for the rest of the process
-        output = train_cases(
-            ranks,
-            dict(
-                sorted(
-                    cases.items(),
-                    key=lambda item: any(word in item[1]["deepspeed"]["config"] for word in ("zero3", "groups")),
-                )
-            ),
-        )
+        output = train_cases(ranks, cases)
         found.update({name: output / name for name in cases})
 
-    def link(previous: str, zero: str, steps: int) -> dict:
-        return case(zero, "fp32", steps=steps, copies=str(found[previous]), held=True)
+    def link(previous: str, zero: str, steps: int) -> TrainingCase:
+        return case(zero, "fp32", steps=steps, copy_of=str(found[previous]), save_engine_state=True)
 
-    def refused(previous: str, zero: str, precision: str) -> dict:
-        return case(zero, precision, copies=str(found[previous]), expect="CheckpointError")
+    def refused(previous: str, zero: str, precision: str) -> TrainingCase:
+        return case(zero, precision, copy_of=str(found[previous]), fails_with="CheckpointError")
 
-    straight = {name: case(zero, precision, name) for name, (zero, precision) in STRAIGHT.items()}
+    undisturbed = {name: case(zero, precision, name) for name, (zero, precision) in STRAIGHT.items()}
+    if not is_full:
+        launch(2, {name: undisturbed[name] for _, _, _, name in sources.values()})
+        launch(1, {})
+        launch(2, {})
+        return found
     other_order = case("zero1", "bf16")
-    other_order["training"]["micro_batch"] = 2  # the same ranks and stage, two micro-batches for one
+    other_order.sections["training"]["micro_batch"] = 2  # the same ranks and stage, two micro-batches for one
     first = {
         "other-order": other_order,
         "two0-bf16": case("zero0", "bf16", steps=STOP),
         "two2-robin": case("round_robin", "fp32", steps=STOP),
-        "from-hub": case("zero2", "fp32", "pretrained", steps=1, held=True),
+        "from-hub": case("zero2", "fp32", "pretrained", steps=1, save_engine_state=True),
     }
-    launch(2, straight | first)
+    launch(2, undisturbed | first)
     launch(
         1,
         {
             "chain2": link("two1", "zero2", 9),
-            "from-robin": case("zero1", "fp32", copies=str(found["two2-robin"])),
-            "zero0-bf16": case("zero0", "bf16", copies=str(found["two0-bf16"])),
+            "from-robin": case("zero1", "fp32", copy_of=str(found["two2-robin"])),
+            "zero0-bf16": case("zero0", "bf16", copy_of=str(found["two0-bf16"])),
             "from-0": refused("two0-bf16", "zero1", "bf16"),
             "to-0": refused("two1-bf16", "zero0", "bf16"),
             "sgd": refused("two2", "sgd", "fp32"),
@@ -181,8 +191,8 @@ def runs(train_cases, hub) -> dict[str, Path]:
         },
     )
     launch(4, {"chain3": link("chain2", "zero3", 12)})
-    other_decay = case("zero1", "fp32", steps=STOP + 1, copies=str(found["two1"]))
-    other_decay["optimizer"] = {"weight_decay": 1.0}
+    other_decay = case("zero1", "fp32", steps=STOP + 1, copy_of=str(found["two1"]))
+    other_decay.sections["optimizer"] = {"weight_decay": 1.0}
     launch(2, {"chain1": link("chain3", "zero1", LAST), "other-decay": other_decay})
     return found
 
@@ -216,7 +226,7 @@ def assert_close(found: dict[str, float], precision: str) -> None:
         assert found[key] <= TOLERANCE[precision]["lm_loss" if key.endswith("loss") else "rest"], found
 
 
-@pytest.mark.parametrize(("source", "ranks", "zero"), PAIRS)
+@pairs
 def test_goes_on_like_the_uninterrupted_run(runs, differences, source, ranks, zero):
     """Losses, tau, shares, gradient norms and rates of the 10 steps after the resume."""
     found = differences(runs[label(source, ranks, zero)], runs[SOURCES[source][3]])
@@ -224,29 +234,34 @@ def test_goes_on_like_the_uninterrupted_run(runs, differences, source, ranks, ze
     assert_close(found, SOURCES[source][2])
 
 
+@pytest.mark.full
 def test_sets_of_a_mixture_are_counted_on(runs, metric_lines):
     elastic, straight = (metric_lines(runs[name]) for name in ("two1-mixture-to-1-zero2", "straight-mixture"))
     for key in ("tokens/short", "tokens/long", "tokens/silent", "epochs/long"):
         assert [line[key] for line in elastic] == [line[key] for line in straight]
 
 
+@pytest.mark.full
 def test_from_stage_to_stage_and_back(runs, differences):
     """Stage 1 on 2 ranks, after step 6 stage 2 on 1, after 9 stage 3 on 4, after 12 stage 1 on 2."""
     assert_close(differences(runs["chain1"], runs["straight"]), "fp32")
 
 
+@pytest.mark.full
 def test_from_parameters_in_another_order(runs, differences):
     """With round_robin_gradients, where DeepSpeed notes the places of the usual order in its shards."""
     assert_close(differences(runs["from-robin"], runs["straight"]), "fp32")
 
 
+@pytest.mark.full
 def test_half_precision_differs_no_more_than_by_its_rounding(runs, differences):
     """What the tolerances allow in bf16 another micro-batch does too, without any resume."""
     found = differences(runs["other-order"], runs["straight1-bf16"])
     print({key: f"{value:.1e}" for key, value in found.items() if value})
-    assert 1e-5 < found["lm_loss"] <= TOLERANCE["bf16"]["lm_loss"]
+    assert 0 < found["lm_loss"] <= TOLERANCE["bf16"]["lm_loss"]
 
 
+@pytest.mark.full
 def test_zero_0_in_half_precision_changes_its_ranks(runs, differences):
     found = differences(runs["zero0-bf16"], runs["straight0-bf16"])
     print({key: f"{value:.1e}" for key, value in found.items() if value})
@@ -309,11 +324,11 @@ def written(runs, tmp_path_factory):
     return read
 
 
-@pytest.mark.parametrize(("source", "ranks", "zero"), PAIRS)
+@pairs
 def test_holds_what_was_written(runs, written, source, ranks, zero):
     """Before the first step: master weights, both moments and the step count to the bit, rounded weights, and weight
     decay on matrices only."""
-    held = load_file(runs[label(source, ranks, zero)] / "held.safetensors")
+    held = load_file(runs[label(source, ranks, zero)] / "engine_state.safetensors")
     skipped = 2 if SOURCES[source][2] == "fp16" else 0
     assert held.pop("steps").tolist() == [STOP - skipped]
     assert set(held.pop("weight_decay").tolist()) == {DECAY, 0.0}
@@ -328,6 +343,7 @@ def test_holds_what_was_written(runs, written, source, ranks, zero):
     assert any(bool(tensor.abs().max() > 0) for key, tensor in held.items() if key.endswith("exp_avg"))
 
 
+@pytest.mark.full
 def test_hyper_parameters_are_the_run_file_s(runs):
     """A weight decay changed in the run file holds; DeepSpeed, loading its own layout, would keep the old one."""
     checkpoint = runs["other-decay"] / f"checkpoints/step{STOP + 1:08d}"
@@ -336,12 +352,13 @@ def test_hyper_parameters_are_the_run_file_s(runs):
     assert [group["weight_decay"] for group in groups] == [1.0, 0.0]
 
 
+@pytest.mark.full
 def test_starts_from_a_revision_of_the_hub(runs, hub):
     """Before the first step the engine holds the weights that transformers loads from the cached revision."""
     from transformers import AutoModelForCausalLM
 
     assert read_state(runs["pretrained"] / f"checkpoints/step{STOP:08d}")["config"]["model"]["revision"] == REVISION
-    first = load_file(runs["from-hub"] / "held.safetensors")
+    first = load_file(runs["from-hub"] / "engine_state.safetensors")
     for name, parameter in AutoModelForCausalLM.from_pretrained(hub).named_parameters():
         assert torch.equal(first[f"{name}/weights"], parameter), name
 
@@ -349,6 +366,7 @@ def test_starts_from_a_revision_of_the_hub(runs, hub):
 # --- what is said ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "words"),
     [

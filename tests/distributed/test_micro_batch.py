@@ -8,8 +8,8 @@ import yaml
 from safetensors.torch import load_file
 
 from l2e_ds.evaluation.export import checkpoint_weights
-from tests.processes import REPOSITORY, free_port
 from tests.distributed.test_runs import timeless
+from tests.processes import REPOSITORY, free_port
 
 
 @pytest.fixture(scope="module")

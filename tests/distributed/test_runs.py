@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,79 +14,92 @@ from l2e_ds.evaluation.export import checkpoint_weights, export
 from l2e_ds.evaluation.results import FILE, read_results
 from l2e_ds.training.checkpoint import CheckpointManager
 from l2e_ds.training.manifest import verify
+from tests.distributed.training_case import Interruption, TrainingCase, zero
 from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
+SHORT_STAGES = (1, 3)
+"""Gradients reduced into shards of the optimizer, and everything in shards."""
+
+
+def in_short(short: Sequence, every: Sequence) -> list:
+    """The parameters `every`, of which those that are not in `short` are left to the full tests."""
+    return [one if one in short else pytest.param(one, marks=pytest.mark.full) for one in every]
+
+
+stages = pytest.mark.parametrize("stage", in_short(SHORT_STAGES, STAGES))
 
 
 # evaluations are due at 0, 5 and 10, checkpoints at 8 and 10
 INTERRUPTIONS = [
-    [1, "SIGTERM", "evaluation", 0],
-    [1, "SIGUSR1", "step", 1],
-    [0, "stop", "step", 3],
-    [0, "SIGTERM", "evaluation", 5],
-    [1, "SIGUSR1", "step", 6],
-    [0, "SIGUSR1", "saving", 8],
+    Interruption(1, "SIGTERM", "evaluation", 0),
+    Interruption(1, "SIGUSR1", "step", 1),
+    Interruption(0, "stop file", "step", 3),
+    Interruption(0, "SIGTERM", "evaluation", 5),
+    Interruption(1, "SIGUSR1", "step", 6),
+    Interruption(0, "SIGUSR1", "saving", 8),
 ]
 
-
-def zero(stage: int, **sections) -> dict:
-    return {"deepspeed": {"config": f"ds_configs/zero{stage}.json"}, **sections}
-
-
 # tasks are due at 0, 4, 8 and 10
-TASK_INTERRUPTIONS = [[1, "SIGTERM", "tasks", 4], [0, "SIGUSR1", "tasks", 8]]
+TASK_INTERRUPTIONS = [Interruption(1, "SIGTERM", "tasks", 4), Interruption(0, "SIGUSR1", "tasks", 8)]
 
 
-def cases(tasks: str) -> dict:
+def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
     found = {}
     evaluation = {"every": 4, "tasks": TASKS, "num_fewshot": [0, 2], "include_path": [tasks], "batch_size": 3}
-    for stage in STAGES:
+    for stage in STAGES if is_full else SHORT_STAGES:
         five = {"training": {"steps": 5}}
-        found[f"none{stage}"] = zero(stage, inhibition={"method": "none"}, **five)
-        found[f"zero-coefficient{stage}"] = zero(stage, inhibition={"coefficient": 0}, **five)
-        found[f"nan{stage}"] = zero(stage, options={"nan": [1, [3, 4]]})
-        found[f"straight{stage}"] = zero(stage, options={"logits": True})
-        found[f"resumed{stage}"] = zero(stage, options={"stop_after": 4})
-        found[f"tasks{stage}"] = zero(stage, evaluation=evaluation)
-        found[f"interrupted{stage}"] = zero(stage, checkpoint={"every": 8}, options={"interrupt": INTERRUPTIONS})
-    failing = evaluation | {"tasks": ["too_long"], "num_fewshot": 0}
-    found["tasks-fail-at-once"] = zero(1, evaluation=failing, options={"expect": "DataError"})
-    before = {"evaluation": {"every": 0}}
-    found["tasks-fail-later"] = zero(1, evaluation=failing, options={"stop_after": 4, "before": before})
-    interruptions = {"interrupt": TASK_INTERRUPTIONS}
-    found["interrupted-tasks"] = zero(3, evaluation=evaluation, checkpoint={"every": 8}, options=interruptions)
+        found[f"none{stage}"] = TrainingCase(zero(stage, inhibition={"method": "none"}, **five))
+        found[f"zero-coefficient{stage}"] = TrainingCase(zero(stage, inhibition={"coefficient": 0}, **five))
+        found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
+        found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
+        found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation))
+        every_8 = zero(stage, checkpoint={"every": 8})
+        found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
+    for precision in ("bf16", "fp16") if is_full else ("fp16",):
+        training = {"precision": precision}
+        found[f"straight-{precision}"] = TrainingCase(zero(1, training=training), save_logits=True)
+        found[f"resumed-{precision}"] = TrainingCase(zero(1, training=training), stop_after=4)
+        found[f"nan-{precision}"] = TrainingCase(zero(2, training=training), non_finite_loss=(1, [3, 4]))
+    found["straight-stream"] = TrainingCase({"checkpoint": {"every": 3}}, stream="read while training")
+    found["resumed-stream"] = TrainingCase(stream="read while training", stop_after=4)
+    found["twin-of-stream"] = TrainingCase(stream="stored beforehand")
+    found["nan1"] = TrainingCase(non_finite_loss=(1, [3, 4]))
+    found["hopeless"] = TrainingCase(
+        {"training": {"max_skipped_steps": 3}}, non_finite_loss=(0, list(range(10))), fails_with="TrainingError"
+    )
+    for name, training in (("other-batch", {"global_batch": 4}), ("never", {"resume": "never"})):
+        found[name] = TrainingCase({"training": training}, in_directory_of="straight1", fails_with="CheckpointError")
+    found["monitored"] = TrainingCase({"logging": {"csv": True, "tensorboard": True}})
+    return found | (more_cases(evaluation) if is_full else {})
+
+
+def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
+    found = {}
+    for stage in (0, 2, 3):
+        found[f"nan{stage}"] = TrainingCase(zero(stage), non_finite_loss=(1, [3, 4]))
     for precision in ("bf16", "fp16"):
         training = {"precision": precision}
-        found[f"straight-{precision}"] = zero(1, training=training, options={"logits": True})
-        found[f"resumed-{precision}"] = zero(1, training=training, options={"stop_after": 4})
-        found[f"straight3-{precision}"] = zero(3, training=training, options={"logits": True})
-        found[f"nan-{precision}"] = zero(2, training=training, options={"nan": [1, [3, 4]]})
-        found[f"nan1-{precision}"] = zero(1, training=training, options={"nan": [1, [3, 4]]})
-    mixed = {"weights": [3, 2, 1]}
-    found["straight-mixture"] = zero(1, **mixed)
-    found["resumed-mixture"] = zero(1, **mixed, options={"stop_after": 4})
-    found["other-weights"] = zero(
-        1, weights=[3, 2, 2], options={"continues": "straight-mixture", "expect": "CheckpointError"}
+        found[f"straight3-{precision}"] = TrainingCase(zero(3, training=training), save_logits=True)
+        found[f"nan1-{precision}"] = TrainingCase(zero(1, training=training), non_finite_loss=(1, [3, 4]))
+    failing = zero(1, evaluation=evaluation | {"tasks": ["too_long"], "num_fewshot": 0})
+    found["tasks-fail-at-once"] = TrainingCase(failing, fails_with="DataError")
+    before = {"evaluation": {"every": 0}}
+    found["tasks-fail-later"] = TrainingCase(failing, stop_after=4, before_stopping=before)
+    on_tasks = zero(3, evaluation=evaluation, checkpoint={"every": 8})
+    found["interrupted-tasks"] = TrainingCase(on_tasks, interruptions=TASK_INTERRUPTIONS)
+    found["straight-mixture"] = TrainingCase(mixture=(3, 2, 1))
+    found["resumed-mixture"] = TrainingCase(mixture=(3, 2, 1), stop_after=4)
+    found["other-weights"] = TrainingCase(
+        mixture=(3, 2, 2), in_directory_of="straight-mixture", fails_with="CheckpointError"
     )
-    found["straight-stream"] = zero(1, streamed="stream", checkpoint={"every": 3})
-    found["resumed-stream"] = zero(1, streamed="stream", options={"stop_after": 4})
-    found["twin-of-stream"] = zero(1, streamed="twin")
-    found["broken-data"] = zero(1, training={"evaluate_every": 0}, options={"broken": 4, "expect": "DataError"})
-    found["hopeless"] = zero(
-        1, training={"max_skipped_steps": 3}, options={"nan": [0, list(range(10))], "expect": "TrainingError"}
+    found["broken-data"] = TrainingCase(
+        {"training": {"evaluate_every": 0}}, token_outside_vocabulary_at=4, fails_with="DataError"
     )
-    found["other-batch"] = zero(
-        1, training={"global_batch": 4}, options={"continues": "straight1", "expect": "CheckpointError"}
-    )
-    found["never"] = zero(
-        1, training={"resume": "never"}, options={"continues": "straight1", "expect": "CheckpointError"}
-    )
-    found["pythia-checkpoints"] = zero(1, checkpoint={"early": True, "every": 5, "keep_last": 4})
-    found["monitored"] = zero(1, logging={"csv": True, "tensorboard": True})
-    found["warming-up"] = zero(1, inhibition={"coefficient": 0.1, "coefficient_warmup": 4}, logging={"every": 5})
-    # ZeRO-3 last: it replaces torch's linear for the rest of the process (see the export test)
-    return dict(sorted(found.items(), key=lambda item: item[1]["deepspeed"]["config"]))
+    found["pythia-checkpoints"] = TrainingCase({"checkpoint": {"early": True, "every": 5, "keep_last": 4}})
+    warming_up = {"coefficient": 0.1, "coefficient_warmup": 4}
+    found["warming-up"] = TrainingCase({"inhibition": warming_up, "logging": {"every": 5}})
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +110,8 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(train_cases, tasks):
-    return train_cases(2, cases(str(tasks)))
+def runs(train_cases, tasks, is_full):
+    return train_cases(2, cases(str(tasks), is_full))
 
 
 def timeless(lines: list[dict]) -> list[dict]:
@@ -105,7 +119,7 @@ def timeless(lines: list[dict]) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in clock} for line in lines]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@stages
 def test_coefficient_zero_is_the_baseline_to_the_bit(runs, metric_lines, stage):
     """Hooks on with coefficient 0, hooks off: the same losses, gradients and held-out losses over 5 steps."""
     plain, hooked = (metric_lines(runs / f"{name}{stage}") for name in ("none", "zero-coefficient"))
@@ -118,7 +132,7 @@ def test_coefficient_zero_is_the_baseline_to_the_bit(runs, metric_lines, stage):
     assert plain == hooked
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@stages
 def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     """Asked to stop again and again, in training, evaluation and saving, by either rank: all ranks save and stop at the
     same step, and in the end every number is that of the run itself."""
@@ -140,7 +154,7 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     _same_checkpoint(straight, interrupted)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@stages
 def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
     """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit."""
     plain, evaluated = runs / f"straight{stage}", runs / f"tasks{stage}"
@@ -150,6 +164,7 @@ def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
     _same_checkpoint(plain, evaluated)
 
 
+@pytest.mark.full
 def test_evaluation_on_tasks_can_be_interrupted(runs, metric_lines):
     """By either rank, at ZeRO-3, where all must go on together: saved, and the same figures in the end."""
     run = runs / "interrupted-tasks"
@@ -162,6 +177,7 @@ def test_evaluation_on_tasks_can_be_interrupted(runs, metric_lines):
     _same_checkpoint(runs / "straight3", run)
 
 
+@pytest.mark.full
 def test_tasks_that_fail_end_a_run_at_its_start_only(runs, metric_lines):
     """To generate more than fits the context: said on both ranks before the first step, and later a warning."""
     told = "tasks: rank 0: AssertionError: Invalid configuration: requested max tokens to generate (9999)"
@@ -174,7 +190,7 @@ def test_tasks_that_fail_end_a_run_at_its_start_only(runs, metric_lines):
     _same_checkpoint(runs / "straight1", later)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", in_short([1], [0, 1, 2]))
 def test_figures_on_two_ranks_are_those_of_evaluate_on_one(runs, tasks, tmp_path, stage):
     """Of the last step, as it was trained by two ranks, and of its checkpoint, as one process reads it."""
     run = runs / f"tasks{stage}"
@@ -192,7 +208,9 @@ def test_figures_on_two_ranks_are_those_of_evaluate_on_one(runs, tasks, tmp_path
     assert [line["tasks"] for line in written] == [line["tasks"] for line in trained]
 
 
-@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream"])
+@pytest.mark.parametrize(
+    "name", in_short(["1", "3", "-fp16", "-stream"], [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream"])
+)
 def test_resumed_is_bit_identical(runs, metric_lines, name):
     """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""
     straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
@@ -222,7 +240,7 @@ def _same_checkpoint(straight, resumed):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", [*map(str, STAGES), "-bf16", "-fp16", "1-bf16", "1-fp16"])
+@pytest.mark.parametrize("name", in_short(["1", "-fp16"], [*map(str, STAGES), "-bf16", "-fp16", "1-bf16", "1-fp16"]))
 def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     """Rank 1's loss is not a number in two steps: no rank moves weights, schedule, moments or tau."""
     lines = metric_lines(runs / f"nan{name}")
@@ -245,6 +263,7 @@ def test_too_many_skipped_steps_end_the_run_on_every_rank(runs):
         assert "training.max_skipped_steps" in message
 
 
+@pytest.mark.full
 def test_data_that_cannot_be_read_ends_the_run_at_its_step(runs, metric_lines):
     """Read two steps ahead in a thread, the error comes where the step needs it, as it was raised."""
     assert [line["step"] for line in metric_lines(runs / "broken-data")] == [1, 2, 3, 4]
@@ -259,6 +278,7 @@ def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
         assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
 
 
+@pytest.mark.full
 def test_other_weights_are_refused(runs):
     for rank in (0, 1):
         message = (runs / f"other-weights-rank{rank}.txt").read_text()
@@ -266,7 +286,9 @@ def test_other_weights_are_refused(runs):
         assert message.endswith("mixed 3/2/2")
 
 
-@pytest.mark.parametrize("name", ["0", "1", "2", "3", "-bf16", "-fp16", "3-bf16", "3-fp16"])
+@pytest.mark.parametrize(
+    "name", in_short(["1", "3", "-fp16"], [*map(str, STAGES), "-bf16", "-fp16", "3-bf16", "3-fp16"])
+)
 def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
     from transformers import AutoModelForCausalLM
 
@@ -287,7 +309,7 @@ def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
         assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("name", ["-bf16", "-fp16", "3-bf16"])
+@pytest.mark.parametrize("name", in_short(["-fp16"], ["-bf16", "-fp16", "3-bf16"]))
 def test_exported_master_weights_round_to_the_engine_s(runs, name):
     """`--precision fp32` writes the float32 master weights; rounded, they are what the engine computed with."""
     checkpoint = runs / f"straight{name}/checkpoints/step00000010"
@@ -298,6 +320,7 @@ def test_exported_master_weights_round_to_the_engine_s(runs, name):
     assert any(not torch.equal(master[key], half[key].float()) for key in half)
 
 
+@pytest.mark.full
 def test_checkpoints_at_pythias_steps(runs):
     kept = [path.name for path in CheckpointManager(runs / "pythia-checkpoints").complete()]
     assert kept == ["step00000004", "step00000005", "step00000008", "step00000010"]
@@ -313,6 +336,7 @@ def test_checkpoint_is_complete_and_ours_is_not_pickle(runs):
     assert sum(name.endswith("optim_states.pt") for name in names) == 2
 
 
+@pytest.mark.full
 def test_coefficient_warms_up(runs, metric_lines):
     """The coefficient of the newest step, and the mean of each step's coefficient times its loss."""
     lines = metric_lines(runs / "warming-up")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM, Llama
 
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import train_tokenizer
-from tests.processes import environment, free_port
+from tests.processes import finish
 
 FEATURES = ("animals", "metals", "numbers", "rivers")
 WORDS = {

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 
 from l2e_ds import cli
 from l2e_ds.benchmarks import overhead
-from tests.processes import free_port
+from tests.processes import finish
 
 TINY = ("--models", "pythia-14m", "model.num_layers=4", "model.hidden_size=32", "model.num_heads=2")
 TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2", "--rounds", "2", "--wide-tokens", "4")
 
 
-def test_two_ranks(tmp_path, launch):
+@pytest.mark.full
+def test_two_ranks(tmp_path):
     """Every variant is measured as often as the others, and the table says what the measurements do."""
     output = tmp_path / "out"
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_accelerators", "2", "--master_port", free_port(), "--module", "l2e_ds.cli"]
-    started = launch(*command, "bench", "overhead", *TINY, "--output", output)
-    assert started.end(200) == 0, started.said()[-4000:]
+    codes, said = finish("-m", "l2e_ds.cli", "bench", "overhead", *TINY, "--output", output, ranks=2)
+    assert codes == [0, 0], said[-4000:]
     record = json.loads((output / "overhead.json").read_text())
     assert record["ranks"] == 2 and record["date"] and {"torch", "deepspeed"} <= record["versions"].keys()
     found = record["models"]["pythia-14m"]
@@ -36,7 +33,7 @@ def test_two_ranks(tmp_path, launch):
         assert all(len(values) == 10 for part in ("passes", "steps") for values in operation[part].values())
     assert record["wide"]["neurons"] == 10_240 and len(record["wide"]["top_k"]) == 10
     table = (output / "overhead.md").read_text()
-    assert table in started.said() and str(tmp_path) not in table
+    assert table in said and str(tmp_path) not in table
     passes, none = found["operation"]["passes"]["MEmeL"], found["operation"]["passes"]["none"]
     added = statistics.median(one - other for one, other in zip(passes, none, strict=True))
     once = statistics.median(found["operation"]["steps"]["MEmeL"])

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
-from pathlib import Path
 
 import pytest
 
 from l2e_ds import cli
 from l2e_ds.benchmarks import memory, overhead
 from l2e_ds.inhibition.hook import NeuronHook
-from tests.processes import free_port
+from tests.processes import finish
 
 SCALING = ("--neurons", "8", "--tokens", "4", "--layers", "1", "2", "--rounds", "2", "--models", "pythia-14m")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ranks", ["own", "launched"])
-def test_scaling(tmp_path, launch, ranks):
+def test_scaling(tmp_path, ranks):
     """All shapes and ranks; bytes are those of the packed buffer; the table says what the measurements do."""
-    command = [sys.executable, "-m", "l2e_ds.cli"]
-    if ranks == "launched":
-        command = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
-        command += ["--master_port", free_port(), "--module", "l2e_ds.cli"]
-    started = launch(*command, "bench", "scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out")
-    assert started.end(120) == 0, started.said()[-4000:]
+    count = {"own": 1, "launched": 2}[ranks]
+    words = ["bench", "scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out"]
+    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=count)
+    assert codes == [0] * count, said[-4000:]
     record = json.loads((tmp_path / "out/scaling.json").read_text())
     assert record["date"] and record["machine"] and "torch" in record["versions"]
     assert record["neurons"][0]["neurons"] == 8 and record["tokens"][0]["tokens"] == 4
@@ -36,7 +33,7 @@ def test_scaling(tmp_path, launch, ranks):
     assert size["packed"] == 2 * 8 * NeuronHook.buffer_size(512) and size["gradients"] == 4 * 14_067_712
     assert list(record["all_reduce"]) == ["2"]
     table = (tmp_path / "out/scaling.md").read_text()
-    assert table in started.said() and str(tmp_path) not in table
+    assert table in said and str(tmp_path) not in table
     times = record["all_reduce"]["2"][0]
     assert all(len(times[name]) == 2 and min(times[name]) > 0 for name in ("packed", "gradients"))
     ratio = 100 * statistics.median(times["packed"]) / statistics.median(times["gradients"])
@@ -44,6 +41,7 @@ def test_scaling(tmp_path, launch, ranks):
     assert row.endswith(f"| {ratio:.1f} |")
 
 
+@pytest.mark.full
 def test_memory(tmp_path, capsys):
     """L2E keeps nothing that grows with tokens, MEmeL the selection: a byte for each activation of two layers."""
     words = [

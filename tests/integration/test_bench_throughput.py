@@ -8,7 +8,6 @@ import re
 import socket
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,22 +15,18 @@ from l2e_ds import cli
 from l2e_ds.benchmarks import throughput
 from l2e_ds.benchmarks.contenders import CONTENDERS, OURS, PLAIN
 from l2e_ds.errors import L2EError
+from tests.processes import finish
 
 TINY = ("--models", "pythia-14m", "model.num_layers=2", "model.hidden_size=32", "model.num_heads=2")
 TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2")
 
 
-@pytest.mark.timeout(300)
-def test_two_ranks_train_alike_and_are_compared(tmp_path, launch):
+@pytest.mark.full
+def test_two_ranks_train_alike_and_are_compared(tmp_path):
     output = tmp_path / "out"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = Path(sys.executable).parent / "deepspeed"
-    command = [launcher, "--num_accelerators", "2", "--master_port", port, "--module", "l2e_ds.cli"]
-    command += ["bench", "throughput", *TINY, "--accumulation", "2", "--steps", "2", "--rounds", "1"]
-    started = launch(*command, "--output", output)
-    assert started.end(280) == 0, started.said()[-4000:]
+    words = ["bench", "throughput", *TINY, "--accumulation", "2", "--steps", "2", "--rounds", "1", "--output", output]
+    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=2)
+    assert codes == [0, 0], said[-4000:]
 
     record = json.loads((output / "throughput.json").read_text())
     assert record["ranks"] == 2 and {"torch", "deepspeed", "transformers", "accelerate"} <= record["versions"].keys()
@@ -64,7 +59,7 @@ def test_two_ranks_train_alike_and_are_compared(tmp_path, launch):
             assert values == pytest.approx([their["seconds"] / our["seconds"] for our, their in pairs])
 
     table = (output / "throughput.md").read_text()
-    assert table in started.said()
+    assert table in said
     assert str(tmp_path) not in table and socket.gethostname() not in table.split()
     ratio = statistics.median(found["ratios"][OURS]["Hugging Face Trainer"])
     assert re.search(rf"^\| Hugging Face Trainer \|.*\| {ratio:.2f} \(", table, re.MULTILINE)
@@ -114,9 +109,10 @@ def test_a_contender_finds_its_place_not_its_parents_rendezvous(launcher, monkey
     assert int(found["OMP_NUM_THREADS"]) == max(1, len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.full
 def test_a_contender_that_fails_ends_all(tmp_path, launch):
-    """fp16 is not to be had on CPUs: found by the contenders, on their device."""
-    command = ["bench", "throughput", *TINY, "--precision", "fp16", "--method", "none"]
+    """Of a package that is missing, found by the contenders alone."""
+    command = ["bench", "throughput", *TINY, "model.attention=flash_attention_2", "--method", "none"]
     started = launch(sys.executable, "-m", "l2e_ds.cli", *command)
     assert started.end() == 2
     (line,) = started.said().splitlines()

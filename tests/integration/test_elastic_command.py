@@ -1,30 +1,15 @@
 """The command itself, in a fresh process each time: ZeRO-3 alone, then the same run file on two ranks under ZeRO-1."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import finish
 
 
 def train(ranks: int, *arguments: object) -> str:
-    """What the run printed on stderr."""
-    scripts = str(Path(sys.executable).parent)
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-    }
-    # without a launcher, and under torchrun at a free port of its own choice
-    launcher = [sys.executable] if ranks == 1 else ["torchrun", "--standalone", f"--nproc-per-node={ranks}"]
-    command = [*launcher, "-m", "l2e_ds.train", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+    """What the run said."""
+    codes, said = finish("-m", "l2e_ds.train", *arguments, ranks=ranks)
+    assert codes == [0] * ranks, said[-6000:]
+    return said
 
 
 def test_other_ranks_and_stage_by_resume_alone(run_file, tmp_path, metric_lines):

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 from l2e_ds.cli import main
-
 from tests.integration.running import PATIENCE, lines, newest, saved
 from tests.processes import REPOSITORY, free_port
 

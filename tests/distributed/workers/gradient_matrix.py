@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.nn import functional
-from train_cases import LENGTH, data, make_trainer
 
 from l2e_ds import distributed
 from l2e_ds.config import ModelConfig
 from l2e_ds.models import build_network, network_config
 from l2e_ds.train import leave_process, quiet_libraries
 from l2e_ds.training.engine import loss_scale
+from tests.distributed.training_case import LENGTH, TrainingCase
+from tests.distributed.workers.train_cases import data, make_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COEFFICIENT, SHARE, WINDOW, SEED = 0.3, 0.02, 5, 1234
@@ -37,7 +38,7 @@ def combinations():
 
 def measured(stage, precision, micro_batch, checkpointing, loss, directory, device):
     """Of the second step: gradients by name (float64), hook calls, share and tau; the first fills the moments."""
-    case = {
+    sections = {
         "model": {"activation_checkpointing": checkpointing},
         "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
         "training": {"precision": precision, "micro_batch": micro_batch, "evaluate_every": 0, "seed": SEED},
@@ -45,8 +46,8 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
         "deepspeed": {"config": f"ds_configs/zero{stage}.json"},
     }
     if loss == "scale-invariant":
-        case["inhibition"]["reduce"] = "forward"
-    with make_trainer(case, directory, device) as trainer:
+        sections["inhibition"]["reduce"] = "forward"
+    with make_trainer(TrainingCase(sections), directory, device) as trainer:
         trainer.train_step()
         gradients, calls = {}, {}
         engine_step, inhibitor_step = trainer.engine.step, trainer.inhibitor.step

@@ -1,18 +1,5 @@
-"""Runs on every rank: the real Trainer on a tiny network and random tokens, for each case of OUTPUT/cases.json.
-
-Options of a case: "stop_after": k (train k steps, close, and go on in a second Trainer; "before": sections of the first
-one in place of the case's), "nan": [rank, steps]
-(that rank's loss is not a number in those steps), "logits": true (save the engine's logits at the end),
-"expect": name of the exception that training must raise, "continues": another case whose run directory to use,
-"interrupt": [[rank, signal or "stop", where, step], ...]: so many trainers before the last one, each of which is sent
-that signal (or finds the stop file) on that rank at that place of that step: "step", "evaluation", "tasks" or "saving".
-"broken": k (a token outside the vocabulary in every row of step k).
-"evaluation": a section of that name, with the tasks of tests/task_files.py in its include_path.
-"copies": the run directory to begin with a copy of, "held": true (save what the engine holds before it trains).
-A case's section "model" replaces the base's where it names a pretrained one. "weights": [...]
-instead of a section "data": three sets, mixed; the last holds nothing out. "streamed": such sets, of which the first
-is a stream of text ("stream"), or what that stream gives, stored ("twin").
-"""
+"""Trains every case of OUTPUT/cases.json (see tests/distributed/training_case.py) on each rank: the real Trainer on a
+tiny network and random tokens."""
 
 import json
 import os
@@ -20,6 +7,8 @@ import shutil
 import signal
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,22 +31,10 @@ from l2e_ds.training import preemption
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
-
-VOCABULARY, LENGTH = 64, 16
-
-BASE = {
-    "model": {"name": "pythia-14m", "vocab_size": VOCABULARY, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
-    "data": {"source": "stdlib", "train_tokenizer": 300, "sequence_length": LENGTH},
-    "optimizer": {"peak_learning_rate": 3e-3, "warmup": 0.2, "schedule_steps": 20},
-    "training": {"steps": 10, "global_batch": 8, "precision": "fp32", "evaluate_every": 5, "evaluation_sequences": 7},
-    "inhibition": {"coefficient": 1e-2, "statistics_window": 5},
-    "deepspeed": {"config": "ds_configs/zero1.json"},
-    "checkpoint": {"every": 0},
-    "logging": {"every": 1, "progress": False},
-}
+from tests.distributed.training_case import LENGTH, TINY_RUN, VOCABULARY, Interruption, TrainingCase
 
 
-def mixture(weights: list[float]) -> dict:
+def mixture(weights: Sequence[float]) -> dict:
     """A section `data` of several sets; sources and paths are for the run file's checks only."""
     names = ("short", "long", "silent")
     sets = [
@@ -124,53 +101,60 @@ def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedD
     return sets
 
 
-def make_trainer(case: dict, directory: Path, device: torch.device, steps: int | None = None) -> Trainer:
-    raw = {section: {**values, **case.get(section, {})} for section, values in BASE.items() if section != "data"}
-    raw["data"] = mixture(case["weights"]) if "weights" in case else BASE["data"]
-    if "streamed" in case:
+def make_trainer(
+    case: TrainingCase, directory: Path, device: torch.device, sections: dict | None = None, steps: int | None = None
+) -> Trainer:
+    """sections: in place of the case's of the same names; steps: instead of all that the case trains."""
+    given = case.sections | (sections or {})
+    raw = {section: {**values, **given.get(section, {})} for section, values in TINY_RUN.items()}
+    if case.mixture is not None:
+        raw["data"] = mixture(case.mixture)
+    if case.stream is not None:
         raw["data"] = streamed(directory.parent)
     if "pretrained" in raw["model"]:
-        raw["model"] = case["model"]
+        raw["model"] = given["model"]
     raw["training"]["run_directory"] = str(directory)
     raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // distributed.size())
     if steps is not None:
         raw["training"]["steps"] = steps
-    if "evaluation" in case:
-        raw["evaluation"] = case["evaluation"]
+    if "evaluation" in given:
+        raw["evaluation"] = given["evaluation"]
     config, ds, batch = resolve(run_config_from_dict(raw, "case"), distributed.size())
     directory.mkdir(parents=True, exist_ok=True)
     network = network_config(config.model, LENGTH)
     if distributed.is_main():
         network.save_pretrained(directory / "model")
-    sets, tasks = data(config.data, case.get("streamed") == "twin"), None
-    if case.get("evaluation", {}).get("every"):
-        words = load_tokenizer(str(Path(case["evaluation"]["include_path"][0]) / "words.json"))
+    sets, tasks = data(config.data, case.stream == "stored beforehand"), None
+    if config.evaluation.every:
+        words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
         tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
     return Trainer(config, ds, batch, network, sets, device, tasks)
 
 
-def poison(rank: int, steps: list[int], trainer: Trainer) -> None:
+def make_loss_non_finite(rank: int, steps: Sequence[int], trainer: Trainer) -> None:
     real = trainer.head.loss
 
-    def poisoned(engine, inputs, targets):
+    def loss(engine, inputs, targets):
         bad = distributed.rank() == rank and trainer.state.step in steps
         return real(engine, inputs, targets) * (float("nan") if bad else 1.0)
 
-    trainer.head.loss = poisoned
+    trainer.head.loss = loss
 
 
-def interrupted(case: dict, directory: Path, device: torch.device, rank: int, kind: str, where: str, step: int) -> None:
-    """A trainer that is asked to stop: by a real signal to this very process, or by the stop file."""
+def train_until_interrupted(
+    case: TrainingCase, directory: Path, device: torch.device, interruption: Interruption
+) -> None:
     preemption.listen()
     preemption.watch(directory, None)
+    rank, how, where, step = interruption
     with make_trainer(case, directory, device) as trainer:
 
         def ask() -> None:
             if distributed.rank() == rank and trainer.state.step == step:
-                if kind == "stop":
-                    (directory / "stop").touch()
+                if how == "stop file":
+                    (directory / preemption.STOP_FILE).touch()
                 else:
-                    os.kill(os.getpid(), signal.Signals[kind])
+                    os.kill(os.getpid(), signal.Signals[how])
 
         def before(owner: object, name: str) -> None:
             real = getattr(owner, name)
@@ -187,28 +171,29 @@ def interrupted(case: dict, directory: Path, device: torch.device, rank: int, ki
             before(trainer, "evaluate_on_tasks")
         elif where == "saving":
             before(trainer.checkpoints, "save")
-        else:
+        elif where == "evaluation":
             before(trainer.engine, "eval")
+        else:
+            raise ValueError(interruption)
         try:
             trainer.train()
         except Interrupted as stopped:
             (directory / f"interrupted-rank{distributed.rank()}.txt").open("a").write(f"{stopped}\n")
         else:
-            raise AssertionError(f"{kind} on rank {rank} at {where} of step {step} was not heard")
+            raise AssertionError(f"{interruption} was not heard")
     preemption.listen()
 
 
-def finish(trainer: Trainer, directory: Path, logits: bool) -> None:
-    if logits:
-        trainer.engine.eval()
-        inputs = torch.arange(2 * LENGTH, device=trainer.device).reshape(2, LENGTH) % VOCABULARY
-        with torch.no_grad():
-            output = trainer.engine(input_ids=inputs, use_cache=False).logits
-        if distributed.is_main():
-            save_file({"logits": output.contiguous()}, directory / "logits.safetensors")
+def save_logits(trainer: Trainer, file: Path) -> None:
+    trainer.engine.eval()
+    inputs = torch.arange(2 * LENGTH, device=trainer.device).reshape(2, LENGTH) % VOCABULARY
+    with torch.no_grad():
+        output = trainer.engine(input_ids=inputs, use_cache=False).logits
+    if distributed.is_main():
+        save_file({"logits": output.contiguous()}, file)
 
 
-def save_held(trainer: Trainer, file: Path) -> None:
+def save_engine_state(trainer: Trainer, file: Path) -> None:
     """Master weights, moments, step counts and low-precision weights, whole, by DeepSpeed's own functions."""
     import deepspeed
 
@@ -228,36 +213,36 @@ def save_held(trainer: Trainer, file: Path) -> None:
         save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}, file)
 
 
-def run_case(name: str, case: dict, output: Path, device: torch.device) -> None:
-    options = case.pop("options", {})
-    directory = output / options.get("continues", name)
+def train_case(name: str, case: TrainingCase, output: Path, device: torch.device) -> None:
+    directory = output / (case.in_directory_of or name)
     raised = None
-    if "copies" in options and distributed.is_main():
-        shutil.copytree(options["copies"], directory)
+    if case.copy_of is not None and distributed.is_main():
+        shutil.copytree(case.copy_of, directory)
     distributed.agree(None)  # the copy is there
     try:
-        if "stop_after" in options:
-            with make_trainer({**case, **options.get("before", {})}, directory, device, options["stop_after"]) as first:
+        if case.stop_after is not None:
+            with make_trainer(case, directory, device, case.before_stopping, case.stop_after) as first:
                 first.train()
-        for interruption in options.get("interrupt", []):
-            interrupted(case, directory, device, *interruption)
+        for interruption in case.interruptions:
+            train_until_interrupted(case, directory, device, interruption)
         with make_trainer(case, directory, device) as trainer:
-            if "nan" in options:
-                poison(*options["nan"], trainer)
-            if "broken" in options:
-                train = trainer.sequences.sets[0].train
-                train.tokens[trainer.sequences.rows(options["broken"])[2] * LENGTH + 3] = VOCABULARY
-            if options.get("held"):
-                save_held(trainer, directory / "held.safetensors")
+            if case.non_finite_loss is not None:
+                make_loss_non_finite(*case.non_finite_loss, trainer)
+            if case.token_outside_vocabulary_at is not None:
+                row = trainer.sequences.rows(case.token_outside_vocabulary_at)[2]
+                trainer.sequences.sets[0].train.tokens[row * LENGTH + 3] = VOCABULARY
+            if case.save_engine_state:
+                save_engine_state(trainer, directory / "engine_state.safetensors")
             trainer.train()
-            finish(trainer, directory, options.get("logits", False))
+            if case.save_logits:
+                save_logits(trainer, directory / "logits.safetensors")
     except Exception as error:
         raised = error
-        if type(error).__name__ != options.get("expect"):
+        if type(error).__name__ != case.fails_with:
             raise
     assert not any(thread.name == "loader" for thread in threading.enumerate())
-    if "expect" in options:
-        assert raised is not None, f"{name}: expected {options['expect']}"
+    if case.fails_with is not None:
+        assert raised is not None, f"{name}: expected {case.fails_with}"
         (output / f"{name}-rank{distributed.rank()}.txt").write_text(str(raised))
 
 
@@ -265,14 +250,15 @@ def main() -> None:
     quiet_libraries()
     from deepspeed.accelerator import get_accelerator
 
-    type(get_accelerator()).is_fp16_supported = lambda self: (
-        True
-    )  # torch computes fp16 on CPUs; DeepSpeed only doubts it
+    # torch computes fp16 on CPUs; DeepSpeed only doubts it
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     output = Path(sys.argv[1])
-    launch = distributed.find_launch()
-    device = distributed.join(launch, timeout_minutes=5)
-    for name, case in json.loads((output / "cases.json").read_text()).items():
-        run_case(name, case, output, device)
+    device = distributed.join(distributed.find_launch(), timeout_minutes=5)
+    for name, fields in json.loads((output / "cases.json").read_text()).items():
+        begin = time.perf_counter()
+        train_case(name, TrainingCase(**fields), output, device)
+        if distributed.is_main():
+            print(f"{time.perf_counter() - begin:6.2f} s  {name}", flush=True)
     distributed.leave()
 
 
