@@ -13,7 +13,7 @@ install_l2e_ds() {
         { echo "l2e-ds needs a C++ compiler (DeepSpeed builds a small operation): install g++." >&2; return 2; }
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || return 2
     # what is installed already is known by the checksum of everything that decides it
-    stamp=$(cat "${requirements[@]}" "$REPOSITORY/setup.py" | sha256sum | cut -c1-16)
+    stamp=$(stamp_of "${requirements[@]}")
     if [ ! -f "$VENV/.l2e-ds-$stamp" ]; then
         echo "installing into $VENV (a few minutes; log: $VENV/install.log)"
         log=$VENV/install.log
@@ -24,9 +24,14 @@ install_l2e_ds() {
                 "$VENV/bin/pip" install --disable-pip-version-check "${requirements[@]/#/-r}" &&
                 "$VENV/bin/pip" install --disable-pip-version-check --no-deps --no-build-isolation -e "$REPOSITORY"
         } >"$log" 2>&1 || { tail -n 20 "$log" >&2; echo "installation failed; see $log" >&2; return 1; }
-        touch "$VENV/.l2e-ds-$stamp"
+        # with the extra file everything else is there, too
+        touch "$VENV/.l2e-ds-$stamp" "$VENV/.l2e-ds-$(stamp_of "${requirements[0]}")"
     fi
     export PATH="$VENV/bin:$PATH"
+}
+
+stamp_of() {
+    cat "$@" "$REPOSITORY/setup.py" | sha256sum | cut -c1-16
 }
 
 # usage: need_l2e_ds MODULE ...   ->  2 and a line on stderr where this shell's python lacks the package or a module

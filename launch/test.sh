@@ -1,20 +1,32 @@
 #!/usr/bin/env bash
-# Installs what the tests need (pinned) and runs them all: lint, types, unit, two and more real ranks, the quick start.
-# usage: launch/test.sh [pytest arguments]     e.g. launch/test.sh tests/unit -k threshold
-# REPORTS: a folder for JUnit files
+# Installs what the tests need (pinned), then checks the code and runs the tests.
+#
+# usage: launch/test.sh             lint, types, unit tests, and each promise of the README once on real ranks
+#        launch/test.sh --full      all tests, as CI does
+#        launch/test.sh WORDS ...   pytest WORDS, without lint and types    e.g. launch/test.sh tests/unit -k threshold
+#
+# REPORT: a JUnit file to write; WORKERS: tests at a time
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/install.sh
 install_l2e_ds launch/requirements-test.txt
 
+export OMP_NUM_THREADS=1 # tests run beside each other, a process a rank
+CHOSEN=(-m "not full")
+if [[ ${1-} == --full ]]; then
+    CHOSEN=(-m "")
+    shift
+elif (($#)); then
+    exec python -m pytest "$@"
+fi
+if (($#)); then
+    echo "usage: launch/test.sh [--full | pytest arguments]" >&2
+    exit 2
+fi
+
 ruff check .
 ruff format --check .
 mypy
-(($# == 0)) || exec python -m pytest "$@"
-
-# unit tests are one process each: as many at a time as there are cores; the others start ranks of their own
-REPORTS=${REPORTS:-$(mktemp -d)}
-code=0
-OMP_NUM_THREADS=1 python -m pytest tests/unit -n auto --dist loadfile --junitxml="$REPORTS/unit.xml" || code=$?
-python -m pytest --ignore=tests/unit --junitxml="$REPORTS/rest.xml" || code=$?
-exit "$code"
+# one more than there are cores: some tests wait for schedulers and timeouts
+python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder \
+    --durations=20 ${REPORT:+--junitxml="$REPORT"}

@@ -15,6 +15,15 @@ from tests.distributed.training_case import TrainingCase, is_zero3
 from tests.processes import REPOSITORY, begin_ranks, environment
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of few long tests first: beside each other, so that none of them is left over at the end."""
+
+    def last(item: pytest.Item) -> bool:
+        return "unit" in item.path.relative_to(REPOSITORY / "tests").parts
+
+    items.sort(key=last)
+
+
 @pytest.fixture(autouse=True)
 def environment_stays() -> Iterator[None]:
     """Commands that join ranks within the test's process leave a launcher's variables behind."""
@@ -32,6 +41,14 @@ def without_hub(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def no_fp16(monkeypatch) -> None:
+    """The device answers that it does not compute fp16, as most CPUs do: some do."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: False)
 
 
 @pytest.fixture(scope="session")

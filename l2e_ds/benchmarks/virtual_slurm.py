@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -93,7 +92,6 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
         yield environment
     finally:
         _stop(folder)
-        time.sleep(1)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -153,18 +151,18 @@ def daemon_logs(environment: dict[str, str]) -> str:
 
 
 def _stop(folder: Path) -> None:
-    """The daemons, and what they leave running: slurmstepd and jobs that were not waited for."""
+    """The daemons, and what they leave running: slurmstepd, jobs that were not waited for, slurmctld's own helper."""
+    daemons = []
     for file in folder.glob("*.pid"):
-        try:
-            os.kill(int(file.read_text()), signal.SIGTERM)
-        except (ValueError, ProcessLookupError):
-            continue
+        with contextlib.suppress(ValueError, psutil.Error):
+            daemons.append(psutil.Process(int(file.read_text())))
+            daemons[-1].terminate()
+    psutil.wait_procs(daemons, timeout=20)
     configuration = f"SLURM_CONF={folder}/slurm.conf".encode()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             # not process.environ(): slurmstepd overwrites the first part, and psutil reads no further than that
-            variables = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-            if configuration in variables and process.name() not in ("slurmctld", "slurmd"):
+            if configuration in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 process.kill()
 
 

@@ -172,7 +172,7 @@ class NeuronHook:
         """
         if not self.owner.in_backward:
             self.in_kernel = self.is_gelu = False
-            if self.site.function == "gelu" and self.owner.steps and self.owner.coefficient > 0:
+            if self.site.function == "gelu" and self.owner.is_inhibiting:
                 self._check(x)
                 self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
                 self.in_kernel = self._has_kernel(x) and self._is_fused(x)
@@ -262,7 +262,7 @@ class NeuronHook:
         """
         header, d, d2, selected_per_neuron = self._parts()
         shift = self.frozen.mean
-        sums = shifted_sums if self.owner.steps else exact_sums  # without history the mean may be far away
+        sums = shifted_sums if self.owner.has_history else exact_sums  # without history the mean may be far away
         sum_d, sum_d2 = sums(z, shift, self.weight)
         tokens = sample_count(z, self.weight)
         self.frozen_now = self.for_loss = self.frozen
@@ -285,7 +285,7 @@ class NeuronHook:
         from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
         self.frozen_now = self.for_loss = self.frozen
-        sums = fused.column_sums if self.owner.steps else fused.exact_column_sums
+        sums = fused.column_sums if self.owner.has_history else fused.exact_column_sums
         self._count(sums(z, self.frozen), z.shape[0])
 
     @torch.no_grad()
@@ -455,6 +455,12 @@ class Inhibitor:
         self._packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self.hooks = [NeuronHook(self, site, sums) for site, sums in zip(sites, self._packed.split(sizes), strict=True)]
         self._undo: list[Any] = []
+        self._decide_on_coming_step()
+
+    def _decide_on_coming_step(self) -> None:
+        # flags, because a compiled layer is compiled anew for every value of a number that it looks at
+        self.has_history = self.steps > 0
+        self.is_inhibiting = self.has_history and self.coefficient > 0
 
     @property
     def coefficient(self) -> float:
@@ -576,6 +582,7 @@ class Inhibitor:
             if self.self_test_pending:
                 self._check_gradients()
             self.steps += 1
+            self._decide_on_coming_step()
         self._packed.zero_()
         self._micro_batches = 0
         self.in_backward = False
@@ -654,6 +661,7 @@ class Inhibitor:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
             raise ValueError(f"inhibition state does not fit this model's hooked layers: {', '.join(different[:4])}")
         self.steps = int(state["steps"])
+        self._decide_on_coming_step()
         for hook in self.hooks:
             prefix, device = f"layers.{hook.site.layer}.", self._packed.device
             part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}

@@ -79,11 +79,11 @@ pairs = pytest.mark.parametrize(
     [pair if pair in SHORT_PAIRS else pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS],
 )
 
-# Largest differences over the 10 steps after the resume, relative to the mean. Ranks and stages add up in another order:
-# for float32 the bounds of test_equalities.py hold, which trains as many steps on as many tokens. In half precision
-# every gradient is rounded after it was added up, to 8 and 11 bits: a rounding each way in the loss, and for what counts
-# single activations near tau twelve times as many (of 2 % selected, one in twenty). Another micro-batch shows as much in
-# an uninterrupted run ("other-order").
+# Largest differences over the 10 steps after the resume, relative to the mean. Ranks and stages add up in another
+# order: for float32 the bounds of test_equalities.py hold, which trains as many steps on as many tokens. In half
+# precision every gradient is rounded after it was added up, to 8 and 11 bits: a rounding each way in the loss, and for
+# what counts single activations near tau twelve times as many (of 2 % selected, one in twenty). Another micro-batch
+# shows as much in an uninterrupted run ("other-order").
 TOLERANCE = {
     "fp32": {"lm_loss": ROUNDING, "rest": SELECTION},
     "bf16": {"lm_loss": 2**-9, "rest": 12 * 2**-8},

@@ -53,10 +53,10 @@ full = pytest.mark.full
 
 # Steps of a run; layers, tokens of a step and neurons of a layer; the target share of selected activations.
 STEPS, LAYERS, TOKENS, NEURONS, SHARE = 10, 4, 8 * 16, 128, 0.02
-# Two set-ups add the same float32 numbers in another order, or by other instructions. Each such sum of n terms is then off
-# by about sqrt(n) roundings of 2^-24; the longest have one term a token or a neuron. In a step they follow upon each
-# other in each layer, forward (attention twice, MLP twice) and backward (twice as many), and the weights carry a step's
-# error to the next. Independent errors add up like their square root; four standard deviations are allowed.
+# Two set-ups add the same float32 numbers in another order, or by other instructions. Each such sum of n terms is then
+# off by about sqrt(n) roundings of 2^-24; the longest have one term a token or a neuron. In a step they follow upon
+# each other in each layer, forward (attention twice, MLP twice) and backward (twice as many), and the weights carry a
+# step's error to the next. Independent errors add up like their square root; four standard deviations are allowed.
 ROUNDING = 4 * math.sqrt(STEPS * LAYERS * 12 * TOKENS) * 2.0**-24
 # Rounding may also put an activation on the other side of tau: one of the TOKENS * NEURONS * SHARE selected of a layer.
 # Two of them may, in one layer, in a run. What counts or averages the selected changes by as much, and so does the

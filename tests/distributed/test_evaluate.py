@@ -30,7 +30,7 @@ def test_three_ranks_give_the_figures_of_one(folder, run_ranks):
     common = ["--include-path", str(folder / "tasks"), "--batch-size", "3", "--output", str(folder / "three.jsonl")]
     command = ["evaluate", str(folder / "model"), "--tasks", *TASKS, "--num-fewshot", "0", "2", *common]
     (folder / "command.json").write_text(json.dumps(command))
-    run_ranks(3, WORKER, "good", folder, timeout=120)
+    run_ranks(3, WORKER, "good", folder, timeout=600)
     lines = [json.loads(line) for line in (folder / "three.jsonl").read_text().splitlines()]
     assert [line["ranks"] for line in lines] == [3, 3]
     model = GPTNeoXForCausalLM.from_pretrained(folder / "model")
@@ -55,7 +55,7 @@ def test_a_failure_on_any_rank_ends_all(folder, run_ranks):
     (folder / "tasks/broken.jsonl").write_text((folder / "tasks/goes_on.jsonl").read_text() + last + "\n")
     cases = {"too-long": ["model", "too_long"], "small": ["small", "choices"], "broken": ["model", "broken"]}
     (folder / "cases.json").write_text(json.dumps(cases))
-    run_ranks(2, WORKER, "bad", folder, timeout=120)
+    run_ranks(2, WORKER, "bad", folder, timeout=600)
     said = {name: [(folder / f"{name}-rank{rank}.txt").read_text() for rank in (0, 1)] for name in cases}
     assert all(first == second for first, second in said.values())
     assert said["too-long"][0].startswith("True tasks: rank 0: AssertionError: Invalid configuration: requested max")

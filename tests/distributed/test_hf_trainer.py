@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.processes import REPOSITORY
 from tests.unit.test_hf_trainer import plain_loop, sequences
 
 
+@pytest.mark.full
 def test_two_ranks_are_one(run_ranks, tmp_path):
     """Every step's averaged gradients, moments and thresholds, whether tokens are counted over the ranks or by each."""
     run_ranks(2, REPOSITORY / "tests/distributed/workers/hf_trainer.py", tmp_path)

@@ -33,6 +33,7 @@ def runs(run_ranks, tmp_path_factory):
     return output
 
 
+@pytest.mark.full
 def test_a_run_is_that_of_the_number_given_by_hand_to_the_bit(runs, metric_lines):
     auto, given = runs / "auto", runs / "given"
     for kind in ("train", "evaluation"):
@@ -48,6 +49,7 @@ def test_a_run_is_that_of_the_number_given_by_hand_to_the_bit(runs, metric_lines
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.full
 def test_what_a_run_keeps_names_the_number(runs):
     number = json.loads((runs / "auto/micro_batch.json").read_text())["micro_batch"]
     assert yaml.safe_load((runs / "auto/config.yaml").read_text())["training"]["micro_batch"] == number
@@ -57,6 +59,7 @@ def test_what_a_run_keeps_names_the_number(runs):
     assert ds["train_micro_batch_size_per_gpu"] * ds["gradient_accumulation_steps"] == 16
 
 
+@pytest.mark.full
 def test_the_second_start_remembers(runs):
     number = json.loads((runs / "auto/micro_batch.json").read_text())["micro_batch"]
     first, second = ((runs / f"{name}-rank0.txt").read_text() for name in ("auto", "again"))
@@ -66,6 +69,7 @@ def test_the_second_start_remembers(runs):
     assert "changed since that checkpoint: training.micro_batch" not in second
 
 
+@pytest.mark.full
 def test_a_killed_child_costs_its_size_and_nothing_else(runs):
     """As by the kernel, out of memory: the other rank's child, which waits for it in a collective, is ended too."""
     found = [json.loads((runs / f"killed-rank{rank}.json").read_text()) for rank in (0, 1)]
@@ -74,6 +78,7 @@ def test_a_killed_child_costs_its_size_and_nothing_else(runs):
     assert list(found[0]["measured"]) == ["1"]
 
 
+@pytest.mark.full
 def test_a_limit_is_kept(runs):
     found = [json.loads((runs / f"limited-rank{rank}.json").read_text()) for rank in (0, 1)]
     assert found[0] == found[1]

@@ -47,12 +47,14 @@ def found(run_ranks, tmp_path_factory):
     return {name: [json.loads((output / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_peak_within_a_tenth(found, name):
     for rank in found[name]:
         assert rank["predicted"] == pytest.approx(rank["peak"], rel=0.1), rank
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", CASES)
 def test_checkpoint_size_within_a_tenth(found, name):
     main = found[name][0]

@@ -169,6 +169,7 @@ def test_scores_against_numpy(alone, made):
         assert abs(row.tau / np.sort(phi.ravel())[::-1][count - 1] - 1) < 1 / 64
 
 
+@pytest.mark.full
 def test_two_ranks_give_the_same_tables(alone, made, tmp_path):
     """To the bit; kurtosis, summed over ranks, to its last digits."""
     analyze(made, tmp_path / "analysis", ranks=2, models=("planted",))
@@ -179,6 +180,7 @@ def test_two_ranks_give_the_same_tables(alone, made, tmp_path):
         pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
+@pytest.mark.full
 def test_sharded_weights_give_the_same(alone, made, tmp_path):
     """--zero3 on two ranks, up to rounding; one of the ranks has a batch less."""
     analyze(made, tmp_path / "analysis", "--zero3", "--batch", 7, ranks=2, models=("other",))
@@ -190,6 +192,7 @@ def test_sharded_weights_give_the_same(alone, made, tmp_path):
     ).all()
 
 
+@pytest.mark.full
 def test_an_activation_that_is_not_finite_ends_all_ranks(made, tmp_path):
     """At once, also where ranks gather each other's weights; the model before it is not lost."""
     given = not_finite(made)
@@ -203,6 +206,7 @@ def test_an_activation_that_is_not_finite_ends_all_ranks(made, tmp_path):
     assert len(pd.read_parquet(kept / "models/planted/neurons.parquet")) == 3 * NEURONS
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("samples", ["mean", "max"])
 def test_a_text_as_one_sample(made, tmp_path, samples):
     analyze(made, tmp_path / "analysis", "--samples", samples, "--layers", 1, "--precision", "bf16")
@@ -213,6 +217,7 @@ def test_a_text_as_one_sample(made, tmp_path, samples):
     assert (table(tmp_path / "analysis", "layers")["depth"] == 0.5).all()
 
 
+@pytest.mark.full
 def test_checkpoints_of_a_run(made, run_file, launch, tmp_path):
     """Figures over training, changes between checkpoints; the newest checkpoint is what the run directory means."""
     overrides = ["training.steps=4", "checkpoint.every=2"]

@@ -11,6 +11,7 @@ from l2e_ds import cli
 TINY = ["--model", "pythia-14m", "--texts", "240", "--sequence-length", "4", "--batch", "60", "--rounds", "2"]
 
 
+@pytest.mark.full
 def test_table_says_what_was_measured(tmp_path, capsys):
     assert cli.main(["bench", "analysis", *TINY, "--round-texts", "60", "--output", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/analysis.json").read_text())

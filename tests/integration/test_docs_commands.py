@@ -129,6 +129,7 @@ def test_there_are_commands_and_every_page_s_blocks_are_labelled():
                 assert not started, f"{page.name}: a block with commands must be ```bash: {block[:80]}"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("page", "command"), commands())
 def test_command(page, command, folder, monkeypatch, capsys):
     if command in ELSEWHERE:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from tests.processes import finish
 
 DOCTOR = ("-m", "l2e_ds.cli", "doctor", "--seconds", "1")
@@ -12,6 +14,7 @@ RANK_ONE = """
 import os, sys
 from l2e_ds import all_reduce, doctor
 from l2e_ds.cli import leave
+import pytest
 
 fault, *arguments = sys.argv[1:]
 
@@ -45,6 +48,7 @@ def test_two_ranks_in_order(tmp_path):
     assert "a run can start here" in said.splitlines()
 
 
+@pytest.mark.full
 def test_a_rank_that_differs_and_one_that_fails(tmp_path):
     script = tmp_path / "rank_one.py"
     script.write_text(RANK_ONE)

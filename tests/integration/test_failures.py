@@ -24,7 +24,7 @@ ALONE = [sys.executable, *TRAIN]
 LONG = ["training.steps=3000", "training.evaluate_every=0", "checkpoint.every=10", "logging.progress=false"]
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, pytest.param(1, marks=pytest.mark.full)])
 def test_a_killed_rank_is_named_and_ends_the_others(launch_ranks, run_file, tmp_path, lost):
     both = launch_ranks(2, *TRAIN, run_file, *LONG)
     both.wait_for(lambda: newest(tmp_path / "run") >= 15)

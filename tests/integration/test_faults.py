@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from l2e_ds.benchmarks import faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.full
 def test_four_faults_cost_no_run_and_no_wrong_resume(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{faults.MARKERS[0]}\nold\n{faults.MARKERS[1]}\nafter\n")
@@ -23,7 +26,7 @@ def test_four_faults_cost_no_run_and_no_wrong_resume(tmp_path):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     record = json.loads((output / "faults.json").read_text())

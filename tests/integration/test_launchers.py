@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 
 
 def execute(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600)
 
 
 def port() -> str:
@@ -58,6 +58,7 @@ def lines(run: Path, kind: str) -> list[dict]:
     return [line for line in found if line["kind"] == kind]
 
 
+@pytest.mark.full
 def test_every_launcher_makes_the_same_run(run_file, tmp_path):
     runs = {}
     for name, command in LAUNCHERS.items():

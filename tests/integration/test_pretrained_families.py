@@ -40,6 +40,7 @@ def pretrained(tmp_path, family) -> str:
     return str(tmp_path / "pretrained")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", NETWORKS)
 def test_trained_and_exported(family, pretrained, launch, run_file, tmp_path):
     """Three steps with inhibition. The exported folder holds the checkpoint's weights; its logits give the held-out

@@ -108,6 +108,7 @@ def test_study(browser, study, width):
     assert page.locator("ul.legend li").count() == 4
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("width", WIDTHS)
 def test_lines_have_the_colours_of_the_legend(browser, study, width):
     page = Opened(browser, study, width).page
@@ -119,6 +120,7 @@ def test_lines_have_the_colours_of_the_legend(browser, study, width):
     assert set(legend) <= set(drawn)
 
 
+@pytest.mark.full
 def test_printed(browser, study):
     """All of a page is on paper; nothing is cut off by a box that scrolls."""
     page = Opened(browser, study, 1440).page

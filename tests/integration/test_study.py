@@ -11,7 +11,8 @@ import yaml
 
 from tests.integration.running import lines, newest, saved
 
-STEPS = 100
+STEPS = 40
+"""Of 64 micro-batches each: a run takes several seconds on any machine, and is interrupted where it is meant to be."""
 
 
 def tiny_task(folder) -> None:
@@ -36,7 +37,7 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     tiny_task(tmp_path / "tasks")
     base = yaml.safe_load(run_file.read_text())
     del base["data"]["cache"]
-    base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1}
+    base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1, "global_batch": 64, "micro_batch": 1}
     base["logging"] |= {"progress": False}
     run_file.write_text(yaml.safe_dump(base))
     methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e", "checkpoint.every": 2}}
@@ -52,13 +53,12 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     path = tmp_path / "methods.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     command = [sys.executable, "-m", "l2e_ds.cli", "study"]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "hf")}
     plain, broken = (study / "runs" / f"{name}-seed7" for name in methods)
     (broken / "checkpoints").parent.mkdir(parents=True)
     (broken / "checkpoints").write_text("no folder, so nothing can be saved here")
 
     # one run on two ranks, asked to stop as by Ctrl-C
-    one = launch(*command, path, "--ranks", "2", **environment)
+    one = launch(*command, path, "--ranks", "2")
     one.wait_for(lambda: newest(plain) >= 3)
     one.process.send_signal(signal.SIGINT)
     assert one.end() == 75, one.said()
@@ -69,12 +69,12 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     assert table["state"].tolist() == [f"at step {first}", "not begun"]
 
     # on one rank; the study itself is killed: what it runs saves and stops
-    one = launch(*command, path, "--devices", "1", **environment)
+    one = launch(*command, path, "--devices", "1")
     one.wait_for(lambda: newest(plain) >= first + 3)
     one.process.kill()
     one.process.wait()
     # two at a time, at once, from the folder alone: waits for what is left, then goes on
-    one = launch(*command, study / "study.yaml", "--devices", "2", **environment)
+    one = launch(*command, study / "study.yaml", "--devices", "2")
     assert one.end() == 1, one.said()
     assert f"none-seed7: begins (at step {saved_before(plain)})" in one.said()
     failures = [line for line in one.said().splitlines() if "failed: " in line]
@@ -90,7 +90,7 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     evaluate = [{"tasks": ["tiny_sums"], "num_fewshot": 0, "include_path": ["tasks"]}]
     content |= {"exclude": [{"method": "broken"}], "evaluate": evaluate}
     path.write_text(yaml.safe_dump(content, sort_keys=False))
-    one = launch(*command, path, "--ranks", "2", **environment)
+    one = launch(*command, path, "--ranks", "2")
     assert one.end() == 0, one.said()
     assert "broken-seed7 is no longer in the study" in one.said() and (broken / "config.yaml").is_file()
     assert "none-seed7: begins (not evaluated)" in one.said() and len(lines(plain, "start")) == 3

@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import shutil
 import signal
-import socket
 import sys
 import time
 
+import pytest
+
 from tests.integration.running import Launch, lines, newest, saved
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, finish, free_port
 
 DEEPSPEED = [str(REPOSITORY / "launch/deepspeed.sh"), "--num_accelerators", "2"]
 
 
+# more than any machine trains before a signal reaches it; the last start of each test says where the end is
+FOR_EVER = "training.steps=1000000"
+
+
+@pytest.mark.full
 def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_file, tmp_path):
-    words = [run_file, "training.steps=120", "checkpoint.every=10", "training.evaluate_every=0"]
-    words += ["training.timeout=1", "logging.progress=false"]
+    words = [run_file, "checkpoint.every=10", "training.evaluate_every=0", "training.timeout=1"]
+    words += ["logging.progress=false"]
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    assert launch(*DEEPSPEED, *words, f"training.run_directory={undisturbed}").end() == 0
-    words += [f"training.run_directory={run}"]
 
     # SIGUSR1 does nothing to the launcher's processes; SIGTERM to `deepspeed` ends it alone: the run must still stop
-    one = launch(*DEEPSPEED, *words)
+    one = launch(*DEEPSPEED, *words, FOR_EVER)
     one.wait_for(lambda: newest(run) >= 3)
     launcher, node = one.find("bin/deepspeed")[0], one.find("deepspeed.launcher.launch")[0]
     ranks = [p for p in one.find("l2e_ds.train") if p.ppid() == node.pid]
@@ -37,18 +41,18 @@ def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_fi
     launcher.send_signal(signal.SIGTERM)
     assert one.end() == 75, one.said()
     first = saved(run)
-    assert first == newest(run) < 90, "too late"
+    assert first == newest(run)
     assert not (run / "stop").exists()
 
     # SIGTERM to launch.py; then the supervisor
-    one = launch(*DEEPSPEED, *words)
+    one = launch(*DEEPSPEED, *words, FOR_EVER)
     one.wait_for(lambda: newest(run) >= first + 2)
     one.find("deepspeed.launcher.launch")[0].send_signal(signal.SIGTERM)
     assert one.end() == 75, one.said()
     assert first < saved(run) == newest(run)
 
     # a rank is killed, launch.py is killed; the third start is stopped by SIGUSR1 to the script
-    one = launch(*DEEPSPEED, "--restarts", "2", *words)
+    one = launch(*DEEPSPEED, "--restarts", "2", *words, FOR_EVER)
     begin = saved(run)
     one.wait_for(lambda: newest(run) >= begin + 2)
     one.find("l2e_ds.train", str(run_file))[-1].kill()
@@ -61,32 +65,30 @@ def test_stopped_and_killed_in_every_way_it_is_still_the_same_run(launch, run_fi
     assert one.end() == 75, one.said()
     assert "exit code 247 (SIGKILL)" in one.said()
     assert "the launcher says 0, but the newest checkpoint is of step" in one.said()
-    assert saved(run) == newest(run) < 120, "too late"
+    assert saved(run) == newest(run)
 
     # to the end, by another launcher
+    words += [f"training.steps={saved(run) + 5}"]
     assert launch(REPOSITORY / "launch/mpirun.sh", "-n", "2", *words).end() == 0
-    assert [line["step"] for line in lines(run)] == list(range(1, 121))
+    assert [line["step"] for line in lines(run)] == list(range(1, saved(run) + 1))
+    codes, said = finish("-m", "l2e_ds.train", *words, f"training.run_directory={undisturbed}", ranks=2)
+    assert codes == [0, 0], said
     for line, expected in zip(lines(run), lines(undisturbed), strict=True):
         assert line["lm_loss"] == expected["lm_loss"], line["step"]
-
-
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def supervise(launch, words, launcher, *options: object) -> Launch:
     return launch(sys.executable, "-m", "l2e_ds.supervise", *options, *words, "--", *launcher)
 
 
+@pytest.mark.full
 def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
     """A launcher that only has an exit code; what it says is not believed where the run is not finished."""
     run = tmp_path / "run"
     for code, expected, starts in ((0, 1, 2), (1, 1, 2), (2, 2, 1), (3, 3, 1), (75, 75, 1), (-9, 137, 2)):
         how = f"kill {code} $$" if code < 0 else f"exit {code}"
         one = supervise(launch, [run_file], ["sh", "-c", how], "--restarts", "1")
-        assert one.end(30) == expected, one.said()
+        assert one.end() == expected, one.said()
         assert one.said().count("l2e-ds: start ") == starts, one.said()
 
     # a second SIGTERM does not wait; one that comes by two ways does
@@ -97,7 +99,7 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
         time.sleep(pause)
     assert one.process.poll() is None
     one.process.send_signal(signal.SIGTERM)
-    assert one.end(30) == 137, one.said()
+    assert one.end() == 137, one.said()
     assert (run / "stop").exists()
     shutil.rmtree(run)
 
@@ -106,7 +108,7 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
     (run / "checkpoints/step00000003").mkdir(parents=True)
     (run / "checkpoints/step00000003/manifest.json").touch()
     one = supervise(launch, words, ["sh", "-c", 'echo "words: $*"; exit 1', "sh"], "--restarts", "1")
-    assert one.end(30) == 1
+    assert one.end() == 1
     said = [line for line in one.said().splitlines() if line.startswith("words: ")]
     assert said == [f"words: {run_file} training.resume=never" + end for end in ("", " training.resume=auto")]
     shutil.rmtree(run)
@@ -120,28 +122,29 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
         ([run_file, "--", "tochrun"], "no such launcher: tochrun"),
     ):
         one = launch(sys.executable, "-m", "l2e_ds.supervise", *words)
-        assert one.end(30) == 2
+        assert one.end() == 2
         assert len(one.said().splitlines()) == 1 and expected in one.said()
     assert not run.exists()
 
 
+@pytest.mark.full
 def test_torchrun_mpirun_and_a_single_process(launch, run_file, tmp_path):
     """torchrun says 1 whatever its ranks said."""
-    words = [run_file, "training.steps=400", "training.evaluate_every=0", "logging.progress=false"]
-    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", port(), "-m", "l2e_ds.train"]
+    words = [run_file, FOR_EVER, "training.evaluate_every=0", "logging.progress=false"]
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "l2e_ds.train"]
     run = tmp_path / "run"
     one = supervise(launch, words, torchrun)
     one.wait_for(lambda: newest(run) >= 3)
     one.process.send_signal(signal.SIGINT)
     assert one.end() == 75, one.said()
     first = saved(run)
-    assert 3 <= first == newest(run) < 400
+    assert 3 <= first == newest(run)
 
     one = launch(REPOSITORY / "launch/mpirun.sh", "-n", "2", *words)
     one.wait_for(lambda: newest(run) >= first + 3)
     one.process.send_signal(signal.SIGHUP)
     assert one.end() == 75, one.said()
-    assert first < saved(run) == newest(run) < 400
+    assert first < saved(run) == newest(run)
 
     one = supervise(launch, [*words, "inhibition.layers=[9]"], torchrun)
     assert one.end() == 2, one.said()

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.full
 def test_two_nodes_with_a_shared_folder_and_without(slurm, tmp_path):
     environment = {**slurm, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     for node in ("n1", "n2"):
@@ -20,7 +23,7 @@ def test_two_nodes_with_a_shared_folder_and_without(slurm, tmp_path):
             env={**environment, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=600,
         )
         said[name] = done.stdout + done.stderr
         assert (done.returncode == 0) == (name == "shared"), said[name]

@@ -53,7 +53,7 @@ class Site:
 
     def call(self, *command: object, code: int = 0) -> str:
         words = [str(word) for word in command]
-        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
@@ -90,7 +90,7 @@ class Site:
         self.wait(lambda: self.show(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), f"job {job} ends")
         assert self.show(job)["JobState"] == "COMPLETED", self.logs()
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 100) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"waited {seconds} s until {what}\n{self.logs()}"
@@ -133,6 +133,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, map_location="cpu", weights_only=False)["module"]
 
 
+@pytest.mark.full
 def test_array_tasks_are_runs_of_their_own(site):
     array = REPOSITORY / "launch/slurm/array.sbatch"
     (site.folder / "list").write_text(
@@ -164,12 +165,14 @@ def test_array_tasks_are_runs_of_their_own(site):
     assert not list(site.folder.rglob("pwned"))
 
 
+@pytest.mark.full
 def test_what_sbatch_refuses_leaves_nothing_behind(site):
     said = site.submit("refused", "--time", "30:00", "--partition", "no-such", code=2)
     assert "l2e-ds: error: submit:" in said and "partition" in said
     assert not (site.folder / "refused/submit-1").exists()
 
 
+@pytest.mark.full
 def test_stopped_requeued_and_preempted_is_the_run_that_never_stopped(site):
     strange = 'runs/it\'s; touch pwned $(touch pwned) "x" %j'
     limited = site.limited
@@ -242,6 +245,7 @@ def test_stopped_requeued_and_preempted_is_the_run_that_never_stopped(site):
     assert site.show(limited)["JobState"] == "CANCELLED"
 
 
+@pytest.mark.full
 def test_two_steps_of_one_job_and_a_script_without_a_step(site):
     """In sbatch itself find_launch sees one process; two steps at once have their own rendezvous."""
     step = "srun --exact --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m l2e_ds.train run.yaml training.steps=2"
@@ -263,6 +267,7 @@ def test_two_steps_of_one_job_and_a_script_without_a_step(site):
         assert len(site.lines(name)) == 2
 
 
+@pytest.mark.full
 def test_a_run_outlives_its_node(site):
     """SLURM misses the node and requeues the job, whose next start goes on from the newest checkpoint."""
     # by the script that users adapt, not by `l2e-ds submit`

@@ -34,7 +34,7 @@ logging: {every: 1}
     for name, command in commands.items():
         run = tmp_path / name
         done = subprocess.run(
-            [*command, f"training.run_directory={run}"], env=environment, capture_output=True, text=True, timeout=300
+            [*command, f"training.run_directory={run}"], env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{name}: {done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

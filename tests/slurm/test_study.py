@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -27,6 +28,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.full
 def test_an_array_of_runs(slurm, tmp_path):
     base = {
         "model": {"name": "pythia-14m", "vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
@@ -60,7 +62,7 @@ def test_an_array_of_runs(slurm, tmp_path):
     }
 
     def call(*words: str, code: int = 0) -> str:
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout + done.stderr
 
@@ -77,7 +79,7 @@ def test_an_array_of_runs(slurm, tmp_path):
     assert not (folder / "slurm-2").exists()
 
     call("scontrol", "release", job)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     states: list[str] = []
     while not states or any(state in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") for state in states):
         states = re.findall(r"JobState=(\w+)", call("scontrol", "show", "job", job, "--oneliner"))

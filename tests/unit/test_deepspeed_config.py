@@ -353,9 +353,8 @@ def test_bf16_accumulation(stage, kind, tmp_path):
         resolve(config, 1)
 
 
-@pytest.mark.skipif(bool(get_accelerator().is_fp16_supported()), reason="this device supports fp16")
-def test_fp16_on_a_cpu_without_it():
-    """A precision that the device lacks is refused, with those that it has."""
+def test_a_precision_that_the_device_lacks(no_fp16):
+    """It is refused, with those that the device has."""
     config, _, _ = resolve(run(REPOSITORY / "ds_configs/zero1.json", training={"precision": "fp16"}), 1)
     with pytest.raises(ConfigError, match=r"^training\.precision: got fp16, .*CPU does not support; allowed: fp32"):
         check_device(config)

@@ -24,7 +24,7 @@ def run_doctor(*arguments: str, **environment: str) -> tuple[int, str]:
         env={**kept, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -64,6 +64,7 @@ def test_a_machine_where_a_run_can_start(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_a_machine_where_none_can(tmp_path):
     absent = tmp_path / "not there"
     code, said = run_doctor(
@@ -86,6 +87,7 @@ def test_a_machine_where_none_can(tmp_path):
     assert "Traceback" not in said
 
 
+@pytest.mark.full
 def test_a_torch_that_cannot_be_imported(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch/__init__.py").write_text("raise ImportError('libcudart.so.99: cannot open shared object file')")

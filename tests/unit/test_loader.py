@@ -23,7 +23,7 @@ class Reader:
 
     def __call__(self, step):
         self.threads.add(threading.current_thread())
-        assert self.gate.wait(30)
+        assert self.gate.wait(600)
         if step == self.bad:
             raise DataError(f"tokens.bin: step {step} is broken")
         self.steps.append(step)

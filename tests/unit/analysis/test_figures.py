@@ -242,6 +242,7 @@ def test_files_of_one_model(tmp_path):
     assert "5 checkpoints, steps 0 to 14,000" in words["over_time"] and "layer 5" in words["over_time"]
 
 
+@pytest.mark.full
 def test_files_of_several_models_and_of_empty_tables(tmp_path):
     small = tables_of(0, features=LANGUAGES[:2])
     empty = small | {name: small[name].iloc[:0] for name in ("distributions", "significance", "probes")}
@@ -267,6 +268,7 @@ def test_the_same_tables_give_the_same_bytes(tmp_path):
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
 
 
+@pytest.mark.full
 def test_leaves_the_process_as_it_was(tmp_path):
     """No pyplot, no settings of its own left behind, none of the user's taken over."""
     (tmp_path / "matplotlibrc").write_text("backend: TkAgg\nfigure.facecolor: red\ntext.usetex: True\n")
@@ -414,6 +416,7 @@ def test_lines_over_time():
     assert len(legend) == 10 and legend[0] == "layer 0" and legend[-1] == "layer 35"
 
 
+@pytest.mark.full
 def test_dead_layers():
     tables = tables_of(0, features=LANGUAGES[:2])
     for name in ("layers", "fkr", "scale"):
@@ -436,6 +439,7 @@ LABELS |= {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [1, 10])
 @pytest.mark.parametrize(
     "draw",
@@ -459,6 +463,7 @@ def test_no_text_is_clipped_or_overlaps(draw, count):
     assert_readable(figure)
 
 
+@pytest.mark.full
 def test_no_text_of_distributions_is_clipped_or_overlaps():
     assert_readable(figures.feature_distributions(next(iter(LABELS)), tables_of(0, features=NAMES), ABOUT))
 

@@ -36,11 +36,12 @@ def folder(tmp_path_factory):
                 writer.add(document)
     (folder / "documents.json").write_text(json.dumps(content))
     script = Path(__file__).with_name("foreign_indexed.py")
-    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bytes(folder, dtype):
     for ending in ("bin", "idx"):
@@ -48,6 +49,7 @@ def test_same_bytes(folder, dtype):
         assert ours.read_bytes() == foreign.read_bytes()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_megatron_reads_what_we_write(folder, dtype):
     documents = documents_of(dtype)
@@ -55,6 +57,7 @@ def test_megatron_reads_what_we_write(folder, dtype):
     assert read == {"dtype": dtype, "sequences": documents, "documents": list(range(len(documents) + 1))}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_we_read_what_megatron_writes(folder, dtype):
     read = IndexedTokens(folder / "foreign" / dtype)
@@ -62,6 +65,7 @@ def test_we_read_what_megatron_writes(folder, dtype):
     assert [read.document(i).tolist() for i in range(read.num_documents)] == documents_of(dtype)
 
 
+@pytest.mark.full
 def test_we_read_documents_of_several_sequences(folder):
     read = IndexedTokens(folder / "foreign" / "several")
     assert [read.document(i).tolist() for i in range(read.num_documents)] == [[], [1, 2, 3], [], [4]]

@@ -198,7 +198,7 @@ def test_a_killed_preparation_goes_on(tmp_path, cache, monkeypatch):
     done = subprocess.run(
         [sys.executable, "-c", KILLED, data.model_dump_json(), str(cache)],
         env={**os.environ, "PYTHONPATH": str(Path(prepare.__file__).parents[2])},
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == -signal.SIGKILL
     assert [path.suffix for path in cache.iterdir()] == [".partial"]
@@ -256,7 +256,7 @@ def test_of_two_at_once_one_waits_for_the_other(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(prepare, "_build", slow)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(prepare_data, data, cache, 300)
-        assert has_begun.wait(60)
+        assert has_begun.wait(600)
         second = prepare_data(data, cache, 300)
         assert first.result().directory == second.directory
     assert len(built) == 1

@@ -169,6 +169,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.full
 def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path, corpus, tokenizer):
     words = [*corpus, "--tokenizer", tokenizer, "--append-eod", "--held-out", "0.1", "--deduplicate"]
     for name in ("one", "two"):

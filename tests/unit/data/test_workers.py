@@ -122,9 +122,10 @@ def test_signals_to_the_group_leave_the_workers_alone(script):
         os.killpg(process.pid, signal.SIGUSR1)
         time.sleep(0.02)
     assert process.stdout.read().split() == [str(number) for number in range(10)]
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
 
 
+@pytest.mark.full
 def test_workers_end_with_a_parent_that_is_killed(script):
     process = script(1000)
     while process.stdout.readline() != "3\n":
@@ -133,5 +134,5 @@ def test_workers_end_with_a_parent_that_is_killed(script):
     assert len(children) >= 2
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=600)
     assert not alive

@@ -167,6 +167,7 @@ def test_nothing_is_left_behind(model, tokenizer, tasks):
     assert tokenizer.pad_token == padding
 
 
+@pytest.mark.full
 def test_groups(model, tokenizer, tmp_path):
     """A group's figure is the mean of its tasks', weighted by their documents; also of groups of groups, which have the
     shots of their tasks. What lies in a group says so."""
@@ -194,6 +195,7 @@ def test_groups(model, tokenizer, tmp_path):
         assert parents == [None, "outer", "inner", "inner"]
 
 
+@pytest.mark.full
 def test_our_groups_name_tasks_that_the_harness_has(monkeypatch):
     """And a name that it has not is said, with the nearest one."""
     made, real = [], harness._check_known

@@ -125,6 +125,7 @@ except CompileError as error:
 """
 
 
+@pytest.mark.full
 def test_a_compiler_that_is_missing(tmp_path):
     """One line that says what is needed and what goes without."""
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -633,7 +634,8 @@ def test_a_later_micro_batch_sees_frozen_statistics():
     ],
 )
 def test_compiled_model_equals_eager(method, kind):
-    """Under torch.compile hooks run as often and give the same sums and gradients; the self-test passes."""
+    """Under torch.compile hooks run as often and give the same sums and gradients; the self-test passes. Nothing is
+    compiled anew once the first steps are over."""
     runs = []
     for compiled in (False, True):
         torch.compiler.reset()
@@ -642,6 +644,9 @@ def test_compiled_model_equals_eager(method, kind):
         with inhibitor:
             run = torch.compile(network, backend="aot_eager") if compiled else None
             runs.append((train(network, inhibitor, range(4), split=2, run=run), inhibitor))
+            graphs = counters["stats"]["unique_graphs"]
+            train(network, inhibitor, [4], split=2, run=run)
+            assert counters["stats"]["unique_graphs"] == graphs and (graphs > 0) == compiled
         assert not inhibitor.self_test_pending
     assert_same(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
     assert_same_state(runs[0][1], runs[1][1], rtol=1e-5, atol=1e-7)

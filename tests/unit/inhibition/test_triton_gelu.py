@@ -21,6 +21,7 @@ from l2e_ds.inhibition.fused import FACTORS
 CASES = Path(__file__).parent / "triton_cases.py"
 
 
+@pytest.mark.full
 def test_in_the_interpreter():
     """Everything in `triton_cases.py`, none skipped."""
     done = subprocess.run(
@@ -42,8 +43,8 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.full), 90])
+@pytest.mark.parametrize("dtype", ["bf16", *(pytest.param(name, marks=pytest.mark.full) for name in ("fp32", "fp16"))])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_for_gpus(kernel, dtype, capability, tmp_path, monkeypatch):
     """To machine code, for A100 and H100; registers suffice, and leave room for three programs a multiprocessor."""

@@ -66,7 +66,7 @@ def refused(capsys, *words: str) -> str:
         (["--collect"], "out/study.json: No such file or directory; no study was begun in out"),
     ],
 )
-def test_refused_in_one_line(here, capsys, words, said):
+def test_refused_in_one_line(here, capsys, no_fp16, words, said):
     assert said in refused(capsys, *words)
 
 
