@@ -31,6 +31,11 @@ IMPORTED_ONCE = [
     "l2e_ds.train",
     "l2e_ds.training.trainer",
     "l2e_ds.training.task_evaluation",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # with the compiler of torch, at the first engine otherwise
+    "lm_eval.evaluator",
+    "matplotlib.figure",
+    "pandas",
+    "scipy.stats",
 ]
 
 # Before anything reads it: what is cached of hubs is neither the user's nor left behind.

@@ -95,8 +95,8 @@ def largest_differences(line: dict, other: dict) -> dict[str, float]:
     allowed = SAME | {f"layer{layer}/{name}": by for layer in (1, 2) for name, by in SAME_PER_LAYER.items()}
     found = {}
     for key, by in allowed.items():
-        difference = abs(line[key] - other[key])
-        found[key] = 0.0 if difference == 0 else difference / (by * abs(other[key])) if by else math.inf
+        difference, larger = abs(line[key] - other[key]), max(abs(line[key]), abs(other[key]))
+        found[key] = 0.0 if difference == 0 else difference / (by * larger) if by else math.inf
     return found
 
 

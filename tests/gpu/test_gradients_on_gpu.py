@@ -13,7 +13,7 @@ LARGEST_ERROR = {"fp32": 1e-5, "fp16": 0.03, "bf16": 0.1}
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gradients_equal_float64_autograd_on_gpu(run_ranks, tmp_path):
-    run_ranks(min(2, torch.cuda.device_count()), WORKER, tmp_path, accelerator="cuda")
+    run_ranks(min(2, torch.cuda.device_count()), WORKER, tmp_path, "all", accelerator="cuda")
     matrix = json.loads((tmp_path / "matrix.json").read_text())
     assert len(matrix) == (4 * 3 - 1) * 2 * 2 + 4 * 2
     for name, result in matrix.items():

@@ -26,7 +26,7 @@ def test_four_faults_cost_no_run_and_no_wrong_resume(tmp_path):
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     record = json.loads((output / "faults.json").read_text())

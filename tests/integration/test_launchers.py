@@ -1,7 +1,5 @@
 """`l2e-ds train` under every launcher that runs here, on the same global batches: the same run."""
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,21 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def environment() -> dict[str, str]:
-    scripts = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "PATH": scripts + os.pathsep + os.environ["PATH"],
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PYTHONFAULTHANDLER": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
+from tests.integration.running import lines
+from tests.processes import environment, finish, free_port
 
 
 def execute(*command: str) -> subprocess.CompletedProcess:
@@ -32,11 +17,7 @@ def execute(*command: str) -> subprocess.CompletedProcess:
 
 
 def port() -> str:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(free_port())
 
 
 LAUNCHERS = {
@@ -51,11 +32,6 @@ LAUNCHERS = {
         *(sys.executable, "-m", "l2e_ds.train"),
     ],
 }
-
-
-def lines(run: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 @pytest.mark.full
@@ -90,19 +66,19 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
 
 def _a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    done = execute(*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "model.hidden_size=64")
-    assert done.returncode == 2
-    said = [line for line in done.stderr.splitlines() if "l2e-ds: error" in line]
+    codes, text = finish("-m", "l2e_ds.train", run / "config.yaml", "model.hidden_size=64", ranks=2)
+    assert codes == [2, 2]
+    said = [line for line in text.splitlines() if "l2e-ds: error" in line]
     assert len(said) == 1
     assert "was written with network 4 layers x 32, 2 heads, 320 rows, this run has network 4 layers x 64" in said[0]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def _resume_from_the_frozen_configuration(run: Path) -> None:
-    done = execute(*LAUNCHERS["deepspeed"](), str(run / "config.yaml"), "training.steps=8")
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert "resumed from" in done.stderr
-    assert "changed since that checkpoint: training.steps: 6 -> 8" in done.stderr
+    codes, said = finish("-m", "l2e_ds.train", run / "config.yaml", "training.steps=8", ranks=2)
+    assert codes == [0, 0], said[-4000:]
+    assert "resumed from" in said
+    assert "changed since that checkpoint: training.steps: 6 -> 8" in said
     assert [line["step"] for line in lines(run, "train")] == list(range(1, 9))
 
 
@@ -130,8 +106,8 @@ def _start_from_pretrained(run: Path, weights: Path) -> None:
     overrides = [f"model.{key}=null" for key in ("name", "vocab_size", "num_layers", "hidden_size", "num_heads")]
     overrides += [f"model.pretrained={weights}", "data.train_tokenizer=null", f"data.tokenizer={weights}"]
     overrides += [f"training.run_directory={run}-pretrained", "training.steps=2", "training.global_batch=4"]
-    done = execute(*LAUNCHERS["alone"](), str(run / "config.yaml"), *overrides)
-    assert done.returncode == 0, done.stderr[-4000:]
+    codes, said = finish("-m", "l2e_ds.train", run / "config.yaml", *overrides)
+    assert codes == [0], said[-4000:]
     ended = next(line for line in lines(run, "evaluation") if line["step"] == 6)
     began = lines(Path(f"{run}-pretrained"), "evaluation")[0]
     assert began["held_out_loss"] == pytest.approx(ended["held_out_loss"], rel=1e-6)

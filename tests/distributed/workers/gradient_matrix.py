@@ -2,6 +2,7 @@
 its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Two
 losses: the published one with `reduce: step`, and, in float32, the scale-invariant one with `reduce: forward`.
 
+usage: gradient_matrix.py OUTPUT pairwise|all
 Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
 the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share}}.
 """
@@ -26,6 +27,17 @@ from tests.distributed.workers.train_cases import data, make_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COEFFICIENT, SHARE, WINDOW, SEED = 0.3, 0.02, 5, 1234
+
+
+def pairwise():
+    """Every stage, and every two values of the other choices together."""
+    yield 0, "fp32", 4, False, "published"
+    yield 1, "fp32", 2, True, "published"
+    yield 1, "fp16", 4, True, "published"
+    yield 2, "bf16", 4, False, "published"
+    yield 2, "fp16", 2, False, "published"
+    yield 3, "bf16", 2, True, "published"
+    yield 3, "fp32", 4, True, "scale-invariant"
 
 
 def combinations():
@@ -133,10 +145,10 @@ def main() -> None:
 
     if get_accelerator().device_name() == "cpu":
         type(get_accelerator()).is_fp16_supported = lambda self: True
-    output = Path(sys.argv[1])
+    output, which = Path(sys.argv[1]), {"pairwise": pairwise, "all": combinations}[sys.argv[2]]
     device = distributed.join(distributed.find_launch(), timeout_minutes=5)
     results, references = {}, {}
-    for combination in combinations():
+    for combination in which():
         name = "-".join(map(str, combination))
         gradients, calls, share, tau = measured(*combination, output / name, device)
         if distributed.is_main():
