@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.distributed.training_case import TrainingCase, zero
+from tests.tolerances import rounding, selection
 
 METHODS = {
     "step-published": TrainingCase(),
@@ -51,17 +52,9 @@ MORE_SET_UPS = {
 ON_FOUR_RANKS = ["step-published", "forward-scale-invariant", "fused", "memel", "mixture"]
 full = pytest.mark.full
 
-# Steps of a run; layers, tokens of a step and neurons of a layer; the target share of selected activations.
-STEPS, LAYERS, TOKENS, NEURONS, SHARE = 10, 4, 8 * 16, 128, 0.02
-# Two set-ups add the same float32 numbers in another order, or by other instructions. Each such sum of n terms is then
-# off by about sqrt(n) roundings of 2^-24; the longest have one term a token or a neuron. In a step they follow upon
-# each other in each layer, forward (attention twice, MLP twice) and backward (twice as many), and the weights carry a
-# step's error to the next. Independent errors add up like their square root; four standard deviations are allowed.
-ROUNDING = 4 * math.sqrt(STEPS * LAYERS * 12 * TOKENS) * 2.0**-24
-# Rounding may also put an activation on the other side of tau: one of the TOKENS * NEURONS * SHARE selected of a layer.
-# Two of them may, in one layer, in a run. What counts or averages the selected changes by as much, and so does the
-# inhibition's part of the gradient.
-SELECTION = 2 / (TOKENS * NEURONS * SHARE)
+STEPS = 10
+ROUNDING = rounding(STEPS, layers=4, tokens=8 * 16)
+SELECTION = selection(tokens=8 * 16, neurons=128)
 
 # unit-less numbers of metrics.jsonl that the set-up must not change, and by how much they may differ, relatively
 SAME = {

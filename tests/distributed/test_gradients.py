@@ -7,8 +7,8 @@ import pytest
 
 WORKER = Path(__file__).parent / "workers/gradient_matrix.py"
 # float32: a few tens of roundings of 2^-24 each, for the sums on the way from one end of the network to the other and
-# back. Half precisions: activations near the threshold fall on the other side of it, so the bound is wide; it still lies
-# far below what the inhibition loss contributes, which is what would be missing.
+# back. Half precisions: activations near the threshold fall on the other side of it, so the bound is wide; it still
+# lies far below what the inhibition loss contributes, which is what would be missing.
 LARGEST_ERROR = {"fp32": 2e-6, "fp16": 0.03, "bf16": 0.1}
 
 

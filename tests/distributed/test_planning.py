@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import free_port
-
 WORKER = Path(__file__).parent / "workers/memory_peaks.py"
 MODEL = {"name": "pythia-14m", "vocab_size": 2048, "num_layers": 4, "hidden_size": 128, "num_heads": 4}
 
@@ -43,7 +41,8 @@ def found(run_ranks, tmp_path_factory):
     output = tmp_path_factory.mktemp("peaks")
     cases = {name: case(output, stage, precision, **other) for name, (stage, precision, other) in CASES.items()}
     (output / "cases.json").write_text(json.dumps(cases))
-    run_ranks(2, WORKER, output, *[free_port() for _ in cases])
+    for name in cases:
+        run_ranks(2, WORKER, output, name)
     return {name: [json.loads((output / f"{name}-rank{rank}.json").read_text()) for rank in (0, 1)] for name in cases}
 
 

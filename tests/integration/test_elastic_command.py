@@ -3,6 +3,7 @@
 import pytest
 
 from tests.processes import finish
+from tests.tolerances import rounding, selection
 
 
 def train(ranks: int, *arguments: object) -> str:
@@ -24,5 +25,7 @@ def test_other_ranks_and_stage_by_resume_alone(run_file, tmp_path, metric_lines)
         for path in (tmp_path / "run", tmp_path / "straight")
     )
     assert len(resumed) == 6
+    allowed = (0, rounding(6, layers=4, tokens=8 * 16), 0, selection(8 * 16, neurons=128))
     for ours, theirs in zip(resumed, uninterrupted, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-5)
+        for one, other, by in zip(ours, theirs, allowed, strict=True):
+            assert one == pytest.approx(other, rel=by)

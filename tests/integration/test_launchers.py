@@ -10,6 +10,10 @@ import yaml
 
 from tests.integration.running import lines
 from tests.processes import environment, finish, free_port
+from tests.tolerances import rounding, selection
+
+ROUNDING = rounding(steps=6, layers=4, tokens=8 * 16)
+SELECTION = selection(tokens=8 * 16, neurons=128)
 
 
 def execute(*command: str) -> subprocess.CompletedProcess:
@@ -47,8 +51,9 @@ def test_every_launcher_makes_the_same_run(run_file, tmp_path):
         assert start["ranks"] == (1 if name in ("alone", "cli") else 2)
     for name, found in runs.items():
         for line, expected in zip(found, runs["alone"], strict=True):
-            for key in ("lm_loss", "observed_share", "layer1/tau", "gradient_norm"):
-                assert line[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-7), (name, key)
+            assert line["lm_loss"] == pytest.approx(expected["lm_loss"], rel=ROUNDING), name
+            for key in ("observed_share", "layer1/tau", "gradient_norm"):
+                assert line[key] == pytest.approx(expected[key], rel=SELECTION), (name, key)
     assert runs["alone"][-1]["lm_loss"] < runs["alone"][0]["lm_loss"]
 
     # the run directory has what the README says; its frozen configuration gives the same run again
@@ -110,7 +115,7 @@ def _start_from_pretrained(run: Path, weights: Path) -> None:
     assert codes == [0], said[-4000:]
     ended = next(line for line in lines(run, "evaluation") if line["step"] == 6)
     began = lines(Path(f"{run}-pretrained"), "evaluation")[0]
-    assert began["held_out_loss"] == pytest.approx(ended["held_out_loss"], rel=1e-6)
+    assert began["held_out_loss"] == pytest.approx(ended["held_out_loss"], rel=ROUNDING)
 
 
 def _a_user_s_mistake_ends_all_ranks(run_file: Path) -> None:

@@ -1,15 +1,12 @@
-"""Runs on every rank: for each case of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the profiler
-notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
+"""Runs on every rank: for the case NAME of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the
+profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
 `l2e_ds.planning` predicts.
 
-Each in a process of its own: DeepSpeed keeps some of an engine alive as long as its process lives.
+usage: memory_peaks.py OUTPUT NAME, in a process for each case: DeepSpeed keeps some of an engine alive as long as its
+process lives.
 """
 
-import gc
-import importlib
 import json
-import multiprocessing
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,14 +18,10 @@ from l2e_ds import distributed, planning
 from l2e_ds.config import run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.models import chosen_layers, network_config
-from l2e_ds.train import Plan, quiet_libraries
+from l2e_ds.train import Plan, leave_process, quiet_libraries
 from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.trainer import Trainer
-
-# what each process would import, once for all
-USED = ("torch._inductor.standalone_compile", "transformers.models.gpt_neox.modeling_gpt_neox", "deepspeed.ops.adam")
-USED += tuple(f"deepspeed.runtime.{name}" for name in ("bf16_optimizer", "zero.muon.muon_optimizer", "zero.stage3"))
 
 
 def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
@@ -68,30 +61,17 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     }
 
 
-def run(name: str, case: dict, output: Path, port: int) -> None:
-    os.environ["MASTER_PORT"] = str(port)
+def main() -> None:
+    quiet_libraries()
+    output, name = Path(sys.argv[1]), sys.argv[2]
     launch = distributed.find_launch()
     device = distributed.join(launch, 5)
+    case = json.loads((output / "cases.json").read_text())[name]
     found = measure(case, output / name, device, launch.size)
     (output / f"{name}-rank{launch.rank}.json").write_text(json.dumps(found))
     distributed.leave()
-    os._exit(0)
-
-
-def main() -> None:
-    quiet_libraries()
-    output, ports = Path(sys.argv[1]), [int(port) for port in sys.argv[2:]]
-    for name in USED:
-        importlib.import_module(name)
-    gc.freeze()  # DeepSpeed collects garbage often
-    cases = json.loads((output / "cases.json").read_text())
-    for port, (name, case) in zip(ports, cases.items(), strict=True):
-        child = multiprocessing.get_context("fork").Process(target=run, args=(name, case, output, port))
-        child.start()
-        child.join()
-        if child.exitcode:
-            sys.exit(f"{name}: exit code {child.exitcode}")
 
 
 if __name__ == "__main__":
     main()
+    leave_process(0)
