@@ -11,8 +11,8 @@ import yaml
 
 from tests.integration.running import lines, newest, saved
 
-STEPS = 40
-"""Of 64 micro-batches each: a run takes several seconds on any machine, and is interrupted where it is meant to be."""
+STEPS = 30
+"""Of 32 micro-batches each: a run takes several seconds on any machine, and is interrupted where it is meant to be."""
 
 
 def tiny_task(folder) -> None:
@@ -37,7 +37,7 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     tiny_task(tmp_path / "tasks")
     base = yaml.safe_load(run_file.read_text())
     del base["data"]["cache"]
-    base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1, "global_batch": 64, "micro_batch": 1}
+    base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1, "global_batch": 64, "micro_batch": 2}
     base["logging"] |= {"progress": False}
     run_file.write_text(yaml.safe_dump(base))
     methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e", "checkpoint.every": 2}}
