@@ -22,8 +22,12 @@ SIGNS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 def run_files() -> str:
     parts = [
         "# Run files\n",
-        "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused;",
-        "`section.key=value` on the command line overrides one value. Made by `docs/generate.py`.\n",
+        "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused.",
+        "The rules are those of YAML 1.2 (`0100` is 100; `no`, `24:00:00` and dates are text), with merge keys",
+        "(`<<: *common`) and `_` between digits; the same in study files.\n",
+        "`section.key=value` on the command line overrides one value. Where the type below is text, the value is taken",
+        "as it stands, with `#`, quotes and blanks, but for `null` or nothing where the default is `null`, and",
+        "`[a, b]` where a list is allowed. All else is read as YAML. Made by `docs/generate.py`.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}
     names = list(models)

@@ -12,10 +12,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from l2e_ds.errors import ConfigError
 
@@ -298,11 +299,24 @@ class TrainingConfig(Section):
     max_skipped_steps: int = Field(20, gt=0)
     """Stop with an error after so many non-finite steps in a row."""
     time_limit: float | None = Field(None, gt=0)
-    """Minutes after which the run saves a checkpoint and stops with exit code 75, as after a signal; saving comes on
-    top. The same command goes on."""
+    """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
+    and stops with exit code 75, as after a signal; saving comes on top. The same command goes on."""
     timeout: float = Field(30, gt=0)
-    """Minutes without progress after which a run ends with an error that names the rank, to be restarted. Must be
-    longer than a step, and than writing or loading a checkpoint takes."""
+    """Minutes (or a time, as above) without progress after which a run ends with an error that names the rank, to be
+    restarted. Must be longer than a step, and than writing or loading a checkpoint takes."""
+
+    @field_validator("time_limit", "timeout", mode="before")
+    @classmethod
+    def _minutes(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, str):
+            return given
+        seconds = slurm_seconds(given)
+        if seconds is None:
+            raise ValueError(
+                f"training.{info.field_name}: got {given!r}, allowed: minutes, or a time such as 12:00:00 (hours,"
+                " minutes, seconds) or 2-12:00:00"
+            )
+        return seconds / 60
 
 
 class InhibitionConfig(Section):
@@ -449,12 +463,26 @@ class RunConfig(Section):
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None)
+        return dump_yaml(self.model_dump(mode="json"))
 
     def replace(self, section: str, **values: Any) -> RunConfig:
         """A copy with some keys of one section changed."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})
+
+
+def slurm_seconds(limit: str) -> int | None:
+    """Of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None: it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None:  # minutes come first, unless there are three numbers
+        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: numbers}[len(numbers)]
+    else:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
@@ -524,28 +552,58 @@ def abbreviate(numbers: Sequence[int]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `1e-3` is a number, and a key given twice is an error."""
+    """The core schema of YAML 1.2 (`0100` is 100, `no`, `24:00:00` and dates are text), with merge keys and with `_`
+    between digits. A key given twice is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(str(key.value))
+        return node
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as text."""
 
 
-def _mapping_without_duplicates(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
-    seen: set[str] = set()
-    for key_node, _ in node.value:
-        key = str(loader.construct_object(key_node, deep=True))
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+_TAG = "tag:yaml.org,2002:"
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", "true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", f"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        rf"[-+]?(?:\.{_DIGITS}|{_DIGITS}(?:\.(?:{_DIGITS})?)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", "<<", ["<"]),
+):
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(_TAG + _tag, re.compile(f"^(?:{_pattern})$"), _first)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    digits = str(loader.construct_scalar(node))
+    return int(digits, {"0o": 8, "0x": 16}.get(digits[:2], 10))
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+    return loader.construct_mapping(node, deep=True)
+
+
+_CORE = (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))  # None: any other tag, an error
+_Loader.yaml_constructors = {
+    **{tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _CORE},
+    _TAG + "int": _integer,
+    _TAG + "map": _mapping,
+    _TAG + "merge": yaml.SafeLoader.construct_yaml_str,  # `<<` that is no key
+}
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -555,7 +613,15 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line}: {problem}") from None
+    except (ValueError, KeyError, RecursionError) as error:  # `!!int x`, `!!bool x`, a thousand brackets
+        raise ConfigError(f"{where}: cannot be read as YAML ({error})") from None
+
+
+def dump_yaml(value: Any) -> str:
+    """As `read_yaml` reads it back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def read_yaml(path: Path) -> Any:
@@ -569,7 +635,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `section.key=value` overrides (values are YAML).
+    """Read a run file and apply `section.key=value` overrides.
 
     Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
     """
@@ -613,12 +679,33 @@ def _apply_override(raw: dict, override: str) -> None:
 
 
 def split_override(override: str) -> tuple[str, str, Any]:
-    """Section, key and value of `section.key=value`. Raises ConfigError."""
+    """Section, key and value of `section.key=value`. Raises ConfigError.
+
+    The value of a key that takes text is taken as it stands; but `null`, or none, unsets an optional key, and brackets
+    make a list where the key takes one. Of other keys it is YAML.
+    """
     key, separator, value = override.partition("=")
     path = key.strip().split(".")
     if not separator or len(path) != 2 or not all(path):
         raise ConfigError(f"override {override!r}: write section.key=value, e.g. training.steps=100")
-    return path[0], path[1], parse_yaml(value, f"override {override!r}")
+    kinds = _kinds_of(*path)
+    if str not in kinds or (list[str] in kinds and value.startswith("[") and value.endswith("]")):
+        return path[0], path[1], parse_yaml(value, f"override {override!r}")
+    return path[0], path[1], None if value in ("", "null") and NoneType in kinds else value
+
+
+def takes_text(key: str) -> bool:
+    """Whether `section.key` of a run file may be any text."""
+    return str in _kinds_of(*key.split("."))
+
+
+def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
+    """What a key takes, each of a union; nothing for an unknown key."""
+    kind = _section_of(RunConfig, section)
+    if kind is None or key not in kind.model_fields:
+        return ()
+    annotation = kind.model_fields[key].annotation
+    return annotation, *get_args(annotation)
 
 
 def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:

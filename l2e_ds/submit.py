@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2e_ds.code_version import commit_and_changes, difference
-from l2e_ds.config import RunConfig, find_file, load_run_config
+from l2e_ds.config import RunConfig, find_file, load_run_config, slurm_seconds
 from l2e_ds.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
@@ -188,7 +188,11 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         if value is not None and not NAME.fullmatch(value):
             name = option.replace("_", "-")
             raise ConfigError(f"--{name}: got {value!r}, allowed: letters, digits and _ . , @ = + : -")
-    limit = _seconds(arguments.time)
+    limit = slurm_seconds(arguments.time)
+    if limit is None:
+        raise ConfigError(
+            f"--time: got {arguments.time!r}, allowed: e.g. 12:00:00 (hours, minutes, seconds) or 2-12:00:00"
+        )
     if limit == 0:
         raise ConfigError(f"--time: got {arguments.time!r}, allowed: a limit before which the run can stop and save")
     if not 0 < arguments.signal_seconds < min(limit, 65536):
@@ -212,20 +216,6 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         arguments.qos,
         extra,
     )
-
-
-def _seconds(limit: str) -> int:
-    """Of a time limit as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
-    if match is None:
-        raise ConfigError(f"--time: got {limit!r}, allowed: e.g. 12:00:00 (hours, minutes, seconds) or 2-12:00:00")
-    days, *parts = match.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    if days is None:  # minutes come first, unless there are three numbers
-        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: numbers}[len(numbers)]
-    else:
-        hours, minutes, seconds = (*numbers, 0, 0)[:3]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def refuse_control_characters(where: str, text: str) -> None:

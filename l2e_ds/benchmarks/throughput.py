@@ -22,8 +22,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from l2e_ds import distributed
 from l2e_ds.benchmarks.about import (
     circumstances,
@@ -160,7 +158,7 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
 
 def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str, dict]:
     """The content of the run file that all contenders follow. Raises ConfigError."""
-    from l2e_ds.config import find_file
+    from l2e_ds.config import find_file, split_override
 
     content: dict[str, dict] = {
         "model": {"name": model},
@@ -186,18 +184,14 @@ def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str,
         "logging": {"every": LOG_EVERY, "progress": False},
     }
     for override in overrides_of(arguments):
-        name, sign, value = override.partition("=")
-        section, dot, key = name.partition(".")
-        allowed = name not in FIXED and (section in SECTIONS or name == "logging.peak_tflops")
-        if not (sign and dot and key and allowed):
+        section, key, value = split_override(override)
+        name = f"{section}.{key}"
+        if name in FIXED or (section not in SECTIONS and name != "logging.peak_tflops"):
             raise ConfigError(
                 f"override {override!r}: allowed: section.key=value with section {', '.join(SECTIONS)}, and"
                 f" logging.peak_tflops; not {', '.join(FIXED)}"
             )
-        try:
-            content[section][key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {override!r}: {value!r} is not YAML") from None
+        content[section][key] = value
     return content
 
 

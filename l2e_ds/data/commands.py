@@ -18,7 +18,7 @@ from l2e_ds.config import DataConfig, SourceConfig
 from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import best_dtype, pair
-from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, source_files
+from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, passed_over, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
 from l2e_ds.data.tokenize import Counts, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
@@ -178,6 +178,8 @@ def _fill(
 ) -> None:
     """All files, complete, in the folder; last train.json."""
     dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
+    if left := passed_over(config):
+        say(left)
     with TokenFiles(folder, parts, dtype, asked) as files:
         if files.goes_on:
             before = files.notes["counts"]
@@ -193,7 +195,7 @@ def _fill(
         )
         files.finish()
     for part in reversed(parts):
-        record = _record(arguments, tokenizer, dtype, counts, part, asked)
+        record = _record(arguments, tokenizer, dtype, counts, part, asked) | {"passed_over": left}
         write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
 
 
@@ -283,7 +285,7 @@ def _record(
         end_of_text = None
     return {
         "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
-        "tokenizer_sha256": asked["--tokenizer"],
+        "tokenizer_digest": asked["--tokenizer"],
         "vocabulary": vocabulary_size(tokenizer),
         "end_of_text": end_of_text,
         "append_eod": arguments.append_eod,
@@ -322,6 +324,8 @@ def _summary(parts: dict[str, str], seconds: float) -> str:
     left_out = {key: value for key, value in record["left_out"].items() if value}
     if left_out:
         lines.append("left out   " + ", ".join(f"{value:,} {key}" for key, value in left_out.items()))
+    if record.get("passed_over"):
+        lines.append(f"files      {record['passed_over']}")
     if record["first_bad"]:
         lines.append(f"first bad  {record['first_bad']}")
     lines.append(f"took       {seconds:.1f} s")
@@ -349,7 +353,10 @@ def run_tokenizer_train(arguments: argparse.Namespace) -> int:
     if output.exists():
         raise DataError(f"{output} exists already; give another --output, or remove it")
     try:
-        tokenizer = train_tokenizer(documents(_source(arguments), arguments.skip_bad), arguments.vocab_size)
+        source = _source(arguments)
+        if left := passed_over(source):
+            say(left)
+        tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except DataError as error:
         raise _with_options(error) from None

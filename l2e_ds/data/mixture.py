@@ -28,8 +28,16 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from l2e_ds.config import DataConfig, SourceConfig
+from l2e_ds.console import say
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.prepare import PreparedData, check_data, check_tokenizers, prepare_data, prepare_stream
+from l2e_ds.data.prepare import (
+    PreparedData,
+    check_data,
+    check_tokenizers,
+    input_notes,
+    prepare_data,
+    prepare_stream,
+)
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.errors import DataError
 
@@ -260,9 +268,13 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
 
     Raises DataError that names the set's key.
     """
+    from l2e_ds import distributed  # imports torch, which processes that tokenise do without
+
     prepared = []
     for index, (name, weight, part) in enumerate(config.parts()):
         with _naming(config, index):
+            for note in input_notes(part) if distributed.is_main() else ():
+                say(f"l2e-ds: {note}")
             if part.streaming:
                 one = prepare_stream(part, cache, vocab_size, evaluated)
             else:

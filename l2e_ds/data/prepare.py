@@ -23,7 +23,7 @@ from l2e_ds.config import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
-from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, source_files
+from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, passed_over, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
@@ -82,13 +82,13 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
 
 def check_tokenizers(config: DataConfig) -> None:
     """That the token files of all sets are of one tokenizer, and of data.tokenizer where that is given, as far as each
-    PREFIX.json says. Raises DataError."""
+    PREFIX.json says (those of earlier versions hold another digest, which is not compared). Raises DataError."""
     known: list[tuple[str, str, str]] = []  # digest; where, to begin a line with; the same in the middle of one
     for index, (_, _, part) in enumerate(config.parts()):
         key = "data.path" if config.sets is None else f"data.sets.{index}.path"
         for prefix in (*_prefixes(part), *_held_out_prefixes(part)) if part.source == "indexed" else ():
             about = read_sidecar(prefix)
-            if digest := about.get("tokenizer_sha256"):
+            if digest := about.get("tokenizer_digest"):
                 what = f"was tokenised with {about.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
                 known.append((digest, f"{key}: {prefix} {what}", f"{prefix} {what}"))
     if known and config.tokenizer is not None:
@@ -97,6 +97,17 @@ def check_tokenizers(config: DataConfig) -> None:
     for digest, begin, _ in known:
         if digest != known[0][0]:
             raise DataError(f"{begin}, but {known[0][2]}: all sets of a run must be of one tokenizer")
+
+
+def input_notes(config: DataConfig) -> list[str]:
+    """Lines about what of a set is not read or not checked. Raises DataError."""
+    if config.source != "indexed":
+        return [note] if (note := passed_over(config)) else []
+    return [
+        f"{prefix}.json is of an earlier version: that its tokens are of this run's tokenizer is not checked"
+        for prefix in (*_prefixes(config), *_held_out_prefixes(config))
+        if "tokenizer_sha256" in (about := read_sidecar(prefix)) and "tokenizer_digest" not in about
+    ]
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
@@ -178,6 +189,8 @@ def _fingerprint(config: DataConfig) -> str:
     if config.tokenizer is not None:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
+        if not path.is_file():
+            stored["tokens_of"] = "tokenizer.json"  # once they were those of the class that the folder names
         stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]

@@ -32,7 +32,7 @@ from l2e_ds.errors import DataError
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder in data.path stands for.
 PATTERNS = {
-    "text": ("*.txt",),
+    "text": ("*.txt", *(f"*.txt{suffix}" for suffix in COMPRESSED)),
     "jsonl": ("*.jsonl", *(f"*.jsonl{suffix}" for suffix in COMPRESSED)),
     "parquet": ("*.parquet",),
 }
@@ -121,10 +121,54 @@ def source_files(config: SourceConfig) -> list[Path]:
     if config.source == "hub":
         folder = Path(str(config.path)).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-    entries = [config.path] if isinstance(config.path, str) else list(config.path or [])
-    if not entries:
+    files: dict[Path, Path] = {}
+    for path in _named(config):
+        files.setdefault(path.resolve(), path)
+    plain: dict[Path, Path] = {}
+    for path in files.values():
+        name = path.stem if path.suffix in COMPRESSED else path.name
+        other = plain.setdefault(path.parent.resolve() / name, path)
+        if other != path:
+            raise DataError(
+                f"data.path: {other} and {path} are the same text twice, by their names; remove or rename one of them"
+            )
+    return list(files.values())
+
+
+def _named(config: SourceConfig) -> list[Path]:
+    """Files as the entries of data.path name them, some perhaps several times. Raises DataError."""
+    if not _entries(config):
         raise DataError("data.path: got [], give at least one file, folder or glob pattern")
-    return list(dict.fromkeys(path for entry in entries for path in _matching(entry, PATTERNS[str(config.source)])))
+    return [path for entry in _entries(config) for path in _matching(entry, PATTERNS[str(config.source)])]
+
+
+def _entries(config: SourceConfig) -> list[str]:
+    return [config.path] if isinstance(config.path, str) else list(config.path or [])
+
+
+def passed_over(config: SourceConfig) -> str | None:
+    """A line about files of data.path that are not read, or not each time they are named. Raises DataError."""
+    if config.source not in PATTERNS:
+        return None
+    files, named = source_files(config), _named(config)
+    read = {path.resolve() for path in files}
+    below: set[Path] = set()
+    beside: set[Path] = set()
+    for entry in _entries(config):
+        path = Path(entry).expanduser()
+        matched = [] if "**" in entry else map(Path, glob.glob(str(path)))
+        for folder in [path] if path.is_dir() else filter(Path.is_dir, matched):
+            for place, _, names in os.walk(folder):
+                found = {Path(place, name).resolve() for name in names} - read
+                (beside if Path(place) == path else below).update(found)
+    suffixes = ", ".join(sorted({path.suffix or path.name for path in beside})[:5])
+    parts = {
+        f"{len(beside):,} of other kinds ({suffixes})": len(beside),
+        f"{len(below - beside):,} in subfolders": len(below - beside),
+        f"{len(named) - len(files):,} named more than once": len(named) - len(files),
+    }
+    counted = ", ".join(text for text, count in parts.items() if count)
+    return f"{name_of(config)}: {len(files):,} read; files passed over: {counted}" if counted else None
 
 
 def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:

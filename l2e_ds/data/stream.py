@@ -26,7 +26,7 @@ from l2e_ds.data.encode import Encoded, Encoder, encode, set_up
 from l2e_ds.data.indexed import best_dtype
 from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, name_of, source_files
 from l2e_ds.data.tokenize import find_split
-from l2e_ds.data.tokenizer import end_of_text_id, vocabulary_size
+from l2e_ds.data.tokenizer import end_of_text_id, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import WorkerPool
 from l2e_ds.errors import DataError, L2EError
 
@@ -107,6 +107,7 @@ class TokenStream:
             workers, encode if workers else self._encoder, set_up, *arguments
         )
         self._fingerprint = self._describe(tokenizer.get_vocab())
+        self._tokenizer = tokenizer_digest(tokenizer)
         self._go_to(_Mark(_Block(), 0, 0))
 
     def take(self, n: int) -> np.ndarray:
@@ -132,11 +133,12 @@ class TokenStream:
 
     def state(self) -> dict[str, Any]:
         """The position behind what was taken, for `restore`. JSON-able, below 1 KB."""
-        return {"fingerprint": self._fingerprint, **asdict(self._mark())}
+        return {"fingerprint": self._fingerprint, "tokenizer": self._tokenizer, **asdict(self._mark())}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state()`, also with another sequence length. Raises DataError where it is another stream's."""
-        if state["fingerprint"] != self._fingerprint:
+        same = state.get("tokenizer", self._tokenizer) == self._tokenizer  # no such key: of an earlier version
+        if state["fingerprint"] != self._fingerprint or not same:
             raise DataError(
                 "data: the checkpoint is from another stream: data.*, names or sizes of its files, the tokenizer or"
                 " training.seed have changed; give the same again, or start a new run"

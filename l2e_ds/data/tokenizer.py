@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
+_ENDS = (END_OF_TEXT, "</s>")  # where none is named
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
@@ -50,9 +52,18 @@ def _from_file(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _from_pretrained(name: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import cached_file
 
-    return AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True)
+    if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is None:
+        return AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True)
+    # Not AutoTokenizer: the class that the folder names may have a normalizer and a pre-tokenizer of its own, and use
+    # them in the place of the file's.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+    if tokenizer.eos_token is None:  # classes have defaults
+        added = tokenizer.get_added_vocab()
+        tokenizer.eos_token = next((token for token in _ENDS if token in added), None)
+    return tokenizer
 
 
 def _wrap(backend: object, special: bool) -> PreTrainedTokenizerFast:
@@ -90,8 +101,23 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of all that decides the tokens, 64 hex digits."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """SHA-256 of all that decides the token ids of a text, 64 hex digits: not of what decodes them, or puts special
+    tokens around them."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = {key: None if value == "" else value for key, value in described["model"].items()}  # prefixes, suffixes
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized")
+    added = {token["id"]: [token[flag] for flag in flags] for token in described["added_tokens"]}
+    parts = (described["normalizer"], without_offsets(described["pre_tokenizer"]), model, added)
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def without_offsets(described: Any) -> Any:
+    """A pre-tokenizer's description without what decides the places of tokens only."""
+    if isinstance(described, list):
+        return [without_offsets(part) for part in described]
+    if isinstance(described, dict):
+        return {key: without_offsets(value) for key, value in described.items() if key != "trim_offsets"}
+    return described
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -104,7 +130,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
-    for token in (END_OF_TEXT, "</s>"):
+    for token in _ENDS:
         if token in vocabulary:
             return vocabulary[token]
     raise DataError(f"data.tokenizer: has neither an eos_token nor {END_OF_TEXT} to end a document with")

@@ -42,7 +42,7 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
     plans: dict[str, Plan] = {}
     looked_at: set[str] = set()
     for run in study.runs:
-        own = [f"training.run_directory={json.dumps(str(run_directory(study.directory, run.name)))}"]
+        own = [f"training.run_directory={run_directory(study.directory, run.name)}"]
         try:
             asked = load_run_config(_base(run), [*run.overrides, *own])
             words = (_base(run), [*run.overrides, *own], ranks)

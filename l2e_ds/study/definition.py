@@ -23,10 +23,19 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field
 
-from l2e_ds.config import REPOSITORY, Section, checked, find_file, parse_yaml, read_yaml, split_override
+from l2e_ds.config import (
+    REPOSITORY,
+    Section,
+    checked,
+    dump_yaml,
+    find_file,
+    parse_yaml,
+    read_yaml,
+    split_override,
+    takes_text,
+)
 from l2e_ds.errors import ConfigError
 
 FILE, INDEX = "study.yaml", "study.json"
@@ -136,7 +145,7 @@ class Study:
 
     def dump(self) -> str:
         """The file, as YAML, which gives the same runs from anywhere."""
-        return yaml.safe_dump(self.file.model_dump(exclude_defaults=True), sort_keys=False, default_flow_style=None)
+        return dump_yaml(self.file.model_dump(exclude_defaults=True))
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None = None) -> Study:
@@ -197,8 +206,7 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
         if name in (*COLUMNS, *FIGURES):
             raise ConfigError(f"{where}: is a column of the results already; give the factor another name")
         if isinstance(given, list) and KEY.fullmatch(name):
-            _settings({name: None}, "factors")
-            levels = {text_of(value): Level({name: value}) for value in given}
+            levels = {text_of(value): Level(_settings({name: value}, "factors")) for value in given}
             if len(levels) < len(given):
                 raise ConfigError(f"{where}: {given} names a value twice")
         elif isinstance(given, dict) and LEVEL.fullmatch(name):
@@ -233,11 +241,13 @@ def _level(given: Any, where: str, path: Path) -> Level:
 
 
 def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
-    for key in given:
+    for key, value in given.items():
         if not isinstance(key, str) or not KEY.fullmatch(key):
             raise ConfigError(f"{where}: got the key {key!r}, write section.key, e.g. training.steps")
         if key in DECIDED:
             raise ConfigError(f"{where}: {key} is decided by the study's {DECIDED[key]}; remove it")
+        if takes_text(key) and not isinstance(value, str | list | None):
+            raise ConfigError(f"{where}: {key}: got {value!r}; must be text (in quotes)")
     return given
 
 
@@ -333,7 +343,7 @@ def _runs(
                 settings |= level.settings
                 where = f"{path}: factors.{factor}" + f".{text}" * (factor not in level.settings)
                 given_by |= dict.fromkeys(level.settings, where)
-            overrides = [f"{key}={text_of(value)}" for key, value in settings.items()]
+            overrides = [f"{key}={_override_text(key, value)}" for key, value in settings.items()]
             other = None if baseline is None else _name(baseline, seed)
             name = _name(levels, seed)
             runs.append(StudyRun(name, levels, seed, base, (*overrides, f"training.seed={seed}"), other, given_by))
@@ -344,6 +354,10 @@ def _runs(
     if len(longest := max(names, key=len)) > LONGEST_NAME:
         raise ConfigError(f"factors: {longest[:40]}... has {len(longest)} characters, allowed: {LONGEST_NAME}")
     return tuple(runs)
+
+
+def _override_text(key: str, value: Any) -> str:
+    return value if isinstance(value, str) and takes_text(key) else text_of(value)
 
 
 def _name(levels: Levels, seed: int) -> str:

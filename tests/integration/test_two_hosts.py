@@ -7,7 +7,6 @@ the first host.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -204,7 +203,7 @@ def test_two_hosts(cluster, run_file, tmp_path):
     odd.mkdir()
     moved = shutil.copy(run_file, odd / "$(touch pwned);'%h.yaml")
     run = odd / "run"
-    words = [moved, *overrides, f"training.run_directory={json.dumps(str(run))}"]
+    words = [moved, *overrides, f"training.run_directory={run}"]
 
     _a_signal_stops_both_hosts(cluster, words, run)
     _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run)

@@ -201,6 +201,12 @@ def test_missing_section(section, tmp_path):
         ("model:\n\tname: a\n", 2, "cannot start any token"),
         ("model: a: b\n", 1, "mapping values are not allowed"),
         ("model: !!python/object/apply:os.system [x]\n", 1, "could not determine a constructor"),
+        ("model: !!timestamp x\n", 1, "could not determine a constructor"),
+        ("model: {<<: 3}\n", 1, "expected a mapping"),
+        ("model:\n  <<: *common\n", 2, "undefined alias 'common'"),
+        ("model: {<<: &a {name: a, name: b}}\n", 1, "key 'name' is given twice"),
+        ("model: &a\n  b: *a\n", 1, "recursive"),
+        ("? [a]\n: b\n", 1, "unhashable key"),
     ],
 )
 def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
@@ -208,6 +214,12 @@ def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
     path = write(tmp_path, text)
     message = message_of(path)
     assert message.startswith(f"{path}:{line}: ") and part in message
+
+
+@pytest.mark.parametrize("text", ["a: \0\n", "a: !!int x\n", "a: !!bool x\n", "[" * 1000, "a: " + "9" * 5000])
+def test_other_yaml_errors_are_one_line_too(text, tmp_path):
+    path = write(tmp_path, text)
+    assert message_of(path).startswith(f"{path}: ")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n", "3\n"])
@@ -251,7 +263,7 @@ def test_override_values_are_checked_like_the_file(override, parts, tmp_path):
 
 
 def test_overrides_apply_in_order(tmp_path):
-    """Values are YAML; the last one wins; sections that the file lacks may be set."""
+    """The last one wins; sections that the file lacks may be set."""
     config = load_run_config(
         write(tmp_path, VALID),
         [
@@ -278,11 +290,112 @@ def test_numbers_as_people_write_them(text, tmp_path):
     assert config.optimizer.weight_decay == 1.0
 
 
-@pytest.mark.parametrize("text", ["e3", "1e", "1e-3x", "pythia-1e3", "0x1e-3"])
-def test_text_that_looks_like_a_number_stays_text(text, tmp_path):
-    """The number rule takes nothing that is not a whole number in scientific notation."""
-    config = load_run_config(write(tmp_path, VALID), [f"data.text_key={text}"])
-    assert config.data.text_key == text
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("e3", "1e", "1e-3x", "pythia-1e3", "0x1e-3", "0b11", "1__0", "_1"),
+        *("yes", "No", "on", "OFF", "2026-11-28", "2026-11-28 10:00:00", "24:00:00", "1:30", "<<", "="),
+    ],
+)
+def test_what_yaml_1_2_reads_as_text_stays_text(text, tmp_path):
+    """Dates, times, yes and no are text in a run file, and nothing is a number that only looks like one."""
+    content = yaml.safe_dump(changed(data={"text_key": ...})).replace("data:", f"data:\n  text_key: {text}")
+    assert load_run_config(write(tmp_path, content)).data.text_key == text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("0100", 100), ("0777", 777), ("08", 8), ("0o17", 15), ("0x1F", 31), ("+7", 7), ("20_000", 20_000), ("1_0", 10)],
+)
+def test_integers_are_those_of_yaml_1_2(text, number, tmp_path):
+    """A leading zero makes no octal number, in a file as in an override."""
+    path = write(tmp_path, yaml.safe_dump(VALID).replace("steps: 10", f"steps: {text}"))
+    assert load_run_config(path, [f"training.seed={text}"]).training.steps == number
+    assert load_run_config(path, [f"training.seed={text}"]).training.seed == number
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        *(("90", 90), ("0.5", 0.5), ("'90'", 90), ("90:30", 90.5), ("24:00:00", 1440), ("00:00:30", 0.5)),
+        *(("1-12", 2160), ("1-1:1", 1501), ("2-00:00:30", 2880.5), ("null", None)),
+    ],
+)
+def test_times_are_minutes_or_as_slurm_takes_them(text, minutes, tmp_path):
+    path = write(tmp_path, yaml.safe_dump(VALID) + f"  time_limit: {text}\n")  # `training` is the last section
+    config = load_run_config(path)
+    assert config.training.time_limit == minutes
+    assert load_run_config(path, [f"training.time_limit={text}"]) == config
+    if minutes is not None:
+        assert load_run_config(path, [f"training.timeout={text}"]).training.timeout == minutes
+
+
+@pytest.mark.parametrize("text", ["24h", "1:2:3:4", "-5:00", "2026-11-28", "'1 day'", "0:00", "yes"])
+def test_other_times_are_refused(text, tmp_path):
+    message = message_of(write(tmp_path, VALID), (f"training.time_limit={text}",))
+    assert "training.time_limit: got" in message and ("minutes, or a time" in message or "greater than 0" in message)
+
+
+AS_THEY_STAND = [
+    *(
+        "runs/exp #2",
+        "*x",
+        "@x",
+        "%x",
+        "&x",
+        "!x",
+        "- x",
+        "a: b",
+        "[a",
+        "{a: b}",
+        "'x'",
+        '"x"',
+        "x ",
+        "|",
+        "yes",
+        "1e3",
+    ),
+    *("0100", "2026-11-28", "24:00:00", "~", "true", "<<", "=", "1_0", "0o7", "ä", "[0]"),
+]
+
+
+@pytest.mark.parametrize("text", AS_THEY_STAND)
+def test_text_of_an_override_is_taken_as_it_stands(text, tmp_path):
+    """And what is made of it, the run directory's config.yaml, is read back as the same text, by YAML 1.1 too."""
+    keys = ("training.run_directory", "data.cache", "logging.wandb_project")
+    config = load_run_config(write(tmp_path, VALID), [f"{key}={text}" for key in keys])
+    assert {config.training.run_directory, config.data.cache, config.logging.wandb_project} == {text}
+    assert load_run_config(write(tmp_path, config.dump(), "again.yaml")) == config
+    assert yaml.safe_load(config.dump()) == config.model_dump(mode="json")
+
+
+def test_null_and_lists_in_overrides_of_text_keys(tmp_path):
+    """An optional key is unset by `null`, or nothing; one that takes a list takes it in brackets."""
+    path = write(tmp_path, changed(data={"source": "text", "path": "x"}, logging={"wandb_project": "x"}))
+    for value in ("null", ""):
+        assert load_run_config(path, [f"logging.wandb_project={value}"]).logging.wandb_project is None
+    assert load_run_config(path, ["data.text_key=null"]).data.text_key == "null"  # not optional
+    for value, found in {"[a b, 'c#d']": ["a b", "c#d"], "[ab]*.txt": "[ab]*.txt", "*.txt": "*.txt"}.items():
+        assert load_run_config(path, [f"data.path={value}"]).data.path == found
+
+
+def test_merge_keys(tmp_path):
+    """`<<` takes the keys of another mapping; those of its own come first."""
+    content = """
+model: {name: pythia-14m}
+data:
+  tokenizer: x
+  sets:
+    - &common {name: a, weight: 1, source: jsonl, path: a, text_key: content}
+    - {<<: *common, name: b, path: [b]}
+    - {<<: [*common, {split: none}], name: c}
+training: {steps: 10}
+"""
+    sets = load_run_config(write(tmp_path, content)).data.sets
+    assert [(part.name, part.path, part.text_key) for part in sets] == [
+        *(("a", "a", "content"), ("b", ["b"], "content"), ("c", "a", "content"))
+    ]
+    assert sets[2].split == "none"
 
 
 FULL = changed(

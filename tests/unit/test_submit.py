@@ -1,6 +1,5 @@
 """`l2e-ds submit` and lists of runs: what is refused, what is quoted; without SLURM."""
 
-import json
 import os
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from l2e_ds import cli, slurm, submit
+from l2e_ds.config import slurm_seconds
 from l2e_ds.errors import ConfigError
 
 RUN = """
@@ -40,7 +40,7 @@ def refused(capsys, *words: str) -> str:
 def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
     """The script is what bash and sbatch read back word for word, whatever the run is called."""
     name = "runs/; rm -rf x '\"$(touch pwned) %j"
-    overrides = [f"training.run_directory={json.dumps(name)}", "--dry-run", "--qos=high"]
+    overrides = [f"training.run_directory={name}", "--dry-run", "--qos=high"]
     assert cli.main(["submit", "run.yaml", *overrides, *OPTIONS, "--", "--comment=a b", "--exclusive"]) == 0
     text = capsys.readouterr().out
     assert os.listdir() == ["run.yaml"]
@@ -78,7 +78,6 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
         (["--job-name", "x\n#SBATCH --wrap=true"], "--job-name: got"),
         (["--partition", "a b"], "--partition: got 'a b'"),
         (["--restarts", "-1"], "--restarts: got -1"),
-        (['training.run_directory="a\\nb"'], "training.run_directory: got 'a\\nb'"),
         (["training.run_directory='a\nb'"], "submit: got"),
         (["training.run_directory=a\\b"], "backslash"),
         (["training.steps=0"], "training.steps"),
@@ -94,6 +93,12 @@ def test_refused_in_one_line(here, capsys, monkeypatch, words, said):
     assert said in refused(capsys, "run.yaml", *OPTIONS, *words)
 
 
+def test_a_run_directory_of_two_lines_is_refused(here, capsys, monkeypatch):
+    monkeypatch.setattr(submit.shutil, "which", lambda _: "/bin/false")
+    (here / "run.yaml").write_text(RUN.replace("steps: 4", 'steps: 4, run_directory: "a\\nb"'))
+    assert "training.run_directory: got 'a\\nb'" in refused(capsys, "run.yaml", *OPTIONS)
+
+
 def test_without_sbatch(here, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(here))
     assert "sbatch is not on PATH" in refused(capsys, "run.yaml", *OPTIONS)
@@ -101,7 +106,7 @@ def test_without_sbatch(here, capsys, monkeypatch):
 
 def test_time_limits():
     limits = {"5": 300, "1:30": 90, "1:00:00": 3600, "1-0": 86400, "1-1:1": 90060, "1-00:00:01": 86401}
-    assert {limit: submit._seconds(limit) for limit in limits} == limits
+    assert {limit: slurm_seconds(limit) for limit in limits} == limits
 
 
 def test_lists_of_runs(here):

@@ -10,6 +10,7 @@ from l2e_ds import cli
 from l2e_ds.config import DataConfig, run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import Schedule
+from l2e_ds.data.prepare import input_notes
 from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.errors import DataError
 
@@ -215,7 +216,7 @@ def test_sets_must_be_of_one_tokenizer(tmp_path):
     check([d, c], tokenizer=two)
     with pytest.raises(DataError) as error:
         check(a, [b, c])
-    digests = [json.loads((tmp_path / f"{name}.json").read_text())["tokenizer_sha256"][:12] for name in "ac"]
+    digests = [json.loads((tmp_path / f"{name}.json").read_text())["tokenizer_digest"][:12] for name in "ac"]
     assert str(error.value) == (
         f"data.sets.1.path: {c} was tokenised with {two} (SHA-256 {digests[1]}), but {a} was tokenised with {one}"
         f" (SHA-256 {digests[0]}): all sets of a run must be of one tokenizer"
@@ -229,6 +230,13 @@ def test_sets_must_be_of_one_tokenizer(tmp_path):
     (tmp_path / "a_held_out.json").write_bytes((tmp_path / "c.json").read_bytes())
     with pytest.raises(DataError, match=rf"^data\.path: {a}_held_out was .*, but {a} was"):
         check([a])
+    # PREFIX.json of an earlier version: usable, and said not to be checked
+    about = json.loads((tmp_path / "b.json").read_text())
+    about["tokenizer_sha256"] = about.pop("tokenizer_digest")
+    (tmp_path / "b.json").write_text(json.dumps(about))
+    check([b], tokenizer=two)
+    notes = input_notes(DataConfig(source="indexed", path=[c, b], sequence_length=8))
+    assert len(notes) == 1 and notes[0].startswith(f"{b}.json is of an earlier version")
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(DataError, match=r"b\.json: cannot be read as JSON"):
         check([b])

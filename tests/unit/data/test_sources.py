@@ -16,7 +16,7 @@ from pyarrow import parquet
 from l2e_ds.config import DataConfig
 from l2e_ds.data import sources
 from l2e_ds.data.indexed import IndexedWriter
-from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, source_files
+from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, passed_over, source_files
 from l2e_ds.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("without_hub")
@@ -68,6 +68,64 @@ PACKERS = {
     ".xz": lzma.compress,
     ".zst": lambda data: zstandard.compress(data[:9]) + zstandard.compress(data[9:]),  # frames, as pzstd writes them
 }
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_text_of_a_folder_may_be_compressed(tmp_path, suffix):
+    (tmp_path / "a.txt").write_text("A")
+    (tmp_path / f"b.txt{suffix}").write_bytes(PACKERS[suffix](b"B"))
+    assert list(documents(config("text", tmp_path))) == ["A", "B"]
+    assert passed_over(config("text", tmp_path)) is None
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path):
+    """All files below a folder are read, or in subfolders, or of other kinds."""
+    for name in ("a.txt", "b.txt.gz", "c.md", "d.json", "README", "sub/e.txt", "sub/deep/f.txt", "sub/g.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(gzip.compress(b"B") if name.endswith("gz") else b"A")
+    left = "3 of other kinds (.json, .md, README), 3 in subfolders"
+    assert passed_over(config("text", tmp_path)) == f"{tmp_path}: 2 read; files passed over: {left}"
+    both = [str(tmp_path), str(tmp_path / "sub/e.txt")]
+    assert passed_over(config("text", both)).endswith("(.json, .md, README), 2 in subfolders")
+    assert passed_over(config("text", f"{tmp_path}/*.txt*")) is None
+    assert passed_over(config("text", f"{tmp_path}/**/*.txt")) is None
+    assert passed_over(config("text", f"{tmp_path}/*")) == f"{tmp_path}/*: 5 read; files passed over: 3 in subfolders"
+    assert passed_over(config("text", tmp_path / "c.md")) is None
+    assert passed_over(config("stdlib")) is None
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_file_counts_once_however_it_is_named(tmp_path, monkeypatch, suffix):
+    monkeypatch.chdir(tmp_path)
+    Path("set").mkdir()
+    for name in "ab":
+        Path(f"set/{name}.txt{suffix}").write_bytes(PACKERS[suffix](name.encode()))
+    Path(f"set/0.txt{suffix}").symlink_to(f"b.txt{suffix}")
+    Path("other").symlink_to("set")
+    names = ["set", str(tmp_path / "set"), f"set/../set/a.txt{suffix}", "other", f"./se*/b.txt{suffix}"]
+    for name in names[:2]:
+        assert list(documents(config("text", name))) == ["b", "a"]
+    assert passed_over(config("text", "set")) == "set: 2 read; files passed over: 1 named more than once"
+    assert list(documents(config("text", names))) == ["b", "a"]
+    assert list(documents(config("text", names[::-1]))) == ["b", "a"]
+    assert list(documents(config("text", names[2:]))) == ["a", "b"]
+    assert passed_over(config("text", names)).endswith("2 read; files passed over: 9 named more than once")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_and_its_compressed_form_are_refused(tmp_path, monkeypatch, name):
+    """As gzip -k leaves them; in a folder, by a pattern and by name."""
+    monkeypatch.chdir(tmp_path)
+    source = {".txt": "text"}.get(Path(name).suffix, "jsonl")
+    Path(name).write_text('{"text": "A"}\n')
+    Path(f"{name}.zst").write_bytes(PACKERS[".zst"](Path(name).read_bytes()))
+    for path in (".", f"{name}*", [name, str(tmp_path / f"{name}.zst")], [f"{name}.zst", name]):
+        with pytest.raises(DataError, match=rf"^data\.path: .*{name}.* are the same text twice") as error:
+            check_source(config(source, path))
+        assert "\n" not in str(error.value)
+    Path("sub").mkdir()
+    Path(name).rename(f"sub/{name}")
+    assert len(source_files(config(source, [".", "sub"]))) == 2  # of the same name, in another folder
 
 
 @pytest.mark.parametrize("suffix", PACKERS)

@@ -1,5 +1,6 @@
 """Streams against a slow obvious reference: read everything, order it, put it in one row, cut."""
 
+import copy
 import gzip
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from tokenizers import normalizers
 
 from l2e_ds.config import DataConfig
 from l2e_ds.data import stream as stream_module
@@ -333,6 +335,12 @@ def test_a_source_that_changes_or_vanishes(tmp_path, tokenizer):
     for other in (opened(data, tokenizer, seed=1), opened(data, tokenizer, 6)):
         with pytest.raises(DataError, match="from another stream"):
             other.restore(early)
+    lower = copy.deepcopy(tokenizer)  # of the same vocabulary
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(DataError, match="from another stream"):
+        opened(data, lower).restore(early)
+    del early["tokenizer"]  # of an earlier version
+    opened(data, lower).restore(early)
 
 
 @pytest.mark.parametrize(("shorter", "taken"), [(["one two"] * 3, 6), (["one"] * 10, 1)])

@@ -1,8 +1,17 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer, normalizers
+from transformers import GPTNeoXTokenizerFast
 
-from l2e_ds.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer, vocabulary_size
+from l2e_ds.data.tokenizer import (
+    END_OF_TEXT,
+    end_of_text_id,
+    load_tokenizer,
+    tokenizer_digest,
+    train_tokenizer,
+    vocabulary_size,
+)
 from l2e_ds.errors import DataError
 
 TEXTS = ["the cat sat on the mat, the cat sat\n" * 5, "  def f(x):\n\treturn x + 1\n", "déjà vu 你好 🙂"]
@@ -52,6 +61,74 @@ def test_load_from_file_and_folder(tokenizer, tmp_path):
         loaded = load_tokenizer(str(name))
         assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
         assert end_of_text_id(loaded) == 0
+
+
+@pytest.mark.parametrize("named", ["GPT2Tokenizer", "GPTNeoXTokenizerFast", "Qwen2Tokenizer", "LlamaTokenizer", None])
+def test_a_folder_gives_the_tokens_of_its_file(tokenizer, tmp_path, named):
+    """Whatever class its configuration names, which may have a normalizer and a pre-tokenizer of its own."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    digits = {"type": "Digits", "individual_digits": True}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, described["pre_tokenizer"]]}
+    described["normalizer"] = {"type": "Lowercase"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": named} if named else {}))
+    reference = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path))
+    loaded.save_pretrained(tmp_path / "saved")
+    for text in [*TEXTS, "The CAT sat 1234 TIMES", f"é{END_OF_TEXT}  the 12 cats"]:
+        wanted = reference.encode(text, add_special_tokens=False).ids
+        assert loaded.encode(text, add_special_tokens=False) == wanted
+        assert loaded.backend_tokenizer.encode(text, add_special_tokens=False).ids == wanted
+        assert load_tokenizer(str(tmp_path / "saved")).encode(text, add_special_tokens=False) == wanted
+    assert (loaded.eos_token, end_of_text_id(loaded)) == (END_OF_TEXT, 0)  # named by no file
+
+
+# what is changed in a tokenizer.json, and whether texts get other ids by it
+CHANGES = {
+    "decoder": (lambda d: d.update(decoder=None), False),
+    "post-processor": (
+        lambda d: d.update(post_processor={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}),
+        False,
+    ),
+    "offsets": (lambda d: d["pre_tokenizer"].update(trim_offsets=False), False),
+    "empty prefix": (lambda d: d["model"].update(continuing_subword_prefix=""), False),
+    "what decoding skips": (lambda d: d["added_tokens"][0].update(special=False), False),
+    "truncation": (
+        lambda d: d.update(truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}),
+        False,
+    ),
+    "normalizer": (lambda d: d.update(normalizer={"type": "Lowercase"}), True),
+    "pre-tokenizer": (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), True),
+    "merges": (lambda d: d["model"]["merges"].pop(0), True),
+    "vocabulary": (lambda d: d["model"]["vocab"].update(t=d["model"]["vocab"]["h"], h=d["model"]["vocab"]["t"]), True),
+    "blanks of an added token": (lambda d: d["added_tokens"][0].update(rstrip=True), True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_digest_is_of_what_decides_token_ids(tokenizer, tmp_path, change):
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    alter, ids_change = CHANGES[change]
+    alter(described)
+    (tmp_path / "t.json").write_text(json.dumps(described))
+    altered = load_tokenizer(str(tmp_path / "t.json"))
+    text = f"The cat{END_OF_TEXT} the hat"
+    assert (altered.encode(text, add_special_tokens=False) != tokenizer.encode(text, add_special_tokens=False)) == (
+        ids_change
+    )
+    assert (tokenizer_digest(altered) != tokenizer_digest(tokenizer)) == ids_change
+
+
+def test_file_and_folder_of_one_tokenizer_have_one_digest(tokenizer, tmp_path):
+    """As 20B_tokenizer.json and the folder that a class of transformers made of it."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.normalizer = normalizers.NFC()
+    backend.add_special_tokens(["<|padding|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    GPTNeoXTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path / "folder")
+    assert (tmp_path / "folder/tokenizer.json").read_text() != (tmp_path / "tokenizer.json").read_text()
+    file, folder = (load_tokenizer(str(tmp_path / name)) for name in ("tokenizer.json", "folder"))
+    assert tokenizer_digest(file) == tokenizer_digest(folder)
 
 
 def test_truncation_and_padding_of_the_file_are_ignored(tokenizer, tmp_path):

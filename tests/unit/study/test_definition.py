@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from l2e_ds.config import load_run_config
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.definition import FILE, INDEX, read_study, text_of
 
@@ -106,6 +107,18 @@ def test_recipes_are_named_as_every_checkout_finds_them(here):
     assert {run.base for run in study.runs} == {"launch/recipes/pythia-70m.yaml", str(here / "other.yaml")}
 
 
+@pytest.mark.parametrize("text", ["a: b", "x # y", "1", "yes", "true", "*x", '"x"', "~", "[0]", "two\nlines"])
+def test_texts_reach_the_run_as_they_stand(here, text):
+    """From `set`, from a factor, and after the study was written down and read again."""
+    study = read_study(
+        write(here, set={"data.text_key": text}, factors={"data.cache": [text]}, exclude=[], baseline=None)
+    )
+    (here / FILE).write_text(study.dump())
+    for run in (*study.runs, *read_study(here / FILE).runs):
+        data = load_run_config(run.base, run.overrides).data
+        assert (data.text_key, data.cache) == (text, text)
+
+
 def test_values_as_overrides_have_them():
     values = ["l2e", 0.02, 1e-5, 3, True, None, [1, 2], "1", "null", "a: b", "x # y", ""]
     assert [yaml.safe_load(text_of(value)) for value in values if value != 1e-5] == [v for v in values if v != 1e-5]
@@ -130,6 +143,9 @@ def test_values_as_overrides_have_them():
         ({"set": {"training": {"steps": 3}}}, "set: got the key 'training', write section.key"),
         ({"set": {"training.seed": 3}}, "set: training.seed is decided by the study's seeds"),
         ({"factors": {"training.run_directory": ["a"]}}, "factors: training.run_directory is decided by"),
+        ({"set": {"data.text_key": 100}}, "set: data.text_key: got 100; must be text (in quotes)"),
+        ({"factors": {"data.cache": [1, 2]}}, "factors: data.cache: got 1; must be text (in quotes)"),
+        ({"factors": {"cache": {"a": {"data.cache": True}}}}, "factors.cache.a: data.cache: got True; must be text"),
         ({"factors": {"method": "l2e"}}, "factors.method: got 'l2e'; write levels"),
         ({"factors": {"method": {}}}, "factors.method: got {}, give at least one level"),
         (
