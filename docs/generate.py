@@ -23,7 +23,8 @@ def run_files() -> str:
     parts = [
         "# Run files\n",
         "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused;",
-        "`section.key=value` on the command line overrides one value. Made by `docs/generate.py`.\n",
+        "`section.key=value` on the command line overrides one value. Paths may begin with `~` and hold `$VARIABLES`;",
+        "relative ones count from the working directory. Made by `docs/generate.py`.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}
     names = list(models)
@@ -50,8 +51,8 @@ def _type(annotation: typing.Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         kind, *fields = typing.get_args(annotation)
-        signs = _limits([limit for field in fields for limit in field.metadata])
-        return f"{_type(kind)} {' and '.join(signs)}"
+        signs = _limits([limit for field in fields for limit in getattr(field, "metadata", ())])
+        return f"{_type(kind)} {' and '.join(signs)}".rstrip()
     if origin in (typing.Union, UnionType):
         return " or ".join(_type(part) for part in typing.get_args(annotation) if part is not type(None))
     if origin is typing.Literal:

@@ -34,11 +34,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2e_ds import distributed
+from l2e_ds.config import RunConfig
 from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.training import manifest
+from l2e_ds.training.changes import Changes, saved_config
 from l2e_ds.training.elastic import ElasticLoad, layout, loss_scaler_state
 from l2e_ds.training.engine import hyper_parameters, set_hyper_parameters
 from l2e_ds.training.state import TrainState, reseed, rng_state, set_rng_state
@@ -98,6 +100,8 @@ class CheckpointManager:
     def __init__(self, run_directory: Path, keep_last: int | None = None) -> None:
         self.directory = run_directory / "checkpoints"
         self.keep_last = keep_last
+        self.resume_from: Path | None = None
+        """Set by `open_checkpoints`."""
         self._pending: _Pending | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -154,7 +158,7 @@ class CheckpointManager:
             )
         if resume in ("auto", "never"):
             return own
-        path = Path(resume).expanduser()
+        path = Path(resume)
         if own:  # requeued, or started again: PATH was where this run began
             if path.resolve().parent == self.directory.resolve() and path.resolve() != own[-1].resolve():
                 raise CheckpointError(
@@ -171,6 +175,10 @@ class CheckpointManager:
         if problem:
             raise CheckpointError(f"training.resume: {path}: {problem}; allowed: auto, never, a run or a checkpoint")
         return [path.resolve()]
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies in this run's directory."""
+        return path.parent.resolve() == self.directory.resolve()
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -382,15 +390,21 @@ def check_identity(path: Path, saved: dict, current: dict) -> None:
             raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
 
 
-def changed_values(path: Path, config: dict) -> list[str]:
-    """What the run file says otherwise than when the checkpoint was written, as `section.key: old -> new`."""
-    saved = read_state(path)["config"]
-    return [
-        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
-        for section, values in config.items()
-        for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
-    ]
+def open_checkpoints(config: RunConfig) -> CheckpointManager:
+    """Those of a run, and in `resume_from` the one to go on from, if any. Collective.
+
+    Raises CheckpointError where that is not to be had, or where the run would become another one."""
+    checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
+    path = checkpoints.resume_from = checkpoints.find(config.training.resume)
+    if path is not None:
+        distributed.all_work(lambda: changes_since(path, config).refuse(path))
+    return checkpoints
+
+
+def changes_since(path: Path, config: RunConfig) -> Changes:
+    """Raises CheckpointError, and ConfigError for a broken configuration in state.json."""
+    content = read_state(path)
+    return Changes(saved_config(content["config"], path / "state.json"), config, content["train"]["applied"])
 
 
 def verify_together(path: Path) -> str | None:

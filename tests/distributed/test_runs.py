@@ -65,9 +65,10 @@ def cases(tasks: str) -> dict:
     mixed = {"weights": [3, 2, 1]}
     found["straight-mixture"] = zero(1, **mixed)
     found["resumed-mixture"] = zero(1, **mixed, options={"stop_after": 4})
-    found["other-weights"] = zero(
-        1, weights=[3, 2, 2], options={"continues": "straight-mixture", "expect": "CheckpointError"}
-    )
+    refused = {"continues": "straight-mixture", "expect": "CheckpointError"}
+    found["other-weights"] = zero(1, weights=[3, 2, 2], options=refused)
+    allowed = {"allow_changes": ["data.sets"]}
+    found["other-weights-allowed"] = zero(1, weights=[3, 2, 2], training=allowed, options=refused)
     found["straight-stream"] = zero(1, streamed="stream", checkpoint={"every": 3})
     found["resumed-stream"] = zero(1, streamed="stream", options={"stop_after": 4})
     found["twin-of-stream"] = zero(1, streamed="twin")
@@ -255,13 +256,16 @@ def test_data_that_cannot_be_read_ends_the_run_at_its_step(runs, metric_lines):
 
 def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
     for rank in (0, 1):
-        assert "global_batch 8, this run has global_batch 4" in (runs / f"other-batch-rank{rank}.txt").read_text()
+        message = (runs / f"other-batch-rank{rank}.txt").read_text()
+        assert "was trained with other values: training.global_batch: 8 -> 4; give those again" in message
         assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
 
 
 def test_other_weights_are_refused(runs):
+    """What the user allows must still be the same data."""
     for rank in (0, 1):
-        message = (runs / f"other-weights-rank{rank}.txt").read_text()
+        assert "was trained with other values: data.sets: " in (runs / f"other-weights-rank{rank}.txt").read_text()
+        message = (runs / f"other-weights-allowed-rank{rank}.txt").read_text()
         assert "mixed 3/2/1, this run has data short " in message
         assert message.endswith("mixed 3/2/2")
 
