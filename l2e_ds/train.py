@@ -15,13 +15,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.console import CommandParser, say
+from l2e_ds.console import CommandParser, flush_streams, open_streams, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
     return run(parse(parser, argv))
@@ -418,6 +419,7 @@ def leave_process(code: int) -> NoReturn:
     Seen now and then after a finished run on several ranks: "terminate called without an active exception", a thread
     of a library that outlived its owner, and exit code 250 for a run that was complete and saved.
     """
+    flush_streams()
     if code not in (0, Interrupted.exit_code):
         sys.exit(code)
     for child in multiprocessing.active_children():  # of an unfinished data preparation; it would be waited for
@@ -426,9 +428,7 @@ def leave_process(code: int) -> NoReturn:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # mpi4py would do so where we no longer come by; mpirun calls it a failure if nobody does
-    with suppress(OSError, ValueError):  # a terminal that is gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_streams()
     os._exit(code)
 
 

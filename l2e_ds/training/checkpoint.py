@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,9 +42,9 @@ from l2e_ds.training import manifest
 from l2e_ds.training.changes import Changes, saved_config
 from l2e_ds.training.elastic import ElasticLoad, layout, loss_scaler_state
 from l2e_ds.training.engine import hyper_parameters, set_hyper_parameters
+from l2e_ds.training.manifest import NAME, STATE
 from l2e_ds.training.state import TrainState, reseed, rng_state, set_rng_state
 
-NAME = re.compile(r"step(\d{8})")
 ELASTIC = ("ranks", "zero_stage")
 
 
@@ -218,7 +217,7 @@ class CheckpointManager:
                     save_file(inhibitor.state_dict(), temporary / "inhibition.safetensors")
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
-                (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
         for part in (prepare, write):
             self._agree_or_remove(_error_of(part), final)
@@ -404,7 +403,7 @@ def open_checkpoints(config: RunConfig) -> CheckpointManager:
 def changes_since(path: Path, config: RunConfig) -> Changes:
     """Raises CheckpointError, and ConfigError for a broken configuration in state.json."""
     content = read_state(path)
-    return Changes(saved_config(content["config"], path / "state.json"), config, content["train"]["applied"])
+    return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
 
 
 def verify_together(path: Path) -> str | None:
@@ -488,9 +487,9 @@ def _say_not_used(path: Path, problem: str) -> None:
 def read_state(path: Path) -> dict:
     """The content of state.json. Raises CheckpointError."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: {error}") from None
+        raise CheckpointError(f"{path / STATE}: {error}") from None
 
 
 def _versions() -> dict:
