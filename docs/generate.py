@@ -27,7 +27,9 @@ def run_files() -> str:
         "(`<<: *common`) and `_` between digits; the same in study files.\n",
         "`section.key=value` on the command line overrides one value. Where the type below is text, the value is taken",
         "as it stands, with `#`, quotes and blanks, but for `null` or nothing where the default is `null`, and",
-        "`[a, b]` where a list is allowed. All else is read as YAML. Made by `docs/generate.py`.\n",
+        "`[a, b]` where a list is allowed. All else is read as YAML.\n",
+        "Paths may begin with `~` and hold `$VARIABLES`; relative ones count from the working directory.",
+        "Made by `docs/generate.py`.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}
     names = list(models)
@@ -54,8 +56,8 @@ def _type(annotation: typing.Any) -> str:
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         kind, *fields = typing.get_args(annotation)
-        signs = _limits([limit for field in fields for limit in field.metadata])
-        return f"{_type(kind)} {' and '.join(signs)}"
+        signs = _limits([limit for field in fields for limit in getattr(field, "metadata", ())])
+        return f"{_type(kind)} {' and '.join(signs)}".rstrip()
     if origin in (typing.Union, UnionType):
         return " or ".join(_type(part) for part in typing.get_args(annotation) if part is not type(None))
     if origin is typing.Literal:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from l2e_ds.errors import CheckpointError, ConfigError
-from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state, remove_checkpoint, step_of
-from l2e_ds.training.manifest import check_files, read_manifest, verify
+from l2e_ds.training.checkpoint import CheckpointManager, read_state, remove_checkpoint, step_of
+from l2e_ds.training.manifest import NAME, check_files, read_manifest, verify
 from l2e_ds.training.run_lock import RunLock
 
 

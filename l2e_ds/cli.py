@@ -14,11 +14,12 @@ from typing import NoReturn
 import l2e_ds
 from l2e_ds import analysis as analyses
 from l2e_ds import benchmarks, report
-from l2e_ds.console import CommandParser, say
+from l2e_ds.console import CommandParser, flush_streams, open_streams, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("--local_rank="):
         del words[0]  # the deepspeed launcher puts it before the verb
@@ -262,6 +263,7 @@ def command() -> NoReturn:
 
 def leave(code: int) -> NoReturn:
     """End this process (train.py: leave_process), also where that cannot be imported."""
+    flush_streams()
     if code not in (0, Interrupted.exit_code):
         sys.exit(code)
     from l2e_ds.train import leave_process

@@ -8,6 +8,7 @@ or converted silently. What depends on the number of ranks (`batch_arithmetic`) 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,22 @@ from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from l2e_ds.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+REPOSITORY = PACKAGE.parent
 
 LayerChoice = Literal["mid-2", "mid-third", "top-bottom", "all"]
 Method = Literal["none", "l2e", "memel"]
@@ -38,8 +50,8 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 # times, and its figures to rounding only. What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
 DECIDES_NO_FIGURE = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
-    *("training.evaluate_every", "training.max_skipped_steps", "training.micro_batch", "training.resume"),
-    *("training.run_directory", "training.time_limit", "training.timeout"),
+    *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
+    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout"),
 )
 
 SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
@@ -59,12 +71,27 @@ class Section(BaseModel):
 Checked = TypeVar("Checked", bound=Section)
 
 
+def _expand(path: str) -> str:
+    """With the values of `~` and `$VARIABLE`. Raises PydanticCustomError where there is none."""
+    unset = next((name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ), None)
+    if unset is not None:
+        raise PydanticCustomError("path", "the environment variable {name} is not set", {"name": unset})
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if path.startswith("~") and expanded == path:
+        raise PydanticCustomError("path", "there is no such user")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(_expand)]
+"""A file or folder; where a key may also hold a name of the hub, that has no `~` and no `$`."""
+
+
 class ModelConfig(Section):
     """Which network, and where its first weights come from."""
 
     name: str | None = None
     """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
-    pretrained: str | None = None
+    pretrained: LocalPath | None = None
     """Instead of `name`: a local folder or a hub name whose weights the run starts from; of a family in
     docs/families.md."""
     revision: str | None = None
@@ -104,7 +131,7 @@ class SourceConfig(Section):
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
     """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
     Megatron .bin/.idx pair."""
-    path: str | list[str] | None = None
+    path: LocalPath | list[LocalPath] | None = None
     """Files, folders or glob patterns; for `indexed` the common prefix of a pair, or of several that are read one after
     the other; for `hub` the data set."""
     subset: str | None = None
@@ -168,7 +195,7 @@ class DataConfig(SourceConfig):
 
     sets: list[SetConfig] | None = Field(None, min_length=1)
     """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """A tokenizer.json, a folder or a hub name. Not needed with `indexed`, except for export."""
     train_tokenizer: int | None = Field(None, ge=260)
     """Instead of `tokenizer`: train a byte-level BPE with this vocabulary on the training documents."""
@@ -180,7 +207,7 @@ class DataConfig(SourceConfig):
     that, and nothing of PREFIX."""
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
-    cache: str | None = None
+    cache: LocalPath | None = None
     """Where tokenised data is kept. Default: `data/` in the run directory."""
     workers: int | None = Field(None, gt=0)
     """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
@@ -275,8 +302,9 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How long, in which batches, in which precision."""
 
-    run_directory: str = ""
-    """Where everything of this run goes. Default: `runs/` and the run file's name."""
+    run_directory: LocalPath = ""
+    """Where everything of this run goes. Default: `runs/` and the run file's name. The `config.yaml` in a run directory
+    belongs to that, wherever it was moved."""
     steps: int = Field(gt=0)
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
@@ -288,10 +316,13 @@ class TrainingConfig(Section):
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
     """Decides the first weights and the order of the data, alike on any number of ranks."""
-    resume: str = "auto"
+    resume: LocalPath = "auto"
     """`auto`: go on from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
     one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
     checkpoints of its own, go on from those."""
+    allow_changes: list[str] = []
+    """Keys that decide figures, e.g. `[optimizer.peak_learning_rate]`, and may differ from the checkpoint's where a run
+    goes on. It is refused where others do (docs/checkpoints.md)."""
     evaluate_every: int = Field(1000, ge=0)
     """Steps between held-out evaluations (also at the start and the end); 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
@@ -378,7 +409,7 @@ class InhibitionConfig(Section):
 class DeepSpeedConfig(Section):
     """The engine."""
 
-    config: str = "ds_configs/zero1.json"
+    config: LocalPath = "ds_configs/zero1.json"
     """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
 
 
@@ -422,7 +453,7 @@ class EvaluationConfig(Section):
     """Tasks and groups by the harness's names, or `paper`: those of the paper."""
     num_fewshot: int | list[int] | None = None
     """Examples in each prompt; of a list each in turn. Default: each task's own number."""
-    include_path: list[str] = []
+    include_path: list[LocalPath] = []
     """Folders of task files of your own, for other tasks or a machine without a hub."""
     limit: int | None = Field(None, gt=0)
     """Take only the first documents of each task."""
@@ -460,6 +491,15 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _allow_known_keys(self) -> RunConfig:
+        unknown = next((key for key in self.training.allow_changes if key not in flat(self)), None)
+        if unknown is not None:
+            raise ValueError(
+                f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
+            )
+        return self
 
     def dump(self) -> str:
         """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
@@ -646,10 +686,47 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     for override in overrides:
         _apply_override(raw, override)
     config = run_config_from_dict(raw, str(path))
-    if not config.training.run_directory:
+    own = path.name == "config.yaml" and any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+    if own and not any(override.partition("=")[0].strip() == "training.run_directory" for override in overrides):
+        config = config.replace("training", run_directory=str(path.parent))
+    elif not config.training.run_directory:
         name = path.parent.name if path.stem == "config" else path.stem
         config = config.replace("training", run_directory=f"runs/{name}")
-    return config
+    return with_absolute_paths(config, path)
+
+
+def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:
+    """What the run reads is found from any working directory then, and two runs that read other files differ. Names of
+    the hub and of files of this repository stay, and so does the run directory."""
+    data, training = config.data, config.training
+    if data.sets is not None:
+        data = data.model_copy(update={"sets": [_with_absolute_path(part) for part in data.sets]})
+    tokenizer, cache = _absolute_if_there(data.tokenizer), data.cache and str(Path(data.cache).absolute())
+    data = _with_absolute_path(data).model_copy(update={"tokenizer": tokenizer, "cache": cache})
+    if training.resume not in ("auto", "never"):
+        training = training.model_copy(update={"resume": str(Path(training.resume).absolute())})
+    folders = [str(Path(folder).absolute()) for folder in config.evaluation.include_path]
+    deepspeed = find_file(config.deepspeed.config, run_file)
+    config = config.model_copy(update={"data": data, "training": training})
+    config = config.replace("model", pretrained=_absolute_if_there(config.model.pretrained))
+    config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
+    return config.replace("evaluation", include_path=folders)
+
+
+Source = TypeVar("Source", bound=SourceConfig)
+
+
+def _with_absolute_path(part: Source) -> Source:
+    if part.path is None or part.source == "hub":
+        return part
+    if isinstance(part.path, str):
+        return part.model_copy(update={"path": str(Path(part.path).absolute())})
+    return part.model_copy(update={"path": [str(Path(path).absolute()) for path in part.path]})
+
+
+def _absolute_if_there(name: str | None) -> str | None:
+    """Of a file, a folder or a name of the hub."""
+    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
 
 
 def run_config_from_dict(raw: dict, where: str) -> RunConfig:
@@ -735,6 +812,7 @@ def _section_of(kind: type[Section], key: str) -> type[Section] | None:
 
 def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
     """One line for what is wrong with one key: what was given, what is allowed (in a union: any of its branches)."""
+    problems = [problem for problem in problems if problem["type"] == "path"] or problems
     first = problems[0]
     if first["type"] == "extra_forbidden":
         *section, name = key.split(".")
@@ -767,8 +845,16 @@ def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:
     """A file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
-    candidates = [Path(name).expanduser()]
+    candidates = [Path(os.path.expandvars(name)).expanduser()]
     if not candidates[0].is_absolute():
         candidates += [Path(beside).parent / name] if beside else []
-        candidates += [REPOSITORY / name, Path(__file__).resolve().parent / name]
+        candidates += [REPOSITORY / name, PACKAGE / name]
     return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def portable(path: Path) -> str:
+    """The name of a file or folder of this repository as `find_file` finds it from anywhere, of others the path."""
+    for root in (PACKAGE, REPOSITORY):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)

@@ -7,10 +7,31 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from typing import Any
 
 from l2e_ds.errors import ConfigError
+
+
+def open_streams() -> None:
+    """Where cron or a daemon has closed standard streams, what is printed goes nowhere. Else files of the run would get
+    their numbers, and with them what libraries print. For the beginning of a command."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:  # Python's word for a closed one
+            stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (for good)
+            os.dup2(stream.fileno(), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, stream)
+
+
+def flush_streams() -> None:
+    """What cannot be brought out is dropped: the interpreter would try again, and end with exit code 120 for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(line: str) -> None:

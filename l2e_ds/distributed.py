@@ -236,6 +236,12 @@ def beat() -> None:
     _progressed = time.monotonic()
 
 
+def excuse(seconds: float) -> None:
+    """So long this process did not run: that is no lack of progress."""
+    global _progressed
+    _progressed = min(_progressed + seconds, time.monotonic())
+
+
 def doing() -> str:
     return _doing
 

@@ -38,6 +38,8 @@ ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = Interrupted.exit_code
 RESTART = "restart\n"
 """What a supervisor writes into the stop file when it wants no end of the run."""
+SUSPENDED = 5.0
+"""Seconds between two looks at a run that only a supervisor lets pass that was suspended."""
 # what no restart mends
 FINAL = {
     ConfigError.exit_code: "something must be changed first",
@@ -49,6 +51,7 @@ _received: list[tuple[float, signal.Signals]] = []  # when, which
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    console.open_streams()
     words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
     parser = console.CommandParser(
         usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
@@ -163,7 +166,7 @@ class SignsOfLife:
         self._renewed: int | None = None
         self._renewals = 0
         self._used, self._looked_at = 0.0, 0.0
-        self._seen_at = time.monotonic()
+        self._seen_at = self._asked_at = time.monotonic()
 
     def are_missing_for(self, patience: float) -> bool:
         """Whether neither was seen for so many seconds; to be asked often.
@@ -171,6 +174,9 @@ class SignsOfLife:
         Never before the lock was renewed a few times: the run may be starting, or its file system may keep no times.
         """
         now = time.monotonic()
+        if now > self._asked_at + SUSPENDED:
+            self._seen_at += now - self._asked_at  # nobody saw what the run did
+        self._asked_at = now
         try:
             renewed = self._lock.stat().st_mtime_ns
         except OSError:

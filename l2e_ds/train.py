@@ -15,13 +15,13 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.console import CommandParser, say
+from l2e_ds.console import CommandParser, flush_streams, open_streams, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
@@ -29,6 +29,7 @@ from l2e_ds.training.run_lock import RunLock
 if TYPE_CHECKING:
     from l2e_ds.data import PreparedData
     from l2e_ds.distributed import Launch
+    from l2e_ds.training.checkpoint import CheckpointManager
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    open_streams()
     parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
     return run(parse(parser, argv))
@@ -201,7 +203,7 @@ def _check_machine(config: RunConfig) -> None:
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ConfigError(f"training.run_directory: cannot write below {parent}")
-    resume = Path(config.training.resume).expanduser()
+    resume = Path(config.training.resume)
     if config.training.resume not in ("auto", "never") and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
     if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
@@ -270,7 +272,30 @@ def _unfound_batch(plan: Plan) -> str:
 
 
 def train(plan: Plan, launch: Launch) -> None:
-    """Join the other ranks, prepare the data, train, leave."""
+    """Join the other ranks, train what is left of the run, leave."""
+    from l2e_ds import distributed
+    from l2e_ds.training.checkpoint import open_checkpoints
+    from l2e_ds.training.trainer import is_finished
+    from l2e_ds.training.watchdog import Watchdog
+
+    config = plan.config
+    directory = Path(config.training.run_directory)
+    with Watchdog(config.training.timeout) as watchdog:
+        device = distributed.join(launch, config.training.timeout)
+        watchdog.meet()
+        preemption.watch(directory, config.training.time_limit)
+        with _locked(directory) as lock:
+            watchdog.also = lock.renew
+            checkpoints = open_checkpoints(config)  # first: a refused or finished run must stay as it is
+            if not distributed.main_decides(is_finished(config, checkpoints)):
+                _train_on(plan, launch, device, checkpoints)
+            elif distributed.is_main():
+                say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
+    distributed.leave()
+
+
+def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
+    """Prepare the data, build everything, train."""
     from l2e_ds import distributed
     from l2e_ds.data import prepare_sets
     from l2e_ds.data.files import write_whole
@@ -278,7 +303,6 @@ def train(plan: Plan, launch: Launch) -> None:
     from l2e_ds.training.deepspeed_config import with_micro_batch
     from l2e_ds.training.task_evaluation import load_task_evaluation
     from l2e_ds.training.trainer import Trainer
-    from l2e_ds.training.watchdog import Watchdog
 
     config = plan.config
     directory = Path(config.training.run_directory)
@@ -288,31 +312,25 @@ def train(plan: Plan, launch: Launch) -> None:
         evaluated = config.training.evaluation_sequences
         return prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
 
-    with Watchdog(config.training.timeout) as watchdog:
-        device = distributed.join(launch, config.training.timeout)
-        watchdog.meet()
-        preemption.watch(directory, config.training.time_limit)
-        with _locked(directory) as lock:
-            watchdog.also = lock.renew
-            record = None
-            if config.training.micro_batch == "auto":
-                found = micro_batch.find(config, plan.ds, plan.network, device)
-                config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
-                plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
-            distributed.progress("data preparation")
-            data = _main_first(prepare)
-            distributed.progress("loading evaluation tasks")
-            tasks = load_task_evaluation(config, data)
-            distributed.progress("building the model")
-            with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks) as trainer:
-                if distributed.is_main():
-                    # only now: a refused resume must leave the run as it was
-                    _freeze(plan, directory, data, is_new=trainer.state.step == 0)
-                    if record is not None:
-                        write_whole(directory / micro_batch.FILE, record)
-                trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data))
-                trainer.train()
-    distributed.leave()
+    record = None
+    if config.training.micro_batch == "auto":
+        found = micro_batch.find(config, plan.ds, plan.network, device)
+        config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
+        plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
+    distributed.progress("data preparation")
+    data = _main_first(prepare)
+    distributed.progress("loading evaluation tasks")
+    tasks = load_task_evaluation(config, data)
+    distributed.progress("building the model")
+    with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
+        if distributed.is_main():
+            # only now: a refused resume must leave the run as it was
+            _freeze(plan, directory, data, is_new=trainer.state.step == 0)
+            if record is not None:
+                write_whole(directory / micro_batch.FILE, record)
+        changes = {"changes": trainer.changes} if trainer.changes else {}
+        trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data) | changes)
+        trainer.train()
 
 
 @contextmanager
@@ -401,6 +419,7 @@ def leave_process(code: int) -> NoReturn:
     Seen now and then after a finished run on several ranks: "terminate called without an active exception", a thread
     of a library that outlived its owner, and exit code 250 for a run that was complete and saved.
     """
+    flush_streams()
     if code not in (0, Interrupted.exit_code):
         sys.exit(code)
     for child in multiprocessing.active_children():  # of an unfinished data preparation; it would be waited for
@@ -409,9 +428,7 @@ def leave_process(code: int) -> NoReturn:
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
         mpi.Finalize()  # mpi4py would do so where we no longer come by; mpirun calls it a failure if nobody does
-    with suppress(OSError, ValueError):  # a terminal that is gone
-        sys.stdout.flush()
-        sys.stderr.flush()
+    flush_streams()
     os._exit(code)
 
 

@@ -19,7 +19,7 @@ from l2e_ds.errors import WorkerError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
 
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, find_file, flat, load_run_config, read_yaml
+from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, find_file, flat, load_run_config
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, portable, text_of
+from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
 from l2e_ds.study.state import config_file, read_index, run_directory
 from l2e_ds.train import Plan, preflight, resolve_run
 from l2e_ds.training.run_lock import RunLock
@@ -53,7 +53,7 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
             raise type(error)(_traced(str(error), run)) from None
-        plans[run.name] = replace(plan, config=_settled(plan.config, asked, run, study.directory))
+        plans[run.name] = replace(plan, config=_settled(plan.config, asked, study.directory))
     _refuse_twins(study, plans)
     return plans
 
@@ -75,14 +75,12 @@ def _traced(line: str, run: StudyRun) -> str:
     return f"{run.name}: {line}" if own is None else f"{run.sources[own]}: {run.name}: {said}"
 
 
-def _settled(config: RunConfig, asked: RunConfig, run: StudyRun, directory: Path) -> RunConfig:
-    """What is started: with the precision that was asked for, for the device that runs it to decide, with one cache for
-    all runs, and with a DeepSpeed JSON that is found without the base beside it."""
+def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
+    """What is started: with the precision that was asked for, for the device that runs it to decide, and with one cache
+    for all runs."""
     config = config.replace("training", precision=asked.training.precision)
     if config.data.cache is None:
         config = config.replace("data", cache=str(directory / "data"))
-    if (given := find_file(config.deepspeed.config, _base(run))) is not None:
-        config = config.replace("deepspeed", config=portable(given))
     return config
 
 
@@ -103,7 +101,7 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     path = directory / "config.yaml"
     if not path.is_file():
         return []
-    old, now = flat(checked(RunConfig, read_yaml(path), str(path))), flat(new)
+    old, now = flat(load_run_config(path)), flat(new)
     if now["training.precision"] == "auto":
         old["training.precision"] = "auto"
     if now["optimizer.schedule_steps"] is not None and now["training.steps"] > old["training.steps"]:

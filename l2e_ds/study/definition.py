@@ -27,11 +27,13 @@ from pydantic import Field
 
 from l2e_ds.config import (
     REPOSITORY,
+    LocalPath,
     Section,
     checked,
     dump_yaml,
     find_file,
     parse_yaml,
+    portable,
     read_yaml,
     split_override,
     takes_text,
@@ -39,7 +41,6 @@ from l2e_ds.config import (
 from l2e_ds.errors import ConfigError
 
 FILE, INDEX = "study.yaml", "study.json"
-PACKAGE = Path(__file__).resolve().parents[1]
 LEVEL = re.compile(r"[A-Za-z0-9_.+-]+")
 KEY = re.compile(r"[a-z_]+\.[a-z_]+")
 LONGEST_NAME = 200  # characters; a file's name may have 255 bytes
@@ -63,7 +64,7 @@ class Evaluation(Section):
     """Tasks and groups by the harness's names, or `paper`."""
     num_fewshot: int | None = Field(None, ge=0)
     """Examples in each prompt. Default: each task's own number."""
-    include_path: list[str] = Field([])
+    include_path: list[LocalPath] = Field([])
     """Folders of task files of your own."""
     limit: int | None = Field(None, gt=0)
     """Take only the first documents of each task."""
@@ -73,8 +74,8 @@ class StudyFile(Section):
     """What stands in the file."""
 
     title: str = ""
-    base: str | None = None
-    directory: str = ""
+    base: LocalPath | None = None
+    directory: LocalPath = ""
     seeds: list[int] = Field([1234], min_length=1)
     set: dict[str, Any] = Field({})
     factors: dict[str, Any] = Field({})
@@ -275,18 +276,10 @@ def _found(base: Any, path: Path, where: str) -> str:
     return portable(found)
 
 
-def portable(path: Path) -> str:
-    """The name of a file or folder of this repository as `find_file` finds it from anywhere, of others the path."""
-    for root in (PACKAGE, REPOSITORY):
-        if path.is_relative_to(root):
-            return str(path.relative_to(root))
-    return str(path)
-
-
 def _with_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
     folders = []
     for name in evaluation.include_path:
-        places = [Path(name).expanduser(), path.parent / name, REPOSITORY / name]
+        places = [Path(name), path.parent / name, REPOSITORY / name]
         found = next((place for place in places if place.is_dir()), None)
         if found is None:
             raise ConfigError(f"{where}.include_path: no such folder: {name}")

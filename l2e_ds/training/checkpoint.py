@@ -21,7 +21,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -34,16 +33,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from l2e_ds import distributed
+from l2e_ds.config import RunConfig
 from l2e_ds.console import say
 from l2e_ds.data.files import fsync_path
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.training import manifest
+from l2e_ds.training.changes import Changes, saved_config
 from l2e_ds.training.elastic import ElasticLoad, layout, loss_scaler_state
 from l2e_ds.training.engine import hyper_parameters, set_hyper_parameters
+from l2e_ds.training.manifest import NAME, STATE
 from l2e_ds.training.state import TrainState, reseed, rng_state, set_rng_state
 
-NAME = re.compile(r"step(\d{8})")
 ELASTIC = ("ranks", "zero_stage")
 
 
@@ -98,6 +99,8 @@ class CheckpointManager:
     def __init__(self, run_directory: Path, keep_last: int | None = None) -> None:
         self.directory = run_directory / "checkpoints"
         self.keep_last = keep_last
+        self.resume_from: Path | None = None
+        """Set by `open_checkpoints`."""
         self._pending: _Pending | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
@@ -154,7 +157,7 @@ class CheckpointManager:
             )
         if resume in ("auto", "never"):
             return own
-        path = Path(resume).expanduser()
+        path = Path(resume)
         if own:  # requeued, or started again: PATH was where this run began
             if path.resolve().parent == self.directory.resolve() and path.resolve() != own[-1].resolve():
                 raise CheckpointError(
@@ -171,6 +174,10 @@ class CheckpointManager:
         if problem:
             raise CheckpointError(f"training.resume: {path}: {problem}; allowed: auto, never, a run or a checkpoint")
         return [path.resolve()]
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies in this run's directory."""
+        return path.parent.resolve() == self.directory.resolve()
 
     # --- saving --------------------------------------------------------------------------------------------------
 
@@ -210,7 +217,7 @@ class CheckpointManager:
                     save_file(inhibitor.state_dict(), temporary / "inhibition.safetensors")
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
-                (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
         for part in (prepare, write):
             self._agree_or_remove(_error_of(part), final)
@@ -382,15 +389,21 @@ def check_identity(path: Path, saved: dict, current: dict) -> None:
             raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
 
 
-def changed_values(path: Path, config: dict) -> list[str]:
-    """What the run file says otherwise than when the checkpoint was written, as `section.key: old -> new`."""
-    saved = read_state(path)["config"]
-    return [
-        f"{section}.{key}: {saved.get(section, {}).get(key)} -> {value}"
-        for section, values in config.items()
-        for key, value in values.items()
-        if saved.get(section, {}).get(key) != value
-    ]
+def open_checkpoints(config: RunConfig) -> CheckpointManager:
+    """Those of a run, and in `resume_from` the one to go on from, if any. Collective.
+
+    Raises CheckpointError where that is not to be had, or where the run would become another one."""
+    checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
+    path = checkpoints.resume_from = checkpoints.find(config.training.resume)
+    if path is not None:
+        distributed.all_work(lambda: changes_since(path, config).refuse(path))
+    return checkpoints
+
+
+def changes_since(path: Path, config: RunConfig) -> Changes:
+    """Raises CheckpointError, and ConfigError for a broken configuration in state.json."""
+    content = read_state(path)
+    return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
 
 
 def verify_together(path: Path) -> str | None:
@@ -474,9 +487,9 @@ def _say_not_used(path: Path, problem: str) -> None:
 def read_state(path: Path) -> dict:
     """The content of state.json. Raises CheckpointError."""
     try:
-        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'state.json'}: {error}") from None
+        raise CheckpointError(f"{path / STATE}: {error}") from None
 
 
 def _versions() -> dict:

@@ -16,7 +16,9 @@ from pathlib import Path
 from l2e_ds import distributed
 from l2e_ds.data.files import fsync_path
 
-MANIFEST = "manifest.json"
+NAME = re.compile(r"step(\d{8})")
+"""Of a checkpoint's folder."""
+MANIFEST, STATE = "manifest.json", "state.json"
 # the rank in the names of DeepSpeed's shards (zero_pp_rank_3_mp_rank_00_optim_states.pt) and of our random states
 _OWNER = re.compile(r"(?:pp_rank_|rng-rank)(\d+)")
 
@@ -78,7 +80,8 @@ def read_manifest(folder: Path) -> Entries | str:
 
 
 def check_files(folder: Path) -> str | None:
-    """What is wrong with names and sizes, in a few words, or None. Reads no content."""
+    """What is wrong with names and sizes, in a few words, or None. Reads no content but the step, which the folder is
+    named after."""
     files = read_manifest(folder)
     if isinstance(files, str):
         return files
@@ -92,6 +95,14 @@ def check_files(folder: Path) -> str | None:
         name = str(path.relative_to(folder))
         if not path.is_dir() and name != MANIFEST and name not in files:
             return f"{name} is not in its manifest"
+    named = NAME.fullmatch(folder.name)
+    if named is not None and STATE in files:
+        try:
+            step = json.loads((folder / STATE).read_text(encoding="utf-8"))["train"]["step"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return f"its {STATE} is not readable"
+        if step != int(named[1]):
+            return f"is the checkpoint of step {step} under another name"
     return None
 
 

@@ -64,7 +64,8 @@ histogram is summed by atomic additions).
 | error | | instead of these: why it could not be written (`checkpoint.on_error: continue`) |
 
 `kind: start`, whenever a run starts or resumes: time, git commit and whether files were changed, versions, device,
-ranks, host of rank 0 (its cores and GPUs), number of hosts, parameters, tokens of the data.
+ranks, host of rank 0 (its cores and GPUs), number of hosts, parameters, tokens of the data; `changes`: what the run
+file says otherwise than when the checkpoint was written.
 """
 
 from __future__ import annotations

@@ -358,12 +358,13 @@ def _ask(child: _Child, size: int, patience: float) -> Measured | None:
     with suppress(OSError):  # it has ended: seen below
         child.connection.send(size)
     answer: Measured | str | None = None
-    deadline, meetings_after_failure = time.monotonic() + patience, 0
+    waited, meetings_after_failure = 0.0, 0
     while True:
         preemption.stop_if_asked()
         if answer is None:
             answer = _answer(child)
-            if answer is None and time.monotonic() > deadline:
+            waited += _MEETING  # by no clock, which goes on where this process is suspended
+            if answer is None and waited > patience:
                 answer = f"no answer in {patience / 60:g} minutes (training.timeout)"
         else:
             time.sleep(_MEETING)

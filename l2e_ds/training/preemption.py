@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from l2e_ds.errors import Interrupted
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 STOP_FILE = "stop"
 EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
 
@@ -33,7 +33,7 @@ class _Heard:
 
 
 def listen() -> None:
-    """Note SIGUSR1 and SIGTERM from now on instead of dying of them; count the time limit from here.
+    """Note SIGNALS from now on instead of dying of them; count the time limit from here.
 
     Processes forked from this one (data workers) get the default handlers back.
     """
@@ -43,7 +43,8 @@ def listen() -> None:
     has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     _Heard.parent = os.getppid() if has_launcher else None
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
+            signal.signal(number, _note)
     os.register_at_fork(after_in_child=_forget)
 
 
@@ -59,7 +60,8 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 def _forget() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a scheduler may send it to every process of the job
+    for number in (signal.SIGUSR1, signal.SIGHUP):  # a scheduler, a terminal may send it to every process of the job
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _reason_here() -> str | None:

@@ -25,7 +25,7 @@ from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import build_network, matrix_parameters, neuron_sites
 from l2e_ds.training import metrics, preemption
-from l2e_ds.training.checkpoint import CheckpointManager, Identity, changed_values, is_due
+from l2e_ds.training.checkpoint import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
 from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.engine import (
     build_engine,
@@ -59,6 +59,30 @@ def inhibition_settings(config: RunConfig) -> Settings:
     )
 
 
+def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
+    """Where text is held out."""
+    return state.evaluated != state.step and _is_regularly_due(config.training.evaluate_every, config, state)
+
+
+def task_evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
+    return state.evaluated_on_tasks != state.step and _is_regularly_due(config.evaluation.every, config, state)
+
+
+def _is_regularly_due(every: int, config: RunConfig, state: TrainState) -> bool:
+    return bool(every) and (state.step % every == 0 or state.step == config.training.steps)
+
+
+def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
+    """Whether the run has neither steps nor evaluations before it. checkpoints: of `open_checkpoints`."""
+    path = checkpoints.resume_from
+    if path is None or not checkpoints.is_own(path):
+        return False
+    state = TrainState(**read_state(path)["train"])
+    held_out = any(part.held_out for _, _, part in config.data.parts())
+    evaluation = (held_out and evaluation_is_due(config, state)) or task_evaluation_is_due(config, state)
+    return state.step >= config.training.steps and not evaluation
+
+
 class Trainer:
     """One run on this rank: engine, inhibitor, data position, checkpoints and metrics. A context manager."""
 
@@ -71,9 +95,10 @@ class Trainer:
         data: Sequence[PreparedData],
         device: torch.device,
         tasks: TaskEvaluation | None = None,
+        checkpoints: CheckpointManager | None = None,
     ) -> None:
-        """network: the Hugging Face configuration of the model; data: the sets. Builds everything; resumes if there is
-        something to resume. Collective. Raises CheckpointError."""
+        """network: the Hugging Face configuration of the model; data: the sets; checkpoints: of `open_checkpoints`.
+        Builds everything; resumes if there is something to resume. Collective. Raises CheckpointError."""
         self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
         self.held_out = [part for part in data if part.held_out is not None]
         self.run_directory = Path(config.training.run_directory)
@@ -81,8 +106,8 @@ class Trainer:
         self.skipped_in_row = 0
         self.saved_step: int | None = None
         self._stop_asked = self._saving = False  # on any rank, as of the newest step
-        self.checkpoints = CheckpointManager(self.run_directory, config.checkpoint.keep_last)
-        resume_from = self.checkpoints.find(config.training.resume)
+        self.checkpoints = checkpoints or open_checkpoints(config)
+        resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, distributed.rank())
         model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
@@ -114,8 +139,8 @@ class Trainer:
         )
         if resume_from is not None:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
-            if resume_from.parent.resolve() == self.checkpoints.directory.resolve():
-                self.saved_step = self.state.step  # else it lies in another run's directory
+            if self.checkpoints.is_own(resume_from):
+                self.saved_step = self.state.step
             self.sequences.restore_streams(self.state.streams)
         self.metrics = metrics.MetricsWriter(
             self.run_directory,
@@ -125,12 +150,13 @@ class Trainer:
             config.logging.progress,
             distributed.is_main(),
         )
+        self.changes: list[str] = []
+        """Since the checkpoint, by the user."""
         if resume_from is not None:
+            self.changes = changes_since(resume_from, config).lines()
             self.metrics.say(f"resumed from {resume_from}")
-            for change in changed_values(resume_from, config.model_dump(mode="json")):
+            for change in self.changes:
                 self.metrics.say(f"changed since that checkpoint: {change}")
-            if self.state.step >= config.training.steps:
-                self.metrics.say(f"nothing to do: training.steps is {config.training.steps}")
         assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
@@ -183,15 +209,10 @@ class Trainer:
         self._carry_on_saving(must_succeed=True)
 
     def _evaluation_is_due(self) -> bool:
-        due = self._is_regularly_due(self.config.training.evaluate_every)
-        return due and bool(self.held_out) and self.state.evaluated != self.state.step
+        return bool(self.held_out) and evaluation_is_due(self.config, self.state)
 
     def _task_evaluation_is_due(self) -> bool:
-        due = self._is_regularly_due(self.config.evaluation.every)
-        return due and self.tasks is not None and self.state.evaluated_on_tasks != self.state.step
-
-    def _is_regularly_due(self, every: int) -> bool:
-        return bool(every) and (self.state.step % every == 0 or self.state.step == self.config.training.steps)
+        return self.tasks is not None and task_evaluation_is_due(self.config, self.state)
 
     def _checkpoint_is_due(self) -> bool:
         step, checkpoint = self.state.step, self.config.checkpoint

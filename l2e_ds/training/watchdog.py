@@ -86,7 +86,7 @@ class Watchdog:
     # --- the thread ----------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        while not self._over.wait(INTERVAL):
+        while not self._is_over():
             for part in (self.also, self._report, self._look):
                 with contextlib.suppress(Exception):  # none of them may keep the last one from its work
                     part()
@@ -95,6 +95,17 @@ class Watchdog:
                     self._say_why()
                 finally:
                     os._exit(EXIT_CODE)
+
+    def _is_over(self) -> bool:
+        """Wait for an interval. If that takes longer this process was suspended, and the others perhaps with it."""
+        begin = time.monotonic()
+        over = self._over.wait(INTERVAL)
+        late = max(0.0, time.monotonic() - begin - INTERVAL)
+        distributed.excuse(late)
+        changed = self._changed
+        for rank in changed:
+            changed[rank] += late
+        return over
 
     def _look(self) -> None:
         if self._reads:

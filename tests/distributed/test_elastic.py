@@ -193,6 +193,7 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
     launch(4, {"chain3": link("chain2", "zero3", 12)})
     other_decay = case("zero1", "fp32", steps=STOP + 1, copy_of=str(found["two1"]))
     other_decay.sections["optimizer"] = {"weight_decay": 1.0}
+    other_decay.sections["training"]["allow_changes"] = ["optimizer.weight_decay"]
     launch(2, {"chain1": link("chain3", "zero1", LAST), "other-decay": other_decay})
     return found
 

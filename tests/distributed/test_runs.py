@@ -90,9 +90,13 @@ def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
     found["interrupted-tasks"] = TrainingCase(on_tasks, interruptions=TASK_INTERRUPTIONS)
     found["straight-mixture"] = TrainingCase(mixture=(3, 2, 1))
     found["resumed-mixture"] = TrainingCase(mixture=(3, 2, 1), stop_after=4)
-    found["other-weights"] = TrainingCase(
-        mixture=(3, 2, 2), in_directory_of="straight-mixture", fails_with="CheckpointError"
-    )
+    for name, training in (("other-weights", {}), ("other-weights-allowed", {"allow_changes": ["data.sets"]})):
+        found[name] = TrainingCase(
+            {"training": training},
+            mixture=(3, 2, 2),
+            in_directory_of="straight-mixture",
+            fails_with="CheckpointError",
+        )
     found["broken-data"] = TrainingCase(
         {"training": {"evaluate_every": 0}}, token_outside_vocabulary_at=4, fails_with="DataError"
     )
@@ -274,14 +278,17 @@ def test_data_that_cannot_be_read_ends_the_run_at_its_step(runs, metric_lines):
 
 def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
     for rank in (0, 1):
-        assert "global_batch 8, this run has global_batch 4" in (runs / f"other-batch-rank{rank}.txt").read_text()
+        message = (runs / f"other-batch-rank{rank}.txt").read_text()
+        assert "was trained with other values: training.global_batch: 8 -> 4; give those again" in message
         assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
 
 
 @pytest.mark.full
 def test_other_weights_are_refused(runs):
+    """What the user allows must still be the same data."""
     for rank in (0, 1):
-        message = (runs / f"other-weights-rank{rank}.txt").read_text()
+        assert "was trained with other values: data.sets: " in (runs / f"other-weights-rank{rank}.txt").read_text()
+        message = (runs / f"other-weights-allowed-rank{rank}.txt").read_text()
         assert "mixed 3/2/1, this run has data short " in message
         assert message.endswith("mixed 3/2/2")
 

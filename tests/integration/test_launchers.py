@@ -75,7 +75,7 @@ def _a_refused_resume_leaves_the_run_as_it_was(run: Path) -> None:
     assert codes == [2, 2]
     said = [line for line in text.splitlines() if "l2e-ds: error" in line]
     assert len(said) == 1
-    assert "was written with network 4 layers x 32, 2 heads, 320 rows, this run has network 4 layers x 64" in said[0]
+    assert "was trained with other values: model.hidden_size: 32 -> 64; give those again" in said[0]
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

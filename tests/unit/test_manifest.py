@@ -2,9 +2,11 @@
 
 import json
 import pickle
+import shutil
 
 import pytest
 
+from l2e_ds.errors import CheckpointError
 from l2e_ds.training import manifest
 from l2e_ds.training.checkpoint import CheckpointManager
 
@@ -16,6 +18,7 @@ def make(folder, step=7):
     (path / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"zero" * 100)
     (path / "zero_pp_rank_11_mp_rank_00_optim_states.pt").write_bytes(b"eleven" * 100)
     (path / "rng-rank00011.safetensors").write_bytes(b"r")
+    (path / "state.json").write_text(json.dumps({"train": {"step": step}, "identity": {"ranks": 12, "zero_stage": 1}}))
     entries = {}
     for rank in (0, 11):
         entries |= manifest.secure(path, manifest.files_of_rank(path, rank))
@@ -59,7 +62,7 @@ def test_each_rank_describes_its_own_files(tmp_path):
     assert names[1] == []
     assert set(names[11]) == {SHARD, "rng-rank00011.safetensors"}
     assert set(names[0]) == {
-        *("manifest.json", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        *("manifest.json", "state.json", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
     }
 
 
@@ -74,6 +77,23 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
     assert CheckpointManager(tmp_path).find("auto") == good
     said = capsys.readouterr().err.splitlines()
     assert said == [f"l2e-ds: checkpoint {bad}: {expected}; it is not used"]
+
+
+def test_a_checkpoint_under_another_name_is_not_used(tmp_path, capsys):
+    """A copy made for safety is not the checkpoint of a later step, whatever its name says, nor is one kept for it."""
+    from l2e_ds.cli import main
+
+    good = make(tmp_path, 3)
+    copy = shutil.copytree(good, tmp_path / "checkpoints/step00000009")
+    said = "is the checkpoint of step 3 under another name"
+    assert manifest.verify(copy) == said
+    assert CheckpointManager(tmp_path).find("auto") == good
+    assert capsys.readouterr().err == f"l2e-ds: checkpoint {copy}: {said}; it is not used\n"
+    with pytest.raises(CheckpointError, match=said):
+        CheckpointManager(tmp_path / "branch").find(str(copy))
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 0
+    assert list((tmp_path / "checkpoints").iterdir()) == [good]
+    assert manifest.verify(shutil.copytree(good, tmp_path / "safe")) is None  # under no step's name
 
 
 def test_shares_of_the_ranks_cover_every_file(tmp_path):
@@ -111,8 +131,6 @@ def test_retention_removes_nothing_that_only_seems_damaged(tmp_path, monkeypatch
 
 
 def test_nothing_good_is_an_error_not_a_fresh_start(tmp_path):
-    from l2e_ds.errors import CheckpointError
-
     flip(make(tmp_path) / SHARD)
     with pytest.raises(CheckpointError, match="none is complete and undamaged"):
         CheckpointManager(tmp_path).find("auto")

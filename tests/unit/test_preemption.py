@@ -18,7 +18,7 @@ try:
     preemption.stop_if_asked()
 except preemption.Interrupted as stopped:
     print("alive:", stopped, flush=True)
-for number in (signal.SIGTERM, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
     child = os.fork()
     if child == 0:
         os.kill(os.getpid(), number)
@@ -30,14 +30,39 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 
 
 def test_forked_workers_do_not_inherit_the_handler():
-    """SIGTERM ends a worker as its owner expects; SIGUSR1, which a scheduler may send to all, leaves it alone."""
+    """SIGTERM ends a worker as its owner expects; SIGUSR1 and SIGHUP, which a scheduler and a terminal may send to all,
+    leave it alone."""
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines() == [
         "alive: SIGUSR1 at rank 0",
         "child ended with -15",
         "child survived SIGUSR1",
         "child ended with 0",
+        "child survived SIGHUP",
+        "child ended with 0",
     ], done.stderr
+
+
+HANGUP = """
+import os, signal, sys
+if sys.argv[1] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+import l2e_ds.distributed
+from l2e_ds.training import preemption
+preemption.listen()
+os.kill(os.getpid(), signal.SIGHUP)
+try:
+    preemption.stop_if_asked()
+    print("goes on")
+except preemption.Interrupted as stopped:
+    print(stopped)
+"""
+
+
+@pytest.mark.parametrize(("how", "said"), [("plain", "SIGHUP at rank 0"), ("nohup", "goes on")])
+def test_a_terminal_that_is_closed_is_a_wish_to_stop_but_for_nohup(how, said):
+    done = subprocess.run([sys.executable, "-c", HANGUP, how], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{said}\n", done.stderr
 
 
 LONELY = """

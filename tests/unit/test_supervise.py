@@ -43,6 +43,24 @@ def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
     assert stop.exists() and not is_for_restart(stop)
 
 
+def test_a_suspended_supervisor_has_seen_no_silence(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr("l2e_ds.supervise.time.monotonic", lambda: now)
+    lock = tmp_path / "lock"
+    lock.touch()
+    life = SignsOfLife(tmp_path)
+    for moment in range(4):
+        os.utime(lock, (moment, moment))
+        now += 1
+        assert not life.are_missing_for(10)
+    now += 3600
+    for _ in range(10):
+        assert not life.are_missing_for(10)
+        now += 1
+    now += 1
+    assert life.are_missing_for(10)
+
+
 def test_signs_of_life(tmp_path):
     lock = tmp_path / "lock"
     patience = 1.0

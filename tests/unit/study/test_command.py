@@ -44,7 +44,7 @@ def refused(capsys, *words: str) -> str:
             "error: override 'training.steps=0': none-seed1: training.steps: got 0; must be greater",
         ),
         (["trainig.steps=0"], "error: override 'trainig.steps=0': none-seed1: trainig: unknown key; did you mean"),
-        (["data.path=nowhere"], "none-seed1: data.path: no such file or folder: nowhere"),
+        (["data.path=nowhere"], "none-seed1: data.path: no such file or folder: /"),
         (["training.global_batch=7"], "none-seed1: training.global_batch: 7 is not a multiple"),
         (["inhibition.methd=l2e"], "inhibition.methd: unknown key; did you mean 'method'?"),
         (["training.precision=fp16"], "none-seed1: training.precision: got fp16"),

@@ -1,0 +1,78 @@
+"""In what a run file differs from the one that a checkpoint was written with, and what of this makes it another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, flat, with_absolute_paths
+from l2e_ds.errors import CheckpointError
+from l2e_ds.training.engine import learning_rate
+
+# A run that goes on may also become longer, where its schedule stays, and compute the same in another way.
+MAY_CHANGE = (
+    *DECIDES_NO_FIGURE,
+    *("training.steps", "optimizer.schedule_steps"),
+    *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
+)
+
+
+def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
+    """What a checkpoint's state.json has under `config`. Of another version's, keys that this one lacks are left
+    out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
+    sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    known = {
+        name: {key: value for key, value in saved[name].items() if key in section.model_fields}
+        for name, section in sections.items()
+        if name in saved
+    }
+    return checked(RunConfig, known, str(where))
+
+
+class Changes:
+    """From the configuration in a checkpoint to that of the run that goes on from it; applied: optimizer steps that the
+    checkpoint has seen."""
+
+    def __init__(self, old: RunConfig, new: RunConfig, applied: int) -> None:
+        self.old, self.new, self.applied = with_absolute_paths(old), with_absolute_paths(new), applied
+        before, now = flat(self.old), flat(self.new)
+        changed = [key for key in now if before[key] != now[key] and key != "training.allow_changes"]
+        self._texts = {key: f"{key}: {_text(before[key])} -> {_text(now[key])}" for key in changed}
+
+    def lines(self) -> list[str]:
+        """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
+        return [*self._texts.values(), *self._rates()]
+
+    def refuse(self, checkpoint: Path) -> None:
+        """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
+        found = {key: text for key, text in self._texts.items() if not key.startswith(MAY_CHANGE)}
+        length = _schedule_steps(self.old)
+        if _schedule_steps(self.new) != length:
+            key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
+            note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
+            found[key] = f"{self._texts[key]} ({note})"
+        refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
+        if refused:
+            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+            raise CheckpointError(
+                f"{checkpoint}: was trained with other values: {', '.join(refused[:3])}{more}; give those again, give"
+                " another training.run_directory, or name the keys in training.allow_changes"
+            )
+
+    def _rates(self) -> list[str]:
+        old, new = (_rate(config, self.applied) for config in (self.old, self.new))
+        return [f"learning rate of the next step: {old:.4g} -> {new:.4g}"] if old != new else []
+
+
+def _rate(config: RunConfig, applied: int) -> float:
+    assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
+    return learning_rate(applied, config.optimizer.peak_learning_rate, _schedule_steps(config), config.optimizer)
+
+
+def _schedule_steps(config: RunConfig) -> int:
+    return config.optimizer.schedule_steps or config.training.steps
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

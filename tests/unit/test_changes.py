@@ -1,0 +1,138 @@
+"""What a run file may say otherwise than the checkpoint that a run goes on from."""
+
+import re
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from l2e_ds.config import RunConfig, SetConfig, run_config_from_dict
+from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.training.changes import Changes, saved_config
+from l2e_ds.training.engine import learning_rate
+
+RUN = {
+    "model": {"name": "pythia-14m"},
+    "data": {"source": "text", "path": "corpus", "tokenizer": "words.json"},
+    "optimizer": {"peak_learning_rate": 1e-3},
+    "training": {"steps": 20},
+}
+STEP = 20
+CHECKPOINT = Path("run/checkpoints/step00000020")
+FREE = {
+    *("model.attention", "model.activation_checkpointing", "model.compile", "data.cache", "data.workers"),
+    *("training.run_directory", "training.micro_batch", "training.resume", "training.allow_changes"),
+    *("training.evaluate_every", "training.max_skipped_steps", "training.time_limit", "training.timeout"),
+    "inhibition.fused",
+}
+
+
+def config(**keys: object) -> RunConfig:
+    """RUN with other values, by `section__key`."""
+    raw = {section: dict(values) for section, values in RUN.items()}
+    for name, value in keys.items():
+        section, key = name.split("__")
+        raw.setdefault(section, {})[key] = value
+    return run_config_from_dict(raw, "test")
+
+
+def refusal(new: RunConfig, old: RunConfig | None = None) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Changes(old or config(), new, STEP).refuse(CHECKPOINT)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def values(annotation: object) -> list[object]:
+    """Some that a key of this type may have."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if get_origin(annotation) is list:
+        return [values(get_args(annotation)[0])[:2]]
+    if annotation is SetConfig:
+        return [SetConfig(name="a", weight=1, source="stdlib")]
+    known = {int: [7, 11], float: [0.25, 0.5], str: ["this", "that"], bool: [False, True], type(None): []}
+    return known[annotation] if annotation in known else [v for part in get_args(annotation)[:2] for v in values(part)]
+
+
+def keys() -> list[str]:
+    return [
+        f"{section}.{key}" for section, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
+    ]
+
+
+@pytest.mark.parametrize("key", keys())
+def test_a_key_decides_figures_or_may_change(key):
+    """Every key that there is, so that one added later must be thought of."""
+    section, name = key.split(".")
+    part = getattr(config(), section)
+    value = next(v for v in values(type(part).model_fields[name].annotation) if v != getattr(part, name))
+    new = config().replace(section, **{name: value})
+    if section in ("deepspeed", "checkpoint", "logging", "evaluation") or key in FREE:
+        Changes(config(), new, STEP).refuse(CHECKPOINT)
+    else:
+        assert refusal(new).startswith(f"{CHECKPOINT}: was trained with other values: {key}: ")
+        Changes(config(), new.replace("training", allow_changes=[key]), STEP).refuse(CHECKPOINT)
+
+
+def test_both_values_are_named_and_what_is_allowed_is_not_refused():
+    new = config(inhibition__coefficient=0.5, optimizer__peak_learning_rate=0.01, checkpoint__every=3)
+    assert refusal(new) == (
+        f"{CHECKPOINT}: was trained with other values: optimizer.peak_learning_rate: 0.001 -> 0.01,"
+        " inhibition.coefficient: 0.001 -> 0.5; give those again, give another training.run_directory, or name the keys"
+        " in training.allow_changes"
+    )
+    new = new.replace("training", allow_changes=["inhibition.coefficient"])
+    said = refusal(new)
+    assert "optimizer.peak_learning_rate: 0.001 -> 0.01;" in said and "inhibition.coefficient: " not in said
+    new = new.replace("training", allow_changes=["inhibition.coefficient", "optimizer.peak_learning_rate"])
+    Changes(config(), new, STEP).refuse(CHECKPOINT)
+    assert Changes(config(), new, STEP).lines() == [
+        "optimizer.peak_learning_rate: 0.001 -> 0.01",
+        "inhibition.coefficient: 0.001 -> 0.5",
+        "checkpoint.every: 1000 -> 3",
+        "learning rate of the next step: 0.0001 -> 0.001",
+    ]
+
+
+def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
+    longer = config(training__steps=40)
+    old, new = (learning_rate(STEP, 1e-3, length, longer.optimizer) for length in (20, 40))
+    assert new > 5 * old
+    said = f"training.steps: 20 -> 40 (learning rate of the next step: {old:.4g} -> {new:.4g}; optimizer.schedule_steps"
+    assert said + "=20 keeps the schedule)" in refusal(longer)
+    allowed = longer.replace("training", allow_changes=["training.steps"])
+    Changes(config(), allowed, STEP).refuse(CHECKPOINT)
+    assert Changes(config(), allowed, STEP).lines()[-1] == f"learning rate of the next step: {old:.4g} -> {new:.4g}"
+    # the same schedule, given or not
+    kept = config(training__steps=40, optimizer__schedule_steps=20)
+    explicit = config(optimizer__schedule_steps=20)
+    for before, now in ((config(), kept), (explicit, kept), (kept, explicit), (kept, config())):
+        Changes(before, now, STEP).refuse(CHECKPOINT)
+    assert "optimizer.schedule_steps: 20 -> 30 (" in refusal(config(optimizer__schedule_steps=30), explicit)
+    assert "training.steps: 20 -> 10 (" in refusal(config(training__steps=10))
+
+
+def test_the_same_folder_by_another_name_is_the_same(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Changes(config(data__path=str(tmp_path / "corpus")), config(), STEP).refuse(CHECKPOINT)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    said = refusal(config(), config(data__path=str(tmp_path / "corpus")))
+    assert f"data.path: {tmp_path}/corpus -> {tmp_path}/elsewhere/corpus" in said
+
+
+def test_checkpoints_of_other_versions_are_read():
+    """Keys that they lack have their defaults; keys that there are no more do not count."""
+    saved = config().model_dump(mode="json")
+    del saved["training"]["allow_changes"], saved["evaluation"]
+    saved["training"]["of_old"], saved["of_old"] = 1, {"key": 2}
+    assert saved_config(saved, CHECKPOINT / "state.json") == config()
+    saved["training"]["steps"] = "twenty"
+    with pytest.raises(ConfigError, match=re.escape(f"{CHECKPOINT}/state.json: training.steps: got 'twenty'")):
+        saved_config(saved, CHECKPOINT / "state.json")
+
+
+def test_what_is_allowed_must_be_a_key():
+    with pytest.raises(ConfigError, match=r"training\.allow_changes: got 'optimizer\.lr', allowed: keys of a run file"):
+        config(training__allow_changes=["inhibition.coefficient", "optimizer.lr"])
