@@ -75,6 +75,9 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
             raise ConfigError(f"tasks: {one_line(error)}") from None
     found = Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
     _check_shots(found, shots)
+    for task in tasks["tasks"].values():
+        if hasattr(task, "sampler"):
+            _leave_out_own_question(task)
     return found
 
 
@@ -104,10 +107,80 @@ def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
             if not shots:
                 continue
             documents = len(list(task.fewshot_docs()))
-            if not task.config.fewshot_split:  # a document is no example of its own
-                documents -= 1
+            if _split_of_examples(task) == (task.config.test_split or task.config.validation_split):
+                documents -= 1  # a document is no example of its own
             if shots > documents:
                 raise ConfigError(f"num_fewshot: got {shots}, the task {name} has {documents} examples")
+
+
+def _split_of_examples(task: Any) -> str | None:
+    """As the harness chooses it; None where a task file lists its examples."""
+    config = task.config
+    if config.fewshot_config.split or config.fewshot_config.samples is not None:
+        return config.fewshot_config.split
+    return config.training_split or config.validation_split or config.test_split
+
+
+def _leave_out_own_question(task: Any) -> None:
+    """See to it that no prompt of the task holds its own question, answered, among its examples.
+
+    The harness leaves a document out only where `fewshot_split` is the test split, not where the examples come from the
+    evaluated split for want of another; and it compares all fields, so that a question that stands twice is not seen.
+    A task in which that never occurs keeps the prompts that the harness writes.
+    """
+    sampler, write = task.sampler, task.fewshot_context
+    draw, pool = sampler.sample, sampler.fewshot_docs()
+    known: dict[int, set[tuple[str, str]]] = {}  # by the example's id(): templates are slow
+
+    def questions(example: Any) -> set[tuple[str, str]]:
+        if id(example) not in known:
+            known[id(example)] = _questions(task, example, task.fewshot_cfg)
+        return known[id(example)]
+
+    def sample(document: Any, n: int, eval_doc: Any = None) -> list[Any]:
+        asked = _questions(task, document, task.config)
+
+        def is_own(example: Any) -> bool:
+            return example == document or not asked.isdisjoint(questions(example))
+
+        try:
+            examples = draw(n, eval_doc)
+        except (AssertionError, ValueError):  # it wants one more than it gives
+            examples = pool
+        if len(examples) == n and not any(map(is_own, examples)):
+            return examples
+        others = [example for example in pool if not is_own(example)]
+        if n > len(others):
+            raise ConfigError(
+                f"num_fewshot: got {n}, the task {task.config.task} has {len(others)} examples that ask something else"
+                " than one of its documents"
+            )
+        sampler.replace_df(others)
+        try:
+            return draw(n)
+        finally:
+            sampler.replace_df(pool)
+
+    def fewshot_context(document: Any, *arguments: Any, **settings: Any) -> Any:
+        sampler.sample = functools.partial(sample, document)
+        return write(document, *arguments, **settings)
+
+    task.fewshot_context = fewshot_context
+
+
+def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
+    """By which a question is known again: its text with its choices, and its text with its answer. form: the task's
+    configuration, or that of its examples."""
+    text = task.doc_to_text(document, form.doc_to_text)
+    choices = task.doc_to_choice(document, form.doc_to_choice) if form.doc_to_choice else None
+    answer = task.doc_to_target(document, form.doc_to_target)
+    if choices and isinstance(answer, int):
+        answer = choices[answer]
+    if not isinstance(text, str):  # the number of a choice: the choices are the texts
+        text = ""
+    if not text:
+        return {("", repr(choices or answer))}
+    return {(text, repr(choices)), (text, repr(answer))}
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
