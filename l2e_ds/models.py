@@ -20,12 +20,12 @@ from torch import nn
 
 from l2e_ds import distributed
 from l2e_ds.config import LayerChoice, ModelConfig
-from l2e_ds.errors import ConfigError
+from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.families import blocks_of, check_trainable, site_of
 from l2e_ds.inhibition.hook import NeuronSite
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfi
         max_position_embeddings=max(2048, sequence_length),
         use_parallel_residual=True,
         tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
+        bos_token_id=None,  # `take_special_tokens`
+        eos_token_id=None,
         use_cache=False,
     )
 
@@ -104,6 +104,25 @@ def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
         ) from None
     check_trainable(network, config.attention, f"model.pretrained: {config.pretrained!r}")
     return network
+
+
+def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """End, beginning and padding of text as the tokenizer has them, which the network is trained and used with.
+
+    A pretrained network that ends its texts with this tokenizer's end, maybe with others too, keeps what it says.
+    """
+    from l2e_ds.data.tokenizer import end_of_text_id
+
+    try:
+        end = end_of_text_id(tokenizer)
+    except DataError:  # token files need none
+        return
+    ends = network.eos_token_id
+    if end in (ends if isinstance(ends, list) else [ends]):
+        return
+    network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
+    if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the embedding that pads
+        network.pad_token_id = tokenizer.pad_token_id
 
 
 def published_learning_rate(config: ModelConfig) -> float:

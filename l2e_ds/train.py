@@ -299,6 +299,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     from l2e_ds import distributed
     from l2e_ds.data import prepare_sets
     from l2e_ds.data.files import write_whole
+    from l2e_ds.models import take_special_tokens
     from l2e_ds.training import micro_batch
     from l2e_ds.training.deepspeed_config import with_micro_batch
     from l2e_ds.training.task_evaluation import load_task_evaluation
@@ -319,6 +320,9 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
     distributed.progress("data preparation")
     data = _main_first(prepare)
+    for part in data:
+        if part.tokenizer is not None:
+            take_special_tokens(plan.network, part.tokenizer)
     distributed.progress("loading evaluation tasks")
     tasks = load_task_evaluation(config, data)
     distributed.progress("building the model")

@@ -75,6 +75,12 @@ def _wrap(backend: object, special: bool) -> PreTrainedTokenizerFast:
     )
 
 
+def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """What ends its documents becomes its `eos_token`, where it names none itself. Raises DataError."""
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer))
+
+
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` entries; <|endoftext|> is id 0, the 256 bytes are ids 1 to 256.
 

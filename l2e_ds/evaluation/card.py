@@ -278,12 +278,31 @@ def _limits(of: Exported, results: Sequence[TaskResult]) -> str:
     limits = ["A base model: it continues text, and was not trained to follow instructions or to be safe."]
     if of.step < of.config["training"]["steps"]:
         limits.append(f"Training was to go on to step {of.config['training']['steps']:,}.")
+    longer = longer_than_trained(of.network, of.config)
+    if longer is not None:
+        limits.append(longer[0].upper() + longer[1:] + ".")
+    cut = [f"{_escaped(r.task)} ({r.num_fewshot}-shot, {r.cut:,} of {r.samples:,})" for r in results if r.cut]
+    if cut:
+        limits.append(f"Prompts that do not fit the context were cut from the left: {', '.join(dict.fromkeys(cut))}.")
     if any(result.limit for result in results):
         limits.append("Evaluation tasks were cut to their first documents (`limit`): not comparable with full ones.")
     section = of.config["inhibition"]
     if section["method"] == "l2e" and section["loss"] == "published":
         limits.append("The published inhibition loss also falls when a whole layer shrinks: compare mean S.")
     return "\n".join(f"* {limit}" for limit in limits)
+
+
+def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
+    """A sentence for a model that takes more tokens than its run trained at once; None for another.
+
+    network: of transformers; config: of the run.
+    """
+    longest, trained = getattr(network, "max_position_embeddings", None), config["data"]["sequence_length"]
+    if longest is not None and longest <= trained:
+        return None
+    context = "its context, which has no limit," if longest is None else f"its context of {longest:,} tokens"
+    where = " in this run" if config["model"]["pretrained"] else ""
+    return f"{context} is longer than the sequences of {trained:,} tokens that it was trained on{where}"
 
 
 # --- text --------------------------------------------------------------------------------------------------------

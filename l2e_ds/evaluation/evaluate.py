@@ -18,8 +18,10 @@ import yaml
 
 from l2e_ds import distributed
 from l2e_ds.console import at_least, markdown, say
-from l2e_ds.errors import ConfigError
+from l2e_ds.data.tokenizer import name_end_of_text
+from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation import check_installed, results
+from l2e_ds.evaluation.card import longer_than_trained
 from l2e_ds.evaluation.export import DTYPES, PROVENANCE
 from l2e_ds.evaluation.model_source import (
     MODEL,
@@ -30,9 +32,11 @@ from l2e_ds.evaluation.model_source import (
     load_tokenizer_of,
     network_config,
 )
+from l2e_ds.training.checkpoint import read_state
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerFast
 
     from l2e_ds.evaluation.harness import Tasks
 
@@ -146,12 +150,17 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     """One model, with each number of examples. Collective."""
     from l2e_ds.evaluation import harness
 
-    tokenizer = distributed.all_work(lambda: load_tokenizer_of(source, arguments.tokenizer))
+    tokenizer = distributed.all_work(lambda: _tokenizer(arguments, source))
     network, tokens = distributed.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
     said = _progress_of(source)
     step, tokens = (source.step, tokens) if said is None else said
     reporter = _Reporter(source.label)
+    if distributed.is_main():
+        with contextlib.suppress(KeyError, TypeError):  # of a model of another kind, or a file that says less
+            longer = longer_than_trained(model.config, _configuration_of(source))
+            if longer is not None:
+                say(f"l2e-ds: warning: {source.label}: {longer}")
     evaluations = [
         results.about(step, tokens, arguments.precision, arguments.tasks, shots)
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
@@ -169,6 +178,26 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     except OSError as error:
         raise ConfigError(f"--output: cannot write {path}: {error.strerror}; the figures stand above") from None
     print(f"figures: {path}", flush=True)
+
+
+def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrainedTokenizerFast:
+    """Raises ConfigError where there is none, or one without an end of text."""
+    tokenizer = load_tokenizer_of(source, arguments.tokenizer)
+    try:
+        name_end_of_text(tokenizer)
+    except DataError as error:
+        which = f"--tokenizer: {arguments.tokenizer}" if arguments.tokenizer else f"{source.given}: its tokenizer"
+        reason = str(error).removeprefix("data.tokenizer: ")
+        raise ConfigError(f"{which} {reason}; name another with --tokenizer") from None
+    return tokenizer
+
+
+def _configuration_of(source: ModelSource) -> dict[str, Any]:
+    """Of the run that made the model; empty of another model."""
+    if source.checkpoint is not None:
+        return read_state(source.checkpoint)["config"]
+    path = Path(str(source.name)) / PROVENANCE
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["config"] if path.is_file() else {}
 
 
 def _progress_of(source: ModelSource) -> tuple[int, int] | None:

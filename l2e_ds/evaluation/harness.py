@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,11 @@ import torch
 import yaml
 
 from l2e_ds import distributed
+from l2e_ds.console import say
 from l2e_ds.data.files import one_line
+from l2e_ds.data.tokenizer import name_end_of_text
 from l2e_ds.errors import ConfigError, DataError, L2EError
+from l2e_ds.models import take_special_tokens
 from l2e_ds.training.state import rng_state, seed_everything, set_rng_state
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, GPU and threads and all
@@ -34,6 +38,7 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 from lm_eval.evaluator import evaluate as run_tasks  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.models.utils import normalize_gen_kwargs  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -75,6 +80,9 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
             raise ConfigError(f"tasks: {one_line(error)}") from None
     found = Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
     _check_shots(found, shots)
+    for task in tasks["tasks"].values():
+        if hasattr(task, "sampler"):
+            _leave_out_own_question(task)
     return found
 
 
@@ -104,10 +112,80 @@ def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
             if not shots:
                 continue
             documents = len(list(task.fewshot_docs()))
-            if not task.config.fewshot_split:  # a document is no example of its own
-                documents -= 1
+            if _split_of_examples(task) == (task.config.test_split or task.config.validation_split):
+                documents -= 1  # a document is no example of its own
             if shots > documents:
                 raise ConfigError(f"num_fewshot: got {shots}, the task {name} has {documents} examples")
+
+
+def _split_of_examples(task: Any) -> str | None:
+    """As the harness chooses it; None where a task file lists its examples."""
+    config = task.config
+    if config.fewshot_config.split or config.fewshot_config.samples is not None:
+        return config.fewshot_config.split
+    return config.training_split or config.validation_split or config.test_split
+
+
+def _leave_out_own_question(task: Any) -> None:
+    """See to it that no prompt of the task holds its own question, answered, among its examples.
+
+    The harness leaves a document out only where `fewshot_split` is the test split, not where the examples come from the
+    evaluated split for want of another; and it compares all fields, so that a question that stands twice is not seen.
+    A task in which that never occurs keeps the prompts that the harness writes.
+    """
+    sampler, write = task.sampler, task.fewshot_context
+    draw, pool = sampler.sample, sampler.fewshot_docs()
+    known: dict[int, set[tuple[str, str]]] = {}  # by the example's id(): templates are slow
+
+    def questions(example: Any) -> set[tuple[str, str]]:
+        if id(example) not in known:
+            known[id(example)] = _questions(task, example, task.fewshot_cfg)
+        return known[id(example)]
+
+    def sample(document: Any, n: int, eval_doc: Any = None) -> list[Any]:
+        asked = _questions(task, document, task.config)
+
+        def is_own(example: Any) -> bool:
+            return example == document or not asked.isdisjoint(questions(example))
+
+        try:
+            examples = draw(n, eval_doc)
+        except (AssertionError, ValueError):  # it wants one more than it gives
+            examples = pool
+        if len(examples) == n and not any(map(is_own, examples)):
+            return examples
+        others = [example for example in pool if not is_own(example)]
+        if n > len(others):
+            raise DataError(
+                f"num_fewshot: got {n}, the task {task.config.task} has {len(others)} examples that ask something else"
+                " than one of its documents"
+            )
+        sampler.replace_df(others)
+        try:
+            return draw(n)
+        finally:
+            sampler.replace_df(pool)
+
+    def fewshot_context(document: Any, *arguments: Any, **settings: Any) -> Any:
+        sampler.sample = functools.partial(sample, document)
+        return write(document, *arguments, **settings)
+
+    task.fewshot_context = fewshot_context
+
+
+def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
+    """By which a question is known again: its text with its choices, and its text with its answer. form: the task's
+    configuration, or that of its examples."""
+    text = task.doc_to_text(document, form.doc_to_text)
+    choices = task.doc_to_choice(document, form.doc_to_choice) if form.doc_to_choice else None
+    answer = task.doc_to_target(document, form.doc_to_target)
+    if choices and isinstance(answer, int):
+        answer = choices[answer]
+    if not isinstance(text, str):  # the number of a choice: the choices are the texts
+        text = ""
+    if not text:
+        return {("", repr(choices or answer))}
+    return {(text, repr(choices)), (text, repr(answer))}
 
 
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
@@ -177,8 +255,12 @@ class SharedModel(HFLM):
         tick: Callable[[], None],
         report: Callable[[int, int], None],
     ) -> None:
+        tokenizer = copy.deepcopy(tokenizer)
+        name_end_of_text(tokenizer)
         # float32: in half precision the log-probabilities would be rounded to three digits
-        super().__init__(model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype=torch.float32)
+        super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
+        self.cut: dict[str, set[int]] = defaultdict(set)  # by task: documents whose prompt is longer than the context
+        self._asked: Sequence[Any] = ()
         self._size = batch_size
         self._call = call or model
         self._tick, self._tell = tick, report
@@ -241,6 +323,13 @@ class SharedModel(HFLM):
 
     # --- what the harness calls ----------------------------------------------------------------------------------
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._asked = requests
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._asked = ()
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
@@ -252,6 +341,9 @@ class SharedModel(HFLM):
             _, context, continuation = requests[index]
             return -len(context) - len(continuation), context + continuation
 
+        for asked, (_, context, continuation) in zip(self._asked, requests, strict=False):  # windows of a text fit
+            if len(context) + len(continuation) > self.max_length + 1:  # the last token is no input
+                self.cut[asked.task_name].add(asked.doc_id)
         order = sorted(range(len(requests)), key=length_and_tokens)
         plain = [(("", ""), *requests[index][1:]) for index in order]
         answers = self._deal("_loglikelihood_tokens", plain)
@@ -269,9 +361,12 @@ class SharedModel(HFLM):
             return repr(requests[index].args[1])
 
         def settings_and_length(index: int) -> tuple[str, int, str]:
-            text = requests[index].args[0]
-            return settings(index), -len(self.tok_encode(text)), text
+            return settings(index), -lengths[index], requests[index].args[0]
 
+        lengths = [len(self.tok_encode(request.args[0])) for request in requests]
+        for request, length in zip(requests, lengths, strict=True):
+            if length + normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"] > self.max_length:
+                self.cut[request.task_name].add(request.doc_id)
         order = sorted(range(len(requests)), key=settings_and_length)
         answers: list[str] = []
         for wanted in dict.fromkeys(map(settings, order)):  # one batch has one way to generate
@@ -286,6 +381,9 @@ class SharedModel(HFLM):
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         if self._is_sharded:
             settings["synced_gpus"] = True  # a rank that is done goes on with the others, who need its shards
+        ends = copy.copy(self.model.generation_config)
+        take_special_tokens(ends, self.tokenizer)  # of another tokenizer than the model's own
+        settings["eos_token_id"] = ends.eos_token_id
         return super()._model_generate(context, max_length, stop, **settings)
 
 
@@ -308,7 +406,14 @@ def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int 
         except Exception as error:  # of a task's own code
             names = ", ".join(tasks.shots)
             raise DataError(f"tasks: {names}: {type(error).__name__}: {one_line(error)}") from error
-    return _in_our_form(found)
+    values = _in_our_form(found, {name: len(documents) for name, documents in lm.cut.items()})
+    for name, task in values.items():
+        if task["cut"] and task["part_of"] is None:
+            say(
+                f"l2e-ds: warning: {name}, {task['num_fewshot']}-shot: {task['cut']:,} of {task['samples']:,} prompts"
+                f" do not fit the context of {lm.max_length:,} tokens and were cut from the left"
+            )
+    return values
 
 
 def _shots(own: int | None, asked: int | None) -> int:
@@ -316,7 +421,7 @@ def _shots(own: int | None, asked: int | None) -> int:
     return own or 0 if asked is None or own == 0 else asked
 
 
-def _in_our_form(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _in_our_form(found: dict[str, Any], cut: dict[str, int]) -> dict[str, dict[str, Any]]:
     children = found.get("group_subtasks", {})
 
     def tasks_of(name: str) -> list[str]:
@@ -329,6 +434,7 @@ def _in_our_form(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "samples": sum(found["n-samples"][task]["effective"] for task in tasks_of(name)),
             # of nested groups the harness itself says nothing; a task that keeps 0 does not count
             "num_fewshot": max(found["n-shot"][task] for task in tasks_of(name)),
+            "cut": sum(cut.get(task, 0) for task in tasks_of(name)),
             "version": found["versions"].get(name),
             "part_of": parents.get(name),
             "metrics": metrics,

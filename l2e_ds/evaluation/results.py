@@ -2,11 +2,12 @@
 
     {"step": 150, "tokens": 655360, "time": "2026-11-25T09:00:00Z", "seconds": 12.3, "ranks": 2, "precision": "fp32",
      "asked": {"tasks": ["arc_easy"], "num_fewshot": 0}, "limit": null, "versions": {"lm_eval": "0.4.13", ...},
-     "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "version": 1.0, "part_of": null,
+     "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "cut": 0, "version": 1.0, "part_of": null,
                             "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
 
 `part_of` names the group (mmlu) that a task's figures are in too; a group's `samples` are those of its parts. `limit`
-is the number of documents a task was cut to, `value` null where it is not finite. `step` and `tokens` are null where
+is the number of documents a task was cut to, `cut` of how many of its documents the prompt did not fit the model's
+context and was cut from the left; `value` is null where it is not finite. `step` and `tokens` are null where
 the model does not say them.
 """
 
@@ -40,6 +41,7 @@ class TaskResult:
     samples: int
     part_of: str | None
     limit: int | None
+    cut: int = 0
 
 
 def read_results(run: Path) -> list[TaskResult]:
@@ -79,6 +81,7 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
             task["samples"],
             task["part_of"],
             evaluation["limit"],
+            task.get("cut", 0),  # lines of 0.1.0 before it was counted have none
         )
         for name, task in evaluation["tasks"].items()
         for metric, figure in task["metrics"].items()

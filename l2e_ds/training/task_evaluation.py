@@ -11,6 +11,7 @@ from l2e_ds import distributed
 from l2e_ds.config import RunConfig
 from l2e_ds.console import say
 from l2e_ds.data import PreparedData
+from l2e_ds.data.tokenizer import end_of_text_id
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation import results
 from l2e_ds.training import preemption
@@ -84,6 +85,7 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
     tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
     if tokenizer is None:
         raise ConfigError("evaluation.every: tasks are text, and the run has no tokenizer; give data.tokenizer")
+    distributed.all_work(lambda: end_of_text_id(tokenizer))  # with which tasks begin a text and end an answer
 
     def load() -> Tasks:
         from l2e_ds.evaluation.harness import load_tasks

@@ -1,5 +1,6 @@
 """Runs on every rank. `good`: the command of OUTPUT/command.json. `bad`: each case of OUTPUT/cases.json, {name: [model,
-task]}, by the harness; what is raised goes to OUTPUT/NAME-rankR.txt. A process joins one group of ranks only."""
+task, examples]}, by the harness; what is raised goes to OUTPUT/NAME-rankR.txt. A process joins one group of ranks
+only."""
 
 import json
 import sys
@@ -20,11 +21,11 @@ def run_bad(output: Path) -> None:
     from l2e_ds.evaluation.harness import evaluate, load_tasks
 
     tokenizer = load_tokenizer(str(output / "tasks/words.json"))
-    for name, (model, task) in json.loads((output / "cases.json").read_text()).items():
+    for name, (model, task, shots) in json.loads((output / "cases.json").read_text()).items():
         tasks = load_tasks([task], [output / "tasks"]) if distributed.is_main() else None
         told = "nothing"
         try:
-            evaluate(AutoModelForCausalLM.from_pretrained(output / model), tokenizer, tasks, 0, 3)
+            evaluate(AutoModelForCausalLM.from_pretrained(output / model), tokenizer, tasks, shots, 3)
         except L2EError as error:
             told = f"{error.on_every_rank} {error}"
         (output / f"{name}-rank{distributed.rank()}.txt").write_text(told)

@@ -141,6 +141,62 @@ def test_shots_are_examples_and_do_not_stay(model, tokenizer, tasks):
     assert none["choices"]["metrics"]["acc"]["stderr"] > 0
 
 
+@pytest.mark.parametrize("name", ["choices", "last_word", "goes_on"])
+@pytest.mark.parametrize("shots", [0, 5])
+def test_prompts_that_do_not_fit_are_counted_and_said(model, tokenizer, folder, documents, capsys, name, shots):
+    tasks = harness.load_tasks([name], [folder])
+    found = harness.evaluate(model, tokenizer, tasks, shots, 4)["tasks"][name]
+    room = {"choices": LENGTH + 1, "last_word": LENGTH + 1, "goes_on": LENGTH - 3}[name]  # 3 are to be generated
+    requests = [(instance.doc_id, instance.args) for instance in tasks.loaded["tasks"][name].instances]
+    whole = [(document, arguments[0] + (arguments[1] if name != "goes_on" else "")) for document, arguments in requests]
+    cut = {document for document, text in whole if len(tokenizer.encode(text)) > room}
+    assert found["cut"] == len(cut) and bool(cut) == (shots == 5)
+    said = (
+        f"{name}, {shots}-shot: {len(cut)} of {len(documents[name])} prompts do not fit the context of {LENGTH} tokens"
+    )
+    assert capsys.readouterr().err.count(said) == bool(cut)
+    assert {result.cut for result in results.results_of({"step": 1, "limit": None, "tasks": {name: found}})} == {
+        len(cut)
+    }
+
+
+def test_a_tokenizer_without_an_end_of_text(model, exported, folder, documents, tmp_path, capsys):
+    """Tasks begin texts with it and end answers: one line; but one that it only does not name is found."""
+    content = json.loads((folder / "words.json").read_text())
+    unnamed = load_tokenizer(str(folder / "words.json"))
+    unnamed.eos_token = unnamed.bos_token = unnamed.unk_token = None
+    named, found = (
+        harness.evaluate(model, one, harness.load_tasks(TASKS, [folder]), 0, 4)["tasks"]
+        for one in (load_tokenizer(str(folder / "words.json")), unnamed)
+    )
+    assert named == found and unnamed.eos_token is None
+    content["model"]["vocab"]["w0"] = content["model"]["vocab"].pop("<|endoftext|>")
+    (tmp_path / "endless.json").write_text(json.dumps(content))
+    command = ["evaluate", str(exported), "--tasks", "whole_text", "--include-path", str(folder)]
+    assert main([*command, "--tokenizer", str(tmp_path / "endless.json")]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "endless.json has neither an eos_token nor <|endoftext|>" in said
+
+
+def test_answers_end_with_the_tokenizers_end_of_text(tokenizer, folder, documents):
+    """Not with what the model's configuration has for it, nor after it."""
+    model = tiny_model()
+    answers = []
+    for end in (0, None, [5, 6], 7):
+        model.generation_config.eos_token_id = model.config.eos_token_id = end
+        tasks = harness.load_tasks(["goes_on"], [folder])
+        harness.evaluate(model, tokenizer, tasks, 0, 4)
+        answers.append([instance.resps[0] for instance in tasks.loaded["tasks"]["goes_on"].instances])
+        assert model.generation_config.eos_token_id == end
+    assert all(one == answers[0] for one in answers)
+    first = {answer.split()[0] for answer in answers[0]}
+    wrong = int(first.pop().removeprefix("w"))
+    model.generation_config.eos_token_id = wrong  # a word that answers begin with
+    tasks = harness.load_tasks(["goes_on"], [folder])
+    harness.evaluate(model, tokenizer, tasks, 0, 4)
+    assert [instance.resps[0] for instance in tasks.loaded["tasks"]["goes_on"].instances] == answers[0]
+
+
 def test_limit(model, tokenizer, tasks):
     found = harness.evaluate(model, tokenizer, tasks, 0, 8, limit=5)
     assert found["limit"] == 5
