@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -16,6 +15,7 @@ from l2e_ds import analysis as analyses
 from l2e_ds import benchmarks, report
 from l2e_ds.console import CommandParser, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
+from l2e_ds.installed import is_installed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _says_what_is_missing(extra: str, packages: Sequence[str]) -> bool:
     """Whether a package of an extra is not installed; one line says which."""
-    missing = [name for name in packages if find_spec(name) is None]
+    missing = [name for name in packages if not is_installed(name)]
     if missing:
         say(f"l2e-ds: error: the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")
     return bool(missing)

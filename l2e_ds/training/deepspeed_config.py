@@ -101,6 +101,10 @@ FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
     ("data_efficiency", "enabled"): (False, "it changes what a network is fed"),
     ("expert_parallel", "enabled"): (False, "no model here has experts"),
     ("compile", "deepcompile"): (False, "use model.compile"),
+    ("csv_monitor", "enabled"): (False, "set logging.csv"),
+    ("tensorboard", "enabled"): (False, "set logging.tensorboard"),
+    ("wandb", "enabled"): (False, "set logging.wandb_project"),
+    ("comet", "enabled"): (False, "it would get two or three figures, by samples; set logging.csv or its siblings"),
 }
 
 # JSON path -> (section, key) of the run file
@@ -234,7 +238,9 @@ def _check_type(value: Any, kind: type, where: str) -> None:
 def _check_fixed(ds: dict, where: str) -> None:
     """Refuse what would break a promise of this project without a word."""
     fixed = FIXED_VALUES
-    if zero_stage(ds) >= 2:  # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
+    if (
+        _lookup(ds, ("zero_optimization", "stage")) or 0
+    ) >= 2:  # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
         why = "DeepSpeed's stages 2 and 3 do not support it"
         fixed = fixed | {("gradient_predivide_factor",): (1.0, why), ("prescale_gradients",): (False, why)}
     for path, (allowed, why) in fixed.items():
@@ -423,22 +429,6 @@ def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
         if config.training.precision == name or name in ds:
             ds.setdefault(name, {})["enabled"] = config.training.precision == name
     ds.setdefault("checkpoint", {}).setdefault("tag_validation", "Fail")
-    _add_monitors(ds, config)
-
-
-def _add_monitors(ds: dict, config: RunConfig) -> None:
-    directory = config.training.run_directory
-    asked: dict[str, dict[str, Any]] = {}
-    if config.logging.tensorboard:
-        asked["tensorboard"] = {"output_path": f"{directory}/", "job_name": "tensorboard"}
-    if config.logging.csv:
-        asked["csv_monitor"] = {"output_path": f"{directory}/", "job_name": "csv"}
-    if config.logging.wandb_project:
-        asked["wandb"] = {"project": config.logging.wandb_project}
-    for name, settings in asked.items():
-        if name in ds:
-            raise ConfigError(f"deepspeed.config: {name} is set there and by the section logging; remove one of them")
-        ds[name] = {"enabled": True, **settings}
 
 
 def _check_by_deepspeed(ds: dict, batch: BatchArithmetic, where: str) -> None:

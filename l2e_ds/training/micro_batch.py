@@ -43,7 +43,6 @@ GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measu
 
 _OUT_OF_MEMORY = "out of memory"
 _MEETING = 0.5  # seconds between two meetings of the ranks while their children work
-_MONITORS = ("tensorboard", "csv_monitor", "wandb")
 GIB = 2**30
 
 
@@ -125,7 +124,7 @@ def find(
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
     """What decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
-    varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", *_MONITORS)
+    varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     inhibition = config.inhibition.model_dump(
         mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce", "fused"}
     )
@@ -439,8 +438,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     share = config.training.global_batch // ranks
     accumulation = min(2, share)
     config = config.replace("inhibition", coefficient_warmup=0)  # with its loss's gradient, as in later steps
-    ds = {key: value for key, value in ds.items() if key not in _MONITORS}
-    ds |= {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
+    ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
     ds |= {"train_micro_batch_size_per_gpu": 1}
     model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
     inhibitor = None

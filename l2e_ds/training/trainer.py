@@ -117,14 +117,7 @@ class Trainer:
             if resume_from.parent.resolve() == self.checkpoints.directory.resolve():
                 self.saved_step = self.state.step  # else it lies in another run's directory
             self.sequences.restore_streams(self.state.streams)
-        self.metrics = metrics.MetricsWriter(
-            self.run_directory,
-            self.engine,
-            config.training.steps,
-            self.state.step,
-            config.logging.progress,
-            distributed.is_main(),
-        )
+        self.metrics = metrics.MetricsWriter(config, self.state.step, distributed.is_main())
         if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
             for change in changed_values(resume_from, config.model_dump(mode="json")):

@@ -13,6 +13,7 @@ from l2e_ds.evaluation.export import checkpoint_weights, export
 from l2e_ds.evaluation.results import FILE, read_results
 from l2e_ds.training.checkpoint import CheckpointManager
 from l2e_ds.training.manifest import verify
+from l2e_ds.training.monitors import WANDB_ID
 from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
@@ -82,7 +83,8 @@ def cases(tasks: str) -> dict:
         1, training={"resume": "never"}, options={"continues": "straight1", "expect": "CheckpointError"}
     )
     found["pythia-checkpoints"] = zero(1, checkpoint={"early": True, "every": 5, "keep_last": 4})
-    found["monitored"] = zero(1, logging={"csv": True, "tensorboard": True})
+    monitors = {"csv": True, "tensorboard": True, "wandb_project": "project"}
+    found["monitored"] = zero(1, logging=monitors, options={"stop_after": 4})
     found["warming-up"] = zero(1, inhibition={"coefficient": 0.1, "coefficient_warmup": 4}, logging={"every": 5})
     # ZeRO-3 last: it replaces torch's linear for the rest of the process (see the export test)
     return dict(sorted(found.items(), key=lambda item: item[1]["deepspeed"]["config"]))
@@ -97,7 +99,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(train_cases, tasks):
-    return train_cases(2, cases(str(tasks)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        return train_cases(2, cases(str(tasks)))
 
 
 def timeless(lines: list[dict]) -> list[dict]:
@@ -322,10 +326,13 @@ def test_coefficient_warms_up(runs, metric_lines):
 
 
 def test_monitors_get_the_metrics(runs, metric_lines):
+    """On rank 0 alone, under one heading, as one run, before and after the stop. (What exactly: test_monitors.py.)"""
     run = runs / "monitored"
-    files = list((run / "csv").rglob("*.csv"))
-    table = {file.stem: list(csv.reader(file.open())) for file in files}
-    name = next(stem for stem in table if "lm_loss" in stem)
-    values = [float(row[1]) for row in table[name][1:]]
-    assert values == pytest.approx([line["lm_loss"] for line in metric_lines(run)])
-    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    heading, *rows = csv.reader((run / "csv/train_lm_loss.csv").open())
+    assert heading == ["step", "lm_loss"]
+    assert [(int(row[0]), float(row[1])) for row in rows] == [
+        (line["step"], line["lm_loss"]) for line in metric_lines(run)
+    ]
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    name = f"run-{(run / WANDB_ID).read_text().strip()}.wandb"
+    assert [path.name for path in run.glob("wandb/offline-run-*/*.wandb")] == [name, name]

@@ -432,15 +432,3 @@ def test_fp16_on_a_cpu_without_it():
 def test_fp32_is_everywhere():
     """fp32 passes on every device."""
     check_device(run(REPOSITORY / "ds_configs/zero1.json"))
-
-
-@pytest.mark.parametrize(
-    ("logging", "section"),
-    [({"tensorboard": True}, "tensorboard"), ({"csv": True}, "csv_monitor"), ({"wandb_project": "p"}, "wandb")],
-)
-def test_monitors(logging, section, tmp_path):
-    """The run file's monitors reach DeepSpeed; set in both places they are refused."""
-    _, ds, _ = resolve(run(write(tmp_path, {}), logging=logging, training={"run_directory": "here"}), 1)
-    assert ds[section]["enabled"] is True
-    message = message_of(run(write(tmp_path, {section: {"enabled": False}}), logging=logging))
-    assert f"{section} is set there and by the section logging" in message
