@@ -11,11 +11,9 @@ from types import ModuleType
 from typing import NoReturn
 
 import l2e_ds
-from l2e_ds import analysis as analyses
-from l2e_ds import benchmarks, report
+from l2e_ds import benchmarks
 from l2e_ds.console import CommandParser, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
-from l2e_ds.installed import is_installed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     analysis = verbs.add_parser("analyze", help="how monosemantic a model's neurons are: tables and figures")
     neuron = verbs.add_parser("neuron", help="what one neuron answers to: a page")
-    analyses_texts = words[:1] in (["analyze"], ["neuron"]) or words[:2] == ["bench", "analysis"]
-    if analyses_texts and _says_what_is_missing("analysis", analyses.PACKAGES):
-        return ConfigError.exit_code
     if words[:1] in (["analyze"], ["neuron"]):
         from l2e_ds.analysis import analyze
         from l2e_ds.analysis import neuron as one_neuron
@@ -72,8 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     reporting = verbs.add_parser("report", help="one page of runs and studies: curves, tables, warnings")
     if words[:1] == ["report"]:
-        if _says_what_is_missing("report", report.PACKAGES):
-            return ConfigError.exit_code
         from l2e_ds.report import command as report_command
 
         _fill(reporting, report_command)
@@ -120,14 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # `train` says more of it, by itself
         say("l2e-ds: interrupted")
         return 130
-
-
-def _says_what_is_missing(extra: str, packages: Sequence[str]) -> bool:
-    """Whether a package of an extra is not installed; one line says which."""
-    missing = [name for name in packages if not is_installed(name)]
-    if missing:
-        say(f"l2e-ds: error: the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")
-    return bool(missing)
 
 
 def _fill(parser: argparse.ArgumentParser, command: ModuleType) -> None:

@@ -502,7 +502,9 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
         micro = 1
     if batch % (micro * ranks):
         fitting = divisors(batch // ranks) if batch % ranks == 0 else []
-        allowed = f"allowed micro-batches: {abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
+        allowed = (
+            f"allowed micro-batches: {abbreviate(fitting)}" if fitting else f"make it a multiple of {micro * ranks}"
+        )
         raise ConfigError(
             f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
             f" {allowed}"

@@ -254,6 +254,19 @@ def zero_stage(ds: dict) -> int:
     return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
+def less_memory(config: RunConfig, ds: dict) -> str:
+    """What would leave a device more memory and is not done yet, for the user to choose from."""
+    stage, remedies = zero_stage(ds), ["more ranks"]
+    if stage < 3:
+        remedies.append("a higher ZeRO stage")
+    parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+    if any(_lookup(ds, ("zero_optimization", part, "device")) in (None, "none") for part in parts):
+        remedies.append("offload")
+    if not config.model.activation_checkpointing:
+        remedies.append("model.activation_checkpointing=true")
+    return " or ".join([", ".join(remedies[:-1])] * (len(remedies) > 1) + remedies[-1:])
+
+
 def _read_json(path: Path) -> dict:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
         keys = [key for key, _ in pairs]

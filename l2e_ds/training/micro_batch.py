@@ -35,6 +35,7 @@ from l2e_ds.data.files import one_line
 from l2e_ds.data.workers import serve_parent, without_stop_signals
 from l2e_ds.errors import ConfigError, WorkerError
 from l2e_ds.training import preemption
+from l2e_ds.training.deepspeed_config import less_memory
 from l2e_ds.training.metrics import process_memory
 
 FILE = "micro_batch.json"
@@ -103,7 +104,7 @@ def find(
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
-        raise ConfigError(none_fits(known, limit))
+        raise ConfigError(none_fits(known, limit, less_memory(config, ds)))
     larger = max(size for size in known if known[size].peak <= limit)
     why = f"; {larger} is no faster" if larger != number else ""
     memory = f"{known[number].peak / GIB:.2f} of {limit / GIB:.2f} GiB"
@@ -235,12 +236,12 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
     return best
 
 
-def none_fits(known: dict[int, Measured], limit: float) -> str:
+def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
     """What to tell the user where `choose` finds none."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (
         f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a"
-        " rank; try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
+        f" rank; try {remedies}"
     )
 
 

@@ -20,6 +20,7 @@ from l2e_ds.training.deepspeed_config import (
     REFUSED,
     TOP_LEVEL_KEYS,
     check_device,
+    less_memory,
     resolve,
     with_micro_batch,
     zero_stage,
@@ -432,3 +433,18 @@ def test_fp16_on_a_cpu_without_it():
 def test_fp32_is_everywhere():
     """fp32 passes on every device."""
     check_device(run(REPOSITORY / "ds_configs/zero1.json"))
+
+
+@pytest.mark.parametrize(
+    ("file", "checkpointing", "remedies"),
+    [
+        ("zero0", False, "more ranks, a higher ZeRO stage, offload or model.activation_checkpointing=true"),
+        ("zero2_offload", False, "more ranks, a higher ZeRO stage or model.activation_checkpointing=true"),
+        ("zero3", True, "more ranks or offload"),
+        ("zero3_offload", True, "more ranks"),
+    ],
+)
+def test_only_what_is_not_done_yet_is_advised(file, checkpointing, remedies):
+    model = {"name": "pythia-14m", "activation_checkpointing": checkpointing}
+    config, ds, _ = resolve(run(REPOSITORY / f"ds_configs/{file}.json", model=model), 1)
+    assert less_memory(config, ds) == remedies
