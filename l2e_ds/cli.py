@@ -6,14 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
 import l2e_ds
-from l2e_ds import analysis as analyses
-from l2e_ds import benchmarks, report
+from l2e_ds import benchmarks
 from l2e_ds.console import CommandParser, flush_streams, open_streams, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
@@ -61,9 +59,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     analysis = verbs.add_parser("analyze", help="how monosemantic a model's neurons are: tables and figures")
     neuron = verbs.add_parser("neuron", help="what one neuron answers to: a page")
-    analyses_texts = words[:1] in (["analyze"], ["neuron"]) or words[:2] == ["bench", "analysis"]
-    if analyses_texts and _says_what_is_missing("analysis", analyses.PACKAGES):
-        return ConfigError.exit_code
     if words[:1] in (["analyze"], ["neuron"]):
         from l2e_ds.analysis import analyze
         from l2e_ds.analysis import neuron as one_neuron
@@ -73,8 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     reporting = verbs.add_parser("report", help="one page of runs and studies: curves, tables, warnings")
     if words[:1] == ["report"]:
-        if _says_what_is_missing("report", report.PACKAGES):
-            return ConfigError.exit_code
         from l2e_ds.report import command as report_command
 
         _fill(reporting, report_command)
@@ -121,14 +114,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # `train` says more of it, by itself
         say("l2e-ds: interrupted")
         return 130
-
-
-def _says_what_is_missing(extra: str, packages: Sequence[str]) -> bool:
-    """Whether a package of an extra is not installed; one line says which."""
-    missing = [name for name in packages if find_spec(name) is None]
-    if missing:
-        say(f"l2e-ds: error: the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")
-    return bool(missing)
 
 
 def _fill(parser: argparse.ArgumentParser, command: ModuleType) -> None:

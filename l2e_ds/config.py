@@ -435,11 +435,12 @@ class LoggingConfig(Section):
     progress: bool = True
     """Progress bar on rank 0."""
     tensorboard: bool = False
-    """Also to TensorBoard, in `tensorboard/` of the run directory (through DeepSpeed's monitor)."""
+    """Also to TensorBoard, in `tensorboard/` of the run directory."""
     csv: bool = False
-    """Also to CSV files, in `csv/` of the run directory (through DeepSpeed's monitor)."""
+    """Also to CSV files, in `csv/` of the run directory, one for each metric."""
     wandb_project: str | None = None
-    """Also to this project of Weights & Biases (through DeepSpeed's monitor)."""
+    """Also to this project of Weights & Biases: one run there, whatever number of starts it takes; files in the run
+    directory."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
 
@@ -569,7 +570,9 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
         micro = 1
     if batch % (micro * ranks):
         fitting = divisors(batch // ranks) if batch % ranks == 0 else []
-        allowed = f"allowed micro-batches: {abbreviate(fitting)}" if fitting else f"make it a multiple of {ranks}"
+        allowed = (
+            f"allowed micro-batches: {abbreviate(fitting)}" if fitting else f"make it a multiple of {micro * ranks}"
+        )
         raise ConfigError(
             f"training.global_batch: {batch} is not a multiple of training.micro_batch {micro} x {ranks} ranks;"
             f" {allowed}"

@@ -26,7 +26,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.train import Plan, resolve_run
 from l2e_ds.training.checkpoint import is_due
-from l2e_ds.training.deepspeed_config import zero_stage
+from l2e_ds.training.deepspeed_config import less_memory, zero_stage
 from l2e_ds.training.loss import CHUNK, IN_ONE_PIECE
 from l2e_ds.training.metrics import PEAK_TFLOPS, flops_per_token
 
@@ -559,7 +559,7 @@ def describe(
         [
             _head(plan, work, gpus, name),
             "",
-            *_memory_table(work, gpus, batch.global_batch, given, largest, gpu),
+            *_memory_table(plan, work, gpus, batch.global_batch, given, largest, gpu),
             "",
             *_run_lines(plan, work, gpu, largest, mfu, bus_bandwidth(gpu, gpus, bandwidth), storage),
             "",
@@ -578,7 +578,7 @@ def _head(plan: Plan, work: Work, gpus: int, name: str) -> str:
 
 
 def _memory_table(
-    work: Work, gpus: int, global_batch: int, micro_batch: int, largest: int | None, gpu: Gpu
+    plan: Plan, work: Work, gpus: int, global_batch: int, micro_batch: int, largest: int | None, gpu: Gpu
 ) -> list[str]:
     sizes = [micro_batch] if largest in (None, micro_batch) else [micro_batch, largest]
     columns = [memory(work, gpus, size, accumulation_of(global_batch, gpus, size)) for size in sizes]
@@ -591,10 +591,7 @@ def _memory_table(
     lines.append("  fits        " + "".join(f"{'yes' if fit else 'no':>18}" for fit in fits))
     usable = gpu.memory * USABLE_MEMORY
     if largest is None:
-        lines.append(
-            f"largest micro-batch: none fits {usable:.1f} GiB; try a higher ZeRO stage, more GPUs, offload or"
-            " model.activation_checkpointing=true"
-        )
+        lines.append(f"largest micro-batch: none fits {usable:.1f} GiB; try {less_memory(plan.config, plan.ds)}")
     else:
         lines.append(f"largest micro-batch: {largest} (of those that divide {global_batch // gpus} sequences a GPU)")
     states = model_states(work, gpus)

@@ -195,9 +195,8 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
 
 def _check_machine(config: RunConfig) -> None:
     """That what the run needs beside its device is here. Raises ConfigError."""
-    from importlib.util import find_spec
-
     from l2e_ds.evaluation import check_installed
+    from l2e_ds.installed import is_installed
 
     directory = Path(config.training.run_directory)
     parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
@@ -206,14 +205,13 @@ def _check_machine(config: RunConfig) -> None:
     resume = Path(config.training.resume)
     if config.training.resume not in ("auto", "never") and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
-    if config.model.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+    if config.model.attention == "flash_attention_2" and not is_installed("flash_attn"):
         raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
     if config.evaluation.every:
         check_installed("evaluation.every")
-    monitors = {"tensorboard": config.logging.tensorboard, "wandb": config.logging.wandb_project}
-    for package, wanted in monitors.items():
-        if wanted and find_spec(package) is None:
-            raise ConfigError(f"logging: {package} is asked for, but the package is not installed")
+    for key, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
+        if getattr(config.logging, key) and not is_installed(package):
+            raise ConfigError(f"logging.{key}: needs {package}: pip install 'l2e-ds[monitor]'")
 
 
 def describe(plan: Plan) -> str:

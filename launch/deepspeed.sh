@@ -61,4 +61,4 @@ else
 fi
 # exec: the supervisor gets this script's process id, and with it the signals sent to the script
 exec python -m l2e_ds.supervise ${SUPERVISE[@]+"${SUPERVISE[@]}"} "$@" -- \
-    deepspeed --master_port "$PORT" --log_level error ${OPTIONS[@]+"${OPTIONS[@]}"} "${TRAIN[@]}"
+    deepspeed --master_port "$PORT" --log_level critical ${OPTIONS[@]+"${OPTIONS[@]}"} "${TRAIN[@]}"

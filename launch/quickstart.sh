@@ -28,7 +28,7 @@ COUNT=()  # given a number, the launcher would forget CUDA_VISIBLE_DEVICES; with
 ((GPUS)) || { COUNT=(--num_accelerators "$RANKS"); export DS_ACCELERATOR=cpu; }
 
 train() {
-    deepspeed ${COUNT[@]+"${COUNT[@]}"} --master_port "$PORT" --log_level error \
+    deepspeed ${COUNT[@]+"${COUNT[@]}"} --master_port "$PORT" --log_level critical \
         --module l2e_ds.train launch/recipes/quickstart.yaml ${BATCH[@]+"${BATCH[@]}"} "$@"
 }
 

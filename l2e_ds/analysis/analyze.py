@@ -30,7 +30,7 @@ import torch
 
 import l2e_ds
 from l2e_ds import distributed
-from l2e_ds.analysis import options, tables
+from l2e_ds.analysis import PACKAGES, options, tables
 from l2e_ds.analysis.collect import (
     BINS,
     Distribution,
@@ -50,6 +50,7 @@ from l2e_ds.console import at_least, say
 from l2e_ds.data.files import is_free, whole_folder
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
+from l2e_ds.installed import check_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -91,6 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     from l2e_ds.train import quiet_libraries
 
+    check_extra("analysis", PACKAGES)
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing of the scratch folder stays
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda received, _: sys.exit(128 + received))

@@ -26,7 +26,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation, Transform
 
+from l2e_ds.analysis.measures import is_edge
 from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES
 from l2e_ds.data.files import temporary_name
 
@@ -246,7 +248,8 @@ def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
             least = rates.loc[rates["fkr"].idxmin()]
             star = {"marker": "*", "markersize": 13, "color": look["color"], "markeredgecolor": "white"}
             left.plot([least["share"]], [least["fkr"]], **star)
-            lowest.append(f"\nlowest at {_percent(least['share'])}")
+            edge = " or beyond" if is_edge(least["share"]) else ""
+            lowest.append(f"\nlowest at {_percent(least['share'])}{edge}")
         at_two[label] = _at_share(rates, REPORTED_SHARE).iloc[0]
     left.set_xscale("log")
     left.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]))
@@ -501,40 +504,50 @@ def _draw_significance(axes: Axes, tables: Tables) -> None:
 
 
 def _draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series], column: str) -> None:
-    """A point with its interval a model; a thin line joins models whose labels differ in nothing but their size."""
+    """A point with its interval a model; a thin line joins models whose labels differ in nothing but their size.
+
+    Models of one size stand at one place of the axis, and are drawn side by side there, a few points apart.
+    """
     parameters = {label: float(tables["scale"]["parameters"].iloc[0]) for label, tables in results.items()}
     families: dict[str, list[str]] = {}
     for label in sorted(results, key=lambda one: parameters[one]):
         families.setdefault(re.sub(r"\d+(\.\d+)?[kmb](?![a-z])", "", label, flags=re.IGNORECASE), []).append(label)
-    seen: dict[float, int] = {}
-    places = {}
-    for label, count in parameters.items():
-        places[label] = count * 1.06 ** seen.get(count, 0)  # models of one size stand side by side
-        seen[count] = seen.get(count, 0) + 1
+    alike = {count: [one for one in results if parameters[one] == count] for count in parameters.values()}
+    most = max(map(len, alike.values()))
+
+    def aside(label: str) -> Transform:
+        """Where it is drawn: from the middle of those of its size, in points."""
+        same = alike[parameters[label]]
+        points = (same.index(label) - (len(same) - 1) / 2) * min(7.0, 42 / most)
+        return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
+
+    axes.set_xscale("log")
     for family in families.values():
         if len({parameters[label] for label in family}) == len(family) > 1:
             axes.plot(
-                [places[one] for one in family],
+                [parameters[one] for one in family],
                 [rows[one][column] for one in family],
                 color="#AAAAAA",
                 linewidth=1,
                 zorder=1,
                 label="_family",
+                transform=aside(family[0]),
             )
     for label, look in zip(results, _looks(results), strict=True):
-        row, x = rows[label], places[label]
-        axes.vlines([x], [row[f"{column}_low"]], [row[f"{column}_high"]], color=look["color"], linewidth=1.6, zorder=2)
-        axes.plot(
-            [x], [row[column]], linestyle="", color=look["color"], marker=look["marker"], markersize=7, label=label
-        )
-    axes.set_xscale("log")
-    low, high = min(places.values()), max(places.values())
+        row, x, transform = rows[label], parameters[label], aside(label)
+        ends = [row[f"{column}_low"]], [row[f"{column}_high"]]
+        axes.vlines([x], *ends, color=look["color"], linewidth=1.6, zorder=2, transform=transform)
+        point = {"color": look["color"], "marker": look["marker"], "markersize": 7, "label": label}
+        axes.plot([x], [row[column]], linestyle="", transform=transform, **point)
+    low, high = min(alike), max(alike)
     around = 1.5 if high > low else 4.0
     axes.set_xlim(low / around, high * around)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 40 else (1, 3), numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _magnitude(value)))
-    axes.set_xlabel("parameters (log scale)")
+    axes.set_xlabel(
+        "parameters (log scale)" if most == 1 else "parameters (log scale; models of one size side by side)"
+    )
 
 
 def _draw_band(axes: Axes, table: pd.DataFrame, x: str, column: str, label: str, look: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR
 
@@ -110,6 +109,8 @@ def own_against_all(inside: Array) -> float:
 
     inside: [F, C] of live neurons. It falls as neurons get polysemantic (METHOD, section 8, Scale).
     """
+    from scipy import stats  # of the extra: options and help of the commands need none
+
     return float(stats.ks_2samp(inside.max(axis=0), inside.ravel(), method="asymp").statistic)
 
 
@@ -208,6 +209,11 @@ def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Arr
     best = np.where(np.isnan(rate), np.inf, rate).argmin(axis=-1)
     lowest = np.take_along_axis(rate, best[..., None], axis=-1)[..., 0]
     return np.where(np.isnan(lowest), np.nan, np.asarray(shares)[best]), lowest
+
+
+def is_edge(share: float) -> bool:
+    """Whether it is the least or largest of the shares that are tried: the lowest FKR may lie beyond."""
+    return share in (SHARES[0], SHARES[-1])
 
 
 def _divided(numerator: Array, denominator: Array) -> Array:

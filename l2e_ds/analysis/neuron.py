@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from l2e_ds import distributed
-from l2e_ds.analysis import options
+from l2e_ds.analysis import PACKAGES, options
 from l2e_ds.analysis.collect import Texts, run_over
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.console import at_least
 from l2e_ds.errors import AnalysisError, ConfigError
 from l2e_ds.evaluation.model_source import MODEL, find_model, load_tokenizer_of
 from l2e_ds.families import neurons_of
+from l2e_ds.installed import check_extra
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if distributed.find_launch().rank != 0:
         return 0
+    check_extra("analysis", PACKAGES)
     source = find_model(arguments.model)
     output = arguments.output or Path(f"{source.label}-{arguments.layer}-{arguments.index}.html")
     if output.exists() or not output.absolute().parent.is_dir():

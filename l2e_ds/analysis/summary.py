@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from l2e_ds.analysis.measures import SHARES, is_edge
 from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES, Tables
 from l2e_ds.console import markdown
 from l2e_ds.evaluation.model_source import ModelSource
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_EDGE = " (edge)"
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,20 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
         ),
     ]
     if arguments.suggest_share:
-        parts += [
-            "## Share k with the lowest False Killing Rate\n",
-            markdown(["model", "layer", "k", "FKR there"], [row for result in results for row in _share_rows(result)]),
-        ]
+        parts.append(suggested_shares(results))
     return "\n".join(parts)
+
+
+def suggested_shares(results: Sequence[Result]) -> str:
+    """The share with the lowest FKR of each model and layer, as Markdown; one at the edge of those tried is said."""
+    rows = [row for result in results for row in _share_rows(result)]
+    table = "## Share k with the lowest False Killing Rate\n\n" + markdown(["model", "layer", "k", "FKR there"], rows)
+    if any(row[2].endswith(_EDGE) for row in rows):
+        table += (
+            f"\nk{_EDGE}: the least or the largest of the shares that are tried, {SHARES[0]:.1%} to {SHARES[-1]:.0%};"
+            " the rate may be lower beyond it.\n"
+        )
+    return table
 
 
 def sample_of(arguments: argparse.Namespace) -> str:
@@ -138,7 +150,8 @@ def _share_rows(result: Result) -> list[list[str]]:
         [
             result.source.label,
             layer,
-            f"{row['suggested_share']:.2%} [{row['suggested_share_low']:.2%}, {row['suggested_share_high']:.2%}]",
+            f"{row['suggested_share']:.2%} [{row['suggested_share_low']:.2%}, {row['suggested_share_high']:.2%}]"
+            f"{_EDGE if is_edge(row['suggested_share']) else ''}",
             f"{row['suggested_fkr']:.1%}",
         ]
         for layer, row in rows

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from l2e_ds.analysis import bootstrap, measures, probing
 from l2e_ds.analysis.measures import SHARES, Array, FalseKilling
@@ -385,6 +384,8 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
     A probed neuron that is in the sample too is left out of the latter. The probed were found on the same texts: see p
     as a description of these texts, as in the paper.
     """
+    from scipy import stats
+
     rows = []
     for f, probed in enumerate(best):
         inside, resampled = chosen.of(probed)

@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 from l2e_ds import distributed
+from l2e_ds.analysis import PACKAGES
 from l2e_ds.analysis.collect import Shown
 from l2e_ds.benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
 from l2e_ds.console import at_least, markdown
+from l2e_ds.installed import check_extra
 from l2e_ds.training.metrics import process_memory
 
 FEATURES = 12
@@ -55,6 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if distributed.find_launch().rank != 0:
         return 0
+    check_extra("analysis", PACKAGES)
     check_sizes("--model", [arguments.model])
     for name in NUMBERS:
         at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)

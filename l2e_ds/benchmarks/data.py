@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,6 +43,7 @@ from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.installed import is_installed
 
 PARTS = ("tokenize", "memory", "reader", "open", "wait")
 WIDTH = 2049
@@ -81,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.gpt_neox is not None and not _neox_tool(arguments.gpt_neox).is_file():
         raise ConfigError(f"--gpt-neox: {arguments.gpt_neox} has no tools/datasets/preprocess_data.py")
     output = new_folder("--output", arguments.output)
-    packages = ("torch", "tokenizers", "datasets", "numpy", *(["megatron-core"] if find_spec("megatron") else []))
+    others = ["megatron-core"] if is_installed("megatron.core") else []
+    packages = ("torch", "tokenizers", "datasets", "numpy", *others)
     about = circumstances(*packages) | {"processes": arguments.processes}
     measurements: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
         "tokenize": measure_tokenize,
@@ -256,7 +257,7 @@ def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
         "l2e-ds (ids and documents checked)": dataset.batch,
         "np.memmap, row by row (nothing checked)": lambda rows: [plain[row].astype(np.int64) for row in rows],
     }
-    if find_spec("megatron") is not None:
+    if is_installed("megatron.core"):
         from megatron.core.datasets.indexed_dataset import IndexedDataset
 
         theirs = IndexedDataset(str(prefix))

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from l2e_ds.benchmarks.about import (
 from l2e_ds.benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
 from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.installed import is_installed
 
 DEFAULTS: dict[str, Any] = {
     "models": ["pythia-14m", "pythia-70m"],
@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
     quiet_libraries()
     contents = {name: run_file(arguments, name, launch.size) for name in models_of(arguments)}
     check(arguments, contents, launch.size)
-    if find_spec("accelerate") is None:
+    if not is_installed("accelerate"):
         raise ConfigError("bench: the Hugging Face Trainer needs the package accelerate: pip install 'l2e-ds[bench]'")
     about = circumstances("torch", "deepspeed", "transformers", "accelerate", "numpy")
     distributed.join(launch, 10)

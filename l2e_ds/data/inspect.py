@@ -10,7 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from l2e_ds.config import load_run_config
-from l2e_ds.console import at_least
+from l2e_ds.console import at_least, say
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
@@ -239,6 +239,8 @@ class View:
     names: list[str]
     tokenizer: PreTrainedTokenizerFast | None
     end_of_text: int | None
+    steps: int | None = None
+    """Of a run: its training.steps."""
 
 
 def view_of_run(run_file: str) -> View:
@@ -253,7 +255,8 @@ def view_of_run(run_file: str) -> View:
     sets = prepare_sets(config.data, cache, network.vocab_size, config.training.evaluation_sequences)
     tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
     end = None if tokenizer is None else _end_of_text_or_none(tokenizer)
-    return _view(sets, config.training.global_batch, config.training.seed, config.data.order, tokenizer, end)
+    view = _view(sets, config.training.global_batch, config.training.seed, config.data.order, tokenizer, end)
+    return replace(view, steps=config.training.steps)
 
 
 def view_of_set(
@@ -320,6 +323,8 @@ def show(view: View, step: int, row: int | None) -> int:
     batch = view.sequences.global_batch
     if row is not None and not 0 <= row < batch:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")
+    if view.steps is not None and step >= view.steps:
+        say(f"l2e-ds: warning: --step: the run ends with step {view.steps - 1} (training.steps: {view.steps})")
     _print(_list_batch(view, step) if row is None else _show_sequence(view, step, row))
     return 0
 

@@ -132,7 +132,7 @@ class NeuronHook:
         self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
         self.calls = Calls()
         self.fused = self.is_gelu = self.in_kernel = False  # this micro-batch
-        self.has_triton = find_spec("triton") is not None
+        self.has_triton = getattr(find_spec("triton"), "origin", None) is not None  # a mere folder has none
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None

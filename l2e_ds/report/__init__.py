@@ -2,3 +2,4 @@
 
 # Of the extra `report`: said in one line where one is missing.
 PACKAGES = ("jinja2", "matplotlib")
+GENERATOR = "l2e-ds report"  # by which a page of ours is known

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.report import analyses, page, runs, tables, warnings
+from l2e_ds.installed import check_extra
+from l2e_ds.report import GENERATOR, PACKAGES, analyses, runs, tables, warnings
 
 _INDEX = "index.md"
-_MARK = f"<!-- {page.GENERATOR} -->"  # its first line, by which a folder of ours is known
+_MARK = f"<!-- {GENERATOR} -->"  # its first line, by which a folder of ours is known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, DataError."""
+    check_extra("report", PACKAGES)
+    from l2e_ds.report import page
+
     output = arguments.output
     folder = output.with_name(f"{output.stem}-tables")
     _check_output(output, folder)
@@ -64,7 +68,7 @@ def _check_output(output: Path, folder: Path) -> None:
     allowed = "allowed: a new file, or a report to be replaced"
     if output.suffix != ".html":
         raise ConfigError(f"--output: got {output}, allowed: a file name that ends in .html")
-    if output.exists() and (not output.is_file() or f'content="{page.GENERATOR}"' not in _beginning(output)):
+    if output.exists() and (not output.is_file() or f'content="{GENERATOR}"' not in _beginning(output)):
         raise ConfigError(f"--output: {output} exists and is no report; {allowed}")
     index = folder / _INDEX
     if folder.exists() and not (index.is_file() and _beginning(index).startswith(_MARK)):

@@ -15,14 +15,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import l2e_ds
-from l2e_ds.report import curves
+from l2e_ds.report import GENERATOR, curves
 from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out, last_common_step, loss_difference, steady_median
 from l2e_ds.report.tables import Table, text_of
 from l2e_ds.report.warnings import Notice
 from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, numbers
 
-GENERATOR = "l2e-ds report"  # by which a page of ours is known
 _AFTER = ("configurations", "machines")  # tables that stand in the last part
 _OF_ANALYSES = ("false_killing",)
 _FILE_ONLY = ("evaluations",)

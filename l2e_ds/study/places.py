@@ -28,7 +28,7 @@ class Place:
         # given a number, the launcher forgets CUDA_VISIBLE_DEVICES; without one it takes all that are visible
         count = [] if "CUDA_VISIBLE_DEVICES" in self.environment else ["--num_accelerators", str(self.ranks)]
         program = str(beside) if beside.is_file() else "deepspeed"
-        return [program, "--master_port", str(free_port()), "--log_level", "error", *count, "--module"]
+        return [program, "--master_port", str(free_port()), "--log_level", "critical", *count, "--module"]
 
 
 def places(devices: int | None, ranks: int | None, environment: Mapping[str, str]) -> list[Place]:

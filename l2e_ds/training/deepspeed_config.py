@@ -9,41 +9,103 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig, batch_arithmetic, find_file
 from l2e_ds.errors import ConfigError
 from l2e_ds.models import published_learning_rate
 
-# What DeepSpeed 0.19.8 reads at the top level; it ignores anything else (DEEPSPEED.md, silent failure 9). A unit
-# test compares this list with the keys that the installed version asks for.
-_KEYS = """
-    activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger
-    communication_data_type compile compression_training csv_monitor curriculum_learning data_efficiency
-    data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state eigenvalue
-    elasticity expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
-    gradient_clipping gradient_predivide_factor graph_harvesting hybrid_engine log_level
-    managed_gradient_accumulation memory_breakdown nebula optimizer pipeline prescale_gradients
-    progressive_layer_drop quantize_training scheduler seq_parallel_communication_data_type sparse_attention
-    sparse_gradients steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size
-    train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown
-    wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-"""
-TOP_LEVEL_KEYS = frozenset(_KEYS.split())
+# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (DEEPSPEED.md, silent
+# failure 9). A unit test compares this list with the keys that the installed version asks for.
+_KEYS: dict[type, str] = {
+    bool: "dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting"
+    " managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients"
+    " use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer"
+    " zero_force_ds_cpu_optimizer",
+    int: "gradient_accumulation_steps steps_per_print train_batch_size train_micro_batch_size_per_gpu vocabulary_size",
+    float: "gradient_clipping gradient_predivide_factor",
+    str: "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
+    dict: "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger compile"
+    " compression_training csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue"
+    " elasticity expert_parallel flops_profiler fp16 hybrid_engine nebula optimizer pipeline progressive_layer_drop"
+    " quantize_training scheduler sparse_attention tensor_parallel tensorboard timers torch_autocast wandb"
+    " weight_quantization zero_optimization",
+}
+
+
+def _types(keys: dict[type, str]) -> dict[str, type]:
+    return {key: kind for kind, names in keys.items() for key in names.split()}
+
+
+TOP_LEVEL_KEYS = _types(_KEYS)
 
 # What DeepSpeed reads of the blocks that it does not check itself.
 BLOCK_KEYS = {
-    "activation_checkpointing": "contiguous_memory_optimization cpu_checkpointing number_checkpoints"
-    " partition_activations profile synchronize_checkpoint_boundary",
-    "checkpoint": "checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage writer",
-    "data_types": "buffer_dtype grad_accum_dtype keep_in_fp32_modules param_dtype",
-    "flops_profiler": "detailed enabled module_depth output_file profile_step recompute_fwd_factor top_modules",
-    "optimizer": "legacy_fusion params type",
+    "activation_checkpointing": _types(
+        {
+            bool: "contiguous_memory_optimization cpu_checkpointing partition_activations profile"
+            " synchronize_checkpoint_boundary",
+            int: "number_checkpoints",
+        }
+    ),
+    "checkpoint": _types(
+        {
+            bool: "checkpoint_serialization load_universal use_node_local_storage",
+            str: "tag_validation",
+            dict: "parallel_write writer",
+        }
+    ),
+    "data_types": _types({str: "buffer_dtype grad_accum_dtype param_dtype", list: "keep_in_fp32_modules"}),
+    "flops_profiler": _types(
+        {
+            bool: "detailed enabled",
+            int: "module_depth profile_step top_modules",
+            float: "recompute_fwd_factor",
+            str: "output_file",
+        }
+    ),
+    "optimizer": _types({bool: "legacy_fusion", str: "type", dict: "params"}),
 }
-ADAM_PARAMETERS = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "bias_correction", "amsgrad")
+ADAM_PARAMETERS = _types(
+    {bool: "torch_adam adam_w_mode bias_correction amsgrad", float: "lr eps weight_decay", list: "betas"}
+)
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+# Values that DeepSpeed would take: JSON path -> (the only one allowed; why). None: none at all.
+FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
+    ("gradient_allreduce_op",): ("mean", "with anything else gradients grow with the number of ranks"),
+    ("checkpoint", "load_universal"): (False, "no checkpoint could be resumed; see docs/elastic.md for other ranks"),
+    ("checkpoint", "use_node_local_storage"): (False, "ranks of several hosts would write the same files"),
+    ("checkpoint", "writer"): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
+    ("datastates_ckpt",): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
+    ("zero_optimization", "load_from_fp32_weights"): (True, "a resumed run would lose the master weights' precision"),
+    ("zero_optimization", "elastic_checkpoint"): (False, "see docs/elastic.md for other numbers of ranks"),
+    ("zero_optimization", "compute_grad_norm"): (True, "the metric gradient_norm and clipping need it"),
+    ("zero_optimization", "legacy_stage1"): (False, "this version of DeepSpeed has it no more"),
+    ("zero_optimization", "zenflow"): (None, "its steps use gradients of other steps"),
+    ("zero_optimization", "cpu_offload"): (False, 'write "offload_optimizer": {"device": "cpu"}'),
+    ("zero_optimization", "cpu_offload_param"): (False, 'write "offload_param": {"device": "cpu"}'),
+    ("bf16", "check_grad_overflow"): (True, "steps with non-finite gradients would not be skipped"),
+    ("data_types", "buffer_dtype"): ("fp32", "rotary frequencies and moments are kept in float32"),
+    ("autotuning", "enabled"): (False, "it ends a run after a few steps"),
+    ("hybrid_engine", "enabled"): (False, "it is for reinforcement learning"),
+    ("data_efficiency", "enabled"): (False, "it changes what a network is fed"),
+    ("expert_parallel", "enabled"): (False, "no model here has experts"),
+    ("compile", "deepcompile"): (False, "use model.compile"),
+    ("csv_monitor", "enabled"): (False, "set logging.csv"),
+    ("tensorboard", "enabled"): (False, "set logging.tensorboard"),
+    ("wandb", "enabled"): (False, "set logging.wandb_project"),
+    ("comet", "enabled"): (False, "it would get two or three figures, by samples; set logging.csv or its siblings"),
+}
 
 # JSON path -> (section, key) of the run file
 SHARED_VALUES: dict[tuple[str, ...], tuple[str, str]] = {
@@ -87,6 +149,7 @@ def resolve(
     config = _take_precision(config, ds, where, has_bf16)
     config, batch = _take_batch(config, ds, where, ranks)
     _check_stage(config, ds, where)
+    _check_fixed(ds, where)
     ds = _without_auto(ds)
     _complete(ds, config, batch)
     _check_by_deepspeed(ds, batch, where)
@@ -106,37 +169,102 @@ def with_micro_batch(
 
 def _check_keys(ds: dict, where: str) -> None:
     """Refuse what DeepSpeed would ignore, or take for something else."""
-    _refuse_unknown(ds, TOP_LEVEL_KEYS, where)
-    for key, value in ds.items():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in ds:
         if key in REFUSED:
             raise ConfigError(f"{where}: {key}: remove it; {REFUSED[key]}")
-        if key in BLOCK_KEYS or key in ("bf16", "fp16", "zero_optimization"):
-            if not isinstance(value, dict):
-                raise ConfigError(f"{where}: {key}: got {value!r}, must be an object")
-            if key in BLOCK_KEYS:
-                _refuse_unknown(value, BLOCK_KEYS[key].split(), f"{where}: {key}")
-    optimizer = ds.get("optimizer")
-    if optimizer is not None:
-        if not isinstance(optimizer.get("type"), str):
+    _check_block(ds, TOP_LEVEL_KEYS, where)
+    for name, keys in BLOCK_KEYS.items():
+        _check_block(ds.get(name, {}), keys, f"{where}: {name}")
+    models = {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+    }
+    for name, model in models.items():
+        _check_by_model(ds.get(name, {}), model, f"{where}: {name}")
+    if "optimizer" in ds:
+        if ds["optimizer"].get("type") is None:
             raise ConfigError(f"{where}: optimizer.type: is required, e.g. AdamW")
-        parameters = optimizer.get("params", {})
-        if not isinstance(parameters, dict):
-            raise ConfigError(f"{where}: optimizer.params: got {parameters!r}, must be an object")
-        if optimizer["type"].lower() in ("adam", "adamw"):
-            _refuse_unknown(parameters, ADAM_PARAMETERS, f"{where}: optimizer.params")
+        if ds["optimizer"]["type"].lower() in ("adam", "adamw"):
+            _check_block(ds["optimizer"].get("params", {}), ADAM_PARAMETERS, f"{where}: optimizer.params")
 
 
-def _refuse_unknown(given: dict, known: Iterable[str], where: str) -> None:
-    known = list(known)
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(known))}"
+def _check_block(given: dict, types: dict[str, type], where: str) -> None:
+    for key, value in given.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(types))}"
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+        _check_type(value, types[key], f"{where}: {key}")
+
+
+def _check_by_model(given: dict, model: Any, where: str) -> None:
+    """Types of a block that DeepSpeed has a pydantic model of, which would take "1", true and 1 for one another.
+    (Unknown keys it refuses itself.)"""
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        union = get_args(field.annotation) if get_origin(field.annotation) is Union else (field.annotation,)
+        kinds = [kind for kind in union if kind is not type(None)]
+        for key in {name, field.alias} & given.keys():
+            if given[key] is None or len(kinds) > 1 or not isinstance(kinds[0], type):
+                continue
+            kind = next((base for base in (BaseModel, bool, int, float) if issubclass(kinds[0], base)), None)
+            if kind is BaseModel:
+                _check_type(given[key], dict, f"{where}: {key}")
+                _check_by_model(given[key], kinds[0], f"{where}: {key}")
+            elif kind is not None:
+                _check_type(given[key], kind, f"{where}: {key}")
+
+
+def _check_type(value: Any, kind: type, where: str) -> None:
+    if kind is not dict and value in (None, "auto"):
+        return
+    if kind in (int, float):  # 5e8 is a whole number
+        fits = type(value) in (int, float) and (kind is float or float(value).is_integer())
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ConfigError(f"{where}: got {json.dumps(value)}, must be {_TYPE_NAMES[kind]}")
+
+
+def _check_fixed(ds: dict, where: str) -> None:
+    """Refuse what would break a promise of this project without a word."""
+    fixed = FIXED_VALUES
+    if (
+        _lookup(ds, ("zero_optimization", "stage")) or 0
+    ) >= 2:  # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
+        why = "DeepSpeed's stages 2 and 3 do not support it"
+        fixed = fixed | {("gradient_predivide_factor",): (1.0, why), ("prescale_gradients",): (False, why)}
+    for path, (allowed, why) in fixed.items():
+        value = _lookup(ds, path)
+        if value is not None and (value.lower() if isinstance(value, str) else value) != allowed:
+            remedy = "remove it" if allowed is None else f"allowed: {json.dumps(allowed)}"
+            raise ConfigError(f"{where}: {'.'.join(path)}: got {json.dumps(value)}, {remedy}; {why}")
 
 
 def zero_stage(ds: dict) -> int:
     return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def less_memory(config: RunConfig, ds: dict) -> str:
+    """What would leave a device more memory and is not done yet, for the user to choose from."""
+    stage, remedies = zero_stage(ds), ["more ranks"]
+    if stage < 3:
+        remedies.append("a higher ZeRO stage")
+    parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+    if any(_lookup(ds, ("zero_optimization", part, "device")) in (None, "none") for part in parts):
+        remedies.append("offload")
+    if not config.model.activation_checkpointing:
+        remedies.append("model.activation_checkpointing=true")
+    return " or ".join([", ".join(remedies[:-1])] * (len(remedies) > 1) + remedies[-1:])
 
 
 def _read_json(path: Path) -> dict:
@@ -314,22 +442,6 @@ def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
         if config.training.precision == name or name in ds:
             ds.setdefault(name, {})["enabled"] = config.training.precision == name
     ds.setdefault("checkpoint", {}).setdefault("tag_validation", "Fail")
-    _add_monitors(ds, config)
-
-
-def _add_monitors(ds: dict, config: RunConfig) -> None:
-    directory = config.training.run_directory
-    asked: dict[str, dict[str, Any]] = {}
-    if config.logging.tensorboard:
-        asked["tensorboard"] = {"output_path": f"{directory}/", "job_name": "tensorboard"}
-    if config.logging.csv:
-        asked["csv_monitor"] = {"output_path": f"{directory}/", "job_name": "csv"}
-    if config.logging.wandb_project:
-        asked["wandb"] = {"project": config.logging.wandb_project}
-    for name, settings in asked.items():
-        if name in ds:
-            raise ConfigError(f"deepspeed.config: {name} is set there and by the section logging; remove one of them")
-        ds[name] = {"enabled": True, **settings}
 
 
 def _check_by_deepspeed(ds: dict, batch: BatchArithmetic, where: str) -> None:

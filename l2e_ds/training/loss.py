@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -20,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2e_ds.errors import SelfTestError
+from l2e_ds.installed import is_installed
 
-HAS_LIGER = (
-    find_spec("liger_kernel") is not None
-)  # looked up once: a missing package is searched for on all of the path
+HAS_LIGER = is_installed("liger_kernel")  # looked up once: a missing package is searched for on all of the path
 # Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.
 IN_ONE_PIECE = 2**24
 # Tokens of a chunk: on a CPU its logits should stay in the last cache, on a GPU they must fill it.

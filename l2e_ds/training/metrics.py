@@ -66,6 +66,11 @@ histogram is summed by atomic additions).
 `kind: start`, whenever a run starts or resumes: time, git commit and whether files were changed, versions, device,
 ranks, host of rank 0 (its cores and GPUs), number of hosts, parameters, tokens of the data; `changes`: what the run
 file says otherwise than when the checkpoint was written.
+
+Numbers of all kinds but `start` also go to what the section `logging` asks for, as `KIND/KEY` at x = step: CSV files
+(one for each), TensorBoard, Weights & Biases. Where a run goes on from an earlier checkpoint, all files are cut back to
+it. What Weights & Biases was sent stays there: it has repeated steps twice. A run directory is one run of it, whose id
+the file `wandb-id` holds.
 """
 
 from __future__ import annotations
@@ -83,10 +88,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from l2e_ds.config import RunConfig
 from l2e_ds.console import say
 from l2e_ds.errors import L2EError
 from l2e_ds.evaluation import results
 from l2e_ds.training.metrics_lines import FILE
+from l2e_ds.training.monitors import Monitors
 
 # Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
@@ -140,13 +147,11 @@ def process_memory(name: str) -> int:
 
 
 class MetricsWriter:
-    """Writes metrics on rank 0: JSON lines, DeepSpeed's monitors, and a progress bar or plain lines."""
+    """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
-    def __init__(
-        self, run_directory: Path, engine: Any, steps: int, first_step: int, progress: bool, main: bool
-    ) -> None:
+    def __init__(self, config: RunConfig, first_step: int, main: bool) -> None:
         self.main = main
-        self.engine = engine
+        run_directory = Path(config.training.run_directory)
         self.path = run_directory / FILE
         self.bar: tqdm | None = None
         self.plain = False
@@ -158,10 +163,11 @@ class MetricsWriter:
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True
-        if progress:
+        if config.logging.progress:
             self.plain = not sys.stderr.isatty()
             if not self.plain:
-                self.bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+                self.bar = tqdm(total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._monitors = Monitors(config, first_step, self.say)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One line; numbers also go to the monitors, under `kind/key`."""
@@ -170,9 +176,8 @@ class MetricsWriter:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         line = {"kind": kind, "step": step, **finite}  # NaN is no JSON
         self._append((json.dumps(line) + "\n").encode())
-        if kind != "start" and self.engine.monitor.enabled:
-            numbers = [(f"{kind}/{k}", float(v), step) for k, v in finite.items() if isinstance(v, int | float)]
-            self.engine.monitor.write_events(numbers)
+        if kind != "start":
+            self._monitors.write(kind, step, finite)
 
     def _append(self, line: bytes) -> None:
         """Whole lines only. A full disk costs lines, not the run: whether that goes on, its checkpoints decide."""
@@ -222,6 +227,7 @@ class MetricsWriter:
             self.bar.close()
         if self.main:
             self._file.close()
+            self._monitors.close()
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -35,6 +35,7 @@ from l2e_ds.data.files import one_line
 from l2e_ds.data.workers import serve_parent, without_stop_signals
 from l2e_ds.errors import ConfigError, WorkerError
 from l2e_ds.training import preemption
+from l2e_ds.training.deepspeed_config import less_memory
 from l2e_ds.training.metrics import process_memory
 
 FILE = "micro_batch.json"
@@ -43,7 +44,6 @@ GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measu
 
 _OUT_OF_MEMORY = "out of memory"
 _MEETING = 0.5  # seconds between two meetings of the ranks while their children work
-_MONITORS = ("tensorboard", "csv_monitor", "wandb")
 GIB = 2**30
 
 
@@ -104,7 +104,7 @@ def find(
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
-        raise ConfigError(none_fits(known, limit))
+        raise ConfigError(none_fits(known, limit, less_memory(config, ds)))
     larger = max(size for size in known if known[size].peak <= limit)
     why = f"; {larger} is no faster" if larger != number else ""
     memory = f"{known[number].peak / GIB:.2f} of {limit / GIB:.2f} GiB"
@@ -125,7 +125,7 @@ def find(
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
     """What decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
-    varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", *_MONITORS)
+    varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     inhibition = config.inhibition.model_dump(
         mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce", "fused"}
     )
@@ -236,12 +236,12 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
     return best
 
 
-def none_fits(known: dict[int, Measured], limit: float) -> str:
+def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
     """What to tell the user where `choose` finds none."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (
         f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a"
-        " rank; try a higher ZeRO stage, more ranks, offload or model.activation_checkpointing: true"
+        f" rank; try {remedies}"
     )
 
 
@@ -440,8 +440,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     share = config.training.global_batch // ranks
     accumulation = min(2, share)
     config = config.replace("inhibition", coefficient_warmup=0)  # with its loss's gradient, as in later steps
-    ds = {key: value for key, value in ds.items() if key not in _MONITORS}
-    ds |= {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
+    ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
     ds |= {"train_micro_batch_size_per_gpu": 1}
     model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
     inhibitor = None

@@ -142,14 +142,7 @@ class Trainer:
             if self.checkpoints.is_own(resume_from):
                 self.saved_step = self.state.step
             self.sequences.restore_streams(self.state.streams)
-        self.metrics = metrics.MetricsWriter(
-            self.run_directory,
-            self.engine,
-            config.training.steps,
-            self.state.step,
-            config.logging.progress,
-            distributed.is_main(),
-        )
+        self.metrics = metrics.MetricsWriter(config, self.state.step, distributed.is_main())
         self.changes: list[str] = []
         """Since the checkpoint, by the user."""
         if resume_from is not None:

@@ -14,6 +14,7 @@ from l2e_ds.evaluation.export import checkpoint_weights, export
 from l2e_ds.evaluation.results import FILE, read_results
 from l2e_ds.training.checkpoint import CheckpointManager
 from l2e_ds.training.manifest import verify
+from l2e_ds.training.monitors import WANDB_ID
 from tests.distributed.training_case import Interruption, TrainingCase, zero
 from tests.task_files import TASKS, write_tasks
 
@@ -70,7 +71,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
     )
     for name, training in (("other-batch", {"global_batch": 4}), ("never", {"resume": "never"})):
         found[name] = TrainingCase({"training": training}, in_directory_of="straight1", fails_with="CheckpointError")
-    found["monitored"] = TrainingCase({"logging": {"csv": True, "tensorboard": True}})
+    monitors = {"csv": True, "tensorboard": True, "wandb_project": "project"}
+    found["monitored"] = TrainingCase({"logging": monitors}, stop_after=4)
     return found | (more_cases(evaluation) if is_full else {})
 
 
@@ -115,7 +117,9 @@ def tasks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(train_cases, tasks, is_full):
-    return train_cases(2, cases(str(tasks), is_full))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        return train_cases(2, cases(str(tasks), is_full))
 
 
 def timeless(lines: list[dict]) -> list[dict]:
@@ -353,10 +357,13 @@ def test_coefficient_warms_up(runs, metric_lines):
 
 
 def test_monitors_get_the_metrics(runs, metric_lines):
+    """On rank 0 alone, under one heading, as one run, before and after the stop. (What exactly: test_monitors.py.)"""
     run = runs / "monitored"
-    files = list((run / "csv").rglob("*.csv"))
-    table = {file.stem: list(csv.reader(file.open())) for file in files}
-    name = next(stem for stem in table if "lm_loss" in stem)
-    values = [float(row[1]) for row in table[name][1:]]
-    assert values == pytest.approx([line["lm_loss"] for line in metric_lines(run)])
-    assert list((run / "tensorboard").rglob("events.out.tfevents.*"))
+    heading, *rows = csv.reader((run / "csv/train_lm_loss.csv").open())
+    assert heading == ["step", "lm_loss"]
+    assert [(int(row[0]), float(row[1])) for row in rows] == [
+        (line["step"], line["lm_loss"]) for line in metric_lines(run)
+    ]
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    name = f"run-{(run / WANDB_ID).read_text().strip()}.wandb"
+    assert [path.name for path in run.glob("wandb/offline-run-*/*.wandb")] == [name, name]

@@ -472,6 +472,7 @@ def test_batch_arithmetic(ranks, micro):
         (12, 5, 2, "allowed micro-batches: 1, 2, 3, 6"),
         (7, 1, 2, "make it a multiple of 2"),
         (3, 1, 4, "make it a multiple of 4"),
+        (16, 4, 64, "make it a multiple of 256"),
         (720, 11, 1, "allowed micro-batches: 1, 2, 3, 4, ..., 240, 360, 720"),
     ],
 )

@@ -14,9 +14,13 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from l2e_ds.config import REPOSITORY, run_config_from_dict
 from l2e_ds.errors import ConfigError
 from l2e_ds.training.deepspeed_config import (
+    ADAM_PARAMETERS,
     BLOCK_KEYS,
+    FIXED_VALUES,
+    REFUSED,
     TOP_LEVEL_KEYS,
     check_device,
+    less_memory,
     resolve,
     with_micro_batch,
     zero_stage,
@@ -92,9 +96,8 @@ def test_top_level_keys_are_those_of_the_installed_version():
     Recording.asked = set()
     DeepSpeedConfig(Recording(train_batch_size=2))
     asked = {key for key in Recording.asked if isinstance(key, str)}
-    assert asked == TOP_LEVEL_KEYS, (
-        f"not in our list: {sorted(asked - TOP_LEVEL_KEYS)}; never asked for: {sorted(TOP_LEVEL_KEYS - asked)}"
-    )
+    known = TOP_LEVEL_KEYS.keys()
+    assert asked == known, f"not in our list: {sorted(asked - known)}; never asked for: {sorted(known - asked)}"
 
 
 def test_keys_of_blocks_are_those_of_the_installed_version():
@@ -103,7 +106,7 @@ def test_keys_of_blocks_are_those_of_the_installed_version():
     blocks["optimizer"] = Recording({"type": "AdamW", "params": {}}, asked=set())
     DeepSpeedConfig(Recording({"train_batch_size": 2, **blocks}))
     for name, block in blocks.items():
-        assert {key for key in block.asked if isinstance(key, str)} == set(BLOCK_KEYS[name].split()), name
+        assert {key for key in block.asked if isinstance(key, str)} == BLOCK_KEYS[name].keys(), name
 
 
 # --- the shipped files -------------------------------------------------------------------------------------------
@@ -163,8 +166,8 @@ SHARED = [
 def nested(path: tuple[str, ...], value) -> dict:
     for key in reversed(path):
         value = {key: value}
-    if "optimizer" in value:
-        value["optimizer"]["type"] = "AdamW"
+    if isinstance(value.get("optimizer"), dict):
+        value["optimizer"].setdefault("type", "AdamW")
     return value
 
 
@@ -207,7 +210,7 @@ def test_auto_is_filled(section, key, own, path, other, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "wrong"),
-    [(("train_batch_size",), -4), (("gradient_clipping",), "one"), (("optimizer", "params", "eps"), 0)],
+    [(("train_batch_size",), -4), (("gradient_clipping",), -1), (("optimizer", "params", "eps"), 0)],
 )
 def test_json_values_are_checked_like_the_run_s(path, wrong, tmp_path):
     """A value of the JSON out of range names the JSON's key."""
@@ -308,6 +311,72 @@ def test_refused_keys(content, parts, tmp_path):
         assert part in message, message
 
 
+# one value of each type; of numbers as JSON's, where 5e8 and 1.0 are whole ones
+VALUES = {bool: True, int: 1, float: 0.5, str: "text", list: [1], dict: {}}
+TAKEN = {kind: {kind} for kind in VALUES} | {float: {int, float}}
+KEYS = {
+    **{(key,): kind for key, kind in TOP_LEVEL_KEYS.items() if key not in REFUSED},
+    **{(name, key): kind for name, keys in BLOCK_KEYS.items() for key, kind in keys.items()},
+    **{("optimizer", "params", key): kind for key, kind in ADAM_PARAMETERS.items()},
+    # of the blocks that DeepSpeed has models of, some of each type
+    ("bf16", "enabled"): bool,
+    ("fp16", "enabled"): bool,
+    ("fp16", "loss_scale"): float,
+    ("fp16", "hysteresis"): int,
+    ("zero_optimization", "stage"): int,
+    ("zero_optimization", "overlap_comm"): bool,
+    ("zero_optimization", "stage3_prefetch_bucket_size"): int,
+    ("zero_optimization", "prefetch_bucket_size"): int,
+    ("zero_optimization", "offload_optimizer"): dict,
+    ("zero_optimization", "offload_optimizer", "pin_memory"): bool,
+    ("zero_optimization", "offload_optimizer", "ratio"): float,
+    ("comms_logger", "enabled"): bool,
+    ("compile", "deepcompile"): bool,
+}
+
+
+@pytest.mark.parametrize("path", KEYS, ids=".".join)
+def test_values_of_another_type_are_refused(path, tmp_path):
+    """Numbers and booleans as text, numbers for booleans, ...: DeepSpeed takes some of them for something else."""
+    wrong = [value for kind, value in VALUES.items() if kind not in TAKEN[KEYS[path]]]
+    wrong += ["false", "1"] if KEYS[path] is not str else []
+    for value in wrong:
+        message = message_of(run(write(tmp_path, nested(path, value))))
+        assert f"{path[-1]}: got {json.dumps(value)}, must be " in message, message
+
+
+@pytest.mark.parametrize("value", [5e8, 500_000_000, "auto"])
+def test_whole_numbers_in_any_notation(value, tmp_path):
+    """5e8 is how DeepSpeed's own documentation writes bucket sizes."""
+    resolve(run(write(tmp_path, {"zero_optimization": {"stage": 1, "reduce_bucket_size": value}})), 1)
+
+
+WRONG = {("gradient_allreduce_op",): "SUM", ("data_types", "buffer_dtype"): "bf16"}
+
+
+@pytest.mark.parametrize("path", FIXED_VALUES, ids=".".join)
+def test_values_that_break_a_promise_are_refused(path, tmp_path):
+    """The one value that holds it passes, any other is refused with the reason."""
+    allowed, why = FIXED_VALUES[path]
+    wrong = WRONG.get(path, not allowed if isinstance(allowed, bool) else {})
+    message = message_of(run(write(tmp_path, nested(path, wrong)), training={"precision": "fp32"}), 2)
+    assert f"{'.'.join(path)}: got {json.dumps(wrong)}, " in message and why in message
+    if allowed is not None:
+        resolve(run(write(tmp_path, nested(path, allowed))), 2)
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("content", [{"prescale_gradients": True}, {"gradient_predivide_factor": 2}])
+def test_scaling_before_the_reduction(content, stage, tmp_path):
+    """Stages 2 and 3 fail on it, or (stage 3 without reduce_scatter, with a factor of the number of ranks) forget to
+    scale back; stages 0 and 1 only round otherwise."""
+    config = run(write(tmp_path, content | {"zero_optimization": {"stage": stage, "reduce_scatter": False}}))
+    if stage < 2:
+        resolve(config, 2)
+    else:
+        assert f"{next(iter(content))}: got " in message_of(config, 2)
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -366,12 +435,15 @@ def test_fp32_is_everywhere():
 
 
 @pytest.mark.parametrize(
-    ("logging", "section"),
-    [({"tensorboard": True}, "tensorboard"), ({"csv": True}, "csv_monitor"), ({"wandb_project": "p"}, "wandb")],
+    ("file", "checkpointing", "remedies"),
+    [
+        ("zero0", False, "more ranks, a higher ZeRO stage, offload or model.activation_checkpointing=true"),
+        ("zero2_offload", False, "more ranks, a higher ZeRO stage or model.activation_checkpointing=true"),
+        ("zero3", True, "more ranks or offload"),
+        ("zero3_offload", True, "more ranks"),
+    ],
 )
-def test_monitors(logging, section, tmp_path):
-    """The run file's monitors reach DeepSpeed; set in both places they are refused."""
-    _, ds, _ = resolve(run(write(tmp_path, {}), logging=logging, training={"run_directory": "here"}), 1)
-    assert ds[section]["enabled"] is True
-    message = message_of(run(write(tmp_path, {section: {"enabled": False}}), logging=logging))
-    assert f"{section} is set there and by the section logging" in message
+def test_only_what_is_not_done_yet_is_advised(file, checkpointing, remedies):
+    model = {"name": "pythia-14m", "activation_checkpointing": checkpointing}
+    config, ds, _ = resolve(run(REPOSITORY / f"ds_configs/{file}.json", model=model), 1)
+    assert less_memory(config, ds) == remedies

@@ -201,6 +201,6 @@ def test_room_of_nested_cgroups(tmp_path):
 )
 def test_not_even_one_is_said_in_one_line(known, needed):
     assert choose(known, 2**31, False) is None
-    message = none_fits(known, 2**31)
+    message = none_fits(known, 2**31, "more ranks")
     start = "training.micro_batch: got auto, but not even 1 fits: it needs "
-    assert message.startswith(f"{start}{needed}, usable are 2.00 GiB a rank; try ") and "\n" not in message
+    assert message.startswith(f"{start}{needed}, usable are 2.00 GiB a rank; try more ranks") and "\n" not in message

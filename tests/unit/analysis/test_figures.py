@@ -364,10 +364,21 @@ def test_points_and_intervals_over_scale(count):
 def test_families_and_models_of_one_size():
     sizes = {"runs/base": 7e7, "runs/l2e": 7e7, "gpt2": 1.2e8, "pythia-1b": 1e9, "pythia-70m": 7e7}
     results = {label: tables_of(0, int(size), features=LANGUAGES[:2]) for label, size in sizes.items()}
-    lines = lines_of(figures.ks_over_scale(results, ABOUT).axes[0])
-    places = [lines[label][0, 0] for label in sizes]
-    assert len(set(places)) == 5 and places == pytest.approx(list(sizes.values()), rel=0.2)
-    np.testing.assert_allclose(lines["_family"][0], [places[4], places[3]])  # only the Pythias, smallest first
+    panel = figures.ks_over_scale(results, ABOUT).axes[0]
+    lines = lines_of(panel)
+    assert [lines[label][0, 0] for label in sizes] == list(sizes.values())
+    assert lines["_family"][0].tolist() == [7e7, 1e9]  # only the Pythias, smallest first
+    # those of one size side by side around their place, the others at it
+    drawn = {line.get_label(): line for line in panel.get_lines()}
+    true = panel.transData.transform([(size, 0) for size in sizes.values()])[:, 0]
+    aside = [drawn[label].get_transform().transform((size, 0))[0] for label, size in sizes.items()] - true
+    assert aside[0] < aside[1] < aside[4] and aside[[0, 1, 4]].sum() == pytest.approx(0, abs=1e-6)
+    assert aside[[2, 3]].tolist() == pytest.approx([0, 0], abs=1e-6)
+    spans = [
+        one.get_transform().transform((size, 0))[0] for one, size in zip(panel.collections, sizes.values(), strict=True)
+    ]
+    np.testing.assert_allclose(spans, true + aside)
+    assert "side by side" in panel.get_xlabel()
 
 
 def test_lines_over_layers_and_share():

@@ -273,6 +273,15 @@ def test_show_of_a_run_is_what_its_trainer_samples(tmp_path, capsys, order):
     assert not Path(tmp_path / "run").exists()
 
 
+def test_a_step_beyond_the_run_is_said(tmp_path, capsys):
+    """Not refused: the run may be prolonged."""
+    path = run_file(tmp_path, source="indexed", path=preshuffled(tmp_path), sequence_length=4)
+    warning = "l2e-ds: warning: --step: the run ends with step 8 (training.steps: 9)\n"
+    for step, said in ((8, ""), (9, warning), (999_999, warning)):
+        code, out, err = run(capsys, "show", path, "--step", step)
+        assert (code, err) == (0, said) and out.startswith(f"step {step}: ")
+
+
 def test_show_of_a_run_on_text(tmp_path, capsys):
     (tmp_path / "corpus").mkdir()
     for i in range(12):

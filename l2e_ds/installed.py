@@ -1,0 +1,21 @@
+"""Which packages are installed, without importing them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from l2e_ds.errors import ConfigError
+
+
+def is_installed(package: str) -> bool:
+    """A folder of that name in the working directory, such as `wandb/`, is no package: it has no file to import."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def check_extra(extra: str, packages: Sequence[str]) -> None:
+    """Raises ConfigError naming the packages of an extra that are missing."""
+    missing = [name for name in packages if not is_installed(name)]
+    if missing:
+        raise ConfigError(f"the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")
