@@ -15,7 +15,7 @@ from l2e_ds import cli
 from l2e_ds.benchmarks import throughput
 from l2e_ds.benchmarks.contenders import CONTENDERS, OURS, PLAIN
 from l2e_ds.errors import L2EError
-from tests.processes import finish
+from tests.processes import environment, finish
 
 TINY = ("--models", "pythia-14m", "model.num_layers=2", "model.hidden_size=32", "model.num_heads=2")
 TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2")
@@ -110,13 +110,26 @@ def test_a_contender_finds_its_place_not_its_parents_rendezvous(launcher, monkey
 
 
 @pytest.mark.full
-def test_a_contender_that_fails_ends_all(tmp_path, launch):
-    """Of a package that is missing, found by the contenders alone."""
-    command = ["bench", "throughput", *TINY, "model.attention=flash_attention_2", "--method", "none"]
-    started = launch(sys.executable, "-m", "l2e_ds.cli", *command)
-    assert started.end() == 2
-    (line,) = started.said().splitlines()
-    assert line.startswith("l2e-ds: error: bench: l2e-ds, rank 0: training.precision: got fp16")
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        ("inhibition", {"layers": [9]}, r"inhibition\.layers: got 9, allowed: 0 to 1 \(2 layers\)$"),
+        ("model", {"attention": "flash_attention_2"}, r"failed:\n(.*\n)*.*flash_attn"),
+    ],
+    ids=["what it refuses itself", "what breaks it"],
+)
+def test_a_contender_that_fails_ends_all(tmp_path, section, values, said):
+    """It is named, with its reason."""
+    content = {
+        "model": {"name": "pythia-14m", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 64},
+        "data": {"source": "indexed", "path": "none", "sequence_length": 16},
+        "training": {"steps": 2, "global_batch": 2, "micro_batch": 2, "precision": "fp32", "evaluate_every": 0},
+        "inhibition": {},
+    }
+    content[section] |= values
+    spec = {"contender": OURS, "run": content, "steps": 2}
+    with pytest.raises(L2EError, match=rf"^bench: l2e-ds, rank 0: {said}"):
+        throughput.measure_once(spec, environment(), tmp_path / "contender")
 
 
 def test_what_computes_something_else_is_not_compared():
