@@ -89,12 +89,14 @@ def case(zero: str, precision: str, origin: str = "", steps: int = LAST, **optio
     if precision == "fp16" and "copies" not in options:
         options["nan"] = [1, [2, 3]]  # the loss scale is halved, two steps are not applied
     pretrained = {"pretrained": "EleutherAI/pythia-14m", "revision": REVISION}
+    # each launch writes the same text and tokenizer to a folder of its own
+    elsewhere = {"allow_changes": ["data.sets", "data.tokenizer"]} if "stream" in origin else {}
     return {
         **({"weights": [0.2, 0.7, 0.1]} if "mixture" in origin else {}),
         **({"streamed": "stream"} if "stream" in origin else {}),
         "model": pretrained if "pretrained" in origin else NETWORK,
         "optimizer": {"weight_decay": DECAY},
-        "training": {"steps": steps, "precision": precision, "evaluate_every": 8},
+        "training": {"steps": steps, "precision": precision, "evaluate_every": 8, **elsewhere},
         "inhibition": {"layers": [0, 1]},
         "deepspeed": {"config": zero},
         "options": options,
