@@ -720,16 +720,17 @@ Source = TypeVar("Source", bound=SourceConfig)
 
 
 def _with_absolute_path(part: Source) -> Source:
-    if part.path is None or part.source == "hub":
+    if part.path is None:
         return part
-    if isinstance(part.path, str):
-        return part.model_copy(update={"path": str(Path(part.path).absolute())})
-    return part.model_copy(update={"path": [str(Path(path).absolute()) for path in part.path]})
+    if isinstance(part.path, list):
+        return part.model_copy(update={"path": [str(Path(path).absolute()) for path in part.path]})
+    path = _absolute_if_there(part.path) if part.source == "hub" else str(Path(part.path).absolute())
+    return part.model_copy(update={"path": path})
 
 
 def _absolute_if_there(name: str | None) -> str | None:
     """Of a file, a folder or a name of the hub."""
-    return str(Path(name).absolute()) if name is not None and Path(name).exists() else name
+    return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
 
 
 def run_config_from_dict(raw: dict, where: str) -> RunConfig:

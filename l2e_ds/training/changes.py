@@ -38,7 +38,7 @@ class Changes:
         self.old, self.new, self.applied = with_absolute_paths(old), with_absolute_paths(new), applied
         before, now = flat(self.old), flat(self.new)
         changed = [key for key in now if before[key] != now[key] and key != "training.allow_changes"]
-        self._texts = {key: f"{key}: {_text(before[key])} -> {_text(now[key])}" for key in changed}
+        self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
 
     def lines(self) -> list[str]:
         """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
@@ -72,6 +72,17 @@ def _rate(config: RunConfig, applied: int) -> float:
 
 def _schedule_steps(config: RunConfig) -> int:
     return config.optimizer.schedule_steps or config.training.steps
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Of `data.sets`, where there are as many, only what differs, as `position.key: old -> new`."""
+    if not (
+        isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new and isinstance(new[0], dict)
+    ):
+        return f"{_text(old)} -> {_text(new)}"
+    pairs = enumerate(zip(old, new, strict=True))
+    found = [(f"{i}.{key}", before[key], now[key]) for i, (before, now) in pairs for key in now]
+    return ", ".join(f"{key}: {_difference(before, now)}" for key, before, now in found if before != now)
 
 
 def _text(value: Any) -> str:

@@ -95,6 +95,21 @@ def test_both_values_are_named_and_what_is_allowed_is_not_refused():
     ]
 
 
+def test_of_sets_only_what_differs_is_named():
+    sets = [{"name": name, "weight": 1, "source": "jsonl", "path": f"{name}.jsonl"} for name in ("a", "b")]
+
+    def mixture(*weights: float) -> RunConfig:
+        data = {
+            "tokenizer": "words.json",
+            "sets": [part | {"weight": w} for part, w in zip(sets, weights, strict=True)],
+        }
+        return run_config_from_dict(RUN | {"data": data}, "test")
+
+    assert ": data.sets: 1.weight: 2.0 -> 3.0; give" in refusal(mixture(1, 3), mixture(1, 2))
+    allowed = mixture(1, 3).replace("training", allow_changes=["data.sets"])
+    Changes(mixture(1, 2), allowed, STEP).refuse(CHECKPOINT)
+
+
 def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
     longer = config(training__steps=40)
     old, new = (learning_rate(STEP, 1e-3, length, longer.optimizer) for length in (20, 40))

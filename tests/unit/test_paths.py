@@ -90,11 +90,13 @@ def test_sets_of_a_mixture_and_names_of_the_hub(home):
     sets = [
         {"name": "text", "weight": 1, "source": "jsonl", "path": ["a/*.jsonl", "$SCRATCH/b.jsonl"]},
         {"name": "hub", "weight": 1, "source": "hub", "path": "monology/pile"},
+        {"name": "saved", "weight": 1, "source": "hub", "path": "./corpus"},  # by datasets' save_to_disk
     ]
     raw = {**RUN, "data": {"sets": sets, "tokenizer": "EleutherAI/pythia-70m"}}
     (home / "work/run.yaml").write_text(yaml.safe_dump(raw))
     data = load_run_config("run.yaml").data
     assert data.sets[0].path == [str(home / "work/a/*.jsonl"), str(home / "scratch/b.jsonl")]
+    assert data.sets[2].path == str(home / "work/corpus")
     assert (data.sets[1].path, data.tokenizer) == ("monology/pile", "EleutherAI/pythia-70m")
 
 
