@@ -99,6 +99,10 @@ def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
             in_directory_of="straight-mixture",
             fails_with="CheckpointError",
         )
+    sgd = {"config": "tests/distributed/workers/sgd_deepspeed.json"}
+    found["other-optimizer"] = TrainingCase(
+        {"deepspeed": sgd}, in_directory_of="straight2", fails_with="CheckpointError"
+    )
     found["broken-data"] = TrainingCase(
         {"training": {"evaluate_every": 0}}, token_outside_vocabulary_at=4, fails_with="DataError"
     )
@@ -280,13 +284,18 @@ def test_data_that_cannot_be_read_ends_the_run_at_its_step(runs, metric_lines):
         assert message.startswith("train: token id 64 at position ")
 
 
-def test_another_batch_or_optimizer_or_a_fresh_start_is_refused_in_a_used_directory(runs):
+def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
     for rank in (0, 1):
         message = (runs / f"other-batch-rank{rank}.txt").read_text()
         assert "was trained with other values: training.global_batch: 8 -> 4; give those again" in message
+        assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
+
+
+@pytest.mark.full
+def test_another_optimizer_is_refused(runs):
+    for rank in (0, 1):
         message = (runs / f"other-optimizer-rank{rank}.txt").read_text()
         assert message.endswith("was written with the optimizer Adam, this run has SGD")
-        assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
 
 
 @pytest.mark.full
