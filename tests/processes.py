@@ -11,6 +11,7 @@ import faulthandler
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -153,7 +154,14 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> F
     return process
 
 
+def hear_all_signals() -> None:
+    """In a new process: as in a terminal, also where the tests' own shell ignores SIGINT, as in the background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def _run(words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
+    hear_all_signals()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.processes import Forked, begin_ranks, environment
+from tests.processes import Forked, begin_ranks, environment, hear_all_signals
 
 PATIENCE = 400
 """Seconds for what takes ten on a quiet machine: a test waits for things to happen, it does not time them."""
@@ -30,7 +30,11 @@ class Launch:
         else:
             with log.open("w") as file:
                 self.process = subprocess.Popen(
-                    words, env=environment(**variables), stdout=file, stderr=subprocess.STDOUT
+                    words,
+                    env=environment(**variables),
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=hear_all_signals,
                 )
         self.seen: dict[int, psutil.Process] = {}
 
