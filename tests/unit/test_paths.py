@@ -60,7 +60,7 @@ def test_home_and_variables(home, key):
 
 
 def test_what_only_looks_like_them_stays(home):
-    assert load("training.run_directory", "'array 0 $(touch x) a~b'") == "array 0 $(touch x) a~b"
+    assert load("training.run_directory", "array 0 $(touch x) a~b") == "array 0 $(touch x) a~b"
     assert load("data.tokenizer", "EleutherAI/pythia-70m") == "EleutherAI/pythia-70m"
     assert load("training.resume", "never") == "never"
     assert load("deepspeed.config", "ds_configs/zero2.json") == "ds_configs/zero2.json"

@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from l2e_ds.analysis import features
 from l2e_ds.analysis.features import MINIMUM_TEXTS, format_report, load_feature_set
-from l2e_ds.data.tokenizer import train_tokenizer
+from l2e_ds.data.tokenizer import tokenizer_digest, train_tokenizer
 from l2e_ds.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.usefixtures("without_hub")
@@ -90,7 +90,7 @@ def test_report(tmp_path, load, tokenizer):
     same = {"kept": 20, "tokens": 20 * T, "share": 1 / 3}
     assert json.loads(json.dumps(found.report)) == {
         "source": str(path),
-        "tokenizer": "SHA-256 " + hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:12],
+        "tokenizer": "SHA-256 " + tokenizer_digest(tokenizer)[:12],
         "digest": sha.hexdigest(),
         "seed": 3,
         "sequence_length": T,

@@ -639,6 +639,7 @@ def test_compiled_model_equals_eager(method, kind):
     runs = []
     for compiled in (False, True):
         torch.compiler.reset()
+        counters.clear()
         network = Network()
         inhibitor = Inhibitor(sites(network, kind), settings(method))
         with inhibitor:

@@ -111,12 +111,12 @@ def test_recipes_are_named_as_every_checkout_finds_them(here):
 def test_texts_reach_the_run_as_they_stand(here, text):
     """From `set`, from a factor, and after the study was written down and read again."""
     study = read_study(
-        write(here, set={"data.text_key": text}, factors={"data.cache": [text]}, exclude=[], baseline=None)
+        write(here, set={"data.text_key": text}, factors={"logging.wandb_project": [text]}, exclude=[], baseline=None)
     )
     (here / FILE).write_text(study.dump())
     for run in (*study.runs, *read_study(here / FILE).runs):
-        data = load_run_config(run.base, run.overrides).data
-        assert (data.text_key, data.cache) == (text, text)
+        config = load_run_config(run.base, run.overrides)
+        assert (config.data.text_key, config.logging.wandb_project) == (text, text)
 
 
 def test_values_as_overrides_have_them():
