@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -785,7 +785,7 @@ def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
     kind = _section_of(RunConfig, section)
     if kind is None or key not in kind.model_fields:
         return ()
-    annotation = kind.model_fields[key].annotation
+    annotation = get_type_hints(kind)[key]  # without validators, as in LocalPath
     return annotation, *get_args(annotation)
 
 

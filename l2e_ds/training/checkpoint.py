@@ -217,7 +217,6 @@ class CheckpointManager:
                     save_file(inhibitor.state_dict(), temporary / "inhibition.safetensors")
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
-                content |= {"optimizer": _kind_of_optimizer(engine)}
                 (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
         for part in (prepare, write):
@@ -333,7 +332,7 @@ class CheckpointManager:
         if elastic and stages != (0, 0):  # stage 0 keeps everything in one file
             CheckpointManager._load_elastic(path, engine, content, identity)
         else:
-            _together(lambda: CheckpointManager._load_as_saved(path, engine, state, content.get("optimizer")), path)
+            _together(lambda: CheckpointManager._load_as_saved(path, engine, state), path)
 
         def load_ours() -> None:
             if inhibitor is not None:
@@ -353,12 +352,7 @@ class CheckpointManager:
         return state
 
     @staticmethod
-    def _load_as_saved(path: Path, engine: Any, state: TrainState, optimizer: str | None) -> None:
-        """optimizer: that it was written with; None: by an older version."""
-        if optimizer not in (None, _kind_of_optimizer(engine)):
-            raise CheckpointError(
-                f"{path}: was written with the optimizer {optimizer}, this run has {_kind_of_optimizer(engine)}"
-            )
+    def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
         own = hyper_parameters(engine)
         loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
         set_hyper_parameters(engine, own)  # the run file's, which the user may have changed
@@ -378,12 +372,6 @@ class CheckpointManager:
         _together(load.spread_and_check, path)
         engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
         engine.global_samples = state.step * identity.global_batch
-
-
-def _kind_of_optimizer(engine: Any) -> str:
-    """The class; those of Adam, which keep the same moments, count as one."""
-    name = type(getattr(engine.optimizer, "optimizer", engine.optimizer)).__name__
-    return "Adam" if "adam" in name.lower() else name
 
 
 def _together(action: Callable[[], Any], path: Path) -> None:

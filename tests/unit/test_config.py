@@ -369,6 +369,15 @@ def test_text_of_an_override_is_taken_as_it_stands(text, tmp_path):
     assert yaml.safe_load(config.dump()) == config.model_dump(mode="json")
 
 
+@pytest.mark.parametrize("key", ["training.run_directory", "data.cache", "data.path", "training.resume"])
+def test_so_is_that_of_a_path(key, tmp_path):
+    section, name = key.split(".")
+    for text in ("exp #2", "*x", "0100", "a: b"):
+        path = write(tmp_path, changed(data={"source": "text", "path": "x"}))
+        config = load_run_config(path, [f"{key}={text}"])
+        assert Path(getattr(getattr(config, section), name)).absolute() == Path.cwd() / text
+
+
 def test_null_and_lists_in_overrides_of_text_keys(tmp_path):
     """An optional key is unset by `null`, or nothing; one that takes a list takes it in brackets."""
     path = write(tmp_path, changed(data={"source": "text", "path": "x"}, logging={"wandb_project": "x"}))

@@ -55,8 +55,9 @@ def begin_run(study: Study, plans: dict[str, Plan], name: str) -> Path:
 def checkpoint(run: Path, step: int) -> None:
     folder = run / "checkpoints" / f"step{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text("{}")
-    entry = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
+    state = json.dumps({"train": {"step": step}})
+    (folder / "state.json").write_text(state)
+    entry = {"bytes": len(state), "sha256": hashlib.sha256(state.encode()).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps({"files": {"state.json": entry}}))
 
 
