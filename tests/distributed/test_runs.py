@@ -99,10 +99,6 @@ def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
             in_directory_of="straight-mixture",
             fails_with="CheckpointError",
         )
-    sgd = {"config": "tests/distributed/workers/sgd_deepspeed.json"}
-    found["other-optimizer"] = TrainingCase(
-        {"deepspeed": sgd}, in_directory_of="straight2", fails_with="CheckpointError"
-    )
     found["broken-data"] = TrainingCase(
         {"training": {"evaluate_every": 0}}, token_outside_vocabulary_at=4, fails_with="DataError"
     )
@@ -289,13 +285,6 @@ def test_another_batch_or_a_fresh_start_is_refused_in_a_used_directory(runs):
         message = (runs / f"other-batch-rank{rank}.txt").read_text()
         assert "was trained with other values: training.global_batch: 8 -> 4; give those again" in message
         assert "training.resume: got never" in (runs / f"never-rank{rank}.txt").read_text()
-
-
-@pytest.mark.full
-def test_another_optimizer_is_refused(runs):
-    for rank in (0, 1):
-        message = (runs / f"other-optimizer-rank{rank}.txt").read_text()
-        assert message.endswith("was written with the optimizer Adam, this run has SGD")
 
 
 @pytest.mark.full
