@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         _tokenize(arguments)
     except DataError as error:
-        raise _with_options(error) from None
+        raise DataError(_with_options(str(error))) from None
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on from here") from None
     except OSError as error:
@@ -295,7 +295,7 @@ def _record(
         "part": part,
         "held_out": arguments.held_out,
         "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
-        "first_bad": counts.first_bad,
+        "first_bad": None if counts.first_bad is None else _with_options(counts.first_bad),
         "input": asked["INPUT"],
         "options": {key: value for key, value in asked.items() if key.startswith("--")},
         "version": l2e_ds.__version__,
@@ -336,13 +336,10 @@ _OPTIONS = {"path": "INPUT", "text_key": "--text-key", "held_out": "--held-out",
 _OPTIONS |= {"tokenizer": "--tokenizer", "train_tokenizer": "--vocab-size"}
 
 
-def _with_options(error: DataError) -> DataError:
-    """The same error with options in place of a run file's keys."""
-    return DataError(
-        re.sub(r"(?<![\w./-])data\.(\w+)", lambda found: _OPTIONS.get(found[1], found[0]), str(error)).removeprefix(
-            "INPUT: "
-        )
-    )
+def _with_options(message: str) -> str:
+    """The same with options in place of a run file's keys."""
+    named = re.sub(r"(?<![\w./-])data\.(\w+)", lambda found: _OPTIONS.get(found[1], found[0]), message)
+    return named.removeprefix("INPUT: ")
 
 
 # --- tokenizer train ------------------------------------------------------------------------------------------------
@@ -359,7 +356,7 @@ def run_tokenizer_train(arguments: argparse.Namespace) -> int:
         tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except DataError as error:
-        raise _with_options(error) from None
+        raise DataError(_with_options(str(error))) from None
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
     print(f"{vocabulary_size(tokenizer):,} entries -> {output}")

@@ -16,6 +16,7 @@ import json
 import lzma
 import os
 import sysconfig
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -40,6 +41,7 @@ CHUNK_BYTES = 1 << 20  # large enough that handing it to another process costs n
 _CHUNK_FILES = 256
 _CHUNK_ROWS = 1024
 _BATCH_ROWS = 64  # of Parquet, decoded at once
+_DECODER = json.JSONDecoder()
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -272,12 +274,30 @@ def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chun
 
 def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Record]:
     for number, line in enumerate(block.split(b"\n"), first):
-        if line.strip():
+        for part in _parts(line):
             try:
-                start = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-                yield _text_of_line(start, f"{path}:{number}", key)
+                yield _text_of_line(part, f"{path}:{number}", key)
             except DataError as error:
                 yield error
+
+
+def _parts(line: bytes) -> list[bytes]:
+    """The records of a line. Behind one a byte order mark and the next may stand: files were joined, and the last line
+    of the first had no end."""
+    if codecs.BOM_UTF8 not in line:
+        return [line] if line.strip() else []
+    parts = []
+    text = line.decode(errors="surrogateescape")
+    while text := text.strip("\ufeff \t\r"):
+        try:
+            _, end = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError):
+            end = len(text)
+        if not text[end:].lstrip().startswith("\ufeff"):
+            end = len(text)
+        parts.append(text[:end].encode(errors="surrogateescape"))
+        text = text[end:]
+    return parts
 
 
 def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
@@ -375,7 +395,8 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
             record = next(rows, None)
             state = stream.state_dict() if record is None or held >= CHUNK_BYTES or len(values) >= _CHUNK_ROWS else None
         except Exception as error:
-            raise DataError(f"data.path: reading {config.path!r} failed: {one_line(error)}") from None
+            place = "".join(f"{file}: " for file in _files_of(error))
+            raise DataError(f"data.path: reading {config.path!r} failed: {place}{one_line(error)}") from None
         if record is not None:
             value = record.get(config.text_key)
             if config.text_key not in record:
@@ -387,6 +408,13 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
             done, values, held = done + len(values), [], 0
         if record is None:
             return
+
+
+def _files_of(error: Exception) -> list[str]:
+    """The file that `datasets` was reading, where its frames tell: its errors do not."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "file" in frame.f_locals]
+    modules = "datasets.packaged_modules."
+    return [str(frame.f_locals["file"]) for frame in frames if frame.f_globals["__name__"].startswith(modules)][-1:]
 
 
 def load_hub(config: SourceConfig) -> Any:
@@ -403,13 +431,14 @@ def load_hub(config: SourceConfig) -> Any:
                     raise DataError(f"data.split: {name} has no split {config.split!r}; allowed: {', '.join(saved)}")
                 saved = saved[config.split]
             return saved.to_iterable_dataset()
-        return datasets.load_dataset(
-            str(folder) if folder.is_dir() else name,
-            config.subset,
-            split=config.split,
-            revision=config.revision,
-            streaming=True,
+        builder = datasets.load_dataset_builder(
+            str(folder) if folder.is_dir() else name, config.subset, revision=config.revision
         )
+        if (
+            getattr(builder.config, "batch_size", 0) is None
+        ):  # Parquet: else the rows of its first group, which may be 0
+            builder.config.batch_size = _CHUNK_ROWS
+        return builder.as_streaming_dataset(split=config.split)
     except DataError:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ import json
 import lzma
 import pickle
 import sysconfig
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -288,6 +289,28 @@ def test_bad_input(tmp_path, source, path, message):
         list(documents(bad))
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("source", ["hub", "parquet"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_parquet_file_without_rows(tmp_path, source, place):
+    """One row group of no rows, as a filter leaves it, beside files with rows."""
+    texts = [[] if i == place else [f"{i} {row}" for row in range(3)] for i in range(3)]
+    for i, part in enumerate(texts):
+        parquet.write_table(pa.table({"text": pa.array(part, pa.string())}), tmp_path / f"train-{i}.parquet")
+    assert list(documents(config(source, tmp_path))) == [*chain(*texts)]
+
+
+@pytest.mark.parametrize("name", ["b.parquet", "b.jsonl"])
+def test_a_broken_file_of_a_hub_set_is_named(tmp_path, name):
+    if name.endswith("parquet"):
+        parquet.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    else:
+        jsonl(tmp_path / "a.jsonl", [{"text": "one"}])
+    (tmp_path / name).write_text('{"text": ')
+    with pytest.raises(DataError, match=rf"^data\.path: reading .* failed: {tmp_path / name}: ") as error:
+        list(documents(config("hub", tmp_path)))
+    assert "\n" not in str(error.value)
 
 
 def test_indexed(tmp_path):

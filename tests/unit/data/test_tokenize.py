@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -18,7 +18,8 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from l2e_ds import cli
-from l2e_ds.data import encode, sources, token_files
+from l2e_ds.config import DataConfig
+from l2e_ds.data import encode, prepare_sets, sources, token_files
 from l2e_ds.data.encode import Encoder, digest, may_cut
 from l2e_ds.data.indexed import IndexedTokens
 from l2e_ds.data.sources import _json_lines
@@ -336,7 +337,7 @@ def test_a_full_disk(tmp_path, corpus, tokenizer, monkeypatch, capsys):
 
 def test_bad_records(tmp_path, tokenizer, capsys):
     lines = [b'{"text": "one"}', b'{"text": ', b'{"body": "x", "n": 1}', b'{"text": 5}', b'{"text": "caf\xe9"}']
-    lines += [b'{"text": "a surrogate \xed\xa0\x80"}', b'\xef\xbb\xbf{"text": "a mark that is not at the beginning"}']
+    lines += [b'{"text": "a surrogate \xed\xa0\x80"}', b'\xef\xbb\xbf{"text": "after a mark"} {"text": "joined"}']
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\n".join([*lines, b'{"text": "two"}']))
     words = [path, "--tokenizer", tokenizer, "--output", tmp_path / "set", "--workers", 0]
@@ -350,6 +351,42 @@ def test_bad_records(tmp_path, tokenizer, capsys):
     assert run(path, "--tokenizer", tokenizer, "--output", tmp_path / "other", "--workers", 0) == 2
     assert f"{path}:1: no key 'text'; set --text-key to one of: body, n" in capsys.readouterr().err
     assert not list(tmp_path.glob("other*"))
+    path.write_bytes(lines[2] + b"\n" + lines[0])
+    assert run(path, "--tokenizer", tokenizer, "--output", tmp_path / "key", "--workers", 0, "--skip-bad") == 0
+    assert f"first bad  {path}:1: no key 'text'; set --text-key to one of: body, n" in capsys.readouterr().out
+    assert "--text-key" in json.loads((tmp_path / "key.json").read_text())["first_bad"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("end", ["\n", "", "\r\n", "\n\n", " "])
+def test_files_joined_with_their_byte_order_marks(tmp_path, tokenizer, pack, end, monkeypatch):
+    """As `cat a b` makes them, also of gz files, whether or not the first one's last line has an end."""
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 30)
+    texts = [["one", "two }\ufeff{ two"], ["three"], ["four }\ufeff", "five"]]
+    parts = ["\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in part) + end for part in texts]
+    (tmp_path / f"a.jsonl{'.gz' * (pack is gzip.compress)}").write_bytes(
+        b"".join(pack(part.encode("utf-8-sig")) for part in parts)
+    )
+    assert run(tmp_path, "--tokenizer", tokenizer, "--output", tmp_path / "set", "--workers", 0, "--skip-bad") == 0
+    assert read(tmp_path / "set") == expected(tokenizer, texts=[*chain(*texts)], end=())[0]
+    assert json.loads((tmp_path / "set.json").read_text())["left_out"]["bad"] == 0
+
+
+def test_files_that_are_passed_over_are_said(tmp_path, tokenizer, capsys):
+    (tmp_path / "in/sub").mkdir(parents=True)
+    for name in ("a.txt", "b.md", "sub/c.txt"):
+        (tmp_path / "in" / name).write_text("one two")
+    line = f"{tmp_path / 'in'}: 1 read; files passed over: 1 of other kinds (.md), 1 in subfolders"
+    assert run(tmp_path / "in", "--tokenizer", tokenizer, "--output", tmp_path / "set", "--workers", 0) == 0
+    said = capsys.readouterr()
+    assert line in said.err and line in said.out
+    assert json.loads((tmp_path / "set.json").read_text())["passed_over"] == line
+    words = ["tokenizer", "train", str(tmp_path / "in"), "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]
+    assert cli.main(words) == 0
+    assert line in capsys.readouterr().err
+    data = DataConfig(source="text", path=str(tmp_path / "in"), tokenizer=tokenizer, sequence_length=2, held_out=0.0)
+    prepare_sets(data, tmp_path / "cache", 400, 1)
+    assert line in capsys.readouterr().err
 
 
 def test_an_error_that_a_limit_comes_before_does_not_matter(tmp_path, tokenizer):
