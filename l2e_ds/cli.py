@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds import benchmarks
-from l2e_ds.console import CommandParser, say
+from l2e_ds.console import READER_IS_GONE, CommandParser, reader_is_gone, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 
 
@@ -110,6 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        return READER_IS_GONE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        say(f"l2e-ds: error: {error.filename}: {error.strerror}")
+        return ConfigError.exit_code
     except KeyboardInterrupt:  # `train` says more of it, by itself
         say("l2e-ds: interrupted")
         return 130

@@ -582,7 +582,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
     for override in overrides:
         _apply_override(raw, override)
-    config = run_config_from_dict(raw, str(path))
+    config = checked(RunConfig, raw, str(path), overrides)
     if not config.training.run_directory:
         name = path.parent.name if path.stem == "config" else path.stem
         config = config.replace("training", run_directory=f"runs/{name}")
@@ -594,16 +594,20 @@ def run_config_from_dict(raw: dict, where: str) -> RunConfig:
     return checked(RunConfig, raw, where)
 
 
-def checked(kind: type[Checked], raw: dict, where: str) -> Checked:
-    """A nested mapping as a section of this kind. `where` begins the error's line. Raises ConfigError."""
+def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str] = ()) -> Checked:
+    """A nested mapping as a section of this kind. `where`, or the override that set the key, begins the error's line.
+    Raises ConfigError."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
         problems: dict[str, list[Any]] = {}
-        for problem in error.errors():
+        # a misspelt key first, which is often why another is missing
+        for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
             problems.setdefault(_dotted_key(kind, problem["loc"]), []).append(problem)
         key, alike = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        given = [one for one in overrides if f"{one.partition('=')[0].strip()}.".startswith(f"{key}.")]
+        where = f"override {given[-1]!r}" if given else where
         raise ConfigError(f"{where}: {_describe(kind, key, alike)}{more}") from None
 
 

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import select
 import sys
 from typing import Any
 
 from l2e_ds.errors import ConfigError
+
+READER_IS_GONE = 141
+"""The exit code then, as a shell tells of what SIGPIPE ended."""
+
+
+def reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more (`| head`). Then nothing more is written to it."""
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in watch.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+    return gone
 
 
 def say(line: str) -> None:

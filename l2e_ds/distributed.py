@@ -55,7 +55,7 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
             given = {name: env[name] for name in names}
             raise ConfigError(f"launcher: expected numbers, got {given}") from None
 
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if "RANK" in env:
         rank, size, local = read("RANK", "WORLD_SIZE", "LOCAL_RANK")
         launch = Launch("torchrun or deepspeed", rank, size, local)
     elif "OMPI_COMM_WORLD_SIZE" in env:
@@ -76,6 +76,10 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         launch = Launch("alone", 0, 1, 0)
     if not 0 <= launch.rank < launch.size:
         raise ConfigError(f"launcher: rank {launch.rank} of {launch.size} ranks ({launch.launcher})")
+    if "RANK" in env:
+        read("RANK", "MASTER_PORT")
+        if not env.get("MASTER_ADDR"):
+            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
     return launch
 
 

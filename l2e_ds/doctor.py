@@ -50,6 +50,16 @@ SHARED_MEMORY = 512 * 2**20
 """Bytes of /dev/shm below which NCCL, DeepSpeed's shared-memory operation or data workers may fail (DeepSpeed's own
 ds_report warns there too)."""
 GB = 1e9
+EXTRAS = {
+    "analysis": "l2e-ds analyze, neuron",
+    "report": "l2e-ds report",
+    "eval": "l2e-ds evaluate, section evaluation",
+    "monitor": "logging.tensorboard, logging.wandb_project",
+    "trainer": "InhibitionCallback for the Hugging Face Trainer",
+    "bench": "l2e-ds bench throughput",
+    "gpu": "the LM loss as one kernel",
+}
+"""Extras of the package, and what they are for."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,7 @@ def _local_findings(imports: list[Finding], launch: Launch | None, directory: Pa
         size = "a group of one" if launch.size == 1 else f"{launch.size} ranks"
         yield Finding("ok", "launcher", f"{launch.launcher}: {size}")
     yield from _checked("versions", check_versions)
+    yield from _checked("extras", check_extras)
     yield from imports
     if not any(finding.state == "missing" for finding in imports):
         for name, check in {
@@ -153,18 +164,25 @@ def _conclude(findings: list[Finding], unseen: list[Finding] | None = None) -> i
 # --- software ----------------------------------------------------------------------------------------------------
 
 
+def _setup_keywords() -> dict[str | None, ast.expr] | None:
+    """What the repository's setup.py says; None where there is no repository."""
+    setup = PACKAGE.parent / "setup.py"
+    if not (setup.is_file() and PINS.is_file()):
+        return None
+    return {
+        keyword.arg: keyword.value
+        for node in ast.walk(ast.parse(setup.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
+        for keyword in node.keywords
+    }
+
+
 def wanted_versions() -> tuple[list[Requirement], dict[str, str]]:
     """What the package requires, "python" first, and the pinned versions by name where the repository is there."""
     from packaging.requirements import Requirement
 
-    setup, pins = PACKAGE.parent / "setup.py", {}
-    if setup.is_file() and PINS.is_file():
-        keywords = {
-            keyword.arg: keyword.value
-            for node in ast.walk(ast.parse(setup.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
-            for keyword in node.keywords
-        }
+    keywords, pins = _setup_keywords(), {}
+    if keywords is not None:
         python = ast.literal_eval(keywords["python_requires"])
         ranges = ast.literal_eval(keywords["install_requires"])
         for line in PINS.read_text(encoding="utf-8").splitlines():
@@ -213,6 +231,36 @@ def check_versions() -> list[Finding]:
         mend = f"pip install -r {shlex.quote(os.path.relpath(PINS))}"
         findings.append(Finding("note", "versions", text + (" ..." if len(others) > 4 else ""), mend))
     return findings
+
+
+def wanted_by_extra() -> dict[str, list[Requirement]]:
+    """What each extra of EXTRAS requires."""
+    from packaging.requirements import Requirement
+
+    keywords = _setup_keywords()
+    if keywords is not None:
+        extras = ast.literal_eval(keywords["extras_require"])
+        return {extra: [Requirement(line) for line in extras[extra]] for extra in EXTRAS}
+    lines = [Requirement(line) for line in importlib.metadata.requires("l2e-ds") or () if "extra ==" in line]
+    # with "" markers of an extra alone are false
+    return {extra: [one for one in lines if one.marker and one.marker.evaluate({"extra": extra})] for extra in EXTRAS}
+
+
+def check_extras() -> list[Finding]:
+    """Which extras are installed, and what is for what."""
+    complete, findings = [], []
+    for extra, wanted in wanted_by_extra().items():
+        lacking = []
+        for one in wanted:
+            version = installed_version(one.name)
+            if version is None or not one.specifier.contains(version, prereleases=True):
+                lacking.append(f"{one.name}{one.specifier}")
+        if lacking:
+            text = f"{extra}: without {', '.join(lacking)} ({EXTRAS[extra]})"
+            findings.append(Finding("note", "extras", text, f"pip install {shlex.join(lacking)}"))
+        else:
+            complete.append(extra)
+    return [*([Finding("ok", "extras", ", ".join(complete))] if complete else []), *findings]
 
 
 def installed_version(package: str) -> str | None:

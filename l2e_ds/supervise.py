@@ -10,6 +10,7 @@ instead, which rank 0 looks for at every step. Exit codes are those of `l2e-ds t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import os
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 
@@ -80,6 +82,7 @@ def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], restarts: int) -> int:
     """Start, and start again after failures; returns the exit code. Raises ConfigError before anything is started."""
     training = load_run_config(run_file, overrides).training
+    check_hosts(launcher)
     directory = Path(training.run_directory)
     stop_file = directory / STOP_FILE
     first = launch_command(launcher, [run_file, *overrides])
@@ -239,6 +242,46 @@ def quoted_for_pdsh(word: str) -> str:
     %h, %n and %u."""
     word = word.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
+
+
+def check_hosts(launcher: Sequence[str]) -> None:
+    """That ssh reaches the hosts of the deepspeed launcher's hostfile: it looks at the first one only, and ends
+    in a traceback. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names in (("--hostfile", "-H"), ("--include", "-i"), ("--exclude", "-e"), ("--num_nodes",), ("--ssh_port",)):
+        parser.add_argument(*names, default="")
+    for name in ("--no_ssh_check", "--force_multi"):
+        parser.add_argument(name, action="store_true")
+    options, _ = parser.parse_known_args(list(launcher[1:]))
+    if not options.hostfile or options.no_ssh_check:
+        return
+    try:
+        lines = [line.partition("#")[0].split() for line in Path(options.hostfile).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile: {options.hostfile}: {error}") from None
+    included = {part.partition(":")[0] for part in options.include.split("@") if part}
+    excluded = options.exclude.split("@")  # without :SLOTS a whole host
+    hosts = [words[0] for words in lines if words and words[0] not in excluded]
+    hosts = [host for host in hosts if not included or host in included]
+    hosts = hosts[: int(options.num_nodes)] if options.num_nodes.isdecimal() else hosts
+    if not options.force_multi and len(hosts) < 2:
+        return  # the launcher asks no other host
+    if shutil.which("ssh") is None:
+        raise ConfigError("--hostfile: several hosts need ssh, which is not on PATH")
+    command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]
+    command += shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
+    command += ["-p", options.ssh_port] if options.ssh_port else []
+
+    def ask(host: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, host, "true"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(32) as pool:
+        lost = [(host, answer) for host, answer in zip(hosts, pool.map(ask, hosts), strict=True) if answer.returncode]
+    if lost:
+        host, answer = lost[0]
+        why = answer.stderr.strip().rpartition("\n")[2] or f"exit code {answer.returncode}"
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ConfigError(f"--hostfile: {options.hostfile}: ssh does not reach {host}{more}: {why.strip()}")
 
 
 def _note(number: int, _frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from l2e_ds.config import BatchArithmetic, RunConfig, load_run_config
-from l2e_ds.console import CommandParser, say
+from l2e_ds.console import READER_IS_GONE, CommandParser, reader_is_gone, say
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.training import preemption
 from l2e_ds.training.run_lock import RunLock
@@ -29,6 +29,14 @@ from l2e_ds.training.run_lock import RunLock
 if TYPE_CHECKING:
     from l2e_ds.data import PreparedData
     from l2e_ds.distributed import Launch
+
+
+# errors that the user can mend, or that end a run for good: their exit codes
+_OF_THE_SYSTEM = {
+    errno.ENOSPC: SaveError.exit_code,
+    errno.EDQUOT: SaveError.exit_code,
+    errno.ENAMETOOLONG: ConfigError.exit_code,
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
             ranks = launch.size if arguments.ranks is None else arguments.ranks
             plan = preflight(arguments.run_file, arguments.overrides, ranks)
             if launch.rank == 0:
-                print(describe(plan))
+                print(describe(plan), flush=True)
         else:
             plan = preflight(arguments.run_file, arguments.overrides, launch.size, this_machine=True)
             train(plan, launch)
@@ -106,11 +114,15 @@ def run(arguments: argparse.Namespace) -> int:
         say("l2e-ds: interrupted: steps since the last checkpoint are lost (SIGTERM or SIGUSR1 would have saved first)")
         return 130
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or "a file of the run"
-            _note_exit_code(SaveError.exit_code)
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return READER_IS_GONE
+        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
+            where, code = error.filename or "a file of the run", _OF_THE_SYSTEM[error.errno]
+            _note_exit_code(code)
             say(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}")
-            os._exit(SaveError.exit_code)
+            if code == ConfigError.exit_code and distributed.size() == 1:
+                return code
+            os._exit(code)
         from l2e_ds.training.watchdog import is_lost_contact
 
         if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
@@ -158,7 +170,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     plan = resolve_run(run_file, overrides, ranks)
     if this_machine:
         check_device(plan.config)
-        _check_machine(plan.config)
+        _check_machine(plan)
     try:
         check_sets(plan.config.data, plan.network.vocab_size)
     except L2EError as error:
@@ -191,15 +203,19 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
     return Plan(config, ds, batch, network, layers)
 
 
-def _check_machine(config: RunConfig) -> None:
+def _check_machine(plan: Plan) -> None:
     """That what the run needs beside its device is here. Raises ConfigError."""
     from l2e_ds.evaluation import check_installed
     from l2e_ds.installed import is_installed
 
+    config = plan.config
     directory = Path(config.training.run_directory)
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"training.run_directory: cannot write below {parent}")
+    for folder in (directory, directory / "checkpoints"):
+        place = _nearest("training.run_directory", folder)
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ConfigError(f"training.run_directory: cannot write below {place}")
+    _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
+    _check_extensions(plan.ds)
     resume = Path(config.training.resume).expanduser()
     if config.training.resume not in ("auto", "never") and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
@@ -210,6 +226,42 @@ def _check_machine(config: RunConfig) -> None:
     for key, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
         if getattr(config.logging, key) and not is_installed(package):
             raise ConfigError(f"logging.{key}: needs {package}: pip install 'l2e-ds[monitor]'")
+
+
+def _nearest(key: str, folder: Path) -> Path:
+    """The folder, or of those above it the first that is there. Raises ConfigError for names that no folder can have,
+    and for links to nowhere."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ConfigError(f"{key}: {place}: {error.strerror}") from None
+        break
+    if not place.exists():
+        raise ConfigError(f"{key}: {place} is a link to {os.readlink(place)}, which is not there")
+    most = os.pathconf(place, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > most for part in folder.parts):
+        raise ConfigError(f"{key}: {folder}: {os.strerror(errno.ENAMETOOLONG)}")
+    return place
+
+
+def _check_extensions(ds: dict) -> None:
+    """That DeepSpeed can build its operation of CPU offload, or find it built. Raises ConfigError."""
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import get_default_build_root
+
+    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none" or installed_ops.get("cpu_adam"):
+        return
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer: DeepSpeed builds its operation below {root}, and cannot write to"
+            f" {place}; set TORCH_EXTENSIONS_DIR"
+        )
 
 
 def describe(plan: Plan) -> str:

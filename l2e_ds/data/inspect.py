@@ -6,7 +6,6 @@ T: tokens a sequence. G: sequences a global batch.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +117,7 @@ def check(prefixes: Sequence[str], vocab_size: int | None, tokenizer: str | None
         indexed = IndexedTokens(prefix)
         known = read_known(prefix, indexed, vocab_size, tokenizer, end_of_text)
         found = examine(indexed, known)
-        _print(_describe(prefix, indexed, known, found))
+        print(*_describe(prefix, indexed, known, found), sep="\n")
     return 0
 
 
@@ -325,7 +324,8 @@ def show(view: View, step: int, row: int | None) -> int:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")
     if view.steps is not None and step >= view.steps:
         say(f"l2e-ds: warning: --step: the run ends with step {view.steps - 1} (training.steps: {view.steps})")
-    _print(_list_batch(view, step) if row is None else _show_sequence(view, step, row))
+    for line in _list_batch(view, step) if row is None else _show_sequence(view, step, row):
+        print(line)
     return 0
 
 
@@ -394,12 +394,3 @@ def _decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
     """With special tokens; characters that a terminal would act on are escaped."""
     text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-
-
-def _print(lines: Sequence[str] | Iterator[str]) -> None:
-    try:
-        for line in lines:
-            print(line)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; Python must not flush again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -52,12 +52,15 @@ class WorkerPool(Generic[Item, Result]):
             return
         if self._executor is None:
             with without_stop_signals():  # its locks start multiprocessing's tracker, which would die of them
-                self._executor = ProcessPoolExecutor(
-                    self.count,
-                    mp_context=multiprocessing.get_context("spawn"),
-                    initializer=_start,
-                    initargs=(self._setup, self._arguments),
-                )
+                try:
+                    self._executor = ProcessPoolExecutor(
+                        self.count,
+                        mp_context=multiprocessing.get_context("spawn"),
+                        initializer=_start,
+                        initargs=(self._setup, self._arguments),
+                    )
+                except OSError as error:  # its locks are files there, which it does not name
+                    raise WorkerError(f"/dev/shm, where worker processes keep their locks: {error.strerror}") from None
         waiting: deque[Future[Result]] = deque()
         try:
             for item in items:

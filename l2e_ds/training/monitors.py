@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from l2e_ds.config import RunConfig
+from l2e_ds.data.files import write_whole
 
 WANDB_ID = "wandb-id"
 Write = Callable[[int, Mapping[str, float]], None]
@@ -106,7 +107,7 @@ def _wandb(config: RunConfig, _first_step: int, say: Callable[[str], None]) -> I
     directory = Path(config.training.run_directory)
     kept = directory / WANDB_ID
     if not kept.exists():
-        kept.write_text(f"{secrets.token_hex(8)}\n", encoding="ascii")
+        write_whole(kept, f"{secrets.token_hex(8)}\n")
     # by itself it would ask on a terminal for a key, copy all output, and wait at the end without limit for a network
     settings = wandb.Settings(silent=True, console="off", login_timeout=60, finish_timeout=60)
     run = wandb.init(

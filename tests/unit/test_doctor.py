@@ -204,3 +204,26 @@ def test_seconds_out_of_range(seconds, capsys):
         doctor.main(["--seconds", seconds])
     assert ended.value.code == 2
     assert f"got {seconds}, allowed: above 0, at most 600" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_extras(tmp_path, monkeypatch, installed):
+    """Of the repository's setup.py, and of an installed package's metadata: what each lacks, and what mends it."""
+    if installed:
+        monkeypatch.setattr(doctor, "PINS", tmp_path / "none")
+        lines = ["jinja2>=3.1", "nosuch>=1"]
+        required = [f'Requires-Dist: {line}; extra == "report"' for line in lines]
+        install(tmp_path, "l2e_ds", "0.1.0", "Requires-Dist: torch", *required)
+        monkeypatch.syspath_prepend(tmp_path)
+        missing = the(doctor.check_extras(), "extras", "note")
+        assert missing.text == "report: without nosuch>=1 (l2e-ds report)"
+        assert missing.mend == "pip install 'nosuch>=1'"
+        assert the(doctor.check_extras(), "extras").text == ", ".join(one for one in doctor.EXTRAS if one != "report")
+    else:
+        install(tmp_path, "scipy", "1.0")
+        monkeypatch.syspath_prepend(tmp_path)
+        notes = [str(finding) for finding in doctor.check_extras() if "analysis" in finding.text]
+        assert notes == [
+            "note     extras         analysis: without scipy>=1.13 (l2e-ds analyze, neuron)\n"
+            "  -> pip install 'scipy>=1.13'"
+        ]
