@@ -72,7 +72,7 @@ def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
 class Forked:
     """`python WORDS`, in a process forked from the server; with the methods of subprocess.Popen that tests use.
 
-    words: `-m MODULE argument ...` or `SCRIPT argument ...`. What it says goes to `log`, appended.
+    words: `-m MODULE argument ...`, `-c CODE argument ...` or `SCRIPT argument ...`. What it says goes to `log`, appended.
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -176,6 +176,9 @@ def _run(words: list[str], environment: dict[str, str], log: str, folder: str) -
         sys.modules.pop(words[1], None)  # else runpy warns that it is there already
         sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))

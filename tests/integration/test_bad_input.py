@@ -105,7 +105,7 @@ CASES = {
     ),
     "block is no object": (
         lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'bf16': True})}"],
-        ["bf16", "True", "object"],
+        ["bf16", "true", "object"],
     ),
     "optimizer without type": (
         lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'optimizer': {}})}"],

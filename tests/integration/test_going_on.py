@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from tests.integration.running import REPOSITORY, lines
+from tests.integration.running import lines
+from tests.processes import REPOSITORY
 
 STARTS = """
 import json, os, shutil, sys
