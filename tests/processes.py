@@ -72,7 +72,7 @@ def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
 class Forked:
     """`python WORDS`, in a process forked from the server; with the methods of subprocess.Popen that tests use.
 
-    words: `-m MODULE argument ...`, `-c CODE argument ...` or `SCRIPT argument ...`. What it says goes to `log`, appended.
+    words: `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`. What it says goes to `log`, appended.
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
