@@ -185,7 +185,7 @@ class Exclusive:
                     f"{self.folder}: is not ours and would be removed; take it away, or give another output"
                 )
             try:
-                self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+                self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # removed by another process meanwhile
                 continue
             if self._is_locked() and self._is_current():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 from pathlib import Path
@@ -17,16 +18,19 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from l2e_ds.data.files import is_free, one_line, whole_folder
-from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.data.files import is_free, one_line, whole_folder, write_whole
+from l2e_ds.data.tokenizer import load_tokenizer, name_end_of_text
+from l2e_ds.errors import CheckpointError, ConfigError, DataError
 from l2e_ds.evaluation.card import Exported, model_card
+from l2e_ds.models import take_special_tokens
 from l2e_ds.training.checkpoint import NAME, CheckpointManager, read_state
 from l2e_ds.training.manifest import verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 PROVENANCE = "l2e_run.yaml"  # in the exported folder: step, tokens, configuration
+PADDING = ("<|padding|>", "<pad>", "[PAD]")  # in a vocabulary, fills up batches
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,22 +39,24 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
     Raises CheckpointError.
     """
+    instead = ""
     if (path / "checkpoints").is_dir():
-        complete = CheckpointManager(path).complete()
-        if step is not None:
-            complete = [c for c in complete if c.name == f"step{step:08d}"]
-        if not complete:
-            present = ", ".join(str(int(c.name[4:])) for c in CheckpointManager(path).complete()) or "none"
-            wanted = f"step {step}" if step is not None else "complete checkpoint"
-            raise CheckpointError(f"{path}: has no {wanted}; complete steps: {present}")
-        path = complete[-1]
+        complete = {int(checkpoint.name[4:]): checkpoint for checkpoint in CheckpointManager(path).complete()}
+        wanted = max(complete, default=-1) if step is None else step
+        if wanted not in complete:
+            present = ", ".join(map(str, complete)) or "none"
+            raise CheckpointError(
+                f"{path}: has no {'complete checkpoint' if step is None else f'step {step}'}; complete steps: {present}"
+            )
+        path = complete.pop(wanted)
+        instead = f"; other steps, to be given as --step: {', '.join(map(str, complete))}" if complete else ""
     elif not path.is_dir() or not NAME.fullmatch(path.name):
         raise CheckpointError(f"{path}: is neither a run directory nor one of its checkpoints")
     elif step is not None:
         raise CheckpointError(f"--step: goes with a run directory, {path} is a checkpoint")
     problem = verify(path)  # before anything of it is unpickled
     if problem:
-        raise CheckpointError(f"{path}: {problem}")
+        raise CheckpointError(f"{path}: {problem}{instead}")
     return path
 
 
@@ -187,10 +193,63 @@ def export(
 
 
 def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
-    model.save_pretrained(folder)
     if (run_directory / "tokenizer").is_dir():
-        from transformers import AutoTokenizer
+        from transformers import GenerationConfig
 
-        AutoTokenizer.from_pretrained(run_directory / "tokenizer").save_pretrained(folder)
+        tokenizer = _plain_tokenizer(load_tokenizer(str(run_directory / "tokenizer")))
+        _save_tokenizer(tokenizer, folder)
+        take_special_tokens(model.config, tokenizer)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    _name_rotary_settings_twice(folder / "config.json")
+    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read, whatever the umask
+        path.chmod((folder / "config.json").stat().st_mode)
     provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
     (folder / PROVENANCE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
+
+
+def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens by the class that reads a tokenizer.json as it is; with special tokens that readers ask for."""
+    from transformers import PreTrainedTokenizerFast
+
+    with contextlib.suppress(DataError):  # token files need no end of text
+        name_end_of_text(tokenizer)
+    special = dict(tokenizer.special_tokens_map)
+    if tokenizer.eos_token is not None:
+        # CTranslate2 wants the first two; training, too, begins a text after the end of another
+        padding = next((token for token in PADDING if token in tokenizer.get_vocab()), tokenizer.eos_token)
+        special = {"bos_token": tokenizer.eos_token, "unk_token": tokenizer.eos_token, "pad_token": padding} | special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],  # else transformers 4 adds token types, which no model takes
+        padding_side="left",  # as generation needs it
+        **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
+        **special,
+    )
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """By a name of its class that transformers 4, llama.cpp and CTranslate2 know too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["backend"]
+    write_whole(path, json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def _name_rotary_settings_twice(path: Path) -> None:
+    """In a config.json: transformers 4 and llama.cpp do not know `rope_parameters`, and may take other values."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" not in rotary:
+        return
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if config["model_type"] == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    config |= {name: rotary[key] for key, name in names.items() if key in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rotary.items() if key not in names}
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

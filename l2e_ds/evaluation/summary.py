@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l2e_ds.errors import DataError
 from l2e_ds.report.run_directory import check_folder, read_config
-from l2e_ds.training.metrics_lines import FILE, layers_of, numbers, of_kind, read_lines
+from l2e_ds.training.metrics_lines import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines
 
 # The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
 SHRUNK = 0.5
@@ -26,7 +26,7 @@ def summarise(run: Path) -> str:
     inhibition = read_config(run).inhibition
     target = inhibition.target_share
     last = training[-1]
-    speeds = numbers(training, "tokens_per_second")
+    speeds = numbers(after_first_intervals(lines), "tokens_per_second")  # as in the report
     rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {inhibition.method}")]
     if evaluations:
         first, final = evaluations[0], evaluations[-1]

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from l2e_ds import distributed
 from l2e_ds.config import RunConfig
@@ -211,10 +211,11 @@ class CheckpointManager:
                 )
             if failed:
                 raise failed[0]
-            save_file(rng_state(engine.device), temporary / f"rng-rank{distributed.rank():05d}.safetensors")
+            # not by `save_file`, which lets nobody but the owner read, whatever the umask
+            (temporary / f"rng-rank{distributed.rank():05d}.safetensors").write_bytes(save(rng_state(engine.device)))
             if distributed.is_main():
                 if inhibitor is not None:
-                    save_file(inhibitor.state_dict(), temporary / "inhibition.safetensors")
+                    (temporary / "inhibition.safetensors").write_bytes(save(inhibitor.state_dict()))
                 content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
                 (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

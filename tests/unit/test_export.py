@@ -36,6 +36,22 @@ def test_find_checkpoint(tmp_path, capsys):
             find_checkpoint(source, step)
 
 
+def test_a_damaged_newest_checkpoint_names_the_others(tmp_path, capsys):
+    """Of the right sizes, but with another byte: only reading it all tells. By every command that takes --step."""
+    for step in (5, 10, 15):
+        newest = checkpoint(tmp_path / "run", step)
+    (newest / "shard.pt").write_bytes(b"12346")
+    arguments = {"export": ["--output", str(tmp_path / "model")], "evaluate": ["--tasks", "arc_easy"]}
+    for command, more in arguments.items():
+        for step in ([], ["--step", "15"]):
+            assert main([command, str(tmp_path / "run"), *more, *step]) == 2
+            said = capsys.readouterr().err
+            assert len(said.splitlines()) == 1
+            assert "step00000015: " in said and "other steps, to be given as --step: 5, 10" in said
+        assert main([command, str(newest), *more]) == 2
+        assert "--step" not in capsys.readouterr().err
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys, monkeypatch):
     checkpoint(tmp_path / "run", 5)
     (tmp_path / "file.txt").write_text("")

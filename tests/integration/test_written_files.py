@@ -1,0 +1,34 @@
+"""What a run writes: files with the mode that the umask gives, and the special tokens of its own tokenizer."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.unit.evaluation.test_exported import END, tokenizer_json
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o027])
+def test_of_a_run(run_file, tmp_path, umask):
+    tokenizer = json.loads(tokenizer_json(tmp_path / "tokenizer", END).read_text())
+    end = tokenizer["added_tokens"][0]["id"]
+    assert end > 0
+    own = [f"data.tokenizer={tmp_path}/tokenizer/tokenizer.json", "data.train_tokenizer=null", "training.steps=2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    for command in (["train", run_file, *own], ["export", tmp_path / "run", "--output", tmp_path / "model"]):
+        words = [sys.executable, "-m", "l2e_ds.cli", *map(str, command)]
+        done = subprocess.run(words, umask=umask, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for place in ("run", "cache", "model"):
+        for path in [tmp_path / place, *(tmp_path / place).rglob("*")]:
+            mode = stat.S_IMODE(path.stat().st_mode)
+            assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, f"{path}: {mode:o}"
+    written = {path.suffix for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
+    assert {".safetensors", ".pt", ".json"} <= written
+    for folder in ("run/model", "model"):
+        network = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (network["eos_token_id"], network["bos_token_id"]) == (end, end)
