@@ -69,6 +69,8 @@ def _traced(line: str, run: StudyRun) -> str:
     """An error's line, beginning with where the study gives the first key of its own that it names. A key that the
     study does not give is the base's."""
     said = line.removeprefix(f"{find_file(run.base)}: ")
+    for override in run.overrides:
+        said = said.removeprefix(f"override {override!r}: ")
     own = next((key for key in re.findall(r"[a-z_]+\.[a-z_]+", said) if key in run.sources), None)
     if unknown := re.match(r"([a-z_]+): unknown key", said):  # a section
         own = next((key for key in run.sources if key.startswith(f"{unknown[1]}.")), None)
