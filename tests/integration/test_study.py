@@ -11,6 +11,7 @@ import yaml
 
 from tests.integration.running import lines, newest, saved
 
+NON_FINITE = {"inhibition.method": "l2e", "optimizer.peak_learning_rate": 1e30, "training.max_skipped_steps": 2}
 STEPS = 30
 """Of 32 micro-batches each: a run takes several seconds on any machine, and is interrupted where it is meant to be."""
 
@@ -40,10 +41,10 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     base["training"] |= {"steps": STEPS, "evaluate_every": STEPS, "timeout": 1, "global_batch": 64, "micro_batch": 2}
     base["logging"] |= {"progress": False}
     run_file.write_text(yaml.safe_dump(base))
-    methods = {"none": {"inhibition.method": "none"}, "broken": {"inhibition.method": "l2e", "checkpoint.every": 2}}
+    methods = {"none": {"inhibition.method": "none"}, "broken": NON_FINITE}
     study = tmp_path / "study"
     content = {
-        "title": "A run and one whose disk is broken",
+        "title": "A run and one that cannot go on",
         "base": "run.yaml",
         "directory": str(study),
         "seeds": [7],
@@ -54,8 +55,6 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     command = [sys.executable, "-m", "l2e_ds.cli", "study"]
     plain, broken = (study / "runs" / f"{name}-seed7" for name in methods)
-    (broken / "checkpoints").parent.mkdir(parents=True)
-    (broken / "checkpoints").write_text("no folder, so nothing can be saved here")
 
     # one run on two ranks, asked to stop as by Ctrl-C
     one = launch(*command, path, "--ranks", "2")
@@ -79,7 +78,10 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
     assert f"none-seed7: begins (at step {saved_before(plain)})" in one.said()
     failures = [line for line in one.said().splitlines() if "failed: " in line]
     assert len(failures) == 2 and failures[0] == failures[1], failures  # when it happened, and at the end
-    assert failures[0].startswith("l2e-ds study: broken-seed7: failed: ") and "checkpoints" in failures[0]
+    assert (
+        failures[0].startswith("l2e-ds study: broken-seed7: failed: ")
+        and "2 steps in a row had non-finite" in failures[0]
+    )
 
     assert [line["step"] for line in lines(plain)] == list(range(1, STEPS + 1))
     assert len(lines(plain, "start")) == 3
