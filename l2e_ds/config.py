@@ -79,6 +79,8 @@ def _expand(path: str) -> str:
     expanded = os.path.expanduser(os.path.expandvars(path))
     if path.startswith("~") and expanded == path:
         raise PydanticCustomError("path", "there is no such user")
+    if path == "null":
+        raise PydanticCustomError("path", "must be a path; ./null is a file or folder of that name")
     return expanded
 
 
@@ -689,13 +691,21 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     for override in overrides:
         _apply_override(raw, override)
     config = checked(RunConfig, raw, str(path), overrides)
-    own = path.name == "config.yaml" and any((path.parent / name).exists() for name in ("checkpoints", "metrics.jsonl"))
-    if own and not any(override.partition("=")[0].strip() == "training.run_directory" for override in overrides):
-        config = config.replace("training", run_directory=str(path.parent))
+    given = any(override.partition("=")[0].strip() == "training.run_directory" for override in overrides)
+    if not given and _is_frozen(path):
+        config = config.replace("training", run_directory=str(path.parent.absolute()))
     elif not config.training.run_directory:
         name = path.parent.name if path.stem == "config" else path.stem
         config = config.replace("training", run_directory=f"runs/{name}")
     return with_absolute_paths(config, path)
+
+
+def _is_frozen(path: Path) -> bool:
+    """Whether this is the `config.yaml` of a run directory, and no run file of the user's with that name."""
+    beside = path.parent
+    return path.name == "config.yaml" and (
+        (beside / "deepspeed.json").is_file() or any(beside.glob("checkpoints/step????????"))
+    )
 
 
 def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:

@@ -256,11 +256,12 @@ def check_hosts(launcher: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--hostfile", "-H"), ("--include", "-i"), ("--exclude", "-e"), ("--num_nodes",), ("--ssh_port",)):
         parser.add_argument(*names, default="")
-    for name in ("--no_ssh_check", "--force_multi"):
+    parser.add_argument("--launcher", default="pdsh")
+    for name in ("--no_ssh_check", "--no_ssh", "--force_multi"):
         parser.add_argument(name, action="store_true")
     options, _ = parser.parse_known_args(list(launcher[1:]))
-    if not options.hostfile or options.no_ssh_check:
-        return
+    if not options.hostfile or options.no_ssh_check or options.no_ssh or options.launcher.lower() != "pdsh":
+        return  # another launcher reaches hosts in another way
     try:
         lines = [line.partition("#")[0].split() for line in Path(options.hostfile).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ MAY_CHANGE = (
     *("training.steps", "optimizer.schedule_steps"),
     *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
 )
+MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
@@ -46,7 +47,11 @@ class Changes:
 
     def refuse(self, checkpoint: Path) -> None:
         """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
-        found = {key: text for key, text in self._texts.items() if not key.startswith(MAY_CHANGE)}
+        found = {
+            key: text
+            for key, text in self._texts.items()
+            if not key.startswith(MAY_CHANGE) and not (key in MAY_MOVE and self._has_moved(key))
+        }
         length = _schedule_steps(self.old)
         if _schedule_steps(self.new) != length:
             key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
@@ -59,6 +64,13 @@ class Changes:
                 f"{checkpoint}: was trained with other values: {', '.join(refused[:3])}{more}; give those again, give"
                 " another training.run_directory, or name the keys in training.allow_changes"
             )
+
+    def _has_moved(self, key: str) -> bool:
+        """Whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
+        fingerprint tells, which the checkpoint holds too."""
+        old = flat(self.old)[key]
+        paths = [old] if isinstance(old, str) else old or []
+        return bool(paths) and all(Path(path).is_absolute() and not Path(path).exists() for path in paths)
 
     def _rates(self) -> list[str]:
         old, new = (_rate(config, self.applied) for config in (self.old, self.new))

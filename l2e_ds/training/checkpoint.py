@@ -393,10 +393,11 @@ def check_identity(path: Path, saved: dict, current: dict) -> None:
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
     """Those of a run, and in `resume_from` the one to go on from, if any. Collective.
 
-    Raises CheckpointError where that is not to be had, or where the run would become another one."""
+    Raises CheckpointError where that is not to be had, or where the run would become another one: what begins at
+    another run's checkpoint may have values of its own."""
     checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
     path = checkpoints.resume_from = checkpoints.find(config.training.resume)
-    if path is not None:
+    if path is not None and checkpoints.is_own(path):
         distributed.all_work(lambda: changes_since(path, config).refuse(path))
     return checkpoints
 

@@ -85,7 +85,7 @@ def test_a_run_stays_what_it_is_wherever_it_lies(launch, run_file, tmp_path):
     finished, (code, text) = starts(launch, (REPOSITORY, [moved / "config.yaml"]), (tmp_path / "copy", words))
     assert finished == (0, f"nothing to do: {moved}/checkpoints/step00000006 is there, training.steps is 6\n")
     assert code == 0, text
-    assert "resumed from checkpoints/step00000006" in text
+    assert f"resumed from {tmp_path}/copy/checkpoints/step00000006" in text
     assert "changed since that checkpoint: inhibition.coefficient: 0.01 -> 0.5" in text
     assert [line["step"] for line in lines(tmp_path / "copy")] == list(range(1, 9))
     changes = lines(tmp_path / "copy", "start")[-1]["changes"]

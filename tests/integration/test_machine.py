@@ -162,6 +162,8 @@ def test_a_host_that_is_not_there(run_file, capsys, tmp_path, options):
     "options",
     [
         ["--no_ssh_check", "--force_multi"],
+        ["--no_ssh", "--node_rank", "0", "--master_addr", "one.invalid"],
+        ["--launcher", "slurm", "--force_multi"],
         ["--include", "three@four:0", "--force_multi"],
         ["--exclude", "one.invalid@two.invalid"],
         ["--num_nodes", "1"],

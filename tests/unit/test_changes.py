@@ -27,6 +27,12 @@ FREE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def corpus(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+
+
 def config(**keys: object) -> RunConfig:
     """RUN with other values, by `section__key`."""
     raw = {section: dict(values) for section, values in RUN.items()}
@@ -126,6 +132,16 @@ def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
         Changes(before, now, STEP).refuse(CHECKPOINT)
     assert "optimizer.schedule_steps: 20 -> 30 (" in refusal(config(optimizer__schedule_steps=30), explicit)
     assert "training.steps: 20 -> 10 (" in refusal(config(training__steps=10))
+
+
+def test_text_that_was_moved_is_looked_at_again(tmp_path):
+    """Nothing is left where it was: the fingerprint of what is read now tells whether it is the same."""
+    old, new = config(), config(data__path="moved")
+    assert "data.path: " in refusal(new, old)
+    (tmp_path / "corpus").rename(tmp_path / "moved")
+    Changes(old, new, STEP).refuse(CHECKPOINT)
+    assert Changes(old, new, STEP).lines() == [f"data.path: {tmp_path}/corpus -> {tmp_path}/moved"]
+    assert "data.text_key: " in refusal(config(data__path="moved", data__text_key="body"), old)
 
 
 def test_the_same_folder_by_another_name_is_the_same(tmp_path, monkeypatch):

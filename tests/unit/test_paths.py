@@ -63,6 +63,8 @@ def test_what_only_looks_like_them_stays(home):
     assert load("training.run_directory", "array 0 $(touch x) a~b") == "array 0 $(touch x) a~b"
     assert load("data.tokenizer", "EleutherAI/pythia-70m") == "EleutherAI/pythia-70m"
     assert load("training.resume", "never") == "never"
+    with pytest.raises(ConfigError, match=r"training\.run_directory: got 'null'; must be a path; \./null is"):
+        load("training.run_directory", "null")
     assert load("deepspeed.config", "ds_configs/zero2.json") == "ds_configs/zero2.json"
 
 
@@ -100,7 +102,7 @@ def test_sets_of_a_mixture_and_names_of_the_hub(home):
     assert (data.sets[1].path, data.tokenizer) == ("monology/pile", "EleutherAI/pythia-70m")
 
 
-@pytest.mark.parametrize("there", ["checkpoints", "metrics.jsonl"])
+@pytest.mark.parametrize("there", ["checkpoints/step00000010", "deepspeed.json"])
 def test_the_configuration_in_a_run_directory_belongs_to_it(home, monkeypatch, there):
     """Where that was moved, from wherever it is named; not a run file of that name elsewhere."""
     run = home / "work/runs/a"
@@ -108,7 +110,11 @@ def test_the_configuration_in_a_run_directory_belongs_to_it(home, monkeypatch, t
     (run / "config.yaml").write_text(load_run_config("run.yaml", ["training.run_directory=runs/a"]).dump())
     shutil.copytree(run, home / "copy")
     assert load_run_config(home / "copy/config.yaml").training.run_directory == "runs/a"  # nothing was run there
-    (run / there).mkdir() if there == "checkpoints" else (run / there).touch()
+    (home / "copy/checkpoints").mkdir()  # of something else
+    (home / "copy/metrics.jsonl").touch()
+    assert load_run_config(home / "copy/config.yaml").training.run_directory == "runs/a"
+    (run / there).parent.mkdir(exist_ok=True)
+    (run / there).touch()
     shutil.move(run, home / "moved")
 
     def directory(path: object, *words: str) -> str:
@@ -116,9 +122,9 @@ def test_the_configuration_in_a_run_directory_belongs_to_it(home, monkeypatch, t
 
     assert directory(home / "moved/config.yaml") == str(home / "moved")
     monkeypatch.chdir(home / "scratch")
-    assert directory("../moved/config.yaml", "training.steps=30") == "../moved"
+    assert directory("../moved/config.yaml", "training.steps=30") == str(home / "scratch/../moved")
     monkeypatch.chdir(home / "moved")
-    assert directory("config.yaml") == "."
+    assert directory("config.yaml") == str(home / "moved")
     # another place is what the user says
     assert directory("config.yaml", "training.run_directory=runs/b") == "runs/b"
     (home / "moved/other.yaml").write_text((home / "moved/config.yaml").read_text())
