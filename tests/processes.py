@@ -155,9 +155,11 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> F
 
 
 def hear_all_signals() -> None:
-    """In a new process: as in a terminal, also where the tests' own shell ignores SIGINT, as in the background."""
+    """In a new process: as in a terminal. A shell in the background ignores SIGINT, and a run that the tests' own process
+    has trained leaves SIGUSR1 ignored in what that forks."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _run(words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
