@@ -155,8 +155,8 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> F
 
 
 def hear_all_signals() -> None:
-    """In a new process: as in a terminal. A shell in the background ignores SIGINT, and a run that the tests' own process
-    has trained leaves SIGUSR1 ignored in what that forks."""
+    """In a new process: as in a terminal. A shell in the background ignores SIGINT, and a run in the tests' own process
+    leaves SIGUSR1 ignored in what that forks."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
