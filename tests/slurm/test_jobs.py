@@ -27,7 +27,7 @@ class Site:
     """A user's folder on the cluster, with a run file, and what the user does there."""
 
     limited = ""
-    """The job of a run with a time limit of two minutes."""
+    """The job of a run with a time limit of three minutes."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
@@ -115,7 +115,7 @@ def site(slurm, tmp_path_factory) -> Site:
     # one process, six steps: what jobs are compared with, and the tokens that all runs share
     site.call(sys.executable, "-m", "l2e_ds.train", "run.yaml", "training.steps=6", "training.run_directory=alone")
     # runs beside the first tests, until SLURM's signal a minute before its time limit
-    minutes = ["--time", "2:00", "--signal-seconds", 60]
+    minutes = ["--time", "3:00", "--signal-seconds", 60]  # two minutes for its start on a busy machine
     site.limited = site.submit("limited", "training.steps=1000000", "checkpoint.every=0", *minutes)
     return site
 
