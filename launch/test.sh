@@ -11,6 +11,7 @@ cd "$(dirname "$0")/.."
 source launch/install.sh
 install_l2e_ds launch/requirements-test.txt
 
+CORES=$(nproc)
 export OMP_NUM_THREADS=1 # tests run beside each other, a process a rank
 CHOSEN=(-m "not full")
 if [[ ${1-} == --full ]]; then
@@ -27,6 +28,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# one more than there are cores: some tests wait for schedulers and timeouts
-python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$(($(nproc) + 1))}" --dist loadfile --no-loadscope-reorder \
+# at least two: some tests wait for schedulers and timeouts
+python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$((CORES > 2 ? CORES : 2))}" --dist loadfile --no-loadscope-reorder \
     --durations=20 ${REPORT:+--junitxml="$REPORT"}

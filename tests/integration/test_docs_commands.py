@@ -27,7 +27,6 @@ MARK = re.compile(r"\[(cluster|network|hours)\]")
 ELSEWHERE = {
     "launch/quickstart.sh": "tests/integration/test_quickstart.py",
     "launch/test.sh": ".ci/run",
-    "launch/test.sh tests/unit -n auto": ".ci/run",
 }
 
 
