@@ -146,8 +146,13 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> F
     before = dict(os.environ)
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", PYTHONPATH=str(REPOSITORY))
     try:
-        process = _context.Process(target=_run, args=(list(words), dict(environment), str(log), os.getcwd()))
-        process.start()
+        arguments = (list(words), dict(environment), str(log), os.getcwd())
+        process = _context.Process(target=_run, args=arguments)
+        try:
+            process.start()
+        except EOFError:  # seen once: the server was killed while it began; the next start makes another
+            process = _context.Process(target=_run, args=arguments)
+            process.start()
     finally:
         os.environ.clear()
         os.environ.update(before)
