@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,9 @@ def test_a_run_that_goes_on_is_one_run_everywhere(tmp_path, killed):
     assert read_csv(run) == table
     assert read_tensorboard(run) == after
 
+    deadline = time.monotonic() + 120  # its service may write the last lines after `finish`
+    while not any(record.HasField("exit") for record in read_wandb(run)[-1]) and time.monotonic() < deadline:
+        time.sleep(0.1)
     first, second, third = read_wandb(run)
     assert sent(first) == {name: points for name, points in expected_until(before, 3).items() if points}
     assert sent(second) == before
