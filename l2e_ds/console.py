@@ -10,7 +10,7 @@ import contextlib
 import os
 import select
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from l2e_ds.errors import ConfigError
 
@@ -24,7 +24,7 @@ def reader_is_gone() -> bool:
     watch.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in watch.poll(0))
     if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        _drop(sys.stdout)  # what Python writes at its end
     return gone
 
 
@@ -45,7 +45,12 @@ def flush_streams() -> None:
         try:
             stream.flush()
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop(stream)
+
+
+def _drop(stream: TextIO) -> None:
+    """What is in its buffer, or written from now on, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def say(line: str) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -14,9 +13,9 @@ from l2e_ds import supervise
 from l2e_ds.cli import main
 from l2e_ds.console import READER_IS_GONE
 from l2e_ds.installed import is_installed
+from tests.processes import REPOSITORY
 from tests.unit.report.making import write_run
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 LONG = "x" * 300
 
 
