@@ -1,6 +1,6 @@
 """Inhibition in the Hugging Face Trainer, without a subclass of it:
 
-    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(target_share=0.02, coefficient=1e-3)])
+    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(strength=0.2, start=0.3, warmup=0.2)])
 
 While the Trainer trains, a forward hook on the model attaches the inhibition to the loss that the model returns. The
 Trainer has its causal language models divide that loss by the predicted tokens of the whole step (on all ranks, in all
@@ -54,7 +54,8 @@ class InhibitionCallback(TrainerCallback, ExportableState):
                 f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
                 " process a GPU: torchrun --nproc-per-node=gpu ..."
             )
-        self.inhibitor = Inhibitor(neuron_sites(model, self.layers), self.settings, args.device)
+        sites = neuron_sites(model, self.layers)
+        self.inhibitor = Inhibitor(sites, self.settings, args.device, run_steps=state.max_steps)
         self._resume(state)
         self.inhibitor.attach()
         self._handles = [

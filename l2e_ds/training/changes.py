@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices
+
 from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, flat, with_absolute_paths
 from l2e_ds.errors import CheckpointError
 from l2e_ds.training.engine import learning_rate
@@ -24,11 +26,17 @@ def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
     out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
-        name: {key: value for key, value in saved[name].items() if key in section.model_fields}
+        name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
         for name, section in sections.items()
         if name in saved
     }
     return checked(RunConfig, known, str(where))
+
+
+def _known_names(section: Any) -> set[str]:
+    """Keys of a section, with those that a key had before."""
+    old = (field.validation_alias for field in section.model_fields.values())
+    return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
 
 
 class Changes:

@@ -49,10 +49,15 @@ def inhibition_settings(config: RunConfig) -> Settings:
     return Settings(
         retrieval=retrieval,
         mechanism=mechanism,
-        scale_invariant=section.loss == "scale-invariant",
+        loss=section.loss,
+        power=section.power,
         target_share=section.target_share,
+        strength=section.strength,
         coefficient=section.coefficient,
-        coefficient_warmup=section.coefficient_warmup,
+        start=section.start,
+        warmup=section.warmup,
+        decay=section.decay,
+        end=section.end,
         statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
         reduce=section.reduce,
         fused=None if section.fused == "auto" else section.fused,
@@ -114,7 +119,7 @@ class Trainer:
         self.sites = neuron_sites(model, config.inhibition.layers)
         self.inhibitor: Inhibitor | None = None
         if config.inhibition.method != "none":
-            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device)
+            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
             self.inhibitor.attach()
         self.head = LossHead(model)
         self.plain_float32 = is_plain_float32(config, ds)
@@ -286,7 +291,6 @@ class Trainer:
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if self.inhibitor is not None and applied and self.inhibitor.last is not None:
             self._statistics.append(self.inhibitor.last)
-            self._coefficients.append(self.inhibitor.last_coefficient)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
             bad = [r for r, finite in enumerate(distributed.all_gather_objects(self._loss_is_finite())) if not finite]
             where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
@@ -380,7 +384,6 @@ class Trainer:
         self._interval_steps = self._interval_skipped = 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
-        self._coefficients: list[float] = []  # lambda of the same steps
 
     def log(self) -> None:
         """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
@@ -430,15 +433,15 @@ class Trainer:
             mean, last = dict(zip(names, mean, strict=True)), dict(zip(names, last, strict=True))
             prefix = f"layer{hook.site.layer}/"
             values |= {f"{prefix}{name}": mean[name] for name in ("observed_share", "selected_score")}
-            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s")}
-        share, loss = names.index("observed_share"), names.index("inhibition_loss")
-        losses = statistics[:, :, loss].sum(1).tolist()
-        weighted = [coefficient * raw for coefficient, raw in zip(self._coefficients, losses, strict=True)]
+            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s", "coefficient", "strength")}
+        columns = dict(zip(names, statistics.unbind(2), strict=True))  # [steps, L] each
+        losses, coefficients = columns["inhibition_loss"], columns["coefficient"]
         return {
-            "inhibition_loss": sum(losses) / len(losses),
-            "inhibition_loss_weighted": sum(weighted) / len(weighted),
-            "coefficient": self._coefficients[-1],
-            "observed_share": sum(row[share] for row in means) / len(means),
+            "inhibition_loss": losses.sum(1).mean().item(),
+            "inhibition_loss_weighted": (coefficients * losses).sum(1).mean().item(),
+            "coefficient": coefficients[-1].mean().item(),
+            "strength": columns["strength"][-1].mean().item(),
+            "observed_share": columns["observed_share"].mean().item(),
             **values,
         }
 
