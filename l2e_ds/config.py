@@ -368,8 +368,8 @@ class InhibitionConfig(Section):
     mechanism: Mechanism | None = None
     """Overrides what the method does with selected activations (ablation)."""
     loss: Literal["published", "scale-invariant", "projected"] = "projected"
-    """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5 with
-    the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (METHOD, section 5)."""
+    """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5
+    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (METHOD, 5)."""
     power: Literal[0, 1, 2] = 1
     """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"
