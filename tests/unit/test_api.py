@@ -165,7 +165,7 @@ def test_metrics_are_those_of_the_newest_step():
     torch.manual_seed(0)
     layers = [Layer(), Layer()]
     sites = [NeuronSite(i, layer, "act", "activation", 8) for i, layer in zip((1, 4), layers, strict=True)]
-    with Inhibitor(sites, Settings(coefficient=0.5, coefficient_warmup=4)) as inhibitor:
+    with Inhibitor(sites, Settings(coefficient=0.5, warmup=4)) as inhibitor:
         assert inhibitor.metrics() == {}
         for _ in range(2):
             loss = sum(layer(torch.randn(2, 64, 4)).square().mean() for layer in layers)
@@ -174,9 +174,10 @@ def test_metrics_are_those_of_the_newest_step():
     found = inhibitor.metrics()
     assert found["coefficient"] == 0.25
     assert found["observed_share"] == (found["layer1/observed_share"] + found["layer4/observed_share"]) / 2 > 0
-    names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss")
-    rows = dict(zip((1, 4), inhibitor.last.tolist(), strict=True))
+    names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    rows = dict(zip((1, 4), (dict(zip(names, row, strict=True)) for row in inhibitor.last.tolist()), strict=True))
     for layer, row in rows.items():
-        for name, value in zip(names[:-1], row, strict=False):
-            assert found[f"layer{layer}/{name}"] == value
-    assert found["inhibition_loss"] == pytest.approx(rows[1][-1] + rows[4][-1])
+        assert {name: found[f"layer{layer}/{name}"] for name in names if name != "inhibition_loss"} == {
+            name: value for name, value in row.items() if name != "inhibition_loss"
+        }
+    assert found["inhibition_loss"] == pytest.approx(rows[1]["inhibition_loss"] + rows[4]["inhibition_loss"])

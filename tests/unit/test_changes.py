@@ -16,6 +16,7 @@ RUN = {
     "data": {"source": "text", "path": "corpus", "tokenizer": "words.json"},
     "optimizer": {"peak_learning_rate": 1e-3},
     "training": {"steps": 20},
+    "inhibition": {"loss": "published", "coefficient": 1e-3},
 }
 STEP = 20
 CHECKPOINT = Path("run/checkpoints/step00000020")
@@ -37,8 +38,8 @@ def config(**keys: object) -> RunConfig:
     """RUN with other values, by `section__key`."""
     raw = {section: dict(values) for section, values in RUN.items()}
     for name, value in keys.items():
-        section, key = name.split("__")
-        raw.setdefault(section, {})[key] = value
+        section, _, key = name.partition("__")
+        raw[section] = {**raw.get(section, {}), key: value} if key else value
     return run_config_from_dict(raw, "test")
 
 
@@ -162,6 +163,19 @@ def test_checkpoints_of_other_versions_are_read():
     saved["training"]["steps"] = "twenty"
     with pytest.raises(ConfigError, match=re.escape(f"{CHECKPOINT}/state.json: training.steps: got 'twenty'")):
         saved_config(saved, CHECKPOINT / "state.json")
+
+
+def test_inhibition_of_before_there_was_a_strength():
+    """It had a coefficient, also where nothing used it, and its warm-up another name."""
+    saved = config(inhibition__warmup=3).model_dump(mode="json")
+    for key in ("strength", "power", "start", "decay", "end"):
+        del saved["inhibition"][key]
+    saved["inhibition"]["coefficient_warmup"] = saved["inhibition"].pop("warmup")
+    assert saved_config(saved, CHECKPOINT / "state.json") == config(inhibition__warmup=3)
+    for method in ("none", "memel"):
+        saved["inhibition"]["method"] = method
+        new = config(inhibition={"method": method, "loss": "published", "warmup": 3})
+        Changes(saved_config(saved, CHECKPOINT / "state.json"), new, STEP).refuse(CHECKPOINT)
 
 
 def test_what_is_allowed_must_be_a_key():
