@@ -297,8 +297,9 @@ def logits_bytes(work: Work, micro_batch: int) -> float:
 
 def inhibition_state_bytes(work: Work) -> float:
     """Moments (mean, m2), faded selections (float64) and frozen mean, variance and rate (float32) of a layer's N
-    neurons, and the packed sums (float64; NeuronHook.buffer_size)."""
-    return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8)
+    neurons, the packed sums (float64; NeuronHook.buffer_size) and a micro-batch's sums for the projection (float64)."""
+    projection = (1 + 4 * work.neurons) * 8
+    return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8 + projection)
 
 
 @dataclass(frozen=True)

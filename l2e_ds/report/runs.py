@@ -287,13 +287,17 @@ def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
     """Of the variants outside studies, by their first run: the run's own name, or what makes the variant differ."""
     if single:
         return {run.name: (run.name, run.name) for run in firsts}
-    keys = [key for key in differing([comparable(run, seed=False) for run in firsts]) if not key.startswith("model.")]
+    inhibited = [run for run in firsts if run.method != "none"]  # the settings of inhibition mean nothing to the others
+    keys = differing([comparable(run, inhibition=False, seed=False) for run in firsts])
+    keys += [key for key in differing([comparable(run) for run in inhibited]) if key.startswith("inhibition.")]
+    keys = [key for key in keys if not key.startswith("model.")]
     sizes = len({run.size for run in firsts}) > 1
     names = {}
     for run in firsts:
         own = [key for key in keys if key != "inhibition.method"]
-        if run.method == "none":  # the others' settings mean nothing to it
+        if run.method == "none":
             own = [key for key in own if not key.startswith("inhibition.")]
+        own = [key for key in own if run.config.get(key) is not None]  # a deactivation has no strength
         others = [f"{key.rpartition('.')[2]} {run.config.get(key)}" for key in own]
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)

@@ -1,4 +1,4 @@
-"""Networks under ZeRO-3 are built in shards; statistics and projections count tokens, not ranks; an error is everybody's."""
+"""Networks under ZeRO-3 are built in shards; statistics and projections count tokens, not ranks; errors are shared."""
 
 import json
 from pathlib import Path
