@@ -38,7 +38,7 @@ class ColumnSums:
     """Sums over the samples of a micro-batch, float64.
 
     [N] each: d, d2: of d = z - mean and of d^2; selected: number of the selected; score: of their scores; measure: of
-    log(score / tau) over them, with power 1 of |d| / S instead. force: of d^(q - 1) and its like (`_force`); None where
+    log(score / tau) over them, with power 1 and 2 of |d| / S instead. force: of d^(q - 1) and its like (`_force`); None where
     the loss is not projected.
     """
 
@@ -70,7 +70,9 @@ class ColumnSums:
         return torch.cat([self.d.new_full((1,), samples), self.force, force_d, self.d, self.d2])
 
 
-def _force(d: Tensor, inverse_s: Tensor, inverse_variance: Tensor, power: Power, factor: float = 1.0) -> Tensor:
+def _force(
+    d: Tensor, inverse_s: Tensor | float, inverse_variance: Tensor | float, power: Power, factor: float = 1.0
+) -> Tensor:
     """What pulls a selected activation to its mean, sign(u) |u|^(power - 1) / S; factor: of power 0 (see
     `Regulariser.factor`); d is nowhere 0. [M, N] -> [M, N]."""
     if power == 0:
@@ -81,14 +83,13 @@ def _force(d: Tensor, inverse_s: Tensor, inverse_variance: Tensor, power: Power,
 def _grouped_sums(
     z: Tensor,
     mean: Tensor,
-    inverse_s: Tensor,
     inverse_variance: Tensor,
     inverse_limit: Tensor,
     tau: Tensor,
     power: Power,
     is_projected: bool,
 ) -> Tensor:
-    """[M, N] -> [5 or 6, N] float64, the fields of ColumnSums; M a multiple of ROWS."""
+    """[M, N] -> [5 or 6, N] float64, as `scaled` takes it; M a multiple of ROWS."""
     z = z.view(-1, ROWS // FACTORS, FACTORS, z.shape[1])
     parts = [[], [], [], [], [], []]  # type: list[list[Tensor]]
     product = torch.ones_like(mean)
@@ -99,14 +100,13 @@ def _grouped_sums(
         selected = score >= tau
         for part, value in zip(parts, (d, d2, selected.float(), torch.where(selected, score, 0.0)), strict=False):
             part.append(value)
-        if power == 1:
-            parts[4].append(torch.where(selected, d.abs() * inverse_s, 0.0))
-        else:
+        if power == 0:
             product = product * torch.where(selected, d.abs() * inverse_limit, 1.0)
+        else:
+            parts[4].append(torch.where(selected, d.abs(), 0.0))
         if is_projected:
-            force = _force(torch.where(selected, d, 1.0), inverse_s, inverse_variance, power)
-            parts[5].append(torch.where(selected, force, 0.0))
-    if power != 1:
+            parts[5].append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
+    if power == 0:
         parts[4] = [2 * product.log()]
     return torch.stack([sum(part[1:], part[0]).sum(1).sum(0, dtype=torch.float64) for part in parts if part])
 
@@ -153,13 +153,22 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
     whole = z.shape[0] - z.shape[0] % ROWS
     sums = torch.zeros(5 + regulariser.is_projected, z.shape[1], dtype=torch.float64, device=z.device)
     s = statistics
-    arguments = (s.mean, s.inverse_s, s.inverse_variance, s.inverse_limit, s.tau)
+    arguments = (s.mean, s.inverse_variance, s.inverse_limit, s.tau)
     chosen = (regulariser.force_power, regulariser.is_projected)
     if whole:
         with _explained():
             sums += _compiled_sums(z[:whole], *arguments, *chosen)
     if whole < z.shape[0]:
         sums += _plain_sums(z[whole:], statistics, *chosen)
+    return scaled(sums, statistics, regulariser.force_power)
+
+
+def scaled(sums: Tensor, statistics: FrozenStatistics, power: Power) -> ColumnSums:
+    """[5 or 6, N] float64, in the order of the fields, where a force and, with power 1 and 2, `measure` still lack their
+    power of S."""
+    if power:
+        sums[4] *= statistics.inverse_s
+        sums[5] *= statistics.inverse_s if power == 1 else statistics.inverse_variance
     return ColumnSums(*sums)
 
 
@@ -265,12 +274,10 @@ def _plain_sums(z: Tensor, statistics: FrozenStatistics, power: Power, is_projec
     score = d * d * statistics.inverse_variance
     selected = score >= statistics.tau
     ratio = torch.where(selected, score / statistics.tau, 1.0)
-    measure = torch.where(selected, d.abs() * statistics.inverse_s, 0.0) if power == 1 else ratio.log()
+    measure = torch.where(selected, d.abs(), 0.0) if power else ratio.log()
     parts = [d, d * d, selected.float(), torch.where(selected, score, 0.0), measure]
     if is_projected:
-        safe = torch.where(selected, d, 1.0)
-        force = _force(safe, statistics.inverse_s, statistics.inverse_variance, power)
-        parts.append(torch.where(selected, force, 0.0))
+        parts.append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
     return torch.stack([part.sum(0, dtype=torch.float64) for part in parts])
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from l2e_ds.errors import CompileError
-from l2e_ds.inhibition.fused import FACTORS, ColumnSums
+from l2e_ds.inhibition.fused import FACTORS, ColumnSums, scaled
 from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser
 
 # A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
@@ -74,7 +74,6 @@ def _forward_kernel(
     z_ptr,
     partial_ptr,
     mean_ptr,
-    inverse_s_ptr,
     inverse_variance_ptr,
     inverse_limit_ptr,
     tau_ptr,
@@ -87,11 +86,10 @@ def _forward_kernel(
     STRETCH: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    """x -> z and, for each stretch, sums [5 or 6, N] in `partial`: of the fields of ColumnSums."""
+    """x -> z and, for each stretch, sums [5 or 6, N] in `partial`: of `fused.scaled`."""
     stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
-    inverse_s = tl.load(inverse_s_ptr + columns, mask=in_row, other=0.0)
     inverse_variance = tl.load(inverse_variance_ptr + columns, mask=in_row, other=0.0)
     inverse_limit = tl.load(inverse_limit_ptr + columns, mask=in_row, other=0.0)
     tau = tl.load(tau_ptr)
@@ -119,14 +117,14 @@ def _forward_kernel(
             sum_d2 += d2
             count += tl.where(selected, 1.0, 0.0)
             sum_score += tl.where(selected, score, 0.0)
-            if POWER == 1:
-                measure += tl.where(selected, tl.abs(d) * inverse_s[None, :], 0.0)
-            else:
+            if POWER == 0:
                 product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
-            if PROJECTED:
-                force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], 1.0, POWER)
+            if POWER == 1:
+                measure += tl.where(selected, tl.abs(d), 0.0)
+            if PROJECTED:  # without its power of S, which is the same for all tokens
+                force = _force(tl.where(selected, d, 1.0), 1.0, 1.0, 1.0, POWER)
                 sum_force += tl.where(selected, force, 0.0)
-        if POWER != 1:
+        if POWER == 0:
             measure += 2.0 * tl.log(product)
     at = stretch * (6 if PROJECTED else 5) * N + columns
     tl.store(partial_ptr + at, tl.sum(sum_d, 0), mask=in_row)
@@ -201,7 +199,7 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
     s = statistics
     with _explained(), torch.cuda.device_of(x):
         _forward_kernel[(stretches * triton.cdiv(neurons, COLUMNS),)](
-            *(x, z, partial, s.mean, s.inverse_s, s.inverse_variance, s.inverse_limit, s.tau),
+            *(x, z, partial, s.mean, s.inverse_variance, s.inverse_limit, s.tau),
             *(samples, neurons),
             POWER=regulariser.force_power,
             PROJECTED=regulariser.is_projected,
@@ -211,7 +209,7 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
             FACTORS=FACTORS,
             **OPTIONS,
         )
-    return z, ColumnSums(*partial.sum(0, dtype=torch.float64))
+    return z, scaled(partial.sum(0, dtype=torch.float64), statistics, regulariser.force_power)
 
 
 def backward(
