@@ -49,9 +49,9 @@ class Coefficients:
             self.squares
         )  # of the newest applied step, over all ranks once `_wait` was called
         self._arrive: Callable[[], None] | None = None
-        self._newest_values = torch.zeros(len(neurons), device=device)
-        self.values = torch.zeros(len(neurons), device=device)
-        """lambda of the coming step, [L] float32."""
+        self._newest_values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
+        """lambda of the coming step, [L] float64."""
         self.is_measuring = self.is_inhibiting = False
         self.decide(0)
 
@@ -72,7 +72,7 @@ class Coefficients:
             return
         lm, inhibition = self._averages.unbind(1)
         ratio = torch.where(inhibition > 0, lm / torch.where(inhibition > 0, inhibition, 1.0), 0.0).sqrt()
-        self.values = (self._strength * share * self._expected * ratio).float()
+        self.values = self._strength * share * self._expected * ratio
 
     def advance(self, finite: Tensor) -> Tensor:
         """After an applied step: take in what the step before it measured, and send off what this one did.
@@ -82,10 +82,10 @@ class Coefficients:
         """
         self._wait()
         lm, inhibition = self._newest.unbind(1)
-        reached = self._newest_values.double() / self._expected * (inhibition / torch.where(lm > 0, lm, 1.0)).sqrt()
+        reached = self._newest_values / self._expected * (inhibition / torch.where(lm > 0, lm, 1.0)).sqrt()
         moved = self._averages * FADE + self._newest
         self._averages = torch.where(finite & moved.isfinite().all(), moved, self._averages)
-        statistics = torch.stack([self.values.double(), reached], dim=1)
+        statistics = torch.stack([self.values, reached], dim=1)
         self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
         self.squares.zero_()
         # measuring or not is the same on every rank; so is the order of the collectives
@@ -105,10 +105,10 @@ class Coefficients:
     def state_dict(self) -> dict[str, Tensor]:
         """[L, 2], [L, 2] and [L], on the device."""
         self._wait()
-        return {"averages": self._averages, "newest": self._newest, "newest_coefficient": self._newest_values.double()}
+        return {"averages": self._averages, "newest": self._newest, "newest_coefficient": self._newest_values}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """`decide` follows."""
         self._arrive = None
         self._averages, self._newest = state["averages"], state["newest"]
-        self._newest_values = state["newest_coefficient"].float()
+        self._newest_values = state["newest_coefficient"]

@@ -37,9 +37,9 @@ FACTORS = 4
 class ColumnSums:
     """Sums over the samples of a micro-batch, float64.
 
-    [N] each: d, d2: of d = z - mean and of d^2; selected: number of the selected; score: of their scores; measure: of
-    log(score / tau) over them, with power 1 and 2 of |d| / S instead. force: of d^(q - 1) and its like (`_force`); None where
-    the loss is not projected.
+    [N] each. d, d2: of d = z - mean and of d^2; selected: number of the selected; score: of their scores; measure: of
+    log(score / tau) over them, with power 1 and 2 of |d| / S instead. force: of what pulls them to their mean
+    (`losses.force`); None where the loss is not projected.
     """
 
     d: Tensor
@@ -164,7 +164,7 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
 
 
 def scaled(sums: Tensor, statistics: FrozenStatistics, power: Power) -> ColumnSums:
-    """[5 or 6, N] float64, in the order of the fields, where a force and, with power 1 and 2, `measure` still lack their
+    """[5 or 6, N] float64, in the order of the fields; the force and, with power 1 and 2, `measure` still lack their
     power of S."""
     if power:
         sums[4] *= statistics.inverse_s

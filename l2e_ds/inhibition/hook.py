@@ -363,7 +363,7 @@ class NeuronHook:
 
     def strength(self, z: Tensor) -> Tensor:
         """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N; z: [M, N]."""
-        scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index]
+        scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
         return scale / (self.settings.target_share * self._tokens(z) * self.site.neurons)
 
     # --- once a step ---------------------------------------------------------------------------------------------
