@@ -13,7 +13,7 @@ from tests.unit.report.making import paired_study, write_run, write_study
 KINDS = {
     "lost": "loss that is not finite",
     "worse": "loss worse than the paired baseline's",
-    "shrunk": "a layer that only shrinks",
+    "shrunk": "a layer that shrinks",
     "share": "observed share off its target",
     "skipped": "steps skipped for non-finite gradients",
     "dead": "neurons that die",
@@ -41,7 +41,7 @@ def test_nothing_to_warn_of(tmp_path):
 @pytest.mark.parametrize(
     "kind, keys, words",
     [
-        ("shrunk", {"shrink": 0.49}, "l2e: layer 2 shrank to 49% of its first mean S (0.3 to 0.147)"),
+        ("shrunk", {"shrink": 0.49}, "l2e: layer 2 shrank to 49% of its mean S at step 0 (0.3 to 0.147 at step 100)"),
         ("share", {"share": 0.0223}, "l2e: layer 2 had 2.23% selected, target 2.00% (last tenth of 100 steps)"),
         ("share", {"share": 0.0177}, "l2e: layer 2 had 1.77% selected, target 2.00% (last tenth of 100 steps)"),
         ("skipped", {"skipped": 2}, "l2e: 2 of 100 steps were skipped (2.0%)"),
