@@ -11,9 +11,11 @@ from l2e_ds.errors import TrainingError
 from l2e_ds.evaluation.export import checkpoint_weights
 from l2e_ds.supervise import FINAL
 from l2e_ds.training.metrics_lines import read_metrics
-from tests.distributed.training_case import TrainingCase
+from tests.distributed.training_case import Interruption, TrainingCase
 
 STEPS, EVERY = 24, 4
+# before it begins to speak and afterwards
+INTERRUPTIONS = [Interruption(1, "SIGUSR1", "step", 6), Interruption(0, "SIGTERM", "step", 22)]
 SHRINKING = {"loss": "published", "coefficient": 1.0, "start": 4, "statistics_window": 5}
 
 
@@ -25,8 +27,7 @@ def case(inhibition: dict, **fields) -> TrainingCase:
 
 CASES = {
     "straight": case(SHRINKING),
-    "resumed-before": case(SHRINKING, stop_after=6),
-    "resumed-after": case(SHRINKING, stop_after=22),
+    "interrupted": case(SHRINKING, interruptions=INTERRUPTIONS),
     "off": case(SHRINKING | {"guard": "off"}),
     "stopped": case(SHRINKING | {"guard": "stop"}, fails_with="TrainingError"),
     "stopped-again": case(SHRINKING | {"guard": "stop"}, in_directory_of="stopped", fails_with="TrainingError"),
@@ -66,7 +67,7 @@ def test_a_layer_that_shrinks_is_said_once(runs, metric_lines):
         assert line["advice"].startswith("lower inhibition.coefficient (1), ")
 
 
-@pytest.mark.parametrize("name", ["resumed-before", "resumed-after", "gone-on"])
+@pytest.mark.parametrize("name", ["interrupted", "gone-on"])
 def test_resumed_it_says_the_same(runs, metric_lines, name):
     """Stopped before or after it has spoken, by the guard itself, too."""
     for kind in ("guard", "evaluation"):
