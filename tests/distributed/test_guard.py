@@ -29,6 +29,7 @@ CASES = {
     "straight": case(SHRINKING),
     "interrupted": case(SHRINKING, interruptions=INTERRUPTIONS),
     "off": case(SHRINKING | {"guard": "off"}),
+    "begun without": case(SHRINKING, stop_after=6, before_stopping={"inhibition": SHRINKING | {"guard": "off"}}),
     "stopped": case(SHRINKING | {"guard": "stop"}, fails_with="TrainingError"),
     "stopped-again": case(SHRINKING | {"guard": "stop"}, in_directory_of="stopped", fails_with="TrainingError"),
     "projected": case({"coefficient": None, "strength": 0.05, "start": 4}),
@@ -72,6 +73,13 @@ def test_resumed_it_says_the_same(runs, metric_lines, name):
     """Stopped before or after it has spoken, by the guard itself, too."""
     for kind in ("guard", "evaluation"):
         assert metric_lines(runs / name, kind) == metric_lines(runs / "straight", kind)
+
+
+def test_a_checkpoint_that_knows_of_no_guard_is_gone_on_with(runs, metric_lines):
+    """The first evaluation after resuming is the reference."""
+    lines = guard_lines(runs / "begun without")
+    assert lines and {line["reference_step"] for line in lines} == {8}
+    assert [line["step"] for line in metric_lines(runs / "begun without")] == list(range(1, STEPS + 1))
 
 
 def test_it_changes_nothing_but_what_is_said(runs, metric_lines):

@@ -6,6 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
+from l2e_ds.errors import DataError
 from l2e_ds.report import runs
 from l2e_ds.report.warnings import all_warnings
 from tests.unit.report.making import paired_study, write_run, write_study
@@ -66,6 +67,38 @@ def test_of_one_run_just_not(tmp_path, keys):
 def test_each_layer_is_named(tmp_path):
     layers = [text.partition(" shrank")[0] for text in texts("shrunk", write_run(tmp_path / "l2e", shrink=0.1))]
     assert layers == ["l2e: layer 2", "l2e: layer 3"]
+
+
+def test_what_the_guard_said(tmp_path):
+    """In its words, and nothing beside them of a layer that it has compared with others."""
+    path = write_run(tmp_path / "l2e", shrink=0.1) / "metrics.jsonl"
+    start, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    said = [
+        {
+            "kind": "guard",
+            "step": 100,
+            f"layer3/{name}": ratio,
+            "reference_step": 0,
+            "text": f"{name}!",
+            "advice": "rest",
+        }
+        for name, ratio in (("shrank", 0.1), ("grew", 3.0), ("rose", 1.2))
+    ]
+
+    def write(*more: dict) -> None:
+        path.write_text("".join(json.dumps(line) + "\n" for line in (start | {"guard": "warn"}, *lines, *more)))
+
+    write()
+    assert warnings_of(tmp_path / "l2e") == []
+    write(*said)
+    assert warnings_of(tmp_path / "l2e") == [
+        ("a layer that shrinks", "l2e: shrank!; rest", "docs/faq.md"),
+        ("a layer that grows", "l2e: grew!; rest", "docs/faq.md"),
+        ("a layer that becomes more monosemantic for inhibition", "l2e: rose!; rest", "docs/faq.md"),
+    ]
+    write(said[0] | {"text": 3})
+    with pytest.raises(DataError, match=r"metrics.jsonl:\d+: text: got 3, must be text"):
+        warnings_of(tmp_path / "l2e")
 
 
 def test_when_the_last_line_was_written(tmp_path):
