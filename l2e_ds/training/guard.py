@@ -67,17 +67,22 @@ def judged(
     has_begun: whether a step before this evaluation was inhibited. The reference is the newest evaluation at which it
     was not, or else, where that is not known, the first one.
     """
-    own = {layer: {name: values[layer_key(layer, name)] for name in _USED} for layer in inhibited}
-    others = {name: _mean([values[comparison_key(layer, name)] for layer in comparison]) for name in _USED}
-    now = {"comparison": others if comparison else None, **{str(layer): figures for layer, figures in own.items()}}
+    now = {str(layer): {name: values[layer_key(layer, name)] for name in _USED} for layer in inhibited}
+    if comparison:
+        now["comparison"] = {
+            name: sum(values[comparison_key(layer, name)] for layer in comparison) / len(comparison) for name in _USED
+        }
     reference = memory.get("reference", {})
-    if not has_begun or reference.keys() != now.keys() or (reference["comparison"] is None) != (not comparison):
+    if not has_begun or reference.keys() != now.keys():
         return {"step": step, "reference": now, "in_a_row": {}, "found": {}}, []
-    common = {name: _ratio(others[name], reference["comparison"][name]) for name in _USED} if comparison else {}
+    ratios_of = {
+        part: {name: _ratio(figures[name], reference[part][name]) for name in _USED} for part, figures in now.items()
+    }
+    common = ratios_of.get("comparison", {})
     in_a_row: dict[str, int] = {}
     findings = []
     for layer in map(str, inhibited):
-        ratios = {name: _ratio(now[layer][name], reference[layer][name]) for name in _USED}
+        ratios = ratios_of[layer]
         scale, usual_scale = ratios["mean_s"], common.get("mean_s", 1.0)
         holds = {
             "shrank": scale < SHRUNK * min(1.0, usual_scale),
@@ -103,7 +108,7 @@ def judged(
 _WORDS = {
     "shrank": "shrank to {ratio} of its mean S",
     "grew": "grew to {ratio} of its mean S",
-    "rose": "rose to {ratio} of its MS of the top share",
+    "rose": "became more monosemantic: the MS of its top share went to {ratio} of that",
 }
 
 
@@ -151,10 +156,6 @@ def advice(section: InhibitionConfig) -> str:
 def _named(layers: Sequence[int]) -> str:
     *first, last = map(str, layers)
     return f"layers {', '.join(first)} and {last}" if first else f"layer {last}"
-
-
-def _mean(numbers: Sequence[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else 1.0
 
 
 def _ratio(number: float, of: float) -> float:

@@ -239,8 +239,8 @@ class Trainer:
         if self.is_guarded and self.config.inhibition.guard == "stop" and found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise TrainingError(
-                f"inhibition.guard: {found[0]}{more}; {guard.advice(self.config.inhibition)};"
-                f" {self._save_before_stopping()}, and inhibition.guard=warn goes on from there"
+                f"inhibition.guard: {found[0]}{more}; {self._save_before_stopping()} (inhibition.guard=warn goes on"
+                f" from there); {guard.advice(self.config.inhibition)}"
             )
 
     def _save_before_stopping(self) -> str:
@@ -358,8 +358,10 @@ class Trainer:
         steps, settings = self.inhibitor.steps, self.inhibitor.settings
         if settings.end is not None and steps > settings.end:
             return
-        layers = ([site.layer for site in sites] for sites in (self.sites, self.comparison))
-        found = guard.judged(self.state.guard, self.state.step, values, *layers, has_begun=steps > settings.start)
+        inhibited, comparison = ([site.layer for site in sites] for sites in (self.sites, self.comparison))
+        found = guard.judged(
+            self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
+        )
         # a GPU's sums differ from rank to rank in their last digits
         self.state.guard, findings = distributed.main_decides(found)
         advice = guard.advice(self.config.inhibition)

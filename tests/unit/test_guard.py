@@ -127,6 +127,17 @@ def test_what_is_said():
     assert values == {"layer2/shrank": pytest.approx(0.4), "comparison": pytest.approx(0.95), "reference_step": 1000}
 
 
+def test_what_is_said_of_ms_without_comparison():
+    memory, high = {}, evaluation((1.0, 1.5)) | {"layer3/top_share_score": 14.0}
+    for step, line in enumerate([START, high, high, high]):
+        memory, findings = judged(memory, step, line, (2, 3), (), step > 0)
+    assert [finding.seen for finding in findings] == [
+        "layer 2 became more monosemantic: the MS of its top share went to 150% of that at step 0 (14 to 21 at step 3),"
+        " 3 evaluations in a row; there is no layer without inhibition to compare with"
+    ]
+    assert findings[0].values().keys() == {"layer2/rose", "reference_step", "text"}
+
+
 @pytest.mark.parametrize(
     "keys, words",
     [
