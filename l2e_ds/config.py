@@ -52,7 +52,7 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 DECIDES_NO_FIGURE = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
-    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout"),
+    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
 )
 
 DEFAULT_STRENGTH = 0.2  # of a regulariser
@@ -396,6 +396,9 @@ class InhibitionConfig(Section):
     fused: bool | Literal["auto"] = "auto"
     """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
     `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
+    guard: Literal["warn", "stop", "off"] = "warn"
+    """After a held-out evaluation that finds a layer shrunk, grown or more monosemantic for inhibition: say so, or also
+    save and end the run with exit code 3. Compares with as many layers that are not inhibited, but with `off`."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:

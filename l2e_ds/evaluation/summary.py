@@ -7,10 +7,8 @@ from pathlib import Path
 
 from l2e_ds.errors import DataError
 from l2e_ds.report.run_directory import check_folder, read_config
+from l2e_ds.training import guard
 from l2e_ds.training.metrics_lines import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines
-
-# The published loss also falls when a whole layer shrinks; below this share of its first mean S the table says so.
-SHRUNK = 0.5
 
 
 def summarise(run: Path) -> str:
@@ -48,9 +46,8 @@ def summarise(run: Path) -> str:
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
                 key = f"layer{layer}/{name}"
                 rows.append((f"layer {layer}: {label}", f"{_number(first.get(key))} -> {_number(final.get(key))}"))
-            scale, was = final.get(key), first.get(key)
-            if scale is not None and was and scale / was < SHRUNK:
-                rows.append(("", f"layer {layer} shrank to {scale / was:.0%} of its first scale (docs/method.md, 5.1)"))
+    starts, findings = of_kind(lines, "start"), of_kind(lines, "guard")
+    rows += [("warning", f"{seen} (docs/faq.md)") for _, seen, _ in guard.seen_in(starts, evaluations, findings)]
     rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
     rows.append(("metrics", str(run / FILE)))
     rows.append(("checkpoints", str(run / "checkpoints")))

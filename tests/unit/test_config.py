@@ -177,6 +177,7 @@ REFUSED |= {
     "sets and a limit": (sets(ONE, max_tokens=3), "data.max_tokens ", ["data.sets", "each set"]),
     "set without a name": (sets({"weight": 1, "source": "stdlib"}), "data.sets.0.name: ", ["required"]),
     "set without a source": (sets(ONE, {"name": "b", "weight": 1}), "data.sets.1.source: ", ["required"]),
+    "guard": (changed(inhibition={"guard": "halt"}), "inhibition.guard: ", ["'halt'", "'warn'", "'stop'", "'off'"]),
     "set without a path": (sets({**ONE, "source": "jsonl"}), "data.sets.0.path ", ["data.sets.0.source: jsonl"]),
     "set's path type": (sets({**ONE, "path": 3}), "data.sets.0.path: ", ["3", "string"]),
     "set's name": (sets({**ONE, "name": "a b"}), "data.sets.0.name: ", ["'a b'", "[A-Za-z0-9_-]"]),

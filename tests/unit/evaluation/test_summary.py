@@ -17,7 +17,7 @@ def summary(run, capsys):
 def test_first_and_last_figures(tmp_path, capsys):
     text = summary(write_run(tmp_path / "l2e", shrink=0.4), capsys)
     assert "8.0000 (step 0) -> 5.0000 (step 100)" in text
-    assert "layer 2 shrank to 40% of its first scale" in text
+    assert "layer 2 shrank to 40% of its mean S at step 0 (0.3 to 0.12 at step 100)" in text
 
 
 def test_speed_is_the_report_s(tmp_path, capsys):
