@@ -46,13 +46,13 @@ def test_every_step_of_the_script_in_a_small_network(tmp_path):
     check_what_is_left(run, said)
     held_out = [line["held_out_loss"] for line in lines(run, "evaluation")]
     assert held_out[-1] < held_out[0]
-    assert "launch/quickstart-none has another model.hidden_size, model.num_heads, data.max_tokens: not compared" in said
+    assert "launch/quickstart-none has another model.hidden_size, model.num_heads, data.max_tokens: not comp" in said
 
 
 @pytest.mark.full
 def test_it_learns_and_inhibits(tmp_path):
-    """Held-out loss falls; the share is on its target; the top share's MS falls once inhibition has begun, and ends below
-    the baseline's, with the layers' scale kept: without a warning, and beside the stored baseline."""
+    """Held-out loss falls; the share is on its target; the top share's MS falls once inhibition has begun, and ends
+    below the baseline's, while the layers keep their scale. Said beside the stored baseline, without a warning."""
     cache, run, none = f"data.cache={tmp_path / 'cache'}", tmp_path / "l2e", tmp_path / "none"
     said = run_script(f"training.run_directory={run}", cache)
     check_what_is_left(run, said)
