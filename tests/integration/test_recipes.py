@@ -54,6 +54,14 @@ def test_recipe_builds(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_method_is_changed_by_its_own_keys(path):
+    """As docs/recipes.md has it: nothing of the recipe has to be taken back."""
+    assert load_run_config(path, ["inhibition.method=memel"]).inhibition.strength is None
+    published = load_run_config(path, ["inhibition.loss=published", "inhibition.coefficient=1e-3"]).inhibition
+    assert (published.strength, published.coefficient) == (None, 1e-3)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_says_only_what_it_must(path):
     """Each key is known, and none is given as null."""
     for section, values in yaml.safe_load(path.read_text()).items():
