@@ -50,7 +50,7 @@ def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
     if base is not None and value > (error or 0.0):
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
         text += ", one pair of runs" if error is None else f" ± {error:.4f}, {of_pairs.pairs} pairs of runs"
-        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.2")
+        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.4")
 
 
 def _not_finite(run: Run) -> Iterator[Notice]:
