@@ -65,6 +65,15 @@ class Changes:
             key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
             note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
             found[key] = f"{self._texts[key]} ({note})"
+        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        for key in before:  # a share of the old run, and the step that it stood for
+            if before[key] == now.get(key):
+                found.pop(f"inhibition.{key}", None)
+        moved = [key for key in before if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts]
+        if moved and "training.steps" in self._texts:
+            kept = " ".join(f"inhibition.{key}={before[key]}" for key in moved)
+            note = f"inhibition's schedule moves with it; {kept} keeps it"
+            found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
         refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
         if refused:
             more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
@@ -92,6 +101,15 @@ def _rate(config: RunConfig, applied: int) -> float:
 
 def _schedule_steps(config: RunConfig) -> int:
     return config.optimizer.schedule_steps or config.training.steps
+
+
+def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
+    """The schedule's keys in steps; `end` where a decay leads to it."""
+    section, steps = config.inhibition, config.training.steps
+    if section.method == "none":
+        return {}
+    found = {key: section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end")}
+    return found | ({"end": steps} if found["decay"] and found["end"] is None else {})
 
 
 def _difference(old: Any, new: Any) -> str:

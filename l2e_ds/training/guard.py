@@ -19,7 +19,7 @@ SHRUNK, GROWN = 0.5, 2.0
 MARGIN = 1.1
 """By which a layer's MS rises more than that of the comparison layers. Layers of a plain run differ, too."""
 LONG = 3
-"""Evaluations in a row for which MS must be too high; without comparison layers all else must last as long, too: a
+"""Evaluations in a row for which MS must be too high; without comparison layers mean S must be off as long, too: a
 plain run of 14m was seen to shrink its last layers to 40 % by step 20."""
 _USED = ("mean_s", "top_share_score")
 
@@ -87,7 +87,8 @@ def judged(
         holds = {
             "shrank": scale < SHRUNK * min(1.0, usual_scale),
             "grew": scale > GROWN * max(1.0, usual_scale),
-            "rose": ratios["top_share_score"] > MARGIN * common.get("top_share_score", 1.0),
+            # MS rises while a network learns: alone it says nothing
+            "rose": bool(comparison) and ratios["top_share_score"] > MARGIN * common["top_share_score"],
         }
         for name in holds:
             place = f"{layer}/{name}"

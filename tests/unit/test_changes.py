@@ -135,6 +135,21 @@ def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
     assert "training.steps: 20 -> 10 (" in refusal(config(training__steps=10))
 
 
+def test_a_longer_run_must_not_move_its_inhibition_unsaid():
+    """Shares of the run, and a decay before its end, move with its length."""
+    schedule = {"inhibition__start": 0.3, "inhibition__decay": 2, "optimizer__schedule_steps": 20}
+    old, new = config(**schedule), config(training__steps=40, **schedule)
+    assert (
+        "training.steps: 20 -> 40 (inhibition's schedule moves with it; inhibition.start=6 inhibition.end=20"
+        " keeps it);" in refusal(new, old)
+    )
+    Changes(old, new.replace("training", allow_changes=["training.steps"]), STEP).refuse(CHECKPOINT)
+    kept = {"inhibition__start": 6, "inhibition__decay": 2, "inhibition__end": 20, "optimizer__schedule_steps": 20}
+    Changes(old, config(training__steps=40, **kept), STEP).refuse(CHECKPOINT)
+    in_steps = {"inhibition__start": 6, "optimizer__schedule_steps": 20}
+    Changes(config(**in_steps), config(training__steps=40, **in_steps), STEP).refuse(CHECKPOINT)
+
+
 def test_text_that_was_moved_is_looked_at_again(tmp_path):
     """Nothing is left where it was: the fingerprint of what is read now tells whether it is the same."""
     old, new = config(), config(data__path="moved")

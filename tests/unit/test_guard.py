@@ -98,13 +98,12 @@ def test_without_a_reference_the_first_evaluation_is_it(memory):
     assert found(half, quarter, began=0, memory=memory) == [(10, 2, "shrank"), (10, 3, "shrank")]
 
 
-def test_without_comparison_layers_all_must_last():
+def test_without_comparison_layers_the_scale_must_be_off_for_long():
+    """And MS, which rises by itself, is not judged."""
     small = evaluation((0.4, 1.2))
     dip = [small, small, START]
     assert found(START, *dip, comparison=()) == []
-    assert found(START, small, small, small, comparison=()) == [
-        (30, layer, name) for layer in (2, 3) for name in ("shrank", "rose")
-    ]
+    assert found(START, small, small, small, comparison=()) == [(30, layer, "shrank") for layer in (2, 3)]
 
 
 def test_layers_that_are_dead_or_not_finite_say_nothing():
@@ -127,15 +126,26 @@ def test_what_is_said():
     assert values == {"layer2/shrank": pytest.approx(0.4), "comparison": pytest.approx(0.95), "reference_step": 1000}
 
 
-def test_what_is_said_of_ms_without_comparison():
-    memory, high = {}, evaluation((1.0, 1.5)) | {"layer3/top_share_score": 14.0}
-    for step, line in enumerate([START, high, high, high]):
+def test_what_is_said_without_comparison():
+    memory, small = {}, evaluation((0.4, 1.0)) | {"layer3/mean_s": 0.3}
+    for step, line in enumerate([START, small, small, small]):
         memory, findings = judged(memory, step, line, (2, 3), (), step > 0)
     assert [finding.seen for finding in findings] == [
-        "layer 2 became more monosemantic: the MS of its top share went to 150% of that at step 0 (14 to 21 at step 3),"
-        " 3 evaluations in a row; there is no layer without inhibition to compare with"
+        "layer 2 shrank to 40% of its mean S at step 0 (0.3 to 0.12 at step 3), 3 evaluations in a row; there is no"
+        " layer without inhibition to compare with"
     ]
-    assert findings[0].values().keys() == {"layer2/rose", "reference_step", "text"}
+    assert findings[0].values().keys() == {"layer2/shrank", "reference_step", "text"}
+
+
+def test_what_is_said_of_ms():
+    memory, high = {}, evaluation((1.0, 1.5)) | {"layer3/top_share_score": 14.0}
+    for step, line in enumerate([START, high, high, high]):
+        memory, findings = judged(memory, step, line, (2, 3), (1, 4), step > 0)
+    assert [finding.seen for finding in findings] == [
+        "layer 2 became more monosemantic: the MS of its top share went to 150% of that at step 0 (14 to 21 at step 3),"
+        " layers 1 and 4 without inhibition to 100%, 3 evaluations in a row"
+    ]
+    assert findings[0].values().keys() == {"layer2/rose", "comparison", "reference_step", "text"}
 
 
 @pytest.mark.parametrize(
