@@ -62,9 +62,9 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight-{precision}"] = TrainingCase(zero(1, training=training), save_logits=True)
         found[f"resumed-{precision}"] = TrainingCase(zero(1, training=training), stop_after=4)
         found[f"nan-{precision}"] = TrainingCase(zero(2, training=training), non_finite_loss=(1, [3, 4]))
-    # stopped within the warm-up
-    found["straight-strength"] = TrainingCase(zero(3, inhibition=STRENGTH), save_logits=True)
-    found["resumed-strength"] = TrainingCase(zero(3, inhibition=STRENGTH), stop_after=4)
+    warming_up = {**STRENGTH, "start": 1, "warmup": 3, "decay": 0, "end": None}  # stopped when that is over
+    found["straight-strength"] = TrainingCase(zero(3, inhibition=warming_up), save_logits=True)
+    found["resumed-strength"] = TrainingCase(zero(3, inhibition=warming_up), stop_after=4)
     found["straight-stream"] = TrainingCase({"checkpoint": {"every": 3}}, stream="read while training")
     found["resumed-stream"] = TrainingCase(stream="read while training", stop_after=4)
     found["twin-of-stream"] = TrainingCase(stream="stored beforehand")
