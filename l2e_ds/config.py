@@ -48,7 +48,8 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 }
 
 # Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what: they decide its
-# times, and its figures to rounding only. What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
+# times, and its figures to rounding only (of the projected loss, whose projection is that of a micro-batch, to a little
+# more: docs/method.md, 5.2). What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
 DECIDES_NO_FIGURE = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
@@ -355,7 +356,13 @@ class TrainingConfig(Section):
         return seconds / 60
 
 
-Duration = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]  # steps, or a share of the run
+def _duration(value: float) -> float:
+    if value >= 0 if isinstance(value, int) else 0 < value < 1:
+        return value
+    raise PydanticCustomError("duration", "must be a whole number of steps, or a share of the run between 0 and 1")
+
+
+Duration = Annotated[int | float, AfterValidator(_duration)]
 
 
 class InhibitionConfig(Section):
@@ -558,9 +565,11 @@ class RunConfig(Section):
             return self
         start, warmup, decay, end = (section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end"))
         assert start is not None and warmup is not None and decay is not None
-        if end is not None and end > steps:
-            raise ValueError(f"inhibition.end: got {end}, allowed: up to training.steps, which is {steps}")
+        if end is not None and not 0 < end <= steps:
+            raise ValueError(f"inhibition.end: got step {end}, allowed: 1 to training.steps, which is {steps}")
         last, name = (steps, "training.steps") if end is None else (end, "inhibition.end")
+        if start == last:
+            raise ValueError(f"inhibition.start: got step {start}, allowed: below {name}, which is {last}")
         if start + warmup + decay > last:
             raise ValueError(
                 f"inhibition.start: got {start} steps, with a warmup of {warmup} and a decay of {decay} they are"

@@ -4,9 +4,10 @@ Either `coefficient`, the same for all, or relative (`strength`), for each layer
 
     lambda = strength * RMS(gradient of the LM loss) / RMS(gradient of the inhibition loss), both at the selected
 
-from sums over the selected activations of all tokens, averaged over some WINDOW steps. Backward makes these sums; they
-are reduced over the ranks while later computations go on, and count one step later. Both are multiplied by the
-schedule. Within a step lambda is constant, and it is the same on every rank.
+the ratio of each step from sums over the selected activations of all tokens, averaged (its logarithm) over some WINDOW
+steps. Backward makes the sums of a step, they are reduced over the ranks while the next step computes, and count from
+the step after that. Both are multiplied by the schedule. Within a step lambda is constant, and it is the same on every
+rank.
 
 Shapes: L hooked layers. Sums are float64 on the device; nothing here waits for it.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from l2e_ds.distributed import begin_all_reduce_sum
 from l2e_ds.inhibition.settings import Settings
 
-WINDOW = 20  # steps after which an old step's sums weigh 1/e
+WINDOW = 20  # steps after which an old step's ratio weighs 1/e
 FADE = math.exp(-1 / WINDOW)
 
 
@@ -44,10 +45,9 @@ class Coefficients:
         # the inhibition loss is divided by share * tokens * N
         self._expected = settings.target_share * torch.tensor(neurons, dtype=torch.float64, device=device)
         self.squares = torch.zeros(len(neurons), 2, dtype=torch.float64, device=device)
-        self._averages = torch.zeros_like(self.squares)
-        self._newest = torch.zeros_like(
-            self.squares
-        )  # of the newest applied step, over all ranks once `_wait` was called
+        self._averages = torch.zeros_like(self.squares)  # faded sums: of the logarithm of the ratio, and of steps
+        # squares of the newest applied step, over all ranks once `_wait` was called
+        self._newest = torch.zeros_like(self.squares)
         self._arrive: Callable[[], None] | None = None
         self._newest_values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
         self.values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
@@ -70,8 +70,8 @@ class Coefficients:
         if self._strength is None:
             self.values = torch.full_like(self.values, self._fixed * share)
             return
-        lm, inhibition = self._averages.unbind(1)
-        ratio = torch.where(inhibition > 0, lm / torch.where(inhibition > 0, inhibition, 1.0), 0.0).sqrt()
+        logarithm, weight = self._averages.unbind(1)
+        ratio = torch.where(weight > 0, (logarithm / torch.where(weight > 0, weight, 1.0)).exp(), 0.0)
         self.values = self._strength * share * self._expected * ratio
 
     def advance(self, finite: Tensor) -> Tensor:
@@ -82,9 +82,11 @@ class Coefficients:
         """
         self._wait()
         lm, inhibition = self._newest.unbind(1)
-        reached = self._newest_values / self._expected * (inhibition / torch.where(lm > 0, lm, 1.0)).sqrt()
-        moved = self._averages * FADE + self._newest
-        self._averages = torch.where(finite & moved.isfinite().all(), moved, self._averages)
+        measured = (lm > 0) & (inhibition > 0) & self._newest.isfinite().all(1)  # else a layer keeps its average
+        ratio = (torch.where(measured, lm, 1.0) / torch.where(measured, inhibition, 1.0)).sqrt()
+        reached = torch.where(measured, self._newest_values / self._expected / ratio, 0.0)
+        moved = self._averages * FADE + torch.stack([ratio.log(), torch.ones_like(ratio)], dim=1)
+        self._averages = torch.where((finite & measured)[:, None], moved, self._averages)
         statistics = torch.stack([self.values, reached], dim=1)
         self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
         self.squares.zero_()

@@ -11,9 +11,11 @@ Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -140,10 +142,28 @@ def _gelu_backward(x: Tensor, z: Tensor, incoming: Tensor, *arguments: Any) -> t
     return torch.ops.aten.gelu_backward(of_z, x), squares[0], squares[1]
 
 
-_compiled_sums = torch.compile(_grouped_sums, dynamic=False)
-_compiled_gradient = torch.compile(_add_gradient, dynamic=False)
-_compiled_gelu_backward = torch.compile(_gelu_backward, dynamic=False)
-_compiled_move = torch.compile(running_statistics.moved_statistics, dynamic=False)
+_COMPILED = {
+    function: torch.compile(function, dynamic=False)
+    for function in (_grouped_sums, _add_gradient, _gelu_backward, running_statistics.moved_statistics)
+}
+
+
+def _run(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    """The function, compiled. Raises CompileError.
+
+    Not on an x86 processor without vector instructions (or told so by ATEN_CPU_CAPABILITY=default): Inductor of
+    torch 2.13 writes C++ for it that does not compile.
+    """
+    if device.type == "cpu" and not _has_vectors():
+        return function(*arguments)
+    with _explained():
+        return _COMPILED[function](*arguments)
+
+
+@cache
+def _has_vectors() -> bool:
+    # on other architectures "DEFAULT" has them
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 # A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
@@ -156,8 +176,7 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
     arguments = (s.mean, s.inverse_variance, s.inverse_limit, s.tau)
     chosen = (regulariser.force_power, regulariser.is_projected)
     if whole:
-        with _explained():
-            sums += _compiled_sums(z[:whole], *arguments, *chosen)
+        sums += _run(_grouped_sums, z.device, z[:whole], *arguments, *chosen)
     if whole < z.shape[0]:
         sums += _plain_sums(z[whole:], statistics, *chosen)
     return scaled(sums, statistics, regulariser.force_power)
@@ -195,8 +214,8 @@ def add_gradient(
 ) -> tuple[Tensor, Tensor]:
     """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and the sums of squares over
     the selected of both, before strength, [2] float64. Raises CompileError."""
-    with _explained():
-        outgoing, *squares = _compiled_gradient(z, incoming, *_constants(statistics, regulariser, correction, strength))
+    constants = _constants(statistics, regulariser, correction, strength)
+    outgoing, *squares = _run(_add_gradient, z.device, z, incoming, *constants)
     return outgoing, _summed(squares)
 
 
@@ -210,9 +229,8 @@ def gelu_backward(
     strength: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `add_gradient`; the gradient is that of x, where z = GELU(x). Raises CompileError."""
-    with _explained():
-        constants = _constants(statistics, regulariser, correction, strength)
-        outgoing, *squares = _compiled_gelu_backward(x, z, incoming, *constants)
+    constants = _constants(statistics, regulariser, correction, strength)
+    outgoing, *squares = _run(_gelu_backward, x.device, x, z, incoming, *constants)
     return outgoing, _summed(squares)
 
 
@@ -264,8 +282,7 @@ def with_inhibition(
 
 def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
     """`running_statistics.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
-    with _explained():
-        return _compiled_move(*arguments)
+    return _run(running_statistics.moved_statistics, arguments[1].device, *arguments)
 
 
 def _plain_sums(z: Tensor, statistics: FrozenStatistics, power: Power, is_projected: bool) -> Tensor:

@@ -438,7 +438,7 @@ class Inhibitor:
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
         self._loss_gradient: Tensor | None = None
-        self._micro_batches = 0
+        self._micro_batches = self._backwards = 0  # attached, and in backward so far
         self._reduced: Callable[[], None] | None = None  # waits for the reduction that goes on
         self._token_mask: Tensor | None = None
         self._projection: Callable[[], list[Correction]] | None = None  # of the micro-batch that is in backward
@@ -517,10 +517,27 @@ class Inhibitor:
         if self._reduced is not None:
             raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
         self._micro_batches += 1
+        self._check_order()
         projection = self._begin_projection(weight) if self.is_projecting else None
         if is_last:
             self._reduced = begin_all_reduce_sum(self._packed, self.group)
         return losses.note_loss_gradient(loss, lambda gradient: self._begin_backward(gradient * weight, projection))
+
+    def _check_order(self) -> None:
+        """The next forward overwrites what hooks keep of a micro-batch. Raises ValueError where that is needed."""
+        for hook in self.hooks:
+            if self.is_projecting and hook.calls.forward != self._micro_batches:
+                raise ValueError(
+                    f"attach_loss: layer {hook.site.layer} saw {hook.calls.forward} forward passes for"
+                    f" {self._micro_batches} losses of this step; attach each loss directly after its forward pass"
+                )
+        if self._micro_batches > self._backwards + 1 and (
+            self.settings.reduce == "forward" or self._token_mask is not None
+        ):
+            raise ValueError(
+                "attach_loss: the loss before has not been through backward; with a token mask or reduce: forward each"
+                " micro-batch must go through backward before the next forward pass"
+            )
 
     def _begin_projection(self, weight: Tensor | float) -> Callable[[], list[Correction]]:
         """Add up over the ranks what the projection of this micro-batch needs, while its backward begins; the returned
@@ -559,6 +576,7 @@ class Inhibitor:
 
     def _begin_backward(self, gradient: Tensor, projection: Callable[[], list[Correction]] | None) -> None:
         self._loss_gradient, self._projection = gradient, projection
+        self._backwards += 1
         self.in_backward = True
         # the way that DDP and FSDP learn that a backward pass is over
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -601,7 +619,7 @@ class Inhibitor:
         else:
             self.coefficients.drop()
         self._packed.zero_()
-        self._micro_batches = 0
+        self._micro_batches = self._backwards = 0
         self.in_backward = False
         for hook in self.hooks:
             hook.calls = Calls()

@@ -96,9 +96,9 @@ class Settings:
                 f"Settings.decay: got {self.decay}, but where the run ends is not known; give Settings.end, or"
                 " Inhibitor(..., run_steps=...)"
             )
-        if run_steps is not None and self.end is not None and end is not None and end > run_steps:
-            raise ValueError(f"Settings.end: got {self.end}, which is after the run's {run_steps} steps")
-        if end is not None and start + warmup + decay > end:
+        if run_steps is not None and self.end is not None and end is not None and not 0 < end <= run_steps:
+            raise ValueError(f"Settings.end: got {self.end}, which is step {end} of the run's {run_steps}")
+        if end is not None and (start == end or start + warmup + decay > end):
             raise ValueError(
                 f"Settings.start, warmup and decay: got {start} + {warmup} + {decay} steps, allowed: up to {end}, where"
                 f" {'the run' if self.end is None else 'inhibition'} ends"

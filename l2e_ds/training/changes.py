@@ -51,7 +51,11 @@ class Changes:
 
     def lines(self) -> list[str]:
         """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
-        return [*self._texts.values(), *self._rates()]
+        section, key = self.new.inhibition, "training.micro_batch"
+        texts = dict(self._texts)
+        if key in texts and section.loss == "projected" and section.method != "none":
+            texts[key] += " (figures change a little with ranks x micro-batch: docs/method.md, 5.2)"
+        return [*texts.values(), *self._rates()]
 
     def refuse(self, checkpoint: Path) -> None:
         """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
@@ -81,6 +85,14 @@ class Changes:
                 f"{checkpoint}: was trained with other values: {', '.join(refused[:3])}{more}; give those again, give"
                 " another training.run_directory, or name the keys in training.allow_changes"
             )
+
+    def other_inhibition(self) -> bool:
+        """Whether inhibition is another one: more than its schedule in another way of writing."""
+        before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
+        return before != now or any(
+            key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
+        )
 
     def _has_moved(self, key: str) -> bool:
         """Whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's

@@ -109,7 +109,7 @@ def judged(
 _WORDS = {
     "shrank": "shrank to {ratio} of its mean S",
     "grew": "grew to {ratio} of its mean S",
-    "rose": "became more monosemantic: the MS of its top share went to {ratio} of that",
+    "rose": "is more monosemantic than without inhibition: the MS of its top share went to {ratio} of that",
 }
 
 

@@ -25,7 +25,6 @@ from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.models import build_network, matrix_parameters, neuron_sites
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.changes import MAY_CHANGE
 from l2e_ds.training.checkpoint import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
 from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.engine import (
@@ -158,11 +157,12 @@ class Trainer:
         self.changes: list[str] = []
         """Since the checkpoint, by the user."""
         if resume_from is not None:
-            self.changes = changes_since(resume_from, config).lines()
+            changes = changes_since(resume_from, config)
+            self.changes = changes.lines()
             self.metrics.say(f"resumed from {resume_from}")
             for change in self.changes:
                 self.metrics.say(f"changed since that checkpoint: {change}")
-            if any(line.startswith("inhibition.") and not line.startswith(MAY_CHANGE) for line in self.changes):
+            if changes.other_inhibition():
                 self.state.guard = {}  # what was found came of other settings
         assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
         self._peak_rate = config.optimizer.peak_learning_rate

@@ -138,6 +138,33 @@ def test_losses_that_cannot_be_attached():
     assert inhibitor._micro_batches == 0
 
 
+def test_forward_passes_and_losses_out_of_order():
+    """What a hook keeps of a micro-batch must not be the next one's."""
+    torch.manual_seed(0)
+    layer, x = Layer(), torch.randn(2, 64, 4)
+    for settings, mask, words in (
+        (Settings(), None, "layer 0 saw 2 forward passes for 1 losses of this step; attach each loss directly after"),
+        (Settings(), torch.ones(2, 64), "the loss before has not been through backward; with a token mask"),
+        (Settings(reduce="forward"), None, "the loss before has not been through backward; with a token mask"),
+    ):
+        with Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], settings) as inhibitor:
+            for _ in range(2):  # nothing is projected before there is history
+                inhibitor.attach_loss(layer(x).square().mean()).backward()
+                inhibitor.step()
+            inhibitor.set_token_mask(mask)
+            with pytest.raises(ValueError, match=re.escape(f"attach_loss: {words}")):
+                if words.startswith("layer"):
+                    losses = [layer(x).square().mean() for _ in range(2)]
+                    inhibitor.attach_loss(losses[0])
+                else:
+                    for _ in range(2):
+                        inhibitor.attach_loss(layer(x).square().mean())
+        with Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], Settings()) as inhibitor:
+            for _ in range(3):  # both losses in one backward pass
+                sum(inhibitor.attach_loss(layer(x).square().mean()) for _ in range(2)).backward()
+                inhibitor.step()
+
+
 def test_weight_of_a_part_of_a_loss():
     """A loss that is already its share of a larger batch's: the gradient is as of the mean, divided afterwards."""
     gradients = []

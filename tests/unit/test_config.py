@@ -82,8 +82,16 @@ REFUSED = {
     ),
     "negative strength": (changed(inhibition={"strength": -1.0}), "inhibition.strength: ", ["-1", "greater than or"]),
     "power": (changed(inhibition={"power": 3}), "inhibition.power: ", ["3", "0, 1 or 2"]),
-    "negative start": (changed(inhibition={"start": -1}), "inhibition.start: ", ["-1", "greater than"]),
-    "share of more than the run": (changed(inhibition={"warmup": 1.5}), "inhibition.warmup: ", ["1.5", "less than 1"]),
+    "negative start": (
+        changed(inhibition={"start": -1}),
+        "inhibition.start: ",
+        ["-1", "whole number of steps", "share"],
+    ),
+    "share of more than the run": (
+        changed(inhibition={"warmup": 1.5}),
+        "inhibition.warmup: ",
+        ["1.5", "share of the run"],
+    ),
     "schedule longer than the run": (
         changed(training={"steps": 10}, inhibition={"start": 5, "warmup": 4, "decay": 2}),
         "inhibition.start: ",
@@ -97,7 +105,13 @@ REFUSED = {
     "end after the run": (
         changed(training={"steps": 10}, inhibition={"end": 11}),
         "inhibition.end: ",
-        ["11", "up to training.steps, which is 10"],
+        ["11", "1 to training.steps, which is 10"],
+    ),
+    "end at the beginning": (changed(training={"steps": 10}, inhibition={"end": 0.05}), "inhibition.end: ", ["step 0"]),
+    "start at the end": (
+        changed(training={"steps": 10}, inhibition={"start": 10}),
+        "inhibition.start: ",
+        ["step 10", "below training.steps, which is 10"],
     ),
     "nan coefficient": (changed(inhibition={"coefficient": float("nan")}), "inhibition.coefficient: ", ["nan"]),
     "infinite": (changed(inhibition={"coefficient": float("inf")}), "inhibition.coefficient: ", ["inf"]),

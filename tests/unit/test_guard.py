@@ -142,8 +142,8 @@ def test_what_is_said_of_ms():
     for step, line in enumerate([START, high, high, high]):
         memory, findings = judged(memory, step, line, (2, 3), (1, 4), step > 0)
     assert [finding.seen for finding in findings] == [
-        "layer 2 became more monosemantic: the MS of its top share went to 150% of that at step 0 (14 to 21 at step 3),"
-        " layers 1 and 4 without inhibition to 100%, 3 evaluations in a row"
+        "layer 2 is more monosemantic than without inhibition: the MS of its top share went to 150% of that at step 0"
+        " (14 to 21 at step 3), layers 1 and 4 without inhibition to 100%, 3 evaluations in a row"
     ]
     assert findings[0].values().keys() == {"layer2/rose", "comparison", "reference_step", "text"}
 

@@ -48,7 +48,9 @@ def test_an_open_end_stays_open():
     [
         ({"start": 0.3}, None, "Settings.start: got 0.3, a share of the run, whose length is not known; give whole"),
         ({"decay": 5}, None, "Settings.decay: got 5, but where the run ends is not known; give Settings.end, or"),
-        ({"end": 11}, 10, "Settings.end: got 11, which is after the run's 10 steps"),
+        ({"end": 11}, 10, "Settings.end: got 11, which is step 11 of the run's 10"),
+        ({"end": 0.01}, 10, "Settings.end: got 0.01, which is step 0 of the run's 10"),
+        ({"start": 10}, 10, "got 10 + 0 + 0 steps, allowed: up to 10, where the run ends"),
         ({"start": 8, "warmup": 3}, 10, "got 8 + 3 + 0 steps, allowed: up to 10, where the run ends"),
         ({"start": 5, "decay": 2, "end": 6}, None, "got 5 + 0 + 2 steps, allowed: up to 6, where inhibition ends"),
     ],
@@ -121,20 +123,22 @@ def measured(network, micro_batches, inhibitor):
 @pytest.mark.parametrize("power", [0, 1, 2])
 @pytest.mark.parametrize(("fused", "recompute", "scale"), [(False, None, 1.0), (True, None, 512.0), (False, True, 8.0)])
 def test_lambda_is_relative_to_the_lm_gradient(power, fused, recompute, scale):
-    """lambda of each step and layer from its definition in float64: sums of the steps up to the last but one, of which
-    older ones fade; with accumulation, a loss scale, recomputation and a step that is skipped. Weights stay."""
+    """lambda of each step and layer from its definition in float64: ratios of the steps up to the last but one, older
+    ones of which fade; with accumulation, a loss scale, recomputation and a step that is skipped. Weights stay."""
     network = Network(recompute=recompute)
     reference = copy.deepcopy(network).double()
     reference.recompute = None
     inhibitor = Inhibitor(sites(network), settings("strength", fused=fused, power=power, warmup=8))
-    fade, averages, newest = math.exp(-1 / WINDOW), torch.zeros(2, 2).double(), torch.zeros(2, 2).double()
+    fade, newest = math.exp(-1 / WINDOW), torch.zeros(2, 2).double()
+    ratios: list[torch.Tensor] = []
     values_before = torch.zeros(2).double()
     with inhibitor:
         for step, seed in enumerate([0, 1, 2, 99, 3, 4, 5, 6]):
             skipped = seed == 99
             applied_before = step - (step > 3)
-            lm, inhibition = averages.unbind(1)
-            ratio = torch.where(inhibition > 0, lm / inhibition.clamp(min=1e-30), 0.0).sqrt()
+            weights = [fade ** (len(ratios) - 1 - age) for age in range(len(ratios))]
+            logarithm = sum(w * ratio.log() for w, ratio in zip(weights, ratios, strict=True))
+            ratio = (logarithm / sum(weights)).exp() if ratios else torch.zeros(2).double()
             expected = 0.5 * (applied_before + 1) / 8 * 0.05 * NEURONS * ratio
             # float32 gradients of sums of a hundred terms, squared
             torch.testing.assert_close(inhibitor.coefficients.values.double(), expected, rtol=1e-4, atol=0)
@@ -147,7 +151,9 @@ def test_lambda_is_relative_to_the_lm_gradient(power, fused, recompute, scale):
                 lm, inhibition = newest.unbind(1)
                 reached = values_before / (0.05 * NEURONS) * (inhibition / lm.clamp(min=1e-30)).sqrt()
                 torch.testing.assert_close(inhibitor.last[:, 6], reached, rtol=1e-4, atol=0)
-                averages, newest, values_before = averages * fade + newest, found, expected
+                if newest.count_nonzero():
+                    ratios.append((lm / inhibition).sqrt())
+                newest, values_before = found, expected
     assert bool((expected > 0).all()) and bool((reached > 0.1).all())
 
 
