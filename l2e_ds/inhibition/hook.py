@@ -554,7 +554,6 @@ class Inhibitor:
 
         return corrections
 
-    @torch.compiler.disable
     def projection_here(self, index: int) -> Correction:
         """Of the layer with this index among the hooked ones, in the micro-batch that is in backward."""
         if not self.in_backward or self._projection is None:

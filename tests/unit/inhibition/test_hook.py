@@ -638,6 +638,7 @@ def test_a_later_micro_batch_sees_frozen_statistics():
     [
         ("published", "activation"),
         ("scale-invariant", "activation"),
+        ("strength", "activation"),
         ("memel", "activation"),
         ("published", "projection"),
     ],
