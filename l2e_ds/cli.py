@@ -75,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     summary = verbs.add_parser("summary", help="print a run's first and last figures")
     summary.add_argument("run", type=Path, metavar="RUN")
+    summary.add_argument("--baseline", type=Path, metavar="RUN", help="a run without inhibition, to be told beside")
     summary.set_defaults(action=_summary)
 
     from l2e_ds.data import commands
@@ -247,7 +248,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _summary(arguments: argparse.Namespace) -> int:
     from l2e_ds.evaluation.summary import summarise
 
-    print(summarise(arguments.run))
+    print(summarise(arguments.run, arguments.baseline))
     return 0
 
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -47,12 +48,15 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 }
 
 # Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what: they decide its
-# times, and its figures to rounding only. What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
+# times, and its figures to rounding only (of the projected loss, whose projection is that of a micro-batch, to a little
+# more: docs/method.md, 5.2). What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
 DECIDES_NO_FIGURE = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
-    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout"),
+    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
 )
+
+DEFAULT_STRENGTH = 0.2  # of a regulariser
 
 SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
 
@@ -352,6 +356,15 @@ class TrainingConfig(Section):
         return seconds / 60
 
 
+def _duration(value: float) -> float:
+    if value >= 0 if isinstance(value, int) else 0 < value < 1:
+        return value
+    raise PydanticCustomError("duration", "must be a whole number of steps, or a share of the run between 0 and 1")
+
+
+Duration = Annotated[int | float, AfterValidator(_duration)]
+
+
 class InhibitionConfig(Section):
     """The method (METHOD, sections 3 to 7)."""
 
@@ -361,16 +374,28 @@ class InhibitionConfig(Section):
     """Overrides how the method selects activations (ablation)."""
     mechanism: Mechanism | None = None
     """Overrides what the method does with selected activations (ablation)."""
-    loss: Literal["published", "scale-invariant"] = "published"
-    """The regulariser: eq. 5, or the variant that a layer cannot lower by shrinking (METHOD, 5.1)."""
+    loss: Literal["published", "scale-invariant", "projected"] = "projected"
+    """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5
+    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (METHOD, 5)."""
+    power: Literal[0, 1, 2] = 1
+    """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"
     """Where neurons are inhibited (with `none`: observed at evaluation)."""
     target_share: float = Field(0.02, gt=0, lt=1)
     """Share of (token, neuron) pairs to select."""
-    coefficient: float = Field(1e-3, ge=0)
-    """lambda, the weight of the inhibition loss."""
-    coefficient_warmup: int = Field(0, ge=0)
-    """Steps over which the coefficient rises linearly from 0."""
+    strength: float | None = Field(None, ge=0)
+    """Size of the inhibition loss's gradient relative to the language model's, at the selected activations of each
+    layer. Default: 0.2 where a regulariser has no `coefficient`."""
+    coefficient: float | None = Field(None, ge=0)
+    """lambda, the weight of the inhibition loss, instead of `strength`."""
+    start: Duration = 0
+    """Step at which inhibition begins: a whole number, or a share of `training.steps` such as 0.3."""
+    warmup: Duration = Field(0, validation_alias=AliasChoices("warmup", "coefficient_warmup"))
+    """Steps (or share of the run) over which it rises linearly from 0, after `start`."""
+    decay: Duration = 0
+    """Steps (or share of the run) over which it falls linearly to 0, before `end`."""
+    end: Duration | None = None
+    """Step (or share of the run) from which nothing is inhibited any more. Default: the end of the run."""
     statistics_window: int | Literal["cumulative"] = 50
     """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
     reduce: Literal["step", "forward"] = "step"
@@ -378,6 +403,9 @@ class InhibitionConfig(Section):
     fused: bool | Literal["auto"] = "auto"
     """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
     `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
+    guard: Literal["warn", "stop", "off"] = "warn"
+    """After a held-out evaluation that finds a layer shrunk, grown or more monosemantic for inhibition: say so, or also
+    save and end the run with exit code 3. Compares with as many layers that are not inhibited, but with `off`."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
@@ -385,7 +413,24 @@ class InhibitionConfig(Section):
             for key in ("retrieval", "mechanism"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
-        elif self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
+            self._weigh(None, None)
+        elif self.parts[1] != "regulariser":
+            if self.strength is not None:
+                raise ValueError(
+                    f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
+                    " give null"
+                )
+            self._weigh(None, None)
+        elif self.strength is not None and self.coefficient is not None:
+            raise ValueError(
+                f"inhibition.strength: got {self.strength:g} and inhibition.coefficient {self.coefficient:g}, allowed:"
+                " one of the two"
+            )
+        elif self.strength is None and self.coefficient is None:
+            if "strength" in self.model_fields_set:
+                raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
+            self._weigh(DEFAULT_STRENGTH, None)
+        if self.method != "none" and self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
             raise ValueError(
                 "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
                 " here: auto, false"
@@ -400,6 +445,15 @@ class InhibitionConfig(Section):
             if len(set(self.layers)) != len(self.layers):
                 raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
         return self
+
+    def _weigh(self, strength: float | None, coefficient: float | None) -> None:
+        """Fill in what follows from the other keys, so that equal runs have equal configurations."""
+        self.__dict__.update(strength=strength, coefficient=coefficient)  # past `frozen`
+
+    def in_steps(self, key: str, steps: int) -> int | None:
+        """Value of `start`, `warmup`, `decay` or `end` in a run of so many steps; None: not given."""
+        value: float | None = getattr(self, key)
+        return int(value * steps + 1e-6) if isinstance(value, float) else value  # shares of a sum of 1 fit in
 
     @property
     def parts(self) -> tuple[Retrieval, Mechanism]:
@@ -501,6 +555,25 @@ class RunConfig(Section):
         if unknown is not None:
             raise ValueError(
                 f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inhibition_within_the_run(self) -> RunConfig:
+        section, steps = self.inhibition, self.training.steps
+        if section.method == "none":
+            return self
+        start, warmup, decay, end = (section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end"))
+        assert start is not None and warmup is not None and decay is not None
+        if end is not None and not 0 < end <= steps:
+            raise ValueError(f"inhibition.end: got step {end}, allowed: 1 to training.steps, which is {steps}")
+        last, name = (steps, "training.steps") if end is None else (end, "inhibition.end")
+        if start == last:
+            raise ValueError(f"inhibition.start: got step {start}, allowed: below {name}, which is {last}")
+        if start + warmup + decay > last:
+            raise ValueError(
+                f"inhibition.start: got {start} steps, with a warmup of {warmup} and a decay of {decay} they are"
+                f" {start + warmup + decay}, allowed: up to {name}, which is {last}"
             )
         return self
 

@@ -1,6 +1,6 @@
 """Inhibition in the Hugging Face Trainer, without a subclass of it:
 
-    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(target_share=0.02, coefficient=1e-3)])
+    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(strength=0.2, start=0.3, warmup=0.2)])
 
 While the Trainer trains, a forward hook on the model attaches the inhibition to the loss that the model returns. The
 Trainer has its causal language models divide that loss by the predicted tokens of the whole step (on all ranks, in all
@@ -28,6 +28,7 @@ from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models import neuron_sites
 
+_SCHEDULE = ("start", "warmup", "decay", "end")
 IGNORED = -100  # a label that is not predicted, in transformers
 
 
@@ -43,6 +44,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         self.layers, self.settings = layers, Settings(**settings)
         self.inhibitor: Inhibitor | None = None  # while the Trainer trains
         self._handles: list[Any] = []
+        self._run_steps: int | None = None
 
     # --- on and off ----------------------------------------------------------------------------------------------
 
@@ -54,7 +56,8 @@ class InhibitionCallback(TrainerCallback, ExportableState):
                 f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
                 " process a GPU: torchrun --nproc-per-node=gpu ..."
             )
-        self.inhibitor = Inhibitor(neuron_sites(model, self.layers), self.settings, args.device)
+        sites, self._run_steps = neuron_sites(model, self.layers), state.max_steps
+        self.inhibitor = Inhibitor(sites, self.settings, args.device, run_steps=state.max_steps)
         self._resume(state)
         self.inhibitor.attach()
         self._handles = [
@@ -118,13 +121,32 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into trainer_state.json: what makes such a callback, and `Inhibitor.state_dict`."""
         statistics = None if self.inhibitor is None else _encode(self.inhibitor.state_dict())
-        return {"args": {"layers": self.layers, **asdict(self.settings)}, "attributes": {}, "statistics": statistics}
+        arguments = {"layers": self.layers, **asdict(self.settings)}
+        return {"args": arguments, "attributes": {}, "statistics": statistics, "run_steps": self._run_steps}
+
+    def _compare(self, of_checkpoint: dict[str, Any], run_steps: int) -> None:
+        """Warn where the checkpoint was trained in another way. of_checkpoint: of `state`."""
+
+        def in_steps(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
+            return {key: int(v * steps) if key in _SCHEDULE and isinstance(v, float) and steps else v
+                    for key, v in settings.items()}  # fmt: skip
+
+        before = in_steps(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
+        now = in_steps({"layers": self.layers, **asdict(self.settings)}, run_steps)
+        different = [
+            f"{key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)
+        ]
+        if before and different:
+            logging.getLogger(__name__).warning(
+                f"{type(self).__name__}: differs from the checkpoint's (the schedule in steps): {', '.join(different)}"
+            )
 
     def _resume(self, state: Any) -> None:
         name = type(self).__name__
         of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer, saving, takes it to be there
         if state.global_step == 0:
             return
+        self._compare(of_checkpoint, state.max_steps)
         saved = of_checkpoint.get("statistics")
         if saved is None:
             logging.getLogger(__name__).warning(

@@ -111,6 +111,7 @@ class Work:
     fused: bool  # inhibition in one pass (inhibition/fused.py)
     chunk: int  # tokens whose logits exist together
     collectives: str  # "none", "step", "forward" or "forward-exact": when statistics cross ranks
+    projected: bool  # a regulariser with the projected loss
 
 
 def work_of(plan: Plan) -> Work:
@@ -173,6 +174,7 @@ def work_of(plan: Plan) -> Work:
         fused=section.fused is not False and section.reduce == "step" and section.parts == METHODS["l2e"],
         chunk=CHUNK["cuda"],
         collectives=collectives,
+        projected=section.loss == "projected" and section.parts[1] == "regulariser" and bool(hooked),
     )
 
 
@@ -295,8 +297,9 @@ def logits_bytes(work: Work, micro_batch: int) -> float:
 
 def inhibition_state_bytes(work: Work) -> float:
     """Moments (mean, m2), faded selections (float64) and frozen mean, variance and rate (float32) of a layer's N
-    neurons, and the packed sums (float64; NeuronHook.buffer_size)."""
-    return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8)
+    neurons, the packed sums (float64; NeuronHook.buffer_size) and a micro-batch's sums for the projection (float64)."""
+    projection = (1 + 4 * work.neurons) * 8
+    return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8 + projection)
 
 
 @dataclass(frozen=True)
@@ -385,7 +388,8 @@ def gradient_bytes(work: Work) -> int:
 
 def inhibition_payload(work: Work, accumulation: int) -> tuple[int, int]:
     """Bytes and number of inhibition's all-reduces in a step. One packed float64 buffer of 3 N + 3 a hooked layer; with
-    `reduce: forward` also 2 N + 1 in every forward of a hooked layer, and 3 N + 1 for the scale-invariant loss."""
+    `reduce: forward` also 2 N + 1 in every forward of a hooked layer, and 3 N + 1 for the scale-invariant loss. While
+    a regulariser inhibits, 2 a hooked layer in every step and, of the projected loss, 4 N + 1 in every micro-batch."""
     if work.collectives == "none":
         return 0, 0
     size, count = len(work.hooked) * NeuronHook.buffer_size(work.neurons) * 8, 1
@@ -394,6 +398,10 @@ def inhibition_payload(work: Work, accumulation: int) -> tuple[int, int]:
         size, count = size + passes * (2 * work.neurons + 1) * 8, count + passes
         if work.collectives == "forward-exact":
             size, count = size + passes * (3 * work.neurons + 1) * 8, count + passes
+    if not work.deactivation:
+        size, count = size + len(work.hooked) * 2 * 8, count + 1
+    if work.projected:
+        size, count = size + accumulation * len(work.hooked) * (4 * work.neurons + 1) * 8, count + accumulation
     return size, count
 
 

@@ -382,8 +382,10 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
             _freeze(plan, directory, data, is_new=trainer.state.step == 0)
             if record is not None:
                 write_whole(directory / micro_batch.FILE, record)
-        changes = {"changes": trainer.changes} if trainer.changes else {}
-        trainer.metrics.write("start", trainer.state.step, _circumstances(plan, launch, device, data) | changes)
+        about = _circumstances(plan, launch, device, data)
+        about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
+        about |= {"changes": trainer.changes} if trainer.changes else {}
+        trainer.metrics.write("start", trainer.state.step, about)
         trainer.train()
 
 

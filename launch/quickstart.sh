@@ -39,6 +39,6 @@ train "$@" training.steps=160
 l2e-ds export "$RUN" --output "$RUN/export"
 l2e-ds report "$RUN" --output "$RUN/report.html"
 echo
-l2e-ds summary "$RUN"
+l2e-ds summary "$RUN" --baseline launch/quickstart-none  # a stored run
 echo "report                     $RUN/report.html   (opens in a browser)"
 echo "exported model             $RUN/export   (transformers: AutoModelForCausalLM.from_pretrained)"

@@ -145,6 +145,18 @@ def _model_rows(of: Exported) -> list[tuple[str, str]]:
     return rows
 
 
+def _weight_rows(section: dict[str, Any]) -> list[tuple[str, str]]:
+    """Which loss, how strong, and when; `section` may be of a version that had no strength."""
+    if section.get("strength") is None and section.get("coefficient") is None:  # a deactivation
+        return []
+    loss = f"{section['loss']}, power {section['power']}" if section["loss"] == "projected" else section["loss"]
+    name = "coefficient" if section.get("strength") is None else "strength"
+    schedule = {key: section.get(key) for key in ("start", "warmup", "decay", "end")}
+    schedule["warmup"] = section.get("coefficient_warmup", schedule["warmup"])
+    when = ", ".join(f"{key} {value}" for key, value in schedule.items() if value)
+    return [("loss", loss), (name, f"{section[name]:g}" + (f" ({when}; steps, or shares of the run)" if when else ""))]
+
+
 def _inhibition_rows(of: Exported) -> list[tuple[str, str]]:
     section, line = of.config["inhibition"], of.newest("train")
     rows = [("method", METHODS[section["method"]])]
@@ -153,8 +165,7 @@ def _inhibition_rows(of: Exported) -> list[tuple[str, str]]:
     rows += [
         ("layers", ", ".join(map(str, of.state["identity"]["layers"])) + f" ({_escaped(section['layers'])})"),
         ("target share", f"{section['target_share']:.2%} of (token, neuron) pairs"),
-        ("coefficient", f"{section['coefficient']:g}, warm-up of {section['coefficient_warmup']} steps"),
-        ("loss", section["loss"]),
+        *_weight_rows(section),
         ("retrieval", _escaped(section["retrieval"] or "as the method has it")),
         ("mechanism", _escaped(section["mechanism"] or "as the method has it")),
         ("statistics", f"window of {section['statistics_window']} steps, reduced once a {section['reduce']}"),

@@ -11,9 +11,11 @@ Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from torch._inductor.exc import InductorError
 
 from l2e_ds.errors import CompileError
 from l2e_ds.inhibition import running_statistics
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR, Correction, FrozenStatistics, Power, Regulariser
 from l2e_ds.inhibition.moments import Moments
 
 # Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
@@ -37,117 +39,211 @@ FACTORS = 4
 class ColumnSums:
     """Sums over the samples of a micro-batch, float64.
 
-    d, d2, selected: [N], of d = z - mean, of d^2 and of the selected; score: [] of the selected scores; log_ratio: []
-    of log(score / tau) over the selected.
+    [N] each. d, d2: of d = z - mean and of d^2; selected: number of the selected; score: of their scores; measure: of
+    log(score / tau) over them, with power 1 and 2 of |d| / S instead. force: of what pulls them to their mean
+    (`losses.force`); None where the loss is not projected.
     """
 
     d: Tensor
     d2: Tensor
     selected: Tensor
     score: Tensor
-    log_ratio: Tensor
+    measure: Tensor
+    force: Tensor | None = None
 
-    def inhibition_loss(self, statistics: FrozenStatistics, scale_invariant: bool, samples: int) -> Tensor:
+    def inhibition_loss(self, statistics: FrozenStatistics, regulariser: Regulariser, samples: int) -> Tensor:
         """As `losses.inhibition_loss`, [] float64, from the sums alone."""
-        log_score = self.log_ratio + self.selected.sum() * statistics.tau.double().log()
+        count = self.selected.sum()
+        if regulariser.force_power:
+            return ((self.measure, self.score / 2)[regulariser.force_power - 1]).sum() - count / regulariser.power
+        log_score = self.measure.sum() + count * statistics.tau.double().log()
+        if regulariser.is_projected:
+            return log_score / 2
         variance = statistics.variance.double().clamp(min=VARIANCE_FLOOR)
-        if not scale_invariant:
+        if regulariser.loss == "published":
             return log_score + (self.selected * variance.log()).sum()
         relative = self.d2 * statistics.inverse_variance.double() - samples * statistics.alive.double()
         return log_score - (statistics.rate.double() * relative).sum()
 
+    def projection_sums(self, power: Power, samples: int) -> Tensor:
+        """As `losses.projection_sums`, [1 + 4 N] float64."""
+        assert self.force is not None
+        force_d = (self.selected, self.measure, self.score)[power]
+        return torch.cat([self.d.new_full((1,), samples), self.force, force_d, self.d, self.d2])
 
-def _grouped_sums(z: Tensor, mean: Tensor, inverse_variance: Tensor, inverse_limit: Tensor, tau: Tensor) -> Tensor:
-    """[M, N] -> [5, N] float64; M a multiple of ROWS."""
+
+def _force(
+    d: Tensor, inverse_s: Tensor | float, inverse_variance: Tensor | float, power: Power, factor: float = 1.0
+) -> Tensor:
+    """What pulls a selected activation to its mean, sign(u) |u|^(power - 1) / S; factor: of power 0 (see
+    `Regulariser.factor`); d is nowhere 0. [M, N] -> [M, N]."""
+    if power == 0:
+        return factor / d
+    return d.sign() * inverse_s if power == 1 else d * inverse_variance
+
+
+def _grouped_sums(
+    z: Tensor,
+    mean: Tensor,
+    inverse_variance: Tensor,
+    inverse_limit: Tensor,
+    tau: Tensor,
+    power: Power,
+    is_projected: bool,
+) -> Tensor:
+    """[M, N] -> [5 or 6, N] float64, as `scaled` takes it; M a multiple of ROWS."""
     z = z.view(-1, ROWS // FACTORS, FACTORS, z.shape[1])
-    parts = [[], [], [], [], []]  # type: list[list[Tensor]]
+    parts = [[], [], [], [], [], []]  # type: list[list[Tensor]]
     product = torch.ones_like(mean)
     for row in range(FACTORS):
         d = z[:, :, row].float() - mean
         d2 = d * d
         score = d2 * inverse_variance
         selected = score >= tau
-        product = product * torch.where(selected, d.abs() * inverse_limit, 1.0)
         for part, value in zip(parts, (d, d2, selected.float(), torch.where(selected, score, 0.0)), strict=False):
             part.append(value)
-    parts[4] = [2 * product.log()]
-    return torch.stack([sum(part[1:], part[0]).sum(1).sum(0, dtype=torch.float64) for part in parts])
+        if power == 0:
+            product = product * torch.where(selected, d.abs() * inverse_limit, 1.0)
+        else:
+            parts[4].append(torch.where(selected, d.abs(), 0.0))
+        if is_projected:
+            parts[5].append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
+    if power == 0:
+        parts[4] = [2 * product.log()]
+    return torch.stack([sum(part[1:], part[0]).sum(1).sum(0, dtype=torch.float64) for part in parts if part])
 
 
 def _add_gradient(
-    z: Tensor, incoming: Tensor, mean: Tensor, inverse_variance: Tensor, tau: Tensor, pull: Tensor, strength: Tensor
-) -> Tensor:
-    """incoming + strength * d inhibition_loss / dz; all [M, N]; pull: [N], rate / S^2 or 0."""
-    d = z.float() - mean
-    selected = d * d * inverse_variance >= tau
-    gradient = torch.where(selected, 2 / torch.where(selected, d, 1.0), 0.0) - pull * d
-    return incoming + (gradient * strength).to(incoming.dtype)
-
-
-def _gelu_backward(
-    x: Tensor,
     z: Tensor,
     incoming: Tensor,
     mean: Tensor,
+    inverse_s: Tensor,
     inverse_variance: Tensor,
     tau: Tensor,
+    shift: Tensor,
     pull: Tensor,
     strength: Tensor,
-) -> Tensor:
-    """The gradient of x from that of z = GELU(x), with the inhibition's; all [M, N]."""
-    of_z = _add_gradient(z, incoming, mean, inverse_variance, tau, pull, strength)
-    return torch.ops.aten.gelu_backward(of_z, x)
+    factor: float,
+    power: Power,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """incoming + strength * d inhibition_loss / dz, [M, N] each; and sums of squares over the selected, [M] float32:
+    of incoming and of the inhibition loss's gradient."""
+    d = z.float() - mean
+    selected = d * d * inverse_variance >= tau
+    force = _force(torch.where(selected, d, 1.0), inverse_s, inverse_variance, power, factor)
+    gradient = torch.where(selected, force, 0.0) - shift - pull * d
+    squares = [torch.where(selected, g * g, 0.0).sum(1) for g in (incoming.float(), gradient)]
+    return incoming + (gradient * strength).to(incoming.dtype), squares[0], squares[1]
 
 
-_compiled_sums = torch.compile(_grouped_sums, dynamic=False)
-_compiled_gradient = torch.compile(_add_gradient, dynamic=False)
-_compiled_gelu_backward = torch.compile(_gelu_backward, dynamic=False)
-_compiled_move = torch.compile(running_statistics.moved_statistics, dynamic=False)
+def _gelu_backward(x: Tensor, z: Tensor, incoming: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_add_gradient`; the gradient is that of x, where z = GELU(x)."""
+    of_z, *squares = _add_gradient(z, incoming, *arguments)
+    return torch.ops.aten.gelu_backward(of_z, x), squares[0], squares[1]
+
+
+_COMPILED = {
+    function: torch.compile(function, dynamic=False)
+    for function in (_grouped_sums, _add_gradient, _gelu_backward, running_statistics.moved_statistics)
+}
+
+
+def _run(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    """The function, compiled. Raises CompileError.
+
+    Not on an x86 processor without vector instructions (or told so by ATEN_CPU_CAPABILITY=default): Inductor of
+    torch 2.13 writes C++ for it that does not compile.
+    """
+    if device.type == "cpu" and not _has_vectors():
+        return function(*arguments)
+    with _explained():
+        return _COMPILED[function](*arguments)
+
+
+@cache
+def _has_vectors() -> bool:
+    # on other architectures "DEFAULT" has them
+    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 
 
 # A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
 @torch.no_grad()
-def column_sums(z: Tensor, statistics: FrozenStatistics) -> ColumnSums:
+def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
     """What forward needs of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
     whole = z.shape[0] - z.shape[0] % ROWS
-    sums = torch.zeros(5, z.shape[1], dtype=torch.float64, device=z.device)
-    constants = (statistics.mean, statistics.inverse_variance, statistics.inverse_limit, statistics.tau)
+    sums = torch.zeros(5 + regulariser.is_projected, z.shape[1], dtype=torch.float64, device=z.device)
+    s = statistics
+    arguments = (s.mean, s.inverse_variance, s.inverse_limit, s.tau)
+    chosen = (regulariser.force_power, regulariser.is_projected)
     if whole:
-        with _explained():
-            sums += _compiled_sums(z[:whole], *constants)
+        sums += _run(_grouped_sums, z.device, z[:whole], *arguments, *chosen)
     if whole < z.shape[0]:
-        sums += _plain_sums(z[whole:], *constants)
-    return ColumnSums(sums[0], sums[1], sums[2], sums[3].sum(), sums[4].sum())
+        sums += _plain_sums(z[whole:], statistics, *chosen)
+    return scaled(sums, statistics, regulariser.force_power)
 
 
-def exact_column_sums(z: Tensor, statistics: FrozenStatistics) -> ColumnSums:
+def scaled(sums: Tensor, statistics: FrozenStatistics, power: Power) -> ColumnSums:
+    """[5 or 6, N] float64, in the order of the fields; the force and, with power 1 and 2, `measure` still lack their
+    power of S."""
+    if power:
+        sums[4] *= statistics.inverse_s
+        sums[5] *= statistics.inverse_s if power == 1 else statistics.inverse_variance
+    return ColumnSums(*sums)
+
+
+def exact_column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
     """As `column_sums` without history, when nothing is selected and the mean may be far away.
 
     A second pass goes around the samples' own mean, as in `moments.exact_sums`.
     """
     samples = z.shape[0]
-    offset = (column_sums(z, statistics).d / samples).float().double()
-    around_mean = column_sums(z, replace(statistics, mean=(statistics.mean.double() + offset).float()))
+    offset = (column_sums(z, statistics, regulariser).d / samples).float().double()
+    shifted = replace(statistics, mean=(statistics.mean.double() + offset).float())
+    around_mean = column_sums(z, shifted, regulariser)
     d, d2 = around_mean.d, around_mean.d2
     return replace(around_mean, d=d + samples * offset, d2=d2 + 2 * offset * d + samples * offset * offset)
 
 
 def add_gradient(
-    incoming: Tensor, z: Tensor, statistics: FrozenStatistics, scale_invariant: bool, strength: Tensor
-) -> Tensor:
-    """incoming + strength * losses.inhibition_gradient, in incoming's dtype; [M, N] each. Raises CompileError."""
-    constants = (statistics.mean, statistics.inverse_variance, statistics.tau, statistics.pull(scale_invariant))
-    with _explained():
-        return _compiled_gradient(z, incoming, *constants, strength)
+    incoming: Tensor,
+    z: Tensor,
+    statistics: FrozenStatistics,
+    regulariser: Regulariser,
+    correction: Correction,
+    strength: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and the sums of squares over
+    the selected of both, before strength, [2] float64. Raises CompileError."""
+    constants = _constants(statistics, regulariser, correction, strength)
+    outgoing, *squares = _run(_add_gradient, z.device, z, incoming, *constants)
+    return outgoing, _summed(squares)
 
 
 def gelu_backward(
-    x: Tensor, z: Tensor, incoming: Tensor, statistics: FrozenStatistics, scale_invariant: bool, strength: Tensor
-) -> Tensor:
-    """The gradient of x where z = GELU(x) and `add_gradient` is that of z; [M, N] each. Raises CompileError."""
-    constants = (statistics.mean, statistics.inverse_variance, statistics.tau, statistics.pull(scale_invariant))
-    with _explained():
-        return _compiled_gelu_backward(x, z, incoming, *constants, strength)
+    x: Tensor,
+    z: Tensor,
+    incoming: Tensor,
+    statistics: FrozenStatistics,
+    regulariser: Regulariser,
+    correction: Correction,
+    strength: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `add_gradient`; the gradient is that of x, where z = GELU(x). Raises CompileError."""
+    constants = _constants(statistics, regulariser, correction, strength)
+    outgoing, *squares = _run(_gelu_backward, x.device, x, z, incoming, *constants)
+    return outgoing, _summed(squares)
+
+
+def _constants(
+    statistics: FrozenStatistics, regulariser: Regulariser, correction: Correction, strength: Tensor
+) -> tuple[Any, ...]:
+    s = statistics
+    tensors = (s.mean, s.inverse_s, s.inverse_variance, s.tau, correction.shift, correction.pull, strength)
+    return (*tensors, regulariser.factor, regulariser.force_power)
+
+
+def _summed(squares: list[Tensor]) -> Tensor:
+    return torch.stack([part.sum(dtype=torch.float64) for part in squares])
 
 
 class _WithInhibition(torch.autograd.Function):
@@ -186,17 +282,19 @@ def with_inhibition(
 
 def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
     """`running_statistics.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
-    with _explained():
-        return _compiled_move(*arguments)
+    return _run(running_statistics.moved_statistics, arguments[1].device, *arguments)
 
 
-def _plain_sums(z: Tensor, mean: Tensor, inverse_variance: Tensor, _: Tensor, tau: Tensor) -> Tensor:
+def _plain_sums(z: Tensor, statistics: FrozenStatistics, power: Power, is_projected: bool) -> Tensor:
     """As `_grouped_sums`, of a few samples."""
-    d = z.float() - mean
-    score = d * d * inverse_variance
-    selected = score >= tau
-    ratio = torch.where(selected, score / tau, 1.0)
-    parts = (d, d * d, selected.float(), torch.where(selected, score, 0.0), ratio.log())
+    d = z.float() - statistics.mean
+    score = d * d * statistics.inverse_variance
+    selected = score >= statistics.tau
+    ratio = torch.where(selected, score / statistics.tau, 1.0)
+    measure = torch.where(selected, d.abs(), 0.0) if power else ratio.log()
+    parts = [d, d * d, selected.float(), torch.where(selected, score, 0.0), measure]
+    if is_projected:
+        parts.append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
     return torch.stack([part.sum(0, dtype=torch.float64) for part in parts])
 
 

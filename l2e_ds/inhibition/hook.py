@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,9 +31,11 @@ from torch import Tensor, nn
 from l2e_ds.distributed import all_reduce_sum, begin_all_reduce_sum
 from l2e_ds.errors import SelfTestError
 from l2e_ds.inhibition import losses, memel
-from l2e_ds.inhibition.losses import FrozenStatistics
+from l2e_ds.inhibition.coefficients import Coefficients
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics
 from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, sample_count, shifted_sums
 from l2e_ds.inhibition.running_statistics import moved_statistics
+from l2e_ds.inhibition.settings import Settings, require
 from l2e_ds.inhibition.threshold import initial_threshold
 
 if TYPE_CHECKING:
@@ -60,53 +63,10 @@ class NeuronSite:
     function: Literal["gelu"] | None = None
 
     def __post_init__(self) -> None:
-        _require("NeuronSite.kind", self.kind, lambda kind: kind in _KINDS, " or ".join(_KINDS))
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the hooks do; the run file's section `inhibition` documents the choices. Raises ValueError."""
-
-    retrieval: Literal["threshold", "top-k"] = "threshold"
-    mechanism: Literal["regulariser", "reverse-deactivation", "naive-deactivation"] = "regulariser"
-    scale_invariant: bool = False
-    target_share: float = 0.02
-    coefficient: float = 1e-3
-    coefficient_warmup: int = 0
-    statistics_window: int | None = 50
-    reduce: Literal["step", "forward"] = "step"
-    fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
-
-    def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            self._check(name, choices.__contains__, " or ".join(choices))
-        self._check("scale_invariant", lambda value: isinstance(value, bool), "True or False")
-        self._check("target_share", lambda share: 0 < share < 1, "between 0 and 1")
-        self._check("coefficient", lambda coefficient: 0 <= coefficient < math.inf, "0 or more")
-        self._check("coefficient_warmup", lambda steps: steps >= 0, "0 or more steps")
-        window = "1 step or more, or None: all steps"
-        self._check("statistics_window", lambda steps: steps is None or steps >= 1, window)
-        self._check("fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
-
-    def _check(self, name: str, holds: Callable[[Any], bool], allowed: str) -> None:
-        _require(f"Settings.{name}", getattr(self, name), holds, allowed)
+        require("NeuronSite.kind", self.kind, lambda kind: kind in _KINDS, " or ".join(_KINDS))
 
 
 _KINDS = ("activation", "projection")
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "retrieval": ("threshold", "top-k"),
-    "mechanism": ("regulariser", "reverse-deactivation", "naive-deactivation"),
-    "reduce": ("step", "forward"),
-}
-
-
-def _require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) -> None:
-    try:
-        fine = holds(given)
-    except TypeError:  # no number, compared with one
-        fine = False
-    if not fine:
-        raise ValueError(f"{where}: got {given!r}, allowed: {allowed}")
 
 
 @dataclass
@@ -123,8 +83,9 @@ class NeuronHook:
 
     HEADER = 3  # tokens, inhibition loss (sum over the selected), score (sum over the selected)
 
-    def __init__(self, owner: Inhibitor, site: NeuronSite, sums: Tensor) -> None:
-        self.owner, self.site, self.settings = owner, site, owner.settings
+    def __init__(self, owner: Inhibitor, index: int, site: NeuronSite, sums: Tensor) -> None:
+        self.owner, self.index, self.site, self.settings = owner, index, site, owner.settings
+        self.regulariser = owner.settings.regulariser
         self.sums = sums  # [HEADER + 3 N] float64, a view of the packed buffer: d, d^2, selected per neuron
         self.moments = Moments.empty(site.neurons, sums.device)
         self.tau = torch.tensor(initial_threshold(self.settings.target_share), dtype=torch.float64, device=sums.device)
@@ -136,6 +97,8 @@ class NeuronHook:
         self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
+        # of this rank's micro-batch a token: what `losses.projection` needs, once it is added up over the ranks
+        self.projection_sums = torch.zeros(1 + 4 * site.neurons, dtype=torch.float64, device=sums.device)
         self._freeze()
 
     @staticmethod
@@ -167,8 +130,8 @@ class NeuronHook:
     def computes(self, x: Tensor) -> bool:
         """Whether the activation function of x [B, T, N] is to be computed by `gelu`.
 
-        Not with lambda 0, when a run is to be the same to the bit as without inhibition, and not without history, when
-        moments need a second pass. Recomputation goes the way that its forward went.
+        Not where nothing is inhibited, when a run is to be the same to the bit as without inhibition, and not without
+        history, when moments need a second pass. Recomputation goes the way that its forward went.
         """
         if not self.owner.in_backward:
             self.in_kernel = self.is_gelu = False
@@ -225,6 +188,8 @@ class NeuronHook:
         }[self.settings.mechanism]
         if selected is None:
             selected = self._select(losses.score(z.detach(), self.frozen_now))
+        if not self.owner.is_inhibiting:
+            selected = torch.zeros_like(selected)
         return deactivate(z, self.frozen_now.mean, selected, self._count_backward).view_as(activations)
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -245,7 +210,7 @@ class NeuronHook:
         if self.in_kernel:
             from l2e_ds.inhibition import triton_gelu
 
-            z, sums = triton_gelu.forward(x, self.frozen)
+            z, sums = triton_gelu.forward(x, self.frozen, self.regulariser)
             if counted:
                 self._count(sums, x.shape[0])
         else:
@@ -271,13 +236,16 @@ class NeuronHook:
         scores = losses.score(z, self.frozen_now)
         selected = self._select(scores)
         count = selected.sum(0).double()
-        if self.settings.reduce == "forward" and self.settings.scale_invariant:
+        if self.settings.reduce == "forward" and self.settings.loss == "scale-invariant":
             self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
-        loss = losses.inhibition_loss(z, selected, self.for_loss, self.settings.scale_invariant, self.weight)
+        loss = losses.inhibition_loss(z, selected, self.for_loss, self.regulariser, self.weight)
         header += torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
         d += sum_d
         d2 += sum_d2
         selected_per_neuron += count
+        if self.owner.is_projecting:
+            projection_sums = losses.projection_sums(z, selected, self.for_loss, self.regulariser, self.weight)
+            self.projection_sums = projection_sums / projection_sums[0].clamp(min=1)
         return selected
 
     def _observe_in_one_pass(self, z: Tensor) -> None:
@@ -286,17 +254,19 @@ class NeuronHook:
 
         self.frozen_now = self.for_loss = self.frozen
         sums = fused.column_sums if self.owner.has_history else fused.exact_column_sums
-        self._count(sums(z, self.frozen), z.shape[0])
+        self._count(sums(z, self.frozen, self.regulariser), z.shape[0])
 
     @torch.no_grad()
     def _count(self, sums: ColumnSums, samples: int) -> None:
         """Add a micro-batch's sums to the step's."""
         header, d, d2, selected = self._parts()
-        loss = sums.inhibition_loss(self.frozen, self.settings.scale_invariant, samples)
-        header += torch.stack([loss.new_full((), samples), loss, sums.score])
+        loss = sums.inhibition_loss(self.frozen, self.regulariser, samples)
+        header += torch.stack([loss.new_full((), samples), loss, sums.score.sum()])
         d += sums.d
         d2 += sums.d2
         selected += sums.selected
+        if self.owner.is_projecting:
+            self.projection_sums = sums.projection_sums(self.regulariser.power, samples) / samples
 
     def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
         """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
@@ -327,35 +297,37 @@ class NeuronHook:
         self.calls.backward += 1
 
     def _add_gradient(self, incoming: Tensor, z: Tensor) -> Tensor:
-        """The gradient of z [M, N] with the inhibition's: + loss gradient * lambda / n * dL/dz, unless lambda is 0."""
+        """The gradient of z [M, N] with the inhibition's: + loss gradient * lambda / n * dL/dz."""
         self._count_backward()
-        if self.owner.coefficient == 0:
+        if not self.owner.is_measuring:
             return incoming
         strength = self.strength(z)
         if self.fused:
-            outgoing = self._fused_gradient(incoming, z, strength)
+            from l2e_ds.inhibition import fused
+
+            constants = (self.for_loss, self.regulariser, self._correction(), strength)
+            outgoing, squares = fused.add_gradient(incoming, z, *constants)
             if self.owner.self_test_pending:
-                self._note_largest(self._fused_gradient(torch.zeros_like(incoming), z, strength))
-            return outgoing
-        selected = self._select(losses.score(z, self.frozen_now))
-        gradient = losses.inhibition_gradient(z, selected, self.for_loss, self.settings.scale_invariant) * strength
-        if self.weight is not None:
-            gradient = gradient * self.weight
-        if self.owner.self_test_pending:
-            self._note_largest(gradient)
-        return incoming + gradient.to(incoming.dtype)
-
-    def _fused_gradient(self, incoming: Tensor, z: Tensor, strength: Tensor) -> Tensor:
-        from l2e_ds.inhibition import fused
-
-        return fused.add_gradient(incoming, z, self.for_loss, self.settings.scale_invariant, strength)
+                self._note_largest(fused.add_gradient(torch.zeros_like(incoming), z, *constants)[0])
+        else:
+            selected = self._select(losses.score(z, self.frozen_now))
+            raw = losses.inhibition_gradient(z, selected, self.for_loss, self.regulariser, self._correction())
+            gradient = raw * strength if self.weight is None else raw * strength * self.weight
+            squares = torch.stack(
+                [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
+            )
+            if self.owner.self_test_pending:
+                self._note_largest(gradient)
+            outgoing = incoming + gradient.to(incoming.dtype)
+        self._measure(squares, z)
+        return outgoing if self.owner.is_inhibiting else incoming
 
     def _gelu_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
         """The gradient of x [M, N] from that of its GELU z, with the inhibition's."""
         self._count_backward()
-        constants = (self.for_loss, self.settings.scale_invariant, self.strength(x))
+        constants = (self.for_loss, self.regulariser, self._correction(), self.strength(x))
 
-        def gradient(incoming: Tensor) -> Tensor:
+        def gradient(incoming: Tensor) -> tuple[Tensor, Tensor]:
             if z is None:
                 from l2e_ds.inhibition import triton_gelu
 
@@ -365,17 +337,34 @@ class NeuronHook:
             return fused.gelu_backward(x, z, incoming, *constants)
 
         if self.owner.self_test_pending:
-            self._note_largest(gradient(torch.zeros_like(incoming)))
-        return gradient(incoming)
+            self._note_largest(gradient(torch.zeros_like(incoming))[0])
+        outgoing, squares = gradient(incoming)
+        self._measure(squares, x)
+        return outgoing
+
+    def _correction(self) -> Correction:
+        if self.regulariser.is_projected:
+            return self.owner.projection_here(self.index)
+        return losses.running_correction(self.for_loss, self.regulariser)
 
     def _note_largest(self, gradient: Tensor) -> None:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())
 
+    def _measure(self, squares: Tensor, z: Tensor) -> None:
+        """Add to what lambda is relative to. squares: [2], of the gradients of the LM loss, as it arrived, and of the
+        inhibition loss before it is divided by n; z: [M, N]."""
+        scale = self.owner.loss_gradient_here().double()
+        per_token = torch.where(scale == 0, 0.0, self._tokens(z) / torch.where(scale == 0, 1.0, scale))
+        self.owner.coefficients.squares[self.index] += squares * torch.stack([per_token**2, torch.ones_like(per_token)])
+
+    def _tokens(self, z: Tensor) -> Tensor | int:
+        """Of this rank's micro-batch, those that count."""
+        return z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
+
     def strength(self, z: Tensor) -> Tensor:
         """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N; z: [M, N]."""
-        tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
-        scale = self.owner.loss_gradient_here().float() * self.owner.coefficient
-        return scale / (self.settings.target_share * tokens * self.site.neurons)
+        scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
+        return scale / (self.settings.target_share * self._tokens(z) * self.site.neurons)
 
     # --- once a step ---------------------------------------------------------------------------------------------
 
@@ -417,7 +406,7 @@ class InhibitedActivation(nn.Module):
 class Inhibitor:
     """Owns the hooks of a model, their running statistics and thresholds. A context manager."""
 
-    STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss")
+    STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
 
     def __init__(
         self,
@@ -425,9 +414,11 @@ class Inhibitor:
         settings: Settings | None = None,
         device: torch.device | str | None = None,
         group: Any = None,
+        run_steps: int | None = None,
     ) -> None:
         """`device`: where the model computes (default: where it is now); `group`: the data-parallel process group whose
-        tokens count together (default: all ranks). Raises ValueError."""
+        tokens count together (default: all ranks); `run_steps`: optimizer steps of the run, for a schedule in shares of
+        it. Raises ValueError."""
         if not sites:
             raise ValueError("no neurons to inhibit: sites is empty")
         for one, other in combinations(sites, 2):
@@ -439,34 +430,35 @@ class Inhibitor:
                     " the same module, allowed: one site a layer"
                 )
         device = device or _device_of(sites[0].module)
-        self.settings = settings or Settings()
+        self.settings = (settings or Settings()).in_steps(run_steps)
         self.group = group
         self.steps = 0  # applied optimizer steps that the statistics have seen
         self.fade = fade_factor(self.settings.statistics_window)
         self.in_backward = False
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
-        self.last_coefficient = 0.0  # lambda of that step; 0 where the mechanism is a deactivation
         self._loss_gradient: Tensor | None = None
-        self._micro_batches = 0
+        self._micro_batches = self._backwards = 0  # attached, and in backward so far
         self._reduced: Callable[[], None] | None = None  # waits for the reduction that goes on
         self._token_mask: Tensor | None = None
+        self._projection: Callable[[], list[Correction]] | None = None  # of the micro-batch that is in backward
+        self.coefficients = Coefficients(self.settings, [site.neurons for site in sites], device, group)
         sizes = [NeuronHook.buffer_size(site.neurons) for site in sites]
         self._packed = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
-        self.hooks = [NeuronHook(self, site, sums) for site, sums in zip(sites, self._packed.split(sizes), strict=True)]
+        self.hooks = [
+            NeuronHook(self, index, site, sums)
+            for index, (site, sums) in enumerate(zip(sites, self._packed.split(sizes), strict=True))
+        ]
         self._undo: list[Any] = []
         self._decide_on_coming_step()
 
     def _decide_on_coming_step(self) -> None:
         # flags, because a compiled layer is compiled anew for every value of a number that it looks at
         self.has_history = self.steps > 0
-        self.is_inhibiting = self.has_history and self.coefficient > 0
-
-    @property
-    def coefficient(self) -> float:
-        """lambda of the coming step, after its warm-up."""
-        warmup = self.settings.coefficient_warmup
-        return self.settings.coefficient * (min(1.0, (self.steps + 1) / warmup) if warmup else 1.0)
+        self.coefficients.decide(self.steps)
+        self.is_inhibiting = self.coefficients.is_inhibiting
+        self.is_measuring = self.coefficients.is_measuring
+        self.is_projecting = self.is_measuring and self.settings.loss == "projected"
 
     # --- hooks on and off ----------------------------------------------------------------------------------------
 
@@ -521,13 +513,52 @@ class Inhibitor:
             given = f"of shape {[*loss.shape]}" if loss.dim() else "without a gradient"
             raise ValueError(f"attach_loss: got a loss {given}, {allowed}")
         if not isinstance(weight, Tensor):  # whose value would have to be waited for
-            _require("attach_loss: weight", weight, lambda share: 0 <= share < math.inf, "0 or more, or a tensor []")
+            require("attach_loss: weight", weight, lambda share: 0 <= share < math.inf, "0 or more, or a tensor []")
         if self._reduced is not None:
             raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
         self._micro_batches += 1
+        self._check_order()
+        projection = self._begin_projection(weight) if self.is_projecting else None
         if is_last:
             self._reduced = begin_all_reduce_sum(self._packed, self.group)
-        return losses.note_loss_gradient(loss, lambda gradient: self._begin_backward(gradient * weight))
+        return losses.note_loss_gradient(loss, lambda gradient: self._begin_backward(gradient * weight, projection))
+
+    def _check_order(self) -> None:
+        """The next forward overwrites what hooks keep of a micro-batch. Raises ValueError where that is needed."""
+        for hook in self.hooks:
+            if self.is_projecting and hook.calls.forward != self._micro_batches:
+                raise ValueError(
+                    f"attach_loss: layer {hook.site.layer} saw {hook.calls.forward} forward passes for"
+                    f" {self._micro_batches} losses of this step; attach each loss directly after its forward pass"
+                )
+        if self._micro_batches > self._backwards + 1 and (
+            self.settings.reduce == "forward" or self._token_mask is not None
+        ):
+            raise ValueError(
+                "attach_loss: the loss before has not been through backward; with a token mask or reduce: forward each"
+                " micro-batch must go through backward before the next forward pass"
+            )
+
+    def _begin_projection(self, weight: Tensor | float) -> Callable[[], list[Correction]]:
+        """Add up over the ranks what the projection of this micro-batch needs, while its backward begins; the returned
+        function waits. A rank's tokens count as they do in the gradient: `weight` over their number."""
+        sums = torch.cat([hook.projection_sums for hook in self.hooks]) * weight
+        wait = begin_all_reduce_sum(sums, self.group)
+
+        @cache
+        def corrections() -> list[Correction]:
+            wait()
+            return [
+                losses.projection(part) for part in sums.split([hook.projection_sums.numel() for hook in self.hooks])
+            ]
+
+        return corrections
+
+    def projection_here(self, index: int) -> Correction:
+        """Of the layer with this index among the hooked ones, in the micro-batch that is in backward."""
+        if not self.in_backward or self._projection is None:
+            raise SelfTestError("inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss")
+        return self._projection()[index]
 
     def set_token_mask(self, mask: Tensor | None) -> None:
         """Mask of the coming micro-batches, [B, T], nonzero where a token counts. Padding never counts."""
@@ -542,8 +573,9 @@ class Inhibitor:
             raise ValueError(f"token mask of {weight.shape[0]} tokens, activations of {z.shape[0]}")
         return weight
 
-    def _begin_backward(self, gradient: Tensor) -> None:
-        self._loss_gradient = gradient
+    def _begin_backward(self, gradient: Tensor, projection: Callable[[], list[Correction]] | None) -> None:
+        self._loss_gradient, self._projection = gradient, projection
+        self._backwards += 1
         self.in_backward = True
         # the way that DDP and FSDP learn that a backward pass is over
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -577,14 +609,16 @@ class Inhibitor:
         if applied:
             # of every layer or of none, the same on every rank, and without the host knowing
             finite = self._packed.isfinite().all()
-            self.last = torch.stack([hook.update(finite) for hook in self.hooks])
-            self.last_coefficient = self.coefficient if self.settings.mechanism == "regulariser" else 0.0
+            statistics = torch.stack([hook.update(finite) for hook in self.hooks])
+            self.last = torch.cat([statistics, self.coefficients.advance(finite)], dim=1)
             if self.self_test_pending:
                 self._check_gradients()
             self.steps += 1
             self._decide_on_coming_step()
+        else:
+            self.coefficients.drop()
         self._packed.zero_()
-        self._micro_batches = 0
+        self._micro_batches = self._backwards = 0
         self.in_backward = False
         for hook in self.hooks:
             hook.calls = Calls()
@@ -605,30 +639,29 @@ class Inhibitor:
     def _check_gradients(self) -> None:
         """Passed once every layer that selected something has also injected a gradient that is not zero."""
         assert self.last is not None
-        if self.settings.mechanism != "regulariser" or self.coefficient == 0:
+        if not self.settings.is_regularising:
             self.self_test_pending = False
+        if not self.self_test_pending or not self.is_inhibiting:
             return
         # one rank may have selected nothing of a layer in a small batch; over all ranks the gradient must be there
         largest = all_reduce_sum(torch.stack([hook.largest_gradient for hook in self.hooks]), self.group)
-        shares = self.last[:, 0]
-        for hook, share, gradient in zip(self.hooks, shares.tolist(), largest.tolist(), strict=True):
-            if share > 0 and gradient == 0:
+        shares, is_on = self.last[:, 0], self.coefficients.values > 0
+        values = (shares.tolist(), is_on.tolist(), largest.tolist())
+        for hook, share, on, gradient in zip(self.hooks, *values, strict=True):
+            if on and share > 0 and gradient == 0:
                 raise SelfTestError(
                     f"inhibition self-test: layer {hook.site.layer} selected {share:.2%} of its activations,"
                     " but the gradient it injected is zero on every rank"
                 )
-        self.self_test_pending = not bool((shares > 0).all())
+        self.self_test_pending = not bool((is_on & (shares > 0)).all())
 
     def metrics(self) -> dict[str, float]:
         """Of the newest applied step, by the names of docs/metrics.md; empty before the first. Waits for the device."""
         if self.last is None:
             return {}
-        share, loss = self.STATISTICS.index("observed_share"), self.STATISTICS.index("inhibition_loss")
-        values = {
-            "observed_share": float(self.last[:, share].mean()),
-            "inhibition_loss": float(self.last[:, loss].sum()),
-            "coefficient": self.last_coefficient,
-        }
+        columns = dict(zip(self.STATISTICS, self.last.T, strict=True))
+        values = {name: float(columns[name].mean()) for name in ("observed_share", "coefficient", "strength")}
+        values["inhibition_loss"] = float(columns["inhibition_loss"].sum())
         for hook, row in zip(self.hooks, self.last.tolist(), strict=True):
             named = zip(self.STATISTICS, row, strict=True)
             values |= {f"layer{hook.site.layer}/{name}": value for name, value in named if name != "inhibition_loss"}
@@ -639,6 +672,7 @@ class Inhibitor:
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that the method remembers, as tensors on the CPU (float64 and int64), the same on every rank."""
         state = {"steps": torch.tensor(self.steps)}
+        measured = self.coefficients.state_dict()
         for hook in self.hooks:
             state |= {
                 f"layers.{hook.site.layer}.{name}": tensor.detach().cpu().clone()
@@ -649,18 +683,29 @@ class Inhibitor:
                     "tau": hook.tau,
                     "selected": hook.selected,
                     "selectable": hook.selectable,
+                    **{name: tensor[hook.index] for name, tensor in measured.items()},
                 }.items()
             }
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of other layers or sizes."""
+        """Raises ValueError where the state is of other layers or sizes. One that was saved before there was a strength
+        lacks what is measured for it, which begins anew."""
+        measured = self.coefficients.state_dict()
+        new = {
+            f"layers.{hook.site.layer}.{name}": measured[name][hook.index] for name in measured for hook in self.hooks
+        }
+        state = {name: torch.zeros_like(tensor) for name, tensor in new.items()} | state
         expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
             raise ValueError(f"inhibition state does not fit this model's hooked layers: {', '.join(different[:4])}")
         self.steps = int(state["steps"])
+        layers = [f"layers.{hook.site.layer}." for hook in self.hooks]
+        self.coefficients.load_state_dict(
+            {name: torch.stack([state[layer + name] for layer in layers]).to(self._packed.device) for name in measured}
+        )
         self._decide_on_coming_step()
         for hook in self.hooks:
             prefix, device = f"layers.{hook.site.layer}.", self._packed.device

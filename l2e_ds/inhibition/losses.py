@@ -2,10 +2,12 @@
 
 Shapes: M samples (tokens) of a micro-batch, N neurons. Statistics are float32 [N] and constants of the loss.
 
-The inhibition loss of one layer (METHOD, sections 3 and 5), with d = z - mean and n = share * M * N:
+The inhibition loss of one layer (docs/method.md, section 5), with d = z - mean, u = d / S, n = share * M * N and q the
+power:
 
     published:        L = 1/n * sum_ij sel_ij * log d_ij^2
     scale-invariant:  L = 1/n * sum_ij sel_ij * log(d_ij^2 / S_j^2),  S_j^2 = mean_i d_ij^2, with S_j's gradient
+    projected:        L = 1/n * sum_ij sel_ij * (|u_ij|^q - 1) / q,  log|u_ij| for q = 0
 
 The gradient of the second is 2/n * (sel_ij / d_ij - rate_j * d_ij / S_j^2), rate_j being neuron j's share of
 selected tokens. `reduce: forward` knows rate and S of this very (global) micro-batch, so its inner product with d
@@ -14,9 +16,21 @@ statistics, which is the same loss with log S_j^2 replaced by its tangent at the
 
     L = 1/n * sum_ij [sel_ij * log(d_ij^2 / S_j^2) - rate_j * (d_ij^2 / S_j^2 - 1)]
 
-Both are the same expression in (rate, S^2), so there is one function for both. The gradient enters in backward
-(DEEPSPEED.md, "The inhibition gradient", way B): `note_loss_gradient` sits on the LM loss and notes the gradient
-that arrives there (loss scale / accumulation steps), `add_inhibition_gradient` sits on the neurons.
+Both are the same expression in (rate, S^2), so there is one function for both.
+
+The gradient of the third is that of the loss of standardised activations: with m_j and s_j the mean and deviation of
+neuron j over the global micro-batch, u is a function of m_j + s_j * (z_ij - mean_i z_ij) / deviation_i z_ij, whose
+value is z_ij and whose gradient has neither a part along z_j nor one along 1. Written out, with the force
+F_ij = sel_ij * sign(u_ij) |u_ij|^(q-1) / S_j, it is
+
+    1/n * (F_ij - shift_j - pull_j * d_ij)
+
+(shift_j, pull_j) being the line that fits F_j best over the tokens of the global micro-batch (`projection`). So
+neither scaling nor shifting a neuron lowers the loss, to first order.
+
+All three gradients have the form (force - shift - pull * d), and `Correction` is the part that is taken away. The
+gradient enters in backward (docs/deepspeed.md): `note_loss_gradient` sits on the LM loss and notes the gradient that
+arrives there (loss scale / accumulation steps), `add_inhibition_gradient` sits on the neurons.
 """
 
 from __future__ import annotations
@@ -25,7 +39,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +49,10 @@ VARIANCE_FLOOR = 1e-12
 # Top-k takes k activations whatever they are. The loss passes over one this near to its mean, whose gradient 2 / d
 # would know no bound; the threshold never selects such.
 SCORE_FLOOR = 1e-6
+
+
+LossName = Literal["published", "scale-invariant", "projected"]
+Power = Literal[0, 1, 2]
 
 
 def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
@@ -69,13 +87,68 @@ class FrozenStatistics:
         """[N] 1 / (S sqrt(tau)): selected are those with |d| times this of at least 1; 0 for dead neurons."""
         return (self.inverse_variance / self.tau).sqrt()
 
-    def pull(self, scale_invariant: bool) -> Tensor:
-        """[N] what d is multiplied by in the part of the gradient that undoes shrinking: rate / S^2, or 0."""
-        return self._pull if scale_invariant else torch.zeros_like(self.rate)
+    @cached_property
+    def inverse_s(self) -> Tensor:
+        """[N] 1 / S, 0 for dead neurons."""
+        return self.inverse_variance.sqrt()
 
     @cached_property
-    def _pull(self) -> Tensor:
+    def running_pull(self) -> Tensor:
+        """[N] 2 rate / S^2, 0 for dead neurons."""
         return 2 * self.rate * self.inverse_variance
+
+    @cached_property
+    def nothing(self) -> Tensor:
+        """[N] zeros."""
+        return torch.zeros_like(self.rate)
+
+
+@dataclass(frozen=True)
+class Regulariser:
+    """Which inhibition loss; power: q of the projected one."""
+
+    loss: LossName = "projected"
+    power: Power = 1
+
+    @property
+    def is_projected(self) -> bool:
+        return self.loss == "projected"
+
+    @property
+    def force_power(self) -> Power:
+        """q of the force: the logarithms of the published and the scale-invariant loss pull as q = 0 does."""
+        return self.power if self.is_projected else 0
+
+    @property
+    def factor(self) -> float:
+        """What the force of `force_power` is multiplied by: log d^2 is 2 log|d|."""
+        return 1.0 if self.is_projected else 2.0
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What is taken from the force: shift + pull * d; float32 [N] each."""
+
+    shift: Tensor
+    pull: Tensor
+
+
+def running_correction(statistics: FrozenStatistics, regulariser: Regulariser) -> Correction:
+    """That of a loss that is not projected: rate / S^2 undoes shrinking in the scale-invariant one, else nothing."""
+    is_corrected = regulariser.loss == "scale-invariant"
+    return Correction(statistics.nothing, statistics.running_pull if is_corrected else statistics.nothing)
+
+
+def projection(sums: Tensor) -> Correction:
+    """That of the projected loss: the line shift + pull * d that fits the force best, for each neuron.
+
+    sums: [1 + 4 N] float64, of `projection_sums` over the whole micro-batch, however it is scaled.
+    """
+    tokens, sums = sums[0], sums[1:].view(4, -1)
+    force, force_d, d, d2 = sums / torch.where(tokens > 0, tokens, 1.0)
+    variance = d2 - d * d
+    pull = torch.where(is_alive(d, variance), (force_d - force * d) / variance, 0.0)
+    return Correction((force - pull * d).float(), pull.float())
 
 
 def score(z: Tensor, statistics: FrozenStatistics) -> Tensor:
@@ -103,31 +176,62 @@ def _counted(d2: Tensor, selected: Tensor, statistics: FrozenStatistics) -> Tens
 
 
 def inhibition_loss(
-    z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool, weight: Tensor | None = None
+    z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
 ) -> Tensor:
     """Sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
     d = z.float() - statistics.mean
     d2 = d * d
     selected = _counted(d2, selected, statistics)
+    if regulariser.is_projected and regulariser.power:
+        phi = torch.where(selected, d2 * statistics.inverse_variance, 1.0)
+        return ((phi ** (regulariser.power / 2) - 1) / regulariser.power).sum()
     # log of 1 outside the selection: `where` after a log of 0 would still give NaN gradients
     log_d2 = torch.where(selected, d2, 1.0).log()
-    if not scale_invariant:
+    if regulariser.loss == "published":
         return log_d2.sum()
     log_variance = statistics.variance.clamp(min=VARIANCE_FLOOR).log()
+    log_score = torch.where(selected, log_d2 - log_variance, 0.0)
+    if regulariser.is_projected:
+        return log_score.sum() / 2
     tangent = statistics.rate * (d2 * statistics.inverse_variance - statistics.alive.float())
     if weight is not None:
         tangent = tangent * weight
-    return (torch.where(selected, log_d2 - log_variance, 0.0) - tangent).sum()
+    return (log_score - tangent).sum()
 
 
-def inhibition_gradient(z: Tensor, selected: Tensor, statistics: FrozenStatistics, scale_invariant: bool) -> Tensor:
-    """d inhibition_loss / dz, written out; [M, N], [M, N] bool -> [M, N] float32."""
+def force(z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
+    """What pulls the selected activations to their mean, 0 for others; [M, N], [M, N] bool -> [M, N] float32."""
     d = z.float() - statistics.mean
     selected = _counted(d * d, selected, statistics)
-    gradient = torch.where(selected, 2 / torch.where(selected, d, 1.0), 0.0)
-    if scale_invariant:
-        gradient = gradient - 2 * statistics.rate * statistics.inverse_variance * d
-    return gradient
+    if regulariser.force_power == 0:
+        return torch.where(selected, regulariser.factor / torch.where(selected, d, 1.0), 0.0)
+    if regulariser.force_power == 1:
+        return torch.where(selected, d.sign() * statistics.inverse_s, 0.0)
+    return torch.where(selected, d * statistics.inverse_variance, 0.0)
+
+
+def projection_sums(
+    z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
+) -> Tensor:
+    """Tokens, and for each neuron the sums of the force F, of F * d, of d and of d^2 over them.
+
+    [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [1 + 4 N] float64.
+    """
+    d = z.float() - statistics.mean
+    if weight is not None:
+        d = d * weight
+    pulls = force(z, selected, statistics, regulariser)
+    tokens = d.new_full((1,), d.shape[0]) if weight is None else weight.sum().view(1)
+    sums = [part.sum(0, dtype=torch.float64) for part in (pulls, pulls * d, d, d * d)]
+    return torch.cat([tokens.double(), *sums])
+
+
+def inhibition_gradient(
+    z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, correction: Correction
+) -> Tensor:
+    """d inhibition_loss / dz, written out; [M, N], [M, N] bool -> [M, N] float32."""
+    d = z.float() - statistics.mean
+    return force(z, selected, statistics, regulariser) - correction.shift - correction.pull * d
 
 
 class _NoteLossGradient(torch.autograd.Function):

@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from l2e_ds.errors import CompileError
-from l2e_ds.inhibition.fused import FACTORS, ColumnSums
-from l2e_ds.inhibition.losses import FrozenStatistics
+from l2e_ds.inhibition.fused import FACTORS, ColumnSums, scaled
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser
 
 # A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
 COLUMNS = 256
@@ -49,6 +49,18 @@ def _one_and_erf(x):
 
 
 @triton.jit
+def _force(d, inverse_s, inverse_variance, factor: tl.constexpr, POWER: tl.constexpr):
+    """As `fused._force`."""
+    if POWER == 0:
+        force = factor / d
+    elif POWER == 1:
+        force = tl.where(d > 0, inverse_s, -inverse_s)
+    else:
+        force = d * inverse_variance
+    return force
+
+
+@triton.jit
 def _place(N, COLUMNS: tl.constexpr):
     """What a program takes: (number of its stretch of rows, int64; columns [COLUMNS])."""
     blocks = tl.cdiv(N, COLUMNS)
@@ -67,12 +79,14 @@ def _forward_kernel(
     tau_ptr,
     M,
     N,
+    POWER: tl.constexpr,
+    PROJECTED: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     STRETCH: tl.constexpr,
     FACTORS: tl.constexpr,
 ):
-    """x -> z and, for each stretch, sums [5, N] in `partial`: of the fields of ColumnSums."""
+    """x -> z and, for each stretch, sums [5 or 6, N] in `partial`: of `fused.scaled`."""
     stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
@@ -83,7 +97,8 @@ def _forward_kernel(
     sum_d2 = tl.zeros([ROWS, COLUMNS], tl.float32)
     count = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_score = tl.zeros([ROWS, COLUMNS], tl.float32)
-    sum_log = tl.zeros([ROWS, COLUMNS], tl.float32)
+    measure = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_force = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=2):  # the next x are on their way meanwhile
         product = tl.full([ROWS, COLUMNS], 1.0, tl.float32)  # as `fused.FACTORS` says: one logarithm for so many
         for factor in tl.static_range(FACTORS):
@@ -102,14 +117,23 @@ def _forward_kernel(
             sum_d2 += d2
             count += tl.where(selected, 1.0, 0.0)
             sum_score += tl.where(selected, score, 0.0)
-            product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
-        sum_log += tl.log(product)
-    at = stretch * 5 * N + columns
+            if POWER == 0:
+                product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
+            if POWER == 1:
+                measure += tl.where(selected, tl.abs(d), 0.0)
+            if PROJECTED:  # without its power of S, which is the same for all tokens
+                force = _force(tl.where(selected, d, 1.0), 1.0, 1.0, 1.0, POWER)
+                sum_force += tl.where(selected, force, 0.0)
+        if POWER == 0:
+            measure += 2.0 * tl.log(product)
+    at = stretch * (6 if PROJECTED else 5) * N + columns
     tl.store(partial_ptr + at, tl.sum(sum_d, 0), mask=in_row)
     tl.store(partial_ptr + at + N, tl.sum(sum_d2, 0), mask=in_row)
     tl.store(partial_ptr + at + 2 * N, tl.sum(count, 0), mask=in_row)
     tl.store(partial_ptr + at + 3 * N, tl.sum(sum_score, 0), mask=in_row)
-    tl.store(partial_ptr + at + 4 * N, 2.0 * tl.sum(sum_log, 0), mask=in_row)
+    tl.store(partial_ptr + at + 4 * N, tl.sum(measure, 0), mask=in_row)
+    if PROJECTED:
+        tl.store(partial_ptr + at + 5 * N, tl.sum(sum_force, 0), mask=in_row)
 
 
 @triton.jit
@@ -117,22 +141,29 @@ def _backward_kernel(
     x_ptr,
     incoming_ptr,
     outgoing_ptr,
+    squares_ptr,
     mean_ptr,
+    inverse_s_ptr,
     inverse_variance_ptr,
+    shift_ptr,
     pull_ptr,
     tau_ptr,
     strength_ptr,
     M,
     N,
+    FACTOR: tl.constexpr,
+    POWER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """x and the gradient of z -> the gradient of x."""
+    """x and the gradient of z -> the gradient of x and, for each program, `fused.add_gradient`'s sums of squares."""
     block, columns = _place(N, COLUMNS)
     rows = block * ROWS + tl.arange(0, ROWS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
+    inverse_s = tl.load(inverse_s_ptr + columns, mask=in_row, other=0.0)
     inverse_variance = tl.load(inverse_variance_ptr + columns, mask=in_row, other=0.0)
+    shift = tl.load(shift_ptr + columns, mask=in_row, other=0.0)
     pull = tl.load(pull_ptr + columns, mask=in_row, other=0.0)
     tau, strength = tl.load(tau_ptr), tl.load(strength_ptr)
     inside = (rows < M)[:, None] & in_row[None, :]
@@ -143,55 +174,85 @@ def _backward_kernel(
     one_and_erf = _one_and_erf(wide)
     z = (wide * 0.5 * one_and_erf).to(x.dtype)
     d = z.to(tl.float32) - mean[None, :]
-    selected = d * d * inverse_variance[None, :] >= tau
-    inhibition = tl.where(selected, 2.0 / tl.where(selected, d, 1.0), 0.0) - pull[None, :] * d
+    selected = (d * d * inverse_variance[None, :] >= tau) & inside
+    force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
+    inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
     # rounded as where a gradient of z is stored: first what is added, then the sum
     added = (inhibition * strength).to(incoming.dtype)
-    gradient = (incoming.to(tl.float32) + added.to(tl.float32)).to(incoming.dtype).to(tl.float32)
+    wide_incoming = incoming.to(tl.float32)
+    gradient = (wide_incoming + added.to(tl.float32)).to(incoming.dtype).to(tl.float32)
     density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
     tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
+    place = squares_ptr + 2 * tl.program_id(0)
+    tl.store(place, tl.sum(tl.sum(tl.where(selected, wide_incoming * wide_incoming, 0.0), 1), 0))
+    tl.store(place + 1, tl.sum(tl.sum(tl.where(selected, inhibition * inhibition, 0.0), 1), 0))
 
 
-def forward(x: Tensor, statistics: FrozenStatistics) -> tuple[Tensor, ColumnSums]:
+def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, ColumnSums]:
     """GELU(x), [M, N] of x's dtype, and the sums of `fused.column_sums` of it. Raises CompileError."""
     x = x.contiguous()
     samples, neurons = x.shape
     stretches = triton.cdiv(samples, STRETCH)
     z = torch.empty_like(x)
-    partial = torch.empty(stretches, 5, neurons, dtype=torch.float32, device=x.device)
+    rows = 5 + regulariser.is_projected
+    partial = torch.empty(stretches, rows, neurons, dtype=torch.float32, device=x.device)
+    s = statistics
     with _explained(), torch.cuda.device_of(x):
         _forward_kernel[(stretches * triton.cdiv(neurons, COLUMNS),)](
-            *(x, z, partial, statistics.mean, statistics.inverse_variance, statistics.inverse_limit, statistics.tau),
+            *(x, z, partial, s.mean, s.inverse_variance, s.inverse_limit, s.tau),
             *(samples, neurons),
+            POWER=regulariser.force_power,
+            PROJECTED=regulariser.is_projected,
             COLUMNS=COLUMNS,
             ROWS=ROWS,
             STRETCH=STRETCH,
             FACTORS=FACTORS,
             **OPTIONS,
         )
-    sums = partial.sum(0, dtype=torch.float64)
-    return z, ColumnSums(sums[0], sums[1], sums[2], sums[3].sum(), sums[4].sum())
+    return z, scaled(partial.sum(0, dtype=torch.float64), statistics, regulariser.force_power)
 
 
 def backward(
-    x: Tensor, incoming: Tensor, statistics: FrozenStatistics, scale_invariant: bool, strength: Tensor
-) -> Tensor:
-    """The gradient of x [M, N] from that of z: of the GELU behind `fused.add_gradient`. Raises CompileError.
+    x: Tensor,
+    incoming: Tensor,
+    statistics: FrozenStatistics,
+    regulariser: Regulariser,
+    correction: Correction,
+    strength: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x [M, N] from that of z: of the GELU behind `fused.add_gradient`, and its sums of squares.
+
+    Raises CompileError.
 
     strength: [] float32, see `NeuronHook.strength`.
     """
     x, incoming = x.contiguous(), incoming.contiguous()
     samples, neurons = x.shape
     outgoing = torch.empty_like(x)
+    programs = triton.cdiv(samples, BACKWARD_ROWS) * triton.cdiv(neurons, COLUMNS)
+    squares = torch.empty(programs, 2, dtype=torch.float32, device=x.device)
+    s = statistics
     with _explained(), torch.cuda.device_of(x):
-        _backward_kernel[(triton.cdiv(samples, BACKWARD_ROWS) * triton.cdiv(neurons, COLUMNS),)](
-            *(x, incoming, outgoing, statistics.mean, statistics.inverse_variance, statistics.pull(scale_invariant)),
-            *(statistics.tau, strength, samples, neurons),
+        _backward_kernel[(programs,)](
+            *(
+                x,
+                incoming,
+                outgoing,
+                squares,
+                s.mean,
+                s.inverse_s,
+                s.inverse_variance,
+                correction.shift,
+                correction.pull,
+            ),
+            *(s.tau, strength, samples, neurons),
+            FACTOR=regulariser.factor,
+            POWER=regulariser.force_power,
             COLUMNS=COLUMNS,
             ROWS=BACKWARD_ROWS,
             **OPTIONS,
         )
-    return outgoing
+    return outgoing, squares.sum(0, dtype=torch.float64)
 
 
 @contextmanager

@@ -19,15 +19,23 @@ from l2e_ds.evaluation.results import TaskResult, read_results
 from l2e_ds.report import published
 from l2e_ds.report.run_directory import check_folder, read_config, read_study
 from l2e_ds.study.definition import INDEX
-from l2e_ds.training.metrics_lines import FILE, after_first_intervals, finite, layers_of, of_kind, read_lines
+from l2e_ds.training.metrics_lines import (
+    FILE,
+    after_first_intervals,
+    comparison_key,
+    finite,
+    layers_of,
+    of_kind,
+    read_lines,
+)
 
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind; steady:
-    those of training by which its speed is told.
+    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind (findings:
+    guard); steady: those of training by which its speed is told.
 
     study, levels, baseline: of a study: its title, factor -> level, and the folder of the run to compare this one with.
     """
@@ -38,6 +46,7 @@ class Run:
     starts: list[dict]
     training: list[dict]
     evaluations: list[dict]
+    findings: list[dict]
     steady: list[dict]
     results: list[TaskResult]
     written: datetime
@@ -92,6 +101,11 @@ class Run:
     def layers(self) -> list[int]:
         """Those that its lines have figures of."""
         return layers_of((*self.training[-1:], *self.evaluations[-1:]))
+
+    @property
+    def comparison_layers(self) -> list[int]:
+        """Those without inhibition that its newest evaluation has figures of beside others."""
+        return layers_of(self.evaluations[-1:], comparison_key)
 
     @property
     def is_published_method(self) -> bool:
@@ -190,11 +204,14 @@ def _read_run(directory: Path) -> Run | None:
     except OSError as error:
         raise DataError(f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}") from None
     config = flat(read_config(directory))
-    starts, training, evaluations = (of_kind(lines, kind) for kind in ("start", "train", "evaluation"))
+    starts, training, evaluations, findings = (
+        of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")
+    )
     if not training and not evaluations:
         return None
     steady = after_first_intervals(lines)
-    run = Run(directory.resolve().name, directory, config, starts, training, evaluations, steady, results, written)
+    name = directory.resolve().name
+    run = Run(name, directory, config, starts, training, evaluations, findings, steady, results, written)
     # a run that goes on from an older checkpoint has not yet come to what it was evaluated at before
     reached = (one for one in results if one.step is None or one.step <= run.step)
     kept = [replace(one, stderr=finite(one.stderr)) for one in reached if finite(one.value) is not None]
@@ -287,13 +304,17 @@ def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
     """Of the variants outside studies, by their first run: the run's own name, or what makes the variant differ."""
     if single:
         return {run.name: (run.name, run.name) for run in firsts}
-    keys = [key for key in differing([comparable(run, seed=False) for run in firsts]) if not key.startswith("model.")]
+    inhibited = [run for run in firsts if run.method != "none"]  # the settings of inhibition mean nothing to the others
+    keys = differing([comparable(run, inhibition=False, seed=False) for run in firsts])
+    keys += [key for key in differing([comparable(run) for run in inhibited]) if key.startswith("inhibition.")]
+    keys = [key for key in keys if not key.startswith("model.")]
     sizes = len({run.size for run in firsts}) > 1
     names = {}
     for run in firsts:
         own = [key for key in keys if key != "inhibition.method"]
-        if run.method == "none":  # the others' settings mean nothing to it
+        if run.method == "none":
             own = [key for key in own if not key.startswith("inhibition.")]
+        own = [key for key in own if run.config.get(key) is not None]  # a deactivation has no strength
         others = [f"{key.rpartition('.')[2]} {run.config.get(key)}" for key in own]
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)

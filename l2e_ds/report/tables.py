@@ -29,7 +29,7 @@ from l2e_ds.report.statistics import (
     paired,
     steady_median,
 )
-from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, numbers
+from l2e_ds.training.metrics_lines import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
 
 _TASKS = {
     "mmlu": "MMLU",
@@ -448,15 +448,19 @@ def skipped_steps(run: Run) -> int:
 def _layers(page: Collection) -> Table:
     keys = ("top_share_score", "mean_s", "kurtosis", "dead_share")
     rows = []
+    are_compared = any(run.comparison_layers for run in page.runs)
     for run in page.runs:
-        for layer in run.layers if run.evaluations else []:
-            figures = [first_and_last(run.evaluations, f"layer{layer}/{key}") for key in keys]
+        inhibited = "no" if run.method == "none" else "yes"
+        layers = [(layer, layer_key, inhibited) for layer in run.layers if run.evaluations]
+        layers += [(layer, comparison_key, "no") for layer in run.comparison_layers]
+        for layer, key_of, is_inhibited in sorted(layers, key=lambda row: row[0]):
+            figures = [first_and_last(run.evaluations, key_of(layer, key)) for key in keys]
             first_s, last_s = figures[1]
             ratio = last_s / first_s if first_s and last_s is not None else None
-            tau = first_and_last(run.training, f"layer{layer}/tau")[1] if run.has_threshold else None
+            tau = first_and_last(run.training, layer_key(layer, "tau"))[1] if run.has_threshold else None
             flat = [value for pair in figures for value in pair]
-            rows.append([run.name, layer, *flat[:4], ratio, *flat[4:], tau])
-    columns = [Column("run"), Column("layer", "d")]
+            rows.append([run.name, layer, is_inhibited if are_compared else None, *flat[:4], ratio, *flat[4:], tau])
+    columns = [Column("run"), Column("layer", "d"), Column("inhibited")]
     for group, form in (("MS of the top share", ".2f"), ("mean S", ".4f")):
         columns += [Column("first", form, group), Column("last", form, group)]
     columns.append(Column("last / first", ".0%", "mean S"))
@@ -464,6 +468,8 @@ def _layers(page: Collection) -> Table:
         columns += [Column("first", form, group), Column("last", form, group)]
     columns.append(Column("tau, last", ".3g"))
     note = "At the first and the last evaluation on held-out text, inhibition off. tau: of the newest training step."
+    if are_compared:
+        note += " Layers that are not inhibited stand for comparison (inhibition.guard)."
     return Table("layers", "Each layer", note, columns, rows)
 
 

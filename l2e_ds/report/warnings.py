@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 
-from l2e_ds.evaluation.summary import SHRUNK
 from l2e_ds.report.runs import Collection, Run, Variant, comparable, differing
 from l2e_ds.report.statistics import loss_difference
 from l2e_ds.report.tables import skipped_steps
+from l2e_ds.training import guard
 from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, number, numbers
 
 OFF_TARGET = 0.1  # of the target share
@@ -30,7 +30,7 @@ def all_warnings(page: Collection, now: datetime) -> list[Notice]:
     """The gravest first."""
     found = [warning for run in page.runs for warning in _not_finite(run)]
     found += [warning for variant in page.variants for warning in _worse(page, variant)]
-    for check in (_shrunk, _off_target, _skipped, _dying):
+    for check in (_harmed, _off_target, _skipped, _dying):
         found += [warning for run in page.runs for warning in check(run)]
     found += [warning for variant in page.variants for warning in _repeated(variant)]
     found += _different(page)
@@ -50,7 +50,7 @@ def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
     if base is not None and value > (error or 0.0):
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
         text += ", one pair of runs" if error is None else f" ± {error:.4f}, {of_pairs.pairs} pairs of runs"
-        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.2")
+        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.4")
 
 
 def _not_finite(run: Run) -> Iterator[Notice]:
@@ -61,13 +61,16 @@ def _not_finite(run: Run) -> Iterator[Notice]:
             yield Notice("loss that is not finite", text, "docs/metrics.md")
 
 
-def _shrunk(run: Run) -> Iterator[Notice]:
-    for layer in run.layers:
-        first, last = first_and_last(run.evaluations, f"layer{layer}/mean_s")
-        if first and last is not None and last / first < SHRUNK:
-            text = f"{run.name}: layer {layer} shrank to {last / first:.0%} of its first mean S"
-            text += f" ({first:.3g} to {last:.3g})"
-            yield Notice("a layer that only shrinks", text, "docs/method.md, 5.1")
+def _harmed(run: Run) -> Iterator[Notice]:
+    for name, seen, advice in guard.seen_in(run.starts, run.evaluations, run.findings):
+        yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}", "docs/faq.md")
+
+
+_HARM = {
+    "shrank": "a layer that shrinks",
+    "grew": "a layer that grows",
+    "rose": "a layer that becomes more monosemantic for inhibition",
+}
 
 
 def _off_target(run: Run) -> Iterator[Notice]:

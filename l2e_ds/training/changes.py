@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import AliasChoices
+
 from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, checked, flat, with_absolute_paths
 from l2e_ds.errors import CheckpointError
 from l2e_ds.training.engine import learning_rate
@@ -24,11 +26,17 @@ def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
     out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
-        name: {key: value for key, value in saved[name].items() if key in section.model_fields}
+        name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
         for name, section in sections.items()
         if name in saved
     }
     return checked(RunConfig, known, str(where))
+
+
+def _known_names(section: Any) -> set[str]:
+    """Keys of a section, with those that a key had before."""
+    old = (field.validation_alias for field in section.model_fields.values())
+    return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
 
 
 class Changes:
@@ -43,7 +51,11 @@ class Changes:
 
     def lines(self) -> list[str]:
         """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
-        return [*self._texts.values(), *self._rates()]
+        section, key = self.new.inhibition, "training.micro_batch"
+        texts = dict(self._texts)
+        if key in texts and section.loss == "projected" and section.method != "none":
+            texts[key] += " (figures change a little with ranks x micro-batch: docs/method.md, 5.2)"
+        return [*texts.values(), *self._rates()]
 
     def refuse(self, checkpoint: Path) -> None:
         """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
@@ -57,6 +69,15 @@ class Changes:
             key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
             note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
             found[key] = f"{self._texts[key]} ({note})"
+        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        for key in before:  # a share of the old run, and the step that it stood for
+            if before[key] == now.get(key):
+                found.pop(f"inhibition.{key}", None)
+        moved = [key for key in before if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts]
+        if moved and "training.steps" in self._texts:
+            kept = " ".join(f"inhibition.{key}={before[key]}" for key in moved)
+            note = f"inhibition's schedule moves with it; {kept} keeps it"
+            found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
         refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
         if refused:
             more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
@@ -64,6 +85,14 @@ class Changes:
                 f"{checkpoint}: was trained with other values: {', '.join(refused[:3])}{more}; give those again, give"
                 " another training.run_directory, or name the keys in training.allow_changes"
             )
+
+    def other_inhibition(self) -> bool:
+        """Whether inhibition is another one: more than its schedule in another way of writing."""
+        before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
+        return before != now or any(
+            key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
+        )
 
     def _has_moved(self, key: str) -> bool:
         """Whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
@@ -84,6 +113,15 @@ def _rate(config: RunConfig, applied: int) -> float:
 
 def _schedule_steps(config: RunConfig) -> int:
     return config.optimizer.schedule_steps or config.training.steps
+
+
+def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
+    """The schedule's keys in steps; `end` where a decay leads to it."""
+    section, steps = config.inhibition, config.training.steps
+    if section.method == "none":
+        return {}
+    found = {key: section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end")}
+    return found | ({"end": steps} if found["decay"] and found["end"] is None else {})
 
 
 def _difference(old: Any, new: Any) -> str:

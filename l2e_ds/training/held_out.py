@@ -18,6 +18,7 @@ from l2e_ds.data import PreparedData
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.training.loss import LossHead
+from l2e_ds.training.metrics_lines import comparison_key, layer_key
 
 
 @torch.no_grad()
@@ -26,6 +27,7 @@ def evaluate(
     head: LossHead,
     sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
+    comparison: Sequence[NeuronSite],
     share: float,
     sequences: int,
     micro_batch: int,
@@ -33,6 +35,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of `kind: evaluation`, the same on every rank. Collective.
 
+    sites, comparison: of the layers to measure; those of `comparison` go by other names (`comparison_key`).
     sets: those with held-out text; `sequences` of each are read, and weigh together what the set does in training.
     tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
     """
@@ -71,16 +74,17 @@ def evaluate(
     try:
         # compiled layers would go on without the hooks that measure (DEEPSPEED.md, silent failure 3)
         with torch.compiler.set_stance("force_eager"):
-            scores = measure_scores(sites, one_pass, share, engine.device)
+            scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     finally:
         engine.train()
     distributed.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
     values |= {f"held_out_loss/{part.name}": loss for part, loss in zip(sets, losses, strict=True) if part.name}
-    for layer in scores:
+    for index, layer in enumerate(scores):
+        key = layer_key if index < len(sites) else comparison_key
         values |= {
-            f"layer{layer.layer}/{name}": getattr(layer, name)
+            key(layer.layer, name): getattr(layer, name)
             for name in ("top_share_score", "mean_s", "kurtosis", "dead_share")
         }
     return values

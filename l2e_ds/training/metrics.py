@@ -13,11 +13,15 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | lm_loss | nats/token | mean cross-entropy of the training batches, without the inhibition loss; mean over ranks |
 | inhibition_loss | nats | raw L_MS summed over hooked layers (METHOD eq. 5, n = share * tokens * N); mean |
 | inhibition_loss_weighted | nats | coefficient times L_MS, step by step; mean; 0 where a deactivation takes its place |
-| coefficient | 1 | lambda of the newest step, after its warm-up |
+| coefficient | 1 | lambda of the newest step, mean over hooked layers |
+| strength | 1 | inhibition loss's gradient over the LM's, RMS at the selected activations, in the step before the |
+| | | newest; mean over hooked layers |
 | observed_share | 1 | share of (token, neuron) pairs selected, mean over hooked layers; mean |
 | layerI/observed_share | 1 | the same for layer I |
 | layerI/tau | 1 | threshold on the score that selected in the newest step (METHOD section 4) |
 | layerI/selected_score | 1 | mean MS (eq. 1) of the selected activations; mean |
+| layerI/coefficient | 1 | lambda of layer I in the newest step |
+| layerI/strength | 1 | as strength, of layer I |
 | layerI/mean_s | activation | mean over neurons of the running standard deviation S; shows a run that only shrinks |
 | gradient_norm | 1 | global 2-norm before clipping, loss scale removed (engine.get_global_grad_norm); newest step |
 | learning_rate | 1 | of the newest step |
@@ -41,6 +45,8 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | layerI/mean_s | activation | mean over neurons of S on the held-out text |
 | layerI/kurtosis | 1 | median over live neurons of E[phi^2]; 3 for a normal distribution |
 | layerI/dead_share | 1 | share of neurons that never vary |
+| comparison_layerI/... | | the same four of layer I without inhibition: as many as are inhibited, the nearest |
+| | | (not with `inhibition.guard: off`, nor where nothing is inhibited) |
 
 On GPUs top_share_score may differ in its last digits from one evaluation of the same weights to the next (the
 histogram is summed by atomic additions).
@@ -63,9 +69,22 @@ histogram is summed by atomic additions).
 | bytes | B | size of all its files |
 | error | | instead of these: why it could not be written (`checkpoint.on_error: continue`) |
 
+`kind: guard`, after an evaluation at which a layer is for the first time what inhibition should not make of it
+(`inhibition.guard`; a line for each). Figures are compared with the reference, the newest evaluation before inhibition
+began (where a run's checkpoint knows of none: the first one after resuming):
+
+| key | unit | what, and where it comes from |
+|---|---|---|
+| layerI/shrank | 1 | mean S over its reference, below half of that and of the comparison layers' |
+| layerI/grew | 1 | the same, above twice |
+| layerI/rose | 1 | top_share_score over its reference, by 10 % above the comparison layers', three times in a row |
+| comparison | 1 | mean over the comparison layers over its reference; left out where every layer is inhibited |
+| reference_step | steps | of the reference |
+| text, advice | | in words: what was seen, and what to do |
+
 `kind: start`, whenever a run starts or resumes: time, git commit and whether files were changed, versions, device,
 ranks, host of rank 0 (its cores and GPUs), number of hosts, parameters, tokens of the data; `changes`: what the run
-file says otherwise than when the checkpoint was written.
+file says otherwise than when the checkpoint was written; `guard`, where the run has one.
 
 Numbers of all kinds but `start` also go to what the section `logging` asks for, as `KIND/KEY` at x = step: CSV files
 (one for each), TensorBoard, Weights & Biases. Where a run goes on from an earlier checkpoint, all files are cut back to

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ _NEEDED = {
     "start": ("step",),
     "train": ("step", "tokens", "lm_loss", "tokens_per_second"),
     "evaluation": ("step", "tokens", "held_out_loss"),
+    "guard": ("step", "text", "advice"),
 }
 _COUNTS = ("step", "applied_steps", "tokens", "ranks", "hosts", "parameters")  # and tokens/NAME
 _MOST = 2**63
@@ -37,7 +38,7 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
 
 
 def read_lines(directory: Path) -> list[dict[str, Any]]:
-    """A run's lines of the kinds start, train and evaluation, in order, checked.
+    """A run's lines of the kinds start, train, evaluation and guard, in order, checked.
 
     A figure that is not finite, or beyond what float32 holds, is None. Raises DataError naming file and line, and
     OSError.
@@ -79,6 +80,9 @@ def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
         elif key in ("git", "versions"):
             if not isinstance(value, dict):
                 raise DataError(f"{where}: {key}: got {value!r}, must be a mapping")
+        elif (line["kind"], key) in (("guard", "text"), ("guard", "advice")):
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {key}: got {value!r}, must be text")
         elif line["kind"] != "start" and key != "kind" and type(value) not in (int, float, type(None)):
             raise DataError(f"{where}: {key}: got {value!r}, must be a number or null")
     return {key: finite(value) for key, value in line.items()}
@@ -114,9 +118,20 @@ def last_tenth(lines: Sequence[dict]) -> list[dict]:
     return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
 
 
-def layers_of(lines: Iterable[Mapping[str, Any]]) -> list[int]:
-    """Those that the lines have figures of."""
-    return sorted({int(found[1]) for line in lines for key in line if (found := re.match(r"layer(\d+)/", key))})
+def layer_key(layer: int, name: str) -> str:
+    """Of one of `inhibition.layers`."""
+    return f"layer{layer}/{name}"
+
+
+def comparison_key(layer: int, name: str) -> str:
+    """Of a layer that is none of them; no mean over `layers/NAME` takes it in."""
+    return f"comparison_layer{layer}/{name}"
+
+
+def layers_of(lines: Iterable[Mapping[str, Any]], key: Callable[[int, str], str] = layer_key) -> list[int]:
+    """Those that the lines have figures of under such keys."""
+    begin = key(0, "").partition("0/")[0]
+    return sorted({int(found[1]) for line in lines for name in line if (found := re.match(rf"{begin}(\d+)/", name))})
 
 
 def number(line: Mapping[str, Any], key: str) -> float | None:

@@ -439,7 +439,9 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     ranks = distributed.size()
     share = config.training.global_batch // ranks
     accumulation = min(2, share)
-    config = config.replace("inhibition", coefficient_warmup=0)  # with its loss's gradient, as in later steps
+    config = config.replace(
+        "inhibition", start=0, warmup=0, decay=0, end=None
+    )  # with its loss's gradient, as in later steps
     ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
     ds |= {"train_micro_batch_size_per_gpu": 1}
     model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)

@@ -15,7 +15,7 @@ from torch import Tensor
 class TrainState:
     """step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
     tokens: consumed in training; evaluated, evaluated_on_tasks: steps of the newest finished evaluations; streams:
-    where each set that is a stream stands, by name (on rank 0)."""
+    where each set that is a stream stands, by name (on rank 0); guard: what `guard.judged` remembers."""
 
     step: int = 0
     applied: int = 0
@@ -23,6 +23,7 @@ class TrainState:
     evaluated: int = -1
     evaluated_on_tasks: int = -1
     streams: dict[str, dict[str, Any]] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

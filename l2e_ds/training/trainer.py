@@ -22,9 +22,9 @@ from l2e_ds import distributed
 from l2e_ds.config import BatchArithmetic, RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
-from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.models import build_network, matrix_parameters, neuron_sites
-from l2e_ds.training import metrics, preemption
+from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.checkpoint import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
 from l2e_ds.training.deepspeed_config import zero_stage
 from l2e_ds.training.engine import (
@@ -49,10 +49,15 @@ def inhibition_settings(config: RunConfig) -> Settings:
     return Settings(
         retrieval=retrieval,
         mechanism=mechanism,
-        scale_invariant=section.loss == "scale-invariant",
+        loss=section.loss,
+        power=section.power,
         target_share=section.target_share,
+        strength=section.strength,
         coefficient=section.coefficient,
-        coefficient_warmup=section.coefficient_warmup,
+        start=section.start,
+        warmup=section.warmup,
+        decay=section.decay,
+        end=section.end,
         statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
         reduce=section.reduce,
         fused=None if section.fused == "auto" else section.fused,
@@ -114,8 +119,14 @@ class Trainer:
         self.sites = neuron_sites(model, config.inhibition.layers)
         self.inhibitor: Inhibitor | None = None
         if config.inhibition.method != "none":
-            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device)
+            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
             self.inhibitor.attach()
+        self.is_guarded = self._is_inhibited() and config.inhibition.guard != "off" and bool(self.held_out)
+        self.comparison: list[NeuronSite] = []
+        if self.is_guarded:
+            inhibited = [site.layer for site in self.sites]
+            layers = guard.comparison_layers(inhibited, network.num_hidden_layers)
+            self.comparison = neuron_sites(model, layers) if layers else []
         self.head = LossHead(model)
         self.plain_float32 = is_plain_float32(config, ds)
         self.engine = build_engine(model, config, ds, device)
@@ -146,10 +157,13 @@ class Trainer:
         self.changes: list[str] = []
         """Since the checkpoint, by the user."""
         if resume_from is not None:
-            self.changes = changes_since(resume_from, config).lines()
+            changes = changes_since(resume_from, config)
+            self.changes = changes.lines()
             self.metrics.say(f"resumed from {resume_from}")
             for change in self.changes:
                 self.metrics.say(f"changed since that checkpoint: {change}")
+            if changes.other_inhibition():
+                self.state.guard = {}  # what was found came of other settings
         assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
@@ -188,6 +202,7 @@ class Trainer:
                 self.save()
             if self.state.step >= last:
                 break
+            self._stop_if_guard_says_so()
             if paused:
                 preemption.stop_if_asked()
             self.train_step()
@@ -210,6 +225,23 @@ class Trainer:
     def _checkpoint_is_due(self) -> bool:
         step, checkpoint = self.state.step, self.config.checkpoint
         return self.saved_step != step and is_due(step, self.config.training.steps, checkpoint.every, checkpoint.early)
+
+    def _is_inhibited(self) -> bool:
+        """At any time of the run."""
+        if self.inhibitor is None:
+            return False
+        settings = self.inhibitor.settings
+        return settings.mechanism != "regulariser" or settings.is_regularising
+
+    def _stop_if_guard_says_so(self) -> None:
+        """Raises TrainingError, after saving: the same command is not to go on."""
+        found = list(self.state.guard.get("found", {}).values())
+        if self.is_guarded and self.config.inhibition.guard == "stop" and found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise TrainingError(
+                f"inhibition.guard: {found[0]}{more}; {self._save_before_stopping()} (inhibition.guard=warn goes on"
+                f" from there); {guard.advice(self.config.inhibition)}"
+            )
 
     def _save_before_stopping(self) -> str:
         """Returns what to tell the user."""
@@ -286,7 +318,6 @@ class Trainer:
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if self.inhibitor is not None and applied and self.inhibitor.last is not None:
             self._statistics.append(self.inhibitor.last)
-            self._coefficients.append(self.inhibitor.last_coefficient)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
             bad = [r for r, finite in enumerate(distributed.all_gather_objects(self._loss_is_finite())) if not finite]
             where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
@@ -308,6 +339,7 @@ class Trainer:
             self.head,
             self.held_out,
             self.sites,
+            self.comparison,
             self.config.inhibition.target_share,
             self.config.training.evaluation_sequences,
             self.batch.micro_batch,
@@ -316,7 +348,26 @@ class Trainer:
         self.state.evaluated = self.state.step
         self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
         self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+        if self.is_guarded:
+            self._judge(values)
         self._paused += time.perf_counter() - begin
+
+    def _judge(self, values: dict[str, float]) -> None:
+        """Say what inhibition does to its layers that it must not. Collective."""
+        assert self.inhibitor is not None
+        steps, settings = self.inhibitor.steps, self.inhibitor.settings
+        if settings.end is not None and steps > settings.end:
+            return
+        inhibited, comparison = ([site.layer for site in sites] for sites in (self.sites, self.comparison))
+        found = guard.judged(
+            self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
+        )
+        # a GPU's sums differ from rank to rank in their last digits
+        self.state.guard, findings = distributed.main_decides(found)
+        advice = guard.advice(self.config.inhibition)
+        for finding in findings:
+            self.metrics.write("guard", self.state.step, {**finding.values(), "advice": advice})
+            self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {finding.seen}; {advice}")
 
     def evaluate_on_tasks(self) -> None:
         """Figures on the tasks of section `evaluation`, inhibition off. Tasks that fail end a run only at its start."""
@@ -380,7 +431,6 @@ class Trainer:
         self._interval_steps = self._interval_skipped = 0
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
-        self._coefficients: list[float] = []  # lambda of the same steps
 
     def log(self) -> None:
         """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
@@ -430,15 +480,15 @@ class Trainer:
             mean, last = dict(zip(names, mean, strict=True)), dict(zip(names, last, strict=True))
             prefix = f"layer{hook.site.layer}/"
             values |= {f"{prefix}{name}": mean[name] for name in ("observed_share", "selected_score")}
-            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s")}
-        share, loss = names.index("observed_share"), names.index("inhibition_loss")
-        losses = statistics[:, :, loss].sum(1).tolist()
-        weighted = [coefficient * raw for coefficient, raw in zip(self._coefficients, losses, strict=True)]
+            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s", "coefficient", "strength")}
+        columns = dict(zip(names, statistics.unbind(2), strict=True))  # [steps, L] each
+        losses, coefficients = columns["inhibition_loss"], columns["coefficient"]
         return {
-            "inhibition_loss": sum(losses) / len(losses),
-            "inhibition_loss_weighted": sum(weighted) / len(weighted),
-            "coefficient": self._coefficients[-1],
-            "observed_share": sum(row[share] for row in means) / len(means),
+            "inhibition_loss": losses.sum(1).mean().item(),
+            "inhibition_loss_weighted": (coefficients * losses).sum(1).mean().item(),
+            "coefficient": coefficients[-1].mean().item(),
+            "strength": columns["strength"][-1].mean().item(),
+            "observed_share": columns["observed_share"].mean().item(),
             **values,
         }
 

@@ -1,4 +1,4 @@
-"""Networks under ZeRO-3 are built in shards; statistics count tokens, not ranks; one rank's error is everybody's."""
+"""Networks under ZeRO-3 are built in shards; statistics and projections count tokens, not ranks; errors are shared."""
 
 import json
 from pathlib import Path
@@ -30,6 +30,12 @@ def test_moments_of_unequal_token_counts_equal_numpy(ranks):
         assert rank["unequal"]["count"] == 0
         assert rank["unequal"]["mean"] < 1e-6
         assert rank["unequal"]["variance"] < 1e-6
+
+
+def test_projection_is_over_the_tokens_of_all_ranks(ranks):
+    """However a rank's tokens weigh in the gradient: zero up to float32's rounding of 170 terms."""
+    for rank in ranks:
+        assert max(rank["projection"]) < 20 * 170 * 2**-24
 
 
 def test_others_wait_for_rank_0(ranks):

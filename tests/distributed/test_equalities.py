@@ -10,7 +10,7 @@ import math
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.training_case import TrainingCase, zero
+from tests.distributed.training_case import STRENGTH, TrainingCase, zero
 from tests.tolerances import rounding, selection
 
 METHODS = {
@@ -20,12 +20,15 @@ METHODS = {
     "forward-scale-invariant": TrainingCase({"inhibition": {"reduce": "forward", "loss": "scale-invariant"}}),
     "fused": TrainingCase({"inhibition": {"fused": True}}),
     "fused-scale-invariant": TrainingCase({"inhibition": {"fused": True, "loss": "scale-invariant"}}),
+    "projected": TrainingCase({"inhibition": {"loss": "projected", "coefficient": 0.1, "power": 0}}),
+    "strength": TrainingCase({"inhibition": STRENGTH}),
+    "fused-strength": TrainingCase({"inhibition": {**STRENGTH, "fused": True}}),
     "memel": TrainingCase({"inhibition": {"method": "memel"}}),
     "top-k-regulariser": TrainingCase({"inhibition": {"retrieval": "top-k"}}),
     "threshold-reverse": TrainingCase({"inhibition": {"mechanism": "reverse-deactivation"}}),
     "mixture": TrainingCase(mixture=(0.2, 0.7, 0.1)),
 }
-SHORT = ["step-published", "forward-scale-invariant", "memel", "mixture"]
+SHORT = ["step-published", "forward-scale-invariant", "strength", "memel", "mixture"]
 """Methods that differ in every choice; the others are combinations of the same choices."""
 
 
@@ -38,6 +41,7 @@ SET_UPS = {
     "accumulated": TrainingCase({"training": {"micro_batch": 1}}),
     "recomputed-step-published": recomputed({}),
     "recomputed-zero3": recomputed(zero(3)),
+    "recomputed-strength": recomputed(METHODS["strength"].sections),
 }
 MORE_SET_UPS = {
     "recomputed-forward-published": recomputed(METHODS["forward-published"].sections),
@@ -46,10 +50,10 @@ MORE_SET_UPS = {
     "offload3": TrainingCase({"deepspeed": {"config": "ds_configs/zero3_offload.json"}}),
     "own-json": TrainingCase({"deepspeed": {"config": "tests/distributed/workers/own_deepspeed.json"}}),
     "compiled": TrainingCase({"model": {"compile": True}}),
-    "compiled-fused-recomputed": recomputed(METHODS["fused"].sections, compile=True),
+    "compiled-fused-strength-recomputed": recomputed(METHODS["fused-strength"].sections, compile=True),
 }
 # two cores: the rest is the same code
-ON_FOUR_RANKS = ["step-published", "forward-scale-invariant", "fused", "memel", "mixture"]
+ON_FOUR_RANKS = ["step-published", "forward-scale-invariant", "fused-strength", "memel", "mixture"]
 full = pytest.mark.full
 
 STEPS = 10
@@ -64,6 +68,8 @@ SAME = {
     "observed_share": SELECTION,
     "inhibition_loss": SELECTION,
     "inhibition_loss_weighted": SELECTION,
+    "coefficient": SELECTION,
+    "strength": SELECTION,
 }
 SAME_PER_LAYER = {"observed_share": SELECTION, "tau": SELECTION, "selected_score": SELECTION, "mean_s": ROUNDING}
 
@@ -132,11 +138,12 @@ def test_four_ranks(runs, assert_same, name):
 
 @full
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("loss", ["published", "scale-invariant"])
+@pytest.mark.parametrize("loss", ["published", "scale-invariant", "strength"])
 def test_one_compiled_pass(runs, assert_same, loss, ranks):
     """`fused` gives the numbers of the plain operations."""
-    fused = {"published": "fused", "scale-invariant": "fused-scale-invariant"}[loss]
-    assert_same(runs[ranks] / fused, runs[ranks] / f"step-{loss}")
+    plain = loss if loss == "strength" else f"step-{loss}"
+    fused = "fused" if loss == "published" else f"fused-{loss}"
+    assert_same(runs[ranks] / fused, runs[ranks] / plain)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -160,14 +167,22 @@ def test_a_user_s_own_json(runs, assert_same):
 
 @pytest.mark.parametrize(
     "name",
-    ["step-published", "zero3", pytest.param("forward-published", marks=full), pytest.param("memel", marks=full)],
+    [
+        "step-published",
+        "zero3",
+        "strength",
+        pytest.param("forward-published", marks=full),
+        pytest.param("memel", marks=full),
+    ],
 )
 def test_activation_checkpointing_counts_nothing_twice(runs, assert_same, name):
     assert_same(runs[2] / f"recomputed-{name}", runs[2] / name)
 
 
 @full
-@pytest.mark.parametrize(("name", "other"), [("compiled", "step-published"), ("compiled-fused-recomputed", "fused")])
+@pytest.mark.parametrize(
+    ("name", "other"), [("compiled", "step-published"), ("compiled-fused-strength-recomputed", "fused-strength")]
+)
 def test_compiled_layers(runs, assert_same, name, other):
     """Also what is measured at evaluations, by hooks that a compiled layer would drop."""
     assert_same(runs[2] / name, runs[2] / other)

@@ -15,7 +15,7 @@ from l2e_ds.evaluation.results import FILE, read_results
 from l2e_ds.training.checkpoint import CheckpointManager
 from l2e_ds.training.manifest import verify
 from l2e_ds.training.monitors import WANDB_ID
-from tests.distributed.training_case import Interruption, TrainingCase, zero
+from tests.distributed.training_case import STRENGTH, Interruption, TrainingCase, zero
 from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
@@ -62,6 +62,9 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight-{precision}"] = TrainingCase(zero(1, training=training), save_logits=True)
         found[f"resumed-{precision}"] = TrainingCase(zero(1, training=training), stop_after=4)
         found[f"nan-{precision}"] = TrainingCase(zero(2, training=training), non_finite_loss=(1, [3, 4]))
+    warming_up = {**STRENGTH, "start": 1, "warmup": 3, "decay": 0, "end": None}  # stopped when that is over
+    found["straight-strength"] = TrainingCase(zero(3, inhibition=warming_up), save_logits=True)
+    found["resumed-strength"] = TrainingCase(zero(3, inhibition=warming_up), stop_after=4)
     found["straight-stream"] = TrainingCase({"checkpoint": {"every": 3}}, stream="read while training")
     found["resumed-stream"] = TrainingCase(stream="read while training", stop_after=4)
     found["twin-of-stream"] = TrainingCase(stream="stored beforehand")
@@ -103,7 +106,7 @@ def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
         {"training": {"evaluate_every": 0}}, token_outside_vocabulary_at=4, fails_with="DataError"
     )
     found["pythia-checkpoints"] = TrainingCase({"checkpoint": {"early": True, "every": 5, "keep_last": 4}})
-    warming_up = {"coefficient": 0.1, "coefficient_warmup": 4}
+    warming_up = {"coefficient": 0.1, "warmup": 4}
     found["warming-up"] = TrainingCase({"inhibition": warming_up, "logging": {"every": 5}})
     return found
 
@@ -217,7 +220,11 @@ def test_figures_on_two_ranks_are_those_of_evaluate_on_one(runs, tasks, tmp_path
 
 
 @pytest.mark.parametrize(
-    "name", in_short(["1", "3", "-fp16", "-stream"], [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream"])
+    "name",
+    in_short(
+        ["1", "3", "-fp16", "-stream", "-strength"],
+        [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream", "-strength"],
+    ),
 )
 def test_resumed_is_bit_identical(runs, metric_lines, name):
     """Stopped after step 4 and resumed in a new engine: metrics, weights, moments and tau as if never stopped."""

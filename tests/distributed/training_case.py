@@ -15,12 +15,24 @@ TINY_RUN: dict[str, dict[str, Any]] = {
     "data": {"source": "stdlib", "train_tokenizer": 300, "sequence_length": LENGTH},
     "optimizer": {"peak_learning_rate": 3e-3, "warmup": 0.2, "schedule_steps": 20},
     "training": {"steps": 10, "global_batch": 8, "precision": "fp32", "evaluate_every": 5, "evaluation_sequences": 7},
-    "inhibition": {"coefficient": 1e-2, "statistics_window": 5},
+    "inhibition": {"loss": "published", "coefficient": 1e-2, "statistics_window": 5},
     "deepspeed": {"config": "ds_configs/zero1.json"},
     "checkpoint": {"every": 0},
     "logging": {"every": 1, "progress": False},
 }
 """The run file over which a case's sections are laid; the micro-batch is a rank's whole share unless a case says so."""
+
+
+STRENGTH = {
+    "loss": "projected",
+    "coefficient": None,
+    "strength": 0.5,
+    "start": 0.2,
+    "warmup": 2,
+    "decay": 0.3,
+    "end": 9,
+}
+"""A section `inhibition` of relative strength, with every part of a schedule of ten steps."""
 
 
 class Interruption(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from l2e_ds.inhibition import losses
-from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
 
 CASES = Path(__file__).parents[1] / "unit/inhibition/triton_cases.py"
 pytestmark = [
@@ -34,8 +34,8 @@ def test_all_cases_of_the_interpreter():
 
 
 @pytest.mark.parametrize("dtype", PRECISION)
-@pytest.mark.parametrize("scale_invariant", [False, True])
-def test_a_large_micro_batch(dtype, scale_invariant):
+@pytest.mark.parametrize("loss", ["published", "scale-invariant", "projected"])
+def test_a_large_micro_batch(dtype, loss):
     """[4096, 10240]: activations, sums and gradient against float64; the same every time; the host never waits."""
     from l2e_ds.inhibition import triton_gelu
 
@@ -51,17 +51,21 @@ def test_a_large_micro_batch(dtype, scale_invariant):
             0.1 * torch.rand(neurons),
         )
         strength = torch.tensor(0.5)
+        correction = Correction(0.1 * torch.randn(neurons), 0.1 * torch.randn(neurons))
+    regulariser = Regulariser(loss)
+    if not regulariser.is_projected:
+        correction = losses.running_correction(statistics, regulariser)
     runs = []
     for again in range(2):
         # the first time compiles; after that not even a synchronisation
         torch.cuda.set_sync_debug_mode("error" if again else "default")
         try:
-            z, sums = triton_gelu.forward(x, statistics)
-            loss = sums.inhibition_loss(statistics, scale_invariant, tokens)
-            found = triton_gelu.backward(x, incoming, statistics, scale_invariant, strength)
+            z, sums = triton_gelu.forward(x, statistics, regulariser)
+            value = sums.inhibition_loss(statistics, regulariser, tokens)
+            found, squares = triton_gelu.backward(x, incoming, statistics, regulariser, correction, strength)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        runs.append((z, *vars(sums).values(), loss, found))
+        runs.append((z, *(part for part in vars(sums).values() if part is not None), value, found, squares))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
     torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
 
@@ -72,10 +76,17 @@ def test_a_large_micro_batch(dtype, scale_invariant):
     torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=0)
     assert torch.equal(sums.selected, selected.double().sum(0))
-    torch.testing.assert_close(sums.score, exact[selected].sum(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(sums.log_ratio, (exact[selected] / 5.4).log().sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums.score, torch.where(selected, exact, 0.0).sum(0), rtol=1e-5, atol=0)
+    expected = losses.inhibition_loss(z, selected, statistics, regulariser)
+    torch.testing.assert_close(value, expected.double(), rtol=1e-4, atol=0)
+    if regulariser.is_projected:
+        projected = losses.projection_sums(z, selected, statistics, regulariser)
+        torch.testing.assert_close(sums.projection_sums(regulariser.power, tokens), projected, rtol=1e-4, atol=1e-2)
 
-    added = (strength * losses.inhibition_gradient(z, selected, statistics, scale_invariant)).to(dtype)
+    inhibition = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, inhibition)])
+    torch.testing.assert_close(squares, sizes, rtol=1e-4, atol=0)
+    added = (strength * inhibition).to(dtype)
     wide = x.double().requires_grad_()
     functional.gelu(wide).backward((incoming + added).double())
     torch.testing.assert_close(found.double(), wide.grad, rtol=4 * PRECISION[dtype], atol=4 * PRECISION[dtype])

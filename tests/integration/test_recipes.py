@@ -35,11 +35,14 @@ def test_recipe_builds(path):
     middle = network.num_hidden_layers // 2
     assert [site.layer for site in sites] == [middle - 1, middle]
     assert all(site.neurons == 4 * network.hidden_size for site in sites)
-    with Inhibitor(sites, inhibition_settings(config)):
+    with Inhibitor(sites, inhibition_settings(config), run_steps=config.training.steps):
         assert model.gpt_neox.layers[middle].mlp.act is not sites[1]
     assert zero_stage(ds) in (1, 3)
+    section = config.inhibition
+    assert (section.loss, section.power, section.strength, section.coefficient) == ("projected", 1, 0.2, None)
     if path.stem == "quickstart":
         return
+    assert (section.start, section.warmup) == (0.3, 0.2)
     size = PYTHIA[path.stem]
     assert config.training.steps == 14300
     assert config.optimizer.schedule_steps == 143000
@@ -48,6 +51,14 @@ def test_recipe_builds(path):
     assert (ds["fp16"]["enabled"], ds["fp16"]["initial_scale_power"]) == (True, 12)
     for ranks in (8, 1024 // config.training.micro_batch):
         resolve(config, ranks, path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_method_is_changed_by_its_own_keys(path):
+    """As docs/recipes.md has it: nothing of the recipe has to be taken back."""
+    assert load_run_config(path, ["inhibition.method=memel"]).inhibition.strength is None
+    published = load_run_config(path, ["inhibition.loss=published", "inhibition.coefficient=1e-3"]).inhibition
+    assert (published.strength, published.coefficient) == (None, 1e-3)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

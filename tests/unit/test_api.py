@@ -45,13 +45,20 @@ def test_code_of_the_page_runs(capsys):
     [
         ({"target_share": 1}, "Settings.target_share: got 1, allowed: between 0 and 1"),
         ({"target_share": "x"}, "Settings.target_share: got 'x', allowed: between 0 and 1"),
-        ({"coefficient": None}, "Settings.coefficient: got None, allowed: 0 or more"),
+        ({"coefficient": "1"}, "Settings.coefficient: got '1', allowed: 0 or more"),
+        ({"strength": -0.1}, "Settings.strength: got -0.1, allowed: 0 or more"),
+        ({"strength": 0.1, "coefficient": 0.1}, "Settings.strength: got 0.1 with coefficient 0.1, allowed: one of the"),
+        ({"strength": 0.1, "mechanism": "naive-deactivation"}, "Settings.strength: got 0.1 with mechanism naive-deact"),
+        ({"loss": "exact"}, "Settings.loss: got 'exact', allowed: published or scale-invariant or projected"),
+        ({"power": 3}, "Settings.power: got 3, allowed: 0 or 1 or 2"),
+        ({"start": 1.5}, "Settings.start: got 1.5, allowed: whole steps, or a share between 0 and 1"),
+        ({"decay": -1}, "Settings.decay: got -1, allowed: whole steps, or a share between 0 and 1"),
+        ({"end": 0}, "Settings.end: got 0, allowed: whole steps, or a share between 0 and 1"),
         ({"statistics_window": "50"}, "Settings.statistics_window: got '50', allowed: 1 step or more, or None"),
-        ({"scale_invariant": "no"}, "Settings.scale_invariant: got 'no', allowed: True or False"),
         ({"fused": "auto"}, "Settings.fused: got 'auto', allowed: True, False or None"),
         ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
         ({"coefficient": float("nan")}, "Settings.coefficient: got nan"),
-        ({"coefficient_warmup": -5}, "Settings.coefficient_warmup: got -5, allowed: 0 or more steps"),
+        ({"warmup": -5}, "Settings.warmup: got -5, allowed: whole steps, or a share between 0 and 1"),
         ({"statistics_window": 0}, "Settings.statistics_window: got 0, allowed: 1 step or more, or None"),
         ({"retrieval": "topk"}, "Settings.retrieval: got 'topk', allowed: threshold or top-k"),
         ({"mechanism": "none"}, "Settings.mechanism: got 'none', allowed: regulariser or reverse-deactivation"),
@@ -131,6 +138,33 @@ def test_losses_that_cannot_be_attached():
     assert inhibitor._micro_batches == 0
 
 
+def test_forward_passes_and_losses_out_of_order():
+    """What a hook keeps of a micro-batch must not be the next one's."""
+    torch.manual_seed(0)
+    layer, x = Layer(), torch.randn(2, 64, 4)
+    for settings, mask, words in (
+        (Settings(), None, "layer 0 saw 2 forward passes for 1 losses of this step; attach each loss directly after"),
+        (Settings(), torch.ones(2, 64), "the loss before has not been through backward; with a token mask"),
+        (Settings(reduce="forward"), None, "the loss before has not been through backward; with a token mask"),
+    ):
+        with Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], settings) as inhibitor:
+            for _ in range(2):  # nothing is projected before there is history
+                inhibitor.attach_loss(layer(x).square().mean()).backward()
+                inhibitor.step()
+            inhibitor.set_token_mask(mask)
+            with pytest.raises(ValueError, match=re.escape(f"attach_loss: {words}")):
+                if words.startswith("layer"):
+                    losses = [layer(x).square().mean() for _ in range(2)]
+                    inhibitor.attach_loss(losses[0])
+                else:
+                    for _ in range(2):
+                        inhibitor.attach_loss(layer(x).square().mean())
+        with Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], Settings()) as inhibitor:
+            for _ in range(3):  # both losses in one backward pass
+                sum(inhibitor.attach_loss(layer(x).square().mean()) for _ in range(2)).backward()
+                inhibitor.step()
+
+
 def test_weight_of_a_part_of_a_loss():
     """A loss that is already its share of a larger batch's: the gradient is as of the mean, divided afterwards."""
     gradients = []
@@ -158,7 +192,7 @@ def test_metrics_are_those_of_the_newest_step():
     torch.manual_seed(0)
     layers = [Layer(), Layer()]
     sites = [NeuronSite(i, layer, "act", "activation", 8) for i, layer in zip((1, 4), layers, strict=True)]
-    with Inhibitor(sites, Settings(coefficient=0.5, coefficient_warmup=4)) as inhibitor:
+    with Inhibitor(sites, Settings(coefficient=0.5, warmup=4)) as inhibitor:
         assert inhibitor.metrics() == {}
         for _ in range(2):
             loss = sum(layer(torch.randn(2, 64, 4)).square().mean() for layer in layers)
@@ -167,9 +201,10 @@ def test_metrics_are_those_of_the_newest_step():
     found = inhibitor.metrics()
     assert found["coefficient"] == 0.25
     assert found["observed_share"] == (found["layer1/observed_share"] + found["layer4/observed_share"]) / 2 > 0
-    names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss")
-    rows = dict(zip((1, 4), inhibitor.last.tolist(), strict=True))
+    names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    rows = dict(zip((1, 4), (dict(zip(names, row, strict=True)) for row in inhibitor.last.tolist()), strict=True))
     for layer, row in rows.items():
-        for name, value in zip(names[:-1], row, strict=False):
-            assert found[f"layer{layer}/{name}"] == value
-    assert found["inhibition_loss"] == pytest.approx(rows[1][-1] + rows[4][-1])
+        assert {name: found[f"layer{layer}/{name}"] for name in names if name != "inhibition_loss"} == {
+            name: value for name, value in row.items() if name != "inhibition_loss"
+        }
+    assert found["inhibition_loss"] == pytest.approx(rows[1]["inhibition_loss"] + rows[4]["inhibition_loss"])

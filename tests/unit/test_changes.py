@@ -16,6 +16,7 @@ RUN = {
     "data": {"source": "text", "path": "corpus", "tokenizer": "words.json"},
     "optimizer": {"peak_learning_rate": 1e-3},
     "training": {"steps": 20},
+    "inhibition": {"loss": "published", "coefficient": 1e-3},
 }
 STEP = 20
 CHECKPOINT = Path("run/checkpoints/step00000020")
@@ -23,7 +24,7 @@ FREE = {
     *("model.attention", "model.activation_checkpointing", "model.compile", "data.cache", "data.workers"),
     *("training.run_directory", "training.micro_batch", "training.resume", "training.allow_changes"),
     *("training.evaluate_every", "training.max_skipped_steps", "training.time_limit", "training.timeout"),
-    "inhibition.fused",
+    *("inhibition.fused", "inhibition.guard"),
 }
 
 
@@ -37,8 +38,8 @@ def config(**keys: object) -> RunConfig:
     """RUN with other values, by `section__key`."""
     raw = {section: dict(values) for section, values in RUN.items()}
     for name, value in keys.items():
-        section, key = name.split("__")
-        raw.setdefault(section, {})[key] = value
+        section, _, key = name.partition("__")
+        raw[section] = {**raw.get(section, {}), key: value} if key else value
     return run_config_from_dict(raw, "test")
 
 
@@ -134,6 +135,21 @@ def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
     assert "training.steps: 20 -> 10 (" in refusal(config(training__steps=10))
 
 
+def test_a_longer_run_must_not_move_its_inhibition_unsaid():
+    """Shares of the run, and a decay before its end, move with its length."""
+    schedule = {"inhibition__start": 0.3, "inhibition__decay": 2, "optimizer__schedule_steps": 20}
+    old, new = config(**schedule), config(training__steps=40, **schedule)
+    assert (
+        "training.steps: 20 -> 40 (inhibition's schedule moves with it; inhibition.start=6 inhibition.end=20"
+        " keeps it);" in refusal(new, old)
+    )
+    Changes(old, new.replace("training", allow_changes=["training.steps"]), STEP).refuse(CHECKPOINT)
+    kept = {"inhibition__start": 6, "inhibition__decay": 2, "inhibition__end": 20, "optimizer__schedule_steps": 20}
+    Changes(old, config(training__steps=40, **kept), STEP).refuse(CHECKPOINT)
+    in_steps = {"inhibition__start": 6, "optimizer__schedule_steps": 20}
+    Changes(config(**in_steps), config(training__steps=40, **in_steps), STEP).refuse(CHECKPOINT)
+
+
 def test_text_that_was_moved_is_looked_at_again(tmp_path):
     """Nothing is left where it was: the fingerprint of what is read now tells whether it is the same."""
     old, new = config(), config(data__path="moved")
@@ -162,6 +178,19 @@ def test_checkpoints_of_other_versions_are_read():
     saved["training"]["steps"] = "twenty"
     with pytest.raises(ConfigError, match=re.escape(f"{CHECKPOINT}/state.json: training.steps: got 'twenty'")):
         saved_config(saved, CHECKPOINT / "state.json")
+
+
+def test_inhibition_of_before_there_was_a_strength():
+    """It had a coefficient, also where nothing used it, and its warm-up another name."""
+    saved = config(inhibition__warmup=3).model_dump(mode="json")
+    for key in ("strength", "power", "start", "decay", "end"):
+        del saved["inhibition"][key]
+    saved["inhibition"]["coefficient_warmup"] = saved["inhibition"].pop("warmup")
+    assert saved_config(saved, CHECKPOINT / "state.json") == config(inhibition__warmup=3)
+    for method in ("none", "memel"):
+        saved["inhibition"]["method"] = method
+        new = config(inhibition={"method": method, "loss": "published", "warmup": 3})
+        Changes(saved_config(saved, CHECKPOINT / "state.json"), new, STEP).refuse(CHECKPOINT)
 
 
 def test_what_is_allowed_must_be_a_key():

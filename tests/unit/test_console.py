@@ -27,7 +27,7 @@ def test_options_are_not_abbreviated(command, words, mistyped, capsys):
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):
-    def interrupted(_run):
+    def interrupted(*_words):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("l2e_ds.evaluation.summary.summarise", interrupted)

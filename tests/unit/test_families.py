@@ -155,7 +155,7 @@ def test_gradients_are_those_of_the_written_out_sum(name):
     model = build(name)
     reference = copy.deepcopy(model).double()
     neurons = projection_inputs(reference, name)
-    settings = Settings(target_share=share, coefficient=coefficient, statistics_window=None)
+    settings = Settings(loss="published", target_share=share, coefficient=coefficient, statistics_window=None)
     inhibitor = Inhibitor(neuron_sites(model, [0, 2]), settings)
     seen: dict[int, list[np.ndarray]] = {0: [], 2: []}
     with inhibitor:

@@ -19,7 +19,7 @@ from l2e_ds.errors import CheckpointError, ConfigError
 
 LENGTH, VOCABULARY, LAYERS, NEURONS = 12, 40, 3, 32
 SHARE, COEFFICIENT, RATE = 0.05, 0.3, 0.05
-SETTINGS = {"target_share": SHARE, "coefficient": COEFFICIENT, "statistics_window": None}
+SETTINGS = {"loss": "published", "target_share": SHARE, "coefficient": COEFFICIENT, "statistics_window": None}
 PADDING = 0
 
 

@@ -155,10 +155,12 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     kept = [inhibitor._packed]
     for hook in inhibitor.hooks:
         kept += [hook.moments.mean, hook.moments.m2, hook.selected]
-        kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate]
+        kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate, hook.projection_sums]
     assert planning.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
     payload, collectives = planning.inhibition_payload(work, 5)
-    assert (payload, collectives) == (inhibitor._packed.numel() * 8, 1)
+    once = inhibitor._packed.numel() + inhibitor.coefficients.squares.numel()
+    projections = 5 * sum(hook.projection_sums.numel() for hook in inhibitor.hooks)
+    assert (payload, collectives) == ((once + projections) * 8, 2 + 5)
 
 
 # --- micro-batch, traffic, time -------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def test_ring_all_reduce_by_walking_the_ring():
 
 
 def test_traffic_follows_stage_accumulation_and_reduce(run_file):
-    work = replace(work_of(run_file, ranks=4), element=2, communication=2)
+    work = replace(work_of(run_file, "inhibition.loss=published", ranks=4), element=2, communication=2)
     size = 2 * work.parameters
     expected = {0: (1.5, 0), 1: (1.5, 0.75), 2: (1.5 * 8, 0.75), 3: (0.75 * 8, 1.5 * 8)}
     for stage, (gradients, weights) in expected.items():
@@ -212,9 +214,13 @@ def test_traffic_follows_stage_accumulation_and_reduce(run_file):
         planning.inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
     )
     n = work.neurons
-    assert step == (2 * (3 * n + 3) * 8, 1)
-    assert forward == (step[0] + 16 * (2 * n + 1) * 8, 17)
-    assert exact == (forward[0] + 16 * (3 * n + 1) * 8, 33)
+    assert step == (2 * (3 * n + 3 + 2) * 8, 2)
+    assert forward == (step[0] + 16 * (2 * n + 1) * 8, 18)
+    assert exact == (forward[0] + 16 * (3 * n + 1) * 8, 34)
+    projected = planning.inhibition_payload(replace(work, projected=True), 8)
+    assert projected == (step[0] + 8 * 2 * (4 * n + 1) * 8, 10)
+    deactivated = planning.inhibition_payload(replace(work, deactivation=True), 8)
+    assert deactivated == (2 * (3 * n + 3) * 8, 1)
     assert planning.inhibition_payload(replace(work, collectives="none"), 8) == (0, 0)
 
 

@@ -78,6 +78,36 @@ def unequal_batches() -> dict:
     }
 
 
+def projection_of_unequal_batches(counted_together: bool) -> float:
+    """How far the projected loss's gradient of a step is from leaving every neuron's mean and scale as they are: the
+    largest inner product over all ranks' tokens with 1 and with z, relative to the sum of its terms' sizes.
+
+    counted_together: each rank's loss is its tokens' share of all ranks' mean, as the Hugging Face Trainer has it,
+    instead of the rank's own mean.
+    """
+    neurons, tokens = 6, [170, 40][distributed.rank()]
+    layer = nn.Sequential(nn.Identity())
+    settings = Settings(target_share=0.1, coefficient=10.0)
+    random = torch.Generator().manual_seed(distributed.rank())
+    with Inhibitor([NeuronSite(0, layer, "0", "activation", neurons)], settings) as inhibitor:
+        for _ in range(2):
+            z = (2.0 + 3.0 * torch.randn(1, tokens, neurons, generator=random)).requires_grad_()
+            mask = torch.rand(1, tokens, generator=random) < 0.8
+            inhibitor.set_token_mask(mask)
+            loss = 0.0 * layer(z)[mask].mean()
+            weight = mask.sum() / distributed.all_reduce_sum(mask.sum()) if counted_together else 1.0
+            inhibitor.attach_loss(loss * weight, weight=weight).backward()
+            inhibitor.step()
+    assert z.grad is not None
+    found = []
+    for direction in (torch.ones_like(z), z.detach()):
+        terms = (z.grad * direction).double()[0]
+        inner, size = distributed.all_reduce_sum(torch.stack([terms.sum(0), terms.abs().sum(0)]))
+        assert bool((size > 0).all())
+        found.append(float((inner.abs() / size).max()))
+    return max(found)
+
+
 def long_work() -> list:
     """Rank 0 works while the others wait; its mistake is everybody's."""
     done = distributed.main_works(lambda: time.sleep(2.5) or "done", tick=lambda: None)
@@ -107,6 +137,7 @@ def main() -> None:
     small = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
     result = {
         "unequal": unequal_batches(),
+        "projection": [projection_of_unequal_batches(together) for together in (False, True)],
         "error": error_of_one_rank(),
         "work": long_work(),
         "random": sharded_and_whole(small, 16),

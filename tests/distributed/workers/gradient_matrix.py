@@ -1,6 +1,7 @@
 """Runs on two ranks: for stage x precision x accumulation x checkpointing, the gradients that DeepSpeed holds before
-its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Two
-losses: the published one with `reduce: step`, and, in float32, the scale-invariant one with `reduce: forward`.
+its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Three
+losses: the published one and, with its projection over each micro-batch, the projected one, with `reduce: step`; in
+float32 the scale-invariant one with `reduce: forward`.
 
 usage: gradient_matrix.py OUTPUT pairwise|all
 Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
@@ -26,7 +27,8 @@ from tests.distributed.training_case import LENGTH, TrainingCase
 from tests.distributed.workers.train_cases import data, make_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-COEFFICIENT, SHARE, WINDOW, SEED = 0.3, 0.02, 5, 1234
+SHARE, WINDOW, SEED = 0.02, 5, 1234
+COEFFICIENT = {"published": 0.3, "scale-invariant": 0.3, "projected": 1.0}
 
 
 def pairwise():
@@ -38,6 +40,8 @@ def pairwise():
     yield 2, "fp16", 2, False, "published"
     yield 3, "bf16", 2, True, "published"
     yield 3, "fp32", 4, True, "scale-invariant"
+    yield 1, "fp32", 4, True, "projected"
+    yield 3, "bf16", 2, False, "projected"
 
 
 def combinations():
@@ -46,6 +50,8 @@ def combinations():
             yield stage, precision, micro_batch, checkpointing, "published"
             if (precision, micro_batch) == ("fp32", 4):  # with accumulation `forward` sees other batches
                 yield stage, precision, micro_batch, checkpointing, "scale-invariant"
+            if precision != "fp16" and (micro_batch == 2) == checkpointing:
+                yield stage, precision, micro_batch, checkpointing, "projected"
 
 
 def measured(stage, precision, micro_batch, checkpointing, loss, directory, device):
@@ -54,7 +60,12 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
         "model": {"activation_checkpointing": checkpointing},
         "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
         "training": {"precision": precision, "micro_batch": micro_batch, "evaluate_every": 0, "seed": SEED},
-        "inhibition": {"coefficient": COEFFICIENT, "loss": loss, "target_share": SHARE, "statistics_window": WINDOW},
+        "inhibition": {
+            "coefficient": COEFFICIENT[loss],
+            "loss": loss,
+            "target_share": SHARE,
+            "statistics_window": WINDOW,
+        },
         "deepspeed": {"config": f"ds_configs/zero{stage}.json"},
     }
     if loss == "scale-invariant":
@@ -94,7 +105,21 @@ def moments_of(batches, fade):
     return mean, (weights * (z - mean) ** 2).sum(0) / (weights.sum() - 1)
 
 
-def reference(precision, loss, tau):
+def inhibition_loss(loss, z, mean, variance, selected, micro_batches):
+    """Before it is divided by n; z: [M, N], of the micro-batches one after the other."""
+    d2 = (z - mean) ** 2
+    if loss == "published":
+        return (selected * torch.log(d2)).sum()
+    if loss == "scale-invariant":
+        return (selected * torch.log(d2 / d2.mean(0))).sum()
+    standardised = []
+    for part in z.chunk(micro_batches):  # each has its own mean and deviation, through which the gradient flows
+        center, deviation = part.mean(0), part.std(0, correction=0)
+        standardised.append(center.detach() + deviation.detach() * (part - center) / deviation)
+    return (selected * ((torch.cat(standardised) - mean).abs() / variance.sqrt() - 1)).sum()
+
+
+def reference(precision, loss, tau, micro_batches):
     """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, on the whole second batch; by name.
 
     tau: [layers], as it was in the second step.
@@ -123,12 +148,11 @@ def reference(precision, loss, tau):
     lm_loss = run(1)
     total = lm_loss
     for (layer, z), threshold in zip(neurons.items(), tau, strict=True):
-        samples = [first[layer]] if loss == "published" else [first[layer], z.detach()]
+        samples = [first[layer], z.detach()] if loss == "scale-invariant" else [first[layer]]
         mean, variance = moments_of(samples, float(np.exp(-1 / WINDOW)))
-        d2 = (z - mean) ** 2
-        selected = (d2 / variance >= threshold).double()
-        log = torch.log(d2) if loss == "published" else torch.log(d2 / d2.mean(0))
-        total = total + COEFFICIENT * (selected * log).sum() / (SHARE * z.numel())
+        selected = ((z - mean) ** 2 / variance >= threshold).double()
+        value = inhibition_loss(loss, z, mean, variance, selected, micro_batches)
+        total = total + COEFFICIENT[loss] * value / (SHARE * z.numel())
     names = [name for name, _ in model.named_parameters()]
     whole = torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
     plain = torch.autograd.grad(lm_loss, list(model.parameters()))
@@ -152,9 +176,10 @@ def main() -> None:
         name = "-".join(map(str, combination))
         gradients, calls, share, tau = measured(*combination, output / name, device)
         if distributed.is_main():
-            key = (combination[1], combination[4])
+            _, precision, micro_batch, _, loss = combination
+            key = (precision, loss, micro_batch if loss == "projected" else None)
             if key not in references:
-                references[key] = reference(*key, tau)
+                references[key] = reference(precision, loss, tau, micro_batches=4 // micro_batch)
             whole, plain = references[key]
             assert gradients.keys() == whole.keys()
             results[name] = {

@@ -3,21 +3,27 @@
 import json
 import re
 
+import pytest
+
 from l2e_ds.cli import main
+from l2e_ds.config import load_run_config
+from l2e_ds.evaluation.summary import _baseline
 from l2e_ds.report.runs import read
 from l2e_ds.report.statistics import steady_median
+from l2e_ds.training.metrics_lines import of_kind, read_lines
+from tests.processes import REPOSITORY
 from tests.unit.report.making import write_run
 
 
-def summary(run, capsys):
-    assert main(["summary", str(run)]) == 0
+def summary(run, capsys, *options):
+    assert main(["summary", str(run), *options]) == 0
     return capsys.readouterr().out
 
 
 def test_first_and_last_figures(tmp_path, capsys):
     text = summary(write_run(tmp_path / "l2e", shrink=0.4), capsys)
     assert "8.0000 (step 0) -> 5.0000 (step 100)" in text
-    assert "layer 2 shrank to 40% of its first scale" in text
+    assert "layer 2 shrank to 40% of its mean S at step 0 (0.3 to 0.12 at step 100)" in text
 
 
 def test_speed_is_the_report_s(tmp_path, capsys):
@@ -53,3 +59,58 @@ def test_figures_that_are_not_finite(tmp_path, capsys):
     assert re.search(r"of code +12\.0000 -> 9\.0000 \(2,000 tokens\)", text)
     assert re.search(r"layer 2: mean S +0\.300 -> -", text)
     assert "shrank" not in text
+
+
+def test_layers_since_inhibition_began(tmp_path, capsys):
+    """At 30 of 100 steps; mean S falls on a line."""
+    run = write_run(tmp_path / "l2e", shrink=0.8, inhibition__start=0.3)
+    text = summary(run, capsys)
+    assert "8.0000 (step 0) -> 5.0000 (step 100)" in text
+    assert re.search(r"^layer 2: mean S +0\.282 \(step 30, before inhibition\) -> 0\.240$", text, re.M)
+    assert "shrank" not in text
+    waiting = write_run(tmp_path / "waiting", until=20, inhibition__start=0.3)
+    assert re.search(r"^layer 2: mean S +0\.300 -> 0\.300$", summary(waiting, capsys), re.M)
+
+
+def test_baseline(tmp_path, capsys):
+    run = write_run(tmp_path / "l2e", shrink=0.8, inhibition__start=0.3)
+    none = write_run(tmp_path / "none", "none", loss=4.9, shrink=0.9, training__precision="bf16")
+    text = summary(run, capsys, "--baseline", str(none))
+    assert "5.0000 (step 100); 4.9000 without inhibition\n" in text
+    assert re.search(r"layer 3: mean S .* -> 0\.240; 0\.270 without inhibition\n", text)
+    assert re.search(rf"^without inhibition +{none}, same seed \(2026-11-25, bf16\)$", text, re.M)
+    path = none / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"kind": "start",', '"kind": "start", "held_out_tokens": 5,', 1))
+    assert f"{none}, same seed (2026-11-25, bf16, other text)" in summary(run, capsys, "--baseline", str(none))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"method": "l2e"}, "is inhibited itself"),
+        ({"seed": 1}, "has another training.seed"),
+        ({"data__sequence_length": 128}, "has another data.sequence_length"),
+        ({"until": 60}, "has no evaluation at step 100"),
+    ],
+)
+def test_run_that_is_no_baseline(tmp_path, capsys, changes, words):
+    run = write_run(tmp_path / "l2e")
+    other = write_run(tmp_path / "other", **({"method": "none"} | changes))
+    text = summary(run, capsys, "--baseline", str(other))
+    assert re.search(rf"^without inhibition +{other} {words}: not compared$", text, re.M)
+    assert text.count("without inhibition") == 1
+
+
+def test_baseline_that_is_not_there(tmp_path, capsys):
+    assert main(["summary", str(write_run(tmp_path / "l2e")), "--baseline", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == f"l2e-ds: error: {tmp_path / 'none'}: there is no such folder\n"
+
+
+def test_stored_baseline_is_the_quick_start_s():
+    """Same configuration but for inhibition, and an evaluation at its last step and where inhibition begins."""
+    recipe = load_run_config(REPOSITORY / "launch/recipes/quickstart.yaml")
+    stored = REPOSITORY / "launch/quickstart-none"
+    (begin,) = [line for line in of_kind(read_lines(stored), "evaluation") if line["step"] == recipe.inhibition.start]
+    found, about = _baseline(stored, recipe, read_lines(stored), 160)
+    assert about.startswith(f"{stored}, same seed") and found["step"] == 160
+    assert found["layer2/top_share_score"] > begin["layer2/top_share_score"] > 0  # it rises by itself

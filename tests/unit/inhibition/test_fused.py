@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from l2e_ds.inhibition import fused, losses
-from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
 from l2e_ds.inhibition.moments import Moments
 
 NEURONS = 24
+PUBLISHED, SCALE_INVARIANT = Regulariser("published"), Regulariser("scale-invariant")
+PROJECTED = [Regulariser("projected", power) for power in (0, 1, 2)]
+every_regulariser = pytest.mark.parametrize("regulariser", [PUBLISHED, SCALE_INVARIANT, *PROJECTED], ids=str)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -41,24 +44,28 @@ def test_sums_are_those_of_float64(dtype, tokens):
     selected = select_by_threshold(scores, statistics)
     if tokens > 50:
         assert 0 < int(selected.sum()) < 0.1 * selected.numel()
-    sums = fused.column_sums(z, statistics)
     d = z.double() - statistics.mean.double()
-    torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=1e-5)
-    assert torch.equal(sums.selected, selected.double().sum(0))
     exact = d * d * statistics.inverse_variance.double()
-    torch.testing.assert_close(sums.score, exact[selected].sum(), rtol=1e-5, atol=0)
-    for scale_invariant in (False, True):
-        expected = losses.inhibition_loss(z.double(), selected, statistics, scale_invariant)
-        found = sums.inhibition_loss(statistics, scale_invariant, tokens)
+    for regulariser in (PUBLISHED, SCALE_INVARIANT, *PROJECTED):
+        sums = fused.column_sums(z, statistics, regulariser)
+        torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=1e-5)
+        assert torch.equal(sums.selected, selected.double().sum(0))
+        torch.testing.assert_close(sums.score, torch.where(selected, exact, 0.0).sum(0), rtol=1e-5, atol=0)
+        expected = losses.inhibition_loss(z.double(), selected, statistics, regulariser)
+        found = sums.inhibition_loss(statistics, regulariser, tokens)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+        if regulariser.is_projected:
+            plain = losses.projection_sums(z.double(), selected, statistics, regulariser)
+            found = sums.projection_sums(regulariser.power, tokens)
+            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_sums_without_history():
     """Far from zero, where float32 squares would lose the variance: two passes keep it."""
     z = 1000 + 0.01 * numbers(0, 69, NEURONS)
     nothing = torch.zeros(NEURONS)
-    sums = fused.exact_column_sums(z, FrozenStatistics(nothing, nothing, torch.tensor(5.4), nothing))
+    sums = fused.exact_column_sums(z, FrozenStatistics(nothing, nothing, torch.tensor(5.4), nothing), PROJECTED[1])
     moments = Moments.from_sums(torch.tensor(69.0).double(), sums.d, sums.d2, nothing.double())
     torch.testing.assert_close(moments.mean, z.double().mean(0), rtol=1e-9, atol=0)
     torch.testing.assert_close(moments.variance, z.double().var(0), rtol=1e-3, atol=0)
@@ -73,44 +80,61 @@ def test_a_neuron_that_wakes_up():
     z[:, 0] = statistics.mean[0] + 3.0
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
-    expected = losses.inhibition_loss(z, selected, statistics, False)
-    found = fused.column_sums(z, statistics).inhibition_loss(statistics, False, 64)
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=0)
+    for regulariser in (PUBLISHED, PROJECTED[0]):
+        expected = losses.inhibition_loss(z, selected, statistics, regulariser)
+        found = fused.column_sums(z, statistics, regulariser).inhibition_loss(statistics, regulariser, 64)
+        torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=0)
+
+
+def correction_of(statistics: FrozenStatistics, regulariser: Regulariser) -> Correction:
+    """Any: what takes part in a projection comes from elsewhere."""
+    if regulariser.is_projected:
+        return Correction(0.1 * numbers(6, NEURONS), 0.2 * numbers(7, NEURONS))
+    return losses.running_correction(statistics, regulariser)
+
+
+def assert_squares(squares, incoming, gradient, selected):
+    expected = [float(g.double()[selected].square().sum()) for g in (incoming, gradient)]
+    # of positive float32 terms, each rounded a few times
+    assert squares.tolist() == pytest.approx(expected, rel=1e-5) and min(expected) > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_invariant", [False, True])
-def test_gradient_is_the_plain_one(dtype, scale_invariant):
+@every_regulariser
+def test_gradient_is_the_plain_one(dtype, regulariser):
     """Added in float32, rounded once to the gradient's precision; to the bit in float32 where nothing is selected."""
     z, incoming, statistics = example(69, dtype)
     selected = select_by_threshold(score(z, statistics), statistics)
-    strength = torch.tensor(0.03)
-    plain = losses.inhibition_gradient(z, selected, statistics, scale_invariant) * strength
-    found = fused.add_gradient(incoming, z, statistics, scale_invariant, strength)
+    strength, correction = torch.tensor(0.03), correction_of(statistics, regulariser)
+    plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    found, squares = fused.add_gradient(incoming, z, statistics, regulariser, correction, strength)
     assert found.dtype == dtype
-    torch.testing.assert_close(
-        found, incoming + plain.to(dtype), rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6
-    )
-    if not scale_invariant:
+    added = plain * strength
+    # what is added may be rounded to the next number of either side, and so may the sum
+    bound = 2 * torch.finfo(dtype).eps * (incoming.abs().float() + added.abs())
+    assert bool(((found.float() - (incoming + added.to(dtype)).float()).abs() <= bound).all())
+    assert_squares(squares, incoming, plain, selected)
+    if regulariser == PUBLISHED:
         assert torch.equal(found[~selected], incoming[~selected])
         assert not torch.equal(found[selected], incoming[selected])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_invariant", [False, True])
-def test_gradient_within_that_of_the_gelu(dtype, scale_invariant):
+@every_regulariser
+def test_gradient_within_that_of_the_gelu(dtype, regulariser):
     """Of the pre-activation: float64's GELU derivative times the gradient of z with the inhibition's."""
     _, incoming, statistics = example(69, dtype)
     x = numbers(5, 69, NEURONS).to(dtype)
-    z, strength = torch.nn.functional.gelu(x), torch.tensor(0.03)
+    z, strength, correction = torch.nn.functional.gelu(x), torch.tensor(0.03), correction_of(statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
     assert int(selected.sum()) > 0
-    of_z = incoming.double() + 0.03 * losses.inhibition_gradient(z, selected, statistics, scale_invariant).double()
-    exact = torch.ops.aten.gelu_backward(of_z, x.double())
-    found = fused.gelu_backward(x, z, incoming, statistics, scale_invariant, strength)
+    plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    exact = torch.ops.aten.gelu_backward(incoming.double() + 0.03 * plain.double(), x.double())
+    found, squares = fused.gelu_backward(x, z, incoming, statistics, regulariser, correction, strength)
     assert found.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+    assert_squares(squares, incoming, plain, selected)
 
 
 PROGRAM = """
@@ -119,7 +143,7 @@ from l2e_ds.errors import CompileError
 from l2e_ds.inhibition import fused, losses
 z, n = torch.randn(32, 8), torch.ones(8)
 try:
-    fused.column_sums(z, losses.FrozenStatistics(0 * n, n, torch.tensor(5.0), 0 * n))
+    fused.column_sums(z, losses.FrozenStatistics(0 * n, n, torch.tensor(5.0), 0 * n), losses.Regulariser())
 except CompileError as error:
     print(error)
 """
@@ -129,6 +153,7 @@ except CompileError as error:
 def test_a_compiler_that_is_missing(tmp_path):
     """One line that says what is needed and what goes without."""
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment.pop("ATEN_CPU_CAPABILITY", None)  # by which nothing is compiled
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert re.fullmatch(r"inhibition.fused: torch.compile failed \(.+\); .+inhibition.fused: false.+\n", done.stdout), (
         done

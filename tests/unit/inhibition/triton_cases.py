@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
-from l2e_ds.inhibition.losses import FrozenStatistics, score, select_by_threshold
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
 from tests.unit.inhibition.test_hook import (
     Network,
     assert_same,
@@ -41,7 +41,9 @@ every_shape_and_dtype = pytest.mark.parametrize(
         if not INTERPRETED or dtype == torch.float32 or shape == (7, 24)
     ],
 )
-both_losses = pytest.mark.parametrize("scale_invariant", [False, True])
+PUBLISHED, SCALE_INVARIANT = Regulariser("published"), Regulariser("scale-invariant")
+REGULARISERS = [PUBLISHED, SCALE_INVARIANT, *(Regulariser("projected", power) for power in (0, 1, 2))]
+every_regulariser = pytest.mark.parametrize("regulariser", REGULARISERS, ids=str)
 
 
 def example(tokens: int, neurons: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, FrozenStatistics]:
@@ -64,16 +66,16 @@ def test_activations_are_those_of_pytorch(dtype, tokens, neurons):
     """To the last place, far from zero as well."""
     x, _, statistics = example(tokens, neurons, dtype)
     x[-1, : neurons // 2] *= 20
-    z, _ = triton_gelu.forward(x, statistics)
+    z, _ = triton_gelu.forward(x, statistics, PUBLISHED)
     assert z.dtype == dtype and z.is_contiguous()
     torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
 
 
 @every_shape_and_dtype
 def test_sums_are_those_of_float64(dtype, tokens, neurons):
-    """Every sum, of the activations as they were stored; and those of `fused.py`."""
+    """Every sum, of the activations as they were stored."""
     x, _, statistics = example(tokens, neurons, dtype)
-    z, sums = triton_gelu.forward(x, statistics)
+    z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
     scores = score(z, statistics)
     selected = select_by_threshold(scores, statistics)
     assert 0 < int(selected.sum()) <= max(1, 0.2 * selected.numel())
@@ -82,18 +84,24 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     torch.testing.assert_close(sums.d, d.sum(0), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(sums.d2, (d * d).sum(0), rtol=1e-5, atol=1e-5)
     assert torch.equal(sums.selected, selected.double().sum(0))
-    torch.testing.assert_close(sums.score, exact[selected].sum(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(sums.log_ratio, (exact[selected] / 5.4).log().sum(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sums.score, torch.where(selected, exact, 0.0).sum(0), rtol=1e-5, atol=0)
+    log_ratio = torch.where(selected, exact / 5.4, 1.0).log().sum(0)
+    torch.testing.assert_close(sums.measure, log_ratio, rtol=1e-5, atol=1e-5)
+    for power in (0, 1, 2):
+        regulariser = Regulariser("projected", power)
+        _, sums = triton_gelu.forward(x, statistics, regulariser)
+        expected = losses.projection_sums(z, selected, statistics, regulariser)
+        torch.testing.assert_close(sums.projection_sums(power, tokens), expected, rtol=1e-5, atol=1e-4)
 
 
-@both_losses
-def test_loss_is_that_of_plain_operations(scale_invariant):
+@every_regulariser
+def test_loss_is_that_of_plain_operations(regulariser):
     """From the sums alone."""
     x, _, statistics = example(128, 256, torch.float32)
-    z, sums = triton_gelu.forward(x, statistics)
+    z, sums = triton_gelu.forward(x, statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
-    expected = losses.inhibition_loss(z, selected, statistics, scale_invariant)
-    found = sums.inhibition_loss(statistics, scale_invariant, 128)
+    expected = losses.inhibition_loss(z, selected, statistics, regulariser)
+    found = sums.inhibition_loss(statistics, regulariser, 128)
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -102,32 +110,47 @@ def test_a_neuron_that_wakes_up():
     x, _, statistics = example(64, 24, torch.float32)
     statistics.variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + statistics.mean[0] ** 2)
     x[:, 0] = 3.0
-    z, sums = triton_gelu.forward(x, statistics)
+    z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
-    expected = losses.inhibition_loss(z, selected, statistics, False)
-    torch.testing.assert_close(sums.inhibition_loss(statistics, False, 64), expected.double(), rtol=1e-4, atol=0)
+    expected = losses.inhibition_loss(z, selected, statistics, PUBLISHED)
+    torch.testing.assert_close(sums.inhibition_loss(statistics, PUBLISHED, 64), expected.double(), rtol=1e-4, atol=0)
 
 
-def expected_gradient(x, z, incoming, statistics, scale_invariant, strength):
+def correction_of(statistics, regulariser):
+    """Any: what takes part in a projection comes from elsewhere."""
+    if not regulariser.is_projected:
+        return losses.running_correction(statistics, regulariser)
+    generator = torch.Generator().manual_seed(1)
+    shift, pull = (0.2 * torch.randn(len(statistics.mean), generator=generator).to(DEVICE) for _ in range(2))
+    return Correction(shift, pull)
+
+
+def expected_gradient(x, z, incoming, statistics, regulariser, strength):
     """Of x, float64: autograd's through the GELU, behind incoming + strength * dL/dz."""
     selected = select_by_threshold(score(z, statistics), statistics)
-    added = strength * losses.inhibition_gradient(z, selected, statistics, scale_invariant)
+    correction = correction_of(statistics, regulariser)
+    added = strength * losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     x = x.double().requires_grad_()
     functional.gelu(x).backward((incoming + added.to(incoming.dtype)).double())
     return x.grad
 
 
-@both_losses
+@every_regulariser
 @every_shape_and_dtype
-def test_gradient_is_autograd_of_float64(dtype, scale_invariant, tokens, neurons):
+def test_gradient_is_autograd_of_float64(dtype, regulariser, tokens, neurons):
     """Through the GELU, with what the written-out loss adds in front of it."""
     x, incoming, statistics = example(tokens, neurons, dtype)
     strength = torch.tensor(0.5, device=DEVICE)
-    z, _ = triton_gelu.forward(x, statistics)
-    found = triton_gelu.backward(x, incoming, statistics, scale_invariant, strength)
-    expected = expected_gradient(x, z, incoming, statistics, scale_invariant, strength)
-    without = expected_gradient(x, z, incoming, statistics, scale_invariant, 0 * strength)
+    z, _ = triton_gelu.forward(x, statistics, regulariser)
+    correction = correction_of(statistics, regulariser)
+    found, squares = triton_gelu.backward(x, incoming, statistics, regulariser, correction, strength)
+    expected = expected_gradient(x, z, incoming, statistics, regulariser, strength)
+    without = expected_gradient(x, z, incoming, statistics, regulariser, 0 * strength)
+    selected = select_by_threshold(score(z, statistics), statistics)
+    inhibition = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, inhibition)])
+    torch.testing.assert_close(squares, sizes, rtol=1e-5, atol=0)
     assert found.dtype == dtype and not torch.equal(expected, without)
     # two roundings before the last one; all of them are cut off in the interpreter
     torch.testing.assert_close(found.double(), expected, rtol=4 * PRECISION[dtype], atol=4 * PRECISION[dtype])
@@ -138,8 +161,9 @@ def test_gradients_that_are_not_contiguous():
     x, _, statistics = example(7, 24, torch.float32)
     strength = torch.tensor(0.5, device=DEVICE)
     for incoming in (torch.tensor(0.7, device=DEVICE).expand(7, 24), torch.randn(24, 7, device=DEVICE).t()):
-        found = triton_gelu.backward(x, incoming, statistics, True, strength)
-        assert torch.equal(found, triton_gelu.backward(x, incoming.contiguous(), statistics, True, strength))
+        constants = (statistics, SCALE_INVARIANT, correction_of(statistics, SCALE_INVARIANT), strength)
+        found, _ = triton_gelu.backward(x, incoming, *constants)
+        assert torch.equal(found, triton_gelu.backward(x, incoming.contiguous(), *constants)[0])
 
 
 def test_only_the_pre_activation_is_kept():
@@ -149,7 +173,7 @@ def test_only_the_pre_activation_is_kept():
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         fused.with_inhibition(
-            x, lambda x: triton_gelu.forward(x, statistics)[0], lambda gradient, x, z: gradient, keep=False
+            x, lambda x: triton_gelu.forward(x, statistics, PUBLISHED)[0], lambda gradient, x, z: gradient, keep=False
         )
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
@@ -159,13 +183,13 @@ def test_only_the_pre_activation_is_kept():
 
 @cache
 def inhibited(recompute=None, compiled=False, function="gelu", split=2, **changes):
-    """Three steps on DEVICE: ((losses, records), inhibitor), not to be changed."""
+    """Five steps on DEVICE: ((losses, records), inhibitor), not to be changed."""
     network = Network(recompute=recompute).to(DEVICE)
     chosen = [replace(site, function=function) for site in sites(network)]
     inhibitor = Inhibitor(chosen, settings(**{"fused": True, **changes}), device=DEVICE)
     with inhibitor:
         run = torch.compile(network, backend="aot_eager") if compiled else None
-        return train(network, inhibitor, range(3), split=split, run=run), inhibitor
+        return train(network, inhibitor, range(5), split=split, run=run), inhibitor
 
 
 def by_kernel(inhibitor: Inhibitor) -> bool:
@@ -182,6 +206,9 @@ def by_kernel(inhibitor: Inhibitor) -> bool:
         ("published", True, 2),
         ("scale-invariant", None, 2),
         ("scale-invariant", False, 1),
+        ("projected", False, 2),
+        ("projected", True, 1),
+        ("strength", None, 2),
     ],
 )
 def test_runs_equal_those_of_plain_operations(method, recompute, split):
@@ -254,7 +281,7 @@ def test_where_pytorch_computes_the_gelu(changes):
     run, inhibitor = inhibited(**changes)
     assert not by_kernel(inhibitor)
     if changes == {"coefficient": 0.0}:
-        assert_same(run, train(Network().to(DEVICE), None, range(3), split=2))
+        assert_same(run, train(Network().to(DEVICE), None, range(5), split=2))
 
 
 def test_padding_and_evaluation():

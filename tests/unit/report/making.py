@@ -42,7 +42,7 @@ def write_run(
         "model": {"name": f"pythia-{size}"},
         "data": {"source": "stdlib", "train_tokenizer": 4096, "sequence_length": 256},
         "training": {"steps": STEPS, "global_batch": 16, "seed": seed, "run_directory": str(directory)},
-        "inhibition": {"method": method},
+        "inhibition": {"method": method, "loss": "published", "coefficient": 1e-3},
     }
     for key, value in keys.items():
         section, _, name = key.partition("__")

@@ -91,7 +91,7 @@ def test_whatever_a_file_says_is_text(tmp_path):
 
 def test_warnings_stand_before_the_curves(tmp_path):
     text = report(tmp_path, write_run(tmp_path / "l2e", shrink=0.1))
-    assert text.index("layer 3 shrank to 10% of its first mean S") < text.index("<h2>Curves</h2>")
+    assert text.index("layer 3 shrank to 10% of its mean S at step 0") < text.index("<h2>Curves</h2>")
 
 
 def test_without_warnings_there_is_no_box(tmp_path):

@@ -74,7 +74,7 @@ def test_key_that_an_older_run_does_not_have(tmp_path):
     """It has the default, and so differs from nothing."""
     first, second = (write_run(tmp_path / name) for name in ("first", "second"))
     config = yaml.safe_load((first / "config.yaml").read_text())
-    del config["inhibition"]["coefficient_warmup"]
+    del config["inhibition"]["warmup"]
     (first / "config.yaml").write_text(yaml.safe_dump(config))
     found = runs.read([first, second]).runs
     assert runs.differing([run.config for run in found]) == ["training.run_directory"]

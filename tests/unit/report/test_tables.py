@@ -340,6 +340,29 @@ def test_runs_and_layers(tmp_path):
     assert first == ["l2e", 2, 16.0, 16.0, 0.3, pytest.approx(0.12), pytest.approx(0.4), 7.0, 7.0, 0.0, 0.1, 4.0]
 
 
+def test_layers_for_comparison(tmp_path):
+    """Rows of their own in the table of layers; no mean over layers takes them in."""
+    folders = [write_run(tmp_path / name, name, loss=4.9) for name in ("none", "l2e")]
+    before = table(runs.read(folders), "variants").rows
+    path = folders[1] / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["kind"] == "evaluation":
+            own = {key: value for key, value in line.items() if key.startswith("layer2/")}
+            line |= {f"comparison_layer1/{key.partition('/')[2]}": 2 * value for key, value in own.items()}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = runs.read(folders)
+    assert table(page, "variants").rows == before
+    assert page.runs[1].layers == [2, 3] and page.runs[1].comparison_layers == [1]
+    assert [row[:5] for row in table(page, "layers").rows] == [
+        ["none", 2, "no", 16.0, 16.0],
+        ["none", 3, "no", 17.0, 17.0],
+        ["l2e", 1, "no", 32.0, 32.0],
+        ["l2e", 2, "yes", 16.0, 16.0],
+        ["l2e", 3, "yes", 17.0, 17.0],
+    ]
+
+
 def test_run_without_inhibition_has_no_share_and_no_tau(tmp_path):
     page = runs.read([write_run(tmp_path / "none", "none")])
     for name in ("runs", "layers"):
@@ -361,7 +384,7 @@ def test_only_keys_that_differ(tmp_path):
     page = runs.read([write_run(tmp_path / "none", "none"), write_run(tmp_path / "l2e", inhibition__coefficient=0.5)])
     found = table(page, "configurations")
     assert [column.head for column in found.columns] == ["run", "inhibition.method", "inhibition.coefficient"]
-    assert found.rows == [["none", "none", "0.001"], ["l2e", "l2e", "0.5"]]
+    assert found.rows == [["none", "none", None], ["l2e", "l2e", "0.5"]]
 
 
 def test_machines(tmp_path):

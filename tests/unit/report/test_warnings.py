@@ -6,6 +6,7 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
+from l2e_ds.errors import DataError
 from l2e_ds.report import runs
 from l2e_ds.report.warnings import all_warnings
 from tests.unit.report.making import paired_study, write_run, write_study
@@ -13,7 +14,7 @@ from tests.unit.report.making import paired_study, write_run, write_study
 KINDS = {
     "lost": "loss that is not finite",
     "worse": "loss worse than the paired baseline's",
-    "shrunk": "a layer that only shrinks",
+    "shrunk": "a layer that shrinks",
     "share": "observed share off its target",
     "skipped": "steps skipped for non-finite gradients",
     "dead": "neurons that die",
@@ -41,7 +42,7 @@ def test_nothing_to_warn_of(tmp_path):
 @pytest.mark.parametrize(
     "kind, keys, words",
     [
-        ("shrunk", {"shrink": 0.49}, "l2e: layer 2 shrank to 49% of its first mean S (0.3 to 0.147)"),
+        ("shrunk", {"shrink": 0.49}, "l2e: layer 2 shrank to 49% of its mean S at step 0 (0.3 to 0.147 at step 100)"),
         ("share", {"share": 0.0223}, "l2e: layer 2 had 2.23% selected, target 2.00% (last tenth of 100 steps)"),
         ("share", {"share": 0.0177}, "l2e: layer 2 had 1.77% selected, target 2.00% (last tenth of 100 steps)"),
         ("skipped", {"skipped": 2}, "l2e: 2 of 100 steps were skipped (2.0%)"),
@@ -66,6 +67,38 @@ def test_of_one_run_just_not(tmp_path, keys):
 def test_each_layer_is_named(tmp_path):
     layers = [text.partition(" shrank")[0] for text in texts("shrunk", write_run(tmp_path / "l2e", shrink=0.1))]
     assert layers == ["l2e: layer 2", "l2e: layer 3"]
+
+
+def test_what_the_guard_said(tmp_path):
+    """In its words, and nothing beside them of a layer that it has compared with others."""
+    path = write_run(tmp_path / "l2e", shrink=0.1) / "metrics.jsonl"
+    start, *lines = [json.loads(line) for line in path.read_text().splitlines()]
+    said = [
+        {
+            "kind": "guard",
+            "step": 100,
+            f"layer3/{name}": ratio,
+            "reference_step": 0,
+            "text": f"{name}!",
+            "advice": "rest",
+        }
+        for name, ratio in (("shrank", 0.1), ("grew", 3.0), ("rose", 1.2))
+    ]
+
+    def write(*more: dict) -> None:
+        path.write_text("".join(json.dumps(line) + "\n" for line in (start | {"guard": "warn"}, *lines, *more)))
+
+    write()
+    assert warnings_of(tmp_path / "l2e") == []
+    write(*said)
+    assert warnings_of(tmp_path / "l2e") == [
+        ("a layer that shrinks", "l2e: shrank!; rest", "docs/faq.md"),
+        ("a layer that grows", "l2e: grew!; rest", "docs/faq.md"),
+        ("a layer that becomes more monosemantic for inhibition", "l2e: rose!; rest", "docs/faq.md"),
+    ]
+    write(said[0] | {"text": 3})
+    with pytest.raises(DataError, match=r"metrics.jsonl:\d+: text: got 3, must be text"):
+        warnings_of(tmp_path / "l2e")
 
 
 def test_when_the_last_line_was_written(tmp_path):

@@ -14,7 +14,7 @@ from l2e_ds.train import quiet_libraries
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
 RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 27}
-SMALL_RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 18}
+SMALL_RUNS = {"main": 12, "ablation": 15, "level": 18, "layers": 15, "time": 18}
 
 
 def test_there_is_one_for_every_table():
@@ -51,6 +51,13 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
         assert config.training.run_directory == f"{study.directory}/runs/{run.name}"
         assert config.data.cache == f"{study.directory}/data"
         assert find_file(config.deepspeed.config) is not None
+        section = config.inhibition
+        as_recipe = path.stem == "time" or run.levels.get("method") == "projected"
+        if section.method == "l2e" and section.parts[1] == "regulariser":
+            weights = (section.loss, section.strength, section.coefficient)
+            assert weights == (("projected", 0.2, None) if as_recipe else ("published", None, 1e-3)), run.name
+        if section.method != "none" and run.levels.get("method") != "projected":
+            assert (section.start, section.decay, section.end) == (0, 0, None), run.name
         if run.baseline is not None:
             other = plans[run.baseline].config
             assert other.model == config.model and other.optimizer == config.optimizer and other.data == config.data

@@ -1,0 +1,116 @@
+"""lambda, the weight of the inhibition loss, of each hooked layer and step.
+
+Either `coefficient`, the same for all, or relative (`strength`), for each layer (docs/method.md, section 5.3):
+
+    lambda = strength * RMS(gradient of the LM loss) / RMS(gradient of the inhibition loss), both at the selected
+
+the ratio of each step from sums over the selected activations of all tokens, averaged (its logarithm) over some WINDOW
+steps. Backward makes the sums of a step, they are reduced over the ranks while the next step computes, and count from
+the step after that. Both are multiplied by the schedule. Within a step lambda is constant, and it is the same on every
+rank.
+
+Shapes: L hooked layers. Sums are float64 on the device; nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2e_ds.distributed import begin_all_reduce_sum
+from l2e_ds.inhibition.settings import Settings
+
+WINDOW = 20  # steps after which an old step's ratio weighs 1/e
+FADE = math.exp(-1 / WINDOW)
+
+
+class Coefficients:
+    """lambda of each hooked layer, and the strength that it amounts to.
+
+    squares: [L, 2], sums of this rank and step over the selected activations: squares of the gradient of the LM loss's
+    sum over tokens, and of the inhibition loss's before it is divided by n. Hooks add to them in backward.
+    """
+
+    def __init__(
+        self, settings: Settings, neurons: Sequence[int], device: torch.device | str, group: Any = None
+    ) -> None:
+        """settings: `in_steps`; neurons: N of each layer."""
+        self._settings, self._group = settings, group
+        self._strength = settings.relative_strength if settings.is_regularising else None
+        self._fixed = (settings.coefficient or 0.0) if settings.mechanism == "regulariser" else 0.0
+        # the inhibition loss is divided by share * tokens * N
+        self._expected = settings.target_share * torch.tensor(neurons, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(len(neurons), 2, dtype=torch.float64, device=device)
+        self._averages = torch.zeros_like(self.squares)  # faded sums: of the logarithm of the ratio, and of steps
+        # squares of the newest applied step, over all ranks once `_wait` was called
+        self._newest = torch.zeros_like(self.squares)
+        self._arrive: Callable[[], None] | None = None
+        self._newest_values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
+        self.values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
+        """lambda of the coming step, [L] float64."""
+        self.is_measuring = self.is_inhibiting = False
+        self.decide(0)
+
+    def decide(self, steps: int) -> None:
+        """Set lambda of the step that comes after `steps` applied ones. Nothing is selected before there are any."""
+        settings = self._settings
+        share = settings.schedule(steps)
+        # flags, because a compiled layer is compiled anew for every value of a number that it looks at
+        if settings.mechanism == "regulariser":
+            is_on = steps > 0 and settings.is_regularising
+            is_before = settings.start - 3 * WINDOW <= steps < settings.start
+            self.is_inhibiting = is_on and share > 0
+            self.is_measuring = self.is_inhibiting or (is_on and is_before)
+        else:
+            self.is_inhibiting = share > 0
+        if self._strength is None:
+            self.values = torch.full_like(self.values, self._fixed * share)
+            return
+        logarithm, weight = self._averages.unbind(1)
+        ratio = torch.where(weight > 0, (logarithm / torch.where(weight > 0, weight, 1.0)).exp(), 0.0)
+        self.values = self._strength * share * self._expected * ratio
+
+    def advance(self, finite: Tensor) -> Tensor:
+        """After an applied step: take in what the step before it measured, and send off what this one did.
+
+        finite: [] bool; where False the averages stay. Returns lambda of this step and the strength that was reached in
+        the step before it, [L, 2] float64. `decide` follows. Collective.
+        """
+        self._wait()
+        lm, inhibition = self._newest.unbind(1)
+        measured = (lm > 0) & (inhibition > 0) & self._newest.isfinite().all(1)  # else a layer keeps its average
+        ratio = (torch.where(measured, lm, 1.0) / torch.where(measured, inhibition, 1.0)).sqrt()
+        reached = torch.where(measured, self._newest_values / self._expected / ratio, 0.0)
+        moved = self._averages * FADE + torch.stack([ratio.log(), torch.ones_like(ratio)], dim=1)
+        self._averages = torch.where((finite & measured)[:, None], moved, self._averages)
+        statistics = torch.stack([self.values, reached], dim=1)
+        self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
+        self.squares.zero_()
+        # measuring or not is the same on every rank; so is the order of the collectives
+        if self.is_measuring:
+            self._arrive = begin_all_reduce_sum(self._newest, self._group)
+        return statistics
+
+    def _wait(self) -> None:
+        if self._arrive is not None:
+            self._arrive()
+        self._arrive = None
+
+    def drop(self) -> None:
+        """After a skipped step: forget what it measured."""
+        self.squares.zero_()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """[L, 2], [L, 2] and [L], on the device."""
+        self._wait()
+        return {"averages": self._averages, "newest": self._newest, "newest_coefficient": self._newest_values}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """`decide` follows."""
+        self._arrive = None
+        self._averages, self._newest = state["averages"], state["newest"]
+        self._newest_values = state["newest_coefficient"]

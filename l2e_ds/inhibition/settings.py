@@ -1,0 +1,142 @@
+"""`Settings`: what the hooks do, how strongly, and in which part of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from l2e_ds.inhibition.losses import LossName, Power, Regulariser
+
+DEFAULT_STRENGTH = 0.2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the hooks do; the run file's section `inhibition` documents the choices.
+
+    A regulariser has either a `strength` or a `coefficient`; with neither, its strength is 0.2. `start`, `warmup`,
+    `decay` and `end` are optimizer steps (integers) or shares of the run (between 0 and 1, see `in_steps`).
+    Raises ValueError.
+    """
+
+    retrieval: Literal["threshold", "top-k"] = "threshold"
+    mechanism: Literal["regulariser", "reverse-deactivation", "naive-deactivation"] = "regulariser"
+    loss: LossName = "projected"
+    power: Power = 1
+    target_share: float = 0.02
+    strength: float | None = None
+    coefficient: float | None = None
+    start: float = 0
+    warmup: float = 0
+    decay: float = 0
+    end: float | None = None
+    statistics_window: int | None = 50
+    reduce: Literal["step", "forward"] = "step"
+    fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            self._check(name, choices.__contains__, " or ".join(map(str, choices)))
+        self._check("target_share", lambda share: 0 < share < 1, "between 0 and 1")
+        for name in ("strength", "coefficient"):
+            self._check(name, lambda value: value is None or 0 <= value < math.inf, "0 or more")
+        if self.strength is not None and self.coefficient is not None:
+            raise ValueError(
+                f"Settings.strength: got {self.strength} with coefficient {self.coefficient}, allowed: one of the two"
+            )
+        if self.strength is not None and self.mechanism != "regulariser":
+            raise ValueError(
+                f"Settings.strength: got {self.strength} with mechanism {self.mechanism}, which has none, allowed: None"
+            )
+        for name in ("start", "warmup", "decay", "end"):
+            self._check(name, _is_duration if name != "end" else _is_end, "whole steps, or a share between 0 and 1")
+        window = "1 step or more, or None: all steps"
+        self._check("statistics_window", lambda steps: steps is None or steps >= 1, window)
+        self._check("fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
+
+    def _check(self, name: str, holds: Callable[[Any], bool], allowed: str) -> None:
+        require(f"Settings.{name}", getattr(self, name), holds, allowed)
+
+    @property
+    def regulariser(self) -> Regulariser:
+        return Regulariser(self.loss, self.power)
+
+    @property
+    def relative_strength(self) -> float | None:
+        """`strength` or its default; None where the mechanism is a deactivation or lambda is given."""
+        if self.mechanism != "regulariser" or self.coefficient is not None:
+            return None
+        return DEFAULT_STRENGTH if self.strength is None else self.strength
+
+    @property
+    def is_regularising(self) -> bool:
+        """Whether an inhibition loss is added at any time."""
+        return self.mechanism == "regulariser" and (self.relative_strength or self.coefficient or 0.0) > 0
+
+    def in_steps(self, run_steps: int | None) -> Settings:
+        """The same with the schedule in steps of a run of `run_steps`. Raises ValueError where it does not fit in."""
+
+        def steps(name: str) -> int:
+            value = getattr(self, name)
+            if isinstance(value, int):
+                return value
+            if run_steps is None:
+                raise ValueError(
+                    f"Settings.{name}: got {value}, a share of the run, whose length is not known; give whole steps, or"
+                    " Inhibitor(..., run_steps=...)"
+                )
+            return int(value * run_steps + 1e-6)  # shares with a sum of 1 fit in
+
+        start, warmup, decay = steps("start"), steps("warmup"), steps("decay")
+        end = run_steps if self.end is None else steps("end")
+        if decay and end is None:
+            raise ValueError(
+                f"Settings.decay: got {self.decay}, but where the run ends is not known; give Settings.end, or"
+                " Inhibitor(..., run_steps=...)"
+            )
+        if run_steps is not None and self.end is not None and end is not None and not 0 < end <= run_steps:
+            raise ValueError(f"Settings.end: got {self.end}, which is step {end} of the run's {run_steps}")
+        if end is not None and (start == end or start + warmup + decay > end):
+            raise ValueError(
+                f"Settings.start, warmup and decay: got {start} + {warmup} + {decay} steps, allowed: up to {end}, where"
+                f" {'the run' if self.end is None else 'inhibition'} ends"
+            )
+        return replace(
+            self, start=start, warmup=warmup, decay=decay, end=end if decay or self.end is not None else None
+        )
+
+    def schedule(self, step: int) -> float:
+        """Share of the full strength in the optimizer step after `step` others; of settings that are `in_steps`."""
+        rise = (step - self.start + 1) / self.warmup if self.warmup else 1.0
+        fall = 1.0 if self.end is None else (self.end - step) / (self.decay or 1)
+        return 0.0 if step < self.start else max(0.0, min(1.0, rise, fall))
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "retrieval": ("threshold", "top-k"),
+    "mechanism": ("regulariser", "reverse-deactivation", "naive-deactivation"),
+    "loss": ("published", "scale-invariant", "projected"),
+    "power": (0, 1, 2),
+    "reduce": ("step", "forward"),
+}
+
+
+def _is_duration(value: Any) -> bool:
+    """Whole steps, or a share of the run."""
+    return not isinstance(value, bool) and (value >= 0 if isinstance(value, int) else 0 < value < 1)
+
+
+def _is_end(value: Any) -> bool:
+    return value is None or (_is_duration(value) and value > 0)
+
+
+def require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) -> None:
+    """Raises ValueError, in one line, unless `holds(given)`."""
+    try:
+        fine = holds(given)
+    except TypeError:  # no number, compared with one
+        fine = False
+    if not fine:
+        raise ValueError(f"{where}: got {given!r}, allowed: {allowed}")
