@@ -26,6 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.inhibition.settings import in_steps
 from l2e_ds.models import neuron_sites
 
 _SCHEDULE = ("start", "warmup", "decay", "end")
@@ -127,12 +128,12 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     def _compare(self, of_checkpoint: dict[str, Any], run_steps: int) -> None:
         """Warn where the checkpoint was trained in another way. of_checkpoint: of `state`."""
 
-        def in_steps(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
-            return {key: int(v * steps) if key in _SCHEDULE and isinstance(v, float) and steps else v
-                    for key, v in settings.items()}  # fmt: skip
+        def resolved(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
+            given = {key: settings[key] for key in _SCHEDULE if settings.get(key) is not None}
+            return settings | ({key: in_steps(value, steps) for key, value in given.items()} if steps else {})
 
-        before = in_steps(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
-        now = in_steps({"layers": self.layers, **asdict(self.settings)}, run_steps)
+        before = resolved(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
+        now = resolved({"layers": self.layers, **asdict(self.settings)}, run_steps)
         different = [
             f"{key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)
         ]

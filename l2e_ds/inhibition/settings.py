@@ -87,7 +87,7 @@ class Settings:
                     f"Settings.{name}: got {value}, a share of the run, whose length is not known; give whole steps, or"
                     " Inhibitor(..., run_steps=...)"
                 )
-            return int(value * run_steps + 1e-6)  # shares with a sum of 1 fit in
+            return in_steps(value, run_steps)
 
         start, warmup, decay = steps("start"), steps("warmup"), steps("decay")
         end = run_steps if self.end is None else steps("end")
@@ -121,6 +121,11 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "power": (0, 1, 2),
     "reduce": ("step", "forward"),
 }
+
+
+def in_steps(value: float, run_steps: int) -> int:
+    """Steps (an integer) as they are, a share of the run (a float) in steps; shares with a sum of 1 fit in."""
+    return value if isinstance(value, int) else int(value * run_steps + 1e-6)
 
 
 def _is_duration(value: Any) -> bool:
