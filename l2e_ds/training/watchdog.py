@@ -59,7 +59,9 @@ class Watchdog:
         """Collective: from now on ranks know of each other."""
         if distributed.size() > 1:
             store = _make_store()
-            self._changed = dict.fromkeys(range(distributed.size()), time.monotonic())
+            # every rank's first report is known, and in the store, before any rank can be lost
+            self._reports = dict(enumerate(distributed.all_gather_objects(self._write_report(store))))
+            self._changed = dict.fromkeys(self._reports, time.monotonic())
             self._store = store
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -113,8 +115,10 @@ class Watchdog:
             self._name_silent()
 
     def _report(self) -> None:
-        if self._store is None:
-            return
+        if self._store is not None:
+            self._write_report(self._store)
+
+    def _write_report(self, store: Any) -> dict[str, Any]:
         self._beats += 1
         report = {
             "beats": self._beats,
@@ -122,20 +126,19 @@ class Watchdog:
             "host": socket.gethostname(),
             "process": os.getpid(),
         }
-        self._store.set(str(distributed.rank()), json.dumps(report))
+        store.set(str(distributed.rank()), json.dumps(report))
+        return report
 
     def _read(self) -> None:
         now = time.monotonic()
         try:
-            known = self._reports  # only of ranks that have not reported yet it is asked whether they have
-            ranks = [rank for rank in range(distributed.size()) if rank in known or self._store.check([str(rank)])]
-            found = self._store.multi_get([str(rank) for rank in ranks])
+            found = self._store.multi_get([str(rank) for rank in self._reports])
         except Exception:
             return  # then rank 0's report does not change either
         self._changed[0] = now if distributed.rank() else self._changed[0]  # the store is rank 0's: it answered
-        for rank, raw in zip(ranks, found, strict=True):
+        for rank, raw in zip(self._reports, found, strict=True):
             report = json.loads(raw)
-            if report != self._reports.get(rank):
+            if report != self._reports[rank]:
                 self._reports[rank], self._changed[rank] = report, now
 
     def _silent(self) -> list[int]:
@@ -170,9 +173,7 @@ class Watchdog:
             _say(f"no progress for {minutes:g} minutes (training.timeout) in {distributed.doing()}", "error")
 
     def _who(self, rank: int) -> str:
-        report = self._reports.get(rank)
-        if report is None:
-            return f"rank {rank}"
+        report = self._reports[rank]
         return f"rank {rank} (host {report['host']}, process {report['process']}, last seen in {report['doing']})"
 
 

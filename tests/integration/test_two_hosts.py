@@ -22,6 +22,7 @@ import pytest
 
 from tests.integration.running import PATIENCE, lines
 from tests.processes import finish
+from tests.tolerances import rounding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("sshd", "ssh", "pdsh", "ip", "unshare", "nsenter")
@@ -188,13 +189,16 @@ def wait_for_start(run: Path, number: int, process: subprocess.Popen) -> None:
 STEPS = 300
 """Enough that the run still goes on when what is done to it reaches it."""
 FOR_EVER = "training.steps=1000000"
+ROUNDING = rounding(STEPS, layers=4, tokens=8 * 16)
 
 
 @pytest.mark.full
 def test_two_hosts(cluster, run_file, tmp_path):
     overrides = [f"training.steps={STEPS}", "checkpoint.every=10", "training.evaluate_every=0", "training.timeout=0.4"]
     alone = tmp_path / "alone"
-    codes, said = finish("-m", "l2e_ds.train", run_file, *overrides, f"training.run_directory={alone}")
+    # the same micro-batches as on the two hosts: the projected loss depends on that cut (docs/method.md 5.2)
+    whole = [f"training.run_directory={alone}", "training.micro_batch=4"]
+    codes, said = finish("-m", "l2e_ds.train", run_file, *overrides, *whole)
     assert codes == [0], said
     expected = lines(alone)
 
@@ -209,7 +213,7 @@ def test_two_hosts(cluster, run_file, tmp_path):
     _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run)
     assert [line["step"] for line in lines(run)] == [line["step"] for line in expected]
     for line, other in zip(lines(run), expected, strict=True):
-        assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=1e-4), line["step"]
+        assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=ROUNDING), line["step"]
     assert not [path for path in (*cluster.folder.rglob("*"), *Path.home().iterdir()) if path.name == "pwned"]
 
     _a_dead_host_ends_the_run(cluster, [run_file, *overrides, FOR_EVER], tmp_path / "run")

@@ -113,7 +113,9 @@ class Site:
 def site(slurm, tmp_path_factory) -> Site:
     site = Site(tmp_path_factory.mktemp("site"), slurm)
     # one process, six steps: what jobs are compared with, and the tokens that all runs share
-    site.call(sys.executable, "-m", "l2e_ds.train", "run.yaml", "training.steps=6", "training.run_directory=alone")
+    # (in the same micro-batches as on two ranks: the projected loss depends on that cut, docs/method.md 5.2)
+    alone = ["training.steps=6", "training.run_directory=alone", "training.micro_batch=4"]
+    site.call(sys.executable, "-m", "l2e_ds.train", "run.yaml", *alone)
     # runs beside the first tests, until SLURM's signal a minute before its time limit
     minutes = ["--time", "3:00", "--signal-seconds", 60]  # two minutes for its start on a busy machine
     site.limited = site.submit("limited", "training.steps=1000000", "checkpoint.every=0", *minutes)

@@ -28,7 +28,8 @@ logging: {every: 1}
     environment = {**slurm, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     train = [sys.executable, "-m", "l2e_ds.train", str(run_file), f"data.cache={tmp_path / 'cache'}"]
     commands = {
-        "alone": train,
+        # the same micro-batches as on four ranks: the projected loss depends on that cut (docs/method.md 5.2)
+        "alone": [*train, "training.micro_batch=8"],
         "srun": ["srun", "--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--kill-on-bad-exit=1", *train],
     }
     losses = {}
