@@ -11,11 +11,11 @@ Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch._inductor.exc import InductorError
 
 from l2e_ds.errors import CompileError
 from l2e_ds.inhibition import running_statistics
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR, Correction, FrozenStatistics, Power, Regulariser
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
 from l2e_ds.inhibition.moments import Moments
 
 # Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
@@ -33,6 +33,11 @@ ROWS = 32
 # Factors |d| / (S sqrt(tau)), each at least 1, multiplied before one logarithm is taken of their product (a logarithm
 # costs as much as all the rest). Float32 is exceeded where phi / tau is 2e19 in all of them.
 FACTORS = 4
+# For an x86 processor without vector instructions (or told so by ATEN_CPU_CAPABILITY=default) Inductor of torch 2.13
+# writes C++ that does not compile. On other architectures "DEFAULT" has them.
+HAS_VECTORS = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
+# Below it a product with a float32 may have lost digits to the smallest exponent.
+SMALLEST_DIVISOR = 1e-30
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ class ColumnSums:
         force_d = (self.selected, self.measure, self.score)[power]
         return torch.cat([self.d.new_full((1,), samples), self.force, force_d, self.d, self.d2])
 
+    def totals(
+        self, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a hook adds to its step's sums, [HEADER + 3 N], and its `projection_sums` a sample."""
+        loss = self.inhibition_loss(statistics, regulariser, samples)
+        header = torch.stack([loss.new_full((), samples), loss, self.score.sum()])
+        step = torch.cat([header, self.d, self.d2, self.selected])
+        return step, self.projection_sums(regulariser.power, samples) / samples if regulariser.is_projected else None
+
 
 def _force(
     d: Tensor, inverse_s: Tensor | float, inverse_variance: Tensor | float, power: Power, factor: float = 1.0
@@ -82,168 +96,145 @@ def _force(
     return d.sign() * inverse_s if power == 1 else d * inverse_variance
 
 
-def _grouped_sums(
-    z: Tensor,
-    mean: Tensor,
-    inverse_variance: Tensor,
-    inverse_limit: Tensor,
-    tau: Tensor,
-    power: Power,
-    is_projected: bool,
-) -> Tensor:
+def _grouped_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
     """[M, N] -> [5 or 6, N] float64, as `scaled` takes it; M a multiple of ROWS."""
+    power = regulariser.force_power
     z = z.view(-1, ROWS // FACTORS, FACTORS, z.shape[1])
     parts = [[], [], [], [], [], []]  # type: list[list[Tensor]]
-    product = torch.ones_like(mean)
+    product = torch.ones_like(statistics.mean)
     for row in range(FACTORS):
-        d = z[:, :, row].float() - mean
+        d = z[:, :, row].float() - statistics.mean
         d2 = d * d
-        score = d2 * inverse_variance
-        selected = score >= tau
+        score = d2 * statistics.inverse_variance
+        selected = score >= statistics.tau
         for part, value in zip(parts, (d, d2, selected.float(), torch.where(selected, score, 0.0)), strict=False):
             part.append(value)
         if power == 0:
-            product = product * torch.where(selected, d.abs() * inverse_limit, 1.0)
+            product = product * torch.where(selected, d.abs() * statistics.inverse_limit, 1.0)
         else:
             parts[4].append(torch.where(selected, d.abs(), 0.0))
-        if is_projected:
+        if regulariser.is_projected:
             parts[5].append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
     if power == 0:
         parts[4] = [2 * product.log()]
     return torch.stack([sum(part[1:], part[0]).sum(1).sum(0, dtype=torch.float64) for part in parts if part])
 
 
-def _add_gradient(
-    z: Tensor,
-    incoming: Tensor,
-    mean: Tensor,
-    inverse_s: Tensor,
-    inverse_variance: Tensor,
-    tau: Tensor,
-    shift: Tensor,
-    pull: Tensor,
-    strength: Tensor,
-    factor: float,
-    power: Power,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """incoming + strength * d inhibition_loss / dz, [M, N] each; and sums of squares over the selected, [M] float32:
-    of incoming and of the inhibition loss's gradient."""
-    d = z.float() - mean
-    selected = d * d * inverse_variance >= tau
-    force = _force(torch.where(selected, d, 1.0), inverse_s, inverse_variance, power, factor)
-    gradient = torch.where(selected, force, 0.0) - shift - pull * d
-    squares = [torch.where(selected, g * g, 0.0).sum(1) for g in (incoming.float(), gradient)]
-    return incoming + (gradient * strength).to(incoming.dtype), squares[0], squares[1]
+def _observe(
+    z: Tensor, rest: Tensor | None, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+) -> tuple[Tensor, Tensor | None]:
+    """`ColumnSums.totals` of [M, N] and of the few samples that `rest`, their `_plain_sums`, comes from."""
+    sums = _grouped_sums(z, statistics, regulariser)
+    return _totals(sums if rest is None else sums + rest, statistics, regulariser, samples)
 
 
-def _gelu_backward(x: Tensor, z: Tensor, incoming: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_add_gradient`; the gradient is that of x, where z = GELU(x)."""
-    of_z, *squares = _add_gradient(z, incoming, *arguments)
-    return torch.ops.aten.gelu_backward(of_z, x), squares[0], squares[1]
+def _totals(
+    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+) -> tuple[Tensor, Tensor | None]:
+    return scaled(sums, statistics, regulariser).totals(statistics, regulariser, samples)
 
 
-_COMPILED = {
-    function: torch.compile(function, dynamic=False)
-    for function in (_grouped_sums, _add_gradient, _gelu_backward, running_statistics.moved_statistics)
-}
+def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """As `add_gradient`."""
+    s, correction, regulariser = inhibition.statistics, inhibition.correction, inhibition.regulariser
+    d = z.float() - s.mean
+    selected = d * d * s.inverse_variance >= s.tau
+    kept = torch.where(selected, d, 1.0)
+    force = _force(kept, s.inverse_s, s.inverse_variance, regulariser.force_power, regulariser.factor)
+    gradient = torch.where(selected, force, 0.0) - correction.shift - correction.pull * d
+    squares = [torch.where(selected, g * g, 0.0).sum(1).sum(dtype=torch.float64) for g in (incoming.float(), gradient)]
+    outgoing = incoming + (gradient * inhibition.strength).to(incoming.dtype)
+    return outgoing, inhibition.measured(torch.stack(squares))
+
+
+def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """As `gelu_backward`."""
+    of_z, squares = _add_gradient(incoming, z, inhibition)
+    # Rounded more coarsely z would not say enough; the other losses stay to the bit what they always were.
+    if x.dtype != torch.float32 or not inhibition.regulariser.is_projected:
+        return torch.ops.aten.gelu_backward(of_z, x), squares
+    # d GELU / dx = cdf(x) + x pdf(x), and z = x cdf(x): the error function, half of all the time, is not needed again.
+    cdf = torch.where(x.abs() < SMALLEST_DIVISOR, 0.5, z / x)
+    pdf = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
+    return of_z * (cdf + x * pdf), squares
+
+
+_FUNCTIONS = (_grouped_sums, _observe, _totals, _add_gradient, _gelu_backward, running_statistics.moved_statistics)
+_COMPILED = {function: torch.compile(function, dynamic=False) for function in _FUNCTIONS}
 
 
 def _run(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
-    """The function, compiled. Raises CompileError.
-
-    Not on an x86 processor without vector instructions (or told so by ATEN_CPU_CAPABILITY=default): Inductor of
-    torch 2.13 writes C++ for it that does not compile.
-    """
-    if device.type == "cpu" and not _has_vectors():
+    """The function, compiled where HAS_VECTORS. Raises CompileError."""
+    if device.type == "cpu" and not HAS_VECTORS:
         return function(*arguments)
     with _explained():
         return _COMPILED[function](*arguments)
 
 
-@cache
-def _has_vectors() -> bool:
-    # on other architectures "DEFAULT" has them
-    return platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
-
-
 # A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
 @torch.no_grad()
-def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
-    """What forward needs of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
+def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor | None]:
+    """`ColumnSums.totals` of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
     whole = z.shape[0] - z.shape[0] % ROWS
-    sums = torch.zeros(5 + regulariser.is_projected, z.shape[1], dtype=torch.float64, device=z.device)
-    s = statistics
-    arguments = (s.mean, s.inverse_variance, s.inverse_limit, s.tau)
-    chosen = (regulariser.force_power, regulariser.is_projected)
-    if whole:
-        sums += _run(_grouped_sums, z.device, z[:whole], *arguments, *chosen)
-    if whole < z.shape[0]:
-        sums += _plain_sums(z[whole:], statistics, *chosen)
-    return scaled(sums, statistics, regulariser.force_power)
+    if not whole:
+        return _totals(_plain_sums(z, statistics, regulariser), statistics, regulariser, z.shape[0])
+    rest = _plain_sums(z[whole:], statistics, regulariser) if whole < z.shape[0] else None
+    return _run(_observe, z.device, z[:whole], rest, statistics, regulariser, z.shape[0])
 
 
-def scaled(sums: Tensor, statistics: FrozenStatistics, power: Power) -> ColumnSums:
-    """[5 or 6, N] float64, in the order of the fields; the force and, with power 1 and 2, `measure` still lack their
-    power of S."""
-    if power:
-        sums[4] *= statistics.inverse_s
-        sums[5] *= statistics.inverse_s if power == 1 else statistics.inverse_variance
-    return ColumnSums(*sums)
-
-
-def exact_column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
-    """As `column_sums` without history, when nothing is selected and the mean may be far away.
+@torch.no_grad()
+def observe_without_history(
+    z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser
+) -> tuple[Tensor, Tensor | None]:
+    """As `observe` when nothing is selected and the mean may be far away. Raises CompileError.
 
     A second pass goes around the samples' own mean, as in `moments.exact_sums`.
     """
-    samples = z.shape[0]
-    offset = (column_sums(z, statistics, regulariser).d / samples).float().double()
-    shifted = replace(statistics, mean=(statistics.mean.double() + offset).float())
-    around_mean = column_sums(z, shifted, regulariser)
+    s, samples = statistics, z.shape[0]
+    offset = (column_sums(z, s, regulariser).d / samples).float().double()
+    mean = (s.mean.double() + offset).float()
+    around_mean = column_sums(z, FrozenStatistics.of(mean, s.variance, s.tau, s.rate), regulariser)
     d, d2 = around_mean.d, around_mean.d2
-    return replace(around_mean, d=d + samples * offset, d2=d2 + 2 * offset * d + samples * offset * offset)
+    sums = replace(around_mean, d=d + samples * offset, d2=d2 + 2 * offset * d + samples * offset * offset)
+    return sums.totals(statistics, regulariser, samples)
 
 
-def add_gradient(
-    incoming: Tensor,
-    z: Tensor,
-    statistics: FrozenStatistics,
-    regulariser: Regulariser,
-    correction: Correction,
-    strength: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and the sums of squares over
-    the selected of both, before strength, [2] float64. Raises CompileError."""
-    constants = _constants(statistics, regulariser, correction, strength)
-    outgoing, *squares = _run(_add_gradient, z.device, z, incoming, *constants)
-    return outgoing, _summed(squares)
+@torch.no_grad()
+def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
+    """Of [M, N] activations. Raises CompileError."""
+    whole = z.shape[0] - z.shape[0] % ROWS
+    sums = _plain_sums(z[whole:], statistics, regulariser)
+    if whole:
+        sums += _run(_grouped_sums, z.device, z[:whole], statistics, regulariser)
+    return scaled(sums, statistics, regulariser)
 
 
-def gelu_backward(
-    x: Tensor,
-    z: Tensor,
-    incoming: Tensor,
-    statistics: FrozenStatistics,
-    regulariser: Regulariser,
-    correction: Correction,
-    strength: Tensor,
-) -> tuple[Tensor, Tensor]:
+def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
+    """[5 or 6, N] float64, in the order of the fields; the force and, with power 1 and 2, `measure` still lack their
+    power of S."""
+    parts = list(sums)
+    if regulariser.force_power:
+        parts[4] = parts[4] * statistics.inverse_s
+        parts[5] = parts[5] * (statistics.inverse_s if regulariser.force_power == 1 else statistics.inverse_variance)
+    return ColumnSums(*parts)
+
+
+def totals(
+    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+) -> tuple[Tensor, Tensor | None]:
+    """`ColumnSums.totals` of the sums that `scaled` takes, in few kernels. Raises CompileError."""
+    return _run(_totals, sums.device, sums, statistics, regulariser, samples)
+
+
+def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and `Inhibition.measured`
+    of the sums of squares over the selected of both, before strength. Raises CompileError."""
+    return _run(_add_gradient, z.device, incoming, z, inhibition)
+
+
+def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
     """As `add_gradient`; the gradient is that of x, where z = GELU(x). Raises CompileError."""
-    constants = _constants(statistics, regulariser, correction, strength)
-    outgoing, *squares = _run(_gelu_backward, x.device, x, z, incoming, *constants)
-    return outgoing, _summed(squares)
-
-
-def _constants(
-    statistics: FrozenStatistics, regulariser: Regulariser, correction: Correction, strength: Tensor
-) -> tuple[Any, ...]:
-    s = statistics
-    tensors = (s.mean, s.inverse_s, s.inverse_variance, s.tau, correction.shift, correction.pull, strength)
-    return (*tensors, regulariser.factor, regulariser.force_power)
-
-
-def _summed(squares: list[Tensor]) -> Tensor:
-    return torch.stack([part.sum(dtype=torch.float64) for part in squares])
+    return _run(_gelu_backward, x.device, incoming, x, z, inhibition)
 
 
 class _WithInhibition(torch.autograd.Function):
@@ -285,15 +276,16 @@ def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, 
     return _run(running_statistics.moved_statistics, arguments[1].device, *arguments)
 
 
-def _plain_sums(z: Tensor, statistics: FrozenStatistics, power: Power, is_projected: bool) -> Tensor:
+def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
     """As `_grouped_sums`, of a few samples."""
+    power = regulariser.force_power
     d = z.float() - statistics.mean
     score = d * d * statistics.inverse_variance
     selected = score >= statistics.tau
     ratio = torch.where(selected, score / statistics.tau, 1.0)
     measure = torch.where(selected, d.abs(), 0.0) if power else ratio.log()
     parts = [d, d * d, selected.float(), torch.where(selected, score, 0.0), measure]
-    if is_projected:
+    if regulariser.is_projected:
         parts.append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
     return torch.stack([part.sum(0, dtype=torch.float64) for part in parts])
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import chain, combinations
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,15 +32,11 @@ from l2e_ds.distributed import all_reduce_sum, begin_all_reduce_sum
 from l2e_ds.errors import SelfTestError
 from l2e_ds.inhibition import losses, memel
 from l2e_ds.inhibition.coefficients import Coefficients
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics
+from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Inhibition
 from l2e_ds.inhibition.moments import Moments, exact_sums, fade_factor, sample_count, shifted_sums
 from l2e_ds.inhibition.running_statistics import moved_statistics
 from l2e_ds.inhibition.settings import Settings, require
 from l2e_ds.inhibition.threshold import initial_threshold
-
-if TYPE_CHECKING:
-    from l2e_ds.inhibition.fused import ColumnSums
-
 
 # Activations of a layer and micro-batch from which compiling (ten seconds, once a machine) pays on a CPU; fewer cost a
 # few milliseconds in plain operations.
@@ -99,7 +95,7 @@ class NeuronHook:
         self.weight: Tensor | None = None
         # of this rank's micro-batch a token: what `losses.projection` needs, once it is added up over the ranks
         self.projection_sums = torch.zeros(1 + 4 * site.neurons, dtype=torch.float64, device=sums.device)
-        self._freeze()
+        self.freeze()
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
@@ -111,8 +107,9 @@ class NeuronHook:
         header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
         return header, d, d2, selected
 
-    def _freeze(self) -> None:
+    def freeze(self) -> None:
         """Make float32 constants of the state, for one optimizer step."""
+        # in plain operations: compiled, they would differ by a rounding from those of a resumed run
         self.frozen = self.frozen_now = self.for_loss = self._statistics(self.moments)
 
     def _is_fused(self, z: Tensor) -> bool:
@@ -148,7 +145,7 @@ class NeuronHook:
 
     def _statistics(self, moments: Moments) -> FrozenStatistics:
         rate = self.selected / self.selectable.clamp(min=1)
-        return FrozenStatistics(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
+        return FrozenStatistics.of(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
 
     # --- forward -------------------------------------------------------------------------------------------------
 
@@ -208,11 +205,11 @@ class NeuronHook:
             self.fused = True
             self.frozen_now = self.for_loss = self.frozen
         if self.in_kernel:
-            from l2e_ds.inhibition import triton_gelu
+            from l2e_ds.inhibition import fused, triton_gelu
 
             z, sums = triton_gelu.forward(x, self.frozen, self.regulariser)
             if counted:
-                self._count(sums, x.shape[0])
+                self._count(*fused.totals(sums, self.frozen, self.regulariser, x.shape[0]))
         else:
             z = nn.functional.gelu(x)
             if counted:
@@ -253,20 +250,14 @@ class NeuronHook:
         from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
 
         self.frozen_now = self.for_loss = self.frozen
-        sums = fused.column_sums if self.owner.has_history else fused.exact_column_sums
-        self._count(sums(z, self.frozen, self.regulariser), z.shape[0])
+        observe = fused.observe if self.owner.has_history else fused.observe_without_history
+        self._count(*observe(z, self.frozen, self.regulariser))
 
-    @torch.no_grad()
-    def _count(self, sums: ColumnSums, samples: int) -> None:
-        """Add a micro-batch's sums to the step's."""
-        header, d, d2, selected = self._parts()
-        loss = sums.inhibition_loss(self.frozen, self.regulariser, samples)
-        header += torch.stack([loss.new_full((), samples), loss, sums.score.sum()])
-        d += sums.d
-        d2 += sums.d2
-        selected += sums.selected
-        if self.owner.is_projecting:
-            self.projection_sums = sums.projection_sums(self.regulariser.power, samples) / samples
+    def _count(self, step: Tensor, projection_sums: Tensor | None) -> None:
+        """Take in a micro-batch's `fused.ColumnSums.totals`."""
+        self.sums += step
+        if projection_sums is not None:
+            self.projection_sums = projection_sums
 
     def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
         """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
@@ -282,7 +273,8 @@ class NeuronHook:
         count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
         offset = self.frozen.mean.double() - self.frozen_now.mean.double()
         spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
-        self.for_loss = replace(self.frozen_now, variance=spread.float(), rate=(selected / count).float())
+        now = self.frozen_now
+        self.for_loss = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
 
     def _select(self, scores: Tensor) -> Tensor:
         if self.settings.retrieval == "threshold":
@@ -301,46 +293,55 @@ class NeuronHook:
         self._count_backward()
         if not self.owner.is_measuring:
             return incoming
-        strength = self.strength(z)
+        inhibition = self._inhibition(z)
         if self.fused:
             from l2e_ds.inhibition import fused
 
-            constants = (self.for_loss, self.regulariser, self._correction(), strength)
-            outgoing, squares = fused.add_gradient(incoming, z, *constants)
+            outgoing, squares = fused.add_gradient(incoming, z, inhibition)
             if self.owner.self_test_pending:
-                self._note_largest(fused.add_gradient(torch.zeros_like(incoming), z, *constants)[0])
+                self._note_largest(fused.add_gradient(torch.zeros_like(incoming), z, inhibition)[0])
         else:
             selected = self._select(losses.score(z, self.frozen_now))
-            raw = losses.inhibition_gradient(z, selected, self.for_loss, self.regulariser, self._correction())
-            gradient = raw * strength if self.weight is None else raw * strength * self.weight
-            squares = torch.stack(
-                [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
+            raw = losses.inhibition_gradient(z, selected, self.for_loss, self.regulariser, inhibition.correction)
+            gradient = raw * inhibition.strength if self.weight is None else raw * inhibition.strength * self.weight
+            squares = inhibition.measured(
+                torch.stack(
+                    [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
+                )
             )
             if self.owner.self_test_pending:
                 self._note_largest(gradient)
             outgoing = incoming + gradient.to(incoming.dtype)
-        self._measure(squares, z)
+        self.owner.coefficients.squares[self.index] += squares
         return outgoing if self.owner.is_inhibiting else incoming
 
     def _gelu_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
         """The gradient of x [M, N] from that of its GELU z, with the inhibition's."""
         self._count_backward()
-        constants = (self.for_loss, self.regulariser, self._correction(), self.strength(x))
+        inhibition = self._inhibition(x)
 
         def gradient(incoming: Tensor) -> tuple[Tensor, Tensor]:
             if z is None:
                 from l2e_ds.inhibition import triton_gelu
 
-                return triton_gelu.backward(x, incoming, *constants)
+                return triton_gelu.backward(incoming, x, inhibition)
             from l2e_ds.inhibition import fused
 
-            return fused.gelu_backward(x, z, incoming, *constants)
+            return fused.gelu_backward(incoming, x, z, inhibition)
 
         if self.owner.self_test_pending:
             self._note_largest(gradient(torch.zeros_like(incoming))[0])
         outgoing, squares = gradient(incoming)
-        self._measure(squares, x)
+        self.owner.coefficients.squares[self.index] += squares
         return outgoing
+
+    def _inhibition(self, z: Tensor) -> Inhibition:
+        """Of the micro-batch that is in backward; z: [M, N]."""
+        # this rank's tokens that count
+        tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
+        scale = self.owner.loss_gradient_here().double()
+        per_token = torch.where(scale == 0, 0.0, tokens / scale)
+        return Inhibition(self.for_loss, self.regulariser, self._correction(), self.strength(tokens), per_token)
 
     def _correction(self) -> Correction:
         if self.regulariser.is_projected:
@@ -350,21 +351,10 @@ class NeuronHook:
     def _note_largest(self, gradient: Tensor) -> None:
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())
 
-    def _measure(self, squares: Tensor, z: Tensor) -> None:
-        """Add to what lambda is relative to. squares: [2], of the gradients of the LM loss, as it arrived, and of the
-        inhibition loss before it is divided by n; z: [M, N]."""
-        scale = self.owner.loss_gradient_here().double()
-        per_token = torch.where(scale == 0, 0.0, self._tokens(z) / torch.where(scale == 0, 1.0, scale))
-        self.owner.coefficients.squares[self.index] += squares * torch.stack([per_token**2, torch.ones_like(per_token)])
-
-    def _tokens(self, z: Tensor) -> Tensor | int:
-        """Of this rank's micro-batch, those that count."""
-        return z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
-
-    def strength(self, z: Tensor) -> Tensor:
-        """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N; z: [M, N]."""
+    def strength(self, tokens: Tensor | int) -> Tensor:
+        """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N."""
         scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
-        return scale / (self.settings.target_share * self._tokens(z) * self.site.neurons)
+        return scale / (self.settings.target_share * tokens * self.site.neurons)
 
     # --- once a step ---------------------------------------------------------------------------------------------
 
@@ -384,7 +374,7 @@ class NeuronHook:
             *(self.moments, self.tau, self.selected, self.selectable, self._parts(), finite),
             *(self.frozen.mean, self.owner.fade, settings.target_share, settings.reduce == "forward"),
         )
-        self._freeze()
+        self.freeze()
         return statistics
 
 
@@ -712,7 +702,7 @@ class Inhibitor:
             part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}
             hook.moments = Moments(part["count"], part["mean"], part["m2"])
             hook.tau, hook.selected, hook.selectable = part["tau"], part["selected"], part["selectable"]
-            hook._freeze()
+            hook.freeze()
 
 
 def _device_of(module: nn.Module) -> torch.device:

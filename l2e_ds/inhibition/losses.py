@@ -38,7 +38,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -62,45 +61,29 @@ def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class FrozenStatistics:
-    """What a layer's selection and loss are computed from; float32, constant within an optimizer step.
+    """What a layer's selection and loss are computed from; float32, constant within an optimizer step. Made by `of`.
 
-    mean, variance: [N]; tau: []; rate: [N] share of selected tokens per neuron (scale-invariant loss).
+    mean, variance: [N]; tau: []; rate: [N] share of selected tokens per neuron (scale-invariant loss). alive: [N] bool,
+    see `is_alive`. inverse_variance: [N] 1 / S^2; inverse_s: [N] 1 / S; inverse_limit: [N] 1 / (S sqrt(tau)), selected
+    are those with |d| times this of at least 1. These three are 0 for dead neurons, whose score is then 0.
     """
 
     mean: Tensor
     variance: Tensor
     tau: Tensor
     rate: Tensor
+    alive: Tensor
+    inverse_variance: Tensor
+    inverse_s: Tensor
+    inverse_limit: Tensor
 
-    @cached_property
-    def alive(self) -> Tensor:
-        """[N] bool, see `is_alive`."""
-        return is_alive(self.mean, self.variance)
-
-    @cached_property
-    def inverse_variance(self) -> Tensor:
-        """[N] 1 / S^2, 0 for dead neurons (whose score is then 0)."""
-        return torch.where(self.alive, 1 / self.variance.clamp(min=VARIANCE_FLOOR), 0.0)
-
-    @cached_property
-    def inverse_limit(self) -> Tensor:
-        """[N] 1 / (S sqrt(tau)): selected are those with |d| times this of at least 1; 0 for dead neurons."""
-        return (self.inverse_variance / self.tau).sqrt()
-
-    @cached_property
-    def inverse_s(self) -> Tensor:
-        """[N] 1 / S, 0 for dead neurons."""
-        return self.inverse_variance.sqrt()
-
-    @cached_property
-    def running_pull(self) -> Tensor:
-        """[N] 2 rate / S^2, 0 for dead neurons."""
-        return 2 * self.rate * self.inverse_variance
-
-    @cached_property
-    def nothing(self) -> Tensor:
-        """[N] zeros."""
-        return torch.zeros_like(self.rate)
+    @classmethod
+    def of(cls, mean: Tensor, variance: Tensor, tau: Tensor, rate: Tensor) -> FrozenStatistics:
+        """With what follows from the four."""
+        alive = is_alive(mean, variance)
+        inverse_variance = torch.where(alive, 1 / variance.clamp(min=VARIANCE_FLOOR), 0.0)
+        inverse_limit = (inverse_variance / tau).sqrt()
+        return cls(mean, variance, tau, rate, alive, inverse_variance, inverse_variance.sqrt(), inverse_limit)
 
 
 @dataclass(frozen=True)
@@ -133,10 +116,31 @@ class Correction:
     pull: Tensor
 
 
+@dataclass(frozen=True)
+class Inhibition:
+    """What backward of a micro-batch adds to the gradient of a layer's neurons, and measures.
+
+    strength: [] float32, what the inhibition loss's gradient is multiplied by (`NeuronHook.strength`); per_token: []
+    float64, what the gradient that arrives is multiplied by to be that of the LM loss's sum over this rank's tokens.
+    """
+
+    statistics: FrozenStatistics
+    regulariser: Regulariser
+    correction: Correction
+    strength: Tensor
+    per_token: Tensor
+
+    def measured(self, squares: Tensor) -> Tensor:
+        """What `Coefficients.squares` adds up, [2] float64, from sums of squares over the selected, [2] float64: of the
+        gradient that arrived and of the inhibition loss's."""
+        return torch.stack([squares[0] * self.per_token**2, squares[1]])
+
+
 def running_correction(statistics: FrozenStatistics, regulariser: Regulariser) -> Correction:
     """That of a loss that is not projected: rate / S^2 undoes shrinking in the scale-invariant one, else nothing."""
+    nothing = torch.zeros_like(statistics.rate)
     is_corrected = regulariser.loss == "scale-invariant"
-    return Correction(statistics.nothing, statistics.running_pull if is_corrected else statistics.nothing)
+    return Correction(nothing, 2 * statistics.rate * statistics.inverse_variance if is_corrected else nothing)
 
 
 def projection(sums: Tensor) -> Correction:

@@ -24,8 +24,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from l2e_ds.errors import CompileError
-from l2e_ds.inhibition.fused import FACTORS, ColumnSums, scaled
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser
+from l2e_ds.inhibition.fused import FACTORS
+from l2e_ds.inhibition.losses import FrozenStatistics, Inhibition, Regulariser
 
 # A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
 COLUMNS = 256
@@ -188,8 +188,8 @@ def _backward_kernel(
     tl.store(place + 1, tl.sum(tl.sum(tl.where(selected, inhibition * inhibition, 0.0), 1), 0))
 
 
-def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, ColumnSums]:
-    """GELU(x), [M, N] of x's dtype, and the sums of `fused.column_sums` of it. Raises CompileError."""
+def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor]:
+    """GELU(x), [M, N] of x's dtype, and its sums as `fused.scaled` takes them, [5 or 6, N]. Raises CompileError."""
     x = x.contiguous()
     samples, neurons = x.shape
     stretches = triton.cdiv(samples, STRETCH)
@@ -209,50 +209,29 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
             FACTORS=FACTORS,
             **OPTIONS,
         )
-    return z, scaled(partial.sum(0, dtype=torch.float64), statistics, regulariser.force_power)
+    return z, partial.sum(0, dtype=torch.float64)
 
 
-def backward(
-    x: Tensor,
-    incoming: Tensor,
-    statistics: FrozenStatistics,
-    regulariser: Regulariser,
-    correction: Correction,
-    strength: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of x [M, N] from that of z: of the GELU behind `fused.add_gradient`, and its sums of squares.
-
-    Raises CompileError.
-
-    strength: [] float32, see `NeuronHook.strength`.
-    """
+def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """As `fused.gelu_backward`, which is given GELU(x) as well. Raises CompileError."""
     x, incoming = x.contiguous(), incoming.contiguous()
     samples, neurons = x.shape
     outgoing = torch.empty_like(x)
     programs = triton.cdiv(samples, BACKWARD_ROWS) * triton.cdiv(neurons, COLUMNS)
     squares = torch.empty(programs, 2, dtype=torch.float32, device=x.device)
-    s = statistics
+    s, correction = inhibition.statistics, inhibition.correction
     with _explained(), torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            *(
-                x,
-                incoming,
-                outgoing,
-                squares,
-                s.mean,
-                s.inverse_s,
-                s.inverse_variance,
-                correction.shift,
-                correction.pull,
-            ),
-            *(s.tau, strength, samples, neurons),
-            FACTOR=regulariser.factor,
-            POWER=regulariser.force_power,
+            *(x, incoming, outgoing, squares),
+            *(s.mean, s.inverse_s, s.inverse_variance, correction.shift, correction.pull),
+            *(s.tau, inhibition.strength, samples, neurons),
+            FACTOR=inhibition.regulariser.factor,
+            POWER=inhibition.regulariser.force_power,
             COLUMNS=COLUMNS,
             ROWS=BACKWARD_ROWS,
             **OPTIONS,
         )
-    return outgoing, squares.sum(0, dtype=torch.float64)
+    return outgoing, inhibition.measured(squares.sum(0, dtype=torch.float64))
 
 
 @contextmanager

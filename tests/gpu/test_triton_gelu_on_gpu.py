@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from l2e_ds.inhibition import losses
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
+from l2e_ds.inhibition import fused, losses
+from l2e_ds.inhibition.losses import (
+    Correction,
+    FrozenStatistics,
+    Inhibition,
+    Regulariser,
+    score,
+    select_by_threshold,
+)
 
 CASES = Path(__file__).parents[1] / "unit/inhibition/triton_cases.py"
 pytestmark = [
@@ -44,7 +51,7 @@ def test_a_large_micro_batch(dtype, loss):
     with torch.device("cuda"):
         x = (1.5 * torch.randn(tokens, neurons)).to(dtype)
         incoming = torch.randn(tokens, neurons).to(dtype)
-        statistics = FrozenStatistics(
+        statistics = FrozenStatistics.of(
             0.5 + 0.1 * torch.randn(neurons),
             0.6 + 0.2 * torch.rand(neurons),
             torch.tensor(5.4),
@@ -55,14 +62,17 @@ def test_a_large_micro_batch(dtype, loss):
     regulariser = Regulariser(loss)
     if not regulariser.is_projected:
         correction = losses.running_correction(statistics, regulariser)
+    per_token = torch.ones((), dtype=torch.float64, device="cuda")
+    inhibition = Inhibition(statistics, regulariser, correction, strength, per_token)
     runs = []
     for again in range(2):
         # the first time compiles; after that not even a synchronisation
         torch.cuda.set_sync_debug_mode("error" if again else "default")
         try:
             z, sums = triton_gelu.forward(x, statistics, regulariser)
+            sums = fused.scaled(sums, statistics, regulariser)
             value = sums.inhibition_loss(statistics, regulariser, tokens)
-            found, squares = triton_gelu.backward(x, incoming, statistics, regulariser, correction, strength)
+            found, squares = triton_gelu.backward(incoming, x, inhibition)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         runs.append((z, *(part for part in vars(sums).values() if part is not None), value, found, squares))
@@ -83,10 +93,10 @@ def test_a_large_micro_batch(dtype, loss):
         projected = losses.projection_sums(z, selected, statistics, regulariser)
         torch.testing.assert_close(sums.projection_sums(regulariser.power, tokens), projected, rtol=1e-4, atol=1e-2)
 
-    inhibition = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
-    sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, inhibition)])
+    gradient = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, gradient)])
     torch.testing.assert_close(squares, sizes, rtol=1e-4, atol=0)
-    added = (strength * inhibition).to(dtype)
+    added = (strength * gradient).to(dtype)
     wide = x.double().requires_grad_()
     functional.gelu(wide).backward((incoming + added).double())
     torch.testing.assert_close(found.double(), wide.grad, rtol=4 * PRECISION[dtype], atol=4 * PRECISION[dtype])

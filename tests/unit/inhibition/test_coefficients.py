@@ -105,7 +105,9 @@ def measured(network, micro_batches, inhibitor):
             flat, variance = z.flatten(0, 1), m2 / (count - 1)
             selections.append((flat.detach() - mean) ** 2 / variance >= tau)
             losses.append(
-                written_out(flat, selections[-1], FrozenStatistics(mean, variance, tau, variance), chosen.regulariser)
+                written_out(
+                    flat, selections[-1], FrozenStatistics.of(mean, variance, tau, variance), chosen.regulariser
+                )
             )
             tokens_here = flat.shape[0]
             value = float(inhibitor.coefficients.values[index])

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from l2e_ds.inhibition import fused, losses
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
+from l2e_ds.inhibition.losses import (
+    Correction,
+    FrozenStatistics,
+    Inhibition,
+    Regulariser,
+    score,
+    select_by_threshold,
+)
 from l2e_ds.inhibition.moments import Moments
 
 NEURONS = 24
@@ -31,7 +38,7 @@ def example(tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor
     variance = 0.3 + 0.1 * numbers(2, NEURONS).square()
     variance[[3, 7]] = torch.tensor([0.0, losses.VARIANCE_FLOOR])
     rate = torch.rand(NEURONS, generator=torch.Generator().manual_seed(3)) * 0.1
-    statistics = FrozenStatistics(0.1 * numbers(1, NEURONS), variance, torch.tensor(5.4), rate)
+    statistics = FrozenStatistics.of(0.1 * numbers(1, NEURONS), variance, torch.tensor(5.4), rate)
     return z, numbers(4, tokens, NEURONS).to(dtype), statistics
 
 
@@ -55,29 +62,39 @@ def test_sums_are_those_of_float64(dtype, tokens):
         expected = losses.inhibition_loss(z.double(), selected, statistics, regulariser)
         found = sums.inhibition_loss(statistics, regulariser, tokens)
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
+        step, projection_sums = fused.observe(z, statistics, regulariser)
+        header = [tokens, float(found), float(sums.score.sum())]
+        torch.testing.assert_close(step[:3], torch.tensor(header).double(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(step[3:], torch.cat([sums.d, sums.d2, sums.selected]), rtol=1e-6, atol=1e-6)
         if regulariser.is_projected:
             plain = losses.projection_sums(z.double(), selected, statistics, regulariser)
-            found = sums.projection_sums(regulariser.power, tokens)
-            torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(projection_sums, plain / tokens, rtol=1e-5, atol=1e-5)
+        else:
+            assert projection_sums is None
 
 
 def test_sums_without_history():
     """Far from zero, where float32 squares would lose the variance: two passes keep it."""
     z = 1000 + 0.01 * numbers(0, 69, NEURONS)
     nothing = torch.zeros(NEURONS)
-    sums = fused.exact_column_sums(z, FrozenStatistics(nothing, nothing, torch.tensor(5.4), nothing), PROJECTED[1])
-    moments = Moments.from_sums(torch.tensor(69.0).double(), sums.d, sums.d2, nothing.double())
+    statistics = FrozenStatistics.of(nothing, nothing, torch.tensor(5.4), nothing)
+    step, _ = fused.observe_without_history(z, statistics, PROJECTED[1])
+    header, d, d2, selected = step.split([3, NEURONS, NEURONS, NEURONS])
+    assert header.tolist() == [69, 0, 0]
+    moments = Moments.from_sums(header[0], d, d2, nothing.double())
     torch.testing.assert_close(moments.mean, z.double().mean(0), rtol=1e-9, atol=0)
     torch.testing.assert_close(moments.variance, z.double().var(0), rtol=1e-3, atol=0)
-    assert sums.selected.count_nonzero() == 0
+    assert selected.count_nonzero() == 0
 
 
 def test_a_neuron_that_wakes_up():
     """Scores of 1e12 and more, in every token of a group, leave the loss finite: the product of ratios does not
     overflow."""
     z, _, statistics = example(64, torch.float32)
-    statistics.variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + statistics.mean[0] ** 2)
-    z[:, 0] = statistics.mean[0] + 3.0
+    mean, variance = statistics.mean, statistics.variance.clone()
+    variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + mean[0] ** 2)
+    statistics = FrozenStatistics.of(mean, variance, statistics.tau, statistics.rate)
+    z[:, 0] = mean[0] + 3.0
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
     for regulariser in (PUBLISHED, PROJECTED[0]):
@@ -93,8 +110,12 @@ def correction_of(statistics: FrozenStatistics, regulariser: Regulariser) -> Cor
     return losses.running_correction(statistics, regulariser)
 
 
+STRENGTH = torch.tensor(0.03)
+PER_TOKEN = torch.tensor(7.0, dtype=torch.float64)
+
+
 def assert_squares(squares, incoming, gradient, selected):
-    expected = [float(g.double()[selected].square().sum()) for g in (incoming, gradient)]
+    expected = [float(g[selected].square().sum()) for g in (7 * incoming.double(), gradient.double())]
     # of positive float32 terms, each rounded a few times
     assert squares.tolist() == pytest.approx(expected, rel=1e-5) and min(expected) > 0
 
@@ -105,11 +126,12 @@ def test_gradient_is_the_plain_one(dtype, regulariser):
     """Added in float32, rounded once to the gradient's precision; to the bit in float32 where nothing is selected."""
     z, incoming, statistics = example(69, dtype)
     selected = select_by_threshold(score(z, statistics), statistics)
-    strength, correction = torch.tensor(0.03), correction_of(statistics, regulariser)
+    correction = correction_of(statistics, regulariser)
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
-    found, squares = fused.add_gradient(incoming, z, statistics, regulariser, correction, strength)
+    inhibition = Inhibition(statistics, regulariser, correction, STRENGTH, PER_TOKEN)
+    found, squares = fused.add_gradient(incoming, z, inhibition)
     assert found.dtype == dtype
-    added = plain * strength
+    added = plain * STRENGTH
     # what is added may be rounded to the next number of either side, and so may the sum
     bound = 2 * torch.finfo(dtype).eps * (incoming.abs().float() + added.abs())
     assert bool(((found.float() - (incoming + added.to(dtype)).float()).abs() <= bound).all())
@@ -125,12 +147,16 @@ def test_gradient_within_that_of_the_gelu(dtype, regulariser):
     """Of the pre-activation: float64's GELU derivative times the gradient of z with the inhibition's."""
     _, incoming, statistics = example(69, dtype)
     x = numbers(5, 69, NEURONS).to(dtype)
-    z, strength, correction = torch.nn.functional.gelu(x), torch.tensor(0.03), correction_of(statistics, regulariser)
+    # cdf(x) = z / x where there is none, or hardly one, to divide by; and where the cdf itself is next to nothing
+    x[:4, 0] = torch.tensor([0.0, -0.0, 1e-38, -1e-25]).to(dtype)
+    x[4:8, 0] = torch.tensor([-3.0, -5.0, -9.0, 9.0]).to(dtype)
+    z, correction = torch.nn.functional.gelu(x), correction_of(statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
     assert int(selected.sum()) > 0
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     exact = torch.ops.aten.gelu_backward(incoming.double() + 0.03 * plain.double(), x.double())
-    found, squares = fused.gelu_backward(x, z, incoming, statistics, regulariser, correction, strength)
+    inhibition = Inhibition(statistics, regulariser, correction, STRENGTH, PER_TOKEN)
+    found, squares = fused.gelu_backward(incoming, x, z, inhibition)
     assert found.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
@@ -143,7 +169,7 @@ from l2e_ds.errors import CompileError
 from l2e_ds.inhibition import fused, losses
 z, n = torch.randn(32, 8), torch.ones(8)
 try:
-    fused.column_sums(z, losses.FrozenStatistics(0 * n, n, torch.tensor(5.0), 0 * n), losses.Regulariser())
+    fused.column_sums(z, losses.FrozenStatistics.of(0 * n, n, torch.tensor(5.0), 0 * n), losses.Regulariser())
 except CompileError as error:
     print(error)
 """

@@ -51,7 +51,7 @@ def example(tau: float = 1.5) -> tuple[torch.Tensor, FrozenStatistics]:
     z = 0.2 + 0.7 * numbers(0, TOKENS, NEURONS)
     mean, variance = 0.3 * numbers(1, NEURONS), 0.2 + numbers(2, NEURONS).square()
     rate = torch.rand(NEURONS, generator=torch.Generator().manual_seed(3)) * 0.1
-    return z, FrozenStatistics(mean, variance, torch.tensor(tau), rate)
+    return z, FrozenStatistics.of(mean, variance, torch.tensor(tau), rate)
 
 
 def test_score_is_equation_1():
@@ -71,7 +71,7 @@ def test_selection_includes_tau_itself():
 def exact_statistics(z: torch.Tensor, statistics: FrozenStatistics, selected: torch.Tensor) -> FrozenStatistics:
     """rate = n_j / M and S^2 = mean d^2 of this very batch, as `reduce: forward` takes them."""
     spread = (z.double() - statistics.mean.double()).square().mean(0)
-    return FrozenStatistics(
+    return FrozenStatistics.of(
         statistics.mean, spread.float(), statistics.tau, (selected.double().sum(0) / z.shape[0]).float()
     )
 
@@ -181,7 +181,7 @@ def test_dead_neurons_are_never_selected():
     z, statistics = example(tau=0.0)
     variance = statistics.variance.clone()
     variance[[0, 3]] = torch.tensor([0.0, VARIANCE_FLOOR])
-    statistics = FrozenStatistics(statistics.mean, variance, statistics.tau, statistics.rate)
+    statistics = FrozenStatistics.of(statistics.mean, variance, statistics.tau, statistics.rate)
     scores = score(z, statistics)
     assert scores[:, [0, 3]].count_nonzero() == 0 and bool(scores.isfinite().all())
     for selected in (select_by_threshold(scores, statistics), select_top_k(scores, statistics, 0.99)):
@@ -355,7 +355,7 @@ def test_parameter_gradients_are_those_of_the_written_out_sum(loss, scale, accum
         elif loss == "exact":
             value = (d2 / d2.mean(0))[selected].log().sum()
         elif loss.startswith("projected"):
-            statistics = FrozenStatistics(mean, variance, torch.tensor(tau), variance)
+            statistics = FrozenStatistics.of(mean, variance, torch.tensor(tau), variance)
             value = written_out(z, selected, statistics, settings.regulariser)
         else:
             value = _tangent_value(d2, selected, variance, _selection_rate(inhibitor, layer, history, taus))

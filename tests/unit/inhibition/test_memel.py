@@ -15,7 +15,7 @@ def statistics(neurons: int, tau: float = 1.0) -> FrozenStatistics:
     generator = torch.Generator().manual_seed(neurons)
     mean = torch.randn(neurons, generator=generator)
     variance = torch.rand(neurons, generator=generator) + 0.5
-    return FrozenStatistics(mean, variance, torch.tensor(tau), torch.zeros(neurons))
+    return FrozenStatistics.of(mean, variance, torch.tensor(tau), torch.zeros(neurons))
 
 
 def samples(tokens: int, neurons: int) -> torch.Tensor:

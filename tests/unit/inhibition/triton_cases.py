@@ -12,7 +12,14 @@ import torch
 from torch.nn import functional
 
 from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Regulariser, score, select_by_threshold
+from l2e_ds.inhibition.losses import (
+    Correction,
+    FrozenStatistics,
+    Inhibition,
+    Regulariser,
+    score,
+    select_by_threshold,
+)
 from tests.unit.inhibition.test_hook import (
     Network,
     assert_same,
@@ -58,7 +65,7 @@ def example(tokens: int, neurons: int, dtype: torch.dtype) -> tuple[torch.Tensor
         variance[[3, 7]] = torch.tensor([0.0, losses.VARIANCE_FLOOR])
     rate = 0.1 * torch.rand(neurons, generator=generator)
     constants = (tensor.to(DEVICE) for tensor in (mean, variance, torch.tensor(5.4), rate))
-    return x.to(DEVICE, dtype), incoming.to(DEVICE, dtype), FrozenStatistics(*constants)
+    return x.to(DEVICE, dtype), incoming.to(DEVICE, dtype), FrozenStatistics.of(*constants)
 
 
 @every_shape_and_dtype
@@ -76,6 +83,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     """Every sum, of the activations as they were stored."""
     x, _, statistics = example(tokens, neurons, dtype)
     z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
+    sums = fused.scaled(sums, statistics, PUBLISHED)
     scores = score(z, statistics)
     selected = select_by_threshold(scores, statistics)
     assert 0 < int(selected.sum()) <= max(1, 0.2 * selected.numel())
@@ -90,6 +98,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     for power in (0, 1, 2):
         regulariser = Regulariser("projected", power)
         _, sums = triton_gelu.forward(x, statistics, regulariser)
+        sums = fused.scaled(sums, statistics, regulariser)
         expected = losses.projection_sums(z, selected, statistics, regulariser)
         torch.testing.assert_close(sums.projection_sums(power, tokens), expected, rtol=1e-5, atol=1e-4)
 
@@ -99,6 +108,7 @@ def test_loss_is_that_of_plain_operations(regulariser):
     """From the sums alone."""
     x, _, statistics = example(128, 256, torch.float32)
     z, sums = triton_gelu.forward(x, statistics, regulariser)
+    sums = fused.scaled(sums, statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
     expected = losses.inhibition_loss(z, selected, statistics, regulariser)
     found = sums.inhibition_loss(statistics, regulariser, 128)
@@ -108,13 +118,20 @@ def test_loss_is_that_of_plain_operations(regulariser):
 def test_a_neuron_that_wakes_up():
     """Scores of 1e12 and more, in every token, leave the loss finite: the product of ratios does not overflow."""
     x, _, statistics = example(64, 24, torch.float32)
-    statistics.variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + statistics.mean[0] ** 2)
+    mean, variance = statistics.mean, statistics.variance.clone()
+    variance[0] = 2 * losses.VARIANCE_FLOOR * (1 + mean[0] ** 2)
+    statistics = FrozenStatistics.of(mean, variance, statistics.tau, statistics.rate)
     x[:, 0] = 3.0
     z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
+    sums = fused.scaled(sums, statistics, PUBLISHED)
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
     expected = losses.inhibition_loss(z, selected, statistics, PUBLISHED)
     torch.testing.assert_close(sums.inhibition_loss(statistics, PUBLISHED, 64), expected.double(), rtol=1e-4, atol=0)
+
+
+def per_token() -> torch.Tensor:
+    return torch.tensor(7.0, dtype=torch.float64, device=DEVICE)
 
 
 def correction_of(statistics, regulariser):
@@ -144,12 +161,13 @@ def test_gradient_is_autograd_of_float64(dtype, regulariser, tokens, neurons):
     strength = torch.tensor(0.5, device=DEVICE)
     z, _ = triton_gelu.forward(x, statistics, regulariser)
     correction = correction_of(statistics, regulariser)
-    found, squares = triton_gelu.backward(x, incoming, statistics, regulariser, correction, strength)
+    inhibition = Inhibition(statistics, regulariser, correction, strength, per_token())
+    found, squares = triton_gelu.backward(incoming, x, inhibition)
     expected = expected_gradient(x, z, incoming, statistics, regulariser, strength)
     without = expected_gradient(x, z, incoming, statistics, regulariser, 0 * strength)
     selected = select_by_threshold(score(z, statistics), statistics)
-    inhibition = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
-    sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, inhibition)])
+    added = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    sizes = torch.stack([g[selected].square().sum() for g in (7 * incoming.double(), added.double())])
     torch.testing.assert_close(squares, sizes, rtol=1e-5, atol=0)
     assert found.dtype == dtype and not torch.equal(expected, without)
     # two roundings before the last one; all of them are cut off in the interpreter
@@ -161,9 +179,10 @@ def test_gradients_that_are_not_contiguous():
     x, _, statistics = example(7, 24, torch.float32)
     strength = torch.tensor(0.5, device=DEVICE)
     for incoming in (torch.tensor(0.7, device=DEVICE).expand(7, 24), torch.randn(24, 7, device=DEVICE).t()):
-        constants = (statistics, SCALE_INVARIANT, correction_of(statistics, SCALE_INVARIANT), strength)
-        found, _ = triton_gelu.backward(x, incoming, *constants)
-        assert torch.equal(found, triton_gelu.backward(x, incoming.contiguous(), *constants)[0])
+        correction = correction_of(statistics, SCALE_INVARIANT)
+        inhibition = Inhibition(statistics, SCALE_INVARIANT, correction, strength, per_token())
+        found, _ = triton_gelu.backward(incoming, x, inhibition)
+        assert torch.equal(found, triton_gelu.backward(incoming.contiguous(), x, inhibition)[0])
 
 
 def test_only_the_pre_activation_is_kept():
