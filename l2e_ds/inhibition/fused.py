@@ -12,7 +12,6 @@ Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,9 +32,6 @@ ROWS = 32
 # Factors |d| / (S sqrt(tau)), each at least 1, multiplied before one logarithm is taken of their product (a logarithm
 # costs as much as all the rest). Float32 is exceeded where phi / tau is 2e19 in all of them.
 FACTORS = 4
-# For an x86 processor without vector instructions (or told so by ATEN_CPU_CAPABILITY=default) Inductor of torch 2.13
-# writes C++ that does not compile. On other architectures "DEFAULT" has them.
-HAS_VECTORS = platform.machine() not in ("x86_64", "AMD64") or torch.backends.cpu.get_cpu_capability() != "DEFAULT"
 # Below it a product with a float32 may have lost digits to the smallest exponent.
 SMALLEST_DIVISOR = 1e-30
 
@@ -163,10 +159,8 @@ _FUNCTIONS = (_grouped_sums, _observe, _totals, _add_gradient, _gelu_backward, r
 _COMPILED = {function: torch.compile(function, dynamic=False) for function in _FUNCTIONS}
 
 
-def _run(function: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
-    """The function, compiled where HAS_VECTORS. Raises CompileError."""
-    if device.type == "cpu" and not HAS_VECTORS:
-        return function(*arguments)
+def _run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function, compiled. Raises CompileError."""
     with _explained():
         return _COMPILED[function](*arguments)
 
@@ -179,7 +173,7 @@ def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
     if not whole:
         return _totals(_plain_sums(z, statistics, regulariser), statistics, regulariser, z.shape[0])
     rest = _plain_sums(z[whole:], statistics, regulariser) if whole < z.shape[0] else None
-    return _run(_observe, z.device, z[:whole], rest, statistics, regulariser, z.shape[0])
+    return _run(_observe, z[:whole], rest, statistics, regulariser, z.shape[0])
 
 
 @torch.no_grad()
@@ -205,7 +199,7 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
     whole = z.shape[0] - z.shape[0] % ROWS
     sums = _plain_sums(z[whole:], statistics, regulariser)
     if whole:
-        sums += _run(_grouped_sums, z.device, z[:whole], statistics, regulariser)
+        sums += _run(_grouped_sums, z[:whole], statistics, regulariser)
     return scaled(sums, statistics, regulariser)
 
 
@@ -223,18 +217,18 @@ def totals(
     sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
 ) -> tuple[Tensor, Tensor | None]:
     """`ColumnSums.totals` of the sums that `scaled` takes, in few kernels. Raises CompileError."""
-    return _run(_totals, sums.device, sums, statistics, regulariser, samples)
+    return _run(_totals, sums, statistics, regulariser, samples)
 
 
 def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
     """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and `Inhibition.measured`
     of the sums of squares over the selected of both, before strength. Raises CompileError."""
-    return _run(_add_gradient, z.device, incoming, z, inhibition)
+    return _run(_add_gradient, incoming, z, inhibition)
 
 
 def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
     """As `add_gradient`; the gradient is that of x, where z = GELU(x). Raises CompileError."""
-    return _run(_gelu_backward, x.device, incoming, x, z, inhibition)
+    return _run(_gelu_backward, incoming, x, z, inhibition)
 
 
 class _WithInhibition(torch.autograd.Function):
@@ -273,7 +267,7 @@ def with_inhibition(
 
 def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
     """`running_statistics.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
-    return _run(running_statistics.moved_statistics, arguments[1].device, *arguments)
+    return _run(running_statistics.moved_statistics, *arguments)
 
 
 def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
