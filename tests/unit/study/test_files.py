@@ -13,6 +13,8 @@ from l2e_ds.train import quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
+# these need text that is made for them: tests/integration/test_evidence.py
+FILES = [path for path in FILES if path.parent.name != "evidence"]
 RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 27}
 SMALL_RUNS = {"main": 12, "ablation": 15, "level": 18, "layers": 15, "time": 18}
 

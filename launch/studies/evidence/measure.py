@@ -1,0 +1,132 @@
+"""Measure what the metrics of a run do not say, for the newest checkpoint of each run.
+
+    python launch/studies/evidence/measure.py OUTPUT.csv RUN [RUN ...]
+
+One line a run, on the first 64 held-out sequences of each source, every source weighing what it does in training. The
+layers are those that the study inhibits (`mid-2`), in every run, whether it inhibits them or not:
+
+`loss`: of the model as it is. `worth`: what it loses where each neuron of these layers gives its mean instead.
+`worth_selected`: where only the highest 2 % of scores do. `worth_random`: where as many, drawn at random, do.
+`active_share`: of activations above zero. `dead_share`: of neurons that do not vary.
+
+Lines that are there already are kept, so that the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from l2e_ds.config import load_run_config
+from l2e_ds.data import prepare_sets
+from l2e_ds.evaluation.model_source import find_model, load_causal_model
+from l2e_ds.inhibition import NeuronSite
+from l2e_ds.models import neuron_sites
+
+SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
+COLUMNS = ("run", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
+
+
+@contextmanager
+def replaced(sites: list[NeuronSite], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While it lasts, neurons [B, T, N] of the site with an index are what `change` makes of them."""
+    handles = [
+        getattr(site.module, site.attribute).register_forward_hook(
+            lambda module, inputs, output, index=index: change(index, output)
+        )
+        for index, site in enumerate(sites)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def measure(run: Path) -> dict[str, float]:
+    config = load_run_config(run / "config.yaml", [])
+    model = load_causal_model(find_model(str(run)), "fp32", None)[0].eval()
+    sites = neuron_sites(model, LAYERS)
+    cache = Path(config.data.cache or run / "data")
+    sets = prepare_sets(config.data, cache, model.config.vocab_size, SEQUENCES)
+    total = sum(part.weight for part in sets)
+
+    def losses(change: Callable[[int, Tensor], Tensor | None]) -> float:
+        """The held-out loss, in nats, with the neurons changed."""
+        result = 0.0
+        with replaced(sites, change):
+            for part in sets:
+                rows = np.arange(min(SEQUENCES, len(part.held_out)))
+                of_part, tokens = 0.0, 0
+                for some in np.array_split(rows, -(-len(rows) // BATCH)):
+                    batch = torch.from_numpy(part.held_out.batch(some)).long()
+                    logits = model(input_ids=batch[:, :-1]).logits.flatten(0, 1)
+                    of_part += float(functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
+                    tokens += logits.shape[0]
+                result += part.weight / total * of_part / tokens
+        return result
+
+    seen: list[list[Tensor]] = [[] for _ in sites]
+
+    def keep(index: int, z: Tensor) -> None:
+        seen[index].append(z.flatten(0, 1))
+
+    values: dict[str, Any] = {"loss": losses(keep)}
+    activations = [torch.cat(parts) for parts in seen]
+    means = [z.double().mean(0).float() for z in activations]
+    deviations = [z.double().std(0).float() for z in activations]
+    limits = []
+    for z, mean, deviation in zip(activations, means, deviations, strict=True):
+        scores = ((z - mean) / deviation.clamp(min=1e-6)).square()
+        limits.append(scores.flatten().kthvalue(int((1 - SHARE) * scores.numel())).values)
+
+    def selected(index: int, z: Tensor) -> Tensor:
+        chosen = ((z - means[index]) / deviations[index].clamp(min=1e-6)).square() > limits[index]
+        return torch.where(chosen, means[index], z)
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(index: int, z: Tensor) -> Tensor:
+        return torch.where(torch.rand(z.shape, generator=generator) < SHARE, means[index], z)
+
+    values["worth"] = losses(lambda index, z: means[index].expand_as(z)) - values["loss"]
+    values["worth_selected"] = losses(selected) - values["loss"]
+    values["worth_random"] = losses(random) - values["loss"]
+    values["active_share"] = float(np.mean([float((z > 0).float().mean()) for z in activations]))
+    values["dead_share"] = float(np.mean([float((s <= 1e-6).float().mean()) for s in deviations]))
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    known = set()
+    if arguments.output.exists():
+        with arguments.output.open(newline="") as file:
+            known = {line["run"] for line in csv.DictReader(file)}
+    with arguments.output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not known:
+            writer.writeheader()
+        for run in arguments.runs:
+            name = f"{run.parent.parent.name}/{run.name}"
+            if name not in known:
+                writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()})
+                file.flush()
+                print(name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

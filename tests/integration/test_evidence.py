@@ -1,0 +1,103 @@
+"""The scripts of launch/studies/evidence, at a size of seconds."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
+
+from l2e_ds.study.checking import plan_runs
+from l2e_ds.study.definition import read_study
+from tests.integration.conftest import SENTENCES
+from tests.integration.running import lines
+from tests.processes import REPOSITORY, finish
+
+EVIDENCE = REPOSITORY / "launch/studies/evidence"
+STUDIES = {"main": 35}
+SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch) -> Path:
+    """Twenty documents of each source, as `prepare.py` takes them, and what it makes of them."""
+    monkeypatch.chdir(tmp_path)
+    documents = [
+        {"text": " ".join(SENTENCES[(k * n) % 5] for k in range(20)) + f" {n} {source}", "meta": {"source": source}}
+        for n in range(20)
+        for source in SOURCES
+    ]
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/a.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    codes, said = finish(EVIDENCE / "prepare.py", tmp_path / "corpus")
+    assert codes == [0], said
+    return tmp_path / "studies/evidence/text"
+
+
+def test_every_study_could_start(text):
+    assert {path.stem for path in EVIDENCE.glob("*.yaml")} == {"base", *STUDIES}
+    for name, count in STUDIES.items():
+        study = read_study(EVIDENCE / f"{name}.yaml", [])
+        plans = plan_runs(study, 1, this_machine=False)
+        assert len(plans) == count
+        for run in study.runs:
+            assert (run.baseline is None) == (plans[run.name].config.inhibition.method == "none"), run.name
+
+
+@pytest.mark.full
+def test_a_control_and_what_is_measured(text, tmp_path):
+    small = ["model.hidden_size=32", "model.num_heads=2", "model.num_layers=4", "data.sequence_length=16"]
+    small += ["training.steps=2", "training.evaluation_sequences=64", "optimizer.schedule_steps=10"]
+    run_file = EVIDENCE / "base.yaml"
+    runs = [tmp_path / "a/runs/none-seed1", tmp_path / "a/runs/without-mlp"]
+    for run, words in zip(runs, [["-m", "l2e_ds.train"], [EVIDENCE / "controls.py", "without-mlp"]], strict=True):
+        codes, said = finish(*words, run_file, *small, "inhibition.method=none", f"training.run_directory={run}")
+        assert codes == [0], said
+    plain, without = ([line["held_out_loss"] for line in lines(run, "evaluation")] for run in runs)
+    assert plain[0] != without[0] and len(plain) == len(without) == 2
+    for _ in range(2):  # the second time there is nothing to do
+        codes, said = finish(EVIDENCE / "measure.py", tmp_path / "measured.csv", runs[0])
+        assert codes == [0], said
+    with (tmp_path / "measured.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    assert line["run"] == "a/none-seed1"
+    assert float(line["loss"]) == pytest.approx(plain[-1], rel=1e-5)  # a mean of float32 losses of 11 x 64 x 16 tokens
+    assert abs(float(line["worth"])) > abs(float(line["worth_random"])) > 0
+    assert 0 < float(line["active_share"]) < 1 and float(line["dead_share"]) == 0
+
+
+def test_controls_change_the_inhibited_layers():
+    spec = importlib.util.spec_from_file_location("controls", EVIDENCE / "controls.py")
+    controls = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(controls)
+    network = GPTNeoXConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
+    )
+    tokens = torch.arange(24).view(2, 12)
+
+    def gradients(control: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(network)
+        if control != "none":
+            controls.changed(control, model)
+        penalty = []
+        for layer in (1, 2):
+            act = model.gpt_neox.layers[layer].mlp.act
+            act.register_forward_hook(lambda module, inputs, z: penalty.append(0.5 * z.square().mean()))
+        loss = model(input_ids=tokens, labels=tokens).loss
+        (loss + sum(penalty) if control == "none" else loss).backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    for found, expected in zip(gradients("l2=0.5"), gradients("none"), strict=True):
+        torch.testing.assert_close(found, expected)
+    nothing = gradients("without-mlp")
+    names = [name for name, _ in AutoModelForCausalLM.from_config(network).named_parameters()]
+    still = {name.split(".")[2] for name, g in zip(names, nothing, strict=True) if "mlp" in name and not g.any()}
+    assert still == {"1", "2"}
+    with pytest.raises(SystemExit, match="allowed: without-mlp, small-start, l2=COEFFICIENT"):
+        gradients("else")
+    assert sys.modules.get("controls") is None
