@@ -18,7 +18,7 @@ from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
 
 EVIDENCE = REPOSITORY / "launch/studies/evidence"
-STUDIES = {"main": 35}
+STUDIES = {"main": 35, "strength": 32, "transfer": 28, "start": 14, "choices": 32}
 SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
 
 

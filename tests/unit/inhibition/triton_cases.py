@@ -153,8 +153,18 @@ def expected_gradient(x, z, incoming, statistics, regulariser, strength):
     return x.grad
 
 
-@every_regulariser
-@every_shape_and_dtype
+@pytest.mark.parametrize(
+    ("tokens", "neurons", "dtype", "regulariser"),
+    [
+        (*shape, dtype, regulariser)
+        for shape in SHAPES
+        for dtype in DTYPES
+        for regulariser in REGULARISERS
+        # in the interpreter each is varied alone
+        if not INTERPRETED or (shape != (7, 24)) + (dtype != torch.float32) + (regulariser != Regulariser()) <= 1
+    ],
+    ids=str,
+)
 def test_gradient_is_autograd_of_float64(dtype, regulariser, tokens, neurons):
     """Through the GELU, with what the written-out loss adds in front of it."""
     x, incoming, statistics = example(tokens, neurons, dtype)
@@ -202,13 +212,13 @@ def test_only_the_pre_activation_is_kept():
 
 @cache
 def inhibited(recompute=None, compiled=False, function="gelu", split=2, **changes):
-    """Five steps on DEVICE: ((losses, records), inhibitor), not to be changed."""
+    """Three steps on DEVICE, the first without history: ((losses, records), inhibitor), not to be changed."""
     network = Network(recompute=recompute).to(DEVICE)
     chosen = [replace(site, function=function) for site in sites(network)]
     inhibitor = Inhibitor(chosen, settings(**{"fused": True, **changes}), device=DEVICE)
     with inhibitor:
         run = torch.compile(network, backend="aot_eager") if compiled else None
-        return train(network, inhibitor, range(5), split=split, run=run), inhibitor
+        return train(network, inhibitor, range(3), split=split, run=run), inhibitor
 
 
 def by_kernel(inhibitor: Inhibitor) -> bool:
@@ -224,9 +234,9 @@ def by_kernel(inhibitor: Inhibitor) -> bool:
         ("published", False, 2),
         ("published", True, 2),
         ("scale-invariant", None, 2),
-        ("scale-invariant", False, 1),
+        ("scale-invariant", False, 2),
         ("projected", False, 2),
-        ("projected", True, 1),
+        ("projected", True, 2),
         ("strength", None, 2),
     ],
 )
@@ -300,7 +310,7 @@ def test_where_pytorch_computes_the_gelu(changes):
     run, inhibitor = inhibited(**changes)
     assert not by_kernel(inhibitor)
     if changes == {"coefficient": 0.0}:
-        assert_same(run, train(Network().to(DEVICE), None, range(5), split=2))
+        assert_same(run, train(Network().to(DEVICE), None, range(3), split=2))
 
 
 def test_padding_and_evaluation():
