@@ -28,6 +28,6 @@ fi
 ruff check .
 ruff format --check .
 mypy
-# at least two: some tests wait for schedulers and timeouts
-python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$((CORES > 2 ? CORES : 2))}" --dist loadfile --no-loadscope-reorder \
+# one more than cores: some tests wait for schedulers and timeouts
+python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$((CORES + 1))}" --dist loadfile --no-loadscope-reorder \
     --durations=20 ${REPORT:+--junitxml="$REPORT"}

@@ -9,7 +9,9 @@ import pytest
 
 from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
+from tests.tolerances import rounding
 
+ROUNDING = rounding(steps=50, layers=6, tokens=16 * 256)
 SMALL = ("model.hidden_size=32", "model.num_heads=2", "data.sequence_length=32", "data.max_tokens=100000")
 
 
@@ -58,19 +60,23 @@ def test_it_learns_and_inhibits(tmp_path):
     check_what_is_left(run, said)
     assert "without inhibition         launch/quickstart-none, same seed" in said and "shrank" not in said
     recipe = REPOSITORY / "launch/recipes/quickstart.yaml"
-    overrides = [cache, f"training.run_directory={none}", "inhibition.method=none", "training.steps=160"]
+    # until inhibition begins they are the same run; how it goes on is stored, made with this machine's kind of text
+    overrides = [cache, f"training.run_directory={none}", "inhibition.method=none", "training.steps=50"]
     codes, said = finish("-m", "l2e_ds.train", recipe, *overrides, ranks=2)
     assert codes == [0, 0], said
     evaluations, baseline = lines(run, "evaluation"), lines(none, "evaluation")
+    stored = lines(REPOSITORY / "launch/quickstart-none", "evaluation")
     held_out = [line["held_out_loss"] for line in evaluations]
     assert held_out == sorted(held_out, reverse=True)
     assert held_out[-1] < held_out[0] - 2
     assert lines(run, "train")[-1]["observed_share"] == pytest.approx(0.02, rel=0.1)
-    assert evaluations[-1]["step"] == baseline[-1]["step"] == 160
+    assert evaluations[-1]["step"] == stored[-1]["step"] == 160
     (began,) = [line for line in evaluations if line["step"] == 50]
+    assert baseline[-1]["step"] == 50
+    assert began["held_out_loss"] == pytest.approx(baseline[-1]["held_out_loss"], rel=ROUNDING)
+    # the text is that of this Python's library, which is about the stored one's
+    assert baseline[-1]["held_out_loss"] == pytest.approx(stored[1]["held_out_loss"], rel=0.03)
     for layer in (2, 3):
         key = f"layer{layer}/top_share_score"
-        # the same weights and text; two launches may add up in another order
-        assert evaluations[0][key] == pytest.approx(baseline[0][key], rel=1e-5)
-        assert evaluations[-1][key] < 0.9 * min(began[key], baseline[-1][key])
-        assert evaluations[-1][f"layer{layer}/mean_s"] > 0.9 * baseline[-1][f"layer{layer}/mean_s"]
+        assert evaluations[-1][key] < 0.9 * min(began[key], stored[-1][key])
+        assert evaluations[-1][f"layer{layer}/mean_s"] > 0.9 * stored[-1][f"layer{layer}/mean_s"]
