@@ -212,13 +212,14 @@ def test_only_the_pre_activation_is_kept():
 
 @cache
 def inhibited(recompute=None, compiled=False, function="gelu", split=2, **changes):
-    """Three steps on DEVICE, the first without history: ((losses, records), inhibitor), not to be changed."""
+    """Four steps on DEVICE: ((losses, records), inhibitor), not to be changed. The first has no history, and of a
+    strength only the fourth has lambda."""
     network = Network(recompute=recompute).to(DEVICE)
     chosen = [replace(site, function=function) for site in sites(network)]
     inhibitor = Inhibitor(chosen, settings(**{"fused": True, **changes}), device=DEVICE)
     with inhibitor:
         run = torch.compile(network, backend="aot_eager") if compiled else None
-        return train(network, inhibitor, range(3), split=split, run=run), inhibitor
+        return train(network, inhibitor, range(4), split=split, run=run), inhibitor
 
 
 def by_kernel(inhibitor: Inhibitor) -> bool:
@@ -310,7 +311,7 @@ def test_where_pytorch_computes_the_gelu(changes):
     run, inhibitor = inhibited(**changes)
     assert not by_kernel(inhibitor)
     if changes == {"coefficient": 0.0}:
-        assert_same(run, train(Network().to(DEVICE), None, range(3), split=2))
+        assert_same(run, train(Network().to(DEVICE), None, range(4), split=2))
 
 
 def test_padding_and_evaluation():
