@@ -6,7 +6,7 @@ passes by: within the GELU's own backward, where a site says that its activation
 a CPU (faster than compiled) and part of the same kernel on a GPU (`triton_gelu.py`). Nothing is saved for backward
 that the network does not save.
 
-Shapes: M samples (tokens) of a micro-batch, N neurons, G groups of ROWS samples.
+Shapes: M samples (tokens) of a micro-batch, N neurons.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch._inductor.exc import InductorError
 from l2e_ds.errors import CompileError
 from l2e_ds.inhibition import running_statistics
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
-from l2e_ds.inhibition.moments import Moments
+from l2e_ds.inhibition.moments import Moments, sample_count
 
 # Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
 ROWS = 32
@@ -52,7 +52,7 @@ class ColumnSums:
     measure: Tensor
     force: Tensor | None = None
 
-    def inhibition_loss(self, statistics: FrozenStatistics, regulariser: Regulariser, samples: int) -> Tensor:
+    def inhibition_loss(self, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor) -> Tensor:
         """As `losses.inhibition_loss`, [] float64, from the sums alone."""
         count = self.selected.sum()
         if regulariser.force_power:
@@ -66,20 +66,22 @@ class ColumnSums:
         relative = self.d2 * statistics.inverse_variance.double() - samples * statistics.alive.double()
         return log_score - (statistics.rate.double() * relative).sum()
 
-    def projection_sums(self, power: Power, samples: int) -> Tensor:
+    def projection_sums(self, power: Power, samples: Tensor) -> Tensor:
         """As `losses.projection_sums`, [1 + 4 N] float64."""
         assert self.force is not None
         force_d = (self.selected, self.measure, self.score)[power]
-        return torch.cat([self.d.new_full((1,), samples), self.force, force_d, self.d, self.d2])
+        return torch.cat([samples[None], self.force, force_d, self.d, self.d2])
 
     def totals(
-        self, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+        self, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What a hook adds to its step's sums, [HEADER + 3 N], and its `projection_sums` a sample."""
         loss = self.inhibition_loss(statistics, regulariser, samples)
-        header = torch.stack([loss.new_full((), samples), loss, self.score.sum()])
+        header = torch.stack([samples, loss, self.score.sum()])
         step = torch.cat([header, self.d, self.d2, self.selected])
-        return step, self.projection_sums(regulariser.power, samples) / samples if regulariser.is_projected else None
+        if not regulariser.is_projected:
+            return step, None
+        return step, self.projection_sums(regulariser.power, samples) / samples.clamp(min=1)
 
 
 def _force(
@@ -117,7 +119,7 @@ def _grouped_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulari
 
 
 def _observe(
-    z: Tensor, rest: Tensor | None, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+    z: Tensor, rest: Tensor | None, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """`ColumnSums.totals` of [M, N] and of the few samples that `rest`, their `_plain_sums`, comes from."""
     sums = _grouped_sums(z, statistics, regulariser)
@@ -125,7 +127,7 @@ def _observe(
 
 
 def _totals(
-    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     return scaled(sums, statistics, regulariser).totals(statistics, regulariser, samples)
 
@@ -166,14 +168,16 @@ def _run(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 # A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
+# The number of samples is a tensor there: for every value of an integer a function is compiled anew.
 @torch.no_grad()
 def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor | None]:
     """`ColumnSums.totals` of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
     whole = z.shape[0] - z.shape[0] % ROWS
+    samples = sample_count(z)
     if not whole:
-        return _totals(_plain_sums(z, statistics, regulariser), statistics, regulariser, z.shape[0])
+        return _totals(_plain_sums(z, statistics, regulariser), statistics, regulariser, samples)
     rest = _plain_sums(z[whole:], statistics, regulariser) if whole < z.shape[0] else None
-    return _run(_observe, z[:whole], rest, statistics, regulariser, z.shape[0])
+    return _run(_observe, z[:whole], rest, statistics, regulariser, samples)
 
 
 @torch.no_grad()
@@ -184,7 +188,7 @@ def observe_without_history(
 
     A second pass goes around the samples' own mean, as in `moments.exact_sums`.
     """
-    s, samples = statistics, z.shape[0]
+    s, samples = statistics, sample_count(z)
     offset = (column_sums(z, s, regulariser).d / samples).float().double()
     mean = (s.mean.double() + offset).float()
     around_mean = column_sums(z, FrozenStatistics.of(mean, s.variance, s.tau, s.rate), regulariser)
@@ -214,7 +218,7 @@ def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser)
 
 
 def totals(
-    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: int
+    sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """`ColumnSums.totals` of the sums that `scaled` takes, in few kernels. Raises CompileError."""
     return _run(_totals, sums, statistics, regulariser, samples)

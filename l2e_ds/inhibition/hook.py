@@ -209,7 +209,7 @@ class NeuronHook:
 
             z, sums = triton_gelu.forward(x, self.frozen, self.regulariser)
             if counted:
-                self._count(*fused.totals(sums, self.frozen, self.regulariser, x.shape[0]))
+                self._count(*fused.totals(sums, self.frozen, self.regulariser, sample_count(x)))
         else:
             z = nn.functional.gelu(x)
             if counted:

@@ -58,7 +58,7 @@ class Moments:
         return torch.where(self.count >= 2, self.m2 / (self.count - 1).clamp(min=1), torch.zeros_like(self.m2))
 
 
-def sample_count(z: Tensor, weight: Tensor | None) -> Tensor:
+def sample_count(z: Tensor, weight: Tensor | None = None) -> Tensor:
     """[] float64 sum of the samples' weights, or their number; filled on the device, so that no host waits for it."""
     if weight is None:
         return torch.full((), z.shape[0], dtype=torch.float64, device=z.device)

@@ -19,6 +19,7 @@ from l2e_ds.inhibition.losses import (
     score,
     select_by_threshold,
 )
+from l2e_ds.inhibition.moments import sample_count
 
 CASES = Path(__file__).parents[1] / "unit/inhibition/triton_cases.py"
 pytestmark = [
@@ -71,7 +72,7 @@ def test_a_large_micro_batch(dtype, loss):
         try:
             z, sums = triton_gelu.forward(x, statistics, regulariser)
             sums = fused.scaled(sums, statistics, regulariser)
-            value = sums.inhibition_loss(statistics, regulariser, tokens)
+            value = sums.inhibition_loss(statistics, regulariser, sample_count(z))
             found, squares = triton_gelu.backward(incoming, x, inhibition)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -91,7 +92,9 @@ def test_a_large_micro_batch(dtype, loss):
     torch.testing.assert_close(value, expected.double(), rtol=1e-4, atol=0)
     if regulariser.is_projected:
         projected = losses.projection_sums(z, selected, statistics, regulariser)
-        torch.testing.assert_close(sums.projection_sums(regulariser.power, tokens), projected, rtol=1e-4, atol=1e-2)
+        torch.testing.assert_close(
+            sums.projection_sums(regulariser.power, sample_count(z)), projected, rtol=1e-4, atol=1e-2
+        )
 
     gradient = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, gradient)])

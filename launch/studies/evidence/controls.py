@@ -2,13 +2,16 @@
 
     python launch/studies/evidence/controls.py CONTROL RUN.yaml [section.key=value ...]
 
-`without-mlp`: the MLPs of the inhibited layers (`inhibition.layers`) give nothing. If that is no worse than keeping
-them, the run is too short to judge a loss by: whatever makes these layers small gains.
-`small-start`: their weights start at 0.4 of their scale.
-`l2=COEFFICIENT`: a plain penalty COEFFICIENT * mean(z^2) on the neurons z of each of these layers; they shrink
-and knows nothing of monosemanticity.
+The controls change the two middle layers, which the main study inhibits:
 
-Give `inhibition.method=none`. Everything else is the run file's, as with `l2e-ds train`.
+`without-mlp`: their MLPs give nothing. If that is no worse than keeping them, the run is too short to judge a loss by:
+whatever makes these layers small gains.
+`small-start`: the weights of their MLPs start at 0.4 of their scale.
+`l2=COEFFICIENT`: a plain penalty COEFFICIENT * mean(z^2) on the neurons z of each. It makes them smaller, and knows
+nothing of monosemanticity. One micro-batch a step, and no fp16.
+
+The method is none; everything else is the run file's, as with `l2e-ds train`. The run is in
+studies/evidence/controls/runs/CONTROL-seedSEED unless `training.run_directory` is given.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from l2e_ds import train
+from l2e_ds.config import load_run_config
+from l2e_ds.errors import ConfigError
 from l2e_ds.families import blocks_of
 from l2e_ds.models import build_network, chosen_layers
 from l2e_ds.training import trainer
@@ -47,6 +52,9 @@ def changed(control: str, model: Any) -> Any:
     blocks = [blocks_of(model)[layer] for layer in chosen_layers(LAYERS, model.config.num_hidden_layers)]
     for block in blocks:
         if control == "without-mlp":
+            # zeros whose gradient is zero stay zeros: the checkpoint is this network, too
+            for parameter in block.mlp.dense_4h_to_h.parameters():
+                parameter.data.zero_()
             block.mlp.register_forward_hook(lambda module, inputs, output: 0 * output)
         elif control == "small-start":
             for linear in (module for module in block.mlp.modules() if isinstance(module, nn.Linear)):
@@ -64,13 +72,28 @@ def changed(control: str, model: Any) -> Any:
 def main() -> int:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
-    control, *words = sys.argv[1:]
+    control, run_file, *overrides = sys.argv[1:]
+    overrides += ["inhibition.method=none", f"inhibition.layers={LAYERS}"]
+    try:
+        config = load_run_config(run_file, overrides)
+    except ConfigError as error:
+        sys.exit(f"controls: error: {error}")
+    training = config.training
+    if control.startswith("l2=") and (training.micro_batch != training.global_batch or training.precision == "fp16"):
+        sys.exit(
+            f"controls: error: {control} with training.global_batch {training.global_batch}, micro_batch"
+            f" {training.micro_batch}, precision {training.precision}; allowed: one micro-batch a step on one rank, not"
+            " in fp16"
+        )
+    if not any(word.startswith("training.run_directory=") for word in overrides):
+        directory = f"studies/evidence/controls/runs/{control}-seed{training.seed}"
+        overrides.append(f"training.run_directory={directory}")
 
     def build(*arguments: Any) -> Any:
         return changed(control, build_network(*arguments))
 
     trainer.build_network = build
-    return train.main([*words, "inhibition.method=none", f"inhibition.layers={LAYERS}"])
+    return train.main([run_file, *overrides])
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python launch/studies/evidence/measure.py OUTPUT.csv RUN [RUN ...]
 
-One line a run, on the first 64 held-out sequences of each source, every source weighing what it does in training. The
-layers are those that the study inhibits (`mid-2`), in every run, whether it inhibits them or not:
+One line a run, on the first 64 held-out sequences of each source. The layers are those that the main study inhibits
+(`mid-2`), in every run, whether it inhibits them or not:
 
-`loss`: of the model as it is. `worth`: what it loses where each neuron of these layers gives its mean instead.
-`worth_selected`: where only the highest 2 % of scores do. `worth_random`: where as many, drawn at random, do.
-`active_share`: of activations above zero. `dead_share`: of neurons that do not vary.
+`loss`: of the model as it is; the sources weigh what they do in training, as in all losses here. `worth`: what it loses
+where each neuron of these layers gives its mean instead. `worth_selected`: where only those activations do whose score
+is among the highest 2 % of the unchanged model's. `worth_random`: where 2 %, drawn at random, do.
+`active_share`: of activations above zero. `dead_share`: of neurons that do not vary. Means, scores and shares are over
+all these sequences alike.
 
 Lines that are there already are kept, so that the same command goes on.
 """
@@ -30,6 +32,7 @@ from l2e_ds.config import load_run_config
 from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition import NeuronSite
+from l2e_ds.inhibition.losses import is_alive
 from l2e_ds.models import neuron_sites
 
 SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
@@ -103,7 +106,8 @@ def measure(run: Path) -> dict[str, float]:
     values["worth_selected"] = losses(selected) - values["loss"]
     values["worth_random"] = losses(random) - values["loss"]
     values["active_share"] = float(np.mean([float((z > 0).float().mean()) for z in activations]))
-    values["dead_share"] = float(np.mean([float((s <= 1e-6).float().mean()) for s in deviations]))
+    alive = [is_alive(mean, s.square()) for mean, s in zip(means, deviations, strict=True)]
+    values["dead_share"] = float(np.mean([float((~one).float().mean()) for one in alive]))
     return values
 
 
@@ -118,9 +122,9 @@ def main() -> None:
             known = {line["run"] for line in csv.DictReader(file)}
     with arguments.output.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if not known:
+        if file.tell() == 0:
             writer.writeheader()
-        for run in arguments.runs:
+        for run in (given.resolve() for given in arguments.runs):
             name = f"{run.parent.parent.name}/{run.name}"
             if name not in known:
                 writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()})

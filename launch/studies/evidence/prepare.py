@@ -35,7 +35,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not any(arguments.folder.glob("*.jsonl")):
         sys.exit(f"{arguments.folder}: no *.jsonl there")
-    arguments.output.mkdir(parents=True)  # new: half a corpus would not be noticed
+    if arguments.output.exists():
+        sys.exit(f"{arguments.output}: is there already; remove it to make it anew")
+    arguments.output.mkdir(parents=True)
     sizes: dict[str, int] = {}
     files = {}
     for source, text in documents(arguments.folder):

@@ -19,7 +19,7 @@ from l2e_ds.inhibition.losses import (
     score,
     select_by_threshold,
 )
-from l2e_ds.inhibition.moments import Moments
+from l2e_ds.inhibition.moments import Moments, sample_count
 
 NEURONS = 24
 PUBLISHED, SCALE_INVARIANT = Regulariser("published"), Regulariser("scale-invariant")
@@ -66,7 +66,7 @@ def test_sums_are_those_of_float64(regulariser, dtype, tokens):
     assert torch.equal(sums.selected, selected.double().sum(0))
     torch.testing.assert_close(sums.score, torch.where(selected, exact, 0.0).sum(0), rtol=1e-5, atol=0)
     expected = losses.inhibition_loss(z.double(), selected, statistics, regulariser)
-    found = sums.inhibition_loss(statistics, regulariser, tokens)
+    found = sums.inhibition_loss(statistics, regulariser, sample_count(z))
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
     step, projection_sums = fused.observe(z, statistics, regulariser)
     header = [tokens, float(found), float(sums.score.sum())]
@@ -105,7 +105,8 @@ def test_a_neuron_that_wakes_up():
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
     for regulariser in (PUBLISHED, PROJECTED[0]):
         expected = losses.inhibition_loss(z, selected, statistics, regulariser)
-        found = fused.column_sums(z, statistics, regulariser).inhibition_loss(statistics, regulariser, 64)
+        sums = fused.column_sums(z, statistics, regulariser)
+        found = sums.inhibition_loss(statistics, regulariser, sample_count(z))
         torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=0)
 
 

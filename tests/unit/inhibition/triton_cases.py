@@ -20,6 +20,7 @@ from l2e_ds.inhibition.losses import (
     score,
     select_by_threshold,
 )
+from l2e_ds.inhibition.moments import sample_count
 from tests.unit.inhibition.test_hook import (
     Network,
     assert_same,
@@ -100,7 +101,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
         _, sums = triton_gelu.forward(x, statistics, regulariser)
         sums = fused.scaled(sums, statistics, regulariser)
         expected = losses.projection_sums(z, selected, statistics, regulariser)
-        torch.testing.assert_close(sums.projection_sums(power, tokens), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sums.projection_sums(power, sample_count(z)), expected, rtol=1e-5, atol=1e-4)
 
 
 @every_regulariser
@@ -111,7 +112,7 @@ def test_loss_is_that_of_plain_operations(regulariser):
     sums = fused.scaled(sums, statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
     expected = losses.inhibition_loss(z, selected, statistics, regulariser)
-    found = sums.inhibition_loss(statistics, regulariser, 128)
+    found = sums.inhibition_loss(statistics, regulariser, sample_count(z))
     torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-4)
 
 
@@ -127,7 +128,9 @@ def test_a_neuron_that_wakes_up():
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
     expected = losses.inhibition_loss(z, selected, statistics, PUBLISHED)
-    torch.testing.assert_close(sums.inhibition_loss(statistics, PUBLISHED, 64), expected.double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        sums.inhibition_loss(statistics, PUBLISHED, sample_count(z)), expected.double(), rtol=1e-4, atol=0
+    )
 
 
 def per_token() -> torch.Tensor:
