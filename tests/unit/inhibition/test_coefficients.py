@@ -61,7 +61,9 @@ def test_schedules_that_cannot_be(schedule, steps, words):
         Inhibitor(sites(Network()), Settings(**schedule), run_steps=steps)
 
 
-@pytest.mark.parametrize("method", ["published", "fused projected", "strength", "memel", "naive"])
+@pytest.mark.parametrize(
+    "method", ["published", pytest.param("fused projected", marks=pytest.mark.full), "strength", "memel", "naive"]
+)
 def test_outside_its_time_a_run_is_plain(method):
     """Before `start` and from `end` on, losses and gradients are those without inhibition, to the bit; between they are
     not."""
@@ -123,7 +125,10 @@ def measured(network, micro_batches, inhibitor):
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
-@pytest.mark.parametrize(("fused", "recompute", "scale"), [(False, None, 1.0), (True, None, 512.0), (False, True, 8.0)])
+@pytest.mark.parametrize(
+    ("fused", "recompute", "scale"),
+    [(False, None, 1.0), pytest.param(True, None, 512.0, marks=pytest.mark.full), (False, True, 8.0)],
+)
 def test_lambda_is_relative_to_the_lm_gradient(power, fused, recompute, scale):
     """lambda of each step and layer from its definition in float64: ratios of the steps up to the last but one, older
     ones of which fade; with accumulation, a loss scale, recomputation and a step that is skipped. Weights stay."""

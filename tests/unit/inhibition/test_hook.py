@@ -37,7 +37,11 @@ METHODS = {
     "naive": {"mechanism": "naive-deactivation"},
 }
 STATISTICS = ("count", "mean", "m2", "tau", "selected", "selectable")
-every_method = pytest.mark.parametrize("method", METHODS)
+# each of the fused ones is compiled, which takes seconds: two of the four show it in the short tests
+every_method = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=pytest.mark.full) if m in ("fused", "fused scale-invariant") else m for m in METHODS],
+)
 
 
 def settings(method: str = "published", **changes) -> Settings:
@@ -237,9 +241,12 @@ def test_no_sites():
         Inhibitor([])
 
 
-@pytest.mark.parametrize("changes", [{"loss": "published"}, {"loss": "scale-invariant"}, {}, {"power": 2}])
 @pytest.mark.parametrize(
-    ("compiled", "recompute"), [(False, None), (False, False), (False, True), (True, None), (True, False)]
+    ("changes", "compiled", "recompute"),
+    [
+        *(({}, *how) for how in [(False, None), (False, False), (False, True), (True, None), (True, False)]),
+        *(({**loss}, False, None) for loss in [{"loss": "published"}, {"loss": "scale-invariant"}, {"power": 2}]),
+    ],
 )
 def test_within_the_gelu(changes, recompute, compiled):
     """A site that says its activation is the GELU, whose backward then adds the gradient: as with plain operations."""
