@@ -12,7 +12,7 @@ from tests.conftest import REPOSITORY
 from tests.unit.evaluation.test_exported import END, tokenizer_json
 
 
-@pytest.mark.parametrize("umask", [0o002, 0o027])
+@pytest.mark.parametrize("umask", [pytest.param(0o002, marks=pytest.mark.full), 0o027])
 def test_of_a_run(run_file, tmp_path, umask):
     tokenizer = json.loads(tokenizer_json(tmp_path / "tokenizer", END).read_text())
     end = tokenizer["added_tokens"][0]["id"]

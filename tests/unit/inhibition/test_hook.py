@@ -37,10 +37,13 @@ METHODS = {
     "naive": {"mechanism": "naive-deactivation"},
 }
 STATISTICS = ("count", "mean", "m2", "tau", "selected", "selectable")
-# each of the fused ones is compiled, which takes seconds: two of the four show it in the short tests
+# each of the fused ones is compiled, which takes seconds: one of the four shows it in the short tests
 every_method = pytest.mark.parametrize(
     "method",
-    [pytest.param(m, marks=pytest.mark.full) if m in ("fused", "fused scale-invariant") else m for m in METHODS],
+    [
+        pytest.param(name, marks=pytest.mark.full) if METHODS[name].get("fused") and name != "fused strength" else name
+        for name in METHODS
+    ],
 )
 
 
