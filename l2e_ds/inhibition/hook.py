@@ -95,7 +95,7 @@ class NeuronHook:
         self.weight: Tensor | None = None
         # of this rank's micro-batch a token: what `losses.projection` needs, once it is added up over the ranks
         self.projection_sums = torch.zeros(1 + 4 * site.neurons, dtype=torch.float64, device=sums.device)
-        self.freeze()
+        self._freeze()
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
@@ -107,7 +107,7 @@ class NeuronHook:
         header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
         return header, d, d2, selected
 
-    def freeze(self) -> None:
+    def _freeze(self) -> None:
         """Make float32 constants of the state, for one optimizer step."""
         # in plain operations: compiled, they would differ by a rounding from those of a resumed run
         self.frozen = self.frozen_now = self.for_loss = self._statistics(self.moments)
@@ -374,7 +374,7 @@ class NeuronHook:
             *(self.moments, self.tau, self.selected, self.selectable, self._parts(), finite),
             *(self.frozen.mean, self.owner.fade, settings.target_share, settings.reduce == "forward"),
         )
-        self.freeze()
+        self._freeze()
         return statistics
 
 
@@ -702,7 +702,7 @@ class Inhibitor:
             part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}
             hook.moments = Moments(part["count"], part["mean"], part["m2"])
             hook.tau, hook.selected, hook.selectable = part["tau"], part["selected"], part["selectable"]
-            hook.freeze()
+            hook._freeze()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -32,7 +32,7 @@ from l2e_ds.config import load_run_config
 from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition import NeuronSite
-from l2e_ds.inhibition.losses import is_alive
+from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models import neuron_sites
 
 SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
@@ -86,16 +86,20 @@ def measure(run: Path) -> dict[str, float]:
 
     values: dict[str, Any] = {"loss": losses(keep)}
     activations = [torch.cat(parts) for parts in seen]
-    means = [z.double().mean(0).float() for z in activations]
-    deviations = [z.double().std(0).float() for z in activations]
+    statistics = []
+    for z in activations:
+        exact = z.double()
+        # tau and rate are of training; a score needs neither
+        of_layer = (exact.mean(0).float(), exact.var(0).float(), torch.ones(()), torch.zeros(z.shape[1]))
+        statistics.append(FrozenStatistics.of(*of_layer))
+    means = [part.mean for part in statistics]
     limits = []
-    for z, mean, deviation in zip(activations, means, deviations, strict=True):
-        scores = ((z - mean) / deviation.clamp(min=1e-6)).square()
-        limits.append(scores.flatten().kthvalue(int((1 - SHARE) * scores.numel())).values)
+    for z, part in zip(activations, statistics, strict=True):
+        scores = score(z, part).flatten()
+        limits.append(scores.kthvalue(int((1 - SHARE) * len(scores))).values)
 
     def selected(index: int, z: Tensor) -> Tensor:
-        chosen = ((z - means[index]) / deviations[index].clamp(min=1e-6)).square() > limits[index]
-        return torch.where(chosen, means[index], z)
+        return torch.where(score(z, statistics[index]) > limits[index], means[index], z)
 
     generator = torch.Generator().manual_seed(0)
 
@@ -106,8 +110,7 @@ def measure(run: Path) -> dict[str, float]:
     values["worth_selected"] = losses(selected) - values["loss"]
     values["worth_random"] = losses(random) - values["loss"]
     values["active_share"] = float(np.mean([float((z > 0).float().mean()) for z in activations]))
-    alive = [is_alive(mean, s.square()) for mean, s in zip(means, deviations, strict=True)]
-    values["dead_share"] = float(np.mean([float((~one).float().mean()) for one in alive]))
+    values["dead_share"] = float(np.mean([float((~part.alive).float().mean()) for part in statistics]))
     return values
 
 
