@@ -12,7 +12,7 @@ from types import UnionType
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from l2e_ds.config import RunConfig, SetConfig
+from l2e_ds.config.sections import RunConfig, SetConfig
 from l2e_ds.training import metrics
 
 DOCS = Path(__file__).resolve().parent

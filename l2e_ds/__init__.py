@@ -4,7 +4,7 @@ TYPE_CHECKING = False  # typing's, which would cost an import: `l2e-ds doctor` s
 if TYPE_CHECKING:
     from l2e_ds.hf_trainer import InhibitionCallback
     from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
-    from l2e_ds.models import neuron_sites
+    from l2e_ds.models.sites import neuron_sites
 
 __version__ = "0.1.0"
 __all__ = ["InhibitionCallback", "Inhibitor", "NeuronSite", "Settings", "__version__", "neuron_sites"]
@@ -15,7 +15,7 @@ _HOMES = {
     "Inhibitor": "l2e_ds.inhibition",
     "NeuronSite": "l2e_ds.inhibition",
     "Settings": "l2e_ds.inhibition",
-    "neuron_sites": "l2e_ds.models",
+    "neuron_sites": "l2e_ds.models.sites",
 }
 
 

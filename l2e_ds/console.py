@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import select
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from l2e_ds.errors import ConfigError
+from l2e_ds.errors import ConfigError, L2EError
 
 READER_IS_GONE = 141
 """The exit code then, as a shell tells of what SIGPIPE ended."""
@@ -83,3 +85,41 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
+
+
+def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and what after it."""
+    words = list(words)
+    cut = words.index("--") if "--" in words else len(words)
+    return words[:cut], words[cut + 1 :]
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """As parse_args, but overrides may also follow options (`RUN.yaml --dry-run section.key=value`)."""
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides = [*arguments.overrides, *rest]
+    return arguments
+
+
+def exit_code_of(action: Callable[[], int]) -> int:
+    """Do what a command does and return its exit code; of errors that the user can mend, print one line on stderr."""
+    try:
+        return action()
+    except L2EError as error:
+        print(f"l2e-ds: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        return READER_IS_GONE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        say(f"l2e-ds: error: {error.filename}: {error.strerror}")
+        return ConfigError.exit_code
+    except KeyboardInterrupt:  # `train` says more of it, by itself
+        say("l2e-ds: interrupted")
+        return 130

@@ -27,7 +27,7 @@ from transformers.trainer_callback import ExportableState
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.inhibition.settings import in_steps
-from l2e_ds.models import neuron_sites
+from l2e_ds.models.sites import neuron_sites
 
 _SCHEDULE = ("start", "warmup", "decay", "end")
 IGNORED = -100  # a label that is not predicted, in transformers

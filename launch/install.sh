@@ -31,7 +31,7 @@ install_l2e_ds() {
 }
 
 stamp_of() {
-    cat "$@" "$REPOSITORY/setup.py" | sha256sum | cut -c1-16
+    cat "$@" "$REPOSITORY/setup.py" "$REPOSITORY/pyproject.toml" | sha256sum | cut -c1-16
 }
 
 # usage: need_l2e_ds MODULE ...   ->  2 and a line on stderr where this shell's python lacks the package or a module

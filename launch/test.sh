@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need (pinned), then checks the code and runs the tests.
 #
-# usage: launch/test.sh             lint, types, unit tests, and each promise of the README once on real ranks
+# usage: launch/test.sh             lint, types, imports, unit tests, and each promise of the README once on real ranks
 #        launch/test.sh --full      all tests, as CI does
 #        launch/test.sh WORDS ...   pytest WORDS, without lint and types    e.g. launch/test.sh tests/unit -k threshold
 #
@@ -28,6 +28,7 @@ fi
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 # one more than cores: some tests wait for schedulers and timeouts
 python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$((CORES + 1))}" --dist loadfile --no-loadscope-reorder \
     --durations=20 ${REPORT:+--junitxml="$REPORT"}

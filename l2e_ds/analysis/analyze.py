@@ -29,7 +29,6 @@ import numpy as np
 import torch
 
 import l2e_ds
-from l2e_ds import distributed
 from l2e_ds.analysis import PACKAGES, options, tables
 from l2e_ds.analysis.collect import (
     BINS,
@@ -47,10 +46,12 @@ from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.analysis.summary import Result, sample_of, summary
 from l2e_ds.analysis.tables import Tables
 from l2e_ds.console import at_least, say
-from l2e_ds.data.files import is_free, whole_folder
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import Launch, reported_once
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
-from l2e_ds.installed import check_extra
+from l2e_ds.system.files import is_free, whole_folder
+from l2e_ds.system.installed import check_extra
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -86,27 +87,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, CheckpointError, DataError, AnalysisError."""
-    return distributed.reported_once(lambda launch: _run(arguments, launch))
+    return reported_once(lambda launch: _run(arguments, launch))
 
 
-def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
-    from l2e_ds.train import quiet_libraries
+def _run(arguments: argparse.Namespace, launch: Launch) -> None:
+    from l2e_ds.system.process import quiet_libraries
 
     check_extra("analysis", PACKAGES)
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing of the scratch folder stays
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     quiet_libraries()
-    device = distributed.join(launch, TIMEOUT_MINUTES)
+    device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
-        sources = distributed.all_work(lambda: _sources(arguments))
+        sources = collectives.all_work(lambda: _sources(arguments))
         # of all of them, before anything is written and any takes its hours
-        texts = distributed.all_work(lambda: _texts_of_each(arguments, sources))
+        texts = collectives.all_work(lambda: _texts_of_each(arguments, sources))
         _check_same_texts(arguments, texts)
         with _folders(arguments) as (scratch, output):
             results = _analyse_all(arguments, sources, texts, device, scratch, output)
     finally:
-        distributed.leave()
+        process_group.leave()
     if launch.rank == 0:
         print(summary(arguments, results))
         print(f"figures and tables: {arguments.output}", flush=True)
@@ -174,7 +175,7 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
         digest = tokenizer_digest(tokenizer)
         if digest not in by_tokenizer:
             by_tokenizer[digest] = options.load_features(arguments, tokenizer)
-            if distributed.is_main():
+            if collectives.is_main():
                 print(format_report(by_tokenizer[digest].report), flush=True)
         options.check_fits(network, by_tokenizer[digest], source.given)
         found.append(by_tokenizer[digest])
@@ -184,8 +185,8 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
 def _check_same_texts(arguments: argparse.Namespace, texts: Sequence[FeatureSet]) -> None:
     """That all ranks read the same. Collective; raises ConfigError."""
     digests = [of_source.report["digest"] for of_source in texts]
-    differs = digests != distributed.main_decides(digests)
-    distributed.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
+    differs = digests != collectives.main_decides(digests)
+    collectives.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
 
 
 @contextmanager
@@ -198,19 +199,19 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
 
         def make() -> tuple[Path, Path | None]:
             try:
-                if distributed.is_main():
+                if collectives.is_main():
                     _name_left_over(parent, name)
                 place = arguments.scratch or parent
                 place.mkdir(parents=True, exist_ok=True)
                 scratch = stack.enter_context(
                     tempfile.TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True)
                 )
-                output = stack.enter_context(whole_folder(target)) if distributed.is_main() else None
+                output = stack.enter_context(whole_folder(target)) if collectives.is_main() else None
             except OSError as error:
                 raise ConfigError(f"--output, --scratch: cannot write: {error}") from None
             return Path(scratch), output
 
-        scratch, output = distributed.all_work(make)
+        scratch, output = collectives.all_work(make)
         try:
             yield scratch, output
         except BaseException:
@@ -234,7 +235,7 @@ def _analyse(
 ) -> Result:
     """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere. folder: of tables of texts,
     gone at the end."""
-    model = distributed.all_work(
+    model = collectives.all_work(
         lambda: load_model(source, arguments.layers, arguments.precision, device, arguments.zero3)
     )
     folder.mkdir()
@@ -244,8 +245,8 @@ def _analyse(
     if arguments.samples != "token":
         layers = [layer.as_one_sample(arguments.samples) for layer in layers]
 
-    first = distributed.main_works(lambda: _first_tables(arguments, layers, texts, model))
-    own, shown = distributed.main_decides((first.own, _shown(first, layers)) if first is not None else None)
+    first = collectives.main_works(lambda: _first_tables(arguments, layers, texts, model))
+    own, shown = collectives.main_decides((first.own, _shown(first, layers)) if first is not None else None)
     if arguments.samples == "token":
         counts, distributions = count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
     else:  # from rank 0's tables alone: nowhere else are there any
@@ -255,7 +256,7 @@ def _analyse(
         ]
         distributions = distributions_of_samples(layers, texts.labels, len(texts.features), shown if layers else [])
     model.close()
-    found = distributed.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
+    found = collectives.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
     shutil.rmtree(folder, ignore_errors=True)
     return Result(source, found, model.parameters, model.tokens, texts.report)
 
@@ -279,7 +280,7 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
     """That the tables of texts will find room. Collective; raises ConfigError."""
     count = len(texts.labels)
     needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
-    needed *= min(2, distributed.size())  # the other ranks' parts may lie on the same disk
+    needed *= min(2, collectives.size())  # the other ranks' parts may lie on the same disk
     free = shutil.disk_usage(folder).free
     error = None
     if needed > free:
@@ -287,7 +288,7 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
             f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 2**20:,.0f} MiB,"
             f" there are {free / 2**20:,.0f} MiB free in {folder.parent.parent}; fewer --layers or texts take less"
         )
-    distributed.agree(error)
+    collectives.agree(error)
 
 
 def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
@@ -404,7 +405,7 @@ def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str
         ],
         "options": wanted,
         "texts": list({result.report["digest"]: result.report for result in results}.values()),
-        "ranks": distributed.size(),
+        "ranks": collectives.size(),
         "versions": {
             "l2e_ds": l2e_ds.__version__,
             "python": platform.python_version(),

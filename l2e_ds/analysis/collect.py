@@ -22,9 +22,9 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from tqdm import tqdm
 
-from l2e_ds import distributed
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerCounts, LayerOwn
+from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import AnalysisError
 from l2e_ds.inhibition.measure import observed
 
@@ -128,8 +128,8 @@ class Texts:
         """in_step: every rank runs equally often (ZeRO-3), some of them on a batch that is not theirs."""
         self.tokens, self.batch, self.in_step = tokens, batch, in_step
         starts = range(0, len(tokens), batch)
-        self._mine = [start for place, start in enumerate(starts) if place % distributed.size() == distributed.rank()]
-        most = math.ceil(len(starts) / distributed.size())
+        self._mine = [start for place, start in enumerate(starts) if place % collectives.size() == collectives.rank()]
+        most = math.ceil(len(starts) / collectives.size())
         self.idle = most - len(self._mine) if in_step else 0
 
     def __iter__(self) -> Iterator[slice]:
@@ -157,17 +157,17 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
         except AnalysisError as raised:  # out of a forward pass it would leave ranks waiting that gather weights
             error = raised
 
-    progress_bar = tqdm(texts, doing, unit="batch", disable=None if distributed.is_main() else True)
+    progress_bar = tqdm(texts, doing, unit="batch", disable=None if collectives.is_main() else True)
     with observed(model.sites, seen), progress_bar as batches:
         for rows in batches:
             model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
-            distributed.beat()
+            heartbeat.beat()
             if error is not None and not texts.in_step:
                 break
         rows = None
         for _ in range(texts.idle):
             model.run(torch.from_numpy(texts.tokens[: texts.batch].astype(np.int64)))
-    distributed.agree(error)
+    collectives.agree(error)
 
 
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
@@ -197,7 +197,7 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
 
     run_over(model, texts, see, f"{model.source.label}: activations")
     whole = [part.joined() for part in parts]
-    of_ranks = distributed.all_gather_objects([part.cpu().numpy() for part in lowest])
+    of_ranks = collectives.all_gather_objects([part.cpu().numpy() for part in lowest])
     return [
         LayerActivations(site.layer, *table, np.minimum.reduce([part[place] for part in of_ranks]), length)
         for place, (site, table) in enumerate(zip(model.sites, whole, strict=True))
@@ -226,19 +226,19 @@ class _Table:
         for array in self.arrays:
             _sum_on_main(array)
         mean, variance, top = self.arrays
-        return (mean, variance, top) if distributed.is_main() else None
+        return (mean, variance, top) if collectives.is_main() else None
 
 
 def _sum_on_main(array: np.ndarray) -> None:
     """Over the ranks, on rank 0, in place, a block of rows at a time; elsewhere it stays. Collective. Exact, as each
     row comes from one rank and is zero on the others."""
     rows = max(1, BLOCK * BLOCK // math.prod(array.shape[1:]))
-    for first in range(0, len(array) if distributed.size() > 1 else 0, rows):
+    for first in range(0, len(array) if collectives.size() > 1 else 0, rows):
         block = slice(first, first + rows)
         tensor = torch.from_numpy(np.array(array[block]))
         tensor = tensor.cuda() if dist.get_backend() == "nccl" else tensor
         dist.reduce(tensor, 0)
-        if distributed.is_main():
+        if collectives.is_main():
             array[block] = tensor.cpu().numpy()
 
 
@@ -301,7 +301,7 @@ def count_scores(
     histograms = []
     for table, part in zip(tables, fourth, strict=True):
         _sum_on_main(table)
-        distributed.all_reduce_sum(part)
+        collectives.all_reduce_sum(part)
         histograms.append(LayerCounts(table, part.cpu().numpy() / samples))
     if len(shown):
         _sum_on_main(values.numpy())
@@ -309,7 +309,7 @@ def count_scores(
         Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[place].long().numpy())
         for place, (layer, neuron, low, high) in enumerate(shown)
     ]
-    return (histograms, distributions) if distributed.is_main() else ([], [])
+    return (histograms, distributions) if collectives.is_main() else ([], [])
 
 
 def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: LayerOwn, path: Path) -> LayerCounts:

@@ -21,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l2e_ds.config import SourceConfig
-from l2e_ds.data.files import one_line
+from l2e_ds.config.sections import SourceConfig
 from l2e_ds.data.sources import (
     COMPRESSED,
     json_object,
@@ -35,6 +34,7 @@ from l2e_ds.data.sources import (
 )
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast

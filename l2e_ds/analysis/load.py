@@ -11,9 +11,9 @@ from torch import nn
 
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import ModelSource, load_causal_model, network_config
-from l2e_ds.families import family_of
-from l2e_ds.inhibition.hook import NeuronSite
-from l2e_ds.models import neuron_sites
+from l2e_ds.inhibition.settings import NeuronSite
+from l2e_ds.models.families import family_of
+from l2e_ds.models.sites import neuron_sites
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

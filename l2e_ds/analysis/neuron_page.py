@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from l2e_ds.analysis.measures import is_alive
-from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -141,7 +141,8 @@ def write_neuron_page(
     about: model (label), layer, neuron, name (of the feature set). Raises ConfigError for activations that are not
     finite, and OSError.
     """
-    from l2e_ds.analysis.figures import neuron_distribution, svg_of
+    from l2e_ds.analysis.drawing import svg_of
+    from l2e_ds.analysis.figures import neuron_distribution
 
     found = measure_neuron(activations, labels, features)
     title = f"{about['model']}, layer {about['layer']}, neuron {about['neuron']}"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2e_ds import distributed
+from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.console import say
+from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation.export import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -65,7 +65,7 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
         feature_column=arguments.feature_column,
         split=arguments.split,
     )
-    if distributed.is_main():
+    if collectives.is_main():
         _warn_of_repeated(texts.tokens)
     return texts
 

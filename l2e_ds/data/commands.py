@@ -1,4 +1,9 @@
-"""`l2e-ds tokenize` and `l2e-ds tokenizer train`: token files and tokenizers without a run."""
+"""Tokenise text into Megatron's .bin/.idx, one sequence a document.
+
+Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json (what it was made from); with --held-out also PREFIX_held_out.*.
+What is unfinished lies in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command goes on from there. The
+result does not depend on the number of workers.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +19,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import l2e_ds
-from l2e_ds.config import DataConfig, SourceConfig
+from l2e_ds.config.sections import DataConfig, SourceConfig
 from l2e_ds.console import say
-from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import best_dtype, pair
-from l2e_ds.data.sources import COMPRESSED, PATTERNS, documents, looks_local, passed_over, source_files
+from l2e_ds.data.sources import COMPRESSED, PATTERNS, looks_local, passed_over, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
 from l2e_ds.data.tokenize import Counts, tokenise
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
+from l2e_ds.system.files import fsync_path, identity, write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
-TOKENIZE = """Tokenise text into Megatron's .bin/.idx, one sequence a document.
-
-Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json (what it was made from); with --held-out also PREFIX_held_out.*.
-What is unfinished lies in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command goes on from there. The
-result does not depend on the number of workers."""
 _SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    _add_input(parser)
+    add_input_arguments(parser)
     parser.add_argument(
         "--output", type=_prefix_of_files, required=True, metavar="PREFIX", help="new files PREFIX.bin, .idx, .json"
     )
@@ -59,22 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of documents with the same text keep the first; by 64-bit hashes: of 200 million different documents one"
         " would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory a document",
     )
-    parser.add_argument("--max-tokens", type=_positive, metavar="N", help="stop after the document that reaches N")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after the document that reaches N")
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="processes that tokenise (default: one a core; 0: this one)"
     )
 
 
-def add_tokenizer_verbs(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="tokenizer_verb", required=True, metavar="train")
-    training = verbs.add_parser("train", help="train a byte-level BPE on text")
-    _add_input(training)
-    training.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="a new file")
-    training.add_argument("--vocab-size", type=_positive, required=True, metavar="N", help="entries, at least 257")
-    training.set_defaults(action=run_tokenizer_train)
-
-
-def _add_input(parser: argparse.ArgumentParser) -> None:
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", nargs="+", metavar="INPUT", help="files, folders, glob patterns, or the name of a hub data set"
     )
@@ -88,7 +78,7 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", metavar="NAME", help="of a hub data set: its configuration")
     parser.add_argument("--split", metavar="NAME", help="of a hub data set (default: train)")
     parser.add_argument("--revision", metavar="NAME", help="of a hub data set: branch, tag or commit")
-    parser.add_argument("--max-documents", type=_positive, metavar="N", help="take only the first N documents")
+    parser.add_argument("--max-documents", type=positive, metavar="N", help="take only the first N documents")
     parser.add_argument(
         "--skip-bad",
         action="store_true",
@@ -102,7 +92,7 @@ def _prefix_of_files(word: str) -> str:
     return word
 
 
-def _positive(word: str) -> int:
+def positive(word: str) -> int:
     if not word.isdecimal() or int(word) < 1:
         raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number above 0")
     return int(word)
@@ -122,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         _tokenize(arguments)
     except DataError as error:
-        raise DataError(_with_options(str(error))) from None
+        raise DataError(with_options(str(error))) from None
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on from here") from None
     except OSError as error:
@@ -199,7 +189,7 @@ def _fill(
         write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
 
 
-def _source(arguments: argparse.Namespace) -> SourceConfig:
+def source_of(arguments: argparse.Namespace) -> SourceConfig:
     """Raises DataError."""
     source = arguments.format or _guess_format(arguments.input)
     if source == "hub":
@@ -222,7 +212,7 @@ def _source(arguments: argparse.Namespace) -> SourceConfig:
 
 def _config(arguments: argparse.Namespace) -> DataConfig:
     """Raises DataError."""
-    source = _source(arguments)
+    source = source_of(arguments)
     if not 0 <= arguments.held_out < 1:
         raise DataError(f"--held-out: got {arguments.held_out}, must be at least 0 and below 1")
     return DataConfig(
@@ -295,7 +285,7 @@ def _record(
         "part": part,
         "held_out": arguments.held_out,
         "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
-        "first_bad": None if counts.first_bad is None else _with_options(counts.first_bad),
+        "first_bad": None if counts.first_bad is None else with_options(counts.first_bad),
         "input": asked["INPUT"],
         "options": {key: value for key, value in asked.items() if key.startswith("--")},
         "version": l2e_ds.__version__,
@@ -336,28 +326,7 @@ _OPTIONS = {"path": "INPUT", "text_key": "--text-key", "held_out": "--held-out",
 _OPTIONS |= {"tokenizer": "--tokenizer", "train_tokenizer": "--vocab-size"}
 
 
-def _with_options(message: str) -> str:
+def with_options(message: str) -> str:
     """The same with options in place of a run file's keys."""
     named = re.sub(r"(?<![\w./-])data\.(\w+)", lambda found: _OPTIONS.get(found[1], found[0]), message)
     return named.removeprefix("INPUT: ")
-
-
-# --- tokenizer train ------------------------------------------------------------------------------------------------
-
-
-def run_tokenizer_train(arguments: argparse.Namespace) -> int:
-    output: Path = arguments.output
-    if output.exists():
-        raise DataError(f"{output} exists already; give another --output, or remove it")
-    try:
-        source = _source(arguments)
-        if left := passed_over(source):
-            say(left)
-        tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
-        write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
-    except DataError as error:
-        raise DataError(_with_options(str(error))) from None
-    except OSError as error:
-        raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
-    print(f"{vocabulary_size(tokenizer):,} entries -> {output}")
-    return 0

@@ -34,8 +34,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from l2e_ds.data.files import fsync_path, temporary_name
 from l2e_ds.errors import DataError
+from l2e_ds.system.files import fsync_path, temporary_name
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

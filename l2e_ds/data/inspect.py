@@ -5,6 +5,7 @@ T: tokens a sequence. G: sequences a global batch.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import at_least, say
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
@@ -244,7 +245,7 @@ class View:
 
 def view_of_run(run_file: str) -> View:
     """As training reads it. Text that was not tokenised for this run yet is tokenised now."""
-    from l2e_ds.models import network_config
+    from l2e_ds.models.pythia import network_config
 
     config = load_run_config(run_file)
     network = network_config(config.model, config.data.sequence_length)
@@ -394,3 +395,54 @@ def _decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
     """With special tokens; characters that a terminal would act on are escaped."""
     text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="check|show")
+    about = (
+        "Reads everything in a .bin/.idx set, in flat memory: every entry of the index, sizes, every token id. Prints"
+    )
+    about += " statistics, or one line for the first defect (exit code 2)."
+    checking = verbs.add_parser("check", help="verify .bin/.idx sets, print their statistics", description=about)
+    checking.add_argument("prefixes", nargs="+", metavar="PREFIX", help="of PREFIX.idx and PREFIX.bin, or its parts")
+    checking.add_argument("--vocab-size", type=int, metavar="N", help="ids from N on are a defect")
+    checking.add_argument("--tokenizer", metavar="NAME|FILE", help="takes vocabulary and end-of-text from there")
+    checking.add_argument("--end-of-text", type=int, metavar="ID", help="count this id")
+
+    about = "Prints global batch K: a list of its sequences, or one of them in full with token ids, text and documents."
+    about += " The first batch is step 0, as for Pythia's batch_viewer.py: step K is the first batch that a model"
+    about += " resumed from its checkpoint of step K sees, and metrics of step K+1 are the first with it."
+    showing = verbs.add_parser("show", help="what a model sees at a step", description=about)
+    showing.add_argument(
+        "source",
+        metavar="PREFIX|RUN.yaml",
+        help="a .bin/.idx set, or a run file, which then decides all options below but --sequence; text that was not"
+        " tokenised for that run yet is tokenised now",
+    )
+    showing.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0")
+    showing.add_argument("--sequence", type=int, metavar="I", help="sequence I of the batch, counted from 0, in full")
+    showing.add_argument("--global-batch", type=int, metavar="G", help="sequences a batch (default: 1024)")
+    showing.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="T",
+        help="default: of documents of one length, that length less one; else 2048",
+    )
+    showing.add_argument("--order", choices=("stored", "shuffled"), help="default: stored")
+    showing.add_argument("--seed", type=int, help="of the shuffled order (default: 1234)")
+    showing.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the one in PREFIX.json, if there")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.data_verb == "check":
+        return check(arguments.prefixes, arguments.vocab_size, arguments.tokenizer, arguments.end_of_text)
+    names = ("global_batch", "sequence_length", "order", "seed", "tokenizer")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.source.endswith((".yaml", ".yml")):
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ConfigError(f"--{option}: the run file {arguments.source} decides this; leave it out")
+        view = view_of_run(arguments.source)
+    else:
+        view = view_of_set(arguments.source, **given)
+    return show(view, arguments.step, arguments.sequence)

@@ -27,7 +27,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from l2e_ds.config import DataConfig, SourceConfig
+from l2e_ds.config.sections import DataConfig, SourceConfig
 from l2e_ds.console import say
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.prepare import (
@@ -268,12 +268,12 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
 
     Raises DataError that names the set's key.
     """
-    from l2e_ds import distributed  # imports torch, which processes that tokenise do without
+    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
 
     prepared = []
     for index, (name, weight, part) in enumerate(config.parts()):
         with _naming(config, index):
-            for note in input_notes(part) if distributed.is_main() else ():
+            for note in input_notes(part) if collectives.is_main() else ():
                 say(f"l2e-ds: {note}")
             if part.streaming:
                 one = prepare_stream(part, cache, vocab_size, evaluated)

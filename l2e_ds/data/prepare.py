@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.files import fsync_path, identity, write_whole
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
 from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, passed_over, source_files
 from l2e_ds.data.stream import TokenStream
@@ -30,6 +29,7 @@ from l2e_ds.data.tokenize import Split, find_split, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
+from l2e_ds.system.files import fsync_path, identity, write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast

@@ -25,10 +25,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from l2e_ds.config import SourceConfig
-from l2e_ds.data.files import one_line
+from l2e_ds.config.sections import SourceConfig
 from l2e_ds.data.indexed import IndexedTokens, pair
 from l2e_ds.errors import DataError
+from l2e_ds.system.files import one_line
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What a folder in data.path stands for.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data.encode import Encoded, Encoder, encode, set_up
 from l2e_ds.data.indexed import best_dtype
 from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, name_of, source_files

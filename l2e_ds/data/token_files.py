@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from l2e_ds.data.files import fsync_path, write_whole
 from l2e_ds.data.indexed import write_index
 from l2e_ds.errors import DataError
+from l2e_ds.system.files import fsync_path, write_whole
 
 JOURNAL = "journal.json"
 LOCK = "lock"

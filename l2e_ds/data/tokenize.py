@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.console import say
 from l2e_ds.data.encode import Encoded, Encoder, digest, encode, set_up
 from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes, name_of

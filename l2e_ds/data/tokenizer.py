@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2e_ds.data.files import one_line
 from l2e_ds.data.sources import looks_local
 from l2e_ds.errors import DataError
+from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from transformers import PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDS = (END_OF_TEXT, "</s>")  # where none is named
@@ -140,3 +140,20 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
         if token in vocabulary:
             return vocabulary[token]
     raise DataError(f"data.tokenizer: has neither an eos_token nor {END_OF_TEXT} to end a document with")
+
+
+def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give a network's configuration the tokenizer's tokens for the end, the beginning and the padding of text.
+
+    A pretrained network that ends its texts with this tokenizer's end, maybe with others too, keeps what it says.
+    """
+    try:
+        end = end_of_text_id(tokenizer)
+    except DataError:  # token files need none
+        return
+    ends = network.eos_token_id
+    if end in (ends if isinstance(ends, list) else [ends]):
+        return
+    network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
+    if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the embedding that pads
+        network.pad_token_id = tokenizer.pad_token_id

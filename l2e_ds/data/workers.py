@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from l2e_ds.errors import WorkerError
+from l2e_ds.system.process import serve_parent, without_stop_signals
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
 
 
@@ -101,35 +98,10 @@ class WorkerPool(Generic[Item, Result]):
             self._executor = None
 
 
-@contextmanager
-def without_stop_signals() -> Iterator[None]:
-    """Held back from this thread, and from processes and threads that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _start(setup: Callable[..., None], arguments: tuple) -> None:
     serve_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     setup(*arguments)
-
-
-def serve_parent() -> None:
-    """In a spawned process: leave the signals that stop a run to the parent, and end with it."""
-    for number in _LEFT_TO_PARENT:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def default_workers() -> int:

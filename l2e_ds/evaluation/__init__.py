@@ -1,7 +1,7 @@
-"""Of finished runs and models: export, figures on tasks, first and last figures."""
+"""Figures of finished runs and models on the tasks of lm-evaluation-harness."""
 
 from l2e_ds.errors import ConfigError
-from l2e_ds.installed import is_installed
+from l2e_ds.system.installed import is_installed
 
 
 def check_installed(where: str) -> None:

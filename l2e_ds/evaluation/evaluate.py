@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from l2e_ds import distributed
+from l2e_ds.checkpoint.manager import read_state
+from l2e_ds.checkpoint.weights import DTYPES, PROVENANCE
 from l2e_ds.console import at_least, markdown, say
 from l2e_ds.data.tokenizer import name_end_of_text
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import Launch, reported_once
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.evaluation import check_installed, results
-from l2e_ds.evaluation.card import longer_than_trained
-from l2e_ds.evaluation.export import DTYPES, PROVENANCE
+from l2e_ds.evaluation import check_installed
 from l2e_ds.evaluation.model_source import (
     MODEL,
     ModelSource,
@@ -32,7 +33,8 @@ from l2e_ds.evaluation.model_source import (
     load_tokenizer_of,
     network_config,
 )
-from l2e_ds.training.checkpoint import read_state
+from l2e_ds.export.card import longer_than_trained
+from l2e_ds.run_directory import results
 
 if TYPE_CHECKING:
     import torch
@@ -74,22 +76,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, CheckpointError, DataError."""
-    return distributed.reported_once(lambda launch: _run(arguments, launch))
+    return reported_once(lambda launch: _run(arguments, launch))
 
 
-def _run(arguments: argparse.Namespace, launch: distributed.Launch) -> None:
-    from l2e_ds.train import quiet_libraries
+def _run(arguments: argparse.Namespace, launch: Launch) -> None:
+    from l2e_ds.system.process import quiet_libraries
 
     check_installed("evaluate")
     quiet_libraries()
-    device = distributed.join(launch, TIMEOUT_MINUTES)
+    device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
-        sources = distributed.all_work(lambda: _sources(arguments))
-        tasks = distributed.main_works(lambda: _load_tasks(arguments))
+        sources = collectives.all_work(lambda: _sources(arguments))
+        tasks = collectives.main_works(lambda: _load_tasks(arguments))
         for source in sources:
             _evaluate(arguments, source, tasks, device)
     finally:
-        distributed.leave()
+        process_group.leave()
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
@@ -150,13 +152,13 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     """One model, with each number of examples. Collective."""
     from l2e_ds.evaluation import harness
 
-    tokenizer = distributed.all_work(lambda: _tokenizer(arguments, source))
-    network, tokens = distributed.all_work(lambda: load_causal_model(source, arguments.precision))
+    tokenizer = collectives.all_work(lambda: _tokenizer(arguments, source))
+    network, tokens = collectives.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
     said = _progress_of(source)
     step, tokens = (source.step, tokens) if said is None else said
     reporter = _Reporter(source.label)
-    if distributed.is_main():
+    if collectives.is_main():
         with contextlib.suppress(KeyError, TypeError):  # of a model of another kind, or a file that says less
             longer = longer_than_trained(model.config, _configuration_of(source))
             if longer is not None:
@@ -166,7 +168,7 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
         for shots in _shots(arguments)
     ]
-    if not distributed.is_main():
+    if not collectives.is_main():
         return
     heads = ["task", "shots", "metric", "value", "stderr", "documents"]
     rows = results.table([figure for evaluation in evaluations for figure in results.results_of(evaluation)])

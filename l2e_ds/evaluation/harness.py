@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from l2e_ds import distributed
+from l2e_ds.checkpoint.state import rng_state, seed_everything, set_rng_state
 from l2e_ds.console import say
-from l2e_ds.data.files import one_line
-from l2e_ds.data.tokenizer import name_end_of_text
+from l2e_ds.data.tokenizer import name_end_of_text, take_special_tokens
+from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import ConfigError, DataError, L2EError
-from l2e_ds.models import take_special_tokens
-from l2e_ds.training.state import rng_state, seed_everything, set_rng_state
+from l2e_ds.system.files import one_line
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, GPU and threads and all
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -216,7 +215,7 @@ def evaluate(
     batch_size: int,
     limit: int | None = None,
     call: Callable[..., Any] | None = None,
-    tick: Callable[[], None] = distributed.beat,
+    tick: Callable[[], None] = heartbeat.beat,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """The figures of `tasks` in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
@@ -232,7 +231,7 @@ def evaluate(
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seed_everything(SEED, 0)
             lm = SharedModel(model, tokenizer, batch_size, call, tick, report)
-            if distributed.is_main():
+            if collectives.is_main():
                 assert tasks is not None
                 values = lm.lead(functools.partial(_figures, lm, tasks, num_fewshot, limit))
             else:
@@ -240,7 +239,7 @@ def evaluate(
     finally:
         set_rng_state(states, model.device)
         model.train(was_training)
-    return {"seconds": time.perf_counter() - begin, "limit": limit, "ranks": distributed.size(), "tasks": values}
+    return {"seconds": time.perf_counter() - begin, "limit": limit, "ranks": collectives.size(), "tasks": values}
 
 
 class SharedModel(HFLM):
@@ -275,15 +274,15 @@ class SharedModel(HFLM):
         except L2EError as error:
             if not error.on_every_rank:  # of rank 0 alone; a round's all ranks have raised themselves
                 error.on_every_rank = True
-                distributed.main_decides(error)
+                collectives.main_decides(error)
             raise
-        distributed.main_decides(values)
+        collectives.main_decides(values)
         return values
 
     def follow(self) -> dict[str, Any]:
         """On the other ranks: compute what rank 0 deals out, until it is done."""
         while True:
-            order = distributed.main_decides(None)
+            order = collectives.main_decides(None)
             if isinstance(order, L2EError):
                 raise order
             if isinstance(order, dict):
@@ -292,12 +291,12 @@ class SharedModel(HFLM):
 
     def _deal(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         """Answers to requests that are sorted already, in their order: neighbours make a batch, each rank takes one."""
-        ranks, size = distributed.size(), self._size
+        ranks, size = collectives.size(), self._size
         batches = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
         answers: list[Any] = []
         for begin in range(0, len(batches), ranks):
             order = (kind, begin, batches[begin : begin + ranks])
-            distributed.main_decides(order)
+            collectives.main_decides(order)
             answers += [answer for part in self._round(*order) for answer in part]
             self._tell(len(answers), len(requests))
         return answers
@@ -306,14 +305,14 @@ class SharedModel(HFLM):
         """Every rank's answers to its own batch; first: number of the first batch. A rank without one computes that,
         which counts once. Raises DataError on every rank where one of them fails."""
         self._tick()
-        mine = distributed.rank() if distributed.rank() < len(dealt) else 0
+        mine = collectives.rank() if collectives.rank() < len(dealt) else 0
         torch.manual_seed(SEED + first + mine)  # for tasks that sample: the same on any number of ranks
         answer, problem = None, None
         try:
             answer = getattr(HFLM, kind)(self, dealt[mine], disable_tqdm=True)
         except Exception as error:
-            problem = f"rank {distributed.rank()}: {type(error).__name__}: {one_line(error)}"
-        gathered = distributed.all_gather_objects((answer, problem))
+            problem = f"rank {collectives.rank()}: {type(error).__name__}: {one_line(error)}"
+        gathered = collectives.all_gather_objects((answer, problem))
         failed = next((problem for _, problem in gathered if problem is not None), None)
         if failed is not None:
             agreed = DataError(f"tasks: {failed}")

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2e_ds.data.files import one_line
+from l2e_ds.checkpoint.manager import CheckpointManager
+from l2e_ds.checkpoint.weights import DTYPES, find_checkpoint, load_network
 from l2e_ds.errors import CheckpointError, ConfigError
-from l2e_ds.evaluation.export import DTYPES, find_checkpoint, load_network
-from l2e_ds.models import loading_sharded
-from l2e_ds.training.checkpoint import NAME, CheckpointManager
+from l2e_ds.models.network import loading_sharded
+from l2e_ds.run_directory.manifest import NAME
+from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -1,6 +1,6 @@
 """The method, on its own: nothing here knows of DeepSpeed, transformers or run files."""
 
-from l2e_ds.inhibition.hook import Inhibitor, NeuronSite
-from l2e_ds.inhibition.settings import Settings
+from l2e_ds.inhibition.inhibitor import Inhibitor
+from l2e_ds.inhibition.settings import NeuronSite, Settings
 
 __all__ = ["Inhibitor", "NeuronSite", "Settings"]

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2e_ds.distributed import begin_all_reduce_sum
+from l2e_ds.distributed.collectives import begin_all_reduce_sum
 from l2e_ds.inhibition.settings import Settings
 
 WINDOW = 20  # steps after which an old step's ratio weighs 1/e

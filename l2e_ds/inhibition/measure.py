@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2e_ds.distributed import all_reduce_sum
-from l2e_ds.inhibition.hook import NeuronSite
+from l2e_ds.distributed.collectives import all_reduce_sum
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, is_alive
 from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count
+from l2e_ds.inhibition.settings import NeuronSite
 
 # Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
 # at the edge of the top share is approximate, by at most the bin's width of 1.1 %.

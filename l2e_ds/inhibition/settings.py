@@ -7,7 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from torch import nn
+
 from l2e_ds.inhibition.losses import LossName, Power, Regulariser
+
+_KINDS = ("activation", "projection")
 
 DEFAULT_STRENGTH = 0.2
 
@@ -145,3 +149,22 @@ def require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) 
         fine = False
     if not fine:
         raise ValueError(f"{where}: got {given!r}, allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class NeuronSite:
+    """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection).
+
+    function: what an activation computes, where a GPU kernel may compute it in the same pass: the exact GELU.
+    Raises ValueError.
+    """
+
+    layer: int
+    module: nn.Module
+    attribute: str
+    kind: Literal["activation", "projection"]
+    neurons: int
+    function: Literal["gelu"] | None = None
+
+    def __post_init__(self) -> None:
+        require("NeuronSite.kind", self.kind, lambda kind: kind in _KINDS, " or ".join(_KINDS))

@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.installed import check_extra
 from l2e_ds.report import GENERATOR, PACKAGES, analyses, runs, tables, warnings
+from l2e_ds.system.files import write_whole
+from l2e_ds.system.installed import check_extra
 
 _INDEX = "index.md"
 _MARK = f"<!-- {GENERATOR} -->"  # its first line, by which a folder of ours is known

@@ -12,7 +12,7 @@ from l2e_ds.report.drawing import Axis, Line, Look, draw, is_thinned
 from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out
 from l2e_ds.report.tables import task_name, tasks_of
-from l2e_ds.training.metrics_lines import number
+from l2e_ds.run_directory.metrics import number
 
 # Okabe and Ito's colours without the light ones, and two of Paul Tol's; told apart by most colour-blind readers.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")

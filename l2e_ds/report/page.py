@@ -20,7 +20,7 @@ from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out, last_common_step, loss_difference, steady_median
 from l2e_ds.report.tables import Table, text_of
 from l2e_ds.report.warnings import Notice
-from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, numbers
+from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
 
 _AFTER = ("configurations", "machines")  # tables that stand in the last part
 _OF_ANALYSES = ("false_killing",)

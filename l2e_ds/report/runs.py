@@ -13,13 +13,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import DECIDES_NO_FIGURE, METHODS, flat
+from l2e_ds.config.sections import DECIDES_NO_FIGURE, METHODS, flat
 from l2e_ds.errors import DataError
-from l2e_ds.evaluation.results import TaskResult, read_results
 from l2e_ds.report import published
-from l2e_ds.report.run_directory import check_folder, read_config, read_study
-from l2e_ds.study.definition import INDEX
-from l2e_ds.training.metrics_lines import (
+from l2e_ds.run_directory.configuration import check_folder, read_config
+from l2e_ds.run_directory.metrics import (
     FILE,
     after_first_intervals,
     comparison_key,
@@ -28,6 +26,9 @@ from l2e_ds.training.metrics_lines import (
     of_kind,
     read_lines,
 )
+from l2e_ds.run_directory.results import TaskResult, read_results
+from l2e_ds.study.definition import INDEX
+from l2e_ds.study.state import read_study
 
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from l2e_ds.evaluation.results import TaskResult
 from l2e_ds.report.runs import Collection, Run, Variant
+from l2e_ds.run_directory.metrics import number, numbers
+from l2e_ds.run_directory.results import TaskResult
 from l2e_ds.study.collect import paired_differences
-from l2e_ds.training.metrics_lines import number, numbers
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from l2e_ds.report.statistics import (
     paired,
     steady_median,
 )
-from l2e_ds.training.metrics_lines import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
+from l2e_ds.run_directory.metrics import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
 
 _TASKS = {
     "mmlu": "MMLU",

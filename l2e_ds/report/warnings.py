@@ -9,8 +9,8 @@ from datetime import datetime
 from l2e_ds.report.runs import Collection, Run, Variant, comparable, differing
 from l2e_ds.report.statistics import loss_difference
 from l2e_ds.report.tables import skipped_steps
+from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, number, numbers
 from l2e_ds.training import guard
-from l2e_ds.training.metrics_lines import first_and_last, last_tenth, mean, number, numbers
 
 OFF_TARGET = 0.1  # of the target share
 SKIPPED = 0.01  # of the steps

@@ -20,8 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
-from l2e_ds.study.state import config_file
-from l2e_ds.submit import (
+from l2e_ds.slurm.sbatch import (
     Resources,
     header,
     new_folder,
@@ -30,6 +29,7 @@ from l2e_ds.submit import (
     refuse_control_characters,
     without_secrets,
 )
+from l2e_ds.study.state import config_file
 
 FOLDER = "slurm"
 

@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from l2e_ds import slurm
-from l2e_ds.config import load_run_config
-from l2e_ds.console import CommandParser, say
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.console import CommandParser, say, split_at_dashes
 from l2e_ds.errors import Interrupted, L2EError
+from l2e_ds.slurm import job
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
 from l2e_ds.study.state import asked_evaluations, state_of
-from l2e_ds.supervise import split_at_dashes
 
 _heard: list[int] = []
 
@@ -37,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("list", type=Path, metavar="LIST")
     arguments = parser.parse_args(words)
     try:
-        training = load_run_config(slurm.list_entry(arguments.list, slurm.array_task())[0]).training
+        training = load_run_config(job.list_entry(arguments.list, job.array_task())[0]).training
         study, run = arguments.list.parent.parent, Path(training.run_directory)
         evaluations = asked_evaluations(study)
         if not state_of(run, training.steps, evaluations).trained:
             options = ["--restarts", arguments.restarts, "--list", str(arguments.list)]
-            code = slurm.main([*options, "--", *launcher])
+            code = job.main([*options, "--", *launcher])
             if code != 0:
                 return code
         code = _evaluate(run, state_of(run, training.steps, evaluations).missing, launcher)
@@ -55,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:
     """One after another, by the launcher of training. Stopped on request, the job is requeued."""
-    slurm.prepare_environment()
+    job.prepare_environment()
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _note)
     for evaluation in evaluations:
@@ -64,7 +63,7 @@ def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[s
             time.sleep(0.2)
         if _heard:
             child.kill()
-            slurm.requeue_if_due(Interrupted.exit_code, broke_stopping=False)
+            job.requeue_if_due(Interrupted.exit_code, broke_stopping=False)
             return Interrupted.exit_code
         if child.process.returncode != 0:
             return child.process.returncode

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig, find_file, flat, load_run_config
-from l2e_ds.data.files import write_whole
+from l2e_ds.config.reading import find_file, load_run_config
+from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
 from l2e_ds.study.state import config_file, read_index, run_directory
-from l2e_ds.train import Plan, preflight, resolve_run
-from l2e_ds.training.run_lock import RunLock
+from l2e_ds.system.files import write_whole
+from l2e_ds.training.preflight import Plan, preflight, resolve_run
 
 
 class StudyLock(RunLock):

@@ -21,13 +21,13 @@ from typing import Any
 import pandas as pd
 
 from l2e_ds.console import markdown
-from l2e_ds.data.files import write_whole
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation.results import FILE, read_results, results_of
+from l2e_ds.run_directory.metrics import FILE as METRICS
+from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
+from l2e_ds.run_directory.results import FILE, read_results, results_of
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
 from l2e_ds.study.state import answers, asked_evaluations, json_lines, read_index, state_of, steps_of
-from l2e_ds.training.metrics_lines import FILE as METRICS
-from l2e_ds.training.metrics_lines import after_first_intervals, number, numbers, of_kind, read_lines
+from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
 SHOWN = {

@@ -11,10 +11,11 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from l2e_ds.config import find_file
+from l2e_ds.config.reading import find_file
 from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation import check_installed
+from l2e_ds.slurm.sbatch import add_resource_arguments, resources_of
 from l2e_ds.study import array
 from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
 from l2e_ds.study.collect import collect, summary, write_results
@@ -22,8 +23,8 @@ from l2e_ds.study.definition import FILE, INDEX, Study, read_study
 from l2e_ds.study.places import places
 from l2e_ds.study.runner import Runner, say
 from l2e_ds.study.state import State, run_directory, state_of
-from l2e_ds.submit import add_resource_arguments, resources_of
-from l2e_ds.train import Plan, quiet_libraries
+from l2e_ds.system.process import quiet_libraries
+from l2e_ds.training.preflight import Plan
 
 SLURM_ONLY = (
     *("nodes", "gpus_per_node", "tasks_per_node", "time", "signal_seconds"),

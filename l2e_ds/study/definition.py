@@ -25,20 +25,11 @@ from typing import Any
 
 from pydantic import Field
 
-from l2e_ds.config import (
-    REPOSITORY,
-    LocalPath,
-    Section,
-    checked,
-    dump_yaml,
-    find_file,
-    parse_yaml,
-    portable,
-    read_yaml,
-    split_override,
-    takes_text,
-)
+from l2e_ds.config.reading import checked, find_file, portable, split_override, takes_text
+from l2e_ds.config.sections import LocalPath, Section
+from l2e_ds.config.yaml_text import dump_yaml, parse_yaml, read_yaml
 from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import REPOSITORY
 
 FILE, INDEX = "study.yaml", "study.json"
 LEVEL = re.compile(r"[A-Za-z0-9_.+-]+")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2e_ds.console import at_least
-from l2e_ds.distributed import free_port
+from l2e_ds.distributed.launch import free_port
 from l2e_ds.errors import ConfigError
 
 

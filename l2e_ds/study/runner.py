@@ -16,15 +16,15 @@ from pathlib import Path
 from types import FrameType
 
 from l2e_ds import console
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError, Interrupted
+from l2e_ds.run_directory.lock import RENEWED_EVERY, RunLock
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.definition import Evaluation
 from l2e_ds.study.places import Place
 from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
-from l2e_ds.submit import without_launcher
-from l2e_ds.supervise import ASK
-from l2e_ds.training.run_lock import RENEWED_EVERY, RunLock
+from l2e_ds.supervise.supervisor import ASK
 
 POLL = 0.2  # seconds
 LOOK_AGAIN = 2.0  # seconds, at a run directory in which another process works

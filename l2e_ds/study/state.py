@@ -20,12 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config import checked, load_run_config
-from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation import results
+from pydantic import Field
+
+from l2e_ds.config.reading import checked, load_run_config
+from l2e_ds.config.sections import Section
+from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.run_directory import results
+from l2e_ds.run_directory.manifest import check_files
+from l2e_ds.run_directory.names import newest_step
 from l2e_ds.study.definition import INDEX, Evaluation, StudyFile
-from l2e_ds.supervise import newest_step
-from l2e_ds.training.manifest import check_files
 
 PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 
@@ -118,3 +121,32 @@ def asked_evaluations(directory: Path) -> list[Evaluation]:
 def steps_of(directory: Path, name: str) -> int:
     """That a run of a study is to have. Raises ConfigError."""
     return load_run_config(config_file(directory, name)).training.steps
+
+
+class Entry(Section, extra="ignore"):
+    """A run of a study, as far as it is used here. baseline: another's name."""
+
+    name: str
+    directory: str
+    levels: dict[str, str] = Field({})
+    baseline: str | None = None
+
+
+class Index(Section, extra="ignore"):
+    title: str
+    runs: list[Entry]
+
+
+def read_study(directory: Path) -> Index:
+    """Raises DataError."""
+    path = directory / INDEX
+    try:
+        raw = read_index(directory)
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: is no index of a study")
+        index = checked(Index, raw, str(path))
+    except ConfigError as error:
+        raise DataError(str(error)) from None
+    if len({entry.name for entry in index.runs}) < len(index.runs):
+        raise DataError(f"{path}: runs: two have the same name")
+    return index

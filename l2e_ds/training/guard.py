@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from l2e_ds.config import InhibitionConfig
-from l2e_ds.training.metrics_lines import comparison_key, first_and_last, layer_key, layers_of
+from l2e_ds.config.sections import InhibitionConfig
+from l2e_ds.run_directory.metrics import comparison_key, first_and_last, layer_key, layers_of
 
 SHRUNK, GROWN = 0.5, 2.0
 """Of a layer's mean S when inhibition began, and of what it would be if it had moved as the comparison layers' did."""

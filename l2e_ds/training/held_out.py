@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2e_ds import distributed
 from l2e_ds.data import PreparedData
+from l2e_ds.distributed import collectives
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
+from l2e_ds.run_directory.metrics import comparison_key, layer_key
 from l2e_ds.training.loss import LossHead
-from l2e_ds.training.metrics_lines import comparison_key, layer_key
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def evaluate(
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
     shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
     emphasis = shares * count / counts  # weight of a sequence of each set, 1 on average
-    rank, ranks = distributed.rank(), distributed.size()
+    rank, ranks = collectives.rank(), collectives.size()
     rounds = -(-count // (micro_batch * ranks))
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # each set's loss and tokens
 
@@ -77,7 +77,7 @@ def evaluate(
             scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     finally:
         engine.train()
-    distributed.all_reduce_sum(sums)
+    collectives.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
     values |= {f"held_out_loss/{part.name}": loss for part, loss in zip(sets, losses, strict=True) if part.name}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2e_ds.errors import SelfTestError
-from l2e_ds.installed import is_installed
+from l2e_ds.system.installed import is_installed
 
 HAS_LIGER = is_installed("liger_kernel")  # looked up once: a missing package is searched for on all of the path
 # Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.

@@ -99,70 +99,17 @@ import errno
 import json
 import math
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from l2e_ds.config import RunConfig
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import say
-from l2e_ds.errors import L2EError
-from l2e_ds.evaluation import results
-from l2e_ds.training.metrics_lines import FILE
+from l2e_ds.run_directory import results
+from l2e_ds.run_directory.metrics import FILE, drop_lines_after
 from l2e_ds.training.monitors import Monitors
-
-# Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
-PEAK_TFLOPS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100": 989.4,
-    "GH200": 989.4,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "V100": 125.0,
-    "RTX 4090": 165.2,
-}
-
-
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
-    if given is not None or device.type != "cuda":
-        return given
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
-
-
-def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
-    """Forward and backward, without recomputation: 6 P for the matrices, 6 L h T for causal attention.
-
-    parameters: all but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
-    attention; a causal mask needs half.
-    """
-    return 6 * parameters + 6 * layers * hidden * sequence_length
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Allocated on the GPU; on CPUs the process's resident set. (getrusage would count what its parent had, too.)"""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return process_memory("VmHWM")
-
-
-def process_memory(name: str) -> int:
-    """Bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no file's).
-
-    Raises L2EError where the system does not tell it.
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise L2EError(f"/proc/self/status: has no {name}")
 
 
 class MetricsWriter:
@@ -247,19 +194,3 @@ class MetricsWriter:
         if self.main:
             self._file.close()
             self._monitors.close()
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Forget what a run wrote after the checkpoint that it goes on from, and a line cut off by a kill."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from l2e_ds.config import RunConfig
-from l2e_ds.data.files import write_whole
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.system.files import write_whole
 
 WANDB_ID = "wandb-id"
 Write = Callable[[int, Mapping[str, float]], None]

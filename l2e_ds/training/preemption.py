@@ -16,10 +16,9 @@ from types import FrameType
 from typing import NoReturn
 
 from l2e_ds.errors import Interrupted
+from l2e_ds.run_directory.names import STOP_FILE
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
-STOP_FILE = "stop"
-EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
 
 
 class _Heard:
@@ -66,14 +65,14 @@ def _forget() -> None:
 
 def _reason_here() -> str | None:
     """Why this rank would stop, or None."""
-    from l2e_ds import distributed
+    from l2e_ds.distributed import collectives
 
-    who = f"rank {distributed.rank()}"
+    who = f"rank {collectives.rank()}"
     if _Heard.signal_name is not None:
         return f"{_Heard.signal_name} at {who}"
     if _Heard.parent is not None and os.getppid() != _Heard.parent:
         return f"the launcher of {who} is gone"
-    if distributed.is_main():
+    if collectives.is_main():
         if _Heard.time_limit is not None and time.monotonic() - _Heard.began > _Heard.time_limit:
             return "training.time_limit is over"
         if _Heard.stop_file is not None and _Heard.stop_file.is_file():
@@ -90,26 +89,26 @@ def stop() -> NoReturn:
     """Collective, once the ranks know that one of them has heard something: raises Interrupted with its reason.
 
     When the run is saved, call `honoured`."""
-    from l2e_ds import distributed
+    from l2e_ds.distributed import collectives
 
-    reasons = distributed.all_gather_objects(_reason_here())
+    reasons = collectives.all_gather_objects(_reason_here())
     reason = next((found for found in reasons if found is not None), "the stop file came and went")
     raise Interrupted(reason)
 
 
 def honoured() -> None:
     """The stop file has done its work: the next start must not find it."""
-    from l2e_ds import distributed
+    from l2e_ds.distributed import collectives
 
-    if distributed.is_main() and _Heard.stop_file is not None:
+    if collectives.is_main() and _Heard.stop_file is not None:
         with contextlib.suppress(OSError):
             _Heard.stop_file.unlink()
 
 
 def stop_if_asked() -> None:
     """Collective: raises Interrupted on every rank if any has heard something."""
-    from l2e_ds import distributed
+    from l2e_ds.distributed import collectives, heartbeat
 
-    distributed.beat()
-    if distributed.any_rank(is_asked()):
+    heartbeat.beat()
+    if collectives.any_rank(is_asked()):
         stop()

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from l2e_ds import distributed
 from l2e_ds.data import PreparedData
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.workers import default_workers
+from l2e_ds.distributed import collectives
 from l2e_ds.errors import L2EError
 
 _REMEMBERED = 8  # positions behind the newest `read`s; the loader is at most a few steps ahead of who asks
@@ -35,10 +35,10 @@ class StreamedSequences:
             return TokenStream(config, tokenizer, config.sequence_length, seed, workers, buffer)
 
         self.width = config.sequence_length + 1
-        self._stream: TokenStream | None = distributed.main_works(opened, lambda: None)
+        self._stream: TokenStream | None = collectives.main_works(opened, lambda: None)
         described = None if self._stream is None else self._stream.fingerprint()
-        self._fingerprint = distributed.all_gather_objects(described)[0]
-        self._group = distributed.new_group()
+        self._fingerprint = collectives.all_gather_objects(described)[0]
+        self._group = collectives.new_group()
         self._states: dict[int, dict[str, Any]] = {}  # on rank 0: running number -> position before it
         self._remember(0)
 
@@ -57,7 +57,7 @@ class StreamedSequences:
                 taken = error
             else:
                 self._remember(first + count)
-        return distributed.from_main(taken, (count, self.width), self._group)[wanted].astype(np.int64)
+        return collectives.from_main(taken, (count, self.width), self._group)[wanted].astype(np.int64)
 
     def state(self, number: int) -> dict[str, Any]:
         """On rank 0 the position before running number `number`, which was read a moment ago; elsewhere empty."""
@@ -75,7 +75,7 @@ class StreamedSequences:
                 self._remember(number)
             except L2EError as error:
                 problem = error
-        distributed.agree(problem)
+        collectives.agree(problem)
 
     def epochs(self, number: int) -> float:
         """On rank 0: how often the text was gone through before that running number."""

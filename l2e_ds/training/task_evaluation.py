@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2e_ds import distributed
-from l2e_ds.config import RunConfig
+from l2e_ds.checkpoint.state import TrainState
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import say
 from l2e_ds.data import PreparedData
 from l2e_ds.data.tokenizer import end_of_text_id
+from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation import results
+from l2e_ds.run_directory import results
 from l2e_ds.training import preemption
-from l2e_ds.training.state import TrainState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -57,7 +57,7 @@ class TaskEvaluation:
                 )
                 about = results.about(state.step, state.tokens, precision, self.config.evaluation.tasks, shots)
                 evaluation = {**about, **found}
-                if distributed.is_main():
+                if collectives.is_main():
                     _append(directory, evaluation)
                 figures |= {
                     f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
@@ -85,7 +85,7 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
     tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
     if tokenizer is None:
         raise ConfigError("evaluation.every: tasks are text, and the run has no tokenizer; give data.tokenizer")
-    distributed.all_work(lambda: end_of_text_id(tokenizer))  # with which tasks begin a text and end an answer
+    collectives.all_work(lambda: end_of_text_id(tokenizer))  # with which tasks begin a text and end an answer
 
     def load() -> Tasks:
         from l2e_ds.evaluation.harness import load_tasks
@@ -95,7 +95,7 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
         except ConfigError as error:
             raise ConfigError(f"evaluation.{error}") from None
 
-    tasks = distributed.main_works(load, preemption.stop_if_asked)
+    tasks = collectives.main_works(load, preemption.stop_if_asked)
     micro_batch = config.training.micro_batch
     assert isinstance(micro_batch, int)  # `auto` has been found by now
     return TaskEvaluation(config, tasks, tokenizer, section.batch_size or micro_batch)

@@ -18,50 +18,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2e_ds import distributed
-from l2e_ds.config import BatchArithmetic, RunConfig
+from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
+from l2e_ds.checkpoint.state import TrainState, seed_everything
+from l2e_ds.config.batch import BatchArithmetic
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
+from l2e_ds.distributed import collectives, heartbeat
+from l2e_ds.engine.configuration import zero_stage
+from l2e_ds.engine.engine import build_engine, is_plain_float32, learning_rate, loss_scale, set_learning_rate
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
-from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
-from l2e_ds.models import build_network, matrix_parameters, neuron_sites
+from l2e_ds.inhibition import Inhibitor, NeuronSite
+from l2e_ds.models import counts
+from l2e_ds.models.counts import matrix_parameters
+from l2e_ds.models.network import build_network
+from l2e_ds.models.sites import neuron_sites
+from l2e_ds.system import gpus
+from l2e_ds.system import memory as system_memory
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.checkpoint import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
-from l2e_ds.training.deepspeed_config import zero_stage
-from l2e_ds.training.engine import (
-    build_engine,
-    is_plain_float32,
-    learning_rate,
-    loss_scale,
-    set_learning_rate,
-)
+from l2e_ds.training.building import inhibition_settings
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.loss import LossHead
-from l2e_ds.training.state import TrainState, seed_everything
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
-
-
-def inhibition_settings(config: RunConfig) -> Settings:
-    """The method's settings as the run file's section `inhibition` gives them."""
-    section = config.inhibition
-    retrieval, mechanism = section.parts
-    return Settings(
-        retrieval=retrieval,
-        mechanism=mechanism,
-        loss=section.loss,
-        power=section.power,
-        target_share=section.target_share,
-        strength=section.strength,
-        coefficient=section.coefficient,
-        start=section.start,
-        warmup=section.warmup,
-        decay=section.decay,
-        end=section.end,
-        statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
-        reduce=section.reduce,
-        fused=None if section.fused == "auto" else section.fused,
-    )
 
 
 def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
@@ -114,7 +93,7 @@ class Trainer:
         self.checkpoints = checkpoints or open_checkpoints(config)
         resume_from = self.checkpoints.resume_from
 
-        seed_everything(config.training.seed, distributed.rank())
+        seed_everything(config.training.seed, collectives.rank())
         model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
         self.sites = neuron_sites(model, config.inhibition.layers)
         self.inhibitor: Inhibitor | None = None
@@ -136,7 +115,7 @@ class Trainer:
             open_stream=lambda part, seed: StreamedSequences(part, seed, order),
         )
         self.identity = Identity(
-            ranks=distributed.size(),
+            ranks=collectives.size(),
             zero_stage=zero_stage(ds),
             precision=config.training.precision,
             data=self.sequences.fingerprint(),
@@ -153,7 +132,7 @@ class Trainer:
             if self.checkpoints.is_own(resume_from):
                 self.saved_step = self.state.step
             self.sequences.restore_streams(self.state.streams)
-        self.metrics = metrics.MetricsWriter(config, self.state.step, distributed.is_main())
+        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main())
         self.changes: list[str] = []
         """Since the checkpoint, by the user."""
         if resume_from is not None:
@@ -167,7 +146,7 @@ class Trainer:
         assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
-        self._flops_per_token = metrics.flops_per_token(
+        self._flops_per_token = counts.flops_per_token(
             matrix_parameters(model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._start_interval()
@@ -260,7 +239,7 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         self._rate = rate
         for micro_batch in self._next_batch():
-            distributed.beat()
+            heartbeat.beat()
             inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]  # [B, T] int64 each
             loss = self.head.loss(self.engine, inputs, targets)
             self._loss_sum += loss.detach().double() / self.batch.accumulation
@@ -270,7 +249,7 @@ class Trainer:
             self.engine.backward(loss)
             finite = self._clip_plain_float32()
             if self.engine.is_gradient_accumulation_boundary():
-                answer = distributed.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
+                answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
             self.engine.step()
         self._stop_asked, self._saving = answer()
         applied = finite and self.engine.was_step_applied()
@@ -281,14 +260,14 @@ class Trainer:
 
     def _read_step(self, step: int) -> np.ndarray:
         """This rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
-        return self.sequences.read(step, distributed.rank(), distributed.size(), self.batch.micro_batch)
+        return self.sequences.read(step, collectives.rank(), collectives.size(), self.batch.micro_batch)
 
     def _next_batch(self) -> Tensor:
         """The same of the present step, on the device."""
         begin = time.perf_counter()
-        distributed.progress(f"step {self.state.step + 1}, reading a batch")
+        heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
         batch = self.loader.take()
-        distributed.progress(f"step {self.state.step + 1}")
+        heartbeat.progress(f"step {self.state.step + 1}")
         self._data_wait += time.perf_counter() - begin
         return batch
 
@@ -319,7 +298,7 @@ class Trainer:
         if self.inhibitor is not None and applied and self.inhibitor.last is not None:
             self._statistics.append(self.inhibitor.last)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
-            bad = [r for r, finite in enumerate(distributed.all_gather_objects(self._loss_is_finite())) if not finite]
+            bad = [r for r, finite in enumerate(collectives.all_gather_objects(self._loss_is_finite())) if not finite]
             where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
             raise TrainingError(
                 f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
@@ -333,7 +312,7 @@ class Trainer:
     def evaluate(self) -> None:
         """Held-out loss and scores of the hooked layers, inhibition off."""
         begin = time.perf_counter()
-        distributed.progress(f"the evaluation of step {self.state.step}")
+        heartbeat.progress(f"the evaluation of step {self.state.step}")
         values = evaluate(
             self.engine,
             self.head,
@@ -363,7 +342,7 @@ class Trainer:
             self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
         )
         # a GPU's sums differ from rank to rank in their last digits
-        self.state.guard, findings = distributed.main_decides(found)
+        self.state.guard, findings = collectives.main_decides(found)
         advice = guard.advice(self.config.inhibition)
         for finding in findings:
             self.metrics.write("guard", self.state.step, {**finding.values(), "advice": advice})
@@ -373,7 +352,7 @@ class Trainer:
         """Figures on the tasks of section `evaluation`, inhibition off. Tasks that fail end a run only at its start."""
         assert self.tasks is not None
         begin = time.perf_counter()
-        distributed.progress(f"the evaluation on tasks of step {self.state.step}")
+        heartbeat.progress(f"the evaluation on tasks of step {self.state.step}")
         try:
             figures = self.tasks.evaluate(
                 self.engine, self.state, self.config.training.precision, preemption.stop_if_asked
@@ -395,7 +374,7 @@ class Trainer:
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
         self._carry_on_saving(wait=True)
         begin = time.perf_counter()
-        distributed.progress(f"the checkpoint of step {self.state.step}")
+        heartbeat.progress(f"the checkpoint of step {self.state.step}")
         self.state.streams = self.sequences.stream_states(self.state.step)
         with self._allowing_failure(must_succeed):
             self.checkpoints.save(
@@ -434,7 +413,7 @@ class Trainer:
 
     def log(self) -> None:
         """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
-        lm_loss = distributed.all_reduce_sum(self._loss_sum).item() / (self._interval_steps * distributed.size())
+        lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self._interval_steps * collectives.size())
         seconds = max(time.perf_counter() - self._interval_begin - self._paused, 1e-9)
         tokens_per_second = self._interval_steps * self.batch.tokens_per_step / seconds
         norm = self._gradient_norm if self.plain_float32 else self.engine.get_global_grad_norm()
@@ -451,10 +430,10 @@ class Trainer:
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds / self._interval_steps,
         }
-        peak = metrics.peak_tflops(self.device, self.config.logging.peak_tflops)
+        peak = gpus.peak_tflops(self.device, self.config.logging.peak_tflops)
         if peak is not None:
-            values["mfu"] = self._flops_per_token * tokens_per_second / (peak * 1e12 * distributed.size())
-        costs = distributed.all_gather_objects((self._data_wait, metrics.peak_memory_bytes(self.device)))
+            values["mfu"] = self._flops_per_token * tokens_per_second / (peak * 1e12 * collectives.size())
+        costs = collectives.all_gather_objects((self._data_wait, system_memory.peak_memory_bytes(self.device)))
         waits, memory = zip(*costs, strict=True)
         values["data_wait_seconds"] = max(waits) / self._interval_steps
         values["peak_memory_gib"] = max(memory) / 2**30

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from l2e_ds.training.checkpoint import read_state
+from l2e_ds.checkpoint.manager import read_state
 from tests.distributed.test_equalities import ROUNDING, SELECTION
 from tests.distributed.training_case import STRENGTH, TrainingCase
 from tests.processes import REPOSITORY

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from l2e_ds.checkpoint.weights import checkpoint_weights
 from l2e_ds.errors import TrainingError
-from l2e_ds.evaluation.export import checkpoint_weights
-from l2e_ds.supervise import FINAL
-from l2e_ds.training.metrics_lines import read_metrics
+from l2e_ds.run_directory.metrics import read_metrics
+from l2e_ds.supervise.supervisor import FINAL
 from tests.distributed.training_case import Interruption, TrainingCase
 
 STEPS, EVERY = 24, 4

@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from l2e_ds.evaluation.export import checkpoint_weights
+from l2e_ds.checkpoint.weights import checkpoint_weights
 from tests.distributed.test_runs import timeless
 from tests.processes import REPOSITORY, free_port
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from l2e_ds.checkpoint.manager import CheckpointManager
+from l2e_ds.checkpoint.weights import checkpoint_weights
 from l2e_ds.cli import main
-from l2e_ds.evaluation.export import checkpoint_weights, export
-from l2e_ds.evaluation.results import FILE, read_results
-from l2e_ds.training.checkpoint import CheckpointManager
-from l2e_ds.training.manifest import verify
+from l2e_ds.export.export import export
+from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.results import FILE, read_results
 from l2e_ds.training.monitors import WANDB_ID
 from tests.distributed.training_case import STRENGTH, Interruption, TrainingCase, zero
 from tests.task_files import TASKS, write_tasks

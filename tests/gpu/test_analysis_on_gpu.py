@@ -9,7 +9,7 @@ from l2e_ds.analysis.collect import Shown, Texts, collect_activations, count_sco
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.evaluation.model_source import ModelSource
-from l2e_ds.models import neuron_sites
+from l2e_ds.models.sites import neuron_sites
 
 pytestmark = [
     pytest.mark.gpu,

@@ -281,7 +281,7 @@ BAD = {
     "one feature": (one_feature, ["metals"]),
     "few texts": (few_texts, ["animals", "3", "20"]),
     "no tokenizer": (without_tokenizer, ["bare", "tokenizer", "--tokenizer"]),
-    "unknown family": (unknown_family, ["mpt", "l2e_ds/families.py"]),
+    "unknown family": (unknown_family, ["mpt", "l2e_ds/models/families.py"]),
     "not finite": (not_finite, ["broken", "layer 2, neuron 3", "not finite"]),
     "no such model": (lambda folder: [str(folder / "nowhere")], ["nowhere: no such folder"]),
     "no such layer": (lambda folder: ["--layers", "1", "3"], ["layer: got 3", "0 to 2"]),

@@ -1,4 +1,4 @@
-"""`l2e-ds bench analysis` at a tiny size. Nothing here depends on how fast anything is."""
+"""`python -m benchmarks analysis` at a tiny size. Nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 
 import pytest
 
-from l2e_ds import cli
+from benchmarks.__main__ import main
 
 TINY = ["--model", "pythia-14m", "--texts", "240", "--sequence-length", "4", "--batch", "60", "--rounds", "2"]
 
 
 @pytest.mark.full
 def test_table_says_what_was_measured(tmp_path, capsys):
-    assert cli.main(["bench", "analysis", *TINY, "--round-texts", "60", "--output", str(tmp_path / "out")]) == 0
+    assert main(["analysis", *TINY, "--round-texts", "60", "--output", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out/analysis.json").read_text())
     assert record["date"] and record["machine"] and "torch" in record["versions"]
     assert {name: len(times) for name, times in record["rounds"].items()} == {"forward": 2, "first": 2, "second": 2}
@@ -36,6 +36,6 @@ def test_table_says_what_was_measured(tmp_path, capsys):
     ],
 )
 def test_bad_options(capsys, words, says):
-    assert cli.main(["bench", "analysis", *words]) == 2
+    assert main(["analysis", *words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"l2e-ds: error: {says}")

@@ -1,4 +1,4 @@
-"""`l2e-ds bench data` at a tiny size, but for its part that trains pythia-70m. Nothing depends on speed."""
+"""`python -m benchmarks data` at a tiny size, but for its part that trains pythia-70m. Nothing depends on speed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from l2e_ds import cli
-from l2e_ds.benchmarks import data
+from benchmarks import data
+from benchmarks.__main__ import main
 from l2e_ds.data.tokenizer import train_tokenizer
 from tests.integration.conftest import SENTENCES
 
@@ -17,7 +17,7 @@ def words(tmp_path) -> list[str]:
     train_tokenizer(iter(SENTENCES), 300).save_pretrained(tmp_path / "tokenizer")
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in SENTENCES))
-    return ["bench", "data", "--text", str(text), "--tokenizer", str(tmp_path / "tokenizer/tokenizer.json")]
+    return ["data", "--text", str(text), "--tokenizer", str(tmp_path / "tokenizer/tokenizer.json")]
 
 
 @pytest.mark.full
@@ -26,7 +26,7 @@ def test_tables_say_what_was_measured(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data, "READ", 1 << 17)
     options = ["--processes", "1", "--rounds", "1", "--repeat", "3", "--only", "tokenize", "memory", "reader", "open"]
     places = ["--output", str(tmp_path / "out"), "--page", str(tmp_path / "pages/data.md")]
-    assert cli.main([*words, *options, *places]) == 0
+    assert main([*words, *options, *places]) == 0
     record = json.loads((tmp_path / "out/data.json").read_text())
     tokenized = record["tokenize"]
     assert (
@@ -55,6 +55,6 @@ def test_tables_say_what_was_measured(words, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_bad_options(words, capsys, more, says):
-    assert cli.main([*words, *more]) == 2
+    assert main([*words, *more]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"l2e-ds: error: {says}")

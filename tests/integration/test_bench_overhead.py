@@ -1,4 +1,4 @@
-"""`l2e-ds bench overhead` at a tiny size on two real ranks. Nothing here depends on how fast anything is."""
+"""`python -m benchmarks overhead` at a tiny size on two real ranks. Nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from l2e_ds import cli
-from l2e_ds.benchmarks import overhead
+from benchmarks import overhead
+from benchmarks.__main__ import main
 from tests.processes import finish
 
 TINY = ("--models", "pythia-14m", "model.num_layers=4", "model.hidden_size=32", "model.num_heads=2")
@@ -19,7 +19,7 @@ TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2",
 def test_two_ranks(tmp_path):
     """Every variant is measured as often as the others, and the table says what the measurements do."""
     output = tmp_path / "out"
-    codes, said = finish("-m", "l2e_ds.cli", "bench", "overhead", *TINY, "--output", output, ranks=2)
+    codes, said = finish("-m", "benchmarks", "overhead", *TINY, "--output", output, ranks=2)
     assert codes == [0, 0], said[-4000:]
     record = json.loads((output / "overhead.json").read_text())
     assert record["ranks"] == 2 and record["date"] and {"torch", "deepspeed"} <= record["versions"].keys()
@@ -60,6 +60,6 @@ def test_interval_of_the_median():
     ],
 )
 def test_bad_options(capsys, words, says):
-    assert cli.main(["bench", "overhead", *words]) == 2
+    assert main(["overhead", *words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"l2e-ds: error: {says}")

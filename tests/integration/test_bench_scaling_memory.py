@@ -1,4 +1,4 @@
-"""`l2e-ds bench scaling` and `bench memory` at tiny sizes. Nothing here depends on how fast anything is."""
+"""`python -m benchmarks scaling` and `bench memory` at tiny sizes. Nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 
-from l2e_ds import cli
-from l2e_ds.benchmarks import memory, overhead
+from benchmarks import memory, overhead
+from benchmarks.__main__ import main
 from l2e_ds.inhibition.hook import NeuronHook
 from tests.processes import finish
 
@@ -20,8 +20,8 @@ SCALING = ("--neurons", "8", "--tokens", "4", "--layers", "1", "2", "--rounds", 
 def test_scaling(tmp_path, ranks):
     """All shapes and ranks; bytes are those of the packed buffer; the table says what the measurements do."""
     count = {"own": 1, "launched": 2}[ranks]
-    words = ["bench", "scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out"]
-    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=count)
+    words = ["scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out"]
+    codes, said = finish("-m", "benchmarks", *words, ranks=count)
     assert codes == [0] * count, said[-4000:]
     record = json.loads((tmp_path / "out/scaling.json").read_text())
     assert record["date"] and record["machine"] and "torch" in record["versions"]
@@ -55,7 +55,7 @@ def test_memory(tmp_path, capsys):
         "--output",
         str(tmp_path / "o"),
     ]
-    assert cli.main(["bench", "memory", *words]) == 0
+    assert main(["memory", *words]) == 0
     record = json.loads((tmp_path / "o/memory.json").read_text())
     assert record["tokens"] == [64, 192] and list(record["found"]) == [overhead.NONE, *overhead.VARIANTS]
     for variant in ("L2E", "L2E, plain operations", "L2E, reduce: forward"):
@@ -81,6 +81,6 @@ def test_memory(tmp_path, capsys):
     ],
 )
 def test_bad_options(capsys, words, says):
-    assert cli.main(["bench", *words]) == 2
+    assert main([*words]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"l2e-ds: error: {says}")

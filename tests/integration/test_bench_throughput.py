@@ -1,4 +1,4 @@
-"""`l2e-ds bench throughput` at a tiny size on two real ranks. Nothing here depends on how fast anything is."""
+"""`python -m benchmarks throughput` at a tiny size on two real ranks. Nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from l2e_ds import cli
-from l2e_ds.benchmarks import throughput
-from l2e_ds.benchmarks.contenders import CONTENDERS, OURS, PLAIN
+from benchmarks import throughput
+from benchmarks.__main__ import main
+from benchmarks.contenders import CONTENDERS, OURS, PLAIN
 from l2e_ds.errors import L2EError
 from tests.processes import environment, finish
 
@@ -24,8 +24,8 @@ TINY += ("model.vocab_size=64", "--sequence-length", "16", "--micro-batch", "2")
 @pytest.mark.full
 def test_two_ranks_train_alike_and_are_compared(tmp_path):
     output = tmp_path / "out"
-    words = ["bench", "throughput", *TINY, "--accumulation", "2", "--steps", "2", "--rounds", "1", "--output", output]
-    codes, said = finish("-m", "l2e_ds.cli", *words, ranks=2)
+    words = ["throughput", *TINY, "--accumulation", "2", "--steps", "2", "--rounds", "1", "--output", output]
+    codes, said = finish("-m", "benchmarks", *words, ranks=2)
     assert codes == [0, 0], said[-4000:]
 
     record = json.loads((output / "throughput.json").read_text())
@@ -84,7 +84,7 @@ def test_two_ranks_train_alike_and_are_compared(tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_line(words, says, capsys, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert cli.main(["bench", "throughput", *words]) == 2
+    assert main(["throughput", *words]) == 2
     said = capsys.readouterr()
     assert says in said.err and len(said.err.splitlines()) == 1 and said.out == ""
 
@@ -92,7 +92,7 @@ def test_what_is_wrong_is_said_in_one_line(words, says, capsys, monkeypatch):
 def test_a_folder_in_use_is_refused(tmp_path, launch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/kept").touch()
-    started = launch(sys.executable, "-m", "l2e_ds.cli", "bench", "throughput", *TINY, "--output", tmp_path / "out")
+    started = launch(sys.executable, "-m", "benchmarks", "throughput", *TINY, "--output", tmp_path / "out")
     assert started.end() == 2
     (line,) = started.said().splitlines()
     assert line.startswith("l2e-ds: error: --output: ") and line.endswith("is not an empty folder")

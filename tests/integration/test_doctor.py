@@ -12,8 +12,8 @@ DOCTOR = ("-m", "l2e_ds.cli", "doctor", "--seconds", "1")
 # Rank 1 has another torch and adds something else than it should; or it fails in the middle.
 RANK_ONE = """
 import os, sys
-from l2e_ds import all_reduce, doctor
-from l2e_ds.cli import leave
+from l2e_ds.doctor import all_reduce, command, ranks
+from l2e_ds.system.process import leave
 import pytest
 
 fault, *arguments = sys.argv[1:]
@@ -23,12 +23,12 @@ def fail(*_):
 
 if os.environ["RANK"] == "1":
     if fault == "differs":
-        real = doctor.installed_version
-        doctor.installed_version = lambda package: "2.12.0" if package == "torch" else real(package)
+        real = ranks.installed_version
+        ranks.installed_version = lambda package: "2.12.0" if package == "torch" else real(package)
         all_reduce._weight = lambda rank: rank + 2
     else:
         all_reduce.measure = fail
-leave(doctor.main(arguments))
+leave(command.main(arguments))
 """
 
 

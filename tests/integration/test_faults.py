@@ -1,4 +1,4 @@
-"""`l2e-ds bench faults`, shortened: four faults of four kinds on real runs. The whole of it: docs/RELIABILITY.md."""
+"""`python -m benchmarks faults`, shortened: four faults of four kinds on real runs (the whole: docs/RELIABILITY.md)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds.benchmarks import faults
+from benchmarks.reliability import faults
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ def test_four_faults_cost_no_run_and_no_wrong_resume(tmp_path):
     page.write_text(f"before\n{faults.MARKERS[0]}\nold\n{faults.MARKERS[1]}\nafter\n")
     output = tmp_path / "out"
     done = subprocess.run(
-        [sys.executable, "-m", "l2e_ds.cli", "bench", "faults", "--faults", "4", "--output", output, "--page", page],
+        [sys.executable, "-m", "benchmarks", "faults", "--faults", "4", "--output", output, "--page", page],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,

@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from l2e_ds import supervise
 from l2e_ds.cli import main
 from l2e_ds.console import READER_IS_GONE
-from l2e_ds.installed import is_installed
+from l2e_ds.supervise import supervisor
+from l2e_ds.system.installed import is_installed
 from tests.processes import REPOSITORY
 from tests.unit.report.making import write_run
 
@@ -92,17 +92,23 @@ def test_help_without_the_extras(tmp_path):
     missing = ("scipy", "matplotlib", "jinja2", "pyarrow")
     code = (
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
-        "from l2e_ds.cli import main\n"
-        "for words in (['analyze'], ['neuron'], ['report'], ['bench', 'overhead'], ['bench', 'analysis']):\n"
+        "from l2e_ds.cli import main; from benchmarks.__main__ import main as bench\n"
+        "for words in (['analyze'], ['neuron'], ['report']):\n"
         "    try: main([*words, '--help'])\n"
         "    except SystemExit as ended: assert ended.code == 0, words\n"
         "features = ['--features', 'f.jsonl']\n"
         "assert main(['analyze', 'model', *features, '--output', 'o']) == 2\n"
         "assert main(['neuron', 'model', *features, '--layer', '0', '--index', '0']) == 2\n"
         "assert main(['report', 'run', '--output', 'r.html']) == 2\n"
-        "assert main(['bench', 'analysis']) == 2\n"
+        "assert bench(['analysis']) == 2\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     needs = "needs matplotlib, pyarrow, scipy: pip install 'l2e-ds[analysis]'"
     assert done.stderr.splitlines() == [
@@ -152,7 +158,7 @@ def test_a_host_that_is_not_there(run_file, capsys, tmp_path, options):
     (tmp_path / "deepspeed").write_text("#!/bin/sh\ntouch started\n")
     (tmp_path / "deepspeed").chmod(0o755)
     launcher = [str(tmp_path / "deepspeed"), "--hostfile", str(hosts), *options]
-    assert supervise.main([str(run_file), "--", *launcher, "--module", "l2e_ds.train"]) == 2
+    assert supervisor.main([str(run_file), "--", *launcher, "--module", "l2e_ds.train"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"l2e-ds: error: --hostfile: {hosts}: ssh does not reach one.invalid (and 1 more): ssh: ")
 
@@ -170,4 +176,4 @@ def test_a_host_that_is_not_there(run_file, capsys, tmp_path, options):
 )
 def test_hosts_that_take_no_part_are_not_asked(tmp_path, options):
     (tmp_path / "hosts").write_text("one.invalid slots=1\ntwo.invalid slots=1\n")
-    supervise.check_hosts(["deepspeed", "--hostfile", str(tmp_path / "hosts"), *options, "--module", "l2e_ds.train"])
+    supervisor.check_hosts(["deepspeed", "--hostfile", str(tmp_path / "hosts"), *options, "--module", "l2e_ds.train"])

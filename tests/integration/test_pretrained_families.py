@@ -10,10 +10,11 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
-from l2e_ds.config import load_run_config
+from l2e_ds.checkpoint.weights import checkpoint_weights, find_checkpoint
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.data import prepare_sets
 from l2e_ds.data.tokenizer import train_tokenizer
-from l2e_ds.evaluation.export import checkpoint_weights, export, find_checkpoint
+from l2e_ds.export.export import export
 from tests.integration.conftest import SENTENCES
 from tests.integration.running import lines
 

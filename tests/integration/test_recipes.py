@@ -6,11 +6,12 @@ import pytest
 import torch
 import yaml
 
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.engine.configuration import resolve, zero_stage
 from l2e_ds.inhibition import Inhibitor
-from l2e_ds.models import PYTHIA, network_config, neuron_sites
-from l2e_ds.training.deepspeed_config import resolve, zero_stage
-from l2e_ds.training.trainer import inhibition_settings
+from l2e_ds.models.pythia import PYTHIA, network_config
+from l2e_ds.models.sites import neuron_sites
+from l2e_ds.training.building import inhibition_settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from l2e_ds.benchmarks.virtual_slurm import virtual_slurm, why_not
+from benchmarks.reliability.virtual_slurm import virtual_slurm, why_not
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from l2e_ds.benchmarks.virtual_slurm import bring_back_node, kill_node, ready_nodes
+from benchmarks.reliability.virtual_slurm import bring_back_node, kill_node, ready_nodes
 from tests.tolerances import rounding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -254,7 +254,7 @@ def test_two_steps_of_one_job_and_a_script_without_a_step(site):
     step = "srun --exact --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m l2e_ds.train run.yaml training.steps=2"
     (site.folder / "steps.sbatch").write_text(
         "#!/bin/bash\n"
-        "python -c 'from l2e_ds.distributed import find_launch; print(find_launch())'\n"
+        "python -c 'from l2e_ds.distributed.launch import find_launch; print(find_launch())'\n"
         f"{step} training.run_directory=step0 & one=$!\n"
         f"{step} training.run_directory=step1 || exit 1\n"
         "wait $one\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds.distributed import find_launch
+from l2e_ds.distributed.launch import find_launch
 from tests.tolerances import rounding
 
 REPOSITORY = Path(__file__).resolve().parents[2]

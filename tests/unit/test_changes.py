@@ -6,10 +6,11 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-from l2e_ds.config import RunConfig, SetConfig, run_config_from_dict
+from l2e_ds.checkpoint.changes import Changes, saved_config
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.sections import RunConfig, SetConfig
+from l2e_ds.engine.engine import learning_rate
 from l2e_ds.errors import CheckpointError, ConfigError
-from l2e_ds.training.changes import Changes, saved_config
-from l2e_ds.training.engine import learning_rate
 
 RUN = {
     "model": {"name": "pythia-14m"},

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from l2e_ds.config import RunConfig, batch_arithmetic, find_file, load_run_config, run_config_from_dict
+from l2e_ds.config.batch import batch_arithmetic
+from l2e_ds.config.reading import find_file, load_run_config, run_config_from_dict
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.errors import ConfigError
 
 VALID = {

@@ -2,21 +2,24 @@
 
 import pytest
 
-from l2e_ds import cli, slurm, supervise, train
+from benchmarks.__main__ import main as benchmarks_main
+from l2e_ds import cli, train
+from l2e_ds.slurm import job
+from l2e_ds.supervise import supervisor
 
 
 @pytest.mark.parametrize(
     ("command", "words", "mistyped"),
     [
-        (cli.main, ["bench", "overhead", "--round", "3"], "--round"),
+        (benchmarks_main, ["overhead", "--round", "3"], "--round"),
         (cli.main, ["plan", "run.yaml", "--gpus", "8", "--gpu", "h100", "--node", "2"], "--node"),
         (cli.main, ["export", "runs/x", "--output", "there", "--st", "3"], "--st"),
         (cli.main, ["checkpoint", "prune", "runs/x", "--keep-last", "1", "--dry"], "--dry"),
         (cli.main, ["doctor", "--second", "3"], "--second"),
         (cli.main, ["train", "run.yaml", "--dry"], "--dry"),
         (train.main, ["run.yaml", "--dry"], "--dry"),
-        (supervise.main, ["--restart", "3", "run.yaml", "--", "torchrun"], "--restart"),
-        (slurm.main, ["--restart", "3", "run.yaml", "--", "srun"], "--restart"),
+        (supervisor.main, ["--restart", "3", "run.yaml", "--", "torchrun"], "--restart"),
+        (job.main, ["--restart", "3", "run.yaml", "--", "srun"], "--restart"),
     ],
 )
 def test_options_are_not_abbreviated(command, words, mistyped, capsys):
@@ -30,6 +33,6 @@ def test_an_interrupt_is_one_line(capsys, monkeypatch):
     def interrupted(*_words):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("l2e_ds.evaluation.summary.summarise", interrupted)
+    monkeypatch.setattr("l2e_ds.report.summary.summarise", interrupted)
     assert cli.main(["summary", "runs/x"]) == 130
     assert capsys.readouterr().err == "l2e-ds: interrupted\n"

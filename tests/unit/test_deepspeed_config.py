@@ -11,9 +11,8 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from l2e_ds.config import REPOSITORY, run_config_from_dict
-from l2e_ds.errors import ConfigError
-from l2e_ds.training.deepspeed_config import (
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.engine.configuration import (
     ADAM_PARAMETERS,
     BLOCK_KEYS,
     FIXED_VALUES,
@@ -25,6 +24,8 @@ from l2e_ds.training.deepspeed_config import (
     with_micro_batch,
     zero_stage,
 )
+from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import REPOSITORY
 
 FILES = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 ON_CPU = get_accelerator().device_name() == "cpu"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds.config import load_run_config
-from l2e_ds.models import PYTHIA
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.models.pythia import PYTHIA
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

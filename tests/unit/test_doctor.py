@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds import doctor
-from l2e_ds.all_reduce import Measurement, Timing
-from l2e_ds.doctor import Finding
+from l2e_ds.doctor import command, machine, ranks, software
+from l2e_ds.doctor.all_reduce import Measurement, Timing
+from l2e_ds.doctor.finding import Finding
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SECRET = "hf_neverPrintThisOne"
@@ -103,7 +103,7 @@ def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
     install(tmp_path, "tqdm", "4.66.1")
     install(tmp_path, "rich", "1.0")
     monkeypatch.syspath_prepend(tmp_path)
-    findings = doctor.check_versions()
+    findings = software.check_versions()
     torch = the(findings, "torch", "missing")
     assert torch.text == "2.5.1, needed: >=2.6"
     assert re.fullmatch(r"pip install torch==2\.[\d.]+", torch.mend)
@@ -113,22 +113,22 @@ def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
 
 
 def test_versions_of_an_installed_package_without_its_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "PINS", tmp_path / "none")
+    monkeypatch.setattr(software, "PINS", tmp_path / "none")
     required = ("Requires-Python: >=3.99", "Requires-Dist: nosuch>=1", 'Requires-Dist: never; extra == "test"')
     install(tmp_path, "l2e_ds", "0.1.0", *required)
     monkeypatch.syspath_prepend(tmp_path)
-    findings = doctor.check_versions()
+    findings = software.check_versions()
     assert the(findings, "nosuch", "missing").mend == "pip install 'nosuch>=1'"
     assert the(findings, "python", "missing").text.endswith("needed: >=3.99")
     assert "never" not in str(findings)
 
 
 def test_folders(tmp_path, monkeypatch):
-    good = the(doctor.check_directory(tmp_path), "directory")
+    good = the(machine.check_directory(tmp_path), "directory")
     assert re.search(r"GB free, writes \d+ MB/s \(fsync\), locks work", good.text)
-    refused = the(doctor.check_directory(Path("/proc")), "directory", "missing")  # by root as well
+    refused = the(machine.check_directory(Path("/proc")), "directory", "missing")  # by root as well
     assert "cannot write to /proc" in refused.text
-    strange = the(doctor.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
+    strange = the(machine.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
     assert strange.mend == f"mkdir -p '{tmp_path}/; rm -rf x'"
 
 
@@ -136,13 +136,13 @@ def test_limits_and_shared_memory(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        low = the(doctor.check_limits(), "open files", "note")
+        low = the(machine.check_limits(), "open files", "note")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert "at most 512 open files" in low.text
     assert low.mend.startswith("ulimit -n ")
-    monkeypatch.setattr(doctor, "SHARED_MEMORY", 2**60)
-    low = the(doctor.check_shared_memory(), "shared memory", "note")
+    monkeypatch.setattr(machine, "SHARED_MEMORY", 2**60)
+    low = the(machine.check_shared_memory(), "shared memory", "note")
     assert "/dev/shm" in low.text
     assert "--shm-size" in low.mend
 
@@ -153,9 +153,9 @@ def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     lock.touch()
-    assert not [finding for finding in doctor.check_operations() if finding.state == "missing"]  # somebody builds now
+    assert not [finding for finding in software.check_operations() if finding.state == "missing"]  # somebody builds now
     os.utime(lock, (0, 0))
-    assert the(doctor.check_operations(), "operations", "note").mend == f"rm {lock}"
+    assert the(software.check_operations(), "operations", "note").mend == f"rm {lock}"
 
 
 def _facts(host: str, **changes) -> dict:
@@ -167,43 +167,43 @@ def test_what_other_hosts_lack_is_said_once():
     shared, own = Finding("note", "ssh", "no pdsh"), Finding("missing", "compiler", "none", "install it")
     fine = Finding("ok", "ninja", "1.13")
     facts = [_facts("a", findings=[shared]), *(_facts(host, findings=[shared, own, fine]) for host in "bcdefg")]
-    assert doctor.other_hosts(facts) == [Finding("missing", "compiler", "b, c, d, e and 2 more: none", "install it")]
+    assert ranks.other_hosts(facts) == [Finding("missing", "compiler", "b, c, d, e and 2 more: none", "install it")]
 
 
 def test_hosts_and_versions_that_differ():
     facts = [_facts("a"), _facts("a"), _facts("b"), _facts("b", versions={"torch": "2.12.0"})]
-    bad = the(doctor.check_alike(facts), "versions", "missing")
+    bad = the(ranks.check_alike(facts), "versions", "missing")
     assert bad.text == "rank 3 (b): torch 2.12.0, the other ranks 2.13.0"
     assert bad.mend.startswith("pip install torch==2.13.0")
-    assert [finding.text for finding in doctor.check_hosts(facts)] == [
+    assert [finding.text for finding in ranks.check_hosts(facts)] == [
         "a: ranks 0, 1; CPU; 1 thread a rank",
         "b: ranks 2, 3; CPU; 1 thread a rank",
     ]
-    crowded = doctor.check_hosts([_facts("a", threads=8) for _ in range(4)])
+    crowded = ranks.check_hosts([_facts("a", threads=8) for _ in range(4)])
     assert the(crowded, "host", "note").mend == "export OMP_NUM_THREADS=2"
     gpus = [_facts("a", device="GPU", gpu=uuid, busy=busy) for uuid, busy in (("x", 0.0), ("y", 0.5), ("y", 0.5))]
-    assert the(doctor.check_hosts(gpus), "host", "missing").text == "a: 3 ranks on 2 GPUs"
-    assert "(ranks 1, 2)" in the(doctor.check_hosts(gpus), "host", "note").text
+    assert the(ranks.check_hosts(gpus), "host", "missing").text == "a: 3 ranks on 2 GPUs"
+    assert "(ranks 1, 2)" in the(ranks.check_hosts(gpus), "host", "note").text
 
 
 def test_what_is_said_of_an_all_reduce():
     timings = [Timing(8, 100, 2e-5, 1e-3), Timing(10**9, 10, 1.0, 1.1)]
     facts = [_facts(host) for host in ("a", "a", "b", "b")]
     measured = [Measurement(timings, [], speed) for speed in (100.0, 101.0, 99.0, 40.0)]
-    findings = doctor.all_reduce_findings(measured, facts, "gloo", 10.0)
+    findings = ranks.all_reduce_findings(measured, facts, "gloo", 10.0)
     assert the(findings, "all-reduce").text.startswith("the sum of 4 ranks was right 110 times")
     assert the(findings, "latency").text.strip() == "8 B: 20 us (longest 1,000 us)"
     assert "1,000.0 ms, 1.00 GB/s (bus 1.50 GB/s)" in the(findings, "bandwidth").text  # 2 (R - 1) / R of 1 GB/s
     assert the(findings, "slowest rank", "note").text.startswith("rank 3 (b): 40 GFLOP/s, median 100")
     measured[1] = Measurement(timings, [10**9], 100.0)
-    wrong = the(doctor.all_reduce_findings(measured, facts, "nccl", 10.0), "all-reduce", "missing")
+    wrong = the(ranks.all_reduce_findings(measured, facts, "nccl", 10.0), "all-reduce", "missing")
     assert wrong.text == "wrong sums at rank 1 (a), sizes 953 MiB (nccl)"
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "601"])
 def test_seconds_out_of_range(seconds, capsys):
     with pytest.raises(SystemExit) as ended:
-        doctor.main(["--seconds", seconds])
+        command.main(["--seconds", seconds])
     assert ended.value.code == 2
     assert f"got {seconds}, allowed: above 0, at most 600" in capsys.readouterr().err
 
@@ -212,19 +212,21 @@ def test_seconds_out_of_range(seconds, capsys):
 def test_extras(tmp_path, monkeypatch, installed):
     """Of the repository's setup.py, and of an installed package's metadata: what each lacks, and what mends it."""
     if installed:
-        monkeypatch.setattr(doctor, "PINS", tmp_path / "none")
+        monkeypatch.setattr(software, "PINS", tmp_path / "none")
         lines = ["jinja2>=3.1", "nosuch>=1"]
         required = [f'Requires-Dist: {line}; extra == "report"' for line in lines]
         install(tmp_path, "l2e_ds", "0.1.0", "Requires-Dist: torch", *required)
         monkeypatch.syspath_prepend(tmp_path)
-        missing = the(doctor.check_extras(), "extras", "note")
+        missing = the(software.check_extras(), "extras", "note")
         assert missing.text == "report: without nosuch>=1 (l2e-ds report)"
         assert missing.mend == "pip install 'nosuch>=1'"
-        assert the(doctor.check_extras(), "extras").text == ", ".join(one for one in doctor.EXTRAS if one != "report")
+        assert the(software.check_extras(), "extras").text == ", ".join(
+            one for one in software.EXTRAS if one != "report"
+        )
     else:
         install(tmp_path, "scipy", "1.0")
         monkeypatch.syspath_prepend(tmp_path)
-        notes = [str(finding) for finding in doctor.check_extras() if "analysis" in finding.text]
+        notes = [str(finding) for finding in software.check_extras() if "analysis" in finding.text]
         assert notes == [
             "note     extras         analysis: without scipy>=1.13 (l2e-ds analyze, neuron)\n"
             "  -> pip install 'scipy>=1.13'"

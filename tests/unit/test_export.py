@@ -3,7 +3,7 @@
 import pytest
 
 from l2e_ds.cli import main
-from l2e_ds.training import manifest
+from l2e_ds.run_directory import manifest
 
 
 def checkpoint(run, step, complete=True):
@@ -17,8 +17,8 @@ def checkpoint(run, step, complete=True):
 
 
 def test_find_checkpoint(tmp_path, capsys):
+    from l2e_ds.checkpoint.weights import find_checkpoint
     from l2e_ds.errors import CheckpointError
-    from l2e_ds.evaluation.export import find_checkpoint
 
     first, second = checkpoint(tmp_path, 5), checkpoint(tmp_path, 10)
     checkpoint(tmp_path, 15, complete=False)
@@ -62,8 +62,8 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(tmp_path, capsys
 
 
 def test_what_resume_means(tmp_path):
+    from l2e_ds.checkpoint.manager import CheckpointManager
     from l2e_ds.errors import CheckpointError
-    from l2e_ds.training.checkpoint import CheckpointManager
 
     own, other = tmp_path / "own", tmp_path / "other"
     manager = CheckpointManager(own)

@@ -30,12 +30,15 @@ from transformers import (
     Qwen3Config,
 )
 
-from l2e_ds.config import ModelConfig
+from l2e_ds.config.sections import ModelConfig
 from l2e_ds.errors import ConfigError, SelfTestError
-from l2e_ds.families import FAMILIES, blocks_of, neurons_of
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.inhibition.measure import observed
-from l2e_ds.models import build_network, matrix_parameters, network_config, neuron_sites, parameter_counts, unbuilt
+from l2e_ds.models.counts import matrix_parameters, parameter_counts, unbuilt
+from l2e_ds.models.families import FAMILIES, blocks_of, neurons_of
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import network_config
+from l2e_ds.models.sites import neuron_sites
 from l2e_ds.training import loss
 from l2e_ds.training.loss import LossHead
 
@@ -335,7 +338,10 @@ def pretrained(folder, config: PretrainedConfig) -> ModelConfig:
 def test_unknown_family(tmp_path):
     """One line: what it is, what is known, where another is registered; for training and for analysis."""
     config = PhiConfig(**SIZES, intermediate_size=64)
-    words = r"is of the family phi, known are bloom, .*, qwen3; another is registered in FAMILIES of l2e_ds/families.py"
+    words = (
+        r"is of the family phi, known are bloom, .*, qwen3;"
+        r" another is registered in FAMILIES of l2e_ds/models/families.py"
+    )
     with pytest.raises(ConfigError, match=rf"^model\.pretrained: '.*': {words}"):
         network_config(pretrained(tmp_path, config), 24)
     with pytest.raises(ConfigError, match=f"^the model: {words}"):

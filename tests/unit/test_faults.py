@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from l2e_ds import cli
-from l2e_ds.benchmarks import faults
-from l2e_ds.benchmarks.watched_run import WatchedRun
+from benchmarks.__main__ import main
+from benchmarks.reliability import faults
+from benchmarks.reliability.watched_run import WatchedRun
 
 
 @pytest.mark.parametrize("count", [1, 8, 12, 13, 100, 150])
@@ -137,7 +137,7 @@ def test_bad_words_are_refused(tmp_path, capsys):
         (["--output", str(tmp_path / "full")], "exists and is not an empty folder"),
         (["--page", str(tmp_path / "full/file")], "is not a file with the lines"),
     ):
-        assert cli.main(["bench", "faults", "--output", str(tmp_path / "new"), *words]) == 2
+        assert main(["faults", "--output", str(tmp_path / "new"), *words]) == 2
         said = capsys.readouterr().err
         assert len(said.splitlines()) == 1 and expected in said
         assert not (tmp_path / "new").exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from l2e_ds.config import InhibitionConfig
+from l2e_ds.config.sections import InhibitionConfig
 from l2e_ds.training.guard import advice, comparison_layers, judged, seen_in
 
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
+from l2e_ds.checkpoint.manager import CheckpointManager
 from l2e_ds.errors import CheckpointError
-from l2e_ds.training import manifest
-from l2e_ds.training.checkpoint import CheckpointManager
+from l2e_ds.run_directory import manifest
 
 
 def make(folder, step=7):

@@ -3,7 +3,7 @@
 import pytest
 
 from l2e_ds.errors import DataError
-from l2e_ds.training.metrics_lines import read_metrics
+from l2e_ds.run_directory.metrics import read_metrics
 
 FIRST, SECOND = '{"kind": "train", "step": 1}', '{"kind": "evaluation", "step": 2}'
 

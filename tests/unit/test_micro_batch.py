@@ -9,12 +9,15 @@ import pytest
 import torch
 import yaml
 
-from l2e_ds.config import divisors, run_config_from_dict
-from l2e_ds.models import network_config
-from l2e_ds.train import describe, preflight, resolve_run
+from l2e_ds.config.batch import divisors
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.engine.configuration import resolve
+from l2e_ds.models.pythia import network_config
+from l2e_ds.system.memory import cgroup_room
 from l2e_ds.training import micro_batch
-from l2e_ds.training.deepspeed_config import resolve
-from l2e_ds.training.micro_batch import Measured, cgroup_room, choose, circumstances, next_size, none_fits, remembered
+from l2e_ds.training.micro_batch import choose, circumstances, next_size, none_fits, remembered
+from l2e_ds.training.micro_batch_trial import Measured
+from l2e_ds.training.preflight import describe, preflight, resolve_run
 
 RUN = {
     "model": {"name": "pythia-14m"},

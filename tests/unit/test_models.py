@@ -9,19 +9,14 @@ from itertools import pairwise
 import pytest
 import torch
 
-from l2e_ds.config import ModelConfig, OptimizerConfig
+from l2e_ds.checkpoint.manager import is_due
+from l2e_ds.config.sections import ModelConfig, OptimizerConfig
+from l2e_ds.engine.engine import learning_rate, parameter_groups
 from l2e_ds.errors import ConfigError
-from l2e_ds.models import (
-    PYTHIA,
-    build_network,
-    chosen_layers,
-    network_config,
-    neuron_sites,
-    parameter_counts,
-    published_learning_rate,
-)
-from l2e_ds.training.checkpoint import is_due
-from l2e_ds.training.engine import learning_rate, parameter_groups
+from l2e_ds.models.counts import parameter_counts
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import PYTHIA, network_config, published_learning_rate
+from l2e_ds.models.sites import chosen_layers, neuron_sites
 from l2e_ds.training.loss import LossHead
 
 # METHOD, section 10: layers, hidden, heads, peak learning rate, vocabulary rows; total parameters as published.

@@ -11,7 +11,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from l2e_ds.config import run_config_from_dict
+from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.training.metrics import MetricsWriter
 from l2e_ds.training.monitors import WANDB_ID
 

@@ -8,13 +8,16 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import AutoModelForCausalLM
 
-from l2e_ds import planning
 from l2e_ds.cli import main
-from l2e_ds.config import ModelConfig
+from l2e_ds.config.sections import ModelConfig
 from l2e_ds.inhibition import Inhibitor, Settings
-from l2e_ds.models import PYTHIA, network_config, neuron_sites
-from l2e_ds.train import resolve_run
+from l2e_ds.models.pythia import PYTHIA, network_config
+from l2e_ds.models.sites import neuron_sites
+from l2e_ds.planning import command, memory, speed
+from l2e_ds.planning.work import work_of as planned_work
+from l2e_ds.system.gpus import GPUS
 from l2e_ds.training.loss import LossHead
+from l2e_ds.training.preflight import resolve_run
 
 TINY = ["model.vocab_size=512", "model.num_layers=3", "model.hidden_size=64", "model.num_heads=4"]
 TINY += ["data.sequence_length=64", "training.global_batch=24", "training.micro_batch=2"]
@@ -30,7 +33,7 @@ def run_file(tmp_path):
 
 
 def work_of(run_file, *overrides, ranks=1):
-    return planning.work_of(resolve_run(run_file, overrides, ranks, has_bf16=True))
+    return planned_work(resolve_run(run_file, overrides, ranks, has_bf16=True))
 
 
 # --- model states -------------------------------------------------------------------------------------------------
@@ -54,7 +57,7 @@ def test_zero_states_against_deepspeeds_estimators(run_file, name, ranks):
     common = [f"model.name={name}", "training.micro_batch=1", "training.precision=bf16"]
     for stage in (2, 3):
         work = work_of(run_file, *common, f"deepspeed.config=ds_configs/zero{stage}.json", ranks=ranks)
-        p, states = work.parameters, planning.model_states(work, ranks)
+        p, states = work.parameters, memory.model_states(work, ranks)
         mine = states.weights + states.gradients + states.optimizer
         if stage == 2:
             theirs = estimate_zero2_model_states_mem_needs(p, of_node, nodes, cpu_offload=False)[1]
@@ -70,7 +73,7 @@ def test_offloaded_states_leave_the_gpu(run_file, ranks):
     common = ["model.name=pythia-1b", "training.precision=bf16"]
     for name, on_gpu in (("zero2_offload", lambda p: 2 * p), ("zero3_offload", lambda p: 0)):
         work = work_of(run_file, *common, f"deepspeed.config=ds_configs/{name}.json", ranks=ranks)
-        states, p = planning.model_states(work, ranks), work.parameters
+        states, p = memory.model_states(work, ranks), work.parameters
         assert states.weights + states.gradients + states.optimizer == on_gpu(p)
         assert states.host * ranks == pytest.approx(p * (12 + 4 + 2))  # states, gradients, 16-bit weights
 
@@ -90,7 +93,7 @@ def test_what_each_precision_and_stage_keeps(run_file):
         work = work_of(
             run_file, f"deepspeed.config=ds_configs/{stage}.json", f"training.precision={precision}", ranks=4
         )
-        states = planning.model_states(work, 4)
+        states = memory.model_states(work, 4)
         assert (states.weights, states.gradients, states.optimizer) == pytest.approx(
             [n * work.parameters for n in each]
         )
@@ -131,8 +134,8 @@ def kept_for_backward(work, checkpointing, settings=None):
 def test_activations_are_what_autograd_keeps(run_file, precision, attention, checkpointing):
     words = [f"training.precision={precision}", f"model.attention={attention}"]
     work = work_of(run_file, *TINY, *words, f"model.activation_checkpointing={str(checkpointing).lower()}")
-    log_probabilities = planning.logits_bytes(work, 2) / 3  # of the three float32 [M, V], cross-entropy keeps one
-    predicted = planning.stored_activation_bytes(work, 2) + log_probabilities
+    log_probabilities = memory.logits_bytes(work, 2) / 3  # of the three float32 [M, V], cross-entropy keeps one
+    predicted = memory.stored_activation_bytes(work, 2) + log_probabilities
     assert predicted == pytest.approx(kept_for_backward(work, checkpointing), rel=0.03)
 
 
@@ -142,7 +145,7 @@ def test_l2e_keeps_nothing_that_grows_with_tokens_and_memel_one_byte(run_file):
     assert kept_for_backward(work, False, Settings()) == plain
     memel = kept_for_backward(work, False, Settings(retrieval="top-k", mechanism="reverse-deactivation"))
     states = work_of(run_file, *TINY, "training.precision=bf16", "inhibition.method=memel")
-    of_mask = planning.memory(states, 1, 2, 12).inhibition - planning.inhibition_state_bytes(states)
+    of_mask = memory.memory(states, 1, 2, 12).inhibition - memory.inhibition_state_bytes(states)
     assert memel - plain == of_mask == 2 * (2 * 64) * 256
 
 
@@ -156,8 +159,8 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     for hook in inhibitor.hooks:
         kept += [hook.moments.mean, hook.moments.m2, hook.selected]
         kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate, hook.projection_sums]
-    assert planning.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
-    payload, collectives = planning.inhibition_payload(work, 5)
+    assert memory.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
+    payload, collectives = speed.inhibition_payload(work, 5)
     once = inhibitor._packed.numel() + inhibitor.coefficients.squares.numel()
     projections = 5 * sum(hook.projection_sums.numel() for hook in inhibitor.hooks)
     assert (payload, collectives) == ((once + projections) * 8, 2 + 5)
@@ -170,21 +173,21 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
 @pytest.mark.parametrize("ranks", [1, 6, 64])
 def test_largest_micro_batch_is_the_largest(run_file, gpu, ranks):
     work = work_of(run_file, "model.name=pythia-160m", f"training.global_batch={ranks * 24}", ranks=ranks)
-    usable = planning.GPUS[gpu].memory * planning.GIB * planning.USABLE_MEMORY
-    found = planning.largest_micro_batch(work, ranks, ranks * 24, usable)
+    usable = GPUS[gpu].memory * memory.GIB * command.USABLE_MEMORY
+    found = memory.largest_micro_batch(work, ranks, ranks * 24, usable)
 
     def fits(micro_batch):
-        return planning.memory(work, ranks, micro_batch, 24 // micro_batch).total <= usable
+        return memory.memory(work, ranks, micro_batch, 24 // micro_batch).total <= usable
 
     assert found == max(m for m in (1, 2, 3, 4, 6, 8, 12, 24) if fits(m))
 
 
 def test_largest_micro_batch_at_the_very_limit(run_file):
     work = work_of(run_file, "model.name=pythia-160m")
-    needed = planning.memory(work, 1, 16, 64).total
-    assert planning.largest_micro_batch(work, 1, 1024, needed) == 16
-    assert planning.largest_micro_batch(work, 1, 1024, needed - 1) == 8
-    assert planning.largest_micro_batch(work, 1, 1024, 1e6) is None
+    needed = memory.memory(work, 1, 16, 64).total
+    assert memory.largest_micro_batch(work, 1, 1024, needed) == 16
+    assert memory.largest_micro_batch(work, 1, 1024, needed - 1) == 8
+    assert memory.largest_micro_batch(work, 1, 1024, 1e6) is None
 
 
 def test_ring_all_reduce_by_walking_the_ring():
@@ -200,7 +203,7 @@ def test_ring_all_reduce_by_walking_the_ring():
                     target[chunk] = before[rank][chunk] + (0 if phase else before[(rank + 1) % ranks][chunk])
                     sent += rank == 0
         assert all(value == ranks for row in chunks for value in row)
-        assert planning.ring_all_reduce(ranks * 10, ranks) == pytest.approx(sent * 10)
+        assert speed.ring_all_reduce(ranks * 10, ranks) == pytest.approx(sent * 10)
 
 
 def test_traffic_follows_stage_accumulation_and_reduce(run_file):
@@ -208,38 +211,38 @@ def test_traffic_follows_stage_accumulation_and_reduce(run_file):
     size = 2 * work.parameters
     expected = {0: (1.5, 0), 1: (1.5, 0.75), 2: (1.5 * 8, 0.75), 3: (0.75 * 8, 1.5 * 8)}
     for stage, (gradients, weights) in expected.items():
-        sent = planning.traffic(replace(work, stage=stage), 4, 8)
+        sent = speed.traffic(replace(work, stage=stage), 4, 8)
         assert (sent.gradients, sent.weights) == pytest.approx((gradients * size, weights * size))
     step, forward, exact = (
-        planning.inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
+        speed.inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
     )
     n = work.neurons
     assert step == (2 * (3 * n + 3 + 2) * 8, 2)
     assert forward == (step[0] + 16 * (2 * n + 1) * 8, 18)
     assert exact == (forward[0] + 16 * (3 * n + 1) * 8, 34)
-    projected = planning.inhibition_payload(replace(work, projected=True), 8)
+    projected = speed.inhibition_payload(replace(work, projected=True), 8)
     assert projected == (step[0] + 8 * 2 * (4 * n + 1) * 8, 10)
-    deactivated = planning.inhibition_payload(replace(work, deactivation=True), 8)
+    deactivated = speed.inhibition_payload(replace(work, deactivation=True), 8)
     assert deactivated == (2 * (3 * n + 3) * 8, 1)
-    assert planning.inhibition_payload(replace(work, collectives="none"), 8) == (0, 0)
+    assert speed.inhibition_payload(replace(work, collectives="none"), 8) == (0, 0)
 
 
 def test_step_time_scales_and_gives_back_the_utilisation(run_file):
     work = work_of(run_file, "model.name=pythia-1b", "training.precision=bf16")
-    gpu = planning.GPUS["A100-80GB"]
-    alone = planning.times(work, gpu, 1, 1024, 64, 0.5, 1e11)
+    gpu = GPUS["A100-80GB"]
+    alone = speed.times(work, gpu, 1, 1024, 64, 0.5, 1e11)
     assert alone.communication == alone.inhibition == 0
     assert alone.mfu == pytest.approx(0.5)
     flops = (6 * (work.parameters - 50304 * 2048) + 6 * 16 * 2048 * 2048) * 1024 * 2048
     assert alone.step == pytest.approx(flops / (312e12 * 0.5))
-    many = planning.times(work, gpu, 64, 1024, 16, 0.5, 1e11)
+    many = speed.times(work, gpu, 64, 1024, 16, 0.5, 1e11)
     assert many.compute == pytest.approx(alone.compute / 64)
     assert many.step == pytest.approx(many.compute + many.communication + many.inhibition)
-    recomputing = planning.times(replace(work, checkpointing=True), gpu, 1, 1024, 64, 0.5, 1e11)
+    recomputing = speed.times(replace(work, checkpointing=True), gpu, 1, 1024, 64, 0.5, 1e11)
     assert 1.25 < recomputing.step / alone.step < 4 / 3
     overlapping = replace(work, overlap=True, stage=2)
-    assert not planning.times(replace(work, overlap=True), gpu, 64, 1024, 16, 0.5, 1e9).hidden  # BF16_Optimizer
-    hidden = planning.times(overlapping, gpu, 64, 1024, 16, 0.5, 1e9)
+    assert not speed.times(replace(work, overlap=True), gpu, 64, 1024, 16, 0.5, 1e9).hidden  # BF16_Optimizer
+    hidden = speed.times(overlapping, gpu, 64, 1024, 16, 0.5, 1e9)
     assert hidden.step == pytest.approx(hidden.communication + hidden.inhibition)
 
 

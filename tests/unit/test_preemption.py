@@ -46,7 +46,7 @@ def test_forked_workers_do_not_inherit_the_handler():
 HANGUP = """
 import os, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[1] == "nohup" else signal.SIG_DFL)
-import l2e_ds.distributed
+import l2e_ds.distributed.collectives
 from l2e_ds.training import preemption
 preemption.listen()
 os.kill(os.getpid(), signal.SIGHUP)
@@ -67,7 +67,7 @@ def test_a_terminal_that_is_closed_is_a_wish_to_stop_but_for_nohup(how, said):
 LONELY = """
 import os, time
 os.environ["TORCHELASTIC_RUN_ID"] = "x"
-import l2e_ds.distributed
+import l2e_ds.distributed.collectives
 from l2e_ds.training import preemption
 preemption.listen()
 child = os.fork()

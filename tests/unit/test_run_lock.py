@@ -8,13 +8,13 @@ import sys
 import pytest
 
 from l2e_ds.errors import ConfigError
-from l2e_ds.training import run_lock
-from l2e_ds.training.run_lock import RunLock
+from l2e_ds.run_directory import lock as run_directory_lock
+from l2e_ds.run_directory.lock import RunLock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from l2e_ds.training.run_lock import RunLock
+from l2e_ds.run_directory.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -31,7 +31,9 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
         holder.kill()
         holder.wait()
     lock = RunLock(tmp_path)  # the killed run left its file behind
-    monkeypatch.setattr(run_lock.time, "sleep", lambda _: pytest.fail("waits for a process that is known to be dead"))
+    monkeypatch.setattr(
+        run_directory_lock.time, "sleep", lambda _: pytest.fail("waits for a process that is known to be dead")
+    )
     lock.acquire()
     assert json.loads(lock.path.read_text())["process"] == os.getpid()
     lock.release()
@@ -40,7 +42,7 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
 
 def test_another_host_s_lock_counts_as_long_as_it_is_renewed(tmp_path, monkeypatch):
     """As on a file system where hosts do not see each other's locks."""
-    monkeypatch.setattr(run_lock, "WATCHED_FOR", 3)
+    monkeypatch.setattr(run_directory_lock, "WATCHED_FOR", 3)
     path = tmp_path / "lock"
     path.write_text(json.dumps({"host": "another", "process": 1, "since": "yesterday"}))
     touch = subprocess.Popen(["bash", "-c", f"while true; do sleep 0.5; touch -c '{path}'; done"])

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from l2e_ds.training.metrics import drop_lines_after, flops_per_token
-from l2e_ds.training.metrics_lines import read_metrics
-from l2e_ds.training.state import reseed, rng_state, seed_everything, set_rng_state
+from l2e_ds.checkpoint.state import reseed, rng_state, seed_everything, set_rng_state
+from l2e_ds.models.counts import flops_per_token
+from l2e_ds.run_directory.metrics import drop_lines_after, read_metrics
 
 CPU = torch.device("cpu")
 

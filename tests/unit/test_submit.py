@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds import cli, slurm, submit
-from l2e_ds.config import slurm_seconds
+from l2e_ds import cli
+from l2e_ds.config.sections import slurm_seconds
+from l2e_ds.distributed import launch
 from l2e_ds.errors import ConfigError
+from l2e_ds.slurm import job as slurm_job
+from l2e_ds.slurm import submit
 
 RUN = """
 model: {name: pythia-14m, vocab_size: 300, num_layers: 4, hidden_size: 32, num_heads: 2}
@@ -112,10 +115,10 @@ def test_time_limits():
 def test_lists_of_runs(here):
     path = here / "list"
     path.write_text("# two runs\n\nrun.yaml training.steps=2 'training.run_directory=a $(touch pwned)'\nrun.yaml # b\n")
-    assert slurm.list_entry(path, 0) == ["run.yaml", "training.steps=2", "training.run_directory=a $(touch pwned)"]
-    assert slurm.list_entry(path, 1) == ["run.yaml"]
+    assert slurm_job.list_entry(path, 0) == ["run.yaml", "training.steps=2", "training.run_directory=a $(touch pwned)"]
+    assert slurm_job.list_entry(path, 1) == ["run.yaml"]
     with pytest.raises(ConfigError, match=r"has 2 runs, there is none for array task 2"):
-        slurm.list_entry(path, 2)
+        slurm_job.list_entry(path, 2)
     for line, said in {
         "run.yaml ; touch pwned": r"list:1: override ';'",
         "run.yaml $(touch pwned)": r"list:1: override '\$\(touch'",
@@ -126,14 +129,14 @@ def test_lists_of_runs(here):
     }.items():
         path.write_text(line + "\n")
         with pytest.raises(ConfigError, match=said):
-            slurm.list_entry(path, 0)
+            slurm_job.list_entry(path, 0)
     assert sorted(os.listdir()) == ["list", "run.yaml"]
 
 
 def test_ports_of_neighbouring_jobs_and_steps():
     jobs, steps = range(123456, 123456 + 64), range(16)
     ports = {
-        slurm.rendezvous_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in jobs for step in steps
+        launch.rendezvous_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in jobs for step in steps
     }
     assert len(ports) == len(jobs) * len(steps)
     assert min(ports) >= 10_000 and max(ports) < 32_768

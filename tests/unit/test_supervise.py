@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from l2e_ds.supervise import RESTART, SignsOfLife, is_for_restart, judge, write_stop_file
+from l2e_ds.run_directory.stop_file import RESTART, is_for_restart, write_stop_file
+from l2e_ds.supervise.processes import SignsOfLife
+from l2e_ds.supervise.supervisor import judge
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
 
 def test_a_suspended_supervisor_has_seen_no_silence(tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr("l2e_ds.supervise.time.monotonic", lambda: now)
+    monkeypatch.setattr("l2e_ds.supervise.processes.time.monotonic", lambda: now)
     lock = tmp_path / "lock"
     lock.touch()
     life = SignsOfLife(tmp_path)

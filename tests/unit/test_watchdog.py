@@ -8,14 +8,13 @@ import time
 
 SUSPENDED = """
 import os, signal, time
-from l2e_ds import distributed
-from l2e_ds.training import watchdog
+from l2e_ds.distributed import heartbeat, watchdog
 watchdog.INTERVAL = 0.1
 with watchdog.Watchdog(1.5 / 60):
     os.kill(os.getpid(), signal.SIGSTOP)
     for _ in range(5):  # a step that takes a while, then
         time.sleep(0.1)
-    distributed.progress("the step after waking")
+    heartbeat.progress("the step after waking")
     print("alive", flush=True)
     time.sleep(600)
 """

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from l2e_ds import train
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.errors import ConfigError
-from l2e_ds.families import blocks_of
-from l2e_ds.models import build_network, chosen_layers
+from l2e_ds.models.families import blocks_of
+from l2e_ds.models.network import build_network
+from l2e_ds.models.sites import chosen_layers
 from l2e_ds.training import trainer
 
 LAYERS = "mid-2"

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.losses import FrozenStatistics, score
-from l2e_ds.models import neuron_sites
+from l2e_ds.models.sites import neuron_sites
 
 SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
 COLUMNS = ("run", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")

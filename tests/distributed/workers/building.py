@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from l2e_ds import distributed
-from l2e_ds.config import ModelConfig
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.errors import DataError, L2EError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
-from l2e_ds.models import build_network, network_config
-from l2e_ds.train import leave_process, quiet_libraries
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import network_config
+from l2e_ds.system.process import leave_process, quiet_libraries
 
 ZERO3 = {
     "train_batch_size": 2,
@@ -63,7 +64,7 @@ def unequal_batches() -> dict:
             for rank, (sequences, real) in enumerate([(2, 5), (3, 4)]):
                 z = random.normal(2.0, 3.0, (sequences, 5, neurons)).astype(np.float32)
                 seen.append(z[:, :real].reshape(-1, neurons))
-                if rank == distributed.rank():
+                if rank == collectives.rank():
                     mask = torch.zeros(sequences, 5)
                     mask[:, :real] = 1
                     inhibitor.set_token_mask(mask)
@@ -85,24 +86,24 @@ def projection_of_unequal_batches(counted_together: bool) -> float:
     counted_together: each rank's loss is its tokens' share of all ranks' mean, as the Hugging Face Trainer has it,
     instead of the rank's own mean.
     """
-    neurons, tokens = 6, [170, 40][distributed.rank()]
+    neurons, tokens = 6, [170, 40][collectives.rank()]
     layer = nn.Sequential(nn.Identity())
     settings = Settings(target_share=0.1, coefficient=10.0)
-    random = torch.Generator().manual_seed(distributed.rank())
+    random = torch.Generator().manual_seed(collectives.rank())
     with Inhibitor([NeuronSite(0, layer, "0", "activation", neurons)], settings) as inhibitor:
         for _ in range(2):
             z = (2.0 + 3.0 * torch.randn(1, tokens, neurons, generator=random)).requires_grad_()
             mask = torch.rand(1, tokens, generator=random) < 0.8
             inhibitor.set_token_mask(mask)
             loss = 0.0 * layer(z)[mask].mean()
-            weight = mask.sum() / distributed.all_reduce_sum(mask.sum()) if counted_together else 1.0
+            weight = mask.sum() / collectives.all_reduce_sum(mask.sum()) if counted_together else 1.0
             inhibitor.attach_loss(loss * weight, weight=weight).backward()
             inhibitor.step()
     assert z.grad is not None
     found = []
     for direction in (torch.ones_like(z), z.detach()):
         terms = (z.grad * direction).double()[0]
-        inner, size = distributed.all_reduce_sum(torch.stack([terms.sum(0), terms.abs().sum(0)]))
+        inner, size = collectives.all_reduce_sum(torch.stack([terms.sum(0), terms.abs().sum(0)]))
         assert bool((size > 0).all())
         found.append(float((inner.abs() / size).max()))
     return max(found)
@@ -110,13 +111,13 @@ def projection_of_unequal_batches(counted_together: bool) -> float:
 
 def long_work() -> list:
     """Rank 0 works while the others wait; its mistake is everybody's."""
-    done = distributed.main_works(lambda: time.sleep(2.5) or "done", tick=lambda: None)
+    done = collectives.main_works(lambda: time.sleep(2.5) or "done", tick=lambda: None)
 
     def fail() -> None:
         raise DataError("empty")
 
     try:
-        distributed.main_works(fail, tick=lambda: None)
+        collectives.main_works(fail, tick=lambda: None)
     except L2EError as error:
         return [done, str(error)]
     return [done, "none"]
@@ -124,7 +125,7 @@ def long_work() -> list:
 
 def error_of_one_rank() -> str:
     try:
-        distributed.agree(DataError("broken here") if distributed.rank() == 1 else None)
+        collectives.agree(DataError("broken here") if collectives.rank() == 1 else None)
     except L2EError as error:
         return f"{type(error).__name__}: {error}"
     return "none"
@@ -133,7 +134,7 @@ def error_of_one_rank() -> str:
 def main() -> None:
     quiet_libraries()
     output = Path(sys.argv[1])
-    distributed.join(distributed.find_launch(), timeout_minutes=5)
+    process_group.join(launch.find_launch(), timeout_minutes=5)
     small = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
     result = {
         "unequal": unequal_batches(),
@@ -142,12 +143,12 @@ def main() -> None:
         "work": long_work(),
         "random": sharded_and_whole(small, 16),
     }
-    if distributed.is_main():
+    if collectives.is_main():
         build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
-    distributed.agree(None)
+    collectives.agree(None)
     result["pretrained"] = sharded_and_whole(ModelConfig(pretrained=str(output / "weights")), 16)
-    (output / f"rank{distributed.rank()}.json").write_text(json.dumps(result))
-    distributed.leave()
+    (output / f"rank{collectives.rank()}.json").write_text(json.dumps(result))
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -6,30 +6,30 @@ import json
 import sys
 from pathlib import Path
 
-from l2e_ds import distributed
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.errors import L2EError
-from l2e_ds.train import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, quiet_libraries
 
 
 def run_bad(output: Path) -> None:
     quiet_libraries()
-    distributed.join(distributed.find_launch(), 2)
+    process_group.join(launch.find_launch(), 2)
     from transformers import AutoModelForCausalLM
 
     from l2e_ds.evaluation.harness import evaluate, load_tasks
 
     tokenizer = load_tokenizer(str(output / "tasks/words.json"))
     for name, (model, task, shots) in json.loads((output / "cases.json").read_text()).items():
-        tasks = load_tasks([task], [output / "tasks"]) if distributed.is_main() else None
+        tasks = load_tasks([task], [output / "tasks"]) if collectives.is_main() else None
         told = "nothing"
         try:
             evaluate(AutoModelForCausalLM.from_pretrained(output / model), tokenizer, tasks, shots, 3)
         except L2EError as error:
             told = f"{error.on_every_rank} {error}"
-        (output / f"{name}-rank{distributed.rank()}.txt").write_text(told)
-    distributed.leave()
+        (output / f"{name}-rank{collectives.rank()}.txt").write_text(told)
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -18,11 +18,12 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch.nn import functional
 
-from l2e_ds import distributed
-from l2e_ds.config import ModelConfig
-from l2e_ds.models import build_network, network_config
-from l2e_ds.train import leave_process, quiet_libraries
-from l2e_ds.training.engine import loss_scale
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.distributed import collectives, launch, process_group
+from l2e_ds.engine.engine import loss_scale
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import network_config
+from l2e_ds.system.process import leave_process, quiet_libraries
 from tests.distributed.training_case import LENGTH, TrainingCase
 from tests.distributed.workers.train_cases import data, make_trainer
 
@@ -170,12 +171,12 @@ def main() -> None:
     if get_accelerator().device_name() == "cpu":
         type(get_accelerator()).is_fp16_supported = lambda self: True
     output, which = Path(sys.argv[1]), {"pairwise": pairwise, "all": combinations}[sys.argv[2]]
-    device = distributed.join(distributed.find_launch(), timeout_minutes=5)
+    device = process_group.join(launch.find_launch(), timeout_minutes=5)
     results, references = {}, {}
     for combination in which():
         name = "-".join(map(str, combination))
         gradients, calls, share, tau = measured(*combination, output / name, device)
-        if distributed.is_main():
+        if collectives.is_main():
             _, precision, micro_batch, _, loss = combination
             key = (precision, loss, micro_batch if loss == "projected" else None)
             if key not in references:
@@ -188,9 +189,9 @@ def main() -> None:
                 "calls": calls,
                 "selected": share,
             }
-    if distributed.is_main():
+    if collectives.is_main():
         (output / "matrix.json").write_text(json.dumps(results, indent=1))
-    distributed.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

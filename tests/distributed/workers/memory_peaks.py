@@ -1,6 +1,6 @@
 """Runs on every rank: for the case NAME of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the
 profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
-`l2e_ds.planning` predicts.
+`l2e_ds.planning.command` predicts.
 
 usage: memory_peaks.py OUTPUT NAME, in a process for each case: DeepSpeed keeps some of an engine alive as long as its
 process lives.
@@ -14,13 +14,18 @@ from pathlib import Path
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
 
-from l2e_ds import distributed, planning
-from l2e_ds.config import run_config_from_dict
+from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.data import PreparedData, TokenDataset
-from l2e_ds.models import chosen_layers, network_config
-from l2e_ds.train import Plan, leave_process, quiet_libraries
-from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import find_launch
+from l2e_ds.engine.configuration import resolve
+from l2e_ds.models.pythia import network_config
+from l2e_ds.models.sites import chosen_layers
+from l2e_ds.planning.command import memory
+from l2e_ds.planning.work import work_of
+from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training.loss import CHUNK
+from l2e_ds.training.preflight import Plan
 from l2e_ds.training.trainer import Trainer
 
 
@@ -42,34 +47,34 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     trainer.save()
     trainer.close()
     size = 0
-    if distributed.is_main():
+    if collectives.is_main():
         size = sum(path.stat().st_size for path in (directory / "checkpoints").rglob("*_states.pt"))
     events = profiler.profiler.kineto_results.events()
     live, peak = 0, 0
     for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += allocated
         peak = max(peak, live)
-    work = planning.work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
+    work = work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
     work = replace(work, chunk=CHUNK["cpu"])
-    predicted = planning.memory(work, ranks, batch.micro_batch, batch.accumulation)
+    predicted = memory.memory(work, ranks, batch.micro_batch, batch.accumulation)
     return {
         "peak": peak,
         "predicted": predicted.total,
         "parts": asdict(predicted),
         "checkpoint": size,
-        "predicted_checkpoint": planning.checkpoint_bytes(work),
+        "predicted_checkpoint": memory.checkpoint_bytes(work),
     }
 
 
 def main() -> None:
     quiet_libraries()
     output, name = Path(sys.argv[1]), sys.argv[2]
-    launch = distributed.find_launch()
-    device = distributed.join(launch, 5)
+    launch = find_launch()
+    device = process_group.join(launch, 5)
     case = json.loads((output / "cases.json").read_text())[name]
     found = measure(case, output / name, device, launch.size)
     (output / f"{name}-rank{launch.rank}.json").write_text(json.dumps(found))
-    distributed.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,16 @@ import threading
 import time
 from pathlib import Path
 
-from l2e_ds import distributed
-from l2e_ds.config import run_config_from_dict
-from l2e_ds.data.files import write_whole
-from l2e_ds.models import network_config
-from l2e_ds.train import preflight, quiet_libraries, train
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.distributed import heartbeat, process_group
+from l2e_ds.distributed.launch import find_launch
+from l2e_ds.engine.configuration import resolve
+from l2e_ds.models.pythia import network_config
+from l2e_ds.system.files import write_whole
+from l2e_ds.system.process import quiet_libraries
+from l2e_ds.train import train
 from l2e_ds.training import micro_batch
-from l2e_ds.training.deepspeed_config import resolve
+from l2e_ds.training.preflight import preflight
 
 USED = ("l2e_ds.training.trainer", "transformers.models.gpt_neox.modeling_gpt_neox", "deepspeed.ops.adam")
 
@@ -36,14 +39,14 @@ PROBED = {
 
 
 def run_to(steps: int, number: object, output: Path, name: str) -> None:
-    launch = distributed.find_launch()
+    launch = find_launch()
     overrides = [f"training.run_directory={output / name}", f"training.steps={steps}", f"training.micro_batch={number}"]
     train(preflight(output / "run.yaml", overrides, launch.size, this_machine=True), launch)
 
 
 def find(output: Path, name: str, global_batch: int, limit: float) -> None:
-    launch = distributed.find_launch()
-    device = distributed.join(launch, 5)
+    launch = find_launch()
+    device = process_group.join(launch, 5)
     own = {"run_directory": str(output / name), "global_batch": global_batch}
     raw = {**PROBED, "training": {**PROBED["training"], **own}}
     config, ds, _ = resolve(run_config_from_dict(raw, "case"), launch.size)
@@ -51,11 +54,11 @@ def find(output: Path, name: str, global_batch: int, limit: float) -> None:
         threading.Thread(target=kill_at_2, daemon=True).start()
     found = micro_batch.find(config, ds, network_config(config.model, 128), device, limit, by_speed=False)
     write_whole(output / f"{name}-rank{launch.rank}.json", found.record)
-    distributed.leave()
+    process_group.leave()
 
 
 def kill_at_2() -> None:
-    while distributed.doing() != "measuring micro-batch 2":
+    while heartbeat.doing() != "measuring micro-batch 2":
         time.sleep(0.01)
     for child in multiprocessing.active_children():
         child.kill()

@@ -2,18 +2,20 @@
 
 import sys
 
-from l2e_ds import distributed, train
+from l2e_ds import train
+from l2e_ds.distributed import collectives
+from l2e_ds.system import process
 from l2e_ds.training import trainer
 
 real = trainer.Trainer.train_step
 
 
 def train_step(self):
-    if distributed.rank() == 1 and self.state.step == 3:
+    if collectives.rank() == 1 and self.state.step == 3:
         raise ZeroDivisionError("broken on purpose")
     return real(self)
 
 
 if __name__ == "__main__":
     trainer.Trainer.train_step = train_step
-    train.leave_process(train.main(sys.argv[1:]))
+    process.leave_process(train.main(sys.argv[1:]))

@@ -19,16 +19,18 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from l2e_ds import distributed
-from l2e_ds.config import DataConfig, run_config_from_dict
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.distributed import collectives, launch, process_group
+from l2e_ds.engine.configuration import resolve
 from l2e_ds.errors import Interrupted
-from l2e_ds.models import network_config
-from l2e_ds.train import leave_process, quiet_libraries
+from l2e_ds.models.pythia import network_config
+from l2e_ds.run_directory import names as run_directory_names
+from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
-from l2e_ds.training.deepspeed_config import resolve
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
 from tests.distributed.training_case import LENGTH, TINY_RUN, VOCABULARY, Interruption, TrainingCase
@@ -53,7 +55,7 @@ def mixture(weights: Sequence[float]) -> dict:
 def streamed(folder: Path) -> dict:
     """A section `data` of a stream and a set; rank 0 writes words and their tokenizer."""
     text, tokenizer = folder / "words.jsonl", folder / "words.json"
-    if distributed.is_main() and not text.exists():
+    if collectives.is_main() and not text.exists():
         vocabulary = {"<|endoftext|>": 0} | {f"w{i}": i for i in range(1, VOCABULARY)}
         words = Tokenizer(WordLevel(vocabulary, unk_token="w1"))
         words.pre_tokenizer = Whitespace()
@@ -62,7 +64,7 @@ def streamed(folder: Path) -> dict:
         documents = [random.integers(1, VOCABULARY, random.integers(5, 40)) for _ in range(30)]
         lines = [json.dumps({"text": " ".join(f"w{i}" for i in ids)}) for ids in documents]
         text.write_text("\n".join(lines))
-    distributed.agree(None)
+    collectives.agree(None)
     stream = {"name": "words", "weight": 2, "source": "jsonl", "path": str(text), "streaming": True}
     stored = {"name": "stored", "weight": 1, "source": "text", "path": "none"}
     common = {"tokenizer": str(tokenizer), "sequence_length": LENGTH, "order": "stored", "held_out": 0.1, "workers": 1}
@@ -114,15 +116,15 @@ def make_trainer(
     if "pretrained" in raw["model"]:
         raw["model"] = given["model"]
     raw["training"]["run_directory"] = str(directory)
-    raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // distributed.size())
+    raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // collectives.size())
     if steps is not None:
         raw["training"]["steps"] = steps
     if "evaluation" in given:
         raw["evaluation"] = given["evaluation"]
-    config, ds, batch = resolve(run_config_from_dict(raw, "case"), distributed.size())
+    config, ds, batch = resolve(run_config_from_dict(raw, "case"), collectives.size())
     directory.mkdir(parents=True, exist_ok=True)
     network = network_config(config.model, LENGTH)
-    if distributed.is_main():
+    if collectives.is_main():
         network.save_pretrained(directory / "model")
     sets, tasks = data(config.data, case.stream == "stored beforehand"), None
     if config.evaluation.every:
@@ -135,7 +137,7 @@ def make_loss_non_finite(rank: int, steps: Sequence[int], trainer: Trainer) -> N
     real = trainer.head.loss
 
     def loss(engine, inputs, targets):
-        bad = distributed.rank() == rank and trainer.state.step in steps
+        bad = collectives.rank() == rank and trainer.state.step in steps
         return real(engine, inputs, targets) * (float("nan") if bad else 1.0)
 
     trainer.head.loss = loss
@@ -150,9 +152,9 @@ def train_until_interrupted(
     with make_trainer(case, directory, device) as trainer:
 
         def ask() -> None:
-            if distributed.rank() == rank and trainer.state.step == step:
+            if collectives.rank() == rank and trainer.state.step == step:
                 if how == "stop file":
-                    (directory / preemption.STOP_FILE).touch()
+                    (directory / run_directory_names.STOP_FILE).touch()
                 else:
                     os.kill(os.getpid(), signal.Signals[how])
 
@@ -178,7 +180,7 @@ def train_until_interrupted(
         try:
             trainer.train()
         except Interrupted as stopped:
-            (directory / f"interrupted-rank{distributed.rank()}.txt").open("a").write(f"{stopped}\n")
+            (directory / f"interrupted-rank{collectives.rank()}.txt").open("a").write(f"{stopped}\n")
         else:
             raise AssertionError(f"{interruption} was not heard")
     preemption.listen()
@@ -189,7 +191,7 @@ def save_logits(trainer: Trainer, file: Path) -> None:
     inputs = torch.arange(2 * LENGTH, device=trainer.device).reshape(2, LENGTH) % VOCABULARY
     with torch.no_grad():
         output = trainer.engine(input_ids=inputs, use_cache=False).logits
-    if distributed.is_main():
+    if collectives.is_main():
         save_file({"logits": output.contiguous()}, file)
 
 
@@ -209,16 +211,16 @@ def save_engine_state(trainer: Trainer, file: Path) -> None:
             found[f"{name}/weights"] = parameter.detach().clone()
     found["steps"] = torch.tensor(sorted({float(state["step"]) for state in adam.state.values()}))
     found["weight_decay"] = torch.tensor([group["weight_decay"] for group in adam.param_groups])
-    if distributed.is_main():
+    if collectives.is_main():
         save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}, file)
 
 
 def train_case(name: str, case: TrainingCase, output: Path, device: torch.device) -> None:
     directory = output / (case.in_directory_of or name)
     raised = None
-    if case.copy_of is not None and distributed.is_main():
+    if case.copy_of is not None and collectives.is_main():
         shutil.copytree(case.copy_of, directory)
-    distributed.agree(None)  # the copy is there
+    collectives.agree(None)  # the copy is there
     try:
         if case.stop_after is not None:
             with make_trainer(case, directory, device, case.before_stopping, case.stop_after) as first:
@@ -243,7 +245,7 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
     assert not any(thread.name == "loader" for thread in threading.enumerate())
     if case.fails_with is not None:
         assert raised is not None, f"{name}: expected {case.fails_with}"
-        (output / f"{name}-rank{distributed.rank()}.txt").write_text(str(raised))
+        (output / f"{name}-rank{collectives.rank()}.txt").write_text(str(raised))
 
 
 def main() -> None:
@@ -253,13 +255,13 @@ def main() -> None:
     # torch computes fp16 on CPUs; DeepSpeed only doubts it
     type(get_accelerator()).is_fp16_supported = lambda self: True
     output = Path(sys.argv[1])
-    device = distributed.join(distributed.find_launch(), timeout_minutes=5)
+    device = process_group.join(launch.find_launch(), timeout_minutes=5)
     for name, fields in json.loads((output / "cases.json").read_text()).items():
         begin = time.perf_counter()
         train_case(name, TrainingCase(**fields), output, device)
-        if distributed.is_main():
+        if collectives.is_main():
             print(f"{time.perf_counter() - begin:6.2f} s  {name}", flush=True)
-    distributed.leave()
+    process_group.leave()
 
 
 if __name__ == "__main__":

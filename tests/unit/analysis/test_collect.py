@@ -11,7 +11,7 @@ from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.errors import AnalysisError
 from l2e_ds.evaluation.model_source import ModelSource
-from l2e_ds.models import neuron_sites
+from l2e_ds.models.sites import neuron_sites
 
 TEXTS, LENGTH, NEURONS, FEATURES, BATCH = 11, 8, 32, 3, 4
 LABELS = np.arange(TEXTS) % FEATURES

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from l2e_ds.analysis import figures
+from l2e_ds.analysis import drawing, figures
 from l2e_ds.analysis.figures import write_figures
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -263,7 +263,7 @@ def test_files_of_several_models_and_of_empty_tables(tmp_path):
 
 def test_the_same_tables_give_the_same_bytes(tmp_path):
     once, again = (
-        figures._save(figures.ks_over_scale({"m": tables_of(0)}, ABOUT), tmp_path / name) for name in ("a", "b")
+        drawing.save(figures.ks_over_scale({"m": tables_of(0)}, ABOUT), tmp_path / name) for name in ("a", "b")
     )
     assert [path.read_bytes() for path in once] == [path.read_bytes() for path in again]
 
@@ -274,7 +274,8 @@ def test_leaves_the_process_as_it_was(tmp_path):
     (tmp_path / "matplotlibrc").write_text("backend: TkAgg\nfigure.facecolor: red\ntext.usetex: True\n")
     script = (
         "import sys, matplotlib; before = dict(matplotlib.rcParams.copy())\n"
-        "from l2e_ds.analysis.figures import neuron_distribution, svg_of; import pandas as pd\n"
+        "from l2e_ds.analysis.drawing import svg_of; import pandas as pd\n"
+        "from l2e_ds.analysis.figures import neuron_distribution\n"
         "table = pd.DataFrame({'feature': ['a', 'b'], 'left': 0.0, 'right': 1.0, 'count': [2, 3]})\n"
         "figure = neuron_distribution(table, 'a', {'a': 2.0, 'b': 1.0}); text = svg_of(figure)\n"
         "assert 'matplotlib.pyplot' not in sys.modules and dict(matplotlib.rcParams.copy()) == before\n"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from l2e_ds import cli
-from l2e_ds.config import DataConfig, run_config_from_dict
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import Schedule
 from l2e_ds.data.prepare import input_notes

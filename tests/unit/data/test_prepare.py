@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import check_data, encode, prepare, prepare_data, sources
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
 from l2e_ds.data.token_files import TokenFiles
@@ -178,7 +178,7 @@ def test_worker_processes_give_the_same_bytes_also_from_a_thread(tmp_path, monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import prepare, sources, token_files
 sources.CHUNK_BYTES, token_files._COMMIT_EVERY, left = 500, 0, [7]
 commit = token_files.TokenFiles.commit

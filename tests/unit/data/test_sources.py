@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import sources
 from l2e_ds.data.indexed import IndexedWriter
 from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, passed_over, source_files

@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import normalizers
 
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import stream as stream_module
 from l2e_ds.data.encode import digest
 from l2e_ds.data.sources import documents

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from l2e_ds import cli
-from l2e_ds.config import DataConfig
+from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import encode, prepare_sets, sources, token_files
 from l2e_ds.data.encode import Encoder, digest, may_cut
 from l2e_ds.data.indexed import IndexedTokens

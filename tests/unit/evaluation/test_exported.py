@@ -24,7 +24,7 @@ from transformers import (
 
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import train_tokenizer
-from l2e_ds.training import manifest
+from l2e_ds.run_directory import manifest
 from tests.unit.evaluation.test_sharing import make_run
 
 TEXTS = ["The old pilot counted", "Es war einmal  ein\n\tKönig,", "1 2 3<|endoftext|>x", "a"]

@@ -16,7 +16,8 @@ from transformers import GPTNeoXForCausalLM
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.evaluation import harness, results
+from l2e_ds.evaluation import harness
+from l2e_ds.run_directory import results
 from tests.task_files import LENGTH, TASKS, tiny_model, write_tasks
 
 

@@ -16,10 +16,10 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from l2e_ds.cli import main
-from l2e_ds.config import run_config_from_dict
+from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.data.tokenizer import train_tokenizer
-from l2e_ds.evaluation.results import append_result
-from l2e_ds.training import manifest
+from l2e_ds.run_directory import manifest
+from l2e_ds.run_directory.results import append_result
 from tests.processes import free_port
 
 STEP, ROWS = 20, 300

@@ -6,11 +6,11 @@ import re
 import pytest
 
 from l2e_ds.cli import main
-from l2e_ds.config import load_run_config
-from l2e_ds.evaluation.summary import _baseline
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.report.runs import read
 from l2e_ds.report.statistics import steady_median
-from l2e_ds.training.metrics_lines import of_kind, read_lines
+from l2e_ds.report.summary import _baseline
+from l2e_ds.run_directory.metrics import of_kind, read_lines
 from tests.processes import REPOSITORY
 from tests.unit.report.making import write_run
 

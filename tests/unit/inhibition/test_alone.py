@@ -14,4 +14,7 @@ print(*(name for name in heavy if name in sys.modules))
 
 def test_inhibition_imports_errors_and_distributed_only():
     done = subprocess.run([sys.executable, "-c", LIST], capture_output=True, text=True, check=True)
-    assert done.stdout == "l2e_ds.distributed l2e_ds.errors\n\n"
+    assert (
+        done.stdout
+        == "l2e_ds.distributed l2e_ds.distributed.collectives l2e_ds.distributed.heartbeat l2e_ds.errors\n\n"
+    )

@@ -10,10 +10,12 @@ from scipy.stats import chi2
 from torch import nn
 from torch.nn import functional
 
-from l2e_ds.config import ModelConfig
+from l2e_ds.config.sections import ModelConfig
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
-from l2e_ds.models import build_network, network_config, neuron_sites
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import network_config
+from l2e_ds.models.sites import neuron_sites
 
 PAIRS = 1e10
 

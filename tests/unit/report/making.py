@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.analysis import tables
-from l2e_ds.config import RunConfig
-from l2e_ds.evaluation.results import append_result
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.report import published
+from l2e_ds.run_directory.results import append_result
 from tests.unit.analysis.single_tokens import EDGES, activations, kurtosis, slow_histogram, text_moments
 
 STEPS, EVERY, EVALUATE = 100, 2, 10

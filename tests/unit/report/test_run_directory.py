@@ -8,9 +8,9 @@ import yaml
 
 from l2e_ds.cli import main
 from l2e_ds.errors import DataError
-from l2e_ds.evaluation.summary import summarise
 from l2e_ds.report import runs
-from l2e_ds.training.metrics_lines import of_kind, read_lines
+from l2e_ds.report.summary import summarise
+from l2e_ds.run_directory.metrics import of_kind, read_lines
 from tests.unit.report.making import paired_study, write_run
 
 TRAIN, EVALUATION = 2, 1  # of write_run's lines, counted from 0: a start, an evaluation, then training

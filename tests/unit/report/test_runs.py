@@ -9,7 +9,7 @@ import yaml
 
 from l2e_ds.errors import DataError
 from l2e_ds.report import runs
-from l2e_ds.training.metrics_lines import last_tenth, number
+from l2e_ds.run_directory.metrics import last_tenth, number
 from tests.unit.report.making import STEPS, add_results, paired_study, write_run, write_study
 
 

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from l2e_ds.evaluation.results import append_result
 from l2e_ds.report import published, runs, tables
 from l2e_ds.report.statistics import Measured
-from l2e_ds.training.metrics_lines import after_first_intervals
+from l2e_ds.run_directory.metrics import after_first_intervals
+from l2e_ds.run_directory.results import append_result
 from tests.unit.report.making import add_results, paired_study, write_run
 
 

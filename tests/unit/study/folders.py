@@ -10,7 +10,8 @@ import yaml
 
 from l2e_ds.study.checking import plan_runs, write_study
 from l2e_ds.study.definition import Study, read_study
-from l2e_ds.train import Plan, quiet_libraries
+from l2e_ds.system.process import quiet_libraries
+from l2e_ds.training.preflight import Plan
 
 CORPUS = "The river froze early that year. Rain came in from the west before noon. " * 40
 BASE = {

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from l2e_ds import cli
+from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.places import places
-from l2e_ds.submit import without_launcher
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from l2e_ds.config import load_run_config
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.definition import FILE, INDEX, read_study, text_of
 

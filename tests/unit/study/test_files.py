@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l2e_ds.config import find_file
+from l2e_ds.config.reading import find_file
 from l2e_ds.data.indexed import IndexedWriter
 from l2e_ds.study.checking import plan_runs
 from l2e_ds.study.definition import read_study
-from l2e_ds.train import quiet_libraries
+from l2e_ds.system.process import quiet_libraries
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))

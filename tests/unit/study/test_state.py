@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from l2e_ds.config import DECIDES_NO_FIGURE, RunConfig
+from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.checking import plan_runs, refuse_changes
 from l2e_ds.study.definition import Evaluation, read_study

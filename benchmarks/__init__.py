@@ -1,0 +1,24 @@
+"""What can be measured from a checkout: `python -m benchmarks NAME`. Not part of the installed package."""
+
+NAMES = {
+    "overhead": ("benchmarks.overhead", "what a step costs more with inhibition"),
+    "scaling": (
+        "benchmarks.scaling",
+        "how the cost of inhibition grows with neurons, tokens, layers and ranks",
+    ),
+    "memory": ("benchmarks.memory", "what inhibition adds to the memory of a step, by the number of tokens"),
+    "analysis": (
+        "benchmarks.analysis",
+        "what `l2e-ds analyze` costs beside its forward passes, and its memory",
+    ),
+    "data": ("benchmarks.data", "how fast text becomes tokens and tokens become batches"),
+    "faults": (
+        "benchmarks.reliability.faults",
+        "kill, hang and damage a small run again and again; compare each resume with the undisturbed run",
+    ),
+    "throughput": (
+        "benchmarks.throughput",
+        "tokens/s and memory against the Hugging Face Trainer and a minimal DeepSpeed loop",
+    ),
+}
+"""By name: the module, which has `add_arguments` and `run`, and one line of help."""

@@ -1,0 +1,204 @@
+"""`python -m benchmarks memory`: what inhibition adds to the memory of a step, by the number of tokens.
+
+Of a network in Pythia's shape, without DeepSpeed: what autograd keeps for backward, and the peak of all allocations of
+a forward and backward pass, each against the same without inhibition. On GPUs the peak is the allocator's; on CPUs
+torch.profiler's, which notes every allocation.
+
+Shapes: B sequences of a micro-batch, T tokens a sequence, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.about import circumstances, heading, new_folder, write_results
+from benchmarks.overhead import NONE, VARIANTS
+from l2e_ds.console import at_least, markdown
+from l2e_ds.distributed import launch
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition import Inhibitor
+
+PASSES = 3
+"""The last is measured: the first has no history, and the self-test is over after the second."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="pythia-14m", metavar="NAME", help="Pythia size (default: %(default)s)")
+    parser.add_argument(
+        "--vocabulary",
+        type=int,
+        default=1024,
+        metavar="V",
+        help="rows; few, to hide nothing (default: 1024)",
+    )
+    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=[4, 8, 16], metavar="B", help="sequences (default: 4 8 16)"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: memory.json and memory.md")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError. Under a launcher rank 0 measures alone: other ranks' memory is the same."""
+    from l2e_ds.config.sections import ModelConfig
+    from l2e_ds.models.pythia import check_sizes
+    from l2e_ds.system.process import quiet_libraries
+
+    if launch.find_launch().rank != 0:
+        return 0
+    check_sizes("--model", [arguments.model])
+    for option in ("vocabulary", "sequence_length"):
+        at_least(f"--{option.replace('_', '-')}", getattr(arguments, option), 2)
+    if len(set(arguments.micro_batches)) < 2 or min(arguments.micro_batches) < 1:
+        given = " ".join(map(str, arguments.micro_batches))
+        raise ConfigError(f"--micro-batches: got {given}, allowed: at least two different integers >= 1")
+    quiet_libraries()
+    about = circumstances("torch", "transformers")
+    if arguments.output is not None:
+        new_folder("--output", arguments.output)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    model = ModelConfig(name=arguments.model, vocab_size=arguments.vocabulary)
+    found = {
+        variant: [measure(model, variant, size, arguments.sequence_length, device) for size in arguments.micro_batches]
+        for variant in (NONE, *VARIANTS)
+    }
+    results = about | {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "model": arguments.model,
+        "vocabulary": arguments.vocabulary,
+        "tokens": [size * arguments.sequence_length for size in arguments.micro_batches],
+        "found": found,
+    }
+    table = page(results)
+    if arguments.output is not None:
+        write_results(arguments.output, "memory", results, table)
+    print(table, flush=True)
+    return 0
+
+
+def measure(model: Any, variant: str, sequences: int, length: int, device: torch.device) -> dict[str, int]:
+    """Bytes: `state` that the inhibitor holds, `kept` for backward, `peak` of a pass above what was held before it."""
+    from l2e_ds.models.network import build_network
+    from l2e_ds.models.pythia import network_config
+    from l2e_ds.models.sites import neuron_sites
+    from l2e_ds.training.loss import LossHead
+
+    network = build_network(model, network_config(model, length), 1234, None).to(device)
+    head = LossHead(network)
+    inhibitor = Inhibitor(neuron_sites(network), VARIANTS[variant], device) if variant != NONE else None
+    if inhibitor is not None:
+        inhibitor.attach()
+    tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=device)
+
+    def forward() -> Tensor:
+        loss = head.loss(network, tokens[:, :-1], tokens[:, 1:])
+        return loss if inhibitor is None else inhibitor.attach_loss(loss)
+
+    for _ in range(PASSES - 1):
+        forward().backward()
+        if inhibitor is not None:
+            inhibitor.step()
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()
+    bytes_kept = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    kept.clear()
+    loss.backward()
+    del loss
+    if inhibitor is not None:
+        inhibitor.step()
+    return {"state": _state_bytes(inhibitor), "kept": bytes_kept, "peak": _peak(forward, device)}
+
+
+def _state_bytes(inhibitor: Inhibitor | None) -> int:
+    """Of the packed sums, what a checkpoint holds, and the float32 constants of a step."""
+    if inhibitor is None:
+        return 0
+    held = [inhibitor._packed, *inhibitor.state_dict().values()]
+    for hook in inhibitor.hooks:
+        held += [tensor for tensor in vars(hook.frozen).values() if isinstance(tensor, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+
+def _peak(forward: Any, device: torch.device) -> int:
+    """Of one forward and backward pass, above what was allocated before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        forward().backward()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        forward().backward()
+    live, peak = 0, 0
+    events = profiler.profiler.kineto_results.events()
+    for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        live += allocated
+        peak = max(peak, live)
+    return peak
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """The profiler's C++ side announces itself there, whatever it is told."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def per_token(results: dict[str, Any], variant: str, what: str) -> float:
+    """Bytes that a variant adds for each token: the slope between the smallest and the largest micro-batch."""
+    tokens, found = results["tokens"], results["found"]
+    low, high = tokens.index(min(tokens)), tokens.index(max(tokens))
+    added = [found[variant][index][what] - found[NONE][index][what] for index in (low, high)]
+    return (added[1] - added[0]) / (tokens[high] - tokens[low])
+
+
+def page(results: dict[str, Any]) -> str:
+    """Markdown: added bytes by variant and number of tokens."""
+    devices = "CPUs" if results["device"] == "cpu" else results["device"]
+    command = f"python -m benchmarks memory --model {results['model']}"
+    parts = [
+        heading("Memory of inhibition", command, results),
+        f"{devices}; {results['model']} with {results['vocabulary']:,}"
+        " vocabulary rows, float32, `mid-2`. Bytes that a method adds to those of the same pass without inhibition.\n",
+    ]
+    for what, title in (
+        ("kept", "Kept for backward by autograd"),
+        ("peak", "Peak of forward and backward"),
+    ):
+        heads = ["method", *(f"{tokens:,} tokens" for tokens in results["tokens"]), "a token"]
+        none = results["found"][NONE]
+        rows = [[f"{NONE} (all of it)", *(f"{one[what]:,}" for one in none), ""]]
+        for variant in VARIANTS:
+            pairs = zip(results["found"][variant], none, strict=True)
+            added = [f"{one[what] - other[what]:,}" for one, other in pairs]
+            rows.append([variant, *added, f"{per_token(results, variant, what):,.1f}"])
+        parts.append(f"## {title}\n\n{markdown(heads, rows)}")
+    state = results["found"]["L2E"][0]["state"]
+    parts.append(f"Whatever the tokens, L2E holds {state:,} bytes of moments, thresholds, constants and sums.\n")
+    return "\n".join(parts)

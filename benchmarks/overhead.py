@@ -1,0 +1,359 @@
+"""`python -m benchmarks overhead`: what a step costs more with inhibition.
+
+Two measurements of each variant, alternating with no inhibition. The operation: forward and backward of one hooked
+layer's activation, and what follows once a step; its milliseconds, divided by a step's, are sharp where whole steps
+scatter. The whole step: one trainer whose hooks are changed from step to step. Runs alone, and under any launcher
+(`deepspeed --module l2e_ds.cli bench overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
+
+Shapes: B sequences of a micro-batch, T tokens a sequence, M = B * T, N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import throughput
+from benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
+from l2e_ds.console import markdown
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import Launch, reported_once
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+
+VARIANTS: dict[str, Settings] = {
+    "L2E": Settings(),  # as runs have it: in one pass where that pays
+    "L2E, plain operations": Settings(fused=False),
+    "L2E, reduce: forward": Settings(reduce="forward"),
+    "MEmeL": Settings(retrieval="top-k", mechanism="reverse-deactivation"),
+}
+NONE = "none"
+WIDE = 10_240  # neurons of a layer of Pythia 2.8B
+WARMUP = 3  # of every variant: history, the self-test, compilation
+PER_STEP = 5  # rounds of the operation for one whole step
+
+DEFAULTS: dict[str, Any] = {
+    "sequence_length": 512,
+    "micro_batch": 4,
+    "rounds": 12,
+    "deepspeed": "ds_configs/zero1.json",
+    "precision": "auto",
+    "wide_tokens": 1024,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="Pythia sizes (default: 14m, 31m, 70m on CPUs, 70m, 410m, 1b, 2.8b on GPUs)",
+    )
+    for name, about, kind in (
+        ("sequence_length", "tokens a sequence", int),
+        ("micro_batch", "sequences a rank takes at once; a step has one", int),
+        ("rounds", f"alternations of whole steps; of the operation {PER_STEP} times as many", int),
+        ("deepspeed", "DeepSpeed JSON", str),
+        ("precision", ", ".join(throughput.PRECISIONS), str),
+        ("wide_tokens", f"tokens of the layer of {WIDE:,} neurons; 0: without it", int),
+    ):
+        default = DEFAULTS[name]
+        help = f"{about} (default: {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=help)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: overhead.json and overhead.md")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a run file's section model")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError."""
+    return reported_once(lambda launch: _run(arguments, launch))
+
+
+def _run(arguments: argparse.Namespace, launch: Launch) -> None:
+    from l2e_ds.config.reading import run_config_from_dict
+    from l2e_ds.engine.configuration import check_device, resolve
+    from l2e_ds.system.process import quiet_libraries
+
+    quiet_libraries()
+    on_gpu = torch.cuda.is_available()
+    sizes = ["70m", "410m", "1b", "2.8b"] if on_gpu else ["14m", "31m", "70m"]
+    arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
+    arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
+    if arguments.wide_tokens < 0:
+        raise ConfigError(f"--wide-tokens: got {arguments.wide_tokens}, allowed: an integer >= 0")
+    contents = {name: throughput.run_file(arguments, name, launch.size) for name in throughput.models_of(arguments)}
+    throughput.check(arguments, contents, launch.size)
+    runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}
+    for config, *_ in runs.values():
+        check_device(config)
+    about = circumstances("torch", "deepspeed", "transformers")
+    if arguments.output is not None and launch.rank == 0:
+        new_folder("--output", arguments.output)
+    device = process_group.join(launch, 10)
+    torch.set_num_threads(throughput.threads_of_rank())
+    precision = next(iter(runs.values()))[0].training.precision
+    results = about | {
+        "ranks": launch.size,
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "options": {name: getattr(arguments, name) for name in DEFAULTS}
+        | {"deepspeed": Path(arguments.deepspeed).name},
+        "models": {},
+    }
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    operation_rounds = PER_STEP * arguments.rounds
+    for name, resolved in runs.items():
+        results["models"][name] = measure_model(name, resolved, arguments.rounds, dtype, device)
+    if arguments.wide_tokens:
+        results["wide"] = measure_operation(arguments.wide_tokens, WIDE, dtype, device, operation_rounds)
+        results["wide"] |= {"top_k": time_top_k(arguments.wide_tokens, WIDE, device, operation_rounds)}
+    if collectives.is_main():
+        table = page(results)
+        if arguments.output is not None:
+            write_results(arguments.output, "overhead", results, table)
+        print(table, flush=True)
+    process_group.leave()
+
+
+# --- the operation -----------------------------------------------------------------------------------------------
+
+
+class _Activation(nn.Module):
+    """Where one layer's neurons are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+
+
+def hooked(modules: Sequence[nn.Module], neurons: int, settings: Settings, device: torch.device) -> Inhibitor:
+    """On one layer for each module, whose `act` is a GELU."""
+    sites = [NeuronSite(index, module, "act", "activation", neurons, "gelu") for index, module in enumerate(modules)]
+    inhibitor = Inhibitor(sites, settings, device)
+    inhibitor.attach()
+    return inhibitor
+
+
+def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of `Inhibitor.step` on this rank, with so many hooked layers of [M, N] float32."""
+    modules = [_Activation() for _ in range(layers)]
+    inhibitor, times = hooked(modules, neurons, VARIANTS["L2E"], device), []
+    x, incoming = (torch.randn(1, tokens, neurons, device=device) for _ in range(2))
+    scale = torch.ones((), device=device, requires_grad=True)
+    x.requires_grad_()
+    for index in range(WARMUP + rounds):
+        _pass(modules, inhibitor, x, incoming, scale)
+        took = milliseconds(inhibitor.step, device)
+        if index >= WARMUP:
+            times.append(took)
+    return times
+
+
+def measure_operation(
+    tokens: int, neurons: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds of forward and backward of GELU on [M, N] (`passes`) and of `Inhibitor.step` (`steps`), by variant.
+
+    The variants alternate round by round; lists have an entry for each.
+    """
+    torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
+    x = torch.randn(1, tokens, neurons, dtype=dtype, device=device, requires_grad=True)
+    incoming = torch.randn(tokens, neurons, device=device).to(dtype).view_as(x)
+    modules = {name: _Activation() for name in (NONE, *VARIANTS)}
+    inhibitors = {name: hooked([modules[name]], neurons, settings, device) for name, settings in VARIANTS.items()}
+    scale = torch.ones((), device=device, requires_grad=True)
+    passes: dict[str, list[float]] = {name: [] for name in modules}
+    steps: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for index in range(WARMUP + rounds):
+        for name, module in modules.items():
+            used, x.grad = inhibitors.get(name), None
+            took = milliseconds(partial(_pass, [module], used, x, incoming, scale), device)
+            after = 0.0 if used is None else milliseconds(used.step, device)
+            if index >= WARMUP:
+                passes[name].append(took)
+                if used is not None:
+                    steps[name].append(after)
+    return {"tokens": tokens, "neurons": neurons, "passes": passes, "steps": steps}
+
+
+def _pass(
+    modules: Sequence[nn.Module], inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, scale: Tensor
+) -> None:
+    """Forward and backward. scale: [], what the LM loss is in training: where hooks note the scale of the gradient."""
+    outputs = [module.act(x) for module in modules]  # type: ignore[operator]
+    root = scale if inhibitor is None else inhibitor.attach_loss(scale)  # last: then its gradient comes first
+    torch.autograd.backward([root, *outputs], [torch.ones_like(root), *[incoming] * len(outputs)])
+
+
+@torch.no_grad()
+def time_top_k(tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of `torch.topk` alone, of 2 % of float32 scores [M, N]: what MEmeL cannot do without."""
+    scores = torch.rand(tokens, neurons, device=device)
+    k = math.ceil(VARIANTS["MEmeL"].target_share * neurons)
+    return [milliseconds(lambda: scores.topk(k, dim=1), device) for _ in range(rounds)]
+
+
+def milliseconds(action: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    action()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# --- the whole step ----------------------------------------------------------------------------------------------
+
+
+def measure_model(
+    name: str, resolved: tuple[Any, dict, Any], rounds: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """`operation` as `measure_operation` at the model's shape; `step_seconds` by variant; `layers`: hooked ones.
+
+    Collective: every rank takes its steps, each has its own times.
+    """
+    from benchmarks.contenders import make_dataset
+    from l2e_ds.data import PreparedData
+    from l2e_ds.models.families import neurons_of
+    from l2e_ds.models.pythia import network_config
+    from l2e_ds.training.trainer import Trainer
+
+    config, ds, batch = resolved
+    steps = (WARMUP + rounds) * (1 + len(VARIANTS))
+    network = network_config(config.model, config.data.sequence_length)
+    tokens = batch.micro_batch * config.data.sequence_length
+    operation = measure_operation(tokens, neurons_of(network), dtype, device, PER_STEP * rounds)
+    dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
+    data = [PreparedData(dataset, None, None, dataset.num_tokens, 0, None)]
+    seconds: dict[str, list[float]] = {variant: [] for variant in (NONE, *VARIANTS)}
+    with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder:
+        config = config.replace("training", run_directory=folder, steps=steps)
+        with Trainer(config, ds, batch, network, data, device) as trainer:
+            inhibitors = {
+                variant: Inhibitor([replace(site) for site in trainer.sites], settings, device)
+                for variant, settings in VARIANTS.items()
+            }
+            for index in range(WARMUP + rounds):
+                for variant in seconds:
+                    trainer.inhibitor = inhibitors.get(variant)
+                    with trainer.inhibitor or nullcontext():
+                        took = milliseconds(trainer.train_step, device) / 1e3
+                    if index >= WARMUP:
+                        seconds[variant].append(took)
+            trainer.inhibitor = None
+            if collectives.is_main():
+                say(f"{name}: a step takes {statistics.median(seconds[NONE]):.3g} s")
+    return {"layers": len(trainer.sites), "operation": operation, "step_seconds": seconds}
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def added(operation: dict[str, Any], variant: str) -> list[float]:
+    """Milliseconds that a variant adds to forward and backward of a layer, round by round."""
+    return [
+        with_it - without
+        for with_it, without in zip(operation["passes"][variant], operation["passes"][NONE], strict=True)
+    ]
+
+
+def cost_of_step(found: dict[str, Any], variant: str) -> float:
+    """Percent of a step, from the medians of the operation: its layers' passes and what follows once a step."""
+    operation = found["operation"]
+    once = statistics.median(operation["steps"][variant])
+    more = found["layers"] * (statistics.median(added(operation, variant)) + once)
+    return more / (10 * statistics.median(found["step_seconds"][NONE]))
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of the median that needs no assumption about the distribution: between two order statistics.
+
+    Their ranks are those of the binomial distribution's tails (Conover 1999, section 3.2); with fewer than six values
+    it is the whole range.
+    """
+    ordered, count, tail = sorted(values), len(values), 0.0
+    rank = 0
+    while rank < count // 2 and (tail := tail + math.comb(count, rank) / 2**count) <= (1 - confidence) / 2:
+        rank += 1
+    rank = max(rank, 1)
+    return ordered[rank - 1], ordered[count - rank]
+
+
+def page(results: dict[str, Any]) -> str:
+    """Markdown: a table for each model, and one for the wide layer."""
+    options = results["options"]
+    words = [
+        f"--{name.replace('_', '-')} {options[name]}"
+        for name, value in DEFAULTS.items()
+        if options[name] != Path(str(value)).name and options[name] != value
+    ]
+    command = " ".join(["python -m benchmarks overhead --models", *results["models"], *words])
+    devices = "CPUs" if results["device"] == "cpu" else results["device"]
+    parts = [
+        heading("Overhead of inhibition", command, results),
+        f"{results['ranks']} rank(s) on {devices}, {results['threads']} threads each; {options['deepspeed']},"
+        f" {results['precision']}; a step of a rank: {options['micro_batch']} sequences of"
+        f" {options['sequence_length']:,} tokens in one micro-batch, the least that a step can have, so that what"
+        " inhibition does once a step weighs most. `mid-2`, a share of 2 %.\n\n"
+        '"A layer": what forward and backward of a hooked layer\'s activation take more than GELU alone. "Of the step":'
+        " that of all hooked layers, and `Inhibitor.step`, over the median step without inhibition."
+        ' "Whole step": its time over that without inhibition in the same round; 95 % interval of the median.\n',
+    ]
+    for name, found in results["models"].items():
+        operation, seconds = found["operation"], found["step_seconds"]
+        rows = []
+        for variant in VARIANTS:
+            ratios = [one / none for one, none in zip(seconds[variant], seconds[NONE], strict=True)]
+            low, high = median_interval(ratios)
+            rows.append(
+                [
+                    variant,
+                    median_and_spread(added(operation, variant)),
+                    median_and_spread(operation["steps"][variant]),
+                    f"{cost_of_step(found, variant):.2f}",
+                    f"{statistics.median(ratios):.3f} ({low:.3f} to {high:.3f})",
+                ]
+            )
+        heads = ["method", "a layer, ms", "once a step and layer, ms", "of the step, %", "whole step"]
+        parts.append(
+            f"## {name}\n\n[{operation['tokens']:,}, {operation['neurons']:,}] activations a layer, {found['layers']}"
+            f" layers; GELU alone {median_and_spread(operation['passes'][NONE])} ms, a step without inhibition"
+            f" {median_and_spread(seconds[NONE], 3)} s.\n\n{markdown(heads, rows)}"
+        )
+    if "wide" in results:
+        parts.append(_wide_table(results["wide"]))
+    return "\n".join(parts)
+
+
+def _wide_table(operation: dict[str, Any]) -> str:
+    """The layer of a 2.8B model: MEmeL's overhead over each."""
+    memel = added(operation, "MEmeL")
+    rows = []
+    for variant in VARIANTS:
+        own = added(operation, variant)
+        ratio = statistics.median(memel) / statistics.median(own)
+        rows.append([variant, median_and_spread(own), f"{ratio:.1f}"])
+    return (
+        f"## A layer of Pythia 2.8B\n\n[{operation['tokens']:,}, {operation['neurons']:,}] activations; GELU alone"
+        f" {median_and_spread(operation['passes'][NONE])} ms, the top-k of MEmeL alone"
+        f" {median_and_spread(operation['top_k'])} ms.\n\n"
+        + markdown(["method", "added, ms", "MEmeL's over it (medians)"], rows)
+    )

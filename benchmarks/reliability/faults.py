@@ -1,0 +1,694 @@
+"""`python -m benchmarks faults`: does a run survive, and is it still the same run?
+
+A small run is made once without disturbance. Then it is made again through the real launcher and supervisor, and a
+fault is injected after another: each at a random moment, each followed by an automatic resume whose every line of
+metrics must equal the undisturbed run's of the same step to the bit. At the end so must the weights and the state of
+the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from benchmarks.about import new_folder, say
+from benchmarks.reliability import virtual_slurm
+from benchmarks.reliability.watched_run import RunEnded, RunLost, WatchedRun, read_reference
+from l2e_ds.console import at_least
+from l2e_ds.distributed import launch
+from l2e_ds.errors import ConfigError, L2EError, SaveError
+from l2e_ds.system.provenance import machine, versions
+
+EVERY = 20
+"""Steps between checkpoints."""
+KEPT = 3
+"""Checkpoints that stay."""
+TIMEOUT = 0.5
+"""`training.timeout` in minutes."""
+DISK_MEGABYTES = 24
+GONE_WITHIN = 60.0
+"""Seconds after which a killed process that is still there is an error."""
+PACKAGES = ("torch", "deepspeed", "transformers")
+MARKERS = ("<!-- begin: python -m benchmarks faults -->", "<!-- end: python -m benchmarks faults -->")
+
+# kind -> how many of a hundred, what is done; with fewer faults than kinds, the first ones
+KINDS: dict[str, tuple[int, str]] = {
+    "step": (30, "SIGKILL in the middle of a step, of one rank or of all"),
+    "save": (24, "SIGKILL while a checkpoint is being written, of one rank or of all"),
+    "bit-flipped": (7, "all ranks killed, then one bit of the newest checkpoint flipped"),
+    "truncated": (7, "all ranks killed, then a file of the newest checkpoint cut off"),
+    "missing": (7, "all ranks killed, then a file of the newest checkpoint removed"),
+    "zero-length": (7, "all ranks killed, then a file of the newest checkpoint emptied"),
+    "disk, stop": (2, "full disk; `checkpoint.on_error: stop`"),
+    "disk, continue": (2, "full disk; `checkpoint.on_error: continue`, then SIGKILL once there is room again"),
+    "launch": (4, "SIGKILL of launcher and ranks together, as when a node loses power"),
+    "resume": (6, "SIGKILL in the middle of a step, then of launcher and ranks while they resume"),
+    "hang": (2, f"SIGSTOP of a rank: no sign of life for `training.timeout` ({TIMEOUT} minutes here)"),
+    "node": (2, "SLURM: SIGKILL of a node's slurmd and of everything on it"),
+}
+STOP, CONTINUE, NODE = "disk, stop", "disk, continue", "node"
+ON_DISK = (STOP, CONTINUE)
+STARTS_OF = {"resume": 2}
+"""Restarts that belong to a fault, where they are not 1."""
+
+
+@dataclass
+class Fault:
+    """One injected fault, and what became of the run."""
+
+    number: int
+    kind: str
+    detail: str = ""
+    step: int = 0  # the last one before the fault
+    at: float = 0.0
+    resumed: int | None = None  # step of the checkpoint from which it went on
+    redone: int | None = None  # steps
+    restart_seconds: float | None = None  # from the start of the launcher to the first new step
+    outage_seconds: float | None = None  # from the fault to the first new step
+    first_start: int = 0  # of the run's starts, the first after the fault
+    starts: int = 0  # until it went on
+    compared: int = 0  # lines written after the resume and compared with the undisturbed run's
+    wrong: list[str] = field(default_factory=list)  # where they differ
+    lost: str | None = None  # why the run did not go on
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help="how many (default: 100)")
+    parser.add_argument("--seed", type=int, default=1, help="decides kinds, moments, ranks and files (default: 1)")
+    parser.add_argument("--ranks", type=int, default=2, help="of the run, on this machine (default: 2)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/faults"), metavar="DIR", help="new or empty; on the disk to be tested"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE.md", help="also write the table into it, between its markers"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 if every fault was injected or could not be on this machine, no run was lost and no resume was
+    wrong; else 1. Raises ConfigError."""
+    for name, least in (("faults", 1), ("ranks", 2)):
+        at_least(f"--{name}", getattr(arguments, name), least)
+    page = arguments.page
+    if page is not None and not (page.is_file() and all(marker in page.read_text("utf-8") for marker in MARKERS)):
+        raise ConfigError(f"--page: {page} is not a file with the lines {MARKERS[0]} and {MARKERS[1]}")
+    from l2e_ds.system.process import quiet_libraries
+
+    quiet_libraries()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    output = new_folder("--output", arguments.output)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of ours may outlive us
+    benchmark = Benchmark(output, arguments.faults, arguments.seed, arguments.ranks)
+    benchmark.measure()
+    table = benchmark.table()
+    benchmark.keep_record()
+    (output / "faults.md").write_text(table, encoding="utf-8")
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
+        page.write_text(f"{before}{MARKERS[0]}\n{table}{MARKERS[1]}{after}", encoding="utf-8")
+    print(table)
+    print(f"every fault: {output / 'faults.json'}")
+    return 0 if benchmark.passed() else 1
+
+
+def plan(faults: int, generator: random.Random) -> list[str]:
+    """Kinds in the order in which they are injected: in their shares, each at least once where there are enough."""
+    if faults <= len(KINDS):
+        chosen = list(KINDS)[:faults]
+    else:
+        chosen = list(KINDS)
+        while len(chosen) < faults:  # the kind that lags most behind its share
+            chosen.append(min(KINDS, key=lambda kind: (chosen.count(kind) + 0.5) / KINDS[kind][0]))
+    generator.shuffle(chosen)
+    return chosen
+
+
+class Benchmark:
+    """output: the folder of everything that is written. ranks: of every run."""
+
+    def __init__(self, output: Path, faults: int, seed: int, ranks: int) -> None:
+        self.output, self.ranks, self.seed = output, ranks, seed
+        self.random = random.Random(seed)
+        self.kinds = plan(faults, self.random)
+        self.steps = 6 * EVERY + EVERY // 2 * len(self.kinds)  # most faults throw the run back to where it was
+        self.faults: list[Fault] = []
+        self.impossible: dict[str, str] = {}  # kind -> why it cannot be injected here
+        self.unasked: list[str] = []  # restarts that no fault explains
+        self.ends_differ: str | None = "the run did not come to its end"
+        self.reference: dict[int, dict] = {}
+        self.save_seconds = self.step_seconds = 0.1
+        self.began, self.load = time.time(), os.getloadavg()[0]
+
+    def measure(self) -> None:
+        """Everything; takes 10 to 25 seconds a fault. Raises L2EError where the undisturbed run fails."""
+        self.write_run_file()
+        say(f"the undisturbed run: {self.steps} steps on {self.ranks} ranks")
+        self.run_undisturbed()
+        for kinds, disturb in (
+            ([kind for kind in self.kinds if kind in ON_DISK], self.disturb_by_a_full_disk),
+            ([kind for kind in self.kinds if kind == NODE], self.disturb_under_slurm),
+            ([kind for kind in self.kinds if kind not in (*ON_DISK, NODE)], self.disturb),
+        ):
+            if kinds:
+                disturb(kinds)
+
+    # --- the runs ------------------------------------------------------------------------------------------------
+
+    def write_run_file(self) -> None:
+        data = {"source": "stdlib", "train_tokenizer": 320, "max_documents": 40, "max_tokens": 100_000}
+        training = {"steps": self.steps, "global_batch": 4 * self.ranks, "micro_batch": 2, "precision": "fp32"}
+        content = {
+            "model": {"name": "pythia-14m", "vocab_size": 320, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
+            "data": {**data, "sequence_length": 16, "held_out": 0.1, "cache": str(self.output / "cache")},
+            "optimizer": {"peak_learning_rate": 3e-3},
+            "training": {**training, "evaluate_every": 0, "seed": self.seed},
+            "inhibition": {"coefficient": 0.01},
+            "checkpoint": {"every": EVERY, "keep_last": KEPT},
+            "logging": {"every": 1},
+        }
+        (self.output / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+
+    def command(self, directory: Path, *words: str, restarts: int = 0) -> list[str]:
+        """The supervisor over the deepspeed launcher."""
+        supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
+        run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
+        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(launch.free_port())]
+        return [*supervisor, *run, "--", *launcher, "--log_level", "error", "--module", "l2e_ds.train"]
+
+    def run_undisturbed(self) -> None:
+        directory, log = self.output / "undisturbed", self.output / "undisturbed.log"
+        one = WatchedRun(directory, log, {})
+        try:
+            one.start(self.command(directory))
+            assert one.process is not None
+            code = one.process.wait()
+        finally:
+            one.end()
+        if code != 0:
+            raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
+        self.reference = read_reference(directory, self.steps)
+        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        saves = [line["published_seconds"] for line in lines if line["kind"] == "checkpoint"]
+        self.save_seconds = statistics.median(saves)
+        self.step_seconds = statistics.median(line["step_seconds"] for line in lines if line["kind"] == "train")
+        say(f"{1 / self.step_seconds:.1f} steps/s; a checkpoint counts after {self.save_seconds:.2f} s")
+
+    @contextmanager
+    def watched(self, name: str, directory: Path) -> Iterator[WatchedRun]:
+        """A run to be disturbed; nothing of it outlives the block."""
+        one, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
+        try:
+            yield one
+        except RunLost as lost:
+            say(f"LOST: {lost}")
+            if len(self.faults) == before or self.faults[-1].resumed is not None:
+                self.faults.append(
+                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=one.step)
+                )
+            self.faults[-1].lost = str(lost)
+        finally:
+            one.end()
+        self.judge(one, self.faults[before:])
+
+    def judge(self, one: WatchedRun, faults: Sequence[Fault]) -> None:
+        """Every line that was written between two faults belongs to the resume after the first of them."""
+        ends = [fault.first_start for fault in faults[1:]] + [len(one.starts)]
+        for fault, end in zip(faults, ends, strict=True):
+            starts = one.starts[fault.first_start : end]
+            fault.compared = sum(start.compared for start in starts)
+            fault.wrong = [problem for start in starts for problem in start.wrong]
+            if fault.kind in ON_DISK:
+                starts = starts[: fault.starts]  # the benchmark itself makes the next one
+            asked = STARTS_OF.get(fault.kind, 1)
+            if not fault.lost and fault.kind != NODE and len(starts) > asked:
+                said = [line for start in starts[asked - 1 : -1] for line in start.said]
+                self.unasked.append(f"after fault {fault.number}: {' / '.join(said)[-500:]}")
+
+    def disturb(self, kinds: Sequence[str]) -> None:
+        """All that takes nothing but processes and files, on one run; then that goes on to its end."""
+        actions: dict[str, Callable[[WatchedRun, Fault], None]] = {
+            "step": self.kill_in_a_step,
+            "save": self.kill_in_a_save,
+            "launch": self.kill_the_launch,
+            "resume": self.kill_while_resuming,
+            "hang": self.stop_a_rank,
+        }
+        directory = self.output / "disturbed"
+        with self.watched("disturbed", directory) as one:
+            words = [f"training.timeout={TIMEOUT}"]
+            one.start(self.command(directory, *words, restarts=100 * len(kinds)))
+            try:
+                for kind in kinds:
+                    one.wait(one.goes_on, "for a first step")
+                    fault = self.new_fault(one, kind)
+                    actions.get(kind, self.damage_the_newest)(one, fault)
+                    self.see_it_go_on(one, fault)
+                one.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
+            except RunEnded:
+                self.ends_differ = self.compare_ends(directory)
+
+    def new_fault(self, one: WatchedRun, kind: str) -> Fault:
+        return Fault(len(self.faults) + 1, kind, step=one.step, first_start=len(one.starts))
+
+    def see_it_go_on(self, one: WatchedRun, fault: Fault) -> None:
+        """Wait for the first new step. Raises RunLost."""
+        self.faults.append(fault)
+        before = one.starts[fault.first_start - 1]
+        last = fault.first_start + STARTS_OF.get(fault.kind, 1)
+        one.wait(lambda: len(one.starts) >= last and one.goes_on(), "for a new step")
+        start = one.starts[-1]
+        assert start.first_step_at is not None
+        fault.step, fault.resumed = before.last_step, start.resumed
+        fault.redone = fault.step - start.resumed
+        fault.starts = len(one.starts) - fault.first_start
+        fault.restart_seconds = round(start.first_step_at - start.at, 2)
+        fault.outage_seconds = round(start.first_step_at - fault.at, 2)
+        say(
+            f"[{fault.number}/{len(self.kinds)}] {fault.kind}: {fault.detail}; at step {fault.step}, went on from"
+            f" {fault.resumed}, {fault.redone} redone, new step {fault.restart_seconds:.1f} s after the restart"
+            + (f"; WRONG: {start.wrong[0]}" if start.wrong else "")
+        )
+        self.keep_record()
+
+    # --- faults of processes and files ---------------------------------------------------------------------------
+
+    def wait_some_steps(self, one: WatchedRun) -> None:
+        steps = self.random.randint(0, EVERY * 5 // 4)
+        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + 1 + steps, f"for {steps} steps")
+
+    def compare_some_steps(self, one: WatchedRun) -> None:
+        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + EVERY, f"for {EVERY} steps")
+
+    def choose_victims(self, one: WatchedRun) -> tuple[str, list[psutil.Process]]:
+        """One rank, or all."""
+        ranks: dict[int, psutil.Process] = {}
+
+        def all_found() -> bool:
+            ranks.update(one.ranks())
+            return len(ranks) == self.ranks
+
+        one.wait(all_found, "for the processes of all ranks")
+        if self.random.random() < 0.5:
+            return "all ranks", list(ranks.values())
+        chosen = self.random.randrange(self.ranks)
+        return f"rank {chosen}", [ranks[chosen]]
+
+    def kill_in_a_step(self, one: WatchedRun, fault: Fault) -> None:
+        self.wait_some_steps(one)
+        name, victims = self.choose_victims(one)
+        time.sleep(self.random.uniform(0, 3 * self.step_seconds))
+        fault.at, fault.detail = time.time(), f"SIGKILL to {name}"
+        kill(victims)
+
+    def kill_in_a_save(self, one: WatchedRun, fault: Fault) -> None:
+        self.wait_some_steps(one)
+        name, victims = self.choose_victims(one)
+        while True:
+            one.wait(one.is_saving, "for a checkpoint to be written")
+            seen = time.time()
+            time.sleep(self.random.uniform(0, self.save_seconds))
+            if one.is_saving():  # else it was quicker this time
+                break
+        fault.at = time.time()
+        kill(victims)
+        fault.detail = f"SIGKILL to {name} {fault.at - seen:.3f} s after the save was seen to begin"
+
+    def damage_the_newest(self, one: WatchedRun, fault: Fault) -> None:
+        """Of all ranks, so that nobody publishes another checkpoint meanwhile."""
+        self.wait_some_steps(one)
+        one.wait(lambda: len(one.good()) >= 2, "for a second good checkpoint")
+        victims = list(one.ranks().values())
+        fault.at = time.time()
+        kill(victims)
+        checkpoint = one.good()[-1]
+        files = sorted(path for path in checkpoint.iterdir() if path.is_file())
+        shards = [path for path in files if path.name.endswith("_states.pt")]
+        file = self.random.choice(self.random.choice([shards, files]))
+        what = damage(file, fault.kind, self.random)
+        one.note_damage(checkpoint)
+        fault.detail = f"SIGKILL to all ranks; {checkpoint.name}/{file.name}: {what}"
+
+    def kill_the_launch(self, one: WatchedRun, fault: Fault) -> None:
+        self.wait_some_steps(one)
+        time.sleep(self.random.uniform(0, 3 * self.step_seconds))
+        victims = one.processes()
+        fault.at, fault.detail = time.time(), f"SIGKILL to launcher and ranks, {len(victims)} processes"
+        kill(victims)
+
+    def kill_while_resuming(self, one: WatchedRun, fault: Fault) -> None:
+        self.kill_in_a_step(one, fault)
+        one.wait(lambda: len(one.starts) > fault.first_start, "for a restart")
+        known = [one.restart_seconds for one in self.faults if one.restart_seconds is not None]
+        delay = self.random.uniform(0.5, statistics.median(known) if known else 8.0)
+        time.sleep(delay)
+        kill(one.processes())
+        fault.detail += f"; SIGKILL to launcher and ranks {delay:.2f} s after the restart"
+
+    def stop_a_rank(self, one: WatchedRun, fault: Fault) -> None:
+        self.wait_some_steps(one)
+        name, victims = self.choose_victims(one)
+        fault.at, fault.detail = time.time(), f"SIGSTOP to {name}"
+        for victim in victims:
+            victim.send_signal(signal.SIGSTOP)
+
+    # --- a full disk ---------------------------------------------------------------------------------------------
+
+    def disturb_by_a_full_disk(self, kinds: Sequence[str]) -> None:
+        disk = self.output / "small disk"
+        disk.mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(disk)]
+        try:
+            mounted = subprocess.run(mount, capture_output=True, text=True)
+            problem = mounted.stderr.strip() if mounted.returncode else None
+        except OSError as error:
+            problem = f"mount: {error.strerror}"
+        if problem:
+            say(f"a full disk cannot be injected: {problem}")
+            self.impossible |= dict.fromkeys(kinds, "needs a small file system, which only root can mount")
+            return
+        try:
+            with self.watched("small disk", disk / "run") as one:
+                for kind in kinds:
+                    self.fill_the_disk(one, disk, kind)
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+
+    def fill_the_disk(self, one: WatchedRun, disk: Path, kind: str) -> None:
+        words = [f"training.timeout={TIMEOUT}", f"checkpoint.on_error={kind.split(', ')[1]}"]
+        command = self.command(disk / "run", *words, restarts=3)
+        count = len(one.starts)
+        one.start(command)
+        one.wait(lambda: len(one.starts) > count and one.goes_on(), "for a first step")
+        one.wait(one.newest_good, "for a first checkpoint")
+        fault = self.new_fault(one, kind)
+        self.wait_some_steps(one)
+        fault.at = time.time()
+        filler = disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        if kind == STOP:
+            code = one.wait_for_end()
+            if code != SaveError.exit_code:
+                raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(one.tail())}")
+            filler.unlink()
+            fault.detail = f"ended with exit code {code}; room made, same command again"
+            fault.at = time.time()
+            one.start(command)
+        else:
+            said = len(re.findall(r"training goes on \(checkpoint.on_error\)", one.said()))
+            one.wait(
+                lambda: len(re.findall(r"training goes on \(checkpoint.on_error\)", one.said())) > said,
+                "for a checkpoint that cannot be written",
+            )
+            good, step = one.newest_good(), one.step
+            filler.unlink()
+            one.wait(lambda: one.newest_good() > good, "for a checkpoint after room was made")
+            fault.detail = f"full until step {step}, newest checkpoint {good} until then; "
+            self.wait_some_steps(one)
+            name, victims = self.choose_victims(one)
+            fault.at = time.time()
+            fault.detail += f"then SIGKILL to {name}"
+            kill(victims)
+        self.see_it_go_on(one, fault)
+        self.compare_some_steps(one)
+        one.end()
+
+    # --- a node of SLURM -----------------------------------------------------------------------------------------
+
+    def disturb_under_slurm(self, kinds: Sequence[str]) -> None:
+        problem = virtual_slurm.why_not()
+        if problem is None and self.ranks % 2:
+            problem = "needs an even number of ranks, for two nodes"
+        if problem is not None:
+            say(f"a node of SLURM cannot be killed: {problem}")
+            self.impossible[NODE] = problem
+            return
+        directory = self.output / "slurm"
+        with virtual_slurm.virtual_slurm() as environment:
+            submit = [sys.executable, "-m", "l2e_ds.cli", "submit", str(self.output / "run.yaml")]
+            submit += [f"training.run_directory={directory}", "--nodes", "2", "--gpus-per-node", "0"]
+            submit += ["--tasks-per-node", str(self.ranks // 2), "--time", "4:00:00"]
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True)
+            found = re.search(r"job +(\d+):", done.stdout + done.stderr)
+            if done.returncode or not found:
+                raise L2EError(f"l2e-ds submit: exit code {done.returncode}: {done.stdout}{done.stderr}")
+            job = found[1]
+            with self.watched("slurm", directory) as one:
+                one.log = directory / "submit-1" / f"slurm-{job}.log"
+                try:
+                    for _kind in kinds:
+                        self.kill_a_node(one, job, environment)
+                finally:
+                    subprocess.run(["scancel", "--signal=KILL", "--full", job], env=environment, capture_output=True)
+                    subprocess.run(["scancel", job], env=environment, capture_output=True)
+
+    def kill_a_node(self, one: WatchedRun, job: str, environment: dict[str, str]) -> None:
+        def shown(key: str) -> str:
+            show = ["scontrol", "show", "job", job, "--oneliner"]
+            answer = subprocess.run(show, env=environment, capture_output=True, text=True).stdout
+            return dict(re.findall(r"(\w+)=(\S+)", answer)).get(key, "")
+
+        one.wait(one.goes_on, "for a first step")
+        fault, times = self.new_fault(one, NODE), int(shown("Restarts"))
+        self.wait_some_steps(one)
+        node = ("n2", "n1")[times % 2]
+        fault.at = time.time()
+        killed = virtual_slurm.kill_node(environment, node)
+        fault.detail = f"SIGKILL to {len(killed)} processes of node {node}" + (
+            ", where the batch script runs" if node == "n1" else ""
+        )
+        one.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
+        one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
+        virtual_slurm.bring_back_node(environment, node)
+        one.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
+        # SLURM lets a requeued job wait for two minutes. Not at once: seen with 22.05, a job that starts again in the
+        # second in which its node came back is given one node too few, and its srun waits for ever.
+        time.sleep(5)
+        update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+        subprocess.run(update, env=environment, check=True, capture_output=True)
+        fault.detail += "; requeued by SLURM"
+        count = len(one.starts)
+        one.wait(lambda: len(one.starts) > count, "for the job to start again")
+        self.see_it_go_on(one, fault)
+        self.compare_some_steps(one)
+
+    # --- results -------------------------------------------------------------------------------------------------
+
+    def compare_ends(self, directory: Path) -> str | None:
+        """In what the last checkpoints and the metrics of disturbed and undisturbed run differ, or None."""
+        from safetensors.torch import load_file
+
+        from l2e_ds.run_directory.manifest import verify
+
+        try:
+            if read_reference(directory, self.steps) != self.reference:
+                return "the lines of metrics"
+        except L2EError as error:
+            return str(error)
+        here, there = (
+            folder / "checkpoints" / f"step{self.steps:08d}" for folder in (directory, self.output / "undisturbed")
+        )
+        for checkpoint in (here, there):
+            if problem := verify(checkpoint):
+                return f"{checkpoint.name}: {problem}"
+        for file in sorted(there.iterdir()):
+            if file.suffix == ".pt":
+                same = same_tensors(tensors_of_shard(here / file.name), tensors_of_shard(file))
+            elif file.suffix == ".safetensors":
+                same = same_tensors(load_file(here / file.name), load_file(file))
+            else:
+                continue
+            if not same:
+                return file.name
+        return None
+
+    def passed(self) -> bool:
+        injected = [fault for fault in self.faults if fault.kind in KINDS]
+        expected = [kind for kind in self.kinds if kind not in self.impossible]
+        fine = not any(fault.lost or fault.wrong for fault in self.faults)
+        return fine and len(injected) == len(expected) and self.ends_differ is None
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for faults.json."""
+        about = {
+            "command": self.command_line(),
+            "date": self.date(),
+            "machine": machine(),
+            "versions": versions(*PACKAGES),
+        }
+        numbers = {"seed": self.seed, "ranks": self.ranks, "steps": self.steps, "every": EVERY, "kept": KEPT}
+        results = {
+            "passed": self.passed(),
+            "ends_differ": self.ends_differ,
+            "unasked": self.unasked,
+            "not_injected": self.impossible,
+            "seconds": round(time.time() - self.began),
+            "load": self.load,
+            "step_seconds": self.step_seconds,
+            "save_seconds": self.save_seconds,
+        }
+        return {**about, **numbers, **results, "faults": [asdict(fault) for fault in self.faults]}
+
+    def keep_record(self) -> None:
+        (self.output / "faults.json").write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
+
+    def command_line(self) -> str:
+        words = ["l2e-ds", "bench", "faults", "--faults", str(len(self.kinds)), "--seed", str(self.seed)]
+        return shlex.join([*words, "--ranks", str(self.ranks)])
+
+    def date(self) -> str:
+        return time.strftime("%Y-%m-%d", time.localtime(self.began))
+
+    def table(self) -> str:
+        """Markdown."""
+        heads = ["fault", "injected", "lost", "wrong", "lines compared", "most steps redone"]
+        heads += ["restart to first new step: median", "max", "fault to first new step: median"]
+        rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+        for kind, (_, what) in KINDS.items():
+            rows.append([what, *cells([fault for fault in self.faults if fault.kind == kind])])
+        rows.append(["**all**", *(f"**{cell}**" if cell else "" for cell in cells(self.faults))])
+        text = [f"| {' | '.join(row)} |" for row in rows]
+        for problem, kinds in group(self.impossible).items():
+            text += [
+                "",
+                f"**Not injected on this machine** ({'; '.join(KINDS[kind][1] for kind in kinds)}): {problem}.",
+            ]
+        missing = len(self.kinds) - len(self.impossible_kinds()) - len([f for f in self.faults if f.kind in KINDS])
+        if missing:
+            text += ["", f"**{missing} more faults were planned, but not injected: the run was over before.**"]
+        end = (
+            "equal to the bit (weights, optimizer, moments, thresholds, random states, every line of metrics)"
+            if self.ends_differ is None
+            else f"**different: {self.ends_differ}**"
+        )
+        found = versions(*PACKAGES)
+        text += [
+            "",
+            f"* End of the run that was disturbed, and of the one that was not, at step {self.steps}: {end}.",
+            f"* Restarts that no fault explains: {len(self.unasked)}.",
+            f"* Every run: {self.ranks} ranks, a checkpoint every {EVERY} steps, the newest {KEPT} kept,"
+            f" {1 / self.step_seconds:.0f} steps/s undisturbed; a checkpoint counts {self.save_seconds:.2f} s after it"
+            " was begun (medians).",
+            f"* `{self.command_line()}` on {self.date()}, {(time.time() - self.began) / 60:.0f} minutes; {machine()};"
+            f" load average before it, from other work: {self.load:.1f}.",
+            "* " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".",
+        ]
+        return "\n".join(text) + "\n"
+
+    def impossible_kinds(self) -> list[str]:
+        return [kind for kind in self.kinds if kind in self.impossible]
+
+
+def cells(faults: Sequence[Fault]) -> list[str]:
+    """A row of the table, without its name."""
+    if not faults:
+        return ["0", *[""] * 7]
+
+    def of(values: Iterable[float | None], summary: Callable[[list[float]], float], digits: int, unit: str = "") -> str:
+        known = [value for value in values if value is not None]
+        return f"{summary(known):.{digits}f}{unit}" if known else ""
+
+    restarts = [fault.restart_seconds for fault in faults]
+    return [
+        str(len([fault for fault in faults if fault.kind in KINDS])),
+        str(len([fault for fault in faults if fault.lost])),
+        str(len([fault for fault in faults if fault.wrong])),
+        str(sum(fault.compared for fault in faults)),
+        of([fault.redone for fault in faults], max, 0),
+        of(restarts, statistics.median, 1, " s"),
+        of(restarts, max, 1, " s"),
+        of([fault.outage_seconds for fault in faults], statistics.median, 1, " s"),
+    ]
+
+
+def group(reasons: dict[str, str]) -> dict[str, list[str]]:
+    """Reason -> kinds."""
+    grouped: dict[str, list[str]] = {}
+    for kind, reason in reasons.items():
+        grouped.setdefault(reason, []).append(kind)
+    return grouped
+
+
+def damage(file: Path, how: str, generator: random.Random) -> str:
+    """Damage a file; says what was done."""
+    size = file.stat().st_size
+    if how == "missing":
+        file.unlink()
+        return "removed"
+    if how == "zero-length":
+        os.truncate(file, 0)
+        return f"{size} bytes cut to 0"
+    if how == "truncated":
+        left = generator.randrange(1, size)
+        os.truncate(file, left)
+        return f"{size} bytes cut to {left}"
+    assert how == "bit-flipped", how
+    place, bit = generator.randrange(size), generator.randrange(8)
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        (byte,) = opened.read(1)
+        opened.seek(place)
+        opened.write(bytes([byte ^ 1 << bit]))
+    return f"bit {bit} of byte {place} of {size} flipped"
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL to all at once; returns when none of them can write any more."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    deadline = time.monotonic() + GONE_WITHIN
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                if time.monotonic() > deadline:
+                    raise RunLost(f"process {process.pid} does not die of SIGKILL")
+                time.sleep(0.001)
+
+
+def tensors_of_shard(shard: Path) -> dict[str, Any]:
+    """Every tensor of one of DeepSpeed's files by its place in it."""
+    import torch
+
+    found: dict[str, Any] = {}
+
+    def collect(value: Any, place: str) -> None:
+        if isinstance(value, torch.Tensor):
+            found[place] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                collect(part, f"{place}/{key}")
+        elif isinstance(value, list | tuple):
+            for index, part in enumerate(value):
+                collect(part, f"{place}/{index}")
+
+    collect(torch.load(shard, map_location="cpu", weights_only=False), "")
+    return found
+
+
+def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
+    """Whether there are any, under the same names, equal to the bit."""
+    import torch
+
+    return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)

@@ -1,0 +1,232 @@
+"""`python -m benchmarks scaling`: how the cost of inhibition grows with neurons, tokens, layers and ranks.
+
+The operation is that of `bench overhead`, at many shapes. Between ranks: the one all-reduce a step of the packed sums,
+against one of as many bytes as the gradients have. Alone it starts its own ranks on this machine's CPUs (gloo); under
+a launcher it takes that launcher's.
+
+Shapes: M tokens of a micro-batch, N neurons of a layer, L hooked layers, R ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import overhead
+from benchmarks.about import circumstances, heading, median_and_spread, new_folder, write_results
+from l2e_ds.console import markdown
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import Launch, free_port, reported_once
+from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.inhibition.hook import NeuronHook
+
+NEURONS, TOKENS, LAYERS = [512, 1024, 2048, 4096, 10_240], [256, 512, 1024, 2048, 4096], [1, 2, 6, 12, 24]
+FIXED_TOKENS, FIXED_NEURONS = 1024, 2048
+LARGEST = 512 * 2**20
+"""Bytes of gradients up to which an all-reduce of them is timed."""
+SHOWN = ("L2E", "L2E, plain operations", "MEmeL")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    def numbers(name: str, default: list[int], about: str) -> None:
+        shown = " ".join(map(str, default))
+        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{about} (default: {shown})")
+
+    numbers("--neurons", NEURONS, f"neurons of a layer, with {FIXED_TOKENS:,} tokens")
+    numbers("--tokens", TOKENS, f"tokens of a micro-batch, with {FIXED_NEURONS:,} neurons")
+    numbers("--layers", LAYERS, f"hooked layers, of {FIXED_NEURONS:,} neurons")
+    numbers("--ranks", [1, 2, 3, 4], "ranks to start on this machine; not under a launcher, which has its own")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        default=[f"pythia-{size}" for size in ("14m", "70m", "410m", "2.8b", "12b")],
+        help="Pythia sizes whose all-reduces are compared (default: 14m to 12b)",
+    )
+    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="alternations (default: 30)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: scaling.json and scaling.md")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0. Raises ConfigError; L2EError where a rank fails."""
+    return reported_once(lambda launch: _run(arguments, launch))
+
+
+def _run(arguments: argparse.Namespace, launch: Launch) -> None:
+    from l2e_ds.models.pythia import check_sizes
+    from l2e_ds.system.process import quiet_libraries
+
+    for name in ("neurons", "tokens", "layers", "ranks", "rounds"):
+        given = getattr(arguments, name)
+        if min(given if isinstance(given, list) else [given]) < 1:
+            raise ConfigError(f"--{name}: got {given}, allowed: integers >= 1")
+    check_sizes("--models", arguments.models)
+    quiet_libraries()
+    about = circumstances("torch")
+    if arguments.output is not None and launch.rank == 0:
+        new_folder("--output", arguments.output)
+    sizes = {name: sizes_of(name) for name in arguments.models}
+    timed = [size for size in sizes.values() if size["gradients"] <= LARGEST]
+    device = torch.device("cpu")
+    if launch.size > 1:
+        device = process_group.join(launch, 10)
+        traffic = {launch.size: time_all_reduces(timed, arguments.rounds, device)}
+    else:
+        if torch.cuda.is_available():
+            device = torch.device("cuda", 0)
+        traffic = {ranks: on_own_ranks(ranks, timed, arguments.rounds) for ranks in arguments.ranks}
+    rounds = arguments.rounds
+    shapes = {
+        "neurons": [(FIXED_TOKENS, neurons) for neurons in arguments.neurons],
+        "tokens": [(tokens, FIXED_NEURONS) for tokens in arguments.tokens],
+    }
+    results = about | {  # of every rank, since a step reduces over them
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        **{
+            name: [overhead.measure_operation(*shape, torch.float32, device, rounds) for shape in some]
+            for name, some in shapes.items()
+        },
+        "layers": {
+            layers: overhead.time_steps(layers, FIXED_TOKENS, FIXED_NEURONS, device, rounds)
+            for layers in arguments.layers
+        },
+        "sizes": sizes,
+        "all_reduce": traffic,
+    }
+    if launch.rank == 0:
+        table = page(results)
+        if arguments.output is not None:
+            write_results(arguments.output, "scaling", results, table)
+        print(table, flush=True)
+    if launch.size > 1:
+        process_group.leave()
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+
+def sizes_of(model: str) -> dict[str, int]:
+    """Bytes of the packed sums of `mid-2` (float64) and of the gradients in float32; neurons of a layer."""
+    from l2e_ds.config.sections import ModelConfig
+    from l2e_ds.models.counts import parameter_counts
+    from l2e_ds.models.families import neurons_of
+    from l2e_ds.models.pythia import network_config
+    from l2e_ds.models.sites import chosen_layers
+
+    network = network_config(ModelConfig(name=model), 2048)
+    neurons = neurons_of(network)
+    layers = len(chosen_layers("mid-2", network.num_hidden_layers))
+    return {
+        "neurons": neurons,
+        "packed": layers * NeuronHook.buffer_size(neurons) * 8,
+        "gradients": 4 * parameter_counts(network)[0],
+    }
+
+
+def time_all_reduces(sizes: list[dict[str, int]], rounds: int, device: torch.device) -> list[dict[str, list[float]]]:
+    """Milliseconds of both all-reduces of each size, alternating; the same on every rank: the slowest's. Collective."""
+    found = []
+    for size in sizes:
+        tensors = {
+            "packed": torch.zeros(size["packed"] // 8, dtype=torch.float64, device=device),
+            "gradients": torch.zeros(size["gradients"] // 4, device=device),
+        }
+        times: dict[str, list[float]] = {name: [] for name in tensors}
+        for index in range(2 + rounds):
+            for name, tensor in tensors.items():
+                collectives.agree(None)  # all begin together
+                took = overhead.milliseconds(partial(collectives.all_reduce_sum, tensor), device)
+                if index >= 2:
+                    times[name].append(max(collectives.all_gather_objects(took)))
+        found.append(times)
+    return found
+
+
+def on_own_ranks(ranks: int, sizes: list[dict[str, int]], rounds: int) -> list[dict[str, list[float]]]:
+    """`time_all_reduces` in R processes of this machine (gloo, one thread each). Raises L2EError."""
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    port = free_port()
+    children = [
+        context.Process(target=_rank, args=(rank, ranks, port, sizes, rounds, answers), daemon=True)
+        for rank in range(ranks)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    if any(child.exitcode for child in children):
+        raise L2EError(f"bench scaling: a rank of {ranks} ended with exit code {[c.exitcode for c in children]}")
+    return answers.get()
+
+
+def _rank(rank: int, ranks: int, port: int, sizes: list[dict[str, int]], rounds: int, answers: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    device = process_group.join(Launch("bench scaling", rank, ranks, rank), 10)
+    found = time_all_reduces(sizes, rounds, device)
+    if rank == 0:
+        answers.put(found)
+    process_group.leave()
+
+
+# --- the page ----------------------------------------------------------------------------------------------------
+
+
+def page(results: dict[str, Any]) -> str:
+    """Markdown: a table for each question."""
+    devices = "CPUs" if results["device"] == "cpu" else results["device"]
+    parts = [
+        heading("How inhibition scales", f"python -m benchmarks scaling --rounds {results['rounds']}", results),
+        f"{devices}, {results['threads']} threads, float32; added to forward and backward of one layer's GELU, in"
+        " microseconds and per activation.\n",
+    ]
+    for name in ("neurons", "tokens"):
+        rows = []
+        for operation in results[name]:
+            activations = operation["tokens"] * operation["neurons"]
+            row = [f"[{operation['tokens']:,}, {operation['neurons']:,}]"]
+            for variant in SHOWN:
+                own = overhead.added(operation, variant)
+                row += [median_and_spread(own), f"{1e6 * statistics.median(own) / activations:.2f}"]
+            rows.append(row)
+        heads = [name, *(head for variant in SHOWN for head in (f"{variant}, ms", "ns an activation"))]
+        parts.append(f"## {name.capitalize()}\n\n{markdown(heads, rows)}")
+    rows = [[str(layers), median_and_spread(times, 3)] for layers, times in results["layers"].items()]
+    parts.append(
+        "## Layers\n\nOnce a step, moments and thresholds move.\n\n"
+        + markdown(["hooked layers", "Inhibitor.step, ms"], rows)
+    )
+    rows = [
+        [model, f"{size['packed']:,}", f"{size['gradients']:,}", f"{100 * size['packed'] / size['gradients']:.3f}"]
+        for model, size in results["sizes"].items()
+    ]
+    heads = ["model", "packed sums, bytes", "gradients in float32, bytes", "of them, %"]
+    parts.append(
+        "## Bytes between ranks\n\nOne all-reduce a step each, whatever the tokens; two hooked layers (`mid-2`).\n\n"
+        + markdown(heads, rows)
+    )
+    rows = []
+    timed = [model for model, size in results["sizes"].items() if size["gradients"] <= LARGEST]
+    for ranks, found in results["all_reduce"].items():
+        for model, times in zip(timed, found, strict=True):
+            ratio = 100 * statistics.median(times["packed"]) / statistics.median(times["gradients"])
+            both = [median_and_spread(times[name]) for name in ("packed", "gradients")]
+            rows.append([str(ranks), model, *both, f"{ratio:.1f}" if int(ranks) > 1 else "nothing is sent"])
+    parts.append(
+        "## Time between ranks\n\nNothing else goes on meanwhile; in training the packed sums travel behind backward."
+        f" Gradients of more than {LARGEST // 2**20} MiB are not timed.\n\n"
+        + markdown(["ranks", "model", "packed sums, ms", "gradients, ms", "of them, %"], rows)
+    )
+    return "\n".join(parts)

@@ -1,0 +1,140 @@
+"""In what a run file differs from the one that a checkpoint was written with, and what of this makes it another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import AliasChoices
+
+from l2e_ds.config.reading import checked, with_absolute_paths
+from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
+from l2e_ds.engine.engine import learning_rate
+from l2e_ds.errors import CheckpointError
+
+# A run that goes on may also become longer, where its schedule stays, and compute the same in another way.
+MAY_CHANGE = (
+    *DECIDES_NO_FIGURE,
+    *("training.steps", "optimizer.schedule_steps"),
+    *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
+)
+MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
+
+
+def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
+    """What a checkpoint's state.json has under `config`. Of another version's, keys that this one lacks are left
+    out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
+    sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    known = {
+        name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
+        for name, section in sections.items()
+        if name in saved
+    }
+    return checked(RunConfig, known, str(where))
+
+
+def _known_names(section: Any) -> set[str]:
+    """Keys of a section, with those that a key had before."""
+    old = (field.validation_alias for field in section.model_fields.values())
+    return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
+
+
+class Changes:
+    """From the configuration in a checkpoint to that of the run that goes on from it; applied: optimizer steps that the
+    checkpoint has seen."""
+
+    def __init__(self, old: RunConfig, new: RunConfig, applied: int) -> None:
+        self.old, self.new, self.applied = with_absolute_paths(old), with_absolute_paths(new), applied
+        before, now = flat(self.old), flat(self.new)
+        changed = [key for key in now if before[key] != now[key] and key != "training.allow_changes"]
+        self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
+
+    def lines(self) -> list[str]:
+        """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
+        section, key = self.new.inhibition, "training.micro_batch"
+        texts = dict(self._texts)
+        if key in texts and section.loss == "projected" and section.method != "none":
+            texts[key] += " (figures change a little with ranks x micro-batch: docs/method.md, 5.2)"
+        return [*texts.values(), *self._rates()]
+
+    def refuse(self, checkpoint: Path) -> None:
+        """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
+        found = {
+            key: text
+            for key, text in self._texts.items()
+            if not key.startswith(MAY_CHANGE) and not (key in MAY_MOVE and self._has_moved(key))
+        }
+        length = _schedule_steps(self.old)
+        if _schedule_steps(self.new) != length:
+            key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
+            note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
+            found[key] = f"{self._texts[key]} ({note})"
+        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        for key in before:  # a share of the old run, and the step that it stood for
+            if before[key] == now.get(key):
+                found.pop(f"inhibition.{key}", None)
+        moved = [key for key in before if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts]
+        if moved and "training.steps" in self._texts:
+            kept = " ".join(f"inhibition.{key}={before[key]}" for key in moved)
+            note = f"inhibition's schedule moves with it; {kept} keeps it"
+            found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
+        refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
+        if refused:
+            more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
+            raise CheckpointError(
+                f"{checkpoint}: was trained with other values: {', '.join(refused[:3])}{more}; give those again, give"
+                " another training.run_directory, or name the keys in training.allow_changes"
+            )
+
+    def other_inhibition(self) -> bool:
+        """Whether inhibition is another one: more than its schedule in another way of writing."""
+        before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
+        return before != now or any(
+            key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
+        )
+
+    def _has_moved(self, key: str) -> bool:
+        """Whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
+        fingerprint tells, which the checkpoint holds too."""
+        old = flat(self.old)[key]
+        paths = [old] if isinstance(old, str) else old or []
+        return bool(paths) and all(Path(path).is_absolute() and not Path(path).exists() for path in paths)
+
+    def _rates(self) -> list[str]:
+        old, new = (_rate(config, self.applied) for config in (self.old, self.new))
+        return [f"learning rate of the next step: {old:.4g} -> {new:.4g}"] if old != new else []
+
+
+def _rate(config: RunConfig, applied: int) -> float:
+    assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
+    return learning_rate(applied, config.optimizer.peak_learning_rate, _schedule_steps(config), config.optimizer)
+
+
+def _schedule_steps(config: RunConfig) -> int:
+    return config.optimizer.schedule_steps or config.training.steps
+
+
+def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
+    """The schedule's keys in steps; `end` where a decay leads to it."""
+    section, steps = config.inhibition, config.training.steps
+    if section.method == "none":
+        return {}
+    found = {key: section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end")}
+    return found | ({"end": steps} if found["decay"] and found["end"] is None else {})
+
+
+def _difference(old: Any, new: Any) -> str:
+    """Of `data.sets`, where there are as many, only what differs, as `position.key: old -> new`."""
+    if not (
+        isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new and isinstance(new[0], dict)
+    ):
+        return f"{_text(old)} -> {_text(new)}"
+    pairs = enumerate(zip(old, new, strict=True))
+    found = [(f"{i}.{key}", before[key], now[key]) for i, (before, now) in pairs for key in now]
+    return ", ".join(f"{key}: {_difference(before, now)}" for key, before, now in found if before != now)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

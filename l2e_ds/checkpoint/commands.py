@@ -1,0 +1,141 @@
+"""`l2e-ds checkpoint list | verify | prune RUN`: what a run has saved, whether it is undamaged, what may go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from l2e_ds.checkpoint.manager import CheckpointManager, read_state, remove_checkpoint
+from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.run_directory.lock import RunLock
+from l2e_ds.run_directory.manifest import NAME, check_files, read_manifest, verify
+from l2e_ds.run_directory.names import step_of
+
+
+def _published(run: Path) -> list[Path]:
+    if not (run / "checkpoints").is_dir():
+        raise CheckpointError(f"{run}: is not a run directory (it has no folder checkpoints)")
+    return CheckpointManager(run).published()
+
+
+def list_checkpoints(run: Path) -> int:
+    """Print steps, sizes, ranks and what is wrong with them by name and size. Raises CheckpointError."""
+    rows = [("step", "written", "GB", "ranks", "ZeRO", "state")]
+    for path in _published(run):
+        files, problem = read_manifest(path), check_files(path)
+        size = "?" if isinstance(files, str) else f"{sum(int(file['bytes']) for file in files.values()) / 1e9:.3f}"
+        ranks = stage = "?"
+        if problem is None:
+            try:
+                identity = read_state(path)["identity"]
+                ranks, stage = str(identity["ranks"]), str(identity["zero_stage"])
+            except CheckpointError as error:
+                problem = str(error)
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
+        rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
+    rows += [(path.name, "", "", "", "", "set aside: a resume passed over it") for path in _set_aside(run)]
+    rows += [(path.name, "", "", "", "", "not finished") for path in _unfinished(run)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for row in rows:
+        print("  ".join([*(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
+    return 0
+
+
+def verify_checkpoints(run: Path, step: int | None) -> int:
+    """Read every byte of a run's checkpoints (or of one) and print what is wrong. Raises CheckpointError if anything
+    is."""
+    if NAME.fullmatch(run.name) and run.is_dir():
+        if step is not None:
+            raise CheckpointError(f"--step: goes with a run directory, {run} is a checkpoint")
+        paths = [run]
+    else:
+        paths = _published(run)
+        if step is not None:
+            paths = [path for path in paths if step_of(path) == step]
+        if not paths:
+            wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+            raise CheckpointError(f"{run}: has no {wanted}")
+    bad = 0
+    for path in paths:
+        problem = verify(path)
+        bad += problem is not None
+        print(f"{path.name}  {problem or 'good'}", flush=True)
+    if bad:
+        raise CheckpointError(f"{bad} of {len(paths)} checkpoints cannot be used")
+    return 0
+
+
+def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
+    """Remove all but the newest `keep_last` undamaged ones and those whose step is a multiple of `keep_every`.
+
+    Raises CheckpointError; then nothing was removed."""
+    for name, value in (("--keep-last", keep_last), ("--keep-every", keep_every)):
+        if value is not None and value < 1:
+            raise CheckpointError(f"{name}: got {value}, allowed: an integer >= 1")
+    published = _published(run)
+    good = [path for path in published if check_files(path) is None]
+    kept: list[Path] = []
+    for path in reversed(good):  # what is kept must be worth keeping: its every byte is looked at
+        if len(kept) == keep_last:
+            break
+        problem = verify(path)
+        if problem is None:
+            kept.append(path)
+        else:
+            print(f"{path.name}  {problem}", file=sys.stderr)
+    if published and not kept:
+        raise CheckpointError(f"{run}: has no undamaged checkpoint; nothing is removed")
+    if keep_every:
+        kept += [path for path in good if step_of(path) % keep_every == 0]
+    doomed = [path for path in published if path not in kept] + _set_aside(run)
+    doomed += _unfinished(run) if _is_idle(run) else []
+    for path in doomed:
+        print(f"{'would remove' if dry_run else 'removed'} {path.name}")
+        if not dry_run:
+            remove_checkpoint(path)
+    print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
+    return 0
+
+
+def _set_aside(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step*.damaged") if path.is_dir())
+
+
+def _unfinished(run: Path) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob("step*.tmp") if path.is_dir())
+
+
+def _is_idle(run: Path) -> bool:
+    """Whether no run is writing here, to whom an unfinished checkpoint would belong."""
+    lock = RunLock(run)
+    try:
+        lock.acquire()
+    except ConfigError:
+        return False
+    lock.release()
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="list|verify|prune")
+    listing = verbs.add_parser("list", help="steps, sizes, ranks and what is wrong with them by name and size")
+    listing.add_argument("run", type=Path, metavar="RUN")
+    verifying = verbs.add_parser("verify", help="read every byte and compare with the manifest")
+    verifying.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
+    verifying.add_argument("--step", type=int, help="of a run: only this checkpoint")
+    pruning = verbs.add_parser("prune", help="remove old checkpoints")
+    pruning.add_argument("run", type=Path, metavar="RUN")
+    pruning.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N good ones")
+    pruning.add_argument("--keep-every", type=int, metavar="K", help="also keep those whose step is a multiple of K")
+    pruning.add_argument("--dry-run", action="store_true", help="print what would be removed, and stop")
+
+
+def run(arguments: argparse.Namespace) -> int:
+
+    if arguments.checkpoint_verb == "list":
+        return list_checkpoints(arguments.run)
+    if arguments.checkpoint_verb == "verify":
+        return verify_checkpoints(arguments.run, arguments.step)
+    return prune_checkpoints(arguments.run, arguments.keep_last, arguments.keep_every, arguments.dry_run)

@@ -1,0 +1,500 @@
+"""Checkpoints: DeepSpeed's shards plus one small state of ours, published only when complete.
+
+    checkpoints/
+      latest                         name of the newest checkpoint
+      step00000150/
+        *_states.pt                  DeepSpeed's shards (pickles: resume only from a source you trust)
+        state.json                   step, tokens, data position, configuration, versions
+        inhibition.safetensors       moments and tau of every hooked layer
+        rng-rank00000.safetensors    random states, one file a rank
+        manifest.json                every file with its size and checksum; written last
+
+DeepSpeed writes `latest` before the other ranks' shards are on disk (DEEPSPEED.md, silent failure 5), so we
+publish: all files into `stepN.tmp`; each rank brings its own to the disk and computes their checksums, in the
+background while training goes on; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
+Whether that has happened is agreed by all ranks once a step (`advance`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from l2e_ds.checkpoint.changes import Changes, saved_config
+from l2e_ds.checkpoint.elastic import ElasticLoad, layout, loss_scaler_state
+from l2e_ds.checkpoint.state import TrainState, reseed, rng_state, set_rng_state
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.console import say
+from l2e_ds.distributed import collectives
+from l2e_ds.engine.engine import hyper_parameters, set_hyper_parameters
+from l2e_ds.errors import CheckpointError, L2EError, SaveError
+from l2e_ds.inhibition import Inhibitor
+from l2e_ds.run_directory import manifest
+from l2e_ds.run_directory.manifest import NAME, STATE
+from l2e_ds.system.files import fsync_path
+
+ELASTIC = ("ranks", "zero_stage")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must not change between a checkpoint and the run that goes on from it, but for ELASTIC."""
+
+    ranks: int
+    zero_stage: int
+    precision: str
+    data: str  # fingerprint of the training tokens
+    sequence_length: int
+    global_batch: int
+    seed: int
+    order: str
+    network: str
+    layers: list[int]  # hooked
+
+
+def is_due(step: int, last: int, every: int, early: bool) -> bool:
+    """Whether a checkpoint is due after `step` steps: the end, every N, and Pythia's 0, 1, 2, 4 ... 512."""
+    if step == last or (every and step % every == 0 and step > 0):
+        return True
+    return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a save cost: the time that training stood still, the time until it counted, its size."""
+
+    step: int
+    blocked_seconds: float
+    published_seconds: float
+    bytes: int
+
+
+@dataclass
+class _Pending:
+    """A checkpoint that is written, but does not count yet."""
+
+    step: int
+    final: Path
+    began: float
+    blocked_seconds: float
+    task: Future
+    entries: manifest.Entries | None = None  # of all ranks, once all have secured their files
+
+
+class CheckpointManager:
+    """Saves, finds and loads the checkpoints of one run directory."""
+
+    def __init__(self, run_directory: Path, keep_last: int | None = None) -> None:
+        self.directory = run_directory / "checkpoints"
+        self.keep_last = keep_last
+        self.resume_from: Path | None = None
+        """Set by `open_checkpoints`."""
+        self._pending: _Pending | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+
+    # --- finding -------------------------------------------------------------------------------------------------
+
+    def published(self) -> list[Path]:
+        """Checkpoints under their final name, oldest first, good or not."""
+        found = self.directory.glob("step*") if self.directory.is_dir() else []
+        return sorted(path for path in found if NAME.fullmatch(path.name))
+
+    def complete(self) -> list[Path]:
+        """Published checkpoints with every file of their manifest, oldest first. Says which ones are left out."""
+        found = []
+        for path in self.published():
+            problem = manifest.check_files(path)
+            if problem:
+                _say_not_used(path, problem)
+            else:
+                found.append(path)
+        return found
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that `training.resume` means, or None for a fresh start: the newest whose every byte is as
+        it was written. Collective; the ranks share the reading. Raises CheckpointError on every rank."""
+        candidates: list[Path] | L2EError = []
+        if collectives.is_main():
+            try:
+                candidates = self._candidates(resume)
+            except CheckpointError as error:
+                candidates = error
+        candidates = collectives.main_decides(candidates)
+        if isinstance(candidates, L2EError):
+            raise candidates
+        for path in reversed(candidates):
+            problem = verify_together(path)
+            if problem is None:
+                return path
+            if collectives.is_main():
+                _say_not_used(path, problem)
+        if candidates:
+            raise CheckpointError(
+                f"training.resume: {candidates[-1].parent} holds checkpoints, but none is complete and undamaged;"
+                " move them away to start afresh"
+            )
+        return None
+
+    def _candidates(self, resume: str) -> list[Path]:
+        """Oldest first; which of them are good is not looked at here."""
+        own = self.published()
+        if resume == "never" and own:
+            raise CheckpointError(
+                f"training.resume: got never, but {self.directory} holds {own[-1].name};"
+                " choose another training.run_directory or resume: auto"
+            )
+        if resume in ("auto", "never"):
+            return own
+        path = Path(resume)
+        if own:  # requeued, or started again: PATH was where this run began
+            if path.resolve().parent == self.directory.resolve() and path.resolve() != own[-1].resolve():
+                raise CheckpointError(
+                    f"training.resume: {path} is not the newest checkpoint of its run ({own[-1].name}); choose another"
+                    " training.run_directory to branch off, or remove the later checkpoints"
+                )
+            return own
+        if (path / "checkpoints").is_dir():
+            found = [checkpoint.resolve() for checkpoint in CheckpointManager(path).published()]
+            if not found:
+                raise CheckpointError(f"training.resume: no complete checkpoint in {path}")
+            return found
+        problem = manifest.check_files(path) if path.is_dir() else "no such folder"
+        if problem:
+            raise CheckpointError(f"training.resume: {path}: {problem}; allowed: auto, never, a run or a checkpoint")
+        return [path.resolve()]
+
+    def is_own(self, path: Path) -> bool:
+        """Whether a checkpoint lies in this run's directory."""
+        return path.parent.resolve() == self.directory.resolve()
+
+    # --- saving --------------------------------------------------------------------------------------------------
+
+    def save(
+        self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
+    ) -> None:
+        """Write a checkpoint and begin to publish it; collective. `advance` carries on.
+
+        Raises SaveError on every rank if any rank failed; what was written is then removed.
+        """
+        self.advance(until_done=True)
+        began = time.perf_counter()
+        final = self.directory / f"step{state.step:08d}"
+        temporary = final.with_suffix(".tmp")
+
+        def prepare() -> None:
+            if collectives.is_main():
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for left_over in self.directory.glob("step*.tmp"):
+                    _remove_tree(left_over)
+                temporary.mkdir()
+
+        def write() -> None:
+            with _noting_failed_writes(engine) as failed:
+                # everything of ours under one key: others would overwrite the engine's own (silent failure 7)
+                engine.save_checkpoint(
+                    str(self.directory),
+                    tag=temporary.name,
+                    client_state={"l2e_ds": {"step": state.step}},
+                    save_latest=False,
+                )
+            if failed:
+                raise failed[0]
+            # not by `save_file`, which lets nobody but the owner read, whatever the umask
+            (temporary / f"rng-rank{collectives.rank():05d}.safetensors").write_bytes(save(rng_state(engine.device)))
+            if collectives.is_main():
+                if inhibitor is not None:
+                    (temporary / "inhibition.safetensors").write_bytes(save(inhibitor.state_dict()))
+                content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
+                content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
+                (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+        for part in (prepare, write):
+            self._agree_or_remove(_error_of(part), final)
+        rank = collectives.rank()
+        task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
+        self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
+
+    def advance(self, until_done: bool = False) -> Published | None:
+        """Collective: see how far the pending checkpoint is; returns it when it has just been published.
+
+        Raises SaveError on every rank if any rank failed; what was written is then removed.
+        """
+        while self._pending is not None:
+            pending = self._pending
+            if collectives.any_rank(not pending.task.done()):
+                if not until_done:
+                    return None
+                time.sleep(0.02)
+                continue
+            self._agree_or_remove(pending.task.exception(), pending.final)
+            if pending.entries is None:
+                parts = collectives.all_gather_objects(pending.task.result())
+                pending.entries = {name: entry for part in parts for name, entry in part.items()}
+                pending.task = self._background.submit(self._publish, pending) if collectives.is_main() else _done()
+                continue
+            self._pending = None
+            size = sum(int(entry["bytes"]) for entry in pending.entries.values())
+            return Published(pending.step, pending.blocked_seconds, time.perf_counter() - pending.began, size)
+        return None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank has still to do its part of what `advance` waits for."""
+        return self._pending is not None and not self._pending.task.done()
+
+    def close(self) -> None:
+        """Not before the background has ended what it had begun, or a minute has passed."""
+        self._background.shutdown(wait=False, cancel_futures=True)
+        if self._pending is not None:
+            wait([self._pending.task], timeout=60)
+
+    def _publish(self, pending: _Pending) -> None:
+        """Rank 0, in the background: from here on the checkpoint counts."""
+        assert pending.entries is not None
+        final, temporary = pending.final, pending.final.with_suffix(".tmp")
+        unseen = [name for name in pending.entries if not (temporary / name).is_file()]
+        if unseen:
+            raise SaveError(
+                f"rank 0 does not see {unseen[0]}; training.run_directory must lie on a file system shared by all nodes"
+            )
+        manifest.write_manifest(temporary, pending.entries)
+        if final.exists():  # a damaged one
+            remove_checkpoint(final)
+        temporary.rename(final)
+        try:
+            self._tidy_up(final)
+        except OSError as error:  # the checkpoint counts all the same
+            say(f"l2e-ds: warning: {self.directory}: {error.strerror}")
+
+    def _tidy_up(self, newest: Path) -> None:
+        """Move `latest`; set aside what a resume has passed over as damaged; remove what is no longer kept."""
+        pointer = self.directory / "latest.tmp"
+        pointer.write_text(newest.name + "\n", encoding="utf-8")
+        fsync_path(pointer)
+        pointer.replace(self.directory / "latest")
+        fsync_path(self.directory)
+        published = self.published()
+        for path in published:
+            if path > newest:  # this run went on from one before it, which it does only where this one is damaged
+                _remove_tree(path.with_suffix(".damaged"))
+                path.rename(path.with_suffix(".damaged"))
+        if self.keep_last is not None:
+            good = [path for path in published if path <= newest and manifest.check_files(path) is None]
+            kept = good[-self.keep_last :]
+            for path in published:
+                if kept and path < kept[0]:  # never what only seems damaged: a reading error passes
+                    remove_checkpoint(path)
+
+    def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
+        """Collective: if any rank failed, remove what was written and raise on all."""
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.directory).free < 1 << 20:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch's writer does not say it
+        reason = None if error is None else f"rank {collectives.rank()}: {_in_one_line(error)}"
+        reasons = [found for found in collectives.all_gather_objects(reason) if found is not None]
+        if not reasons:
+            return
+        self._pending = None
+        kept = ""
+        if collectives.is_main():
+            shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
+            good = [path.name for path in self.published() if manifest.check_files(path) is None]
+            kept = f"the newest good checkpoint is {good[-1]}" if good else "there is no good checkpoint yet"
+        raise SaveError(f"{final}: was not saved: {reasons[0]}; {collectives.main_decides(kept)}")
+
+    # --- loading -------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def load(path: Path, engine: Any, inhibitor: Inhibitor | None, identity: Identity) -> TrainState:
+        """Bring engine, inhibitor and this rank's random states to where the checkpoint was. Collective.
+
+        The same ranks and ZeRO stage go on to the bit. Others get the same weights, moments, tau and global batches; on
+        another number of ranks each rank's random states start anew from (seed, step, rank): nothing in Pythia or the
+        method draws from them in training.
+        Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
+        """
+        content = read_state(path)
+        saved, state = content["identity"], TrainState(**content["train"])
+        check_identity(path, saved, asdict(identity))
+        old, new = content.get("layout", {}), layout(engine)
+        stages = saved["zero_stage"], identity.zero_stage
+        elastic = any(new[key] != old.get(key, saved.get(key, new[key])) for key in new)
+        if elastic and stages != (0, 0):  # stage 0 keeps everything in one file
+            CheckpointManager._load_elastic(path, engine, content, identity)
+        else:
+            _together(lambda: CheckpointManager._load_as_saved(path, engine, state), path)
+
+        def load_ours() -> None:
+            if inhibitor is not None:
+                inhibitor.load_state_dict(load_file(path / "inhibition.safetensors"))
+            if saved["ranks"] == identity.ranks:
+                set_rng_state(load_file(path / f"rng-rank{collectives.rank():05d}.safetensors"), engine.device)
+            else:
+                reseed(identity.seed, state.step, collectives.rank())
+
+        _together(load_ours, path)
+        if elastic and collectives.is_main():
+            before, after = (
+                f"{ranks} rank{'s' * (ranks != 1)}, ZeRO {stage}"
+                for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
+            )
+            say(f"resumed elastically: {before} -> {after}")
+        return state
+
+    @staticmethod
+    def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
+        own = hyper_parameters(engine)
+        loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+        set_hyper_parameters(engine, own)  # the run file's, which the user may have changed
+        if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
+            raise CheckpointError(f"{path}: DeepSpeed did not load it")
+
+    @staticmethod
+    def _load_elastic(path: Path, engine: Any, content: dict, identity: Identity) -> None:
+        saved, state = content["identity"], TrainState(**content["train"])
+        if identity.precision == "fp16" and "loss_scaler" not in content:
+            raise CheckpointError(
+                f"{path}: was written by a version that did not note the loss scale; save once more with"
+                f" {saved['ranks']} ranks and ZeRO stage {saved['zero_stage']} before changing them"
+            )
+        load = ElasticLoad(path, engine, saved["zero_stage"], state.applied, content.get("loss_scaler", {}))
+        _together(load.copy_own_part, path)
+        _together(load.spread_and_check, path)
+        engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
+        engine.global_samples = state.step * identity.global_batch
+
+
+def _together(action: Callable[[], Any], path: Path) -> None:
+    """Run on every rank; if it failed on any, raise on all."""
+    error = _error_of(action)
+    if error is not None and not isinstance(error, L2EError):
+        error = CheckpointError(f"{path}: rank {collectives.rank()}: {_in_one_line(error)}")
+    collectives.agree(error)
+
+
+def check_identity(path: Path, saved: dict, current: dict) -> None:
+    """Raises CheckpointError naming the first thing in which checkpoint and run differ."""
+    for key, value in current.items():
+        if key not in ELASTIC and saved.get(key) != value:
+            raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
+
+
+def open_checkpoints(config: RunConfig) -> CheckpointManager:
+    """Those of a run, and in `resume_from` the one to go on from, if any. Collective.
+
+    Raises CheckpointError where that is not to be had, or where the run would become another one: what begins at
+    another run's checkpoint may have values of its own."""
+    checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
+    path = checkpoints.resume_from = checkpoints.find(config.training.resume)
+    if path is not None and checkpoints.is_own(path):
+        collectives.all_work(lambda: changes_since(path, config).refuse(path))
+    return checkpoints
+
+
+def changes_since(path: Path, config: RunConfig) -> Changes:
+    """Raises CheckpointError, and ConfigError for a broken configuration in state.json."""
+    content = read_state(path)
+    return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
+
+
+def verify_together(path: Path) -> str | None:
+    """Collective: what is wrong with a checkpoint, or None; each rank reads its share of the files."""
+    problem = collectives.main_decides(manifest.check_files(path) if collectives.is_main() else None)
+    if problem is not None:
+        return problem
+    problem = manifest.check_contents(path, collectives.rank(), collectives.size())
+    return next((found for found in collectives.all_gather_objects(problem) if found is not None), None)
+
+
+@contextlib.contextmanager
+def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
+    """DeepSpeed writes between barriers: a rank that cannot write must still meet the others there.
+
+    Its recovery scripts, which rank 0 would copy beside the checkpoints, are left out: `l2e-ds export` does their work.
+    """
+    failed: list[Exception] = []
+    write = engine.checkpoint_engine.save
+
+    def save(*arguments: Any, **named: Any) -> Any:
+        try:
+            return write(*arguments, **named)
+        except Exception as error:
+            failed.append(error)
+
+    engine.checkpoint_engine.save = save
+    engine._copy_recovery_script = lambda _folder: None
+    try:
+        yield failed
+    finally:
+        del engine.checkpoint_engine.save, engine._copy_recovery_script
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Not half: first the name goes, then the files."""
+    doomed = checkpoint.with_suffix(".removed.tmp")
+    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+        checkpoint.rename(doomed)
+    _remove_tree(doomed)
+
+
+def _remove_tree(path: Path) -> None:
+    """Also a link to a folder elsewhere, which stays there; `checkpoint prune` and a run may both be at it."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(None)
+    return future
+
+
+def _error_of(action: Callable[[], Any]) -> Exception | None:
+    try:
+        action()
+    except Exception as error:
+        return error
+    return None
+
+
+def _in_one_line(error: BaseException) -> str:
+    if isinstance(error, L2EError):
+        return str(error)
+    if isinstance(error, OSError):
+        return error.strerror or str(error) or type(error).__name__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _say_not_used(path: Path, problem: str) -> None:
+    say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
+
+
+def read_state(path: Path) -> dict:
+    """The content of state.json. Raises CheckpointError."""
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / STATE}: {error}") from None
+
+
+def _versions() -> dict:
+    import deepspeed
+
+    import l2e_ds
+
+    return {
+        "versions": {"l2e_ds": l2e_ds.__version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}
+    }

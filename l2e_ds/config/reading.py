@@ -1,0 +1,216 @@
+"""Reads run files and overrides. Unknown keys and wrong values are refused with their dotted path."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import ValidationError
+
+from l2e_ds.config.sections import Checked, RunConfig, Section, SourceConfig
+from l2e_ds.config.yaml_text import parse_yaml, read_yaml
+from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import PACKAGE, REPOSITORY
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file and apply `section.key=value` overrides.
+
+    Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    for override in overrides:
+        _apply_override(raw, override)
+    config = checked(RunConfig, raw, str(path), overrides)
+    given = any(override.partition("=")[0].strip() == "training.run_directory" for override in overrides)
+    if not given and _is_frozen(path):
+        config = config.replace("training", run_directory=str(path.parent.absolute()))
+    elif not config.training.run_directory:
+        name = path.parent.name if path.stem == "config" else path.stem
+        config = config.replace("training", run_directory=f"runs/{name}")
+    return with_absolute_paths(config, path)
+
+
+def _is_frozen(path: Path) -> bool:
+    """Whether this is the `config.yaml` of a run directory, and no run file of the user's with that name."""
+    beside = path.parent
+    return path.name == "config.yaml" and (
+        (beside / "deepspeed.json").is_file() or any(beside.glob("checkpoints/step????????"))
+    )
+
+
+def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:
+    """What the run reads is found from any working directory then, and two runs that read other files differ. Names of
+    the hub and of files of this repository stay, and so does the run directory."""
+    data, training = config.data, config.training
+    if data.sets is not None:
+        data = data.model_copy(update={"sets": [_with_absolute_path(part) for part in data.sets]})
+    tokenizer, cache = _absolute_if_there(data.tokenizer), data.cache and str(Path(data.cache).absolute())
+    data = _with_absolute_path(data).model_copy(update={"tokenizer": tokenizer, "cache": cache})
+    if training.resume not in ("auto", "never"):
+        training = training.model_copy(update={"resume": str(Path(training.resume).absolute())})
+    folders = [str(Path(folder).absolute()) for folder in config.evaluation.include_path]
+    deepspeed = find_file(config.deepspeed.config, run_file)
+    config = config.model_copy(update={"data": data, "training": training})
+    config = config.replace("model", pretrained=_absolute_if_there(config.model.pretrained))
+    config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
+    return config.replace("evaluation", include_path=folders)
+
+
+Source = TypeVar("Source", bound=SourceConfig)
+
+
+def _with_absolute_path(part: Source) -> Source:
+    if part.path is None:
+        return part
+    if isinstance(part.path, list):
+        return part.model_copy(update={"path": [str(Path(path).absolute()) for path in part.path]})
+    path = _absolute_if_there(part.path) if part.source == "hub" else str(Path(part.path).absolute())
+    return part.model_copy(update={"path": path})
+
+
+def _absolute_if_there(name: str | None) -> str | None:
+    """Of a file, a folder or a name of the hub."""
+    return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
+
+
+def run_config_from_dict(raw: dict, where: str) -> RunConfig:
+    """Check a nested mapping. `where` begins the error's line. Raises ConfigError."""
+    return checked(RunConfig, raw, where)
+
+
+def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str] = ()) -> Checked:
+    """A nested mapping as a section of this kind. `where`, or the override that set the key, begins the error's line.
+    Raises ConfigError."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        problems: dict[str, list[Any]] = {}
+        # a misspelt key first, which is often why another is missing
+        for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
+            problems.setdefault(_dotted_key(kind, problem["loc"]), []).append(problem)
+        key, alike = next(iter(problems.items()))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        given = [one for one in overrides if f"{one.partition('=')[0].strip()}.".startswith(f"{key}.")]
+        where = f"override {given[-1]!r}" if given else where
+        raise ConfigError(f"{where}: {_describe(kind, key, alike)}{more}") from None
+
+
+def _apply_override(raw: dict, override: str) -> None:
+    section_name, key, value = split_override(override)
+    section = raw.setdefault(section_name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{section_name}: got {section!r}, must be a mapping")
+    section[key] = value
+
+
+def split_override(override: str) -> tuple[str, str, Any]:
+    """Section, key and value of `section.key=value`. Raises ConfigError.
+
+    The value of a key that takes text is taken as it stands; but `null`, or none, unsets an optional key, and brackets
+    make a list where the key takes one. Of other keys it is YAML.
+    """
+    key, separator, value = override.partition("=")
+    path = key.strip().split(".")
+    if not separator or len(path) != 2 or not all(path):
+        raise ConfigError(f"override {override!r}: write section.key=value, e.g. training.steps=100")
+    kinds = _kinds_of(*path)
+    if str not in kinds or (list[str] in kinds and value.startswith("[") and value.endswith("]")):
+        return path[0], path[1], parse_yaml(value, f"override {override!r}")
+    return path[0], path[1], None if value in ("", "null") and NoneType in kinds else value
+
+
+def takes_text(key: str) -> bool:
+    """Whether `section.key` of a run file may be any text."""
+    return str in _kinds_of(*key.split("."))
+
+
+def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
+    """What a key takes, each of a union; nothing for an unknown key."""
+    kind = _section_of(RunConfig, section)
+    if kind is None or key not in kind.model_fields:
+        return ()
+    annotation = get_type_hints(kind)[key]  # without validators, as in LocalPath
+    return annotation, *get_args(annotation)
+
+
+def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
+    """`section.key` of a pydantic location, without the names of union branches or positions in a list; of one of
+    several sections their position too (`data.sets.I.key`)."""
+    parts: list[str] = []
+    section: type[Section] | None = kind
+    for part in location:
+        if section is None:
+            break
+        parts.append(str(part))
+        if not isinstance(part, int):
+            section = _section_of(section, part)
+    return ".".join(parts)
+
+
+def _section_of(kind: type[Section], key: str) -> type[Section] | None:
+    """What a key holds: a section, several of them, or None: plain values."""
+    waiting = [kind.model_fields[key].annotation] if key in kind.model_fields else []
+    while waiting:
+        found: Any = waiting.pop()
+        if isinstance(found, type) and issubclass(found, Section):
+            return found
+        waiting += get_args(found)
+    return None
+
+
+def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
+    """One line for what is wrong with one key: what was given, what is allowed (in a union: any of its branches)."""
+    problems = [problem for problem in problems if problem["type"] == "path"] or problems
+    first = problems[0]
+    if first["type"] == "extra_forbidden":
+        *section, name = key.split(".")
+        allowed = _keys_of(kind, section)
+        close = difflib.get_close_matches(name, allowed, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+        return f"{key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{key}: is required"
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    messages = [
+        problem["msg"].removeprefix("Input should be ").replace("List should", "it should") for problem in problems
+    ]
+    be = "must be " if first["msg"].startswith("Input should be ") else ""
+    return f"{key}: got {_given(problems)!r}; {be}{' or '.join(dict.fromkeys(messages))}"
+
+
+def _given(problems: Sequence[Any]) -> Any:
+    """The value of the key itself: the input of a problem that does not lie deeper than the key."""
+    return min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
+
+
+def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
+    for part in path:
+        if not part.isdigit():
+            kind = _section_of(kind, part) or kind
+    return list(kind.model_fields)
+
+
+def find_file(name: str, beside: str | Path | None = None) -> Path | None:
+    """A file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
+    candidates = [Path(os.path.expandvars(name)).expanduser()]
+    if not candidates[0].is_absolute():
+        candidates += [Path(beside).parent / name] if beside else []
+        candidates += [REPOSITORY / name, PACKAGE / name]
+    return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def portable(path: Path) -> str:
+    """The name of a file or folder of this repository as `find_file` finds it from anywhere, of others the path."""
+    for root in (PACKAGE, REPOSITORY):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)

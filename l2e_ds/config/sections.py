@@ -1,0 +1,606 @@
+"""One run file (YAML) becomes one frozen, fully checked `RunConfig`.
+
+Unknown keys, wrong types and values out of range are refused with the key's dotted path; nothing is dropped
+or converted silently. What depends on the number of ranks (`batch_arithmetic`) and on the DeepSpeed JSON
+(`l2e_ds.engine.configuration`) is checked beside this, also before any process group is made.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from l2e_ds.config.yaml_text import dump_yaml
+
+LayerChoice = Literal["mid-2", "mid-third", "top-bottom", "all"]
+Method = Literal["none", "l2e", "memel"]
+Retrieval = Literal["threshold", "top-k"]
+Mechanism = Literal["regulariser", "reverse-deactivation", "naive-deactivation"]
+
+# What each method is made of (METHOD, sections 4 to 6). The other pairs are the paper's ablation.
+METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
+    "none": ("threshold", "regulariser"),
+    "l2e": ("threshold", "regulariser"),
+    "memel": ("top-k", "reverse-deactivation"),
+}
+
+# Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what: they decide its
+# times, and its figures to rounding only (of the projected loss, whose projection is that of a micro-batch, to a little
+# more: docs/method.md, 5.2). What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
+DECIDES_NO_FIGURE = (
+    *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
+    *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
+    *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
+)
+
+DEFAULT_STRENGTH = 0.2  # of a regulariser
+
+SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # docs/generate.py makes docs/run-files.md of them
+    )
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def _expand(path: str) -> str:
+    """With the values of `~` and `$VARIABLE`. Raises PydanticCustomError where there is none."""
+    unset = next((name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ), None)
+    if unset is not None:
+        raise PydanticCustomError("path", "the environment variable {name} is not set", {"name": unset})
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if path.startswith("~") and expanded == path:
+        raise PydanticCustomError("path", "there is no such user")
+    if path == "null":
+        raise PydanticCustomError("path", "must be a path; ./null is a file or folder of that name")
+    return expanded
+
+
+LocalPath = Annotated[str, AfterValidator(_expand)]
+"""A file or folder; where a key may also hold a name of the hub, that has no `~` and no `$`."""
+
+
+class ModelConfig(Section):
+    """Which network, and where its first weights come from."""
+
+    name: str | None = None
+    """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
+    pretrained: LocalPath | None = None
+    """Instead of `name`: a local folder or a hub name whose weights the run starts from; of a family in
+    docs/families.md."""
+    revision: str | None = None
+    """Branch, tag or commit of `pretrained` on the hub, e.g. `step3000`."""
+    vocab_size: int | None = Field(None, gt=0)
+    """Rows of the embedding. Default: the published number."""
+    num_layers: int | None = Field(None, gt=0)
+    """Overrides the family's number of layers (for small studies and tests)."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Overrides the family's hidden size."""
+    num_heads: int | None = Field(None, gt=0)
+    """Overrides the family's number of attention heads."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Implementation of attention in transformers. BLOOM has `eager` only."""
+    activation_checkpointing: bool = False
+    """Recompute every layer in backward (non-reentrant)."""
+    compile: bool = False
+    """Compile every layer with torch.compile when training begins (ZeRO 0 to 2). Numbers then differ from those of an
+    uncompiled run by rounding."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.name is None) == (self.pretrained is None):
+            raise ValueError("give exactly one of model.name and model.pretrained")
+        if self.revision is not None and self.pretrained is None:
+            raise ValueError("model.revision needs model.pretrained")
+        if self.pretrained is not None:
+            for key in ("vocab_size", "num_layers", "hidden_size", "num_heads"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"model.{key} cannot change a pretrained model; remove it")
+        return self
+
+
+class SourceConfig(Section):
+    """Where text or tokens come from."""
+
+    source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
+    """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
+    Megatron .bin/.idx pair."""
+    path: LocalPath | list[LocalPath] | None = None
+    """Files, folders or glob patterns; for `indexed` the common prefix of a pair, or of several that are read one after
+    the other; for `hub` the data set."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    streaming: bool = False
+    """Tokenise text while training, in worker processes of rank 0; nothing is prepared on disk (docs/data.md)."""
+    shuffle_buffer: int = Field(10_000, gt=0)
+    """Documents that a stream shuffles together. With `order: stored` it shuffles none."""
+    text_key: str = "text"
+    """The field that holds the text (jsonl, parquet, hub)."""
+    max_documents: int | None = Field(None, gt=0)
+    """Take only the first documents."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Stop tokenising after so many tokens."""
+
+    def check_source(self, where: str) -> None:
+        """Raises ValueError where the keys do not go together. `where`: the dotted key of this section."""
+        if self.source is None:
+            raise ValueError(f"{where}.source: is required")
+        if self.source == "stdlib":
+            if self.path is not None:
+                raise ValueError(f"{where}.path is not used with {where}.source: stdlib; remove it")
+        elif self.path is None:
+            raise ValueError(f"{where}.path is required with {where}.source: {self.source}")
+        if self.source == "hub" and not isinstance(self.path, str):
+            raise ValueError(f"{where}.path must be one string with {where}.source: hub")
+        if self.source == "indexed" and not self.path:
+            raise ValueError(f"{where}.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
+        if self.source != "hub":
+            for key in ("subset", "revision"):
+                if key in self.model_fields_set and getattr(self, key):
+                    raise ValueError(f"{where}.{key} is for {where}.source: hub only; remove it")
+        if self.streaming and self.source == "indexed":
+            raise ValueError(f"{where}.streaming needs text; {where}.source: indexed holds tokens")
+        if self.streaming and self.max_tokens is not None:
+            raise ValueError(
+                f"{where}.max_tokens cannot be used with {where}.streaming, which reads as far as the steps go; remove"
+                " one of them"
+            )
+        if not self.streaming and self.shuffle_buffer != SourceConfig.model_fields["shuffle_buffer"].default:
+            raise ValueError(f"{where}.shuffle_buffer is for {where}.streaming only; remove it")
+
+
+class SetConfig(SourceConfig):
+    """One set of a mixture (docs/data.md)."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
+    """Stands in the metrics (`tokens/NAME`) and, with the seed, decides the set's order."""
+    weight: float = Field(gt=0)
+    """Share of the training sequences that come from this set, over the sum of all weights."""
+    held_out: float | None = Field(None, ge=0, lt=1)
+    """As `data.held_out`, for this set. Default: that."""
+
+
+class DataConfig(SourceConfig):
+    """Where the text comes from and how it becomes sequences of tokens."""
+
+    sets: list[SetConfig] | None = Field(None, min_length=1)
+    """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
+    tokenizer: LocalPath | None = None
+    """A tokenizer.json, a folder or a hub name. Not needed with `indexed`, except for export."""
+    train_tokenizer: int | None = Field(None, ge=260)
+    """Instead of `tokenizer`: train a byte-level BPE with this vocabulary on the training documents."""
+    sequence_length: int = Field(2048, ge=2)
+    """Tokens a sequence, T."""
+    held_out: float = Field(0.01, ge=0, lt=1)
+    """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones. Where
+    every prefix of `indexed` has a PREFIX_held_out (`l2e-ds tokenize --held-out`), any share above 0 means all of
+    that, and nothing of PREFIX."""
+    order: Literal["shuffled", "stored"] = "shuffled"
+    """`stored`: sequences in the order of the file (the preshuffled Pile)."""
+    cache: LocalPath | None = None
+    """Where tokenised data is kept. Default: `data/` in the run directory."""
+    workers: int | None = Field(None, gt=0)
+    """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
+
+    @model_validator(mode="after")
+    def _source_needs(self) -> DataConfig:
+        if self.sets is not None:
+            self._check_sets(self.sets)
+            return self
+        self.check_source("data")
+        if self.source == "indexed":
+            if self.train_tokenizer is not None:
+                raise ValueError("data.train_tokenizer needs text; data.source: indexed holds tokens")
+        elif (self.tokenizer is None) == (self.train_tokenizer is None):
+            raise ValueError("give exactly one of data.tokenizer and data.train_tokenizer")
+        elif self.streaming and self.tokenizer is None:
+            raise ValueError(
+                "data.train_tokenizer cannot be used with data.streaming; train one first (l2e-ds tokenizer train) and"
+                " give it as data.tokenizer"
+            )
+        return self
+
+    def _check_sets(self, sets: list[SetConfig]) -> None:
+        for key, field in SourceConfig.model_fields.items():
+            if getattr(self, key) != field.default:
+                raise ValueError(f"data.{key} cannot stand beside data.sets; put it into each set")
+        if self.train_tokenizer is not None:
+            raise ValueError(
+                "data.train_tokenizer cannot be used with data.sets; train one first (l2e-ds tokenizer train) and give"
+                " it as data.tokenizer"
+            )
+        names = [part.name for part in sets]
+        total = sum(part.weight for part in sets)
+        for index, part in enumerate(sets):
+            where = f"data.sets.{index}"
+            part.check_source(where)
+            if part.name in names[:index]:
+                raise ValueError(f"{where}.name: {part.name!r} is the name of data.sets.{names.index(part.name)} too")
+            if part.weight < SMALLEST_SHARE * total:
+                raise ValueError(
+                    f"{where}.weight: {part.weight:g} of {total:g} in all is a smaller share than"
+                    f" {SMALLEST_SHARE:g}; leave the set out or raise its weight"
+                )
+            if part.source != "indexed" and self.tokenizer is None:
+                raise ValueError(f"data.tokenizer is required with {where}.source: {part.source}")
+
+    def parts(self) -> list[tuple[str, float, DataConfig]]:
+        """Name, weight and configuration of each set; without `sets` it is one, whose name is empty."""
+        if self.sets is None:
+            return [("", 1.0, self)]
+        keys = SourceConfig.model_fields
+        return [
+            (
+                part.name,
+                part.weight,
+                self.model_copy(
+                    update={key: getattr(part, key) for key in keys}
+                    | {"sets": None, "held_out": self.held_out if part.held_out is None else part.held_out}
+                ),
+            )
+            for part in self.sets
+        ]
+
+
+class OptimizerConfig(Section):
+    """AdamW with a cosine schedule; Pythia's published values are the defaults (METHOD, section 10)."""
+
+    peak_learning_rate: float | None = Field(None, gt=0)
+    """Default: the published one of `model.name`."""
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    """Decay of Adam's first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """0.1 in the released configuration files (0.01 in the paper's text). Not applied to biases and norms."""
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest global 2-norm of the gradient; 0 turns clipping off."""
+    warmup: float = Field(0.01, ge=0, lt=1)
+    """Share of `schedule_steps` over which the learning rate rises linearly."""
+    schedule_steps: int | None = Field(None, gt=0)
+    """Length of the cosine in steps. Default: `training.steps`."""
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end of the cosine as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _betas_in_range(self) -> OptimizerConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas: got {self.betas}, both must be in [0, 1)")
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in which batches, in which precision."""
+
+    run_directory: LocalPath = ""
+    """Where everything of this run goes. Default: `runs/` and the run file's name. The `config.yaml` in a run directory
+    belongs to that, wherever it was moved."""
+    steps: int = Field(gt=0)
+    """Optimizer steps, one global batch each."""
+    global_batch: int = Field(1024, gt=0)
+    """Sequences a step, over all ranks and accumulation steps."""
+    micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Sequences a rank takes through the network at once. `auto`: the largest that fits the device's memory, measured
+    at the first start and remembered in the run directory (docs/micro-batch.md)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on an accelerator that has it, else fp32."""
+    seed: int = Field(1234, ge=0, lt=2**62)
+    """Decides the first weights and the order of the data, alike on any number of ranks."""
+    resume: LocalPath = "auto"
+    """`auto`: go on from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
+    one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
+    checkpoints of its own, go on from those."""
+    allow_changes: list[str] = []
+    """Keys that decide figures, e.g. `[optimizer.peak_learning_rate]`, and may differ from the checkpoint's where a run
+    goes on. It is refused where others do (docs/checkpoints.md)."""
+    evaluate_every: int = Field(1000, ge=0)
+    """Steps between held-out evaluations (also at the start and the end); 0: never."""
+    evaluation_sequences: int = Field(64, gt=0)
+    """Held-out sequences an evaluation reads."""
+    max_skipped_steps: int = Field(20, gt=0)
+    """Stop with an error after so many non-finite steps in a row."""
+    time_limit: float | None = Field(None, gt=0)
+    """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
+    and stops with exit code 75, as after a signal; saving comes on top. The same command goes on."""
+    timeout: float = Field(30, gt=0)
+    """Minutes (or a time, as above) without progress after which a run ends with an error that names the rank, to be
+    restarted. Must be longer than a step, and than writing or loading a checkpoint takes."""
+
+    @field_validator("time_limit", "timeout", mode="before")
+    @classmethod
+    def _minutes(cls, given: Any, info: ValidationInfo) -> Any:
+        if not isinstance(given, str):
+            return given
+        seconds = slurm_seconds(given)
+        if seconds is None:
+            raise ValueError(
+                f"training.{info.field_name}: got {given!r}, allowed: minutes, or a time such as 12:00:00 (hours,"
+                " minutes, seconds) or 2-12:00:00"
+            )
+        return seconds / 60
+
+
+def _duration(value: float) -> float:
+    if value >= 0 if isinstance(value, int) else 0 < value < 1:
+        return value
+    raise PydanticCustomError("duration", "must be a whole number of steps, or a share of the run between 0 and 1")
+
+
+Duration = Annotated[int | float, AfterValidator(_duration)]
+
+
+class InhibitionConfig(Section):
+    """The method (METHOD, sections 3 to 7)."""
+
+    method: Method = "l2e"
+    """`l2e`: threshold + regulariser. `memel`: top-k + reverse deactivation. `none`: plain pretraining."""
+    retrieval: Retrieval | None = None
+    """Overrides how the method selects activations (ablation)."""
+    mechanism: Mechanism | None = None
+    """Overrides what the method does with selected activations (ablation)."""
+    loss: Literal["published", "scale-invariant", "projected"] = "projected"
+    """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5
+    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (METHOD, 5)."""
+    power: Literal[0, 1, 2] = 1
+    """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
+    layers: LayerChoice | list[int] = "mid-2"
+    """Where neurons are inhibited (with `none`: observed at evaluation)."""
+    target_share: float = Field(0.02, gt=0, lt=1)
+    """Share of (token, neuron) pairs to select."""
+    strength: float | None = Field(None, ge=0)
+    """Size of the inhibition loss's gradient relative to the language model's, at the selected activations of each
+    layer. Default: 0.2 where a regulariser has no `coefficient`."""
+    coefficient: float | None = Field(None, ge=0)
+    """lambda, the weight of the inhibition loss, instead of `strength`."""
+    start: Duration = 0
+    """Step at which inhibition begins: a whole number, or a share of `training.steps` such as 0.3."""
+    warmup: Duration = Field(0, validation_alias=AliasChoices("warmup", "coefficient_warmup"))
+    """Steps (or share of the run) over which it rises linearly from 0, after `start`."""
+    decay: Duration = 0
+    """Steps (or share of the run) over which it falls linearly to 0, before `end`."""
+    end: Duration | None = None
+    """Step (or share of the run) from which nothing is inhibited any more. Default: the end of the run."""
+    statistics_window: int | Literal["cumulative"] = 50
+    """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
+    reduce: Literal["step", "forward"] = "step"
+    """When statistics cross ranks: once a step, or in every forward before selection (exact, slower)."""
+    fused: bool | Literal["auto"] = "auto"
+    """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
+    `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
+    guard: Literal["warn", "stop", "off"] = "warn"
+    """After a held-out evaluation that finds a layer shrunk, grown or more monosemantic for inhibition: say so, or also
+    save and end the run with exit code 3. Compares with as many layers that are not inhibited, but with `off`."""
+
+    @model_validator(mode="after")
+    def _method_parts(self) -> InhibitionConfig:
+        if self.method == "none":
+            for key in ("retrieval", "mechanism"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
+            self._weigh(None, None)
+        elif self.parts[1] != "regulariser":
+            if self.strength is not None:
+                raise ValueError(
+                    f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
+                    " give null"
+                )
+            self._weigh(None, None)
+        elif self.strength is not None and self.coefficient is not None:
+            raise ValueError(
+                f"inhibition.strength: got {self.strength:g} and inhibition.coefficient {self.coefficient:g}, allowed:"
+                " one of the two"
+            )
+        elif self.strength is None and self.coefficient is None:
+            if "strength" in self.model_fields_set:
+                raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
+            self._weigh(DEFAULT_STRENGTH, None)
+        if self.method != "none" and self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
+            raise ValueError(
+                "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
+                " here: auto, false"
+            )
+        if isinstance(self.statistics_window, int) and self.statistics_window < 1:
+            raise ValueError(
+                f"inhibition.statistics_window: got {self.statistics_window}, allowed: an integer >= 1 or 'cumulative'"
+            )
+        if isinstance(self.layers, list):
+            if not self.layers:
+                raise ValueError("inhibition.layers: got [], give at least one layer")
+            if len(set(self.layers)) != len(self.layers):
+                raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
+        return self
+
+    def _weigh(self, strength: float | None, coefficient: float | None) -> None:
+        """Fill in what follows from the other keys, so that equal runs have equal configurations."""
+        self.__dict__.update(strength=strength, coefficient=coefficient)  # past `frozen`
+
+    def in_steps(self, key: str, steps: int) -> int | None:
+        """Value of `start`, `warmup`, `decay` or `end` in a run of so many steps; None: not given."""
+        value: float | None = getattr(self, key)
+        return int(value * steps + 1e-6) if isinstance(value, float) else value  # shares of a sum of 1 fit in
+
+    @property
+    def parts(self) -> tuple[Retrieval, Mechanism]:
+        """Retrieval and mechanism after the overrides."""
+        retrieval, mechanism = METHODS[self.method]
+        return self.retrieval or retrieval, self.mechanism or mechanism
+
+
+class DeepSpeedConfig(Section):
+    """The engine."""
+
+    config: LocalPath = "ds_configs/zero1.json"
+    """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: int = Field(1000, ge=0)
+    """Steps between checkpoints; 0: only at the end."""
+    early: bool = False
+    """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
+    keep_last: int | None = Field(None, gt=0)
+    """Delete all but the newest so many. Default: keep all."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """Where a checkpoint cannot be written (a full disk): end the run, or say so, train on and try again when the next
+    is due. The last good checkpoint stays in any case; the last checkpoint of a run must succeed."""
+
+
+class LoggingConfig(Section):
+    """What is written beside `metrics.jsonl`, and how often."""
+
+    every: int = Field(10, gt=0)
+    """Steps between lines of metrics (means over those steps)."""
+    progress: bool = True
+    """Progress bar on rank 0."""
+    tensorboard: bool = False
+    """Also to TensorBoard, in `tensorboard/` of the run directory."""
+    csv: bool = False
+    """Also to CSV files, in `csv/` of the run directory, one for each metric."""
+    wandb_project: str | None = None
+    """Also to this project of Weights & Biases: one run there, whatever number of starts it takes; files in the run
+    directory."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
+
+
+class EvaluationConfig(Section):
+    """Tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
+
+    every: int = Field(0, ge=0)
+    """Steps between evaluations on tasks (also at the start and the end); 0: never."""
+    tasks: list[str] = []
+    """Tasks and groups by the harness's names, or `paper`: those of the paper."""
+    num_fewshot: int | list[int] | None = None
+    """Examples in each prompt; of a list each in turn. Default: each task's own number."""
+    include_path: list[LocalPath] = []
+    """Folders of task files of your own, for other tasks or a machine without a hub."""
+    limit: int | None = Field(None, gt=0)
+    """Take only the first documents of each task."""
+    batch_size: int | None = Field(None, gt=0)
+    """Requests that a rank answers at once. Default: `training.micro_batch`."""
+
+    @model_validator(mode="after")
+    def _tasks_and_shots(self) -> EvaluationConfig:
+        if self.every and not self.tasks:
+            raise ValueError("evaluation.tasks is required with evaluation.every")
+        for shots in self.shots:
+            if shots is not None and shots < 0:
+                raise ValueError(f"evaluation.num_fewshot: got {shots}, allowed: an integer >= 0 or a list of them")
+        if not self.shots:
+            raise ValueError("evaluation.num_fewshot: got [], give at least one number")
+        return self
+
+    @property
+    def shots(self) -> list[int] | list[None]:
+        """`num_fewshot` as a list."""
+        if self.num_fewshot is None:
+            return [None]
+        return self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]
+
+
+class RunConfig(Section):
+    """Everything that a run is; `dump` gives it back as YAML."""
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig
+    inhibition: InhibitionConfig = InhibitionConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _allow_known_keys(self) -> RunConfig:
+        unknown = next((key for key in self.training.allow_changes if key not in flat(self)), None)
+        if unknown is not None:
+            raise ValueError(
+                f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _inhibition_within_the_run(self) -> RunConfig:
+        section, steps = self.inhibition, self.training.steps
+        if section.method == "none":
+            return self
+        start, warmup, decay, end = (section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end"))
+        assert start is not None and warmup is not None and decay is not None
+        if end is not None and not 0 < end <= steps:
+            raise ValueError(f"inhibition.end: got step {end}, allowed: 1 to training.steps, which is {steps}")
+        last, name = (steps, "training.steps") if end is None else (end, "inhibition.end")
+        if start == last:
+            raise ValueError(f"inhibition.start: got step {start}, allowed: below {name}, which is {last}")
+        if start + warmup + decay > last:
+            raise ValueError(
+                f"inhibition.start: got {start} steps, with a warmup of {warmup} and a decay of {decay} they are"
+                f" {start + warmup + decay}, allowed: up to {name}, which is {last}"
+            )
+        return self
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
+        return dump_yaml(self.model_dump(mode="json"))
+
+    def replace(self, section: str, **values: Any) -> RunConfig:
+        """A copy with some keys of one section changed."""
+        part = getattr(self, section).model_copy(update=values)
+        return self.model_copy(update={section: part})
+
+
+def slurm_seconds(limit: str) -> int | None:
+    """Of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None: it is none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    if match is None:
+        return None
+    days, *parts = match.groups()
+    numbers = [int(part) for part in parts if part is not None]
+    if days is None:  # minutes come first, unless there are three numbers
+        hours, minutes, seconds = {1: (0, *numbers, 0), 2: (0, *numbers), 3: numbers}[len(numbers)]
+    else:
+        hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+# --- batch arithmetic -------------------------------------------------------------------------------------------
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> JSON-able value."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+    }

@@ -1,0 +1,39 @@
+"""`l2e-ds tokenizer train`: train a byte-level BPE tokenizer on text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from l2e_ds.console import say
+from l2e_ds.data.commands import add_input_arguments, positive, source_of, with_options
+from l2e_ds.data.sources import documents, passed_over
+from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
+from l2e_ds.errors import DataError
+from l2e_ds.system.files import write_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="tokenizer_verb", required=True, metavar="train")
+    training = verbs.add_parser("train", help="train a byte-level BPE on text")
+    add_input_arguments(training)
+    training.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="a new file")
+    training.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, at least 257")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.exists():
+        raise DataError(f"{output} exists already; give another --output, or remove it")
+    try:
+        source = source_of(arguments)
+        if left := passed_over(source):
+            say(left)
+        tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
+        write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
+    except DataError as error:
+        raise DataError(with_options(str(error))) from None
+    except OSError as error:
+        raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
+    print(f"{vocabulary_size(tokenizer):,} entries -> {output}")
+    return 0

@@ -1,0 +1,184 @@
+"""Ranks, and the few collectives that this project calls itself. R is the number of ranks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from l2e_ds.distributed.heartbeat import beat, doing, progress
+from l2e_ds.errors import L2EError
+
+_patience = timedelta(minutes=30)  # of collectives; set by `open_control_group`
+_control: Any = None  # gloo group of all ranks for decisions: they wait for no GPU and mix with no gradient
+
+
+# --- ranks and collectives ---------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size(group: Any = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes what is written once."""
+    return rank() == 0
+
+
+def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
+    """Sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
+    if size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], None]:
+    """`all_reduce_sum` that goes on while this rank computes; the returned function waits, on a GPU without the host.
+    Until then nobody may touch the tensor."""
+    if size(group) == 1:
+        return lambda: None
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+
+    def wait() -> None:
+        work.wait()
+
+    return wait
+
+
+def ask_all(*flags: bool) -> Callable[[], list[bool]]:
+    """Begin to ask which flags any rank holds up; the returned function waits for the answer.
+
+    Hosts talk to each other meanwhile, beside what the GPUs do: at a thousand ranks the answer takes longer than a step
+    may lose.
+    """
+    box = torch.tensor(flags, dtype=torch.int32)
+    work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_control, async_op=True) if size() > 1 else None
+
+    def answer() -> list[bool]:
+        if work is not None:
+            work.wait()
+        return [bool(flag) for flag in box]
+
+    return answer
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any rank says True; waits for all."""
+    return ask_all(flag)()[0]
+
+
+def main_decides(value: Any) -> Any:
+    """Rank 0's (picklable, small) value, on every rank."""
+    box = [value]
+    if size() > 1:
+        dist.broadcast_object_list(box, src=0, group=_control)
+    progress(doing())
+    return box[0]
+
+
+def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: None) -> Any:
+    """Rank 0 does `action` while the others wait, however long it takes: they meet in a small collective every second,
+    so that no timeout ends a long piece of work. Returns the result on rank 0 and None elsewhere.
+
+    tick: called each second on every rank; may raise, on all ranks alike, which gives the work up.
+    Raises what the action raised: on rank 0 itself, on the others as L2EError.
+    """
+    outcome: dict[str, Any] = {}
+
+    def work() -> None:
+        try:
+            outcome["result"] = action()
+        except BaseException as error:
+            outcome["error"] = error
+
+    worker = threading.Thread(target=work, daemon=True)
+    if is_main():
+        worker.start()
+    while not main_decides(is_main() and not worker.is_alive()):
+        beat()
+        tick()
+        worker.join(1.0) if is_main() else time.sleep(1.0)
+    error = outcome.get("error")
+    if error is not None and not isinstance(error, L2EError):
+        raise error  # the launcher ends the others
+    agree(error)
+    return outcome.get("result")
+
+
+def agree(error: L2EError | None) -> None:
+    """Collective: raise on every rank if any rank brings an error, so that all end together with its message."""
+    errors = all_gather_objects(error)
+    first: L2EError | None = error or next((e for e in errors if e is not None), None)
+    if first is not None:
+        first.on_every_rank = True
+        raise first
+
+
+def all_work(action: Callable[[], Any]) -> Any:
+    """Every rank does `action` and gets its own result; what one of them raises as an L2EError, all do. Collective."""
+    result, error = None, None
+    try:
+        result = action()
+    except L2EError as raised:
+        error = raised
+    agree(error)
+    return result
+
+
+def open_control_group(patience: timedelta) -> None:
+    """Make the group that decisions of all ranks go through. Collective. patience: timeout of its collectives."""
+    global _control, _patience
+    _patience = patience
+    _control = new_group()
+
+
+def forget_control_group() -> None:
+    """Drop the group that decisions go through; whoever takes the process groups down calls it."""
+    global _control
+    _control = None
+
+
+def new_group() -> Any:
+    """A group of all ranks on CPUs (gloo), for collectives of one thread that others must not mix with. Collective."""
+    return dist.new_group(backend="gloo", timeout=_patience) if size() > 1 else None
+
+
+def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
+    """Rank 0's array (int32 of this shape) on every rank of a `new_group`; or its error, raised on every rank.
+
+    Collective over the group. array: None elsewhere.
+    """
+    failed = torch.tensor([isinstance(array, L2EError)])
+    if group is not None:
+        dist.broadcast(failed, src=0, group=group)
+    if failed:
+        box: list[Any] = [array]
+        if group is not None:
+            dist.broadcast_object_list(box, src=0, group=group)
+        box[0].on_every_rank = True
+        raise box[0]
+    assert not isinstance(array, L2EError)
+    tensor = torch.empty(shape, dtype=torch.int32) if array is None else torch.from_numpy(array)
+    if group is not None:
+        dist.broadcast(tensor, src=0, group=group)
+    return tensor.numpy()
+
+
+def all_gather_objects(value: Any) -> list[Any]:
+    """Every rank's (picklable, small) value, in the order of ranks."""
+    values: list[Any] = [value]
+    if size() > 1:
+        values = [None] * size()
+        dist.all_gather_object(values, value, group=_control)
+    return values

@@ -1,0 +1,124 @@
+"""Where a launcher put this process: its rank, the number of ranks, and where they meet."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from l2e_ds.errors import ConfigError, L2EError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where this process stands: its rank among `size`, its place on the node, and who said so."""
+
+    launcher: str
+    rank: int
+    size: int
+    local_rank: int
+
+
+def find_launch(environment: dict[str, str] | None = None) -> Launch:
+    """Read the launcher's variables; touches no network. Raises ConfigError where they contradict each other."""
+    env = dict(os.environ) if environment is None else environment
+
+    def read(*names: str) -> list[int]:
+        try:
+            return [int(env[name]) for name in names]
+        except KeyError as error:
+            raise ConfigError(f"launcher: {names[0]} is set but {error.args[0]} is not") from None
+        except ValueError:
+            given = {name: env[name] for name in names}
+            raise ConfigError(f"launcher: expected numbers, got {given}") from None
+
+    if "RANK" in env:
+        rank, size, local = read("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        launch = Launch("torchrun or deepspeed", rank, size, local)
+    elif "OMPI_COMM_WORLD_SIZE" in env:
+        rank, size, local = read("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+        launch = Launch("mpirun", rank, size, local)
+    elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # inside srun; a bare batch script has no step of its own
+        rank, size, local = read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        launch = Launch("srun", rank, size, local)
+    elif "PMI_SIZE" in env:  # MPICH, Intel MPI; mpi4py then finds the rest
+        rank, size = read("PMI_RANK", "PMI_SIZE")
+        launch = Launch("mpirun", rank, size, int(env.get("MPI_LOCALRANKID", rank)))
+    elif "PMIX_RANK" in env:
+        # one of several tasks that would each take themselves for the only one (DEEPSPEED.md, silent failure 10)
+        raise ConfigError(
+            "launcher: PMIX_RANK is set, but the number of ranks is not; set RANK, WORLD_SIZE, LOCAL_RANK"
+        )
+    else:
+        launch = Launch("alone", 0, 1, 0)
+    if not 0 <= launch.rank < launch.size:
+        raise ConfigError(f"launcher: rank {launch.rank} of {launch.size} ranks ({launch.launcher})")
+    if "RANK" in env:
+        read("RANK", "MASTER_PORT")
+        if not env.get("MASTER_ADDR"):
+            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
+    return launch
+
+
+def free_port() -> int:
+    """Of this host, for a rendezvous."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def reported_once(action: Callable[[Launch], None]) -> int:
+    """Do `action` on every rank; what all of them raise alike only rank 0 raises. Returns the exit code."""
+    launch = find_launch()
+    try:
+        action(launch)
+    except L2EError as error:
+        if launch.rank == 0 or not error.on_every_rank:
+            raise
+        time.sleep(1.0)  # a launcher ends all when one has ended: rank 0 says why before
+        return error.exit_code
+    return 0
+
+
+def first_host() -> str:
+    """The address by which SLURM reaches the first node of this step, or of this job. Raises ConfigError."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
+        ).stdout.split()
+        address = subprocess.run(
+            ["scontrol", "show", "node", listed[0], "--oneliner"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        ).stdout
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ConfigError(f"srun: cannot find the first node of {nodes!r} ({error}); set MASTER_ADDR") from None
+    # NodeAddr is what SLURM itself connects to; a node's name need not resolve
+    return next((word[9:] for word in address.split() if word.startswith("NodeAddr=")), listed[0])
+
+
+def rendezvous_port(environment: Mapping[str, str]) -> int:
+    """A port that every task of this job step computes alike, and other steps and jobs on the node do not.
+
+    Jobs on one node have ids close to each other, steps count from 0: all pairs of up to 220 neighbouring jobs with
+    up to 100 steps each get ports of their own. Below 32768, where Linux takes the ports of outgoing connections.
+    A port that something else holds ends the step; the supervisor's next one has another id, and so another port.
+    """
+    job, step = int(environment.get("SLURM_JOB_ID", 0)), environment["SLURM_STEP_ID"]
+    return 10_000 + (job * 101 + (int(step) if step.isdigit() else 0)) % 22_501
+
+
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what a launcher around this process tells its ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in names and not name.startswith(("SLURM_STEP", "SLURM_PROCID", "SLURM_LOCALID"))
+    }

@@ -1,0 +1,127 @@
+"""Joins the process group that a launcher asks for, and takes it down again.
+
+`join` works under the deepspeed launcher and torchrun (RANK ...), srun (SLURM_...), mpirun (mpi4py, through DeepSpeed)
+and alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import ipaddress
+import os
+import resource
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from l2e_ds.distributed import collectives
+from l2e_ds.distributed.launch import Launch, first_host, free_port, rendezvous_port
+from l2e_ds.errors import ConfigError, L2EError
+
+
+def join(launch: Launch, timeout_minutes: float) -> torch.device:
+    """Make the process group (nccl on GPUs, gloo on CPUs) and return this rank's device.
+
+    Raises L2EError where the group that formed has another size than the launcher said: N tasks that each
+    think they are alone would be N runs in one directory (DEEPSPEED.md, silent failure 10).
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    on_gpu = get_accelerator().device_name() == "cuda"
+    variables = {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(launch.local_rank)}
+    if launch.launcher == "srun":
+        os.environ.update(variables)
+        if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
+            os.environ["LOCAL_RANK"] = "0"
+        os.environ.setdefault("MASTER_ADDR", first_host())
+        os.environ.setdefault("MASTER_PORT", str(rendezvous_port(os.environ)))
+    elif launch.launcher == "alone":
+        os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
+        os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
+        os.environ.setdefault("MASTER_PORT", "29500")
+    device = _local_device(on_gpu)
+    patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
+    _name_gloo_interface()
+    _allow_open_files()
+    # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
+    # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            auto_mpi_discovery=launch.launcher == "mpirun",
+            distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
+            timeout=patience,
+            verbose=False,
+        )
+    collectives.open_control_group(patience)
+    device = device or _local_device(on_gpu) or torch.device("cpu")
+    if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
+        raise L2EError(
+            f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
+            f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
+        )
+    return device
+
+
+def _allow_open_files() -> None:
+    """Gloo opens a socket for each other rank; the usual soft limit is 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _local_device(on_gpu: bool) -> torch.device | None:
+    """This rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
+    if not on_gpu or "LOCAL_RANK" not in os.environ:
+        return None
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _name_gloo_interface() -> None:
+    """Gloo listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host; the
+    interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
+    if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
+        return
+    import psutil
+
+    master = os.environ["MASTER_ADDR"]
+    here = _address_towards(master)
+    if (
+        here is not None
+        and ipaddress.ip_address(here).is_loopback
+        and not master.startswith(("127.", "localhost", "::1"))
+    ):
+        here = _address_towards("192.0.2.1")  # a name of this very host; nobody has that address: the default route
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == here for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return
+
+
+def _address_towards(host: str) -> str | None:
+    """This host's own address on the way to another; None where there is no way."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing; chooses the route
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def leave() -> None:
+    """Take the process groups down, if there are any."""
+    collectives.forget_control_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

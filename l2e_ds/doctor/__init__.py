@@ -1,0 +1,1 @@
+"""`l2e-ds doctor`: what this machine and launch offer a run."""

@@ -1,0 +1,464 @@
+"""A DeepSpeed JSON and a run file become one consistent pair.
+
+The JSON is taken as it is. Where run file and JSON speak of the same value, one may leave it out (or write
+"auto", as with the Hugging Face Trainer) and the other's value holds; two different values are an error. What
+DeepSpeed would ignore or do wrong without a word is refused here, before any process group or model is made.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+from l2e_ds.config.batch import BatchArithmetic, batch_arithmetic
+from l2e_ds.config.reading import find_file
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.distributed import collectives
+from l2e_ds.errors import ConfigError
+from l2e_ds.models.pythia import published_learning_rate
+
+# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (DEEPSPEED.md, silent
+# failure 9). A unit test compares this list with the keys that the installed version asks for.
+_KEYS: dict[type, str] = {
+    bool: "dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting"
+    " managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients"
+    " use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer"
+    " zero_force_ds_cpu_optimizer",
+    int: "gradient_accumulation_steps steps_per_print train_batch_size train_micro_batch_size_per_gpu vocabulary_size",
+    float: "gradient_clipping gradient_predivide_factor",
+    str: "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
+    dict: "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger compile"
+    " compression_training csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue"
+    " elasticity expert_parallel flops_profiler fp16 hybrid_engine nebula optimizer pipeline progressive_layer_drop"
+    " quantize_training scheduler sparse_attention tensor_parallel tensorboard timers torch_autocast wandb"
+    " weight_quantization zero_optimization",
+}
+
+
+def _types(keys: dict[type, str]) -> dict[str, type]:
+    return {key: kind for kind, names in keys.items() for key in names.split()}
+
+
+TOP_LEVEL_KEYS = _types(_KEYS)
+
+# What DeepSpeed reads of the blocks that it does not check itself.
+BLOCK_KEYS = {
+    "activation_checkpointing": _types(
+        {
+            bool: "contiguous_memory_optimization cpu_checkpointing partition_activations profile"
+            " synchronize_checkpoint_boundary",
+            int: "number_checkpoints",
+        }
+    ),
+    "checkpoint": _types(
+        {
+            bool: "checkpoint_serialization load_universal use_node_local_storage",
+            str: "tag_validation",
+            dict: "parallel_write writer",
+        }
+    ),
+    "data_types": _types({str: "buffer_dtype grad_accum_dtype param_dtype", list: "keep_in_fp32_modules"}),
+    "flops_profiler": _types(
+        {
+            bool: "detailed enabled",
+            int: "module_depth profile_step top_modules",
+            float: "recompute_fwd_factor",
+            str: "output_file",
+        }
+    ),
+    "optimizer": _types({bool: "legacy_fusion", str: "type", dict: "params"}),
+}
+ADAM_PARAMETERS = _types(
+    {bool: "torch_adam adam_w_mode bias_correction amsgrad", float: "lr eps weight_decay", list: "betas"}
+)
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+# Values that DeepSpeed would take: JSON path -> (the only one allowed; why). None: none at all.
+FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
+    ("gradient_allreduce_op",): ("mean", "with anything else gradients grow with the number of ranks"),
+    ("checkpoint", "load_universal"): (False, "no checkpoint could be resumed; see docs/elastic.md for other ranks"),
+    ("checkpoint", "use_node_local_storage"): (False, "ranks of several hosts would write the same files"),
+    ("checkpoint", "writer"): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
+    ("datastates_ckpt",): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
+    ("zero_optimization", "load_from_fp32_weights"): (True, "a resumed run would lose the master weights' precision"),
+    ("zero_optimization", "elastic_checkpoint"): (False, "see docs/elastic.md for other numbers of ranks"),
+    ("zero_optimization", "compute_grad_norm"): (True, "the metric gradient_norm and clipping need it"),
+    ("zero_optimization", "legacy_stage1"): (False, "this version of DeepSpeed has it no more"),
+    ("zero_optimization", "zenflow"): (None, "its steps use gradients of other steps"),
+    ("zero_optimization", "cpu_offload"): (False, 'write "offload_optimizer": {"device": "cpu"}'),
+    ("zero_optimization", "cpu_offload_param"): (False, 'write "offload_param": {"device": "cpu"}'),
+    ("bf16", "check_grad_overflow"): (True, "steps with non-finite gradients would not be skipped"),
+    ("data_types", "buffer_dtype"): ("fp32", "rotary frequencies and moments are kept in float32"),
+    ("autotuning", "enabled"): (False, "it ends a run after a few steps"),
+    ("hybrid_engine", "enabled"): (False, "it is for reinforcement learning"),
+    ("data_efficiency", "enabled"): (False, "it changes what a network is fed"),
+    ("expert_parallel", "enabled"): (False, "no model here has experts"),
+    ("compile", "deepcompile"): (False, "use model.compile"),
+    ("csv_monitor", "enabled"): (False, "set logging.csv"),
+    ("tensorboard", "enabled"): (False, "set logging.tensorboard"),
+    ("wandb", "enabled"): (False, "set logging.wandb_project"),
+    ("comet", "enabled"): (False, "it would get two or three figures, by samples; set logging.csv or its siblings"),
+}
+
+# JSON path -> (section, key) of the run file
+SHARED_VALUES: dict[tuple[str, ...], tuple[str, str]] = {
+    ("train_batch_size",): ("training", "global_batch"),
+    ("train_micro_batch_size_per_gpu",): ("training", "micro_batch"),
+    ("gradient_clipping",): ("optimizer", "gradient_clipping"),
+    ("optimizer", "params", "lr"): ("optimizer", "peak_learning_rate"),
+    ("optimizer", "params", "betas"): ("optimizer", "betas"),
+    ("optimizer", "params", "eps"): ("optimizer", "eps"),
+    ("optimizer", "params", "weight_decay"): ("optimizer", "weight_decay"),
+}
+
+# Sections that would change the training loop behind this project's back.
+REFUSED = {
+    "scheduler": "the schedule is set by optimizer.warmup, optimizer.schedule_steps and optimizer.final_ratio"
+    " (DeepSpeed's WarmupCosineLR gives two steps at zero and never reaches its peak)",
+    "bfloat16": 'write "bf16"',
+    "tensor_parallel": "tensor parallelism is not supported",
+    "torch_autocast": "set training.precision",
+    "managed_gradient_accumulation": "accumulation follows from training.global_batch and training.micro_batch",
+}
+
+
+def resolve(
+    config: RunConfig, ranks: int, run_file: str | Path | None = None, has_bf16: bool | None = None
+) -> tuple[RunConfig, dict, BatchArithmetic]:
+    """The run configuration and the DeepSpeed configuration, each completed by the other, and the batch arithmetic.
+
+    has_bf16: whether the device that the run is for computes in bf16; default: this machine's.
+    Raises ConfigError (dotted key, what was given, what is allowed).
+    """
+    path = find_file(config.deepspeed.config, run_file)
+    if path is None:
+        raise ConfigError(f"deepspeed.config: no such file: {config.deepspeed.config}")
+    ds = _read_json(path)
+    where = f"deepspeed.config: {path.name}"
+    _check_keys(ds, where)
+    config = _take_shared_values(config, ds, where)
+    if config.optimizer.peak_learning_rate is None:
+        config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
+    config = _take_precision(config, ds, where, has_bf16)
+    config, batch = _take_batch(config, ds, where, ranks)
+    _check_stage(config, ds, where)
+    _check_fixed(ds, where)
+    ds = _without_auto(ds)
+    _complete(ds, config, batch)
+    _check_by_deepspeed(ds, batch, where)
+    return config, ds, batch
+
+
+def with_micro_batch(
+    config: RunConfig, ds: dict, micro_batch: int, ranks: int
+) -> tuple[RunConfig, dict, BatchArithmetic]:
+    """What `resolve` returned with `micro_batch: auto`, with the number in its place: as `resolve` would have returned
+    for a run file that gives it. Raises ConfigError where it does not divide the sequences of a rank."""
+    config = config.replace("training", micro_batch=micro_batch)
+    batch = batch_arithmetic(config, ranks)
+    ds = ds | {"train_micro_batch_size_per_gpu": batch.micro_batch, "gradient_accumulation_steps": batch.accumulation}
+    return config, ds, batch
+
+
+def _check_keys(ds: dict, where: str) -> None:
+    """Refuse what DeepSpeed would ignore, or take for something else."""
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for key in ds:
+        if key in REFUSED:
+            raise ConfigError(f"{where}: {key}: remove it; {REFUSED[key]}")
+    _check_block(ds, TOP_LEVEL_KEYS, where)
+    for name, keys in BLOCK_KEYS.items():
+        _check_block(ds.get(name, {}), keys, f"{where}: {name}")
+    models = {
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "comms_logger": CommsLoggerConfig,
+        "compile": CompileConfig,
+    }
+    for name, model in models.items():
+        _check_by_model(ds.get(name, {}), model, f"{where}: {name}")
+    if "optimizer" in ds:
+        if ds["optimizer"].get("type") is None:
+            raise ConfigError(f"{where}: optimizer.type: is required, e.g. AdamW")
+        if ds["optimizer"]["type"].lower() in ("adam", "adamw"):
+            _check_block(ds["optimizer"].get("params", {}), ADAM_PARAMETERS, f"{where}: optimizer.params")
+
+
+def _check_block(given: dict, types: dict[str, type], where: str) -> None:
+    for key, value in given.items():
+        if key not in types:
+            close = difflib.get_close_matches(key, types, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(types))}"
+            raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
+        _check_type(value, types[key], f"{where}: {key}")
+
+
+def _check_by_model(given: dict, model: Any, where: str) -> None:
+    """Types of a block that DeepSpeed has a pydantic model of, which would take "1", true and 1 for one another.
+    (Unknown keys it refuses itself.)"""
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        union = get_args(field.annotation) if get_origin(field.annotation) is Union else (field.annotation,)
+        kinds = [kind for kind in union if kind is not type(None)]
+        for key in {name, field.alias} & given.keys():
+            if given[key] is None or len(kinds) > 1 or not isinstance(kinds[0], type):
+                continue
+            kind = next((base for base in (BaseModel, bool, int, float) if issubclass(kinds[0], base)), None)
+            if kind is BaseModel:
+                _check_type(given[key], dict, f"{where}: {key}")
+                _check_by_model(given[key], kinds[0], f"{where}: {key}")
+            elif kind is not None:
+                _check_type(given[key], kind, f"{where}: {key}")
+
+
+def _check_type(value: Any, kind: type, where: str) -> None:
+    if kind is not dict and value in (None, "auto"):
+        return
+    if kind in (int, float):  # 5e8 is a whole number
+        fits = type(value) in (int, float) and (kind is float or float(value).is_integer())
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        raise ConfigError(f"{where}: got {json.dumps(value)}, must be {_TYPE_NAMES[kind]}")
+
+
+def _check_fixed(ds: dict, where: str) -> None:
+    """Refuse what would break a promise of this project without a word."""
+    fixed = FIXED_VALUES
+    if (
+        _lookup(ds, ("zero_optimization", "stage")) or 0
+    ) >= 2:  # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
+        why = "DeepSpeed's stages 2 and 3 do not support it"
+        fixed = fixed | {("gradient_predivide_factor",): (1.0, why), ("prescale_gradients",): (False, why)}
+    for path, (allowed, why) in fixed.items():
+        value = _lookup(ds, path)
+        if value is not None and (value.lower() if isinstance(value, str) else value) != allowed:
+            remedy = "remove it" if allowed is None else f"allowed: {json.dumps(allowed)}"
+            raise ConfigError(f"{where}: {'.'.join(path)}: got {json.dumps(value)}, {remedy}; {why}")
+
+
+def zero_stage(ds: dict) -> int:
+    return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def less_memory(config: RunConfig, ds: dict) -> str:
+    """What would leave a device more memory and is not done yet, for the user to choose from."""
+    stage, remedies = zero_stage(ds), ["more ranks"]
+    if stage < 3:
+        remedies.append("a higher ZeRO stage")
+    parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
+    if any(_lookup(ds, ("zero_optimization", part, "device")) in (None, "none") for part in parts):
+        remedies.append("offload")
+    if not config.model.activation_checkpointing:
+        remedies.append("model.activation_checkpointing=true")
+    return " or ".join([", ".join(remedies[:-1])] * (len(remedies) > 1) + remedies[-1:])
+
+
+def _read_json(path: Path) -> dict:
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"deepspeed.config: {path}: key {twice!r} is given twice")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed.config: {path}: must hold a JSON object")
+    return content
+
+
+def _lookup(ds: dict, path: tuple[str, ...]) -> Any:
+    """The value at a path, or None where it is missing or "auto"."""
+    value: Any = ds
+    for key in path:
+        if not isinstance(value, dict) or key not in value:
+            return None
+        value = value[key]
+    return None if value == "auto" else value
+
+
+def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
+    for path, (section, key) in SHARED_VALUES.items():
+        given = _lookup(ds, path)
+        if given is None:
+            continue
+        part = getattr(config, section)
+        own = getattr(part, key)
+        if key in part.model_fields_set and own not in (None, "auto") and own != given:
+            raise ConfigError(
+                f"{section}.{key}: got {own}, but {where} says {'.'.join(path)}: {given};"
+                ' make them equal, or write "auto" there'
+            )
+        config = _checked(config, section, key, given, f"{where}: {'.'.join(path)}")
+    return config
+
+
+def _checked(config: RunConfig, section: str, key: str, value: Any, where: str) -> RunConfig:
+    """A copy with one key changed, its type and range checked as in a run file."""
+    from pydantic import ValidationError
+
+    part = getattr(config, section)
+    given = {k: getattr(part, k) for k in part.model_fields_set} | {key: value}
+    try:
+        checked = type(part).model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: got {value!r}; {error.errors()[0]['msg']}") from None
+    return config.model_copy(update={section: checked})
+
+
+def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | None = None) -> RunConfig:
+    enabled = {name: _lookup(ds, (name, "enabled")) for name in ("bf16", "fp16")}
+    if enabled["bf16"] and enabled["fp16"]:
+        raise ConfigError(f"{where}: bf16 and fp16 are both enabled")
+    given = next((name for name, on in enabled.items() if on), None)
+    if given is None and all(on is False for on in enabled.values()):
+        given = "fp32"
+    own: str = config.training.precision
+    excluded = own in enabled and enabled[own] is False
+    if own != "auto" and ((given is not None and own != given) or excluded):
+        raise ConfigError(
+            f"training.precision: got {own}, but {where} says"
+            f' {given or f"{own}.enabled: false"}; make them equal, or write "auto" there'
+        )
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if own == "auto":
+        if has_bf16 is None:
+            has_bf16 = accelerator.device_name() == "cuda" and _has_bf16()
+        own = given or ("bf16" if has_bf16 else "fp32")
+    return config.replace("training", precision=own)
+
+
+def _has_bf16() -> bool:
+    """Whether the GPU computes in bf16 itself; DeepSpeed also counts emulation, which is slower than float32."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_device(config: RunConfig) -> None:
+    """Raises ConfigError where the resolved precision is not to be had on this machine's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    supported = {
+        "fp32": True,
+        "bf16": accelerator.device_name() != "cuda" or _has_bf16(),
+        "fp16": bool(accelerator.is_fp16_supported()),
+    }
+    if not supported[config.training.precision]:
+        device = "CPU" if accelerator.device_name() == "cpu" else "device"
+        raise ConfigError(
+            f"training.precision: got {config.training.precision}, which this {device} does not support;"
+            f" allowed: {', '.join(name for name, able in supported.items() if able)}"
+        )
+
+
+def _take_batch(config: RunConfig, ds: dict, where: str, ranks: int) -> tuple[RunConfig, BatchArithmetic]:
+    accumulation = _lookup(ds, ("gradient_accumulation_steps",))
+    if accumulation is not None and config.training.micro_batch == "auto":
+        raise ConfigError(
+            f"training.micro_batch: got auto, but {where} says gradient_accumulation_steps: {accumulation}; give a"
+            ' number here, or write "auto" there'
+        )
+    if accumulation is not None and "global_batch" not in config.training.model_fields_set:
+        config = config.replace("training", global_batch=int(config.training.micro_batch) * ranks * accumulation)
+    batch = batch_arithmetic(config, ranks)
+    if accumulation is not None and accumulation != batch.accumulation:
+        raise ConfigError(
+            f"training.global_batch: {batch.global_batch} needs {batch.accumulation} accumulation steps"
+            f" ({batch}), but {where} says gradient_accumulation_steps: {accumulation}"
+        )
+    return config, batch
+
+
+def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
+    stage = _lookup(ds, ("zero_optimization", "stage")) or 0
+    if config.training.precision == "fp16" and stage == 0:
+        raise ConfigError(
+            f"training.precision: got fp16, but {where} has ZeRO stage 0, where DeepSpeed divides by a loss scale"
+            " that it never multiplied by; use bf16, fp32, or a stage from 1 to 3"
+        )
+    if config.model.compile and stage == 3:
+        raise ConfigError(
+            f"model.compile: got true, but {where} has ZeRO stage 3, whose hooks gather weights between compiled"
+            " operations; use false, or a stage from 0 to 2"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if _lookup(ds, ("zero_optimization", part, "device")) == "nvme":
+            raise ConfigError(
+                f"{where}: zero_optimization.{part}.device: got 'nvme', allowed: cpu, none (checkpoints of states on"
+                " NVMe are not covered by the guarantees of docs/checkpoints.md)"
+            )
+    accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
+    if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):
+        raise ConfigError(
+            f"{where}: data_types.grad_accum_dtype: got {accumulation_type}; DeepSpeed's stage 0 accumulates"
+            " bf16 gradients in bf16 only; remove it or use a stage from 1 to 3"
+        )
+
+
+def _without_auto(value: Any) -> Any:
+    """Drop what is left to us or to DeepSpeed's defaults."""
+    if isinstance(value, dict):
+        return {key: _without_auto(part) for key, part in value.items() if part != "auto"}
+    return value
+
+
+def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
+    """Write the run's values where the JSON has none."""
+    ds["train_batch_size"] = batch.global_batch
+    ds["train_micro_batch_size_per_gpu"] = batch.micro_batch
+    ds["gradient_accumulation_steps"] = batch.accumulation
+    ds["gradient_clipping"] = config.optimizer.gradient_clipping
+    if "optimizer" in ds:
+        parameters = ds["optimizer"].setdefault("params", {})
+        parameters["lr"] = config.optimizer.peak_learning_rate
+        if str(ds["optimizer"].get("type", "")).lower() in ("adam", "adamw"):
+            parameters.update(
+                betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay
+            )
+    for name in ("bf16", "fp16"):
+        if config.training.precision == name or name in ds:
+            ds.setdefault(name, {})["enabled"] = config.training.precision == name
+    ds.setdefault("checkpoint", {}).setdefault("tag_validation", "Fail")
+
+
+def _check_by_deepspeed(ds: dict, batch: BatchArithmetic, where: str) -> None:
+    """Let DeepSpeed read it now, rather than after the model is built."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    # before the process group is made, DeepSpeed counts one rank
+    alone = ds | {"train_batch_size": batch.micro_batch * batch.accumulation * collectives.size()}
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(alone)))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        section = error.title.removeprefix("DeepSpeed").removesuffix("Config")
+        raise ConfigError(f"{where}: {section}: {key}: got {first['input']!r}; {first['msg']}") from None
+    except (DeepSpeedConfigError, ValueError, AssertionError, KeyError, TypeError) as error:
+        raise ConfigError(f"{where}: {str(error) or type(error).__name__}".splitlines()[0]) from None

@@ -1,0 +1,96 @@
+"""The one place that calls deepspeed.initialize."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from l2e_ds.config.sections import OptimizerConfig, RunConfig
+from l2e_ds.engine.configuration import zero_stage
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups, as GPT-NeoX makes them: matrices decay, biases and norms do not."""
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a rank holds a flat piece
+        (decay if len(shape) >= 2 else rest).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay, "name": "decay"},
+        {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+
+
+def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
+    """A DeepSpeedEngine with AdamW. The learning rate is set before each step by `learning_rate`."""
+    import deepspeed
+
+    optimizer_config = config.optimizer
+    groups = parameter_groups(model, optimizer_config.weight_decay)
+    arguments: dict[str, Any] = {
+        "lr": config.optimizer.peak_learning_rate,
+        "betas": tuple(optimizer_config.betas),
+        "eps": optimizer_config.eps,
+    }
+    offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    optimizer: torch.optim.Optimizer | None
+    if "optimizer" in ds:
+        optimizer = None  # the user's own JSON names one; DeepSpeed builds it on our groups
+    elif offload:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **arguments)  # one pass over memory, on CPUs and GPUs
+    if is_plain_float32(config, ds):
+        ds = ds | {"gradient_clipping": 0.0}  # the trainer clips, measures and skips
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
+        )
+    return engine
+
+
+def is_plain_float32(config: RunConfig, ds: dict) -> bool:
+    """Whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
+    return zero_stage(ds) == 0 and config.training.precision == "fp32"
+
+
+def learning_rate(step: int, peak: float, schedule_steps: int, config: OptimizerConfig) -> float:
+    """Rate of the step with index `step` (0 is the first): linear warm-up, then cosine to `final_ratio`.
+
+    A pure function of the number of applied steps, so there is no schedule state to save or to lose. As in
+    Megatron and GPT-NeoX the warm-up reaches the peak at step `warmup * schedule_steps`; the first step is not zero.
+    """
+    warmup = config.warmup * schedule_steps
+    if step + 1 < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step + 1 - warmup) / max(1.0, schedule_steps - warmup))
+    return peak * (config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def hyper_parameters(engine: Any) -> list[dict[str, Any]]:
+    """Of every parameter group, what loading a checkpoint would overwrite."""
+    names = ("weight_decay", "betas", "eps")
+    return [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
+
+
+def set_hyper_parameters(engine: Any, values: list[dict[str, Any]]) -> None:
+    for group, own in zip(engine.optimizer.param_groups, values, strict=True):
+        group.update(own)
+
+
+def loss_scale(engine: Any) -> float:
+    """The present loss scale; 1 without fp16."""
+    return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0

@@ -1,0 +1,1 @@
+"""A trained model for others: transformers' format, a model card, the hub."""

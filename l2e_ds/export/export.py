@@ -1,0 +1,172 @@
+"""`l2e-ds export`: a checkpoint becomes a folder that transformers loads, with a model card.
+
+Reads finished checkpoints only; needs no process group. DeepSpeed's shards are pickles: export only checkpoints
+from a source you trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from safetensors import SafetensorError
+
+from l2e_ds.checkpoint.weights import PROVENANCE, find_checkpoint, load_network
+from l2e_ds.data.tokenizer import load_tokenizer, name_end_of_text, take_special_tokens
+from l2e_ds.errors import CheckpointError, ConfigError, DataError
+from l2e_ds.export.card import Exported, model_card
+from l2e_ds.export.push import check_push, push
+from l2e_ds.system.files import is_free, one_line, whole_folder, write_whole
+from l2e_ds.system.process import quiet_libraries
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PADDING = ("<|padding|>", "<pad>", "[PAD]")  # in a vocabulary, fills up batches
+
+
+def export(
+    source: Path,
+    output: Path,
+    step: int | None = None,
+    precision: str | None = None,
+    licence: str | None = None,
+    repository: str | None = None,
+) -> dict[str, Any]:
+    """Write model, tokenizer and model card of a run or checkpoint to `output`.
+
+    precision: of the written weights; default: the run's, with which logits equal the engine's. licence, repository:
+    for the card, which says how to load it from there. Returns step, precision, parameters, and whether there was a
+    tokenizer. Raises CheckpointError, ConfigError.
+    """
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
+    checkpoint = find_checkpoint(source, step)
+    if not is_free(output):
+        raise CheckpointError(f"--output: {output} exists and is not an empty folder")
+    beside = next(path for path in output.absolute().parents if path.exists())
+    if not beside.is_dir() or not os.access(beside, os.W_OK):
+        raise CheckpointError(f"--output: cannot write below {beside}")
+    model, state = load_network(checkpoint, precision)
+    precision = precision or state["identity"]["precision"]
+    run_directory = checkpoint.parent.parent
+
+    try:
+        with whole_folder(output) as temporary:
+            _write(model, run_directory, state, temporary)
+            of = Exported(
+                run=run_directory,
+                state=state,
+                network=model.config,
+                parameters=sum(p.numel() for p in model.parameters()),
+                precision=precision,
+                tokenizer=(temporary / "tokenizer.json").exists(),
+                licence=licence,
+                repository=repository,
+            )
+            (temporary / "README.md").write_text(model_card(of), encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"--output: cannot write {output}: {one_line(error)}") from None
+    return {
+        "step": state["train"]["step"],
+        "precision": precision,
+        "parameters": of.parameters,
+        "tokenizer": of.tokenizer,
+    }
+
+
+def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
+    if (run_directory / "tokenizer").is_dir():
+        from transformers import GenerationConfig
+
+        tokenizer = _plain_tokenizer(load_tokenizer(str(run_directory / "tokenizer")))
+        _save_tokenizer(tokenizer, folder)
+        take_special_tokens(model.config, tokenizer)
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    _name_rotary_settings_twice(folder / "config.json")
+    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read, whatever the umask
+        path.chmod((folder / "config.json").stat().st_mode)
+    provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
+    (folder / PROVENANCE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
+
+
+def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same tokens by the class that reads a tokenizer.json as it is; with special tokens that readers ask for."""
+    from transformers import PreTrainedTokenizerFast
+
+    with contextlib.suppress(DataError):  # token files need no end of text
+        name_end_of_text(tokenizer)
+    special = dict(tokenizer.special_tokens_map)
+    if tokenizer.eos_token is not None:
+        # CTranslate2 wants the first two; training, too, begins a text after the end of another
+        padding = next((token for token in PADDING if token in tokenizer.get_vocab()), tokenizer.eos_token)
+        special = {"bos_token": tokenizer.eos_token, "unk_token": tokenizer.eos_token, "pad_token": padding} | special
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=["input_ids", "attention_mask"],  # else transformers 4 adds token types, which no model takes
+        padding_side="left",  # as generation needs it
+        **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
+        **special,
+    )
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """By a name of its class that transformers 4, llama.cpp and CTranslate2 know too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    del config["backend"]
+    write_whole(path, json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+
+
+def _name_rotary_settings_twice(path: Path) -> None:
+    """In a config.json: transformers 4 and llama.cpp do not know `rope_parameters`, and may take other values."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rotary = config.get("rope_parameters") or {}
+    if "rope_theta" not in rotary:
+        return
+    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
+    if config["model_type"] == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    config |= {name: rotary[key] for key, name in names.items() if key in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rotary.items() if key not in names}
+    write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
+    parser.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
+    parser.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
+    parser.add_argument("--private", action="store_true", help="with --push: a new repository that others do not see")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    repository = arguments.push
+    if arguments.private and repository is None:
+        raise ConfigError("--private: goes with --push")
+    quiet_libraries()
+    if repository is not None:
+        check_push(repository)  # before the work, not after it
+    options = (arguments.step, arguments.precision, arguments.license, repository)
+    done = export(arguments.source, arguments.output, *options)
+    print(
+        f"exported step {done['step']} ({done['parameters']:,} parameters, {done['precision']},"
+        f" {'with' if done['tokenizer'] else 'without a'} tokenizer) to {arguments.output}"
+    )
+    if repository is not None:
+        print(f"pushed to {push(arguments.output, repository, arguments.private)}")
+    return 0

@@ -1,0 +1,1 @@
+"""Networks: Pythia's sizes, other families, their inhibited layers, their counts."""

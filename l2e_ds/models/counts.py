@@ -1,0 +1,44 @@
+"""Parameters and floating-point operations of a network, counted without building it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
+    """The network without its weights, to be counted."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(network)
+
+
+def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
+    """Parameters in all, and those outside the token embedding and the output matrix."""
+    model = unbuilt(network)
+    ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.parameters() if id(p) not in ends)
+
+
+def matrix_parameters(model: Any) -> int:
+    """Parameters that every token is multiplied with: not those of embeddings, which are looked up; but where one is
+    also the output matrix, it counts."""
+    output = model.get_output_embeddings().weight
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in looked_up)
+
+
+def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
+    """Forward and backward, without recomputation: 6 P for the matrices, 6 L h T for causal attention.
+
+    parameters: all but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
+    attention; a causal mask needs half.
+    """
+    return 6 * parameters + 6 * layers * hidden * sequence_length

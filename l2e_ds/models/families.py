@@ -1,0 +1,103 @@
+"""Where the neurons of a model are: the registry of model families, one entry a family.
+
+A neuron is one coordinate of what the output projection of a block's MLP reads (METHOD, section 2). Where an activation
+module alone computes that, the hook takes its place: it survives torch.compile, and the exact GELU may be computed in
+the hook's own pass. In a gated MLP no module returns the neurons, which are act(gate) * up: the hook sits before the
+output projection. docs/families.md says how to add a family.
+
+Shapes: N neurons of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from torch.nn import functional
+
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition.settings import NeuronSite
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers.
+
+    blocks: the list of blocks, from the model without its head; site: from a block, the module that returns the neurons
+    (kind "activation") or is given them ("projection"); neurons: N, from the model's configuration; attention: the
+    values of `model.attention` that it has.
+    """
+
+    blocks: str
+    site: str
+    kind: Literal["activation", "projection"]
+    neurons: Callable[[Any], int] = lambda network: network.intermediate_size
+    attention: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
+
+
+_GATED = Family("layers", "mlp.down_proj", "projection")
+
+# By `model_type` of the configuration.
+FAMILIES = {
+    "bloom": Family("h", "mlp.gelu_impl", "activation", lambda network: 4 * network.hidden_size, ("eager",)),
+    "falcon": Family("h", "mlp.act", "activation", lambda network: network.ffn_hidden_size),
+    "gpt2": Family("h", "mlp.act", "activation", lambda network: network.n_inner or 4 * network.n_embd),
+    "gpt_neox": Family("layers", "mlp.act", "activation"),
+    "llama": _GATED,
+    "mistral": _GATED,
+    "opt": Family("decoder.layers", "activation_fn", "activation", lambda network: network.ffn_dim),
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+}
+
+
+def family_of(network: Any, where: str = "the model") -> Family:
+    """network: a transformers configuration; where: what an error calls the model. Raises ConfigError."""
+    if network.model_type not in FAMILIES:
+        raise ConfigError(
+            f"{where}: is of the family {network.model_type}, known are {', '.join(FAMILIES)}; another is registered in"
+            " FAMILIES of l2e_ds/models/families.py (docs/families.md)"
+        )
+    return FAMILIES[network.model_type]
+
+
+def neurons_of(network: Any) -> int:
+    """N, the neurons of each layer. Raises ConfigError."""
+    return family_of(network).neurons(network)
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The blocks of a transformers model, with or without its head. Raises ConfigError."""
+    return model.base_model.get_submodule(family_of(model.config).blocks)
+
+
+def site_of(model: Any, layer: int) -> NeuronSite:
+    """Where the neurons of a layer are. Raises ConfigError."""
+    family = family_of(model.config)
+    parent, _, attribute = family.site.rpartition(".")
+    module = blocks_of(model)[layer].get_submodule(parent)
+    is_gelu = family.kind == "activation" and _is_exact_gelu(getattr(module, attribute))
+    neurons = family.neurons(model.config)
+    return NeuronSite(layer, module, attribute, family.kind, neurons, "gelu" if is_gelu else None)
+
+
+def _is_exact_gelu(activation: nn.Module) -> bool:
+    """Not one of its approximations."""
+    from transformers.activations import GELUActivation
+
+    return isinstance(activation, GELUActivation) and activation.act is functional.gelu
+
+
+def check_trainable(network: Any, attention: str, where: str) -> None:
+    """That a run can train such a model. Raises ConfigError. where: the model's dotted key and value."""
+    family = family_of(network, where)
+    if attention not in family.attention:
+        allowed = ", ".join(family.attention)
+        raise ConfigError(f"model.attention: got {attention}, a {network.model_type} has: {allowed}")
+    if getattr(network, "layerdrop", 0):
+        raise ConfigError(
+            f"{where}: skips layers at random (layerdrop {network.layerdrop}), so that their neurons would not be seen;"
+            " set it to 0 in its config.json"
+        )

@@ -1,0 +1,99 @@
+"""The Pythia suite: sizes, learning rates and the configurations of its networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.errors import ConfigError
+from l2e_ds.models.families import check_trainable
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class PythiaSize:
+    """One row of the family table."""
+
+    layers: int
+    hidden: int
+    heads: int
+    learning_rate: float
+    vocabulary: int
+
+
+PYTHIA = {
+    "pythia-14m": PythiaSize(6, 128, 4, 1.0e-3, 50304),
+    "pythia-31m": PythiaSize(6, 256, 8, 1.0e-3, 50304),
+    "pythia-70m": PythiaSize(6, 512, 8, 1.0e-3, 50304),
+    "pythia-160m": PythiaSize(12, 768, 12, 6.0e-4, 50304),
+    "pythia-410m": PythiaSize(24, 1024, 16, 3.0e-4, 50304),
+    "pythia-1b": PythiaSize(16, 2048, 8, 2.5e-4, 50304),
+    "pythia-1.4b": PythiaSize(24, 2048, 16, 2.0e-4, 50304),
+    "pythia-2.8b": PythiaSize(32, 2560, 32, 1.6e-4, 50304),
+    "pythia-6.9b": PythiaSize(32, 4096, 32, 1.2e-4, 50432),
+    "pythia-12b": PythiaSize(36, 5120, 40, 1.2e-4, 50688),
+}
+
+
+def check_sizes(option: str, names: Iterable[str]) -> None:
+    """That an option names Pythia sizes. Raises ConfigError."""
+    for name in names:
+        if name not in PYTHIA:
+            raise ConfigError(f"{option}: got {name!r}, allowed: {', '.join(PYTHIA)}")
+
+
+def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfig:
+    """The Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
+    if config.pretrained is not None:
+        return _pretrained_config(config)
+    from transformers import GPTNeoXConfig
+
+    name = str(config.name)
+    check_sizes("model.name", [name])
+    size = PYTHIA[name]
+    hidden, heads = config.hidden_size or size.hidden, config.num_heads or size.heads
+    if hidden % heads or (hidden // heads) % 2:
+        raise ConfigError(
+            f"model.num_heads: {heads} heads do not divide model.hidden_size {hidden} into heads of even size"
+        )
+    return GPTNeoXConfig(
+        vocab_size=config.vocab_size or size.vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=config.num_layers or size.layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * hidden,
+        hidden_act="gelu",  # exact, not the tanh approximation
+        # the published 25 % rotary dimensions; longer contexts only where the run asks for them
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        max_position_embeddings=max(2048, sequence_length),
+        use_parallel_residual=True,
+        tie_word_embeddings=False,
+        bos_token_id=None,  # `take_special_tokens`
+        eos_token_id=None,
+        use_cache=False,
+    )
+
+
+def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        network = AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.pretrained: cannot load {config.pretrained!r}"
+            f"{f' at revision {config.revision!r}' if config.revision else ''}: {str(error).splitlines()[0]}"
+        ) from None
+    check_trainable(network, config.attention, f"model.pretrained: {config.pretrained!r}")
+    return network
+
+
+def published_learning_rate(config: ModelConfig) -> float:
+    """Peak learning rate of the family table. Raises ConfigError for a pretrained model, which has none there."""
+    if config.name is None:
+        raise ConfigError("optimizer.peak_learning_rate: is required with model.pretrained")
+    return PYTHIA[config.name].learning_rate

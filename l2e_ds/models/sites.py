@@ -1,0 +1,48 @@
+"""Which layers of a network are inhibited, and where their neurons are."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any, get_args
+
+from l2e_ds.config.sections import LayerChoice
+from l2e_ds.errors import ConfigError
+from l2e_ds.inhibition.settings import NeuronSite
+from l2e_ds.models.families import blocks_of, site_of
+
+
+def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
+    """Indices of the hooked layers (METHOD, section 7), ascending. Raises ConfigError."""
+    named = get_args(LayerChoice)
+    numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
+    if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
+        raise ConfigError(
+            f"inhibition.layers: got {choice!r}, allowed: {', '.join(named)}, or a list of distinct numbers from 0 to"
+            f" {layers - 1}"
+        )
+    if isinstance(choice, list):
+        wrong = [i for i in choice if not 0 <= i < layers]
+        if wrong:
+            raise ConfigError(f"inhibition.layers: got {wrong[0]}, allowed: 0 to {layers - 1} ({layers} layers)")
+        return sorted(choice)
+    if choice == "all":
+        return list(range(layers))
+    if choice == "top-bottom":
+        return sorted({0, layers - 1})
+    width = min(layers, 2) if choice == "mid-2" else max(1, round(layers / 3))
+    first = (layers - width) // 2
+    return list(range(first, first + width))
+
+
+def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
+    """Where the neurons of the chosen layers are, each [B, T, N]; model: of transformers, with or without its head.
+
+    Raises ConfigError for a model of another kind, a family that is not registered (families.py) and for layers out of
+    range.
+    """
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise ConfigError(
+            f"neuron_sites: got a {type(model).__name__} without `config`, allowed: a transformers model (not wrapped);"
+            " of any other say where its neurons are, with a NeuronSite a layer (docs/python-api.md)"
+        )
+    return [site_of(model, layer) for layer in chosen_layers(layers, len(blocks_of(model)))]

@@ -1,0 +1,1 @@
+"""What lies in a run directory: training writes it; reports, studies, exports and supervisors read it."""

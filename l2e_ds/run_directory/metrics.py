@@ -1,0 +1,174 @@
+"""Reading metrics.jsonl, also of a run that goes on; what is written, and what each key means: metrics.py.
+
+A last line that is still being written does not count. Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from l2e_ds.errors import DataError
+
+FILE = "metrics.jsonl"
+# Keys that each line must have for report, summary and study, by its kind. (An older run lacks some of the others.)
+_NEEDED = {
+    "start": ("step",),
+    "train": ("step", "tokens", "lm_loss", "tokens_per_second"),
+    "evaluation": ("step", "tokens", "held_out_loss"),
+    "guard": ("step", "text", "advice"),
+}
+_COUNTS = ("step", "applied_steps", "tokens", "ranks", "hosts", "parameters")  # and tokens/NAME
+_MOST = 2**63
+_LARGEST = 1e38  # near float32's; of larger ones a chart's and a mean's arithmetic could overflow
+
+
+def read_metrics(path: Path, kind: str) -> list[dict]:
+    """The lines of one kind, in order. Raises DataError for a line that is none of a run's, and OSError."""
+    found = []
+    for place, line in _numbered(path):
+        if line["kind"] == kind:
+            if not isinstance(line.get("step"), int) or line["step"] < 0:
+                raise _broken(path, place)
+            found.append(line)
+    return found
+
+
+def read_lines(directory: Path) -> list[dict[str, Any]]:
+    """A run's lines of the kinds start, train, evaluation and guard, in order, checked.
+
+    A figure that is not finite, or beyond what float32 holds, is None. Raises DataError naming file and line, and
+    OSError.
+    """
+    path = directory / FILE
+    lines = ((place, line) for place, line in _numbered(path) if line["kind"] in _NEEDED)
+    return [_checked(line, f"{path}:{place}") for place, line in lines]
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Lines with their places in the file, counted from 1. Raises DataError."""
+    texts = path.read_bytes().split(b"\n")
+    for place, text in enumerate(texts, start=1):
+        if not text:
+            continue
+        try:
+            line = json.loads(text)
+            line["kind"] = str(line["kind"])
+        except (ValueError, KeyError, TypeError):
+            if place < len(texts):  # it has an end
+                raise _broken(path, place) from None
+            continue
+        yield place, line
+
+
+def _broken(path: Path, place: int) -> DataError:
+    return DataError(f"{path}:{place}: is no line of a run's metrics")
+
+
+def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
+    """Raises DataError."""
+    for key in _NEEDED[line["kind"]]:
+        if key not in line:
+            raise DataError(f"{where}: has no {key}")
+    for key, value in line.items():
+        if key.partition("/")[0] in _COUNTS:
+            if type(value) is not int or not 0 <= value < _MOST:
+                raise DataError(f"{where}: {key}: got {value!r}, must be a whole number")
+        elif key in ("git", "versions"):
+            if not isinstance(value, dict):
+                raise DataError(f"{where}: {key}: got {value!r}, must be a mapping")
+        elif (line["kind"], key) in (("guard", "text"), ("guard", "advice")):
+            if not isinstance(value, str):
+                raise DataError(f"{where}: {key}: got {value!r}, must be text")
+        elif line["kind"] != "start" and key != "kind" and type(value) not in (int, float, type(None)):
+            raise DataError(f"{where}: {key}: got {value!r}, must be a number or null")
+    return {key: finite(value) for key, value in line.items()}
+
+
+def finite(value: Any) -> Any:
+    """None for a number that no chart and no mean can take."""
+    return None if isinstance(value, int | float) and not abs(value) <= _LARGEST else value
+
+
+# --- what they say -----------------------------------------------------------------------------------------------
+
+
+def of_kind(lines: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines if line["kind"] == kind]
+
+
+def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of training without the first after each start, in which things are compiled and caches filled."""
+    kept, is_first = [], True
+    for line in lines:
+        if line["kind"] == "start":
+            is_first = True
+        elif line["kind"] == "train":
+            if not is_first:
+                kept.append(line)
+            is_first = False
+    return kept
+
+
+def last_tenth(lines: Sequence[dict]) -> list[dict]:
+    """Of the steps so far."""
+    return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
+
+
+def layer_key(layer: int, name: str) -> str:
+    """Of one of `inhibition.layers`."""
+    return f"layer{layer}/{name}"
+
+
+def comparison_key(layer: int, name: str) -> str:
+    """Of a layer that is none of them; no mean over `layers/NAME` takes it in."""
+    return f"comparison_layer{layer}/{name}"
+
+
+def layers_of(lines: Iterable[Mapping[str, Any]], key: Callable[[int, str], str] = layer_key) -> list[int]:
+    """Those that the lines have figures of under such keys."""
+    begin = key(0, "").partition("0/")[0]
+    return sorted({int(found[1]) for line in lines for name in line if (found := re.match(rf"{begin}(\d+)/", name))})
+
+
+def number(line: Mapping[str, Any], key: str) -> float | None:
+    """None where the line has no such number. Of `layers/NAME` the mean over its layers."""
+    if key.startswith("layers/"):
+        ending = key.removeprefix("layers")
+        own = (name for name in line if name.startswith("layer") and name.endswith(ending))
+        return mean(value for name in own if (value := number(line, name)) is not None)
+    value = line.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """Of the lines that have one."""
+    return [value for line in lines if (value := number(line, key)) is not None]
+
+
+def mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return sum(found) / len(found) if found else None
+
+
+def first_and_last(lines: Sequence[dict], key: str) -> tuple[float | None, float | None]:
+    return (number(lines[0], key), number(lines[-1], key)) if lines else (None, None)
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Forget what a run wrote after the checkpoint that it goes on from, and a line cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,206 @@
+"""What the batch scripts of SLURM run, once a job, on its first node.
+
+    python -m l2e_ds.slurm [--restarts N] RUN.yaml [section.key=value ...] -- srun ... python -m l2e_ds.train
+    python -m l2e_ds.slurm [--restarts N] --list LIST -- srun ... python -m l2e_ds.train      (a task of an array job)
+
+Runs the supervisor (l2e_ds.supervise), then decides whether SLURM is to start this job again: docs/slurm.md has
+the table. A line of LIST is `RUN.yaml [section.key=value ...]`; array task k takes the k-th one, counted from 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from l2e_ds import console
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.distributed.launch import first_host
+from l2e_ds.errors import ConfigError, Interrupted, L2EError
+from l2e_ds.run_directory import names
+from l2e_ds.supervise import supervisor
+
+PROBE_SECONDS = 120
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The supervisor's exit code; the job may be requeued by then. One line on stderr for what the user can mend."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments, launcher = _parse(words)
+        run = arguments.run if arguments.list is None else list_entry(arguments.list, array_task())
+        prepare_environment()
+    except L2EError as error:
+        print(f"l2e-ds: error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+    restarts = [] if arguments.restarts is None else ["--restarts", arguments.restarts]
+    step = _newest_step(run)
+    code = supervisor.main([*restarts, *run, "--", *launcher])
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # requeueing a job sends SIGTERM to its batch script, which is this
+    # a run that breaks whenever it is to stop must not come back for ever
+    broke_stopping = supervisor.was_asked() and not supervisor.impatient() and _newest_step(run) > step
+    requeue_if_due(code, broke_stopping)
+    return code
+
+
+def _newest_step(run: Sequence[str]) -> int:
+    """Of the newest checkpoint; 0 also where the run file is wrong, which the supervisor says."""
+    try:
+        return names.newest_step(Path(load_run_config(run[0], run[1:]).training.run_directory))
+    except ConfigError:
+        return 0
+
+
+def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    before, launcher = console.split_at_dashes(words)
+    parser = console.CommandParser(prog="python -m l2e_ds.slurm", description=__doc__)
+    parser.add_argument("--restarts", metavar="N", help="as of l2e_ds.supervise")
+    parser.add_argument("--list", type=Path, help="one run a line; this array task's line is run")
+    parser.add_argument("run", nargs="*", metavar="RUN.yaml [section.key=value ...]")
+    arguments = parser.parse_args(before)
+    if (arguments.list is None) == (not arguments.run):
+        parser.error("give either RUN.yaml or --list LIST")
+    if not launcher:
+        parser.error("the launcher is missing: ... RUN.yaml -- srun python -m l2e_ds.train")
+    return arguments, launcher
+
+
+def prepare_environment() -> None:
+    """Set for srun what it does not find out by itself, and drop what the submitting shell left over.
+
+    Raises ConfigError where the first node's address is not to be had.
+    """
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+    for name in [name for name in os.environ if name.startswith("SLURM_STEP")]:
+        del os.environ[name]  # sbatch called within a step hands that step's variables on
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        os.environ.setdefault("SRUN_CPUS_PER_TASK", os.environ["SLURM_CPUS_PER_TASK"])  # not inherited since 22.05
+    # once here instead of once a rank: a thousand ranks that ask slurmctld at the same moment are a burden to it
+    os.environ.setdefault("MASTER_ADDR", first_host())
+
+
+# --- lists of runs (array jobs) ----------------------------------------------------------------------------------
+
+
+def list_entry(path: Path, task: int) -> list[str]:
+    """`RUN.yaml` and overrides of array task `task`. Words are split as a shell does, but nothing is expanded or run.
+
+    Raises ConfigError (file and line) for a line that cannot be read, and for two lines that write to one directory.
+    """
+    entries: list[tuple[int, list[str]]] = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
+    for number, line in enumerate(lines, start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: {error}") from None
+        if words and words[0].startswith("-"):
+            raise ConfigError(f"{path}:{number}: got {words[0]!r}, a line is RUN.yaml [section.key=value ...]")
+        if words:
+            entries.append((number, words))
+    if not 0 <= task < len(entries):
+        raise ConfigError(f"{path}: has {len(entries)} runs, there is none for array task {task} (counted from 0)")
+    directories: dict[Path, int] = {}
+    for number, words in entries:
+        try:
+            directory = Path(load_run_config(words[0], words[1:]).training.run_directory).absolute()
+        except ConfigError as error:
+            raise ConfigError(f"{path}:{number}: {error}") from None
+        if directory in directories:
+            raise ConfigError(
+                f"{path}:{number}: writes to {directory}, as line {directories[directory]} does;"
+                " give each line its own training.run_directory=..."
+            )
+        directories[directory] = number
+    return entries[task][1]
+
+
+def array_task() -> int:
+    try:
+        return int(os.environ["SLURM_ARRAY_TASK_ID"])
+    except (KeyError, ValueError):
+        raise ConfigError("--list: this is no task of an array job; use sbatch --array=0-N") from None
+
+
+# --- rendezvous (l2e_ds.distributed asks) ------------------------------------------------------------------------
+
+
+# --- requeueing --------------------------------------------------------------------------------------------------
+
+
+def requeue_if_due(code: int, broke_stopping: bool) -> None:
+    """`scontrol requeue` this job if the run stopped on request, or broke on its way there, or because a node no longer
+    answers.
+
+    broke_stopping: whether the batch script was asked to stop the run, which was then not restarted within this job,
+    and new checkpoints came of this start.
+
+    Not when the user cancelled the job (requeueing would bring it back to life), and not when SLURM has requeued it
+    already. Says in one line what it did and why.
+    """
+    job = job_name_for_scontrol(os.environ)
+    if code == Interrupted.exit_code:
+        reason = "the run stopped on request"
+    elif code == 0 or code in supervisor.FINAL:
+        return
+    elif broke_stopping:
+        reason = "the run failed while it was to stop"
+    elif not nodes_answer():
+        reason = "a node does not answer"
+    else:
+        return
+    try:
+        state, why = job_state(job)
+        if state != "RUNNING" and why != "TimeLimit":
+            _say(f"{reason}; job {job} is not requeued: it was cancelled, or SLURM has requeued it (state {state})")
+            return
+        _say(f"{reason}; requeueing job {job}")
+        _scontrol("requeue", job)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip()
+        _say(f"{reason}, but job {job} could not be requeued ({detail}); submit it again to go on")
+
+
+def job_name_for_scontrol(environment: Mapping[str, str]) -> str:
+    """The id of this job alone: of an array, one task has the array's own id, which would mean all tasks."""
+    if "SLURM_ARRAY_JOB_ID" in environment:
+        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
+    return environment["SLURM_JOB_ID"]
+
+
+def job_state(job: str) -> tuple[str, str]:
+    """State and reason. A job that is being ended is COMPLETING whatever ended it; Reason tells a time limit apart."""
+    shown = _scontrol("show", "job", job, "--oneliner")
+    found = dict(re.findall(r"\b(JobState|Reason)=(\S+)", shown))
+    return found.get("JobState", "unknown"), found.get("Reason", "unknown")
+
+
+def nodes_answer() -> bool:
+    """Whether every node of the job can still start a task. Until SLURM itself notices may take minutes."""
+    nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
+    command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "true"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _scontrol(*words: str) -> str:
+    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout
+
+
+def _say(line: str) -> None:
+    console.say(f"l2e-ds slurm: {line}")

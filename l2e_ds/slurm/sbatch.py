@@ -1,0 +1,206 @@
+"""Resources, batch-script headers and the frozen record of a submission, for `submit` and `study --slurm`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from l2e_ds.config.sections import slurm_seconds
+from l2e_ds.distributed.launch import without_launcher
+from l2e_ds.errors import ConfigError
+from l2e_ds.system.provenance import commit_and_changes, difference
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
+SECRET_VARIABLE = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+SHORTEST_SECRET = 8  # characters; shorter values would be found in any text
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors", "mpi4py")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job asks SLURM for. time: as SLURM writes it; signal_seconds: before its end, to stop and save."""
+
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    time: str
+    signal_seconds: int
+    job_name: str | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    extra: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+
+def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
+    """What `resources_of` reads, and --restarts."""
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help="one rank a GPU; 0: on CPUs")
+    parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node, with --gpus-per-node 0")
+    parser.add_argument("--time", required=required, metavar="HH:MM:SS", help="limit after which the job is requeued")
+    parser.add_argument("--partition", metavar="P")
+    parser.add_argument("--account", metavar="A")
+    parser.add_argument("--qos", metavar="Q")
+    parser.add_argument("--job-name", metavar="NAME", help="default: the run directory's name")
+    parser.add_argument(
+        "--signal-seconds", type=int, default=300, metavar="S", help="stop and save so long before the limit (300)"
+    )
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help="after a crash, within one job (3)")
+    parser.epilog = "Options of sbatch follow `--`, e.g. `-- --cpus-per-task=12 --mem=0 --exclusive`."
+
+
+def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]:
+    """The `#SBATCH` lines. name: of the job, where it was given none; log: in `folder`, a pattern of sbatch's."""
+    options = {
+        "job-name": resources.job_name or plain(name),
+        "nodes": resources.nodes,
+        "ntasks-per-node": resources.tasks_per_node,
+        "gpus-per-node": resources.gpus_per_node or None,
+        "time": resources.time,
+        "partition": resources.partition,
+        "account": resources.account,
+        "qos": resources.qos,
+        "output": str(folder.absolute()).replace("%", "%%") + f"/{log}",
+        "open-mode": "append",
+        "signal": f"B:USR1@{resources.signal_seconds}",
+    }
+    lines = [f"#SBATCH --{key}={shlex.quote(str(value))}" for key, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue")
+    if resources.extra:
+        lines.append(f"#SBATCH {shlex.join(resources.extra)}")
+    return lines
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "l2e-ds"
+
+
+def resources_of(arguments: argparse.Namespace) -> Resources:
+    """Checked. Raises ConfigError naming the option, what was given and what is allowed."""
+    gpus, tasks = arguments.gpus_per_node, arguments.tasks_per_node
+    if arguments.nodes < 1:
+        raise ConfigError(f"--nodes: got {arguments.nodes}, allowed: an integer >= 1")
+    if gpus < 0:
+        raise ConfigError(f"--gpus-per-node: got {gpus}, allowed: an integer >= 0")
+    if gpus and tasks is not None:
+        raise ConfigError("--tasks-per-node: is for --gpus-per-node 0; with GPUs there is one rank a GPU")
+    if not gpus and (tasks is None or tasks < 1):
+        raise ConfigError(f"--tasks-per-node: got {tasks}, --gpus-per-node 0 needs the number of ranks a node, >= 1")
+    for option in ("job_name", "partition", "account", "qos"):
+        value = getattr(arguments, option)
+        if value is not None and not NAME.fullmatch(value):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name}: got {value!r}, allowed: letters, digits and _ . , @ = + : -")
+    limit = slurm_seconds(arguments.time)
+    if limit is None:
+        raise ConfigError(
+            f"--time: got {arguments.time!r}, allowed: e.g. 12:00:00 (hours, minutes, seconds) or 2-12:00:00"
+        )
+    if limit == 0:
+        raise ConfigError(f"--time: got {arguments.time!r}, allowed: a limit before which the run can stop and save")
+    if not 0 < arguments.signal_seconds < min(limit, 65536):
+        raise ConfigError(
+            f"--signal-seconds: got {arguments.signal_seconds}, allowed: 1 to less than the {limit} s of --time"
+        )
+    extra = tuple(arguments.for_sbatch)
+    for word in extra:
+        refuse_control_characters("submit", word)
+    if extra and not extra[0].startswith("-"):
+        raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
+    return Resources(
+        arguments.nodes,
+        gpus,
+        gpus or tasks,
+        arguments.time,
+        arguments.signal_seconds,
+        arguments.job_name,
+        arguments.partition,
+        arguments.account,
+        arguments.qos,
+        extra,
+    )
+
+
+def refuse_control_characters(where: str, text: str) -> None:
+    if not text.isprintable():
+        raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
+
+
+def new_folder(directory: Path, what: str = "submit") -> tuple[Path, int]:
+    """The first of `what`-1, `what`-2 ... that is not there yet, made. Raises ConfigError."""
+    number = 1
+    while True:
+        folder = directory / f"{what}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder, number
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise ConfigError(f"training.run_directory: cannot make {folder}: {error.strerror}") from None
+
+
+def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
+    """code.json, and code.diff where there is a difference. words: of the command line."""
+    versions, (commit, status) = _versions(), commit_and_changes()
+    code = {
+        "command": ["l2e-ds", *words],
+        "ranks": resources.ranks,
+        "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": {"commit": commit, "changed": status},
+        "versions": versions,
+    }
+    text = without_secrets(json.dumps(code, indent=2), "the command line")
+    (folder / "code.json").write_text(text + "\n", encoding="utf-8")
+    changes = difference() if status else ""  # of untracked files there is none
+    if changes:
+        for _, value in _secrets(os.environ):
+            changes = changes.replace(value, "[left out: value of an environment variable]")
+        (folder / "code.diff").write_text(changes, encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    import l2e_ds
+    from l2e_ds.system.provenance import installed_version
+
+    found = {"l2e_ds": l2e_ds.__version__, "python": sys.version.split()[0]}
+    return found | {package: version for package in PACKAGES if (version := installed_version(package)) is not None}
+
+
+def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
+    return [
+        (name, value)
+        for name, value in environment.items()
+        if SECRET_VARIABLE.search(name.upper()) and len(value) >= SHORTEST_SECRET
+    ]
+
+
+def without_secrets(text: str, where: str) -> str:
+    """The text itself. Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it."""
+    for name, value in _secrets(os.environ):
+        if value in text:
+            raise ConfigError(f"submit: {where} contains the value of {name}; leave it to the environment alone")
+    return text
+
+
+def queue(path: Path) -> str:
+    """Queue the script and return the job's id."""
+    command: Sequence[str] = ["sbatch", "--parsable", str(path)]
+    done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
+    if done.returncode != 0:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
+        raise ConfigError(f"submit: {reason}")
+    return done.stdout.strip().split(";")[0]

@@ -1,0 +1,121 @@
+"""`l2e-ds submit RUN.yaml [section.key=value ...] --gpus-per-node G --time HH:MM:SS [...] [-- options of sbatch]`.
+
+Checks the run, freezes it in a folder `submit-N` of its run directory, and gives the script in there to sbatch:
+
+    submit-1/
+      submit.sbatch     readable; `sbatch submit.sbatch` starts the same again
+      run.yaml          the resolved configuration, and deepspeed.json, which it names
+      code.json         command, git commit, whether files were changed, versions of packages
+      code.diff         the changes, if there are any
+      slurm-JOB.log     what the job prints
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from l2e_ds.config.reading import find_file, load_run_config
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.errors import ConfigError
+from l2e_ds.slurm.sbatch import (
+    Resources,
+    add_resource_arguments,
+    header,
+    new_folder,
+    queue,
+    record_code,
+    refuse_control_characters,
+    resources_of,
+    without_secrets,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    add_resource_arguments(parser, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
+    from l2e_ds.system.process import quiet_libraries
+    from l2e_ds.training.preflight import preflight
+
+    resources = resources_of(arguments)
+    if arguments.restarts < 0:
+        raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
+    if not arguments.dry_run and shutil.which("sbatch") is None:
+        raise ConfigError("submit: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+    for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
+        refuse_control_characters("submit", word)
+    quiet_libraries()
+    config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
+    # `auto` is for the node that runs it to decide, not for this one
+    asked = load_run_config(arguments.run_file, arguments.overrides).training.precision
+    config = config.replace("training", precision=asked)
+
+    directory = Path(config.training.run_directory)
+    refuse_control_characters("training.run_directory", str(directory))
+    if "\\" in str(directory.absolute()):  # turns off the replacement of %j in the log's name
+        raise ConfigError(f"training.run_directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+    if arguments.dry_run:
+        number = len(list(directory.glob("submit-*"))) + 1
+        print(without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
+        return 0
+
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    folder, number = new_folder(directory)
+    try:
+        _freeze(folder, config, arguments, resources)
+        path = folder / "submit.sbatch"
+        path.write_text(without_secrets(script(directory, number, resources, arguments.restarts), path.name))
+        job = queue(path)
+    except BaseException:
+        shutil.rmtree(folder)  # nothing was queued
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+    print(f"job     {job}: {resources.nodes} nodes x {resources.tasks_per_node} ranks, {resources.time}")
+    print(f"script  {path}")
+    print(f"log     {folder / f'slurm-{job}.log'}")
+    return 0
+
+
+def script(directory: Path, number: int, resources: Resources, restarts: int) -> str:
+    """The batch script of submission `number` of the run in `directory`.
+
+    Values are quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines.
+    """
+    folder = directory / f"submit-{number}"
+    python = shlex.quote(sys.executable)
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            f"# Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
+            *header(resources, directory.absolute().name, folder, "slurm-%j.log"),
+            "",
+            f"cd {shlex.quote(os.getcwd())} || exit 2",
+            f"exec {python} -m l2e_ds.slurm --restarts {restarts} {shlex.quote(str(folder / 'run.yaml'))} \\",
+            f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+            "",
+        ]
+    )
+
+
+def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, resources: Resources) -> None:
+    """Write what is run, and by which code, beside the script."""
+    source = find_file(config.deepspeed.config, arguments.run_file)
+    assert source is not None  # preflight has read it
+    json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
+    json_path.write_text(without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
+    frozen = config.replace("deepspeed", config=str(json_path))
+    run_path.write_text(without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
+    record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)

@@ -1,0 +1,95 @@
+"""Finds out whether a run's processes are alive, and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+
+from l2e_ds.run_directory.lock import NAME
+
+PR_SET_CHILD_SUBREAPER = 36
+SUSPENDED = 5.0
+"""Seconds between two looks at a run that only a supervisor lets pass that was suspended."""
+
+
+class SignsOfLife:
+    """Of a run: rank 0 renews its lock, and its processes on this machine use processor time."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self._lock = run_directory / NAME
+        self._renewed: int | None = None
+        self._renewals = 0
+        self._used, self._looked_at = 0.0, 0.0
+        self._seen_at = self._asked_at = time.monotonic()
+
+    def are_missing_for(self, patience: float) -> bool:
+        """Whether neither was seen for so many seconds; to be asked often.
+
+        Never before the lock was renewed a few times: the run may be starting, or its file system may keep no times.
+        """
+        now = time.monotonic()
+        if now > self._asked_at + SUSPENDED:
+            self._seen_at += now - self._asked_at  # nobody saw what the run did
+        self._asked_at = now
+        try:
+            renewed = self._lock.stat().st_mtime_ns
+        except OSError:
+            renewed = None
+        if renewed != self._renewed:
+            self._renewed, self._seen_at = renewed, now
+            self._renewals = 0 if renewed is None else self._renewals + 1
+        pause = patience / 20
+        if now > self._looked_at + pause:
+            used = processor_seconds()
+            if used > self._used + 0.01 * pause:
+                self._seen_at = now
+            self._used, self._looked_at = used, now
+        return self._renewals >= 3 and now > self._seen_at + patience
+
+
+def processor_seconds() -> float:
+    """Used by the living processes below this one, since they began."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def leftovers(session: int, run_file: str) -> list[psutil.Process]:
+    """Living processes of the launch: of its session, or of torchrun's own sessions with the run file as an argument.
+    Not what went its own way, such as ssh's master connection."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            ours = os.getsid(process.pid) == session or run_file in process.cmdline()
+            if ours and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.Error):
+            pass  # gone meanwhile
+    return found
+
+
+def kill_all() -> None:
+    if "SLURM_JOB_ID" in os.environ and shutil.which("squeue"):
+        kill_steps(os.environ["SLURM_JOB_ID"])
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def kill_steps(job: str) -> None:
+    """Tasks are no children of srun: with it gone they would stay, and keep what the next step needs."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        listing = ["squeue", "--steps", f"--jobs={job}", "--noheader", "--format=%i"]
+        steps = subprocess.run(listing, capture_output=True, text=True, timeout=60).stdout.split()
+        steps = [step for step in steps if step.rpartition(".")[2].isdigit()]  # not the batch script's own
+        if steps:
+            subprocess.run(["scancel", "--signal=KILL", *steps], capture_output=True, timeout=60)

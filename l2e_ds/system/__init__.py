@@ -1,0 +1,1 @@
+"""What knows nothing of models or runs: files, processes, memory, versions. Imports no other part."""

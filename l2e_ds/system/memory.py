@@ -1,0 +1,44 @@
+"""How much memory this process uses and may still use."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from l2e_ds.errors import L2EError
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Allocated on the GPU; on CPUs the process's resident set. (getrusage would count what its parent had, too.)"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return process_memory("VmHWM")
+
+
+def process_memory(name: str) -> int:
+    """Bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no file's).
+
+    Raises L2EError where the system does not tell it.
+    """
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise L2EError(f"/proc/self/status: has no {name}")
+
+
+def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes that a container or a job may still use (cgroup v2); infinite where nothing limits it."""
+    room = math.inf
+    with suppress(OSError, ValueError):
+        line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")
+        folder = root / line.removeprefix("0::").strip("/")
+        while folder == root or root in folder.parents:
+            with suppress(OSError, ValueError):  # a folder without a limit has no such files, or "max" in them
+                most, now = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+                cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                room = min(room, most - now + int(cached.get("inactive_file", 0)))
+            folder = folder.parent
+    return room

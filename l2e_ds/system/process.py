@@ -1,0 +1,89 @@
+"""How processes of this project begin and end."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from l2e_ds.console import flush_streams
+from l2e_ds.errors import Interrupted
+
+
+def quiet_libraries() -> None:
+    """Keep the terminal for our own lines; warnings and errors still come through."""
+    import torch
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    import logging
+    import warnings
+
+    from deepspeed.utils import logger
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def leave_process(code: int) -> NoReturn:
+    """End this process; after success, or a stop that was asked for, without the destructors of C++ libraries.
+
+    Seen now and then after a finished run on several ranks: "terminate called without an active exception", a thread
+    of a library that outlived its owner, and exit code 250 for a run that was complete and saved.
+    """
+    flush_streams()
+    if code not in (0, Interrupted.exit_code):
+        sys.exit(code)
+    for child in multiprocessing.active_children():  # of an unfinished data preparation; it would be waited for
+        child.kill()
+    atexit._run_exitfuncs()
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()  # mpi4py would do so where we no longer come by; mpirun calls it a failure if nobody does
+    flush_streams()
+    os._exit(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process (train.py: leave_process), also where that cannot be imported."""
+    flush_streams()
+    if code not in (0, Interrupted.exit_code):
+        sys.exit(code)
+
+    leave_process(code)
+
+
+_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+@contextmanager
+def without_stop_signals() -> Iterator[None]:
+    """Held back from this thread, and from processes and threads that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def serve_parent() -> None:
+    """In a spawned process: leave the signals that stop a run to the parent, and end with it."""
+    for number in _LEFT_TO_PARENT:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

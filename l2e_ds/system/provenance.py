@@ -1,0 +1,66 @@
+"""By which code, on which machine and with which versions something was made."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import l2e_ds
+from l2e_ds.system.files import REPOSITORY
+
+DIFF = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
+
+
+def commit_and_changes() -> tuple[str | None, list[str]]:
+    """Commit and `git status` lines of the checkout that this package is run from; (None, []) of a copy."""
+    try:
+        _git("ls-files", "--error-unmatch", "l2e_ds/__init__.py")  # else some other checkout around an installed copy
+        return _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain").splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None, []
+
+
+def difference() -> str:
+    """`git diff HEAD` of that checkout. Raises OSError or SubprocessError where there is none."""
+    return _git(*DIFF)
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, errors="replace").stdout
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or of "python"; None where it is not installed."""
+    if package == "python":
+        return platform.python_version()
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """Return the processor's name, or its architecture where the system does not tell the name."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return platform.machine()
+
+
+def machine() -> str:
+    """Return what this machine is made of, not what it is called: processor, cores, memory and operating system."""
+    import psutil  # here: doctor, which needs this file, starts with the standard library alone
+
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB memory, {platform.system()}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the versions of l2e-ds, of Python and of installed packages. Raises PackageNotFoundError."""
+    found = {"l2e-ds": l2e_ds.__version__, "python": platform.python_version()}
+    return found | {package: importlib.metadata.version(package) for package in packages}

@@ -1,0 +1,226 @@
+"""Tries micro-batches of growing size in a process of its own and measures their memory and time."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.distributed import collectives, process_group
+from l2e_ds.distributed.launch import Launch, free_port
+from l2e_ds.errors import WorkerError
+from l2e_ds.system.files import one_line
+from l2e_ds.system.memory import process_memory
+from l2e_ds.system.process import serve_parent, without_stop_signals
+from l2e_ds.training import preemption
+
+_OUT_OF_MEMORY = "out of memory"
+_MEETING = 0.5  # seconds between two meetings of the ranks while their children work
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one micro-batch, bytes: held before the forward of the second one; peak of its forward and backward; peak of
+    the optimizer step. seconds: of forward and backward, the faster one's."""
+
+    base: float
+    working: float
+    stepping: float
+    seconds: float
+
+    @property
+    def peak(self) -> float:
+        return max(self.working, self.stepping)
+
+
+def _held(device: torch.device) -> float:
+    """On a GPU all that is in use there: also CUDA contexts, NCCL's buffers, and other processes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total - free
+    return process_memory("VmRSS")
+
+
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device: torch.device) -> float:
+    """Of what `_held` counts, since `_forget_peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return _held(device) - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
+    return process_memory("VmHWM")
+
+
+@dataclass(frozen=True)
+class _Child:
+    process: BaseProcess
+    connection: Connection
+
+
+def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
+    """A spawned process that has this rank's place in a group of its own. Collective."""
+    port = collectives.main_decides(free_port() if collectives.is_main() else None)
+    variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, variables, config, ds, network), daemon=True)
+    with without_stop_signals():
+        process.start()
+    theirs.close()
+    return _Child(process, ours)
+
+
+def end_child(child: _Child) -> None:
+    """At once, whatever it does; its memory on the device is free when this returns."""
+    child.process.kill()
+    child.process.join()
+    child.connection.close()
+
+
+def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
+    """Let all children take micro-batches of this size. Collective; None where any rank ran out of memory.
+
+    The ranks meet again and again meanwhile: the child of one may have failed, and the others' wait for it for ever.
+    """
+    with suppress(OSError):  # it has ended: seen below
+        child.connection.send(size)
+    answer: Measured | str | None = None
+    waited, meetings_after_failure = 0.0, 0
+    while True:
+        preemption.stop_if_asked()
+        if answer is None:
+            answer = _answer(child)
+            waited += _MEETING  # by no clock, which goes on where this process is suspended
+            if answer is None and waited > patience:
+                answer = f"no answer in {patience / 60:g} minutes (training.timeout)"
+        else:
+            time.sleep(_MEETING)
+        answers = collectives.all_gather_objects(answer)
+        if _OUT_OF_MEMORY in answers:
+            return None
+        failed = [(rank, said) for rank, said in enumerate(answers) if isinstance(said, str)]
+        # a child that was killed for its memory may show a moment later than those that lost contact with it
+        meetings_after_failure += bool(failed)
+        if meetings_after_failure > 3:
+            rank, said = failed[0]
+            error = WorkerError(f"training.micro_batch: auto: measuring {size} failed on rank {rank}: {said}")
+            error.on_every_rank = True
+            raise error
+        if all(isinstance(said, Measured) for said in answers):
+            columns = zip(*(vars(said).values() for said in answers), strict=True)
+            return Measured(*map(max, columns))
+
+
+def _answer(child: _Child) -> Measured | str | None:
+    """What it says within the time between two meetings, or what became of it."""
+    try:
+        return child.connection.recv() if child.connection.poll(_MEETING) else None
+    except (EOFError, OSError):
+        child.process.join()
+        code = child.process.exitcode
+        return _OUT_OF_MEMORY if code == -signal.SIGKILL else f"its process ended with exit code {code}"
+
+
+def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig, ds: dict, network: Any) -> None:
+    """Answer each size that is asked for until the parent ends this process."""
+    serve_parent()
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is for the rendezvous of its own ranks
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    try:
+        from l2e_ds.system.process import quiet_libraries
+
+        quiet_libraries()
+        rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)
+        take = _build(config, ds, network, device)
+        while True:
+            connection.send(take(connection.recv()))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(_OUT_OF_MEMORY if _is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}")
+        threading.Event().wait()  # the others must hear this, not that they lost contact
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
+def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
+    """The run's network, inhibitor and engine, after a first step, so that the optimizer has all of its states.
+
+    Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
+    size that makes a whole global batch each is a step of its own; of the others both together are.
+    """
+    from l2e_ds.engine.configuration import zero_stage
+    from l2e_ds.engine.engine import build_engine
+    from l2e_ds.inhibition import Inhibitor
+    from l2e_ds.models.network import build_network
+    from l2e_ds.models.sites import neuron_sites
+    from l2e_ds.training.building import inhibition_settings
+    from l2e_ds.training.loss import LossHead
+
+    ranks = collectives.size()
+    share = config.training.global_batch // ranks
+    accumulation = min(2, share)
+    config = config.replace(
+        "inhibition", start=0, warmup=0, decay=0, end=None
+    )  # with its loss's gradient, as in later steps
+    ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
+    ds |= {"train_micro_batch_size_per_gpu": 1}
+    model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
+    inhibitor = None
+    if config.inhibition.method != "none":
+        sites = neuron_sites(model, config.inhibition.layers)
+        inhibitor = Inhibitor(sites, inhibition_settings(config), device)
+        inhibitor.attach()
+    head = LossHead(model)
+    engine = build_engine(model, config, ds, device)
+    random = torch.Generator().manual_seed(collectives.rank())
+
+    def take(size: int) -> Measured:
+        seconds = math.inf
+        for ends_step in (size == share, True):
+            engine.set_gradient_accumulation_boundary(ends_step)
+            rows = torch.randint(network.vocab_size, (size, config.data.sequence_length + 1), generator=random)
+            rows = rows.to(device)
+            _forget_peak(device)
+            base, begin = _held(device), time.perf_counter()
+            loss = head.loss(engine, rows[:, :-1], rows[:, 1:])
+            if inhibitor is not None:
+                loss = inhibitor.attach_loss(loss)
+            engine.backward(loss)
+            working = _peak(device)
+            seconds = min(seconds, time.perf_counter() - begin)
+            _forget_peak(device)
+            engine.step()
+            if ends_step and inhibitor is not None:
+                inhibitor.step(engine.was_step_applied())
+        return Measured(base, working, _peak(device), seconds)
+
+    for _ in range(30):  # fp16 passes over steps until its loss scale is low enough
+        take(1)
+        if engine.was_step_applied():
+            break
+    return take

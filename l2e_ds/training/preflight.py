@@ -1,0 +1,188 @@
+"""Checks everything that a user can get wrong, before any process group or model is made."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from l2e_ds.config.batch import BatchArithmetic
+from l2e_ds.config.reading import load_run_config
+from l2e_ds.config.sections import RunConfig
+from l2e_ds.errors import ConfigError, L2EError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run: configuration, DeepSpeed configuration, batches, network, hooked layers."""
+
+    config: RunConfig
+    ds: dict
+    batch: BatchArithmetic
+    network: Any
+    layers: list[int]
+
+
+def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
+    """Check a run completely, without a process group, a model, or anything written.
+
+    this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
+    """
+    from l2e_ds.data import check_sets
+    from l2e_ds.engine.configuration import check_device
+
+    plan = resolve_run(run_file, overrides, ranks)
+    if this_machine:
+        check_device(plan.config)
+        _check_machine(plan)
+    try:
+        check_sets(plan.config.data, plan.network.vocab_size)
+    except L2EError as error:
+        error.on_every_rank = True
+        raise
+    return plan
+
+
+def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
+    """What `preflight` does without a look at data or machine. Raises ConfigError.
+
+    has_bf16: whether the device that the run is for computes in bf16 (for `training.precision: auto`); default: this
+    machine's.
+    """
+    from l2e_ds.engine.configuration import resolve
+    from l2e_ds.models.pythia import network_config
+    from l2e_ds.models.sites import chosen_layers
+
+    if ranks < 1:
+        raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
+    config = load_run_config(run_file, overrides)
+    network = network_config(config.model, config.data.sequence_length)
+    config, ds, batch = resolve(config, ranks, run_file, has_bf16)
+    layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
+    longest = getattr(network, "max_position_embeddings", None)  # None: alibi, any length
+    if longest is not None and config.data.sequence_length > longest:
+        raise ConfigError(
+            f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
+            f" {longest}"
+        )
+    return Plan(config, ds, batch, network, layers)
+
+
+def _check_machine(plan: Plan) -> None:
+    """That what the run needs beside its device is here. Raises ConfigError."""
+    from l2e_ds.evaluation import check_installed
+    from l2e_ds.system.installed import is_installed
+
+    config = plan.config
+    directory = Path(config.training.run_directory)
+    for folder in (directory, directory / "checkpoints"):
+        place = _nearest("training.run_directory", folder)
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ConfigError(f"training.run_directory: cannot write below {place}")
+    _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
+    _check_extensions(plan.ds)
+    resume = Path(config.training.resume)
+    if config.training.resume not in ("auto", "never") and not resume.is_dir():
+        raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
+    if config.model.attention == "flash_attention_2" and not is_installed("flash_attn"):
+        raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
+    if config.evaluation.every:
+        check_installed("evaluation.every")
+    for key, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
+        if getattr(config.logging, key) and not is_installed(package):
+            raise ConfigError(f"logging.{key}: needs {package}: pip install 'l2e-ds[monitor]'")
+
+
+def _nearest(key: str, folder: Path) -> Path:
+    """The folder, or of those above it the first that is there. Raises ConfigError for names that no folder can have,
+    and for links to nowhere."""
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise ConfigError(f"{key}: {place}: {error.strerror}") from None
+        break
+    if not place.exists():
+        raise ConfigError(f"{key}: {place} is a link to {os.readlink(place)}, which is not there")
+    most = os.pathconf(place, "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > most for part in folder.parts):
+        raise ConfigError(f"{key}: {folder}: {os.strerror(errno.ENAMETOOLONG)}")
+    return place
+
+
+def _check_extensions(ds: dict) -> None:
+    """That DeepSpeed can build its operation of CPU offload, or find it built. Raises ConfigError."""
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import get_default_build_root
+
+    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none" or installed_ops.get("cpu_adam"):
+        return
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"zero_optimization.offload_optimizer: DeepSpeed builds its operation below {root}, and cannot write to"
+            f" {place}; set TORCH_EXTENSIONS_DIR"
+        )
+
+
+def describe(plan: Plan) -> str:
+    """What `--dry-run` prints."""
+    from l2e_ds.models.counts import parameter_counts
+    from l2e_ds.models.families import neurons_of
+
+    config, network = plan.config, plan.network
+    batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
+    total, rest = parameter_counts(network)
+    neurons = neurons_of(network)
+    tokens = plan.batch.tokens_per_step * config.training.steps
+    retrieval, mechanism = config.inhibition.parts
+    method = config.inhibition.method
+    total_weight = sum(weight for _, weight, _ in config.data.parts())
+    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in config.data.parts() if name)
+    what = "no inhibition; observed at evaluation" if method == "none" else f"{retrieval} + {mechanism}"
+    return "\n".join(
+        [
+            "# resolved configuration",
+            config.dump().rstrip(),
+            "",
+            "# DeepSpeed configuration",
+            json.dumps(plan.ds),
+            "",
+            f"batch       {batch}",
+            f"run         {config.training.steps:,} steps, {tokens:,} tokens",
+            *([f"mixture     {mixture}"] if mixture else []),
+            f"parameters  {total:,} ({rest:,} without embeddings)",
+            f"precision   {config.training.precision}",
+            f"method      {method} ({what})",
+            f"layers      {', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}",
+            f"neurons     {len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}",
+        ]
+    )
+
+
+def _unfound_batch(plan: Plan) -> str:
+    """What a dry run can say of `training.micro_batch: auto`."""
+    from l2e_ds.config.batch import divisors
+    from l2e_ds.training import micro_batch
+
+    path = Path(plan.config.training.run_directory) / micro_batch.FILE
+    about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
+    number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
+    found = "found at the start"
+    if number is not None:
+        found = f"{number}, if the devices are those of {path}"
+    elif problem is not None:
+        found += f", for {path} {problem}"
+    batch = plan.batch
+    return (
+        f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (above it"
+        " stands as 1)"
+    )

@@ -1,0 +1,75 @@
+"""What a run writes down of itself before it begins: its configuration and the circumstances of the start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2e_ds.training.preflight import Plan
+
+if TYPE_CHECKING:
+    from l2e_ds.data import PreparedData
+    from l2e_ds.distributed.launch import Launch
+
+
+def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
+    """Keep what was run beside what came of it."""
+    from l2e_ds.system.files import write_whole
+
+    write_whole(directory / "config.yaml", plan.config.dump())
+    write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
+    write_whole(directory / "model" / "config.json", plan.network.to_json_string())
+    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
+        temporary = directory / "tokenizer.tmp"
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)
+        temporary.rename(directory / "tokenizer")
+
+
+def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
+    """What the line `kind: start` says. Collective."""
+    import platform
+    from datetime import datetime, timezone
+
+    import deepspeed
+    import torch
+    import transformers
+
+    import l2e_ds
+    from l2e_ds.distributed import collectives
+    from l2e_ds.models.counts import parameter_counts
+    from l2e_ds.system.provenance import commit_and_changes
+
+    sets = {
+        part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
+        for part in data
+        if part.name
+    }
+    commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
+    return {
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "git": {"commit": commit, "changed": bool(changes)},
+        "host": platform.node(),
+        "hosts": len(set(collectives.all_gather_objects(platform.node()))),
+        "cores": os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
+        "ranks": collectives.size(),
+        "launcher": launch.launcher,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "parameters": parameter_counts(plan.network)[0],
+        "train_tokens": sum(part.train_tokens or 0 for part in data),
+        "held_out_tokens": sum(part.held_out_tokens for part in data),
+        **({"sets": sets} if sets else {}),
+        "versions": {
+            "l2e_ds": l2e_ds.__version__,
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
