@@ -152,6 +152,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     from l2e_ds.distributed import collectives, heartbeat
     from l2e_ds.engine.configuration import with_micro_batch
     from l2e_ds.system.files import write_whole
+    from l2e_ds.system.memory import keep_freed_memory
     from l2e_ds.training import micro_batch
     from l2e_ds.training.task_evaluation import load_task_evaluation
     from l2e_ds.training.trainer import Trainer
@@ -169,6 +170,8 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         found = micro_batch.find(config, plan.ds, plan.network, device)
         config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
         plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
+    if device.type == "cpu":
+        keep_freed_memory()  # after the search of a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
     data = _main_first(prepare)
     for part in data:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,3 +44,19 @@ def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
                 room = min(room, most - now + int(cached.get("inactive_file", 0)))
             folder = folder.parent
     return room
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that large tensors free, instead of returning it and asking for zeroed pages again.
+
+    A step on a CPU frees and takes hundreds of megabytes; without this a fifth of its time goes into page faults
+    (docs/speed.md). The process then stays at its peak. Variables MALLOC_*_THRESHOLD_ of the user's decide for
+    themselves, and other C libraries are left alone.
+    """
+    if {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
