@@ -10,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config.batch import BatchArithmetic
+from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
+from l2e_ds.data import check_sets
+from l2e_ds.engine.configuration import check_device, resolve
 from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.evaluation import check_installed
+from l2e_ds.models.counts import parameter_counts
+from l2e_ds.models.families import neurons_of
+from l2e_ds.models.pythia import network_config
+from l2e_ds.models.sites import chosen_layers
+from l2e_ds.system.installed import is_installed
+from l2e_ds.training import micro_batch
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,6 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
     this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
     """
-    from l2e_ds.data import check_sets
-    from l2e_ds.engine.configuration import check_device
-
     plan = resolve_run(run_file, overrides, ranks)
     if this_machine:
         check_device(plan.config)
@@ -48,15 +54,11 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
 
 def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
-    """What `preflight` does without a look at data or machine. Raises ConfigError.
+    """Do what `preflight` does, without a look at data or machine. Raises ConfigError.
 
     has_bf16: whether the device that the run is for computes in bf16 (for `training.precision: auto`); default: this
     machine's.
     """
-    from l2e_ds.engine.configuration import resolve
-    from l2e_ds.models.pythia import network_config
-    from l2e_ds.models.sites import chosen_layers
-
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
     config = load_run_config(run_file, overrides)
@@ -73,10 +75,7 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
 
 
 def _check_machine(plan: Plan) -> None:
-    """That what the run needs beside its device is here. Raises ConfigError."""
-    from l2e_ds.evaluation import check_installed
-    from l2e_ds.system.installed import is_installed
-
+    """Check that this machine has what the run needs beside its device. Raises ConfigError."""
     config = plan.config
     directory = Path(config.training.run_directory)
     for folder in (directory, directory / "checkpoints"):
@@ -98,8 +97,10 @@ def _check_machine(plan: Plan) -> None:
 
 
 def _nearest(key: str, folder: Path) -> Path:
-    """The folder, or of those above it the first that is there. Raises ConfigError for names that no folder can have,
-    and for links to nowhere."""
+    """Return the folder, or the nearest one above it that exists.
+
+    Raises ConfigError for names that no folder can have, and for links to nowhere.
+    """
     for place in (folder, *folder.absolute().parents):
         try:
             place.lstat()
@@ -117,12 +118,14 @@ def _nearest(key: str, folder: Path) -> Path:
 
 
 def _check_extensions(ds: dict) -> None:
-    """That DeepSpeed can build its operation of CPU offload, or find it built. Raises ConfigError."""
-    from deepspeed.git_version_info import installed_ops
+    """Check that DeepSpeed can build its operation of CPU offload, or find it built. Raises ConfigError."""
+    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
+    if offload.get("device", "none") == "none":
+        return
+    from deepspeed.git_version_info import installed_ops  # here: most runs offload nothing, and it takes seconds
     from torch.utils.cpp_extension import get_default_build_root
 
-    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") == "none" or installed_ops.get("cpu_adam"):
+    if installed_ops.get("cpu_adam"):
         return
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
@@ -134,10 +137,7 @@ def _check_extensions(ds: dict) -> None:
 
 
 def describe(plan: Plan) -> str:
-    """What `--dry-run` prints."""
-    from l2e_ds.models.counts import parameter_counts
-    from l2e_ds.models.families import neurons_of
-
+    """Return what `--dry-run` prints."""
     config, network = plan.config, plan.network
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
@@ -170,9 +170,6 @@ def describe(plan: Plan) -> str:
 
 def _unfound_batch(plan: Plan) -> str:
     """What a dry run can say of `training.micro_batch: auto`."""
-    from l2e_ds.config.batch import divisors
-    from l2e_ds.training import micro_batch
-
     path = Path(plan.config.training.run_directory) / micro_batch.FILE
     about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
     number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))

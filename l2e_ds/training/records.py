@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import deepspeed
+import torch
+import transformers
+
+import l2e_ds
+from l2e_ds.data import PreparedData
+from l2e_ds.distributed import collectives
+from l2e_ds.distributed.launch import Launch
+from l2e_ds.models.counts import parameter_counts
+from l2e_ds.system.files import write_whole
+from l2e_ds.system.provenance import commit_and_changes
 from l2e_ds.training.preflight import Plan
-
-if TYPE_CHECKING:
-    from l2e_ds.data import PreparedData
-    from l2e_ds.distributed.launch import Launch
 
 
 def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
-    """Keep what was run beside what came of it."""
-    from l2e_ds.system.files import write_whole
-
+    """Write configuration, DeepSpeed configuration, network and tokenizer of a run into its directory."""
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
     write_whole(directory / "model" / "config.json", plan.network.to_json_string())
@@ -32,19 +39,7 @@ def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bo
 
 
 def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
-    """What the line `kind: start` says. Collective."""
-    import platform
-    from datetime import datetime, timezone
-
-    import deepspeed
-    import torch
-    import transformers
-
-    import l2e_ds
-    from l2e_ds.distributed import collectives
-    from l2e_ds.models.counts import parameter_counts
-    from l2e_ds.system.provenance import commit_and_changes
-
+    """Return what the line `kind: start` of the metrics says. Collective."""
     sets = {
         part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
         for part in data

@@ -24,9 +24,9 @@ from l2e_ds.engine.configuration import resolve
 from l2e_ds.models.pythia import network_config
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.process import quiet_libraries
-from l2e_ds.train import train
 from l2e_ds.training import micro_batch
 from l2e_ds.training.preflight import preflight
+from l2e_ds.training.run import train
 
 USED = ("l2e_ds.training.trainer", "transformers.models.gpt_neox.modeling_gpt_neox", "deepspeed.ops.adam")
 

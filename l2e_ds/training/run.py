@@ -1,0 +1,99 @@
+"""One run from the process group to the last step: `train` is what every rank does once its run file is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
+from l2e_ds.console import say
+from l2e_ds.data import PreparedData, prepare_sets
+from l2e_ds.data.tokenizer import take_special_tokens
+from l2e_ds.distributed import collectives, heartbeat, process_group
+from l2e_ds.distributed.launch import Launch
+from l2e_ds.distributed.watchdog import Watchdog
+from l2e_ds.engine.configuration import with_micro_batch
+from l2e_ds.run_directory.lock import RunLock
+from l2e_ds.system.files import write_whole
+from l2e_ds.system.memory import keep_freed_memory
+from l2e_ds.training import micro_batch, preemption
+from l2e_ds.training.preflight import Plan
+from l2e_ds.training.records import freeze, record_circumstances
+from l2e_ds.training.task_evaluation import load_task_evaluation
+from l2e_ds.training.trainer import Trainer, is_finished
+
+
+def train(plan: Plan, launch: Launch) -> None:
+    """Join the other ranks, train what is left of the run, leave."""
+    config = plan.config
+    directory = Path(config.training.run_directory)
+    with Watchdog(config.training.timeout) as watchdog:
+        device = process_group.join(launch, config.training.timeout)
+        watchdog.meet()
+        preemption.watch(directory, config.training.time_limit)
+        with _locked(directory) as lock:
+            watchdog.also = lock.renew
+            checkpoints = open_checkpoints(config)  # first: a refused or finished run must stay as it is
+            if not collectives.main_decides(is_finished(config, checkpoints)):
+                _train_on(plan, launch, device, checkpoints)
+            elif collectives.is_main():
+                say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
+    process_group.leave()
+
+
+def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
+    """Prepare the data, build everything, train."""
+    config = plan.config
+    directory = Path(config.training.run_directory)
+
+    def prepare() -> list[PreparedData]:
+        cache = Path(config.data.cache) if config.data.cache else directory / "data"
+        evaluated = config.training.evaluation_sequences
+        return prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
+
+    record = None
+    if config.training.micro_batch == "auto":
+        found = micro_batch.find(config, plan.ds, plan.network, device)
+        config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
+        plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
+    if device.type == "cpu":
+        keep_freed_memory()  # after the search of a micro-batch, which measures what each size takes
+    heartbeat.progress("data preparation")
+    data = _main_first(prepare)
+    for part in data:
+        if part.tokenizer is not None:
+            take_special_tokens(plan.network, part.tokenizer)
+    heartbeat.progress("loading evaluation tasks")
+    tasks = load_task_evaluation(config, data)
+    heartbeat.progress("building the model")
+    with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
+        if collectives.is_main():
+            # only now: a refused resume must leave the run as it was
+            freeze(plan, directory, data, is_new=trainer.state.step == 0)
+            if record is not None:
+                write_whole(directory / micro_batch.FILE, record)
+        about = record_circumstances(plan, launch, device, data)
+        about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
+        about |= {"changes": trainer.changes} if trainer.changes else {}
+        trainer.metrics.write("start", trainer.state.step, about)
+        trainer.train()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[RunLock]:
+    """Hold the run directory's lock: no other run writes there. Collective; raises ConfigError on every rank."""
+    lock = RunLock(directory)
+    collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _main_first(action: Callable[[], Any]) -> Any:
+    """Do `action` on rank 0, then on the others, which find its result on disk; an error of any rank ends all."""
+    result = collectives.main_works(action, preemption.stop_if_asked)
+    return collectives.all_work(lambda: result if collectives.is_main() else action())
