@@ -21,7 +21,7 @@ READER_IS_GONE = 141
 
 
 def reader_is_gone() -> bool:
-    """Whether standard output is a pipe that nobody reads any more (`| head`). Then nothing more is written to it."""
+    """Return whether standard output is a pipe that nobody reads any more (`| head`); then write nothing more to it."""
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in watch.poll(0))
@@ -31,8 +31,10 @@ def reader_is_gone() -> bool:
 
 
 def open_streams() -> None:
-    """Where cron or a daemon has closed standard streams, what is printed goes nowhere. Else files of the run would get
-    their numbers, and with them what libraries print. For the beginning of a command."""
+    """Open standard streams that cron or a daemon has closed, so that what is printed there goes nowhere.
+
+    Else files of the run would get their numbers, and with them what libraries print. Commands begin with this.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # Python's word for a closed one
             stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (for good)
@@ -42,7 +44,10 @@ def open_streams() -> None:
 
 
 def flush_streams() -> None:
-    """What cannot be brought out is dropped: the interpreter would try again, and end with exit code 120 for it."""
+    """Flush standard output and error, and drop what cannot be written.
+
+    The interpreter would try again at its end, and end with exit code 120 for it.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -62,18 +67,18 @@ def say(line: str) -> None:
 
 
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
-    """A table, the first column to the left, the others to the right."""
+    """Return a Markdown table, the first column aligned to the left, the others to the right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines) + "\n"
 
 
 def _cell(text: str) -> str:
-    """On one line, and one cell."""
+    """Return the text on one line, with `|` escaped, so that it stays one cell."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
-    """The value of an option. Raises ConfigError where it is out of range."""
+    """Return the value of an option. Raises ConfigError where it is out of range."""
     if value < least or (at_most is not None and value > at_most):
         limit = "" if at_most is None or value < least else f" and <= {at_most}"
         raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
@@ -88,14 +93,14 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--`, and what after it."""
+    """Return the words before the first `--`, and those after it."""
     words = list(words)
     cut = words.index("--") if "--" in words else len(words)
     return words[:cut], words[cut + 1 :]
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """As parse_args, but overrides may also follow options (`RUN.yaml --dry-run section.key=value`)."""
+    """Parse as `parse_args` does, but let overrides follow options, too (`RUN.yaml --dry-run section.key=value`)."""
     arguments, rest = parser.parse_known_args(argv)
     if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

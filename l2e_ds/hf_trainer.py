@@ -166,7 +166,7 @@ def _encode(state: dict[str, Tensor]) -> str:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    """As the Trainer finds it: in a dictionary by its name, in a tuple first."""
+    """Return the loss where the Trainer finds it: in a dictionary by its name, in a tuple first."""
     loss = output.get("loss") if isinstance(output, dict) else output[0]
     return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 

@@ -126,7 +126,7 @@ def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
 
 
 def _difference(old: Any, new: Any) -> str:
-    """Of `data.sets`, where there are as many, only what differs, as `position.key: old -> new`."""
+    """Return old and new value; of `data.sets` of equal length only what differs, as `position.key: old -> new`."""
     if not (
         isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new and isinstance(new[0], dict)
     ):

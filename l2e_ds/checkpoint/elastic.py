@@ -59,8 +59,10 @@ class ElasticLoad:
         self.keys = ("fp32", *MOMENTS) if applied_steps else ("fp32",)
 
     def copy_own_part(self) -> None:
-        """From the shards what this rank holds. Raises CheckpointError where the pair of checkpoint and engine is not
-        supported."""
+        """Copy from the shards what this rank holds.
+
+        Raises CheckpointError where the pair of checkpoint and engine is not supported.
+        """
         _refuse_unsupported(self.checkpoint, self.engine, self.zero_stage)
         names = {parameter: name for name, parameter in self.parameters.items()}
         groups = parameter_groups(self.engine.module, weight_decay=0.0)

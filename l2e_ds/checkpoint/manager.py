@@ -255,7 +255,7 @@ class CheckpointManager:
         return self._pending is not None and not self._pending.task.done()
 
     def close(self) -> None:
-        """Not before the background has ended what it had begun, or a minute has passed."""
+        """Wait until the background thread has ended what it had begun, at most a minute."""
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._pending is not None:
             wait([self._pending.task], timeout=60)
@@ -441,7 +441,7 @@ def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Not half: first the name goes, then the files."""
+    """Remove a checkpoint, first its name and then its files, so that none is ever found half removed."""
     doomed = checkpoint.with_suffix(".removed.tmp")
     with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
         checkpoint.rename(doomed)

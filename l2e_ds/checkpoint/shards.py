@@ -102,7 +102,7 @@ def _read(shard: Path) -> dict[str, Any]:
 
 
 def _rank_of(shard: Path) -> int:
-    """From [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt."""
+    """Return R of a file named [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt."""
     return int(shard.name.partition("pp_rank_")[2].partition("_")[0])
 
 

@@ -21,7 +21,7 @@ def beat() -> None:
 
 
 def excuse(seconds: float) -> None:
-    """So long this process did not run: that is no lack of progress."""
+    """Do not count these seconds as lack of progress: this process was suspended and did not run."""
     global _progressed
     _progressed = min(_progressed + seconds, time.monotonic())
 

@@ -64,7 +64,7 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
 
 
 def free_port() -> int:
-    """Of this host, for a rendezvous."""
+    """Return a TCP port of this host that nobody listens on, for a rendezvous."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

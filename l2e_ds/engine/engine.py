@@ -81,7 +81,7 @@ def set_learning_rate(engine: Any, rate: float) -> None:
 
 
 def hyper_parameters(engine: Any) -> list[dict[str, Any]]:
-    """Of every parameter group, what loading a checkpoint would overwrite."""
+    """Return what loading a checkpoint would overwrite in each parameter group."""
     names = ("weight_decay", "betas", "eps")
     return [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
 

@@ -84,14 +84,14 @@ def site_of(model: Any, layer: int) -> NeuronSite:
 
 
 def _is_exact_gelu(activation: nn.Module) -> bool:
-    """Not one of its approximations."""
+    """Return whether the activation is the exact GELU, not one of its approximations."""
     from transformers.activations import GELUActivation
 
     return isinstance(activation, GELUActivation) and activation.act is functional.gelu
 
 
 def check_trainable(network: Any, attention: str, where: str) -> None:
-    """That a run can train such a model. Raises ConfigError. where: the model's dotted key and value."""
+    """Check that a run can train such a model. Raises ConfigError. where: the model's dotted key and value."""
     family = family_of(network, where)
     if attention not in family.attention:
         allowed = ", ".join(family.attention)

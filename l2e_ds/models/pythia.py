@@ -40,7 +40,7 @@ PYTHIA = {
 
 
 def check_sizes(option: str, names: Iterable[str]) -> None:
-    """That an option names Pythia sizes. Raises ConfigError."""
+    """Check that an option names Pythia sizes. Raises ConfigError."""
     for name in names:
         if name not in PYTHIA:
             raise ConfigError(f"{option}: got {name!r}, allowed: {', '.join(PYTHIA)}")

@@ -75,7 +75,7 @@ def without_stop_signals() -> Iterator[None]:
 
 
 def serve_parent() -> None:
-    """In a spawned process: leave the signals that stop a run to the parent, and end with it."""
+    """Leave the signals that stop a run to the parent of this spawned process, and end with it."""
     for number in _LEFT_TO_PARENT:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
