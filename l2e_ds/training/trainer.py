@@ -25,20 +25,18 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
-from l2e_ds.engine.engine import build_engine, is_plain_float32, learning_rate, loss_scale, set_learning_rate
+from l2e_ds.engine.engine import is_plain_float32, learning_rate, loss_scale, set_learning_rate
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import Inhibitor, NeuronSite
 from l2e_ds.models import counts
 from l2e_ds.models.counts import matrix_parameters
-from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
 from l2e_ds.system import memory as system_memory
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.building import inhibition_settings
+from l2e_ds.training.building import build_training_stack
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.loader import Loader
-from l2e_ds.training.loss import LossHead
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
 
@@ -94,24 +92,21 @@ class Trainer:
         resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, collectives.rank())
-        model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
-        self.sites = neuron_sites(model, config.inhibition.layers)
-        self.inhibitor: Inhibitor | None = None
-        if config.inhibition.method != "none":
-            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
-            self.inhibitor.attach()
+        stack = build_training_stack(config, ds, network, device)
+        self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
+        self.plain_float32 = is_plain_float32(config, ds)
         self.is_guarded = self._is_inhibited() and config.inhibition.guard != "off" and bool(self.held_out)
         self.comparison: list[NeuronSite] = []
         if self.is_guarded:
             inhibited = [site.layer for site in self.sites]
             layers = guard.comparison_layers(inhibited, network.num_hidden_layers)
-            self.comparison = neuron_sites(model, layers) if layers else []
-        self.head = LossHead(model)
-        self.plain_float32 = is_plain_float32(config, ds)
-        self.engine = build_engine(model, config, ds, device)
+            self.comparison = neuron_sites(stack.model, layers) if layers else []
         order = config.data.order
         self.sequences = TrainingSequences(
-            *(data, batch.global_batch, config.training.seed, order),
+            data,
+            batch.global_batch,
+            config.training.seed,
+            order,
             open_stream=lambda part, seed: StreamedSequences(part, seed, order),
         )
         self.identity = Identity(
@@ -147,7 +142,7 @@ class Trainer:
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
         self._flops_per_token = counts.flops_per_token(
-            matrix_parameters(model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+            matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._start_interval()
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
