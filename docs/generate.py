@@ -1,10 +1,11 @@
-"""Writes docs/run-files.md and docs/metrics.md from the docstrings; a test compares them.
+"""Writes docs/run-files.md from the docstrings and docs/metrics.md from the table of metrics; a test compares them.
 
 usage: python docs/generate.py
 """
 
 from __future__ import annotations
 
+import textwrap
 import typing
 from pathlib import Path
 from types import UnionType
@@ -13,7 +14,7 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
 from l2e_ds.config.sections import RunConfig, SetConfig
-from l2e_ds.training import metrics
+from l2e_ds.run_directory.metric_table import KINDS, Metric
 
 DOCS = Path(__file__).resolve().parent
 SIGNS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
@@ -75,8 +76,40 @@ def _yaml(value: object) -> str:
 
 
 def metrics_page() -> str:
-    body = metrics.__doc__.replace("What a run reports: names, units", "Names, units")
-    return f"# Metrics\n\n{body.strip()}\n\nMade by `docs/generate.py` from `l2e_ds/training/metrics.py`.\n"
+    parts = [
+        "# Metrics\n",
+        "Names, units, reductions and where each number comes from. Lines of `metrics.jsonl`, one JSON object a line,",
+        'with `kind` and the keys of its kind. "Over steps" says what becomes of the steps since the line before:',
+        'their mean, their sum, or the newest one alone; "so far": since the run began.',
+        "Made by `docs/generate.py` from `l2e_ds/run_directory/metric_table.py`.\n",
+    ]
+    for name, kind in KINDS.items():
+        is_reduced = any(metric.reduction not in ("", "so far") for metric in kind.metrics)
+        heads = ["key", "unit", *(["over steps"] if is_reduced else []), "what", "where it comes from"]
+        parts += [f"## kind: {name}\n", textwrap.fill(f"Written {kind.when}. {kind.note}", 120) + "\n"]
+        parts += [_row(heads), "|---" * len(heads) + "|"]
+        parts += [_row(_metric_cells(metric, is_reduced)) for metric in kind.metrics]
+        parts.append("")
+    parts += [
+        "## Monitors\n",
+        "Numbers of all kinds but `start` also go to what the section `logging` asks for, as `KIND/KEY` at x = step:",
+        "CSV files (one for each), TensorBoard, Weights & Biases. Where a run goes on from an earlier checkpoint, all",
+        "files are cut back to it. What Weights & Biases was sent stays there: it has repeated steps twice. A run",
+        "directory is one run of it, whose id the file `wandb-id` holds.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+
+
+def _metric_cells(metric: Metric, is_reduced: bool) -> list[str]:
+    what = metric.description
+    if not is_reduced and metric.reduction:
+        what = f"{what} {metric.reduction}"
+    return [f"`{metric.key}`", metric.unit, *([metric.reduction] if is_reduced else []), what, metric.source]
 
 
 PAGES = {"run-files.md": run_files, "metrics.md": metrics_page}

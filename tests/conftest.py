@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from l2e_ds.run_directory.metric_table import undescribed
 from tests.distributed.training_case import TrainingCase, is_zero3
 from tests.processes import REPOSITORY, begin_ranks, environment
 
@@ -104,6 +105,9 @@ def train_cases(run_ranks, tmp_path_factory) -> Callable[[int, dict[str, Trainin
 def metric_lines() -> Callable[[Path, str], list[dict]]:
     def read(run: Path, kind: str = "train") -> list[dict]:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            unknown = undescribed(line["kind"], line)
+            assert not unknown, f"{run}, kind {line['kind']}: {unknown} are not in the table of metrics"
         found = [line for line in lines if line["kind"] == kind]
         assert found, f"{run} has no lines of kind {kind}"
         return found

@@ -23,9 +23,9 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
 from l2e_ds.errors import CompileError
-from l2e_ds.inhibition import running_statistics
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
-from l2e_ds.inhibition.moments import Moments, sample_count
+from l2e_ds.inhibition.moments import sample_count
+from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
 
 # Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
 ROWS = 32
@@ -157,7 +157,7 @@ def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibitio
     return of_z * (cdf + x * pdf), squares
 
 
-_FUNCTIONS = (_grouped_sums, _observe, _totals, _add_gradient, _gelu_backward, running_statistics.moved_statistics)
+_FUNCTIONS = (_grouped_sums, _observe, _totals, _add_gradient, _gelu_backward, RunningStatistics.moved)
 _COMPILED = {function: torch.compile(function, dynamic=False) for function in _FUNCTIONS}
 
 
@@ -269,9 +269,11 @@ def with_inhibition(
     return _WithInhibition.apply(x, compute, gradient, keep)
 
 
-def moved_statistics(*arguments: Any) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
-    """`running_statistics.moved_statistics` in a few kernels instead of fifty. Raises CompileError."""
-    return _run(running_statistics.moved_statistics, *arguments)
+def moved(
+    statistics: RunningStatistics, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
+) -> tuple[RunningStatistics, Tensor]:
+    """`RunningStatistics.moved` in a few kernels instead of fifty. Raises CompileError."""
+    return _run(RunningStatistics.moved, statistics, sums, finite, fade, target_share, seen_before)
 
 
 def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:

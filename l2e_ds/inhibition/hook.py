@@ -1,4 +1,7 @@
-"""One layer's share of the method: a hook that sees its neurons, sums statistics, selects and inhibits."""
+"""One layer's share of the method: a hook that sees its neurons, sums statistics, selects and inhibits.
+
+Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,43 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from l2e_ds.distributed.collectives import all_reduce_sum
 from l2e_ds.inhibition import losses, memel
+from l2e_ds.inhibition.coefficients import Coefficients
 from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Inhibition
 from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count, shifted_sums
-from l2e_ds.inhibition.running_statistics import moved_statistics
-from l2e_ds.inhibition.settings import NeuronSite
-from l2e_ds.inhibition.threshold import initial_threshold
-
-if TYPE_CHECKING:
-    from l2e_ds.inhibition.inhibitor import Inhibitor
+from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
+from l2e_ds.inhibition.settings import NeuronSite, Settings
 
 # Activations of a layer and micro-batch from which compiling (ten seconds, once a machine) pays on a CPU; fewer cost a
 # few milliseconds in plain operations.
 WORTH_COMPILING = 2**20
+
+
+class Owner(Protocol):
+    """What a hook asks of the `Inhibitor` that it belongs to, which says what each of them is."""
+
+    settings: Settings
+    group: Any
+    fade: float
+    coefficients: Coefficients
+    in_backward: bool
+    has_history: bool
+    is_inhibiting: bool
+    is_measuring: bool
+    is_projecting: bool
+    self_test_pending: bool
+
+    def token_weight(self, z: Tensor) -> Tensor | None: ...
+
+    def loss_gradient_here(self) -> Tensor: ...
+
+    def projection_here(self, index: int) -> Correction: ...
 
 
 @dataclass
@@ -37,54 +58,38 @@ class Calls:
 
 
 class NeuronHook:
-    """One layer's share of the method: sees its neurons, sums statistics, selects, inhibits."""
+    """One layer's share of the method: sees its neurons, sums statistics, selects, inhibits.
+
+    Called with what the network computed, or, where `computes` says so, with the input of its GELU (`gelu`).
+    """
 
     HEADER = 3  # tokens, inhibition loss (sum over the selected), score (sum over the selected)
 
-    def __init__(self, owner: Inhibitor, index: int, site: NeuronSite, sums: Tensor) -> None:
+    def __init__(self, owner: Owner, index: int, site: NeuronSite, sums: Tensor) -> None:
         self.owner, self.index, self.site, self.settings = owner, index, site, owner.settings
         self.regulariser = owner.settings.regulariser
         self.sums = sums  # [HEADER + 3 N] float64, a view of the packed buffer: d, d^2, selected per neuron
-        self.moments = Moments.empty(site.neurons, sums.device)
-        self.tau = torch.tensor(initial_threshold(self.settings.target_share), dtype=torch.float64, device=sums.device)
-        self.selected = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)  # faded count per neuron
-        self.selectable = torch.zeros((), dtype=torch.float64, device=sums.device)  # faded count of tokens
+        self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
         self.calls = Calls()
-        self.fused = self.is_gelu = self.in_kernel = False  # this micro-batch
-        self.has_triton = getattr(find_spec("triton"), "origin", None) is not None  # a mere folder has none
-        self.interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
         # of this rank's micro-batch a token: what `losses.projection` needs, once it is added up over the ranks
         self.projection_sums = torch.zeros(1 + 4 * site.neurons, dtype=torch.float64, device=sums.device)
-        self._freeze()
+        self._plain = Plain(self) if self.settings.mechanism == "regulariser" else Deactivation(self)
+        self._one_pass, self._gelu, self._gelu_in_kernel = OnePass(self), Gelu(self), GeluInKernel(self)
+        self.way: Way = self._plain  # of this micro-batch
+        self.freeze()
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
         return NeuronHook.HEADER + 3 * neurons
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of the sums: header [3], d [N], d^2 [N], selected [N]."""
-        n = self.site.neurons
-        header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
-        return header, d, d2, selected
-
-    def _freeze(self) -> None:
-        """Make float32 constants of the state, for one optimizer step."""
+    def freeze(self) -> None:
+        """Make float32 constants of what is remembered, for one optimizer step."""
         # in plain operations: compiled, they would differ by a rounding from those of a resumed run
-        self.frozen = self.frozen_now = self.for_loss = self._statistics(self.moments)
+        self.frozen = self.frozen_now = self.for_loss = self.running.frozen()
 
-    def _is_fused(self, z: Tensor) -> bool:
-        """Whether forward and backward of this micro-batch go through fused.py.
-
-        Not padding, nor the methods that cost what top-k or an all-reduce in forward costs.
-        """
-        settings = self.settings
-        if settings.fused is False or (settings.retrieval, settings.mechanism) != ("threshold", "regulariser"):
-            return False
-        if settings.reduce == "forward" or self.weight is not None:
-            return False
-        return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
+    # --- forward -------------------------------------------------------------------------------------------------
 
     def computes(self, x: Tensor) -> bool:
         """Whether the activation function of x [B, T, N] is to be computed by `gelu`.
@@ -93,23 +98,23 @@ class NeuronHook:
         history, when moments need a second pass. Recomputation goes the way that its forward went.
         """
         if not self.owner.in_backward:
-            self.in_kernel = self.is_gelu = False
-            if self.site.function == "gelu" and self.owner.is_inhibiting:
-                self._check(x)
-                self.weight = self.owner.token_weight(x.reshape(-1, self.site.neurons))
-                self.in_kernel = self._has_kernel(x) and self._is_fused(x)
-                self.is_gelu = self.in_kernel or (x.device.type == "cpu" and self._is_fused(x))
-        return self.is_gelu
+            if self.site.function != "gelu" or not self.owner.is_inhibiting:
+                return False
+            self._check(x)
+            self._choose_way(x.reshape(-1, self.site.neurons), before_gelu=True)
+        return self.way.computes_gelu
 
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether Triton takes it."""
-        return self.has_triton and (x.is_cuda or self.interpreted) and x.dtype != torch.float64
+    def gelu(self, x: Tensor) -> Tensor:
+        """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
+        return self.way.forward(x.reshape(-1, self.site.neurons)).view_as(x)
 
-    def _statistics(self, moments: Moments) -> FrozenStatistics:
-        rate = self.selected / self.selectable.clamp(min=1)
-        return FrozenStatistics.of(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
-
-    # --- forward -------------------------------------------------------------------------------------------------
+    def __call__(self, activations: Tensor) -> Tensor:
+        """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
+        self._check(activations)
+        z = activations.reshape(-1, self.site.neurons)
+        if not self.owner.in_backward:
+            self._choose_way(z, before_gelu=False)
+        return self.way.forward(z).view_as(activations)
 
     def _check(self, activations: Tensor) -> None:
         if activations.shape[-1] != self.site.neurons:
@@ -123,181 +128,58 @@ class NeuronHook:
                 f" {activations.device}; make it after the model was moved, or give it device="
             )
 
-    def __call__(self, activations: Tensor) -> Tensor:
-        """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
-        self._check(activations)
-        z = activations.reshape(-1, self.site.neurons)
-        if self.owner.in_backward:  # activation checkpointing runs forward again: same statistics, nothing counted
-            self.calls.recomputed += 1
-            selected = None
+    def _choose_way(self, z: Tensor, before_gelu: bool) -> None:
+        """z: [M, N] activations of a new micro-batch; before_gelu: what their GELU is still to be taken of."""
+        self.weight = self.owner.token_weight(z)
+        if not self._is_fused(z):
+            self.way = self._plain
+        elif before_gelu and _has_kernel(z):
+            self.way = self._gelu_in_kernel
+        elif before_gelu and z.device.type == "cpu":
+            self.way = self._gelu
         else:
-            self.calls.forward += 1
-            self.weight = self.owner.token_weight(z)
-            self.fused = self._is_fused(z)
-            selected = None
-            if self.fused:
-                self._observe_in_one_pass(z.detach())
-            else:
-                selected = self._observe(z.detach())
-        if self.settings.mechanism == "regulariser":
-            return losses.add_inhibition_gradient(z, self._add_gradient).view_as(activations)
-        deactivate = {
-            "reverse-deactivation": memel.reverse_deactivation,
-            "naive-deactivation": memel.naive_deactivation,
-        }[self.settings.mechanism]
-        if selected is None:
-            selected = self._select(losses.score(z.detach(), self.frozen_now))
-        if not self.owner.is_inhibiting:
-            selected = torch.zeros_like(selected)
-        return deactivate(z, self.frozen_now.mean, selected, self._count_backward).view_as(activations)
+            self.way = self._one_pass
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
-        from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
+    def _is_fused(self, z: Tensor) -> bool:
+        """Whether forward and backward of this micro-batch go through fused.py.
 
-        flat = x.reshape(-1, self.site.neurons)
-        keep = not self.in_kernel
-        return fused.with_inhibition(flat, self._compute_gelu, self._gelu_gradient, keep).view_as(x)
-
-    def _compute_gelu(self, x: Tensor) -> Tensor:
-        counted = not self.owner.in_backward
-        self.calls.forward += counted
-        self.calls.recomputed += not counted
-        if counted:
-            self.fused = True
-            self.frozen_now = self.for_loss = self.frozen
-        if self.in_kernel:
-            from l2e_ds.inhibition import fused, triton_gelu
-
-            z, sums = triton_gelu.forward(x, self.frozen, self.regulariser)
-            if counted:
-                self._count(*fused.totals(sums, self.frozen, self.regulariser, sample_count(x)))
-        else:
-            z = nn.functional.gelu(x)
-            if counted:
-                self._observe_in_one_pass(z)
-        return z
-
-    @torch.no_grad()
-    def _observe(self, z: Tensor) -> Tensor:
-        """Add this micro-batch to the step's sums; with `reduce: forward` ask the other ranks first.
-
-        Returns what is selected, [M, N] bool.
+        Not padding, nor the methods that cost what top-k or an all-reduce in forward costs.
         """
-        header, d, d2, selected_per_neuron = self._parts()
-        shift = self.frozen.mean
-        sums = shifted_sums if self.owner.has_history else exact_sums  # without history the mean may be far away
-        sum_d, sum_d2 = sums(z, shift, self.weight)
-        tokens = sample_count(z, self.weight)
-        self.frozen_now = self.for_loss = self.frozen
-        if self.settings.reduce == "forward":
-            self._freeze_for_micro_batch(tokens, sum_d, sum_d2)
-        scores = losses.score(z, self.frozen_now)
-        selected = self._select(scores)
-        count = selected.sum(0).double()
-        if self.settings.reduce == "forward" and self.settings.loss == "scale-invariant":
-            self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
-        loss = losses.inhibition_loss(z, selected, self.for_loss, self.regulariser, self.weight)
-        header += torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
-        d += sum_d
-        d2 += sum_d2
-        selected_per_neuron += count
-        if self.owner.is_projecting:
-            projection_sums = losses.projection_sums(z, selected, self.for_loss, self.regulariser, self.weight)
-            self.projection_sums = projection_sums / projection_sums[0].clamp(min=1)
-        return selected
+        settings = self.settings
+        if settings.fused is False or (settings.retrieval, settings.mechanism) != ("threshold", "regulariser"):
+            return False
+        if settings.reduce == "forward" or self.weight is not None:
+            return False
+        return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
 
-    def _observe_in_one_pass(self, z: Tensor) -> None:
-        """As `_observe`."""
-        from l2e_ds.inhibition import fused  # here: with torch's compiler, which takes seconds to import
+    def count_forward(self) -> bool:
+        """Count a forward pass; returns whether it is the micro-batch's first one, to be observed.
 
-        self.frozen_now = self.for_loss = self.frozen
-        observe = fused.observe if self.owner.has_history else fused.observe_without_history
-        self._count(*observe(z, self.frozen, self.regulariser))
+        Activation checkpointing runs forward again, in backward: by the same statistics, and nothing is added.
+        """
+        is_first = not self.owner.in_backward
+        self.calls.forward += is_first
+        self.calls.recomputed += not is_first
+        if is_first:
+            self.frozen_now = self.for_loss = self.frozen
+        return is_first
 
-    def _count(self, step: Tensor, projection_sums: Tensor | None) -> None:
+    def add_sums(self, step: Tensor, projection_sums: Tensor | None) -> None:
         """Take in a micro-batch's `fused.ColumnSums.totals`."""
         self.sums += step
         if projection_sums is not None:
             self.projection_sums = projection_sums
 
-    def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
-        """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
-        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
-        count, sum_d, sum_d2 = packed.split([1, self.site.neurons, self.site.neurons])
-        batch = Moments.from_sums(count[0], sum_d, sum_d2, self.frozen.mean.double())
-        self.frozen_now = self.for_loss = self._statistics(self.moments.fade(self.owner.fade).merge(batch))
-
-    def _freeze_for_exact_loss(self, selected: Tensor, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
-        """`reduce: forward`, scale-invariant: rate and mean d^2 of this very micro-batch over all ranks."""
-        n = self.site.neurons
-        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
-        count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
-        offset = self.frozen.mean.double() - self.frozen_now.mean.double()
-        spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
-        now = self.frozen_now
-        self.for_loss = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
-
-    def _select(self, scores: Tensor) -> Tensor:
-        if self.settings.retrieval == "threshold":
-            selected = losses.select_by_threshold(scores, self.frozen_now)
-        else:
-            selected = losses.select_top_k(scores, self.frozen_now, self.settings.target_share)
-        return selected if self.weight is None else selected & (self.weight > 0)
-
     # --- backward ------------------------------------------------------------------------------------------------
 
-    def _count_backward(self) -> None:
+    def count_backward(self) -> None:
         self.calls.backward += 1
 
-    def _add_gradient(self, incoming: Tensor, z: Tensor) -> Tensor:
-        """The gradient of z [M, N] with the inhibition's: + loss gradient * lambda / n * dL/dz."""
-        self._count_backward()
-        if not self.owner.is_measuring:
-            return incoming
-        inhibition = self._inhibition(z)
-        if self.fused:
-            from l2e_ds.inhibition import fused
+    def note_largest(self, gradient: Tensor) -> None:
+        """For the self-test. gradient: [] largest absolute value that was added."""
+        self.largest_gradient = torch.maximum(self.largest_gradient, gradient.float())
 
-            outgoing, squares = fused.add_gradient(incoming, z, inhibition)
-            if self.owner.self_test_pending:
-                self._note_largest(fused.add_gradient(torch.zeros_like(incoming), z, inhibition)[0])
-        else:
-            selected = self._select(losses.score(z, self.frozen_now))
-            raw = losses.inhibition_gradient(z, selected, self.for_loss, self.regulariser, inhibition.correction)
-            gradient = raw * inhibition.strength if self.weight is None else raw * inhibition.strength * self.weight
-            squares = inhibition.measured(
-                torch.stack(
-                    [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
-                )
-            )
-            if self.owner.self_test_pending:
-                self._note_largest(gradient)
-            outgoing = incoming + gradient.to(incoming.dtype)
-        self.owner.coefficients.squares[self.index] += squares
-        return outgoing if self.owner.is_inhibiting else incoming
-
-    def _gelu_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None) -> Tensor:
-        """The gradient of x [M, N] from that of its GELU z, with the inhibition's."""
-        self._count_backward()
-        inhibition = self._inhibition(x)
-
-        def gradient(incoming: Tensor) -> tuple[Tensor, Tensor]:
-            if z is None:
-                from l2e_ds.inhibition import triton_gelu
-
-                return triton_gelu.backward(incoming, x, inhibition)
-            from l2e_ds.inhibition import fused
-
-            return fused.gelu_backward(incoming, x, z, inhibition)
-
-        if self.owner.self_test_pending:
-            self._note_largest(gradient(torch.zeros_like(incoming))[0])
-        outgoing, squares = gradient(incoming)
-        self.owner.coefficients.squares[self.index] += squares
-        return outgoing
-
-    def _inhibition(self, z: Tensor) -> Inhibition:
+    def inhibition(self, z: Tensor) -> Inhibition:
         """Of the micro-batch that is in backward; z: [M, N]."""
         # this rank's tokens that count
         tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
@@ -310,9 +192,6 @@ class NeuronHook:
             return self.owner.projection_here(self.index)
         return losses.running_correction(self.for_loss, self.regulariser)
 
-    def _note_largest(self, gradient: Tensor) -> None:
-        self.largest_gradient = torch.maximum(self.largest_gradient, gradient.abs().max().float())
-
     def strength(self, tokens: Tensor | int) -> Tensor:
         """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N."""
         scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
@@ -322,22 +201,239 @@ class NeuronHook:
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> Tensor:
-        """Move moments and tau by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64.
+        """Move what is remembered by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64.
 
         finite: [] bool; where False they stay, and the statistics show what was seen.
         """
-        move: Callable[..., Any] = moved_statistics
-        if self.fused:
+        move: Callable[..., tuple[RunningStatistics, Tensor]] = RunningStatistics.moved
+        if self.way.is_compiled:
             from l2e_ds.inhibition import fused
 
-            move = fused.moved_statistics
+            move = fused.moved
+        n = self.site.neurons
+        header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
+        sums = StepSums(header, d, d2, selected, shift=self.frozen.mean)
         settings = self.settings
-        self.moments, self.tau, self.selected, self.selectable, statistics = move(
-            *(self.moments, self.tau, self.selected, self.selectable, self._parts(), finite),
-            *(self.frozen.mean, self.owner.fade, settings.target_share, settings.reduce == "forward"),
-        )
-        self._freeze()
+        seen_before = settings.reduce == "forward"
+        self.running, statistics = move(self.running, sums, finite, self.owner.fade, settings.target_share, seen_before)
+        self.freeze()
         return statistics
+
+
+# --- the ways of a micro-batch -------------------------------------------------------------------------------------
+
+
+class Way:
+    """How one hook's micro-batches go forward and backward. x: [M, N] what forward is given, z: [M, N] activations."""
+
+    computes_gelu = False  # x is what the GELU is taken of; else x is z
+    is_compiled = False
+
+    def __init__(self, hook: NeuronHook) -> None:
+        self.hook, self.owner = hook, hook.owner
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, N] -> [M, N] activations; what they were is observed, and backward goes through `add_gradient`."""
+        if self.hook.count_forward():
+            self.observe(x.detach())
+        return losses.add_inhibition_gradient(x, self.add_gradient)
+
+    def observe(self, z: Tensor) -> Any:
+        """Add a micro-batch's activations, without gradient, to the hook's sums."""
+        raise NotImplementedError
+
+    def add_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None = None) -> Tensor:
+        """The gradient of x with the inhibition's, + loss gradient * lambda / n * dL/dx, [M, N] each.
+
+        z: where the way computes the GELU and keeps its output.
+        """
+        hook, owner = self.hook, self.owner
+        hook.count_backward()
+        if not owner.is_measuring:
+            return incoming
+        inhibition = hook.inhibition(x)
+        if owner.self_test_pending:
+            hook.note_largest(self.largest_added(incoming, x, z, inhibition))
+        outgoing, squares = self.backward(incoming, x, z, inhibition)
+        owner.coefficients.squares[hook.index] += squares
+        return outgoing if owner.is_inhibiting else incoming
+
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        """The gradient of x with the inhibition's, [M, N] in incoming's dtype, and `Inhibition.measured` of both."""
+        raise NotImplementedError
+
+    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
+        """[] largest absolute value that `backward` adds."""
+        return self.backward(torch.zeros_like(incoming), x, z, inhibition)[0].abs().max()
+
+
+class Plain(Way):
+    """In plain tensor operations: every retrieval, padding, and `reduce: forward`."""
+
+    @torch.no_grad()
+    def observe(self, z: Tensor) -> Tensor:
+        """Returns what is selected, [M, N] bool. With `reduce: forward` the other ranks are asked first."""
+        hook, settings = self.hook, self.hook.settings
+        sums = shifted_sums if self.owner.has_history else exact_sums  # without history the mean may be far away
+        sum_d, sum_d2 = sums(z, hook.frozen.mean, hook.weight)
+        tokens = sample_count(z, hook.weight)
+        if settings.reduce == "forward":
+            self._freeze_for_micro_batch(tokens, sum_d, sum_d2)
+        scores = losses.score(z, hook.frozen_now)
+        selected = self.select(scores)
+        count = selected.sum(0).double()
+        if settings.reduce == "forward" and settings.loss == "scale-invariant":
+            self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
+        loss = losses.inhibition_loss(z, selected, hook.for_loss, hook.regulariser, hook.weight)
+        header = torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
+        projection_sums = None
+        if self.owner.is_projecting:
+            projection_sums = losses.projection_sums(z, selected, hook.for_loss, hook.regulariser, hook.weight)
+            projection_sums = projection_sums / projection_sums[0].clamp(min=1)
+        hook.add_sums(torch.cat([header, sum_d, sum_d2, count]), projection_sums)
+        return selected
+
+    def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
+        """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
+        hook, n = self.hook, self.hook.site.neurons
+        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
+        count, sum_d, sum_d2 = packed.split([1, n, n])
+        batch = Moments.from_sums(count[0], sum_d, sum_d2, hook.frozen.mean.double())
+        moments = hook.running.moments.fade(self.owner.fade).merge(batch)
+        hook.frozen_now = hook.for_loss = hook.running.frozen(moments)
+
+    def _freeze_for_exact_loss(self, selected: Tensor, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
+        """`reduce: forward`, scale-invariant: rate and mean d^2 of this very micro-batch over all ranks."""
+        hook, n = self.hook, self.hook.site.neurons
+        packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
+        count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
+        offset = hook.frozen.mean.double() - hook.frozen_now.mean.double()
+        spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
+        now = hook.frozen_now
+        hook.for_loss = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
+
+    def select(self, scores: Tensor) -> Tensor:
+        """[M, N] scores -> [M, N] bool."""
+        hook = self.hook
+        if hook.settings.retrieval == "threshold":
+            selected = losses.select_by_threshold(scores, hook.frozen_now)
+        else:
+            selected = losses.select_top_k(scores, hook.frozen_now, hook.settings.target_share)
+        return selected if hook.weight is None else selected & (hook.weight > 0)
+
+    def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        """What is selected, [M, N] bool, and the gradient of its loss before lambda, [M, N] float32."""
+        selected = self.select(losses.score(z, self.hook.frozen_now))
+        statistics, regulariser = inhibition.statistics, inhibition.regulariser
+        return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)
+
+    def _weighted(self, raw: Tensor, inhibition: Inhibition) -> Tensor:
+        weight = self.hook.weight
+        return raw * inhibition.strength if weight is None else raw * inhibition.strength * weight
+
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        selected, raw = self._raw(x, inhibition)
+        squares = [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
+        outgoing = incoming + self._weighted(raw, inhibition).to(incoming.dtype)
+        return outgoing, inhibition.measured(torch.stack(squares))
+
+    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
+        # before it is rounded to float16, which may make nothing of it
+        return self._weighted(self._raw(x, inhibition)[1], inhibition).abs().max()
+
+
+_DEACTIVATIONS = {
+    "reverse-deactivation": memel.reverse_deactivation,
+    "naive-deactivation": memel.naive_deactivation,
+}
+
+
+class Deactivation(Plain):
+    """MEmeL's mechanisms: the selected activations are replaced, and no loss is added."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hook = self.hook
+        if hook.count_forward():
+            selected = self.observe(x.detach())
+        else:
+            selected = self.select(losses.score(x.detach(), hook.frozen_now))
+        if not self.owner.is_inhibiting:
+            selected = torch.zeros_like(selected)
+        deactivate = _DEACTIVATIONS[hook.settings.mechanism]
+        return deactivate(x, hook.frozen_now.mean, selected, hook.count_backward)
+
+
+# `fused` is imported with torch's compiler, which takes seconds: only where it is used.
+class OnePass(Way):
+    """In one compiled pass over the activations forward, and one backward."""
+
+    is_compiled = True
+
+    def observe(self, z: Tensor) -> None:
+        from l2e_ds.inhibition import fused
+
+        observe = fused.observe if self.owner.has_history else fused.observe_without_history
+        self.hook.add_sums(*observe(z, self.hook.frozen, self.hook.regulariser))
+
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        from l2e_ds.inhibition import fused
+
+        return fused.add_gradient(incoming, x, inhibition)
+
+
+class Gelu(OnePass):
+    """As `OnePass`, with the gradient of the GELU in the same pass backward."""
+
+    computes_gelu = True
+    keeps_activations = True  # the next layer keeps them anyway
+
+    def forward(self, x: Tensor) -> Tensor:
+        from l2e_ds.inhibition import fused
+
+        return fused.with_inhibition(x, self._compute, self.add_gradient, self.keeps_activations)
+
+    def _compute(self, x: Tensor) -> Tensor:
+        is_first = self.hook.count_forward()
+        z = nn.functional.gelu(x)
+        if is_first:
+            self.observe(z)
+        return z
+
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        from l2e_ds.inhibition import fused
+
+        assert z is not None
+        return fused.gelu_backward(incoming, x, z, inhibition)
+
+
+class GeluInKernel(Gelu):
+    """As `Gelu`, with the GELU itself in the same pass forward: one Triton kernel each way."""
+
+    keeps_activations = False
+
+    def _compute(self, x: Tensor) -> Tensor:
+        from l2e_ds.inhibition import fused, triton_gelu
+
+        hook = self.hook
+        is_first = hook.count_forward()
+        z, sums = triton_gelu.forward(x, hook.frozen, hook.regulariser)
+        if is_first:
+            hook.add_sums(*fused.totals(sums, hook.frozen, hook.regulariser, sample_count(x)))
+        return z
+
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+        from l2e_ds.inhibition import triton_gelu
+
+        return triton_gelu.backward(incoming, x, inhibition)
+
+
+_HAS_TRITON = getattr(find_spec("triton"), "origin", None) is not None  # a mere folder has none
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether Triton takes it."""
+    return _HAS_TRITON and (x.is_cuda or _IS_INTERPRETED) and x.dtype != torch.float64
 
 
 class InhibitedActivation(nn.Module):

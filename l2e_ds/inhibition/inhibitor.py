@@ -32,6 +32,7 @@ from l2e_ds.inhibition.coefficients import Coefficients
 from l2e_ds.inhibition.hook import Calls, InhibitedActivation, NeuronHook
 from l2e_ds.inhibition.losses import Correction
 from l2e_ds.inhibition.moments import Moments, fade_factor
+from l2e_ds.inhibition.running_statistics import RunningStatistics
 from l2e_ds.inhibition.settings import NeuronSite, Settings, require
 
 
@@ -309,12 +310,12 @@ class Inhibitor:
             state |= {
                 f"layers.{hook.site.layer}.{name}": tensor.detach().cpu().clone()
                 for name, tensor in {
-                    "count": hook.moments.count,
-                    "mean": hook.moments.mean,
-                    "m2": hook.moments.m2,
-                    "tau": hook.tau,
-                    "selected": hook.selected,
-                    "selectable": hook.selectable,
+                    "count": hook.running.moments.count,
+                    "mean": hook.running.moments.mean,
+                    "m2": hook.running.moments.m2,
+                    "tau": hook.running.tau,
+                    "selected": hook.running.selected,
+                    "selectable": hook.running.selectable,
                     **{name: tensor[hook.index] for name, tensor in measured.items()},
                 }.items()
             }
@@ -342,9 +343,9 @@ class Inhibitor:
         for hook in self.hooks:
             prefix, device = f"layers.{hook.site.layer}.", self._packed.device
             part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}
-            hook.moments = Moments(part["count"], part["mean"], part["m2"])
-            hook.tau, hook.selected, hook.selectable = part["tau"], part["selected"], part["selectable"]
-            hook._freeze()
+            moments = Moments(part["count"], part["mean"], part["m2"])
+            hook.running = RunningStatistics(moments, part["tau"], part["selected"], part["selectable"])
+            hook.freeze()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -199,8 +199,15 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
     s = statistics
     with _explained(), torch.cuda.device_of(x):
         _forward_kernel[(stretches * triton.cdiv(neurons, COLUMNS),)](
-            *(x, z, partial, s.mean, s.inverse_variance, s.inverse_limit, s.tau),
-            *(samples, neurons),
+            x,
+            z,
+            partial,
+            s.mean,
+            s.inverse_variance,
+            s.inverse_limit,
+            s.tau,
+            samples,
+            neurons,
             POWER=regulariser.force_power,
             PROJECTED=regulariser.is_projected,
             COLUMNS=COLUMNS,
@@ -222,9 +229,19 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
     s, correction = inhibition.statistics, inhibition.correction
     with _explained(), torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
-            *(x, incoming, outgoing, squares),
-            *(s.mean, s.inverse_s, s.inverse_variance, correction.shift, correction.pull),
-            *(s.tau, inhibition.strength, samples, neurons),
+            x,
+            incoming,
+            outgoing,
+            squares,
+            s.mean,
+            s.inverse_s,
+            s.inverse_variance,
+            correction.shift,
+            correction.pull,
+            s.tau,
+            inhibition.strength,
+            samples,
+            neurons,
             FACTOR=inhibition.regulariser.factor,
             POWER=inhibition.regulariser.force_power,
             COLUMNS=COLUMNS,

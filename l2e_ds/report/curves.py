@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from l2e_ds.report.drawing import Axis, Line, Look, draw, is_thinned
 from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out
 from l2e_ds.report.tables import task_name, tasks_of
+from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import number
 
 # Okabe and Ito's colours without the light ones, and two of Paul Tol's; told apart by most colour-blind readers.
@@ -50,120 +52,102 @@ class Quantity:
     falls: bool = False
 
 
+_LINES = {"train": "training", "evaluation": "evaluations"}  # attributes of Run
+
+
+def _quantity(name: str, kind: str, key: str, note: str, title: str = "", unit: str = "", **form: Any) -> Quantity:
+    """A metric by its kind and key; title and unit are those of the table of metrics unless given."""
+    metric = described(kind, key)
+    title = title or metric.title[0].upper() + metric.title[1:]
+    return Quantity(name, title, unit or metric.unit, note, _LINES[kind], key, **form)
+
+
 _DIFFERENCE = Quantity(
     "loss-difference",
     "Held-out loss less the baseline's",
-    "nats/token",
+    described("evaluation", "held_out_loss").unit,
     "Paired runs at the same step; below 0 is better than the baseline.",
     "",
     "",
 )
 _QUANTITIES = (
-    Quantity(
-        "training-loss",
-        "LM loss, training text",
-        "nats/token",
-        "Without the inhibition loss.",
-        "training",
-        "lm_loss",
-        falls=True,
+    _quantity(
+        "training-loss", "train", "lm_loss", "Without the inhibition loss.", "LM loss, training text", falls=True
     ),
-    Quantity(
-        "held-out-loss",
-        "LM loss, held-out text",
-        "nats/token",
-        "Inhibition off.",
-        "evaluations",
-        "held_out_loss",
-        falls=True,
-    ),
-    Quantity(
+    _quantity("held-out-loss", "evaluation", "held_out_loss", "Inhibition off.", "LM loss, held-out text", falls=True),
+    _quantity(
         "observed-share",
-        "Observed share",
-        "% of (token, neuron) pairs",
-        "Selected for inhibition; dotted: the target.",
-        "training",
+        "train",
         "layers/observed_share",
+        "Selected for inhibition; dotted: the target.",
+        unit="% of (token, neuron) pairs",
         factor=100,
     ),
-    Quantity(
+    _quantity(
         "tau",
-        "Threshold tau",
-        "MS",
-        "Activations whose MS is at least tau are selected.",
-        "training",
+        "train",
         "layers/tau",
-        "log",
+        "Activations whose MS is at least tau are selected.",
+        unit="MS",
+        scale="log",
     ),
-    Quantity(
+    _quantity(
         "selected-score",
-        "MS of the selected",
-        "MS",
-        "Squared distance from the neuron's mean, in variances.",
-        "training",
+        "train",
         "layers/selected_score",
-        "log",
+        "Squared distance from the neuron's mean, in variances.",
+        unit="MS",
+        scale="log",
     ),
-    Quantity(
+    _quantity(
         "training-mean-s",
-        "Mean S, training text",
-        "activation",
-        "Standard deviation of a neuron. A run in which it only falls shrinks its layers.",
-        "training",
+        "train",
         "layers/mean_s",
-        "log",
+        "Standard deviation of a neuron. A run in which it only falls shrinks its layers.",
+        "Mean S, training text",
+        scale="log",
     ),
-    Quantity(
+    _quantity(
         "top-score",
+        "evaluation",
+        "layers/top_share_score",
+        "Of the share with the highest MS, inhibition or not: lower is less monosemantic.",
         "MS of the top share, held-out text",
         "MS",
-        "Of the share with the highest MS, inhibition or not: lower is less monosemantic.",
-        "evaluations",
-        "layers/top_share_score",
     ),
-    Quantity(
+    _quantity(
         "mean-s",
-        "Mean S, held-out text",
-        "activation",
-        "The layer's scale, inhibition off.",
-        "evaluations",
+        "evaluation",
         "layers/mean_s",
-        "log",
+        "The layer's scale, inhibition off.",
+        "Mean S, held-out text",
+        scale="log",
     ),
-    Quantity(
+    _quantity(
         "kurtosis",
+        "evaluation",
+        "layers/kurtosis",
+        "Median over neurons; 3 for a normal distribution.",
         "Kurtosis, held-out text",
         "E[MS²]",
-        "Median over neurons; 3 for a normal distribution.",
-        "evaluations",
-        "layers/kurtosis",
     ),
-    Quantity(
+    _quantity(
         "dead-share",
-        "Dead neurons",
-        "% of neurons",
-        "Never vary on the held-out text.",
-        "evaluations",
+        "evaluation",
         "layers/dead_share",
+        "Never vary on the held-out text.",
+        unit="% of neurons",
         factor=100,
     ),
-    Quantity(
+    _quantity(
         "gradient-norm",
-        "Gradient norm",
-        "2-norm",
-        "Before clipping, loss scale removed.",
-        "training",
+        "train",
         "gradient_norm",
-        "log",
+        "Before clipping, loss scale removed.",
+        unit="2-norm",
+        scale="log",
     ),
-    Quantity(
-        "speed",
-        "Speed",
-        "tokens/s",
-        "All ranks, evaluation and checkpoints not counted.",
-        "training",
-        "tokens_per_second",
-    ),
+    _quantity("speed", "train", "tokens_per_second", "All ranks, evaluation and checkpoints not counted."),
 )
 
 
@@ -233,13 +217,12 @@ def _quantities(runs: Sequence[Run]) -> list[Quantity]:
         found.append(quantity)
         if quantity.name == "held-out-loss":
             found += [
-                Quantity(
+                _quantity(
                     f"set-{place}",
-                    f"LM loss, held-out text of {name}",
-                    "nats/token",
-                    "One set of the mixture.",
-                    "evaluations",
+                    "evaluation",
                     f"held_out_loss/{name}",
+                    "One set of the mixture.",
+                    f"LM loss, held-out text of {name}",
                     falls=True,
                 )
                 for place, name in enumerate(names)

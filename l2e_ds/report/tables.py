@@ -29,6 +29,7 @@ from l2e_ds.report.statistics import (
     paired,
     steady_median,
 )
+from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
 
 _TASKS = {
@@ -184,9 +185,7 @@ def _variants(page: Collection) -> Table:
         Column("difference", "+.4f", "against the baseline"),
         Column("which", "", "against the baseline"),
         Column("step", ",d", "against the baseline"),
-        Column("MS of the top share", ".2f"),
-        Column("mean S", ".4f"),
-        Column("kurtosis", ".2f"),
+        *(Column(described("evaluation", key).title, form) for key, form in _SCORES.items()),
     ]
     note = (
         "LM loss on held-out text in nats/token, at the last step that all seeds have evaluated; the difference is that"
@@ -196,7 +195,7 @@ def _variants(page: Collection) -> Table:
     return Table("variants", "Loss on held-out text, and what it is compared with", note, columns, rows)
 
 
-_SCORES = ("layers/top_share_score", "layers/mean_s", "layers/kurtosis")
+_SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
 
 
 def _present(values: Any) -> list[float]:
@@ -446,7 +445,7 @@ def skipped_steps(run: Run) -> int:
 
 
 def _layers(page: Collection) -> Table:
-    keys = ("top_share_score", "mean_s", "kurtosis", "dead_share")
+    keys = {"top_share_score": ".2f", "mean_s": ".4f", "kurtosis": ".2f", "dead_share": ".1%"}
     rows = []
     are_compared = any(run.comparison_layers for run in page.runs)
     for run in page.runs:
@@ -461,11 +460,11 @@ def _layers(page: Collection) -> Table:
             flat = [value for pair in figures for value in pair]
             rows.append([run.name, layer, is_inhibited if are_compared else None, *flat[:4], ratio, *flat[4:], tau])
     columns = [Column("run"), Column("layer", "d"), Column("inhibited")]
-    for group, form in (("MS of the top share", ".2f"), ("mean S", ".4f")):
+    for key, form in keys.items():
+        group = described("evaluation", layer_key(0, key)).title
         columns += [Column("first", form, group), Column("last", form, group)]
-    columns.append(Column("last / first", ".0%", "mean S"))
-    for group, form in (("kurtosis", ".2f"), ("dead neurons", ".1%")):
-        columns += [Column("first", form, group), Column("last", form, group)]
+        if key == "mean_s":
+            columns.append(Column("last / first", ".0%", group))
     columns.append(Column("tau, last", ".3g"))
     note = "At the first and the last evaluation on held-out text, inhibition off. tau: of the newest training step."
     if are_compared:

@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl, also of a run that goes on; what is written, and what each key means: metrics.py.
+"""Reading metrics.jsonl, also of a run that goes on. What each key means stands in metric_table.py.
 
 A last line that is still being written does not count. Imports nothing heavy.
 """
@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.errors import DataError
+from l2e_ds.run_directory.metric_table import KINDS, Type, find
 
 FILE = "metrics.jsonl"
-# Keys that each line must have for report, summary and study, by its kind. (An older run lacks some of the others.)
-_NEEDED = {
-    "start": ("step",),
-    "train": ("step", "tokens", "lm_loss", "tokens_per_second"),
-    "evaluation": ("step", "tokens", "held_out_loss"),
-    "guard": ("step", "text", "advice"),
-}
-_COUNTS = ("step", "applied_steps", "tokens", "ranks", "hosts", "parameters")  # and tokens/NAME
+_READ = ("start", "train", "evaluation", "guard")  # the kinds of lines that report, summary and study take in
 _MOST = 2**63
 _LARGEST = 1e38  # near float32's; of larger ones a chart's and a mean's arithmetic could overflow
+_CHECKS: dict[Type, tuple[Callable[[Any], bool], str]] = {
+    "number": (lambda value: type(value) in (int, float, type(None)), "a number or null"),
+    "count": (lambda value: type(value) is int and 0 <= value < _MOST, "a whole number"),
+    "text": (lambda value: isinstance(value, str), "text"),
+    "mapping": (lambda value: isinstance(value, dict), "a mapping"),
+    "any": (lambda value: True, "anything"),
+}
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
@@ -44,7 +45,7 @@ def read_lines(directory: Path) -> list[dict[str, Any]]:
     OSError.
     """
     path = directory / FILE
-    lines = ((place, line) for place, line in _numbered(path) if line["kind"] in _NEEDED)
+    lines = ((place, line) for place, line in _numbered(path) if line["kind"] in _READ)
     return [_checked(line, f"{path}:{place}") for place, line in lines]
 
 
@@ -69,22 +70,20 @@ def _broken(path: Path, place: int) -> DataError:
 
 
 def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
-    """Raises DataError."""
-    for key in _NEEDED[line["kind"]]:
-        if key not in line:
-            raise DataError(f"{where}: has no {key}")
+    """The line with None for figures that are not finite. Raises DataError; a key that the table does not have, of an
+    older or a changed run, is taken for a number."""
+    kind = line["kind"]
+    for metric in KINDS[kind].metrics:
+        if metric.needed and metric.key not in line:
+            raise DataError(f"{where}: has no {metric.key}")
     for key, value in line.items():
-        if key.partition("/")[0] in _COUNTS:
-            if type(value) is not int or not 0 <= value < _MOST:
-                raise DataError(f"{where}: {key}: got {value!r}, must be a whole number")
-        elif key in ("git", "versions"):
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: {key}: got {value!r}, must be a mapping")
-        elif (line["kind"], key) in (("guard", "text"), ("guard", "advice")):
-            if not isinstance(value, str):
-                raise DataError(f"{where}: {key}: got {value!r}, must be text")
-        elif line["kind"] != "start" and key != "kind" and type(value) not in (int, float, type(None)):
-            raise DataError(f"{where}: {key}: got {value!r}, must be a number or null")
+        if key == "kind":
+            continue
+        metric_of_key = find(kind, key)
+        wanted: Type = metric_of_key.type if metric_of_key else "any" if kind == "start" else "number"
+        holds, allowed = _CHECKS[wanted]
+        if not holds(value):
+            raise DataError(f"{where}: {key}: got {value!r}, must be {allowed}")
     return {key: finite(value) for key, value in line.items()}
 
 

@@ -1,13 +1,57 @@
-"""Builds the parts of a training step from a run's configuration."""
+"""Builds what a training step needs from a run's configuration: network, hooks, loss head and engine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.inhibition import Settings
+from l2e_ds.engine.configuration import zero_stage
+from l2e_ds.engine.engine import build_engine
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.models.network import build_network
+from l2e_ds.models.sites import neuron_sites
+from l2e_ds.training.loss import LossHead
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class TrainingStack:
+    """A network with everything that trains it, on one rank.
+
+    `engine` is the DeepSpeedEngine around `model`, `sites` say where the neurons of `inhibition.layers` are, and
+    `inhibitor` is attached to them; None with `inhibition.method: none`.
+    """
+
+    model: PreTrainedModel
+    sites: list[NeuronSite]
+    inhibitor: Inhibitor | None
+    head: LossHead
+    engine: Any
+
+
+def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> TrainingStack:
+    """Build the network with its first weights (float32, or as ds says once it is in the engine), hooks and engine.
+
+    network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Collective. Raises
+    ConfigError for layers that the network does not have, and ValueError for a schedule longer than the run.
+    """
+    model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
+    sites = neuron_sites(model, config.inhibition.layers)
+    inhibitor = None
+    if config.inhibition.method != "none":
+        inhibitor = Inhibitor(sites, inhibition_settings(config), device, run_steps=config.training.steps)
+        inhibitor.attach()  # before the engine is built, which ZeRO-3 needs
+    head = LossHead(model)
+    return TrainingStack(model, sites, inhibitor, head, build_engine(model, config, ds, device))
 
 
 def inhibition_settings(config: RunConfig) -> Settings:
-    """The method's settings as the run file's section `inhibition` gives them."""
+    """Return the method's settings as the run file's section `inhibition` gives them. Raises ValueError."""
     section = config.inhibition
     retrieval, mechanism = section.parts
     return Settings(

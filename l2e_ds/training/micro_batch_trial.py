@@ -173,13 +173,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
     size that makes a whole global batch each is a step of its own; of the others both together are.
     """
-    from l2e_ds.engine.configuration import zero_stage
-    from l2e_ds.engine.engine import build_engine
-    from l2e_ds.inhibition import Inhibitor
-    from l2e_ds.models.network import build_network
-    from l2e_ds.models.sites import neuron_sites
-    from l2e_ds.training.building import inhibition_settings
-    from l2e_ds.training.loss import LossHead
+    from l2e_ds.training.building import build_training_stack  # here: after the libraries were made quiet
 
     ranks = collectives.size()
     share = config.training.global_batch // ranks
@@ -189,14 +183,8 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     )  # with its loss's gradient, as in later steps
     ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
     ds |= {"train_micro_batch_size_per_gpu": 1}
-    model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
-    inhibitor = None
-    if config.inhibition.method != "none":
-        sites = neuron_sites(model, config.inhibition.layers)
-        inhibitor = Inhibitor(sites, inhibition_settings(config), device)
-        inhibitor.attach()
-    head = LossHead(model)
-    engine = build_engine(model, config, ds, device)
+    stack = build_training_stack(config, ds, network, device)
+    engine, inhibitor = stack.engine, stack.inhibitor
     random = torch.Generator().manual_seed(collectives.rank())
 
     def take(size: int) -> Measured:
@@ -207,7 +195,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
             rows = rows.to(device)
             _forget_peak(device)
             base, begin = _held(device), time.perf_counter()
-            loss = head.loss(engine, rows[:, :-1], rows[:, 1:])
+            loss = stack.head.loss(engine, rows[:, :-1], rows[:, 1:])
             if inhibitor is not None:
                 loss = inhibitor.attach_loss(loss)
             engine.backward(loss)

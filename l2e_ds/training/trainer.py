@@ -7,7 +7,6 @@ micro-batches on each of R ranks.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -25,20 +24,18 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
-from l2e_ds.engine.engine import build_engine, is_plain_float32, learning_rate, loss_scale, set_learning_rate
+from l2e_ds.engine.engine import is_plain_float32, learning_rate, loss_scale, set_learning_rate
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
-from l2e_ds.inhibition import Inhibitor, NeuronSite
+from l2e_ds.inhibition import NeuronSite
 from l2e_ds.models import counts
 from l2e_ds.models.counts import matrix_parameters
-from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
-from l2e_ds.system import memory as system_memory
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.building import inhibition_settings
+from l2e_ds.training.building import build_training_stack
 from l2e_ds.training.held_out import evaluate
+from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
-from l2e_ds.training.loss import LossHead
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
 
@@ -94,24 +91,21 @@ class Trainer:
         resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, collectives.rank())
-        model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
-        self.sites = neuron_sites(model, config.inhibition.layers)
-        self.inhibitor: Inhibitor | None = None
-        if config.inhibition.method != "none":
-            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
-            self.inhibitor.attach()
+        stack = build_training_stack(config, ds, network, device)
+        self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
+        self.plain_float32 = is_plain_float32(config, ds)
         self.is_guarded = self._is_inhibited() and config.inhibition.guard != "off" and bool(self.held_out)
         self.comparison: list[NeuronSite] = []
         if self.is_guarded:
             inhibited = [site.layer for site in self.sites]
             layers = guard.comparison_layers(inhibited, network.num_hidden_layers)
-            self.comparison = neuron_sites(model, layers) if layers else []
-        self.head = LossHead(model)
-        self.plain_float32 = is_plain_float32(config, ds)
-        self.engine = build_engine(model, config, ds, device)
+            self.comparison = neuron_sites(stack.model, layers) if layers else []
         order = config.data.order
         self.sequences = TrainingSequences(
-            *(data, batch.global_batch, config.training.seed, order),
+            data,
+            batch.global_batch,
+            config.training.seed,
+            order,
             open_stream=lambda part, seed: StreamedSequences(part, seed, order),
         )
         self.identity = Identity(
@@ -147,9 +141,9 @@ class Trainer:
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
         self._flops_per_token = counts.flops_per_token(
-            matrix_parameters(model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+            matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
-        self._start_interval()
+        self._interval = Interval(batch, device)
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -226,7 +220,7 @@ class Trainer:
         """Returns what to tell the user."""
         step = self.state.step
         if step > 0 and self.saved_step != step:
-            if self._interval_steps:
+            if self._interval.steps:
                 self.log()
             self.save(must_succeed=True)
         self._carry_on_saving(must_succeed=True)
@@ -237,26 +231,29 @@ class Trainer:
         """One optimizer step on one global batch; returns whether it changed the weights (same on every rank)."""
         rate = learning_rate(self.state.applied, self._peak_rate, self._schedule_steps, self.config.optimizer)
         set_learning_rate(self.engine, rate)
-        self._rate = rate
-        for micro_batch in self._next_batch():
-            heartbeat.beat()
-            inputs, targets = micro_batch[:, :-1], micro_batch[:, 1:]  # [B, T] int64 each
-            loss = self.head.loss(self.engine, inputs, targets)
-            self._loss_sum += loss.detach().double() / self.batch.accumulation
-            self._newest_loss = loss.detach()
-            if self.inhibitor is not None:
-                loss = self.inhibitor.attach_loss(loss, is_last=self.engine.is_gradient_accumulation_boundary())
-            self.engine.backward(loss)
-            finite = self._clip_plain_float32()
-            if self.engine.is_gradient_accumulation_boundary():
-                answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
+        *others, last = self._next_batch()  # [B, T+1] int64 each
+        for micro_batch in others:
+            self._forward_and_backward(micro_batch, is_last=False)
             self.engine.step()
+        self._forward_and_backward(last, is_last=True)
+        norm = self._clip_plain_float32() if self.plain_float32 else None
+        answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
+        self.engine.step()
         self._stop_asked, self._saving = answer()
-        applied = finite and self.engine.was_step_applied()
+        applied = (norm is None or math.isfinite(norm)) and self.engine.was_step_applied()
         if self.inhibitor is not None:
             self.inhibitor.step(applied)
-        self._count_step(applied)
+        self._count_step(applied, rate, norm)
         return applied
+
+    def _forward_and_backward(self, micro_batch: Tensor, is_last: bool) -> None:
+        """micro_batch: [B, T+1] int64; is_last: the engine's next step is the optimizer's."""
+        heartbeat.beat()
+        loss = self.head.loss(self.engine, micro_batch[:, :-1], micro_batch[:, 1:])
+        self._interval.add_loss(loss)
+        if self.inhibitor is not None:
+            loss = self.inhibitor.attach_loss(loss, is_last=is_last)
+        self.engine.backward(loss)
 
     def _read_step(self, step: int) -> np.ndarray:
         """This rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
@@ -264,72 +261,64 @@ class Trainer:
 
     def _next_batch(self) -> Tensor:
         """The same of the present step, on the device."""
-        begin = time.perf_counter()
         heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
-        batch = self.loader.take()
+        with self._interval.waiting_for_data():
+            batch = self.loader.take()
         heartbeat.progress(f"step {self.state.step + 1}")
-        self._data_wait += time.perf_counter() - begin
         return batch
 
-    def _clip_plain_float32(self) -> bool:
+    def _clip_plain_float32(self) -> float:
         """Float32 under ZeRO-0 is plain data parallelism, where DeepSpeed neither reports a gradient norm nor skips
-        non-finite steps: clip, measure and skip here. Returns whether the gradients are finite.
+        non-finite steps: clip, measure and skip here. Returns the norm before clipping; where it is not finite the
+        optimizer's step will change nothing.
 
-        After the boundary's all-reduce every rank holds the same gradients, so all decide alike.
+        After the last micro-batch's all-reduce every rank holds the same gradients, so all decide alike.
         """
-        if not self.plain_float32 or not self.engine.is_gradient_accumulation_boundary():
-            return True
         parameters = list(self.engine.module.parameters())
         limit = self.config.optimizer.gradient_clipping or math.inf
-        self._gradient_norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if math.isfinite(self._gradient_norm):
-            return True
-        for parameter in parameters:
-            parameter.grad = None  # AdamW passes over parameters without a gradient
-        return False
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None  # AdamW passes over parameters without a gradient
+        return norm
 
-    def _count_step(self, applied: bool) -> None:
+    def _count_step(self, applied: bool, rate: float, norm: float | None) -> None:
+        """rate: the step's learning rate; norm: of `_clip_plain_float32`."""
         self.state.step += 1
         self.state.applied += applied
         self.state.tokens += self.batch.tokens_per_step
-        self._interval_steps += 1
-        self._interval_skipped += not applied
+        statistics = self.inhibitor.last if self.inhibitor is not None and applied else None
+        self._interval.add_step(applied, rate, norm, statistics)
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
-        if self.inhibitor is not None and applied and self.inhibitor.last is not None:
-            self._statistics.append(self.inhibitor.last)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
-            bad = [r for r, finite in enumerate(collectives.all_gather_objects(self._loss_is_finite())) if not finite]
+            all_finite = collectives.all_gather_objects(self._interval.is_loss_finite())
+            bad = [rank for rank, finite in enumerate(all_finite) if not finite]
             where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
             raise TrainingError(
                 f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
                 f" loss scale {loss_scale(self.engine):g}; {where}); the limit is training.max_skipped_steps"
             )
 
-    def _loss_is_finite(self) -> bool:
-        """Of this rank's newest micro-batch."""
-        return math.isfinite(float(self._newest_loss))
-
     def evaluate(self) -> None:
         """Held-out loss and scores of the hooked layers, inhibition off."""
-        begin = time.perf_counter()
         heartbeat.progress(f"the evaluation of step {self.state.step}")
-        values = evaluate(
-            self.engine,
-            self.head,
-            self.held_out,
-            self.sites,
-            self.comparison,
-            self.config.inhibition.target_share,
-            self.config.training.evaluation_sequences,
-            self.batch.micro_batch,
-            preemption.stop_if_asked,
-        )
-        self.state.evaluated = self.state.step
-        self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
-        self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
-        if self.is_guarded:
-            self._judge(values)
-        self._paused += time.perf_counter() - begin
+        with self._interval.paused():
+            values = evaluate(
+                self.engine,
+                self.head,
+                self.held_out,
+                self.sites,
+                self.comparison,
+                self.config.inhibition.target_share,
+                self.config.training.evaluation_sequences,
+                self.batch.micro_batch,
+                preemption.stop_if_asked,
+            )
+            self.state.evaluated = self.state.step
+            self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
+            self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+            if self.is_guarded:
+                self._judge(values)
 
     def _judge(self, values: dict[str, float]) -> None:
         """Say what inhibition does to its layers that it must not. Collective."""
@@ -350,9 +339,13 @@ class Trainer:
 
     def evaluate_on_tasks(self) -> None:
         """Figures on the tasks of section `evaluation`, inhibition off. Tasks that fail end a run only at its start."""
-        assert self.tasks is not None
-        begin = time.perf_counter()
         heartbeat.progress(f"the evaluation on tasks of step {self.state.step}")
+        with self._interval.paused():
+            self._evaluate_on_tasks()
+            self.state.evaluated_on_tasks = self.state.step
+
+    def _evaluate_on_tasks(self) -> None:
+        assert self.tasks is not None
         try:
             figures = self.tasks.evaluate(
                 self.engine, self.state, self.config.training.precision, preemption.stop_if_asked
@@ -366,22 +359,19 @@ class Trainer:
             self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
             self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
-        self.state.evaluated_on_tasks = self.state.step
-        self._paused += time.perf_counter() - begin
 
     def save(self, must_succeed: bool = False) -> None:
         """Write a checkpoint of this step; collective. It counts once `_carry_on_saving` has seen it published."""
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
         self._carry_on_saving(wait=True)
-        begin = time.perf_counter()
         heartbeat.progress(f"the checkpoint of step {self.state.step}")
-        self.state.streams = self.sequences.stream_states(self.state.step)
-        with self._allowing_failure(must_succeed):
-            self.checkpoints.save(
-                self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
-            )
-            self.saved_step = self.state.step
-        self._paused += time.perf_counter() - begin
+        with self._interval.paused():
+            self.state.streams = self.sequences.stream_states(self.state.step)
+            with self._allowing_failure(must_succeed):
+                self.checkpoints.save(
+                    self.engine, self.inhibitor, self.state, self.identity, self.config.model_dump(mode="json")
+                )
+                self.saved_step = self.state.step
 
     def _carry_on_saving(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Collective, once a step: note a checkpoint that has been published meanwhile."""
@@ -405,71 +395,32 @@ class Trainer:
 
     # --- metrics -------------------------------------------------------------------------------------------------
 
-    def _start_interval(self) -> None:
-        self._interval_begin, self._paused, self._data_wait = time.perf_counter(), 0.0, 0.0
-        self._interval_steps = self._interval_skipped = 0
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
-
     def log(self) -> None:
-        """The metrics of `kind: train`; the only place that reads numbers back from the device. Collective."""
-        lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self._interval_steps * collectives.size())
-        seconds = max(time.perf_counter() - self._interval_begin - self._paused, 1e-9)
-        tokens_per_second = self._interval_steps * self.batch.tokens_per_step / seconds
-        norm = self._gradient_norm if self.plain_float32 else self.engine.get_global_grad_norm()
-        values: dict[str, Any] = {
+        """Write the metrics of `kind: train` and begin a new interval; the only place that reads numbers back from the
+        device. Collective."""
+        layers = [hook.site.layer for hook in self.inhibitor.hooks] if self.inhibitor is not None else []
+        values = self._interval.values(layers)
+        norm = self._interval.gradient_norm if self.plain_float32 else self.engine.get_global_grad_norm()
+        values |= {
             "applied_steps": self.state.applied,
             "tokens": self.state.tokens,
             **self._consumed_values(),
-            "lm_loss": lm_loss,
-            **self._inhibition_values(),
             "gradient_norm": None if norm is None or not math.isfinite(norm) else float(norm),
-            "learning_rate": self._rate,
             "loss_scale": loss_scale(self.engine),
-            "skipped_steps": self._interval_skipped,
-            "tokens_per_second": tokens_per_second,
-            "step_seconds": seconds / self._interval_steps,
         }
         peak = gpus.peak_tflops(self.device, self.config.logging.peak_tflops)
         if peak is not None:
-            values["mfu"] = self._flops_per_token * tokens_per_second / (peak * 1e12 * collectives.size())
-        costs = collectives.all_gather_objects((self._data_wait, system_memory.peak_memory_bytes(self.device)))
-        waits, memory = zip(*costs, strict=True)
-        values["data_wait_seconds"] = max(waits) / self._interval_steps
-        values["peak_memory_gib"] = max(memory) / 2**30
+            speed = self._flops_per_token * values["tokens_per_second"]
+            values["mfu"] = speed / (peak * 1e12 * collectives.size())
         self.metrics.write("train", self.state.step, values)
         self.metrics.show(self.state.step, values, self.config.training.steps)
-        self._start_interval()
+        self._interval = Interval(self.batch, self.device)
 
     def _consumed_values(self) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, (sequences, epochs) in self.sequences.consumed(self.state.step).items():
             values |= {f"tokens/{name}": sequences * self.config.data.sequence_length, f"epochs/{name}": epochs}
         return values
-
-    def _inhibition_values(self) -> dict[str, float]:
-        if self.inhibitor is None or not self._statistics:
-            return {}
-        statistics = torch.stack(self._statistics)  # [steps, L, len(STATISTICS)]
-        means = statistics.mean(0).tolist()
-        newest = self._statistics[-1].tolist()
-        values: dict[str, float] = {}
-        names = Inhibitor.STATISTICS
-        for hook, mean, last in zip(self.inhibitor.hooks, means, newest, strict=True):
-            mean, last = dict(zip(names, mean, strict=True)), dict(zip(names, last, strict=True))
-            prefix = f"layer{hook.site.layer}/"
-            values |= {f"{prefix}{name}": mean[name] for name in ("observed_share", "selected_score")}
-            values |= {f"{prefix}{name}": last[name] for name in ("tau", "mean_s", "coefficient", "strength")}
-        columns = dict(zip(names, statistics.unbind(2), strict=True))  # [steps, L] each
-        losses, coefficients = columns["inhibition_loss"], columns["coefficient"]
-        return {
-            "inhibition_loss": losses.sum(1).mean().item(),
-            "inhibition_loss_weighted": (coefficients * losses).sum(1).mean().item(),
-            "coefficient": coefficients[-1].mean().item(),
-            "strength": columns["strength"][-1].mean().item(),
-            "observed_share": columns["observed_share"].mean().item(),
-            **values,
-        }
 
     # --- end -----------------------------------------------------------------------------------------------------
 

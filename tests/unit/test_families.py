@@ -169,7 +169,7 @@ def test_gradients_are_those_of_the_written_out_sum(name):
             for layer, earlier in seen.items():
                 earlier.append(neurons[layer].detach().numpy())
         model.zero_grad()
-        taus = [float(hook.tau) for hook in inhibitor.hooks]
+        taus = [float(hook.running.tau) for hook in inhibitor.hooks]
         inhibitor.attach_loss(lm_loss(model, text(3))).backward()
 
     total = lm_loss(reference, text(3))

@@ -1,9 +1,16 @@
-"""Reading metrics.jsonl, also of a run that goes on. (What is written: tests/distributed/test_runs.py.)"""
+"""Reading metrics.jsonl, also of a run that goes on, and the table that describes its keys.
+
+What is written: tests/distributed/test_runs.py; that all of it is in the table: the fixture `metric_lines`.
+"""
+
+import json
 
 import pytest
 
 from l2e_ds.errors import DataError
-from l2e_ds.run_directory.metrics import read_metrics
+from l2e_ds.inhibition import Inhibitor
+from l2e_ds.run_directory.metric_table import KINDS, described, find, undescribed
+from l2e_ds.run_directory.metrics import read_lines, read_metrics
 
 FIRST, SECOND = '{"kind": "train", "step": 1}', '{"kind": "evaluation", "step": 2}'
 
@@ -28,3 +35,82 @@ def test_broken_line_is_named(tmp_path, broken):
     path.write_text(f"{FIRST}\n{broken}\n{SECOND}\n")
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: is no line of a run's metrics"):
         read_metrics(path, "train")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "entry"),
+    [
+        ("train", "tokens", "tokens"),
+        ("train", "tokens/a set/with a slash", "tokens/NAME"),
+        ("train", "layer11/tau", "layerI/tau"),
+        ("train", "layers/tau", "layerI/tau"),
+        ("evaluation", "layer0/mean_s", "layerI/mean_s"),
+        ("evaluation", "comparison_layer3/mean_s", "comparison_layerI/mean_s"),
+        ("tasks", "mmlu/5-shot/acc", "TASK/N-shot/METRIC"),
+    ],
+)
+def test_entry_of_a_key(kind, key, entry):
+    assert described(kind, key).key == entry
+    assert undescribed(kind, ["kind", "step", key]) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [
+        ("train", "held_out_loss"),
+        ("train", "layerX/tau"),
+        ("train", "comparison_layer3/tau"),
+        ("train", "tokens/"),
+        ("evaluation", "layer0/tau"),
+        ("tasks", "mmlu/acc"),
+        ("checkpoint", "tokens"),
+    ],
+)
+def test_key_without_an_entry(kind, key):
+    assert find(kind, key) is None
+    assert undescribed(kind, ["step", key]) == [key]
+    with pytest.raises(KeyError, match="is not in the table of metrics"):
+        described(kind, key)
+
+
+def test_every_key_of_an_unknown_kind_is_without_an_entry():
+    assert undescribed("news", ["kind", "step"]) == ["step"]
+
+
+def test_a_key_has_one_entry():
+    for kind in KINDS.values():
+        keys = [metric.key for metric in kind.metrics]
+        assert len(keys) == len(set(keys))
+
+
+def test_inhibitors_statistics_are_described():
+    """Under the names by which `Inhibitor.metrics` and the lines of training have them."""
+    for name in Inhibitor.STATISTICS:
+        assert find("train", name if name == "inhibition_loss" else f"layer2/{name}") is not None
+
+
+TRAIN = {"kind": "train", "step": 1, "tokens": 64, "lm_loss": 2.0, "tokens_per_second": 9.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ({**TRAIN, "tokens": 1.5}, "tokens: got 1.5, must be a whole number"),
+        ({**TRAIN, "tokens/code": None}, "tokens/code: got None, must be a whole number"),
+        ({**TRAIN, "lm_loss": "low"}, "lm_loss: got 'low', must be a number or null"),
+        ({**TRAIN, "of another version": [1]}, "of another version: got \\[1\\], must be a number or null"),
+        ({key: value for key, value in TRAIN.items() if key != "lm_loss"}, "has no lm_loss"),
+        ({"kind": "start", "step": 0, "git": "abc"}, "git: got 'abc', must be a mapping"),
+        ({"kind": "guard", "step": 0, "text": 3, "advice": ""}, "text: got 3, must be text"),
+    ],
+)
+def test_lines_are_checked_by_the_table(tmp_path, line, told):
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(TRAIN)}\n{json.dumps(line)}\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl:2: {told}$"):
+        read_lines(tmp_path)
+
+
+def test_keys_of_another_version_are_kept(tmp_path):
+    start = {"kind": "start", "step": 0, "weather": ["rain"]}
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(start)}\n{json.dumps({**TRAIN, 'old_figure': 3.5})}\n")
+    assert read_lines(tmp_path) == [start, {**TRAIN, "old_figure": 3.5}]

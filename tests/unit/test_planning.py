@@ -157,7 +157,7 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
     kept = [inhibitor._packed]
     for hook in inhibitor.hooks:
-        kept += [hook.moments.mean, hook.moments.m2, hook.selected]
+        kept += [hook.running.moments.mean, hook.running.moments.m2, hook.running.selected]
         kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate, hook.projection_sums]
     assert memory.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
     payload, collectives = speed.inhibition_payload(work, 5)

@@ -28,7 +28,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.models.families import blocks_of
 from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import chosen_layers
-from l2e_ds.training import trainer
+from l2e_ds.training import building
 
 LAYERS = "mid-2"
 
@@ -93,7 +93,7 @@ def main() -> int:
     def build(*arguments: Any) -> Any:
         return changed(control, build_network(*arguments))
 
-    trainer.build_network = build
+    building.build_network = build
     return train.main([run_file, *overrides])
 
 

@@ -71,7 +71,7 @@ def unequal_batches() -> dict:
                     inhibitor.attach_loss(layer(torch.from_numpy(z).requires_grad_()).sum()).backward()
             inhibitor.step()
     samples = np.concatenate(seen).astype(np.float64)
-    moments = inhibitor.hooks[0].moments
+    moments = inhibitor.hooks[0].running.moments
     return {
         "count": float(moments.count) - len(samples),
         "mean": float(np.abs(moments.mean.numpy() - samples.mean(0)).max()),

@@ -176,8 +176,8 @@ def test_gated_mlp_sees_the_product():
     x = network.embedding(text(1)[:, :-1])
     block = network.blocks[0]
     z = (block.act(block.gate(x)) * block.up(x)).detach().double().reshape(-1, NEURONS)
-    torch.testing.assert_close(inhibitor.hooks[0].moments.mean, z.mean(0), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(inhibitor.hooks[0].moments.variance, z.var(0), rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(inhibitor.hooks[0].running.moments.mean, z.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(inhibitor.hooks[0].running.moments.variance, z.var(0), rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["published", "scale-invariant", "forward", "exact", "top-k regulariser"])
@@ -261,7 +261,8 @@ def test_within_the_gelu(changes, recompute, compiled):
             run = torch.compile(network, backend="aot_eager") if compiled else None
             runs.append((train(network, inhibitor, range(5), split=2, run=run), inhibitor))
         assert not inhibitor.self_test_pending
-    assert all(hook.is_gelu for hook in runs[1][1].hooks) and not any(hook.is_gelu for hook in runs[0][1].hooks)
+    assert all(hook.way.computes_gelu for hook in runs[1][1].hooks)
+    assert not any(hook.way.computes_gelu for hook in runs[0][1].hooks)
     assert_same(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
     assert_same_state(runs[0][1], runs[1][1], rtol=1e-5, atol=1e-7)
 
@@ -407,9 +408,9 @@ def test_a_first_step_that_is_not_finite():
         inhibitor.attach_loss(lm_loss(network, text(0))).backward()
         inhibitor._packed[5] = math.inf
         inhibitor.step()
-        assert float(inhibitor.hooks[0].moments.count) == 0
+        assert float(inhibitor.hooks[0].running.moments.count) == 0
         train(network, inhibitor, range(3))
-    assert float(inhibitor.hooks[0].moments.count) > 0 and not inhibitor.self_test_pending
+    assert float(inhibitor.hooks[0].running.moments.count) > 0 and not inhibitor.self_test_pending
     assert float(inhibitor.last[:, 0].min()) > 0
 
 
@@ -523,8 +524,8 @@ def test_activations_far_from_zero(reduce):
             inhibitor.attach_loss(layer.act(z.clone().requires_grad_()).sum()).backward()
             inhibitor.step()
             so_far = torch.cat(batches[:number]).double().flatten(0, 1)
-            torch.testing.assert_close(inhibitor.hooks[0].moments.mean, so_far.mean(0), rtol=1e-9, atol=0)
-            torch.testing.assert_close(inhibitor.hooks[0].moments.variance, so_far.var(0), rtol=1e-5, atol=0)
+            torch.testing.assert_close(inhibitor.hooks[0].running.moments.mean, so_far.mean(0), rtol=1e-9, atol=0)
+            torch.testing.assert_close(inhibitor.hooks[0].running.moments.variance, so_far.var(0), rtol=1e-5, atol=0)
 
 
 # --- the self-test -----------------------------------------------------------------------------------------------
@@ -636,7 +637,7 @@ def test_a_later_micro_batch_sees_frozen_statistics():
                 inhibitor.attach_loss(lm_loss(network, micro_batch) / 2).backward()
                 assert all(torch.equal(value, inhibitor.state_dict()[name]) for name, value in before.items())
             inhibitor.step()
-            taus.append(float(inhibitor.hooks[0].tau))
+            taus.append(float(inhibitor.hooks[0].running.tau))
     assert all(a != b for a, b in pairwise(taus[1:]))
 
 

@@ -335,7 +335,7 @@ def test_parameter_gradients_are_those_of_the_written_out_sum(loss, scale, accum
             reference(text(seed)[:, :-1])
             history.append([z.detach().reshape(-1, 24).numpy() for z in reference.neurons])
         network.zero_grad()
-        taus = [float(hook.tau) for hook in inhibitor.hooks]
+        taus = [float(hook.running.tau) for hook in inhibitor.hooks]
         (inhibitor.attach_loss(lm_loss(network, text(3))) * scale / accumulation).backward()
 
     total = lm_loss(reference, text(3))

@@ -149,7 +149,7 @@ def test_all_equal_layer(retrieval, reduce, loss, value):
         for _ in range(4):
             assert torch.equal(run(inhibitor, layer, torch.full((2, 5, 8), value)), torch.ones(2, 5, 8))
             assert float(inhibitor.last[0, 0]) == 0 and bool(inhibitor.last.isfinite().all())
-            assert float(inhibitor.hooks[0].tau) == initial_threshold(0.02)
+            assert float(inhibitor.hooks[0].running.tau) == initial_threshold(0.02)
 
 
 @pytest.mark.parametrize("retrieval", ["threshold", "top-k"])
@@ -180,6 +180,6 @@ def test_first_step_has_no_history():
         z = torch.randn(4, 50, 8, generator=torch.Generator().manual_seed(0))
         assert torch.equal(run(inhibitor, layer, z), torch.ones(4, 50, 8))
         assert float(inhibitor.last[0, 0]) == 0
-        assert float(inhibitor.hooks[0].tau) == initial_threshold(0.02)
+        assert float(inhibitor.hooks[0].running.tau) == initial_threshold(0.02)
         run(inhibitor, layer, z)
         assert float(inhibitor.last[0, 0]) > 0

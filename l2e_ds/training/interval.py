@@ -1,0 +1,122 @@
+"""The steps between two lines of `kind: train`: what a rank notes of them, and the values that they give.
+
+Shapes: L hooked layers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l2e_ds.config.batch import BatchArithmetic
+from l2e_ds.distributed import collectives
+from l2e_ds.inhibition import Inhibitor
+from l2e_ds.run_directory.metric_table import KINDS
+from l2e_ds.run_directory.metrics import layer_key
+from l2e_ds.system import memory
+
+_LAYER_REDUCTIONS = {
+    metric.key.removeprefix("layerI/"): metric.reduction
+    for metric in KINDS["train"].metrics
+    if metric.key.startswith("layerI/")
+}
+"""What a line has of each of `Inhibitor.STATISTICS` of a layer: their mean over the steps, or the newest one."""
+
+
+class Interval:
+    """Adds up steps from when it is made; a line of metrics ends it, and the next one begins.
+
+    steps, skipped: optimizer steps so far, and those of them that changed no weight. gradient_norm: of the newest step,
+    None where DeepSpeed knows it. Nothing but `values` and `is_loss_finite` waits for the device.
+    """
+
+    def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
+        self._batch, self._device = batch, device
+        self.steps = self.skipped = 0
+        self.gradient_norm: float | None = None
+        self._learning_rate = 0.0
+        self._begin = time.perf_counter()
+        self._paused = self._data_wait = 0.0  # seconds
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of steps' mean losses on this rank
+        self._newest_loss = torch.zeros((), device=device)
+        self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within out of that of the steps, unless an exception ends it."""
+        begin = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - begin
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Count the time within as time spent waiting for a batch, unless an exception ends it."""
+        begin = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - begin
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Take in the LM loss of one micro-batch of the present step, [] in nats/token."""
+        self._newest_loss = loss.detach()
+        self._loss_sum += self._newest_loss.double() / self._batch.accumulation
+
+    def add_step(
+        self, applied: bool, learning_rate: float, gradient_norm: float | None, statistics: Tensor | None
+    ) -> None:
+        """Take in one optimizer step. statistics: [L, len(Inhibitor.STATISTICS)] float64 of an applied step, or None
+        without inhibition."""
+        self.steps += 1
+        self.skipped += not applied
+        self._learning_rate, self.gradient_norm = learning_rate, gradient_norm
+        if statistics is not None:
+            self._statistics.append(statistics)
+
+    def is_loss_finite(self) -> bool:
+        """Return whether the loss of this rank's newest micro-batch is finite."""
+        return math.isfinite(float(self._newest_loss))
+
+    def values(self, layers: Sequence[int]) -> dict[str, Any]:
+        """Return the interval's part of a line of `kind: train`, by the keys of the table of metrics.
+
+        layers: numbers of the hooked layers, in the inhibitor's order. Collective; needs at least one step.
+        """
+        lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self.steps * collectives.size())
+        seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
+        costs = collectives.all_gather_objects((self._data_wait, memory.peak_memory_bytes(self._device)))
+        waits, peaks = zip(*costs, strict=True)
+        return {
+            "lm_loss": lm_loss,
+            **self._inhibition_values(layers),
+            "learning_rate": self._learning_rate,
+            "skipped_steps": self.skipped,
+            "tokens_per_second": self.steps * self._batch.tokens_per_step / seconds,
+            "step_seconds": seconds / self.steps,
+            "data_wait_seconds": max(waits) / self.steps,
+            "peak_memory_gib": max(peaks) / 2**30,
+        }
+
+    def _inhibition_values(self, layers: Sequence[int]) -> dict[str, float]:
+        if not self._statistics:
+            return {}
+        statistics = torch.stack(self._statistics)  # [steps, L, len(STATISTICS)]
+        columns = dict(zip(Inhibitor.STATISTICS, statistics.unbind(2), strict=True))  # [steps, L] each
+        losses, coefficients = columns["inhibition_loss"], columns["coefficient"]
+        values = {
+            "inhibition_loss": losses.sum(1).mean().item(),
+            "inhibition_loss_weighted": (coefficients * losses).sum(1).mean().item(),
+            "coefficient": coefficients[-1].mean().item(),
+            "strength": columns["strength"][-1].mean().item(),
+            "observed_share": columns["observed_share"].mean().item(),
+        }
+        rows_of = {"mean": statistics.mean(0).tolist(), "newest": statistics[-1].tolist()}
+        for index, layer in enumerate(layers):
+            for name, reduction in _LAYER_REDUCTIONS.items():
+                row = rows_of[reduction][index]
+                values[layer_key(layer, name)] = row[Inhibitor.STATISTICS.index(name)]
+        return values
