@@ -6,6 +6,7 @@ from pathlib import Path
 
 from l2e_ds.console import say
 
+STOP_FILE = "stop"
 RESTART = "restart\n"
 """What a supervisor writes into the stop file when it wants no end of the run."""
 

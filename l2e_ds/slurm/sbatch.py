@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from l2e_ds.config.sections import slurm_seconds
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
-from l2e_ds.system.provenance import commit_and_changes, difference
+from l2e_ds.system.provenance import commit_and_changes, difference, versions
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
 SECRET_VARIABLE = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
@@ -155,13 +154,13 @@ def new_folder(directory: Path, what: str = "submit") -> tuple[Path, int]:
 
 def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
     """code.json, and code.diff where there is a difference. words: of the command line."""
-    versions, (commit, status) = _versions(), commit_and_changes()
+    commit, status = commit_and_changes()
     code = {
         "command": ["l2e-ds", *words],
         "ranks": resources.ranks,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": {"commit": commit, "changed": status},
-        "versions": versions,
+        "versions": versions("l2e_ds", "python", *PACKAGES),
     }
     text = without_secrets(json.dumps(code, indent=2), "the command line")
     (folder / "code.json").write_text(text + "\n", encoding="utf-8")
@@ -170,14 +169,6 @@ def record_code(folder: Path, words: Sequence[str], resources: Resources) -> Non
         for _, value in _secrets(os.environ):
             changes = changes.replace(value, "[left out: value of an environment variable]")
         (folder / "code.diff").write_text(changes, encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    import l2e_ds
-    from l2e_ds.system.provenance import installed_version
-
-    found = {"l2e_ds": l2e_ds.__version__, "python": sys.version.split()[0]}
-    return found | {package: version for package in PACKAGES if (version := installed_version(package)) is not None}
 
 
 def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -31,8 +31,8 @@ from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import split_at_dashes
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.run_directory.lock import RunLock
-from l2e_ds.run_directory.names import EXIT_FILE, STOP_FILE, newest_step
-from l2e_ds.run_directory.stop_file import RESTART, is_for_restart, remove_stop_file, write_stop_file
+from l2e_ds.run_directory.names import EXIT_FILE, newest_step
+from l2e_ds.run_directory.stop_file import RESTART, STOP_FILE, is_for_restart, remove_stop_file, write_stop_file
 from l2e_ds.supervise.processes import PR_SET_CHILD_SUBREAPER, SignsOfLife, kill_all, leftovers
 
 ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from l2e_ds.errors import Interrupted
-from l2e_ds.run_directory.names import STOP_FILE
+from l2e_ds.run_directory.stop_file import STOP_FILE
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 

@@ -36,14 +36,11 @@ def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence
     import platform
     from datetime import datetime, timezone
 
-    import deepspeed
     import torch
-    import transformers
 
-    import l2e_ds
     from l2e_ds.distributed import collectives
     from l2e_ds.models.counts import parameter_counts
-    from l2e_ds.system.provenance import commit_and_changes
+    from l2e_ds.system.provenance import commit_and_changes, versions
 
     sets = {
         part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
@@ -65,11 +62,5 @@ def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence
         "train_tokens": sum(part.train_tokens or 0 for part in data),
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),
-        "versions": {
-            "l2e_ds": l2e_ds.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
     }
