@@ -7,7 +7,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +83,37 @@ def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]
     if resources.extra:
         lines.append(f"#SBATCH {shlex.join(resources.extra)}")
     return lines
+
+
+def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
+    """Return a batch script that runs this command of Python's with the launcher of ranks after `--`.
+
+    options: the `#SBATCH` lines. Values are quoted as a shell does, which is also how sbatch reads those lines.
+    """
+    python = shlex.quote(sys.executable)
+    lines = [
+        "#!/bin/bash",
+        f"# {comment}",
+        *options,
+        "",
+        f"cd {shlex.quote(os.getcwd())} || exit 2",
+        f"exec {python} {shlex.join(command)} \\",
+        f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def check_sbatch(where: str) -> None:
+    """Raises ConfigError where nothing can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(f"{where}: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+
+
+def check_log_folder(where: str, directory: Path) -> None:
+    """Raises ConfigError for a folder that cannot be named in a batch script, or below which no log can be."""
+    refuse_control_characters(where, str(directory))
+    if "\\" in str(directory.absolute()):  # turns off the replacement of %A and %j in the logs' names
+        raise ConfigError(f"{where}: got {str(directory)!r}; SLURM cannot write a log below a backslash")
 
 
 def plain(name: str) -> str:

@@ -24,18 +24,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import FrameType
 
 from l2e_ds import console
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import split_at_dashes
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
+from l2e_ds.run_directory import stop_file
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.names import EXIT_FILE, newest_step
-from l2e_ds.run_directory.stop_file import RESTART, STOP_FILE, is_for_restart, remove_stop_file, write_stop_file
 from l2e_ds.supervise.processes import PR_SET_CHILD_SUBREAPER, SignsOfLife, kill_all, leftovers
+from l2e_ds.system import signals
 
-ASK = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STOPPED = Interrupted.exit_code
 # what no restart mends
 FINAL = {
@@ -43,8 +42,6 @@ FINAL = {
     TrainingError.exit_code: "the run cannot go on",
     STOPPED: "stopped as asked",
 }
-
-_received: list[tuple[float, signal.Signals]] = []  # when, which
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,30 +72,27 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     training = load_run_config(run_file, overrides).training
     check_hosts(launcher)
     directory = Path(training.run_directory)
-    stop_file = directory / STOP_FILE
     first = launch_command(launcher, [run_file, *overrides])
     again = launch_command(launcher, [run_file, *overrides, "training.resume=auto"])
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks that lose their launcher become our children
-    for number in ASK:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _note)
+    signals.listen()
     if requeued:  # what is left of this very job on a node that SLURM lost sight of
-        wait_until_free(directory, stop_file, 60 * training.timeout)
+        wait_until_free(directory, 60 * training.timeout)
     elif not any(word.startswith("--nnodes") for word in launcher):  # torchrun: other hosts' ranks may be waiting
         be_alone(directory)
 
     for attempt in range(1 + restarts):
         if attempt:
-            wait_until_free(directory, stop_file, 60 * training.timeout)
-        if attempt and _received:
+            wait_until_free(directory, 60 * training.timeout)
+        if attempt and signals.received:
             break
         # wherever this run was told to begin, by now it has checkpoints of its own
         command = again if (attempt or requeued) and newest_step(directory) else first
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(command)}")
-        code, noted, restart = run_once(command, run_file, stop_file, 2 * 60 * training.timeout)
-        asked = bool(_received) or (stop_file.exists() and not is_for_restart(stop_file))
+        code, noted, restart = run_once(command, run_file, directory, 2 * 60 * training.timeout)
+        asked = bool(signals.received) or stop_file.is_asked_to_stop(directory)
         outcome, why = judge(code, noted, asked, restart, newest_step(directory), training.steps)
         say(f"end of start {attempt + 1}: {why}")
         if outcome == 0 or outcome in FINAL or asked:
@@ -106,7 +100,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     return outcome
 
 
-def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: float) -> tuple[int, list[int], bool]:
+def run_once(command: Sequence[str], run_file: str, directory: Path, patience: float) -> tuple[int, list[int], bool]:
     """Start the launcher; wait until it and all its processes have ended.
 
     patience: seconds that ranks may take to save and leave, once asked, and for which the run may show no sign of life,
@@ -124,28 +118,28 @@ def run_once(command: Sequence[str], run_file: str, stop_file: Path, patience: f
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
         asked_at, ended_at, killed, restart = None, None, False, False
-        life = SignsOfLife(stop_file.parent)
+        life = SignsOfLife(directory)
         while launcher.poll() is None or leftovers(launcher.pid, run_file):
             now = time.monotonic()
-            restart = restart or (asked_at is None and is_for_restart(stop_file))
+            restart = restart or (asked_at is None and stop_file.is_asked_to_restart(directory))
             if launcher.returncode is not None and ended_at is None:
                 ended_at = now
             frozen = not killed and life.are_missing_for(patience)
             late = asked_at is not None and now > asked_at + patience
-            if (late or frozen or impatient()) and not killed:
+            if (late or frozen or signals.are_impatient()) and not killed:
                 silence = f": no sign of life for {patience / 60:g} minutes" if frozen else ""
                 say(f"killing all processes of the run{silence}")
                 kill_all()
                 killed = True
-            if asked_at is None and (_received or (ended_at is not None and now > ended_at + 0.5)):
+            if asked_at is None and (signals.received or (ended_at is not None and now > ended_at + 0.5)):
                 asked_at = now
                 say("asking the run to save and stop" + ("" if ended_at is None else ": its launcher has ended"))
-                write_stop_file(stop_file, "" if _received else RESTART)
+                (stop_file.ask_to_stop if signals.received else stop_file.ask_to_restart)(directory)
             time.sleep(0.2)
-        if asked_at is not None and not impatient():  # then ranks on other hosts may still heed it
-            remove_stop_file(stop_file)
+        if asked_at is not None and not signals.are_impatient():  # then ranks on other hosts may still heed it
+            stop_file.honour(directory)
         code = launcher.returncode
-        restart = restart and not _received
+        restart = restart and not signals.received
         return code if code or not killed else -signal.SIGKILL, [int(word) for word in noted.read().split()], restart
 
 
@@ -164,7 +158,7 @@ def judge(code: int, noted: Sequence[int], asked: bool, restart: bool, step: int
         if final in noted:
             return final, FINAL[final]
     # ranks also leave in agreement when their launcher was killed, which nobody asked for: `deepspeed` then says 0
-    if STOPPED in noted and (asked or code > 0 or -code in ASK):
+    if STOPPED in noted and (asked or code > 0 or -code in signals.ASK_TO_STOP):
         return STOPPED, FINAL[STOPPED]
     if code == 0 and step >= steps:
         return 0, f"finished at step {step}"
@@ -234,49 +228,32 @@ def check_hosts(launcher: Sequence[str]) -> None:
         raise ConfigError(f"--hostfile: {options.hostfile}: ssh does not reach {host}{more}: {why.strip()}")
 
 
-def _note(number: int, _frame: FrameType | None) -> None:
-    _received.append((time.monotonic(), signal.Signals(number)))
-
-
-def impatient() -> bool:
-    """Whether SIGINT or SIGTERM came again; two within two seconds are one wish, sent by two ways."""
-    wishes = [when for when, number in _received if number in (signal.SIGINT, signal.SIGTERM)]
-    return bool(wishes) and wishes[-1] > wishes[0] + 2
-
-
-def wait_until_free(directory: Path, stop_file: Path, patience: float) -> None:
+def wait_until_free(directory: Path, patience: float) -> None:
     """Ranks on other hosts, which are not seen from here, may outlive their launcher for as long as they save."""
     lock, deadline = RunLock(directory), time.monotonic() + patience
-    while lock.path.exists() and time.monotonic() < deadline and not _received:
+    while lock.path.exists() and time.monotonic() < deadline and not signals.received:
         try:
             lock.acquire()
         except ConfigError as error:
             say(f"asking the run that is still there to stop: {error}")
-            write_stop_file(stop_file, RESTART)
+            stop_file.ask_to_restart(directory)
             time.sleep(5)
         else:
             lock.release()
-    remove_stop_file(stop_file)
+    stop_file.honour(directory)
 
 
 def be_alone(directory: Path) -> None:
     """Refuse to start beside a living run, which a signal to this process would stop; forget a stop file that was meant
     for a run that is over. Raises ConfigError."""
-    lock, stop_file = RunLock(directory), directory / STOP_FILE
-    if not (lock.path.exists() or stop_file.exists()):
+    lock = RunLock(directory)
+    if not (lock.path.exists() or stop_file.stop_file(directory).exists()):
         return
     lock.acquire()
     try:
-        stop_file.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"training.run_directory: {stop_file}: {error.strerror}") from None
+        stop_file.remove(directory)
     finally:
         lock.release()
-
-
-def was_asked() -> bool:
-    """Whether a signal asked this process to stop the run."""
-    return bool(_received)
 
 
 def say(line: str) -> None:
