@@ -1,6 +1,6 @@
 """Runs on every rank: for the case NAME of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the
 profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
-`l2e_ds.planning.command` predicts.
+`l2e_ds.planning.memory` predicts.
 
 usage: memory_peaks.py OUTPUT NAME, in a process for each case: DeepSpeed keeps some of an engine alive as long as its
 process lives.
@@ -21,7 +21,7 @@ from l2e_ds.distributed.launch import find_launch
 from l2e_ds.engine.configuration import resolve
 from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import chosen_layers
-from l2e_ds.planning.command import memory
+from l2e_ds.planning import memory
 from l2e_ds.planning.work import work_of
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training.loss import CHUNK
