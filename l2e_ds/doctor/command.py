@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2e_ds.console import CommandParser
-from l2e_ds.doctor import machine, software
+from l2e_ds.doctor import host
 from l2e_ds.doctor.finding import Finding, checked, conclude
 from l2e_ds.doctor.ranks import meet_to_compare, why_no_all_reduce
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings one after another; 1 where a run could not start, else 0."""
-    imports = checked("imports", software.check_imports)
+    imports = checked("imports", host.check_imports)
     if any(finding.name == "torch" for finding in imports):  # then there are no ranks that could meet
         return conclude(_look(imports, None, arguments.directory, show=True))
 
@@ -78,18 +78,18 @@ def _look(imports: list[Finding], launch: Launch | None, directory: Path, show: 
         started.append(Finding("ok", "launcher", f"{launch.launcher}: {size}"))
     checks: list[tuple[str, Callable[[], list[Finding]]]] = [
         ("launcher", lambda: started),
-        ("versions", software.check_versions),
+        ("versions", host.check_versions),
         ("imports", lambda: imports),
-        ("accelerator", machine.check_accelerator),
-        ("backend", machine.check_backend),
-        ("compiler", software.check_compiler),
-        ("mpi", lambda: machine.check_mpi(needs_mpi)),
-        ("slurm", machine.check_slurm),
-        ("ssh", machine.check_ssh),
-        ("directory", lambda: machine.check_directory(directory)),
-        ("hub", machine.check_hub),
-        ("memory", machine.check_shared_memory),
-        ("limits", machine.check_limits),
+        ("accelerator", host.check_accelerator),
+        ("backend", host.check_backend),
+        ("compiler", host.check_compiler),
+        ("mpi", lambda: host.check_mpi(needs_mpi)),
+        ("slurm", host.check_slurm),
+        ("ssh", host.check_ssh),
+        ("directory", lambda: host.check_directory(directory)),
+        ("hub", host.check_hub),
+        ("memory", host.check_shared_memory),
+        ("limits", host.check_limits),
     ]
     found = []
     for name, check in checks:

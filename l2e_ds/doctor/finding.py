@@ -17,8 +17,6 @@ from typing import Any
 import l2e_ds
 from l2e_ds.system.files import PACKAGE, one_line
 
-GB = 1e9
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -32,6 +30,11 @@ class Finding:
     def __str__(self) -> str:
         line = f"{self.state:<9}{self.name:<15}{self.text}"
         return f"{line}\n  -> {self.mend}" if self.mend else line
+
+
+def verdict(name: str, is_good: bool, good: str, bad: str, mend: str, otherwise: str = "note") -> Finding:
+    """Return an ok finding with the good text, or one of another state with the bad text and what mends it."""
+    return Finding("ok", name, good) if is_good else Finding(otherwise, name, bad, mend)
 
 
 def checked(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
@@ -77,12 +80,11 @@ def output_of(command: Sequence[str], seconds: float = 30) -> str | None:
 def check_program(name: str, command: Sequence[str], use: str, install: str) -> Finding:
     """Return whether a program runs. command: prints its version; use: what needs it; install: what brings it."""
     said = output_of(command)
-    if said is not None:
-        return Finding("ok", name, said.splitlines()[0].strip() if said else command[0])
     beside = Path(sys.executable).parent  # of a Python that was called by its path
     if shutil.which(command[0]) is None and (beside / command[0]).is_file():
         install = f"export PATH={shlex.quote(str(beside))}:$PATH"
-    return Finding("note", name, f"{command[0]} does not run (not on PATH, or broken); needed for {use} only", install)
+    bad = f"{command[0]} does not run (not on PATH, or broken); needed for {use} only"
+    return verdict(name, said is not None, (said or command[0]).splitlines()[0].strip(), bad, install)
 
 
 def few(items: Sequence[Any], what: str = "") -> str:

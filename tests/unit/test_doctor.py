@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from l2e_ds.doctor import command, machine, ranks, software
+from l2e_ds.doctor import command, host, ranks
 from l2e_ds.doctor.all_reduce import Measurement, Timing
 from l2e_ds.doctor.finding import Finding
 
@@ -117,7 +117,7 @@ def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
     install(tmp_path, "torch", "2.5.1")
     install(tmp_path, "tqdm", "4.66.1")
     monkeypatch.syspath_prepend(tmp_path)
-    findings = software.check_versions()
+    findings = host.check_versions()
     torch = the(findings, "torch", "missing")
     assert torch.text == "2.5.1, needed: >=2.6"
     assert re.fullmatch(r"pip install torch==2\.[\d.]+", torch.mend)
@@ -126,22 +126,22 @@ def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
 
 
 def test_versions_of_an_installed_package_without_its_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(software, "PINS", tmp_path / "none")
+    monkeypatch.setattr(host, "PINS", tmp_path / "none")
     required = ("Requires-Python: >=3.99", "Requires-Dist: nosuch>=1", 'Requires-Dist: never; extra == "test"')
     install(tmp_path, "l2e_ds", "0.1.0", *required)
     monkeypatch.syspath_prepend(tmp_path)
-    findings = software.check_versions()
+    findings = host.check_versions()
     assert the(findings, "nosuch", "missing").mend == "pip install 'nosuch>=1'"
     assert the(findings, "python", "missing").text.endswith("needed: >=3.99")
     assert "never" not in str(findings)
 
 
 def test_folders(tmp_path, monkeypatch):
-    good = the(machine.check_directory(tmp_path), "directory")
+    good = the(host.check_directory(tmp_path), "directory")
     assert re.search(r"GB free, writes \d+ MB/s \(fsync\)", good.text)
-    refused = the(machine.check_directory(Path("/proc")), "directory", "missing")  # by root as well
+    refused = the(host.check_directory(Path("/proc")), "directory", "missing")  # by root as well
     assert "cannot write to /proc" in refused.text
-    strange = the(machine.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
+    strange = the(host.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
     assert strange.mend == f"mkdir -p '{tmp_path}/; rm -rf x'"
 
 
@@ -149,13 +149,13 @@ def test_limits_and_shared_memory(monkeypatch):
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        low = the(machine.check_limits(), "open files", "note")
+        low = the(host.check_limits(), "open files", "note")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert "at most 512 open files" in low.text
     assert low.mend.startswith("ulimit -n ")
-    monkeypatch.setattr(machine, "SHARED_MEMORY", 2**60)
-    low = the(machine.check_shared_memory(), "shared memory", "note")
+    monkeypatch.setattr(host, "SHARED_MEMORY", 2**60)
+    low = the(host.check_shared_memory(), "shared memory", "note")
     assert "/dev/shm" in low.text
     assert "--shm-size" in low.mend
 
@@ -166,9 +166,9 @@ def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     lock.touch()
-    assert not [finding for finding in software.check_compiler() if "cpu_adam" in finding.text]  # somebody builds now
+    assert not [finding for finding in host.check_compiler() if "cpu_adam" in finding.text]  # somebody builds now
     os.utime(lock, (0, 0))
-    (left,) = [finding for finding in software.check_compiler() if "cpu_adam" in finding.text]
+    (left,) = [finding for finding in host.check_compiler() if "cpu_adam" in finding.text]
     assert (left.state, left.mend) == ("note", f"rm {lock}")
 
 
