@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -11,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,18 +173,31 @@ def refuse_control_characters(where: str, text: str) -> None:
         raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
 
 
-def new_folder(directory: Path, what: str = "submit") -> tuple[Path, int]:
-    """The first of `what`-1, `what`-2 ... that is not there yet, made. Raises ConfigError."""
-    number = 1
-    while True:
-        folder = directory / f"{what}-{number}"
+@contextlib.contextmanager
+def submission(directory: Path, name: str) -> Iterator[Path]:
+    """Make the first of the folders NAME-1, NAME-2 ... that is not there yet, for what is submitted.
+
+    After an error, when nothing was queued, it is removed again, with the folders above that were made for it. Raises
+    ConfigError.
+    """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    for number in itertools.count(1):
+        folder = directory / f"{name}-{number}"
         try:
             folder.mkdir(parents=True)
-            return folder, number
+            break
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
             raise ConfigError(f"training.run_directory: cannot make {folder}: {error.strerror}") from None
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
@@ -220,9 +235,10 @@ def without_secrets(text: str, where: str) -> str:
     return text
 
 
-def queue(path: Path) -> str:
-    """Queue the script and return the job's id."""
-    command: Sequence[str] = ["sbatch", "--parsable", str(path)]
+def queue(path: Path, text: str) -> str:
+    """Write a batch script, queue it and return the job's id. Raises ConfigError where sbatch refuses it."""
+    path.write_text(without_secrets(text, path.name), encoding="utf-8")
+    command = ["sbatch", "--parsable", str(path)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")

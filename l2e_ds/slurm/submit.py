@@ -13,9 +13,7 @@ Checks the run, freezes it in a folder `submit-N` of its run directory, and give
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -27,8 +25,6 @@ from l2e_ds.slurm.sbatch import (
     Resources,
     add_resource_arguments,
     header,
-    new_folder,
-    queue,
     record_code,
     refuse_control_characters,
     resources_of,
@@ -64,35 +60,26 @@ def run(arguments: argparse.Namespace) -> int:
     directory = Path(config.training.run_directory)
     sbatch.check_log_folder("training.run_directory", directory)
     if arguments.dry_run:
-        number = len(list(directory.glob("submit-*"))) + 1
-        print(without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
+        folder = directory / f"submit-{len(list(directory.glob('submit-*'))) + 1}"
+        print(without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
         return 0
 
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
-    folder, number = new_folder(directory)
-    try:
+    with sbatch.submission(directory, "submit") as folder:
         _freeze(folder, config, arguments, resources)
         path = folder / "submit.sbatch"
-        path.write_text(without_secrets(script(directory, number, resources, arguments.restarts), path.name))
-        job = queue(path)
-    except BaseException:
-        shutil.rmtree(folder)  # nothing was queued
-        with contextlib.suppress(OSError):
-            for path in new:
-                path.rmdir()
-        raise
+        job = sbatch.queue(path, script(folder, resources, arguments.restarts))
     print(f"job     {job}: {resources.nodes} nodes x {resources.tasks_per_node} ranks, {resources.time}")
     print(f"script  {path}")
     print(f"log     {folder / f'slurm-{job}.log'}")
     return 0
 
 
-def script(directory: Path, number: int, resources: Resources, restarts: int) -> str:
-    """Return the batch script of submission `number` of the run in `directory`."""
-    folder = directory / f"submit-{number}"
+def script(folder: Path, resources: Resources, restarts: int) -> str:
+    """Return the batch script of a submission, by its folder."""
+    number = folder.name.removeprefix("submit-")
     return sbatch.script(
         f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
-        header(resources, directory.absolute().name, folder, "slurm-%j.log"),
+        header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
         ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
     )
 

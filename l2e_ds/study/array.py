@@ -24,11 +24,8 @@ from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import (
     Resources,
     header,
-    new_folder,
-    queue,
     record_code,
     refuse_control_characters,
-    without_secrets,
 )
 from l2e_ds.study.state import config_file
 
@@ -38,17 +35,12 @@ FOLDER = "slurm"
 def submit(directory: Path, names: Sequence[str], resources: Resources, restarts: int, words: Sequence[str]) -> None:
     """Queue the runs of these names, where `check` found nothing wrong. words: of the command line. Raises ConfigError
     where sbatch refuses."""
-    folder, _ = new_folder(directory, FOLDER)
-    try:
+    with sbatch.submission(directory, FOLDER) as folder:
         record_code(folder, words, resources)
         lines = [shlex.quote(str(config_file(directory, name))) for name in names]
         (folder / "list").write_text("\n".join(lines) + "\n", encoding="utf-8")
         path = folder / "study.sbatch"
-        path.write_text(without_secrets(script(folder, len(names), resources, restarts), path.name), encoding="utf-8")
-        job = queue(path)
-    except BaseException:
-        shutil.rmtree(folder)  # nothing was queued
-        raise
+        job = sbatch.queue(path, script(folder, len(names), resources, restarts))
     (folder / "job").write_text(job + "\n")
     print(f"job     {job}: {len(names)} tasks of {resources.nodes} nodes x {resources.tasks_per_node} ranks")
     print(f"script  {path}")
