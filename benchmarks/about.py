@@ -22,7 +22,7 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "load_before": load,
-        "versions": versions(*packages),
+        "versions": versions("l2e_ds", "python", *packages),
     }
 
 

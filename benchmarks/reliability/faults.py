@@ -500,15 +500,15 @@ class Benchmark:
         from safetensors.torch import load_file
 
         from l2e_ds.run_directory.manifest import verify
+        from l2e_ds.run_directory.names import checkpoint_name
 
         try:
             if read_reference(directory, self.steps) != self.reference:
                 return "the lines of metrics"
         except L2EError as error:
             return str(error)
-        here, there = (
-            folder / "checkpoints" / f"step{self.steps:08d}" for folder in (directory, self.output / "undisturbed")
-        )
+        name = checkpoint_name(self.steps)
+        here, there = (folder / "checkpoints" / name for folder in (directory, self.output / "undisturbed"))
         for checkpoint in (here, there):
             if problem := verify(checkpoint):
                 return f"{checkpoint.name}: {problem}"
@@ -535,7 +535,7 @@ class Benchmark:
             "command": self.command_line(),
             "date": self.date(),
             "machine": machine(),
-            "versions": versions(*PACKAGES),
+            "versions": versions("l2e_ds", "python", *PACKAGES),
         }
         numbers = {"seed": self.seed, "ranks": self.ranks, "steps": self.steps, "every": EVERY, "kept": KEPT}
         results = {
@@ -582,7 +582,7 @@ class Benchmark:
             if self.ends_differ is None
             else f"**different: {self.ends_differ}**"
         )
-        found = versions(*PACKAGES)
+        found = versions("l2e_ds", "python", *PACKAGES)
         text += [
             "",
             f"* End of the run that was disturbed, and of the one that was not, at step {self.steps}: {end}.",

@@ -18,14 +18,13 @@ from pathlib import Path
 import psutil
 
 from l2e_ds.errors import L2EError
+from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
 
 TIMINGS = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu", "peak_memory_gib")
 """Keys of a metrics line that tell of the machine, not of the run."""
 PATIENCE = 600.0
 """Seconds without a first new step after which a run counts as lost."""
 POLL = 0.004
-NAME = re.compile(r"step\d{8}")
-"""Of a checkpoint's folder."""
 
 
 class RunLost(Exception):
@@ -213,7 +212,7 @@ class WatchedRun:
 
     def _heard(self, start: Start, line: str) -> None:
         if line.startswith("resumed from "):
-            self._resumed_from(start, step_of(Path(line.removeprefix("resumed from ")).name))
+            self._resumed_from(start, step_of(Path(line.removeprefix("resumed from "))))
         elif step := re.match(r"step (\d+)/", line):  # where the disk is full, this line is all there is
             self._stepped(start, int(step[1]))
         elif line.startswith("l2e-ds: "):
@@ -223,28 +222,23 @@ class WatchedRun:
 
     def good(self) -> list[Path]:
         """Published checkpoints, oldest first, without those that the benchmark has damaged."""
-        published = sorted(path for path in (self.directory / "checkpoints").glob("step*") if NAME.fullmatch(path.name))
-        return [path for path in published if _identity(path) not in self._damaged]
+        return [path for path in published_checkpoints(self.directory) if _identity(path) not in self._damaged]
 
     def newest_good(self) -> int:
         good = self.good()
-        return step_of(good[-1].name) if good else 0
+        return step_of(good[-1]) if good else 0
 
     def is_saving(self) -> bool:
         """Whether a checkpoint is being written that does not count yet."""
         for path in (self.directory / "checkpoints").glob("step*.tmp"):
             with contextlib.suppress(OSError):
                 # an older one is what a kill has left; the next save removes it
-                if NAME.fullmatch(path.stem) and self.starts and path.stat().st_ctime > self.starts[-1].at:
+                if is_checkpoint(path.with_suffix("")) and self.starts and path.stat().st_ctime > self.starts[-1].at:
                     return True
         return False
 
     def note_damage(self, checkpoint: Path) -> None:
         self._damaged.add(_identity(checkpoint))
-
-
-def step_of(name: str) -> int:
-    return int(name.removeprefix("step"))
 
 
 def _identity(folder: Path) -> tuple[str, int, int]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import glob
 import json
-import platform
 import shutil
 import signal
 import sys
@@ -28,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-import l2e_ds
 from l2e_ds.analysis import PACKAGES, options, tables
 from l2e_ds.analysis.collect import (
     BINS,
@@ -52,6 +50,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
 from l2e_ds.system.files import is_free, whole_folder
 from l2e_ds.system.installed import check_extra
+from l2e_ds.system.provenance import versions
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -385,9 +384,7 @@ def _write(
 
 
 def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str, Any]:
-    from importlib.metadata import version
 
-    packages = ("torch", "transformers", "numpy", "scipy", "pandas")
     wanted = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     for name in ("action", "verb", "local_rank", "for_sbatch", "models"):
         wanted.pop(name, None)
@@ -406,9 +403,5 @@ def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str
         "options": wanted,
         "texts": list({result.report["digest"]: result.report for result in results}.values()),
         "ranks": collectives.size(),
-        "versions": {
-            "l2e_ds": l2e_ds.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
+        "versions": versions("l2e_ds", "python", "torch", "transformers", "numpy", "scipy", "pandas"),
     }

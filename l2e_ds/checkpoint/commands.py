@@ -10,8 +10,8 @@ from pathlib import Path
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state, remove_checkpoint
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
-from l2e_ds.run_directory.manifest import NAME, check_files, read_manifest, verify
-from l2e_ds.run_directory.names import step_of
+from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
+from l2e_ds.run_directory.names import is_checkpoint, step_of
 
 
 def _published(run: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def list_checkpoints(run: Path) -> int:
 def verify_checkpoints(run: Path, step: int | None) -> int:
     """Read every byte of a run's checkpoints (or of one) and print what is wrong. Raises CheckpointError if anything
     is."""
-    if NAME.fullmatch(run.name) and run.is_dir():
+    if is_checkpoint(run) and run.is_dir():
         if step is not None:
             raise CheckpointError(f"--step: goes with a run directory, {run} is a checkpoint")
         paths = [run]

@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 
 from l2e_ds.checkpoint.changes import Changes, saved_config
@@ -42,8 +41,10 @@ from l2e_ds.engine.engine import hyper_parameters, set_hyper_parameters
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.run_directory import manifest
-from l2e_ds.run_directory.manifest import NAME, STATE
+from l2e_ds.run_directory.manifest import STATE
+from l2e_ds.run_directory.names import checkpoint_name, published_checkpoints
 from l2e_ds.system.files import fsync_path
+from l2e_ds.system.provenance import versions
 
 ELASTIC = ("ranks", "zero_stage")
 
@@ -108,8 +109,7 @@ class CheckpointManager:
 
     def published(self) -> list[Path]:
         """Checkpoints under their final name, oldest first, good or not."""
-        found = self.directory.glob("step*") if self.directory.is_dir() else []
-        return sorted(path for path in found if NAME.fullmatch(path.name))
+        return published_checkpoints(self.directory.parent)
 
     def complete(self) -> list[Path]:
         """Published checkpoints with every file of their manifest, oldest first. Says which ones are left out."""
@@ -190,7 +190,7 @@ class CheckpointManager:
         """
         self.advance(until_done=True)
         began = time.perf_counter()
-        final = self.directory / f"step{state.step:08d}"
+        final = self.directory / checkpoint_name(state.step)
         temporary = final.with_suffix(".tmp")
 
         def prepare() -> None:
@@ -216,7 +216,8 @@ class CheckpointManager:
             if collectives.is_main():
                 if inhibitor is not None:
                     (temporary / "inhibition.safetensors").write_bytes(save(inhibitor.state_dict()))
-                content = {"train": asdict(state), "identity": asdict(identity), "config": config, **_versions()}
+                content = {"train": asdict(state), "identity": asdict(identity), "config": config}
+                content |= {"versions": versions("l2e_ds", "torch", "deepspeed")}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
                 (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -488,13 +489,3 @@ def read_state(path: Path) -> dict:
         return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE}: {error}") from None
-
-
-def _versions() -> dict:
-    import deepspeed
-
-    import l2e_ds
-
-    return {
-        "versions": {"l2e_ds": l2e_ds.__version__, "torch": str(torch.__version__), "deepspeed": deepspeed.__version__}
-    }

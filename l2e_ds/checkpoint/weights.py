@@ -11,7 +11,8 @@ import torch
 
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state
 from l2e_ds.errors import CheckpointError
-from l2e_ds.run_directory.manifest import NAME, verify
+from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.names import is_checkpoint, step_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     """
     instead = ""
     if (path / "checkpoints").is_dir():
-        complete = {int(checkpoint.name[4:]): checkpoint for checkpoint in CheckpointManager(path).complete()}
+        complete = {step_of(checkpoint): checkpoint for checkpoint in CheckpointManager(path).complete()}
         wanted = max(complete, default=-1) if step is None else step
         if wanted not in complete:
             present = ", ".join(map(str, complete)) or "none"
@@ -36,7 +37,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
             )
         path = complete.pop(wanted)
         instead = f"; other steps, to be given as --step: {', '.join(map(str, complete))}" if complete else ""
-    elif not path.is_dir() or not NAME.fullmatch(path.name):
+    elif not path.is_dir() or not is_checkpoint(path):
         raise CheckpointError(f"{path}: is neither a run directory nor one of its checkpoints")
     elif step is not None:
         raise CheckpointError(f"--step: goes with a run directory, {path} is a checkpoint")

@@ -13,7 +13,6 @@ import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_dige
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
 from l2e_ds.system.files import fsync_path, identity, write_whole
+from l2e_ds.system.provenance import versions
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -231,8 +231,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
         "dtype": dtype.name,
         "token_limit": config.max_tokens,
         "data": config.model_dump(mode="json"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("datasets", "numpy", "tokenizers", "transformers")},
+        "versions": versions("python", "datasets", "numpy", "tokenizers", "transformers"),
     }
     write_whole(folder / META, json.dumps(meta, indent=2) + "\n")
 

@@ -19,50 +19,42 @@ SIZES = {"cpu": (8, 256 * _KIB, 4 * _MIB, 64 * _MIB), "cuda": (8, _MIB, 32 * _MI
 
 @dataclass(frozen=True)
 class Timing:
-    """Calls of one size (bytes a rank): how many, the median and the longest, in seconds."""
+    """Calls of one size (bytes a rank): how many, the median and the longest, in seconds; right: every sum was."""
 
     size: int
     calls: int
     median: float
     longest: float
-
-    def bandwidths(self, ranks: int) -> tuple[float, float]:
-        """Algorithm and bus bandwidth in GB/s (10^9 bytes), as nccl-tests defines them: size / time, and that times
-        2 (R - 1) / R, what a ring sends over each link, which can be compared with the link's rated speed."""
-        algorithm = self.size / self.median / 1e9
-        return algorithm, algorithm * 2 * (ranks - 1) / ranks
+    right: bool = True
 
 
 @dataclass(frozen=True)
 class Measurement:
+    """Of one rank. speed: of its matrix products, in 10^9 operations a second, while all ranks do the same."""
+
     timings: list[Timing]
-    wrong: list[int]
-    """Sizes in bytes for which this rank saw a sum that was not the sum of all ranks."""
     speed: float
-    """This rank's matrix products, in 10^9 operations a second, while all ranks do the same."""
+
+    @property
+    def wrong(self) -> list[int]:
+        """Sizes for which this rank saw a sum that was not the sum of all ranks."""
+        return [timing.size for timing in self.timings if not timing.right]
 
 
 def measure(device: torch.device, seconds: float) -> Measurement:
-    """Collective. All-reduces of several sizes for about `seconds` in all, every result compared with the sum."""
-    speed = matrix_speed(device, seconds / 10)
-    timings, wrong = [], []
-    for size in SIZES[device.type]:
-        timing, right = _time_one_size(device, size, seconds * 0.9 / len(SIZES[device.type]))
-        timings.append(timing)
-        if not right:
-            wrong.append(size)
-    return Measurement(timings, wrong, speed)
+    """All-reduce several sizes for about `seconds` in all, and compare every result with the sum. Collective."""
+    speed, sizes = matrix_speed(device, seconds / 10), SIZES[device.type]
+    return Measurement([_time_one_size(device, size, seconds * 0.9 / len(sizes)) for size in sizes], speed)
 
 
 def matrix_speed(device: torch.device, seconds: float) -> float:
-    """10^9 operations a second of square matrix products for about `seconds` (at least three products)."""
+    """Return 10^9 operations a second of square matrix products for about `seconds` (at least three products)."""
     side, dtype = (4096, torch.float16) if device.type == "cuda" else (512, torch.float32)
     matrix = torch.ones(side, side, device=device, dtype=dtype) / side
-    for _ in range(3):
-        matrix @ matrix
-    _wait(device)
-    products, began = 0, time.perf_counter()
+    products, began = -3, 0.0
     while products < 3 or time.perf_counter() - began < seconds:
+        if products == 0:  # the first three warm up
+            began = time.perf_counter()
         matrix @ matrix
         _wait(device)
         products += 1
@@ -73,13 +65,12 @@ def expected_sum(pattern: Tensor, ranks: int) -> Tensor:
     return pattern * sum(_weight(rank) for rank in range(ranks))
 
 
-def _time_one_size(device: torch.device, size: int, seconds: float) -> tuple[Timing, bool]:
+def _time_one_size(device: torch.device, size: int, seconds: float) -> Timing:
     # small integers: float32 adds them without rounding, in any order, so the sum can be compared exactly
     pattern = (torch.arange(size // 4, device=device) % 7 + 1).float()
     mine, expected = pattern * _weight(collectives.rank()), expected_sum(pattern, collectives.size())
-    tensor = torch.empty_like(mine)
+    tensor, right = torch.empty_like(mine), True
     times: list[float] = []
-    right = True
     batch = 20 if size < _KIB else 1  # how often rank 0 is asked whether to go on
     deadline = time.perf_counter() + seconds
     while collectives.main_decides(len(times) < 4 or time.perf_counter() < deadline):
@@ -92,11 +83,11 @@ def _time_one_size(device: torch.device, size: int, seconds: float) -> tuple[Tim
             times.append(time.perf_counter() - began)
             right = right and torch.equal(tensor, expected)
     times = times[1:]  # the first call opens connections
-    return Timing(size, len(times), statistics.median(times), max(times)), right
+    return Timing(size, len(times), statistics.median(times), max(times), right)
 
 
 def _weight(rank: int) -> int:
-    """What a rank multiplies the pattern with: not the same for all, and small for any number of ranks."""
+    """Return what a rank multiplies the pattern with: not the same for all, and small for any number of ranks."""
     return rank % 16 + 1
 
 

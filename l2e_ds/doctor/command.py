@@ -9,26 +9,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2e_ds.console import CommandParser
-from l2e_ds.doctor.finding import Finding, checked, conclude, seconds
-from l2e_ds.doctor.machine import (
-    check_accelerator,
-    check_backend,
-    check_directory,
-    check_hub,
-    check_limits,
-    check_mpi,
-    check_shared_memory,
-    check_slurm,
-    check_ssh,
-)
+from l2e_ds.doctor import host
+from l2e_ds.doctor.finding import Finding, checked, conclude
 from l2e_ds.doctor.ranks import meet_to_compare, why_no_all_reduce
-from l2e_ds.doctor.software import check_compiler, check_extras, check_imports, check_operations, check_versions
 
 if TYPE_CHECKING:
     from l2e_ds.distributed.launch import Launch
@@ -38,8 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--directory", type=Path, default=Path(), help="where a run would write (default: the current folder)"
     )
-    parser.add_argument("--seconds", type=seconds, default=10.0, help="how long to all-reduce (default: 10)")
+    parser.add_argument("--seconds", type=_seconds, default=10.0, help="how long to all-reduce (default: 10)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+
+
+def _seconds(text: str) -> float:
+    if not 0 < float(text) <= 600:
+        raise argparse.ArgumentTypeError(f"got {text}, allowed: above 0, at most 600")
+    return float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings one after another; 1 where a run could not start, else 0."""
-    imports = checked("imports", check_imports)
+    imports = checked("imports", host.check_imports)
     if any(finding.name == "torch" for finding in imports):  # then there are no ranks that could meet
-        shown = list(_local_findings(imports, None, arguments.directory))
-        return conclude(shown, shown)
+        return conclude(_look(imports, None, arguments.directory, show=True))
 
     from l2e_ds.distributed.launch import find_launch
     from l2e_ds.errors import ConfigError
@@ -63,45 +56,47 @@ def run(arguments: argparse.Namespace) -> int:
     except ConfigError as error:  # then nobody knows which process should speak for all
         print(Finding("missing", "launcher", str(error)), flush=True)
         return 1
-    shown = []
+    found = []
     if launch.local_rank == 0:  # what is true of a host is looked at once
-        show = print if launch.rank == 0 else (lambda *_, **__: None)
-        for finding in _local_findings(imports, launch, arguments.directory):
-            shown.append(finding)
-            show(finding, flush=True)
+        found = _look(imports, launch, arguments.directory, show=launch.rank == 0)
     try:
-        return meet_to_compare(launch, shown, arguments)
+        return meet_to_compare(launch, found, arguments)
     except Exception as error:  # the others may wait for this rank for ever: the launcher must end them
-        failed = why_no_all_reduce(error, launch, shown)
+        failed = why_no_all_reduce(error, launch, found)
+        print(failed, flush=True)
         if launch.rank == 0:
-            conclude([*shown, failed], [failed])
-        else:
-            print(failed, flush=True)
+            conclude([*found, failed])
         os._exit(1)
 
 
-def _local_findings(imports: list[Finding], launch: Launch | None, directory: Path) -> Iterator[Finding]:
-    """Findings about this host, one after another as they are made."""
+def _look(imports: list[Finding], launch: Launch | None, directory: Path, show: bool) -> list[Finding]:
+    """Return the findings about this host, each shown as it is made."""
+    needs_mpi = launch is not None and launch.launcher == "mpirun" and "MASTER_ADDR" not in os.environ
+    started = []
     if launch is not None:
         size = "a group of one" if launch.size == 1 else f"{launch.size} ranks"
-        yield Finding("ok", "launcher", f"{launch.launcher}: {size}")
-    yield from checked("versions", check_versions)
-    yield from checked("extras", check_extras)
-    yield from imports
-    if not any(finding.state == "missing" for finding in imports):
-        for name, check in {
-            "accelerator": check_accelerator,
-            "backend": check_backend,
-            "compiler": check_compiler,
-            "operations": check_operations,
-        }.items():
-            yield from checked(name, check)
-    needs_mpi = launch is not None and launch.launcher == "mpirun" and "MASTER_ADDR" not in os.environ
-    yield from checked("mpi", lambda: check_mpi(needs_mpi))
-    yield from checked("slurm", check_slurm)
-    yield from checked("ssh", check_ssh)
-    yield from checked("directory", lambda: check_directory(directory))
-    yield from checked("hub", check_hub)
-    yield from checked("memory", check_shared_memory)
-    yield from checked("limits", check_limits)
-    yield Finding("ok", "clock", time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
+        started.append(Finding("ok", "launcher", f"{launch.launcher}: {size}"))
+    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
+        ("launcher", lambda: started),
+        ("versions", host.check_versions),
+        ("imports", lambda: imports),
+        ("accelerator", host.check_accelerator),
+        ("backend", host.check_backend),
+        ("compiler", host.check_compiler),
+        ("mpi", lambda: host.check_mpi(needs_mpi)),
+        ("slurm", host.check_slurm),
+        ("ssh", host.check_ssh),
+        ("directory", lambda: host.check_directory(directory)),
+        ("hub", host.check_hub),
+        ("memory", host.check_shared_memory),
+        ("limits", host.check_limits),
+    ]
+    found = []
+    for name, check in checks:
+        if imports and name in ("accelerator", "backend", "compiler"):  # which ask torch and DeepSpeed
+            continue
+        for finding in checked(name, check):
+            found.append(finding)
+            if show:
+                print(finding, flush=True)
+    return found

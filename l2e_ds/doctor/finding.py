@@ -1,8 +1,7 @@
-"""One line of doctor, and how numbers, sizes and commands are worded in it. Standard library only."""
+"""One line of doctor, and how hosts, ranks and commands are worded in it. Standard library only."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import shlex
@@ -15,15 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.system.files import PACKAGE
-
-GB = 1e9
+import l2e_ds
+from l2e_ds.system.files import PACKAGE, one_line
 
 
 @dataclass(frozen=True)
 class Finding:
+    """state: ok; note: worth knowing, or missing for some runs; missing: no run can start. mend: a line for a shell."""
+
     state: str
-    """ok; note: worth knowing, or missing for some runs; missing: no run can start."""
     name: str
     text: str
     mend: str = ""
@@ -33,25 +32,28 @@ class Finding:
         return f"{line}\n  -> {self.mend}" if self.mend else line
 
 
+def verdict(name: str, is_good: bool, good: str, bad: str, mend: str, otherwise: str = "note") -> Finding:
+    """Return an ok finding with the good text, or one of another state with the bad text and what mends it."""
+    return Finding("ok", name, good) if is_good else Finding(otherwise, name, bad, mend)
+
+
 def checked(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
-    """A check that fails is a finding itself, and no reason to skip the others."""
+    """Return what a check finds. One that fails is a finding itself, and no reason to skip the others."""
     try:
         return check()
     except Exception as error:
-        return [Finding("note", name, f"could not be checked: {one_line(error)}")]
+        return [Finding("note", name, f"could not be checked: {described(error)}")]
 
 
-def conclude(findings: list[Finding], unseen: list[Finding] | None = None) -> int:
-    """Print what was not printed yet and the verdict; return the exit code."""
-    for finding in findings if unseen is None else unseen:
-        print(finding)
+def conclude(findings: Sequence[Finding]) -> int:
+    """Print the verdict and return the exit code."""
     missing = list(dict.fromkeys(finding.name for finding in findings if finding.state == "missing"))
     print(f"a run cannot start here; missing: {', '.join(missing)}" if missing else "a run can start here", flush=True)
     return 1 if missing else 0
 
 
 def host() -> str:
-    """SLURM's name of the node, or the machine's."""
+    """Return SLURM's name of the node, or the machine's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
@@ -62,59 +64,36 @@ def on_gpu() -> bool:
 
 
 def own_version() -> str:
-    """Version and a checksum of the code: two hosts may have copies of different days."""
-    import l2e_ds
-
-    digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        digest.update(file.read_bytes())
+    """Return version and a checksum of the code: two hosts may have copies of different days."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(PACKAGE.rglob("*.py"))))
     return f"{l2e_ds.__version__} (code {digest.hexdigest()[:8]})"
 
 
-def output_of(command: list[str], seconds: float = 30) -> str | None:
-    """What a program prints, or None where it is not there, fails, or takes longer."""
+def output_of(command: Sequence[str], seconds: float = 30) -> str | None:
+    """Return what a program prints, or None where it is not there, fails, or takes longer."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def install_line(apt: str, dnf: str) -> str:
-    return f"dnf install {dnf}" if shutil.which("dnf") else f"apt-get install {apt}"
-
-
-def on_path(program: str, otherwise: str) -> str:
-    """What brings a program on PATH: often it lies beside a Python that was called by its path."""
-    folder = Path(sys.executable).parent
-    return f"export PATH={shlex.quote(str(folder))}:$PATH" if (folder / program).is_file() else otherwise
+def check_program(name: str, command: Sequence[str], use: str, install: str) -> Finding:
+    """Return whether a program runs. command: prints its version; use: what needs it; install: what brings it."""
+    said = output_of(command)
+    beside = Path(sys.executable).parent  # of a Python that was called by its path
+    if shutil.which(command[0]) is None and (beside / command[0]).is_file():
+        install = f"export PATH={shlex.quote(str(beside))}:$PATH"
+    bad = f"{command[0]} does not run (not on PATH, or broken); needed for {use} only"
+    return verdict(name, said is not None, (said or command[0]).splitlines()[0].strip(), bad, install)
 
 
 def few(items: Sequence[Any], what: str = "") -> str:
-    """`rank 3`, `ranks 0-7`, `n2, n3, n4 and 12 more`."""
+    """`rank 3`, `ranks 0-7`, `n2, n3, n4, n5 and 12 more`."""
     if what and len(items) > 2 and list(items) == list(range(items[0], items[-1] + 1)):
         return f"{what}s {items[0]}-{items[-1]}"
     listed = ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
     return f"{what}{'s' if len(items) > 1 else ''} {listed}" if what else listed
 
 
-def number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-def size_in_words(count: int) -> str:
-    for unit, size in (("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count // size} {unit}"
-    return f"{count} B"
-
-
-def one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 600:
-        raise argparse.ArgumentTypeError(f"got {text}, allowed: above 0, at most 600")
-    return value
+def described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)[:200]}"

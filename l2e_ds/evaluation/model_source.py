@@ -12,7 +12,7 @@ from l2e_ds.checkpoint.manager import CheckpointManager
 from l2e_ds.checkpoint.weights import DTYPES, find_checkpoint, load_network
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.models.network import loading_sharded
-from l2e_ds.run_directory.manifest import NAME
+from l2e_ds.run_directory.names import is_checkpoint, step_of
 from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class ModelSource:
 
     @property
     def step(self) -> int | None:
-        return None if self.checkpoint is None else int(self.checkpoint.name[4:])
+        return None if self.checkpoint is None else step_of(self.checkpoint)
 
 
 def find_model(given: str, step: int | None = None) -> ModelSource:
@@ -45,7 +45,7 @@ def find_model(given: str, step: int | None = None) -> ModelSource:
     Raises CheckpointError for a damaged checkpoint or an empty run, ConfigError for what is no model.
     """
     path = Path(given)
-    if (path / "checkpoints").is_dir() or (NAME.fullmatch(path.name) and path.parent.name == "checkpoints"):
+    if (path / "checkpoints").is_dir() or (is_checkpoint(path) and path.parent.name == "checkpoints"):
         checkpoint = find_checkpoint(path, step)
         run = checkpoint.parent.parent.resolve().name
         return ModelSource(given, f"{run}-{checkpoint.name}", checkpoint=checkpoint)

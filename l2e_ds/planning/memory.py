@@ -28,23 +28,17 @@ class States:
     weights: float
     gradients: float
     optimizer: float
-    buffers: float
-    gathered: float
-    held: float
     reducing: float
-    stepping: float
-    host: float
-
-
-def is_bf16_optimizer(work: Work) -> bool:
-    """Whether DeepSpeed takes its BF16_Optimizer: ZeRO-1, bf16, float32 accumulation, no offload (engine.py,
-    _do_optimizer_sanity_check). It keeps all gradients in float32 on every rank."""
-    return work.stage == 1 and work.precision == "bf16" and work.accumulator == 4 and not work.offload_optimizer
+    buffers: float = 0.0
+    gathered: float = 0.0
+    held: float = 0.0
+    stepping: float = 0.0
+    host: float = 0.0
 
 
 def model_states(work: Work, ranks: int) -> States:
-    """ZeRO, section 3 and 5, with what DeepSpeed really keeps (runtime/engine.py, bf16_optimizer.py, fp16/,
-    zero/stage_1_and_2.py, zero/stage3.py).
+    """Return what DeepSpeed keeps of a model: ZeRO, section 3 and 5, with what it really allocates (runtime/engine.py,
+    bf16_optimizer.py, fp16/, zero/stage_1_and_2.py, zero/stage3.py).
 
     In the network's precision, e bytes: weights e P, under stage 3 e P / R and the gathered ones. Float32 master
     weights and Adam's moments 12 P, under stages 1 to 3 12 P / R; where the network is float32 itself, stage 0 needs no
@@ -53,33 +47,29 @@ def model_states(work: Work, ranks: int) -> States:
     `reduce_bucket_size` elements, whatever the model's size, twice with `overlap_comm` in stages 1 and 2.
     """
     p, e, g = work.parameters, work.element, work.accumulator
-    share = p / ranks
-    in_bucket = min(p, work.bucket)
-    full = States(e * p, g * p, 0, 0, 0, 0, 0, 0, 0)
+    share, in_bucket = p / ranks, min(p, work.bucket)
     if work.stage == 0:
-        reducing = in_bucket * e  # allreduce_bucket flattens
-        if e == 4:
-            return replace(full, optimizer=MOMENTS * p, reducing=reducing)
-        return replace(full, optimizer=(MASTER + MOMENTS) * p, reducing=reducing, stepping=MASTER * p)
+        master = 0 if e == 4 else MASTER
+        # allreduce_bucket flattens
+        return States(e * p, g * p, (master + MOMENTS) * p, reducing=in_bucket * e, stepping=master * p)
     optimizer = (MASTER + MOMENTS) * share
-    if is_bf16_optimizer(work):  # flattens in float32, converts to bf16, reduces
-        return replace(full, gradients=(g + e) * p, held=g * p, optimizer=optimizer, reducing=in_bucket * (4 + 2))
+    if work.stage == 1 and work.precision == "bf16" and g == 4 and not work.offload_optimizer:
+        # the BF16_Optimizer (engine.py, _do_optimizer_sanity_check): flattens in float32, converts to bf16, reduces
+        return States(e * p, (g + e) * p, optimizer, reducing=in_bucket * (4 + 2), held=g * p)
     staged = g if work.stage == 1 else e  # _gradient_reduction_buffer_dtype
     copies = 2 if work.overlap and work.stage < 3 else 1
     buffers = float(work.bucket * staged * copies) if work.contiguous else 0.0
     reducing = in_bucket * staged  # flattened once more to be reduced
     if work.stage == 1:
         # the rank's own partition is flattened before the gradients are freed
-        states = replace(full, optimizer=optimizer, buffers=buffers, reducing=reducing, stepping=MASTER * share)
+        states = States(e * p, g * p, optimizer, reducing, buffers, stepping=MASTER * share)
     elif work.stage == 2:
         stepping = MASTER * share if g != 4 or e == 4 else 0.0
-        states = replace(
-            full, gradients=g * share, optimizer=optimizer, buffers=buffers, reducing=reducing, stepping=stepping
-        )
+        states = States(e * p, g * share, optimizer, reducing, buffers, stepping=stepping)
     else:
-        gathered = e * min(p, MAX_LIVE)
         stepping = MASTER * min(share, SUB_GROUP)  # the flat gradient of one sub-group
-        states = States(e * share, g * share, optimizer, buffers, gathered, g * share, reducing, stepping, 0)
+        gathered = e * min(p, MAX_LIVE)
+        states = States(e * share, g * share, optimizer, reducing, buffers, gathered, g * share, stepping)
     host = 0.0
     if work.offload_optimizer:  # with float32 gradients; up to stage 2 also the new weights on their way back
         host = optimizer + (4 + (e if work.stage < 3 else 0)) * share
@@ -91,8 +81,8 @@ def model_states(work: Work, ranks: int) -> States:
 
 
 def layer_activation_bytes(work: Work, micro_batch: int) -> float:
-    """What one layer keeps for backward. Korthikanti, section 4.1, counted anew for this network: no dropout masks, a
-    parallel residual, rotary copies of query and key, attention without a [T, T] matrix unless it is `eager`.
+    """Return what one layer keeps for backward. Korthikanti, section 4.1, counted anew for this network: no dropout
+    masks, a parallel residual, rotary copies of query and key, no [T, T] matrix of attention unless it is `eager`.
 
     Elements a token: layer input h, two norms 2 h, qkv 3 h, query and key after rotation 2 h, attention's output 2 h
     (as computed, and as the projection reads it), before and after GELU 2 N. Float32: attention's log-sum-exp, one a
@@ -107,15 +97,15 @@ def layer_activation_bytes(work: Work, micro_batch: int) -> float:
 
 
 def stored_activation_bytes(work: Work, micro_batch: int) -> float:
-    """What all layers keep for backward, and the last norm's input and output. With activation checkpointing a layer
-    keeps its input only: Korthikanti, section 5, full recomputation (2 s b h L)."""
+    """Return what all layers keep for backward, and the last norm's input and output. With activation checkpointing a
+    layer keeps its input only: Korthikanti, section 5, full recomputation (2 s b h L)."""
     tokens = micro_batch * work.sequence_length
     layer = tokens * work.hidden * work.element if work.checkpointing else layer_activation_bytes(work, micro_batch)
     return work.layers * layer + 2 * tokens * work.hidden * work.element
 
 
 def logits_bytes(work: Work, micro_batch: int) -> float:
-    """What the LM loss needs at its most (training/loss.py).
+    """Return what the LM loss needs at its most (training/loss.py).
 
     Few logits, computed in one piece: 12 M V, for at the beginning of backward there are, in float32, the
     log-probabilities that cross-entropy kept, its gradient with respect to them, and with respect to the logits. Else,
@@ -149,7 +139,7 @@ class Memory:
     activations: float
     logits: float
     inhibition: float
-    step: float
+    step: float = 0.0
 
     @property
     def total(self) -> float:
@@ -157,8 +147,9 @@ class Memory:
 
 
 def memory(work: Work, ranks: int, micro_batch: int, accumulation: int) -> Memory:
-    """Peak memory a GPU: the largest of (1) the beginning of the last micro-batch's backward, when all activations and
-    logits are there, and the gradients of the micro-batches before; (2) the reduction of gradients; (3) the step.
+    """Return the peak memory a GPU: the largest of (1) the beginning of the last micro-batch's backward, when all
+    activations and logits are there, and the gradients of the micro-batches before; (2) the reduction of gradients;
+    (3) the step.
 
     Within backward what a layer needs for a while (recomputed activations, gradients of [M, N], float32 copies of a
     hooked layer, 24 M N) counts where it is more than the logits, which are gone by then.
@@ -177,11 +168,10 @@ def memory(work: Work, ranks: int, micro_batch: int, accumulation: int) -> Memor
         inhibition += max(0.0, hooked - max(logits, passing))
         inhibition += tokens * work.neurons * len(work.hooked) * work.deactivation  # the selection, one byte
     early = states.gradients if accumulation > 1 else states.held
-    backward = Memory(
-        states.weights + states.gathered, early, states.optimizer, states.buffers, activations, logits, inhibition, 0
-    )
-    states_after = states.weights + states.gathered + states.gradients + states.optimizer + inhibition_state_bytes(work)
-    after = states_after + max(states.buffers + states.reducing, states.stepping)
+    weights, optimizer = states.weights + states.gathered, states.optimizer
+    backward = Memory(weights, early, optimizer, states.buffers, activations, logits, inhibition)
+    after = weights + states.gradients + optimizer + inhibition_state_bytes(work)
+    after += max(states.buffers + states.reducing, states.stepping)
     return replace(backward, step=max(0.0, after - backward.total))
 
 
@@ -190,7 +180,7 @@ def accumulation_of(global_batch: int, ranks: int, micro_batch: int) -> int:
 
 
 def largest_micro_batch(work: Work, ranks: int, global_batch: int, usable: float) -> int | None:
-    """The largest that divides the sequences of a rank and needs at most `usable` bytes; None where none does."""
+    """Return the largest that divides the sequences of a rank and needs at most `usable` bytes, or None."""
     for micro_batch in reversed(divisors(global_batch // ranks)):
         if memory(work, ranks, micro_batch, accumulation_of(global_batch, ranks, micro_batch)).total <= usable:
             return micro_batch
@@ -198,8 +188,8 @@ def largest_micro_batch(work: Work, ranks: int, global_batch: int, usable: float
 
 
 def checkpoint_bytes(work: Work) -> float:
-    """All files of one checkpoint: master weights and Adam's moments, 12 P, and the network's weights, e P, which stage
-    3 leaves out; in float32 stage 0 has one copy of the weights. The inhibition's state is 3 N float64 a layer."""
+    """Return the bytes of one checkpoint: master weights and Adam's moments, 12 P, and the network's weights, e P, left
+    out by stage 3; in float32 stage 0 has one copy of the weights. Inhibition's state is 3 N float64 a layer."""
     states = MOMENTS + (0 if work.stage == 0 and work.element == 4 else MASTER)
     weights = 0 if work.stage == 3 else work.element
     return work.parameters * (states + weights) + len(work.hooked) * (3 * work.neurons + 3) * 8

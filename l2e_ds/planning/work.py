@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from l2e_ds.config.sections import METHODS
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.errors import ConfigError
+from l2e_ds.models.counts import unbuilt
+from l2e_ds.models.families import neurons_of
 from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.preflight import Plan
 
@@ -54,9 +56,6 @@ def work_of(plan: Plan) -> Work:
     Pythia's family, whose activations the formulae count."""
     from deepspeed.runtime.config import DtypeEnum
 
-    from l2e_ds.models.counts import unbuilt
-    from l2e_ds.models.families import neurons_of
-
     config, network, ds = plan.config, plan.network, plan.ds
     if network.model_type != "gpt_neox":
         raise ConfigError(
@@ -65,13 +64,10 @@ def work_of(plan: Plan) -> Work:
         )
     kind = str(ds.get("optimizer", {}).get("type", "AdamW"))
     if kind.lower() not in ("adam", "adamw"):
-        raise ConfigError(
-            f"deepspeed.config: optimizer.type: got {kind}; a plan knows the states of Adam and AdamW only"
-        )
+        raise ConfigError(f"deepspeed.config: optimizer.type: got {kind}; a plan knows Adam and AdamW only")
     zero = ds.get("zero_optimization", {})
-    stage, precision = zero_stage(ds), config.training.precision
+    stage, precision, section = zero_stage(ds), config.training.precision, config.inhibition
     element = 4 if precision == "fp32" else 2
-    section = config.inhibition
     hooked = tuple(plan.layers) if section.method != "none" else ()
     collectives: str = section.reduce if hooked else "none"
     if collectives == "forward" and section.loss == "scale-invariant":

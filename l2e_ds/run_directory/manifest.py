@@ -14,10 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from l2e_ds.distributed import heartbeat
+from l2e_ds.run_directory.names import is_checkpoint, step_of
 from l2e_ds.system.files import fsync_path
 
-NAME = re.compile(r"step(\d{8})")
-"""Of a checkpoint's folder."""
 MANIFEST, STATE = "manifest.json", "state.json"
 # the rank in the names of DeepSpeed's shards (zero_pp_rank_3_mp_rank_00_optim_states.pt) and of our random states
 _OWNER = re.compile(r"(?:pp_rank_|rng-rank)(\d+)")
@@ -95,13 +94,12 @@ def check_files(folder: Path) -> str | None:
         name = str(path.relative_to(folder))
         if not path.is_dir() and name != MANIFEST and name not in files:
             return f"{name} is not in its manifest"
-    named = NAME.fullmatch(folder.name)
-    if named is not None and STATE in files:
+    if is_checkpoint(folder) and STATE in files:
         try:
             step = json.loads((folder / STATE).read_text(encoding="utf-8"))["train"]["step"]
         except (OSError, ValueError, KeyError, TypeError):
             return f"its {STATE} is not readable"
-        if step != int(named[1]):
+        if step != step_of(folder):
             return f"is the checkpoint of step {step} under another name"
     return None
 

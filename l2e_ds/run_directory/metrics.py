@@ -5,14 +5,16 @@ A last line that is still being written does not count. Imports nothing heavy.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from l2e_ds.errors import DataError
+from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.metric_table import KINDS, Type, find
+from l2e_ds.system.files import write_whole
 
 FILE = "metrics.jsonl"
 _READ = ("start", "train", "evaluation", "guard")  # the kinds of lines that report, summary and study take in
@@ -30,7 +32,7 @@ _CHECKS: dict[Type, tuple[Callable[[Any], bool], str]] = {
 def read_metrics(path: Path, kind: str) -> list[dict]:
     """The lines of one kind, in order. Raises DataError for a line that is none of a run's, and OSError."""
     found = []
-    for place, line in _numbered(path):
+    for place, line in _lines(path):
         if line["kind"] == kind:
             if not isinstance(line.get("step"), int) or line["step"] < 0:
                 raise _broken(path, place)
@@ -45,23 +47,15 @@ def read_lines(directory: Path) -> list[dict[str, Any]]:
     OSError.
     """
     path = directory / FILE
-    lines = ((place, line) for place, line in _numbered(path) if line["kind"] in _READ)
+    lines = ((place, line) for place, line in _lines(path) if line["kind"] in _READ)
     return [_checked(line, f"{path}:{place}") for place, line in lines]
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Lines with their places in the file, counted from 1. Raises DataError."""
-    texts = path.read_bytes().split(b"\n")
-    for place, text in enumerate(texts, start=1):
-        if not text:
-            continue
-        try:
-            line = json.loads(text)
-            line["kind"] = str(line["kind"])
-        except (ValueError, KeyError, TypeError):
-            if place < len(texts):  # it has an end
-                raise _broken(path, place) from None
-            continue
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the lines with their places in the file, counted from 1. Raises DataError."""
+    for place, _, line in json_lines(path):
+        if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
+            raise _broken(path, place)
         yield place, line
 
 
@@ -162,12 +156,8 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    for _, raw, line in json_lines(path):
+        with suppress(KeyError, TypeError):
+            if line["step"] <= step:
+                kept.append(raw.decode() + "\n")
+    write_whole(path, "".join(kept))

@@ -1,19 +1,38 @@
-"""Names of files in a run directory."""
+"""Names of files and folders in a run directory."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-
-def newest_step(run_directory: Path) -> int:
-    """Of the newest published checkpoint; 0 if there is none."""
-    found = (run_directory / "checkpoints").glob("step" + "[0-9]" * 8 + "/manifest.json")
-    return max((int(path.parent.name.removeprefix("step")) for path in found), default=0)
-
-
-STOP_FILE = "stop"
 EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
+_CHECKPOINT = re.compile(r"step(\d{8})")
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the name of a checkpoint's folder, in `checkpoints/` of a run directory."""
+    return f"step{step:08d}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder has the name of a published checkpoint."""
+    return _CHECKPOINT.fullmatch(path.name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step"))
+    """Return the step in the name of a checkpoint's folder. Raises ValueError for another folder's name."""
+    named = _CHECKPOINT.fullmatch(checkpoint.name)
+    if named is None:
+        raise ValueError(f"{checkpoint}: is no checkpoint")
+    return int(named[1])
+
+
+def published_checkpoints(run_directory: Path) -> list[Path]:
+    """Return the checkpoints under their final names, oldest first, damaged or not."""
+    return sorted(path for path in (run_directory / "checkpoints").glob("step*") if is_checkpoint(path))
+
+
+def newest_step(run_directory: Path) -> int:
+    """Return the step of the newest checkpoint that has a manifest, or 0 where there is none."""
+    finished = (path for path in published_checkpoints(run_directory) if (path / "manifest.json").exists())
+    return max(map(step_of, finished), default=0)

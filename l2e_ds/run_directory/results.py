@@ -17,12 +17,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import l2e_ds
 from l2e_ds.errors import DataError
+from l2e_ds.run_directory.json_lines import BROKEN, json_lines
+from l2e_ds.system.provenance import versions
 
 FILE = "evaluations.jsonl"
 
@@ -53,10 +53,8 @@ def read_results(run: Path) -> list[TaskResult]:
     if not path.is_file():
         return []
     newest: dict[tuple, TaskResult] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        try:
-            evaluation = json.loads(line)
-        except ValueError:
+    for number, _, evaluation in json_lines(path):
+        if evaluation is BROKEN:  # the line before one that was appended after a kill
             continue
         try:
             found = results_of(evaluation)
@@ -93,12 +91,10 @@ def about(
     step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
 ) -> dict[str, Any]:
     """What a line says beside the figures themselves. tasks, num_fewshot: as they were asked for."""
-    packages = ("lm_eval", "transformers", "torch", "datasets")
-    versions = {"l2e_ds": l2e_ds.__version__, **{package: version(package) for package in packages}}
     time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
     common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
-    return {**common, "asked": asked, "versions": versions}
+    return {**common, "asked": asked, "versions": versions("l2e_ds", "lm_eval", "transformers", "torch", "datasets")}
 
 
 def append_result(path: Path, evaluation: dict[str, Any]) -> None:

@@ -1,35 +1,67 @@
-"""The file `stop` in a run directory, which asks the run to save and end. A supervisor also writes it, to restart."""
+"""The file `stop` in a run directory, which asks the run to save and end.
+
+Anybody may write it. A supervisor writes it too, with the word `restart` in it where it is to start the run again.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from l2e_ds.console import say
+from l2e_ds.errors import ConfigError
 
-RESTART = "restart\n"
-"""What a supervisor writes into the stop file when it wants no end of the run."""
+_RESTART = "restart\n"
 
 
-def write_stop_file(path: Path, wish: str) -> None:
-    """wish: RESTART, which does not take the place of somebody's wish to stop for good, or empty."""
+def stop_file(run_directory: Path) -> Path:
+    return run_directory / "stop"
+
+
+def ask_to_stop(run_directory: Path) -> None:
+    """Ask the run to stop for good. Say where that cannot be written."""
+    _write(run_directory, "")
+
+
+def ask_to_restart(run_directory: Path) -> None:
+    """Ask the run to stop in order to be restarted, unless somebody asks it to stop for good."""
+    if not stop_file(run_directory).exists():
+        _write(run_directory, _RESTART)
+
+
+def is_asked_to_stop(run_directory: Path) -> bool:
+    """Return whether the run is asked to stop for good."""
+    return stop_file(run_directory).exists() and not is_asked_to_restart(run_directory)
+
+
+def is_asked_to_restart(run_directory: Path) -> bool:
+    """Return whether a supervisor asks the run to stop in order to restart it."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not (wish and path.exists()):
-            path.write_text(wish)
-    except OSError as error:
-        say(f"l2e-ds: cannot write {path}: {error.strerror}")
+        return stop_file(run_directory).read_text() == _RESTART
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
-def remove_stop_file(path: Path) -> None:
+def remove(run_directory: Path) -> None:
+    """Remove the file, which the next start must not find. Raises ConfigError."""
+    path = stop_file(run_directory)
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        say(f"l2e-ds: cannot remove {path}: {error.strerror}")
+        raise ConfigError(f"training.run_directory: cannot remove {path}: {error.strerror}") from None
 
 
-def is_for_restart(stop_file: Path) -> bool:
-    """Whether it is there because a supervisor wants to restart the run."""
+def honour(run_directory: Path) -> None:
+    """Remove the file after the run has done as asked. Say where that fails: the run is over all the same."""
     try:
-        return stop_file.read_text() == RESTART
-    except (OSError, UnicodeDecodeError):
-        return False
+        remove(run_directory)
+    except ConfigError as error:
+        say(f"l2e-ds: {error}")
+
+
+def _write(run_directory: Path, content: str) -> None:
+    path = stop_file(run_directory)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    except OSError as error:
+        say(f"l2e-ds: cannot write {path}: {error.strerror}")

@@ -25,6 +25,7 @@ from l2e_ds.distributed.launch import first_host
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 from l2e_ds.run_directory import names
 from l2e_ds.supervise import supervisor
+from l2e_ds.system import signals
 
 PROBE_SECONDS = 120
 
@@ -34,19 +35,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments, launcher = _parse(words)
-        run = arguments.run if arguments.list is None else list_entry(arguments.list, array_task())
-        prepare_environment()
+        run = arguments.run if arguments.list is None else entry_of_this_task(arguments.list)
+        return train(run, arguments.restarts, launcher)
     except L2EError as error:
         print(f"l2e-ds: error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
 
-    restarts = [] if arguments.restarts is None else ["--restarts", arguments.restarts]
+
+def train(run: Sequence[str], restarts: str | None, launcher: Sequence[str]) -> int:
+    """Run the supervisor and requeue this job where that is due; return the supervisor's exit code.
+
+    run: `RUN.yaml` and overrides; restarts: as of l2e_ds.supervise. Raises ConfigError where the address of the first
+    node is not to be had.
+    """
+    prepare_environment()
     step = _newest_step(run)
-    code = supervisor.main([*restarts, *run, "--", *launcher])
+    options = [] if restarts is None else ["--restarts", restarts]
+    code = supervisor.main([*options, *run, "--", *launcher])
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # requeueing a job sends SIGTERM to its batch script, which is this
     # a run that breaks whenever it is to stop must not come back for ever
-    broke_stopping = supervisor.was_asked() and not supervisor.impatient() and _newest_step(run) > step
+    broke_stopping = bool(signals.received) and not signals.are_impatient() and _newest_step(run) > step
     requeue_if_due(code, broke_stopping)
     return code
 
@@ -127,14 +136,13 @@ def list_entry(path: Path, task: int) -> list[str]:
     return entries[task][1]
 
 
-def array_task() -> int:
+def entry_of_this_task(path: Path) -> list[str]:
+    """Return the `list_entry` of this array task. Raises ConfigError."""
     try:
-        return int(os.environ["SLURM_ARRAY_TASK_ID"])
+        task = int(os.environ["SLURM_ARRAY_TASK_ID"])
     except (KeyError, ValueError):
         raise ConfigError("--list: this is no task of an array job; use sbatch --array=0-N") from None
-
-
-# --- rendezvous (l2e_ds.distributed asks) ------------------------------------------------------------------------
+    return list_entry(path, task)
 
 
 # --- requeueing --------------------------------------------------------------------------------------------------

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from l2e_ds.config.sections import slurm_seconds
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
-from l2e_ds.system.provenance import commit_and_changes, difference
+from l2e_ds.system.provenance import commit_and_changes, difference, versions
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
 SECRET_VARIABLE = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
@@ -84,6 +87,37 @@ def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]
     return lines
 
 
+def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
+    """Return a batch script that runs this command of Python's with the launcher of ranks after `--`.
+
+    options: the `#SBATCH` lines. Values are quoted as a shell does, which is also how sbatch reads those lines.
+    """
+    python = shlex.quote(sys.executable)
+    lines = [
+        "#!/bin/bash",
+        f"# {comment}",
+        *options,
+        "",
+        f"cd {shlex.quote(os.getcwd())} || exit 2",
+        f"exec {python} {shlex.join(command)} \\",
+        f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def check_sbatch(where: str) -> None:
+    """Raises ConfigError where nothing can be submitted from here."""
+    if shutil.which("sbatch") is None:
+        raise ConfigError(f"{where}: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+
+
+def check_log_folder(where: str, directory: Path) -> None:
+    """Raises ConfigError for a folder that cannot be named in a batch script, or below which no log can be."""
+    refuse_control_characters(where, str(directory))
+    if "\\" in str(directory.absolute()):  # turns off the replacement of %A and %j in the logs' names
+        raise ConfigError(f"{where}: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+
+
 def plain(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "l2e-ds"
 
@@ -139,29 +173,42 @@ def refuse_control_characters(where: str, text: str) -> None:
         raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
 
 
-def new_folder(directory: Path, what: str = "submit") -> tuple[Path, int]:
-    """The first of `what`-1, `what`-2 ... that is not there yet, made. Raises ConfigError."""
-    number = 1
-    while True:
-        folder = directory / f"{what}-{number}"
+@contextlib.contextmanager
+def submission(directory: Path, name: str) -> Iterator[Path]:
+    """Make the first of the folders NAME-1, NAME-2 ... that is not there yet, for what is submitted.
+
+    After an error, when nothing was queued, it is removed again, with the folders above that were made for it. Raises
+    ConfigError.
+    """
+    new = [path for path in (directory, *directory.parents) if not path.exists()]
+    for number in itertools.count(1):
+        folder = directory / f"{name}-{number}"
         try:
             folder.mkdir(parents=True)
-            return folder, number
+            break
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
             raise ConfigError(f"training.run_directory: cannot make {folder}: {error.strerror}") from None
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder)
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
 
 
 def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
     """code.json, and code.diff where there is a difference. words: of the command line."""
-    versions, (commit, status) = _versions(), commit_and_changes()
+    commit, status = commit_and_changes()
     code = {
         "command": ["l2e-ds", *words],
         "ranks": resources.ranks,
         "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "git": {"commit": commit, "changed": status},
-        "versions": versions,
+        "versions": versions("l2e_ds", "python", *PACKAGES),
     }
     text = without_secrets(json.dumps(code, indent=2), "the command line")
     (folder / "code.json").write_text(text + "\n", encoding="utf-8")
@@ -170,14 +217,6 @@ def record_code(folder: Path, words: Sequence[str], resources: Resources) -> Non
         for _, value in _secrets(os.environ):
             changes = changes.replace(value, "[left out: value of an environment variable]")
         (folder / "code.diff").write_text(changes, encoding="utf-8")
-
-
-def _versions() -> dict[str, str]:
-    import l2e_ds
-    from l2e_ds.system.provenance import installed_version
-
-    found = {"l2e_ds": l2e_ds.__version__, "python": sys.version.split()[0]}
-    return found | {package: version for package in PACKAGES if (version := installed_version(package)) is not None}
 
 
 def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -196,9 +235,10 @@ def without_secrets(text: str, where: str) -> str:
     return text
 
 
-def queue(path: Path) -> str:
-    """Queue the script and return the job's id."""
-    command: Sequence[str] = ["sbatch", "--parsable", str(path)]
+def queue(path: Path, text: str) -> str:
+    """Write a batch script, queue it and return the job's id. Raises ConfigError where sbatch refuses it."""
+    path.write_text(without_secrets(text, path.name), encoding="utf-8")
+    command = ["sbatch", "--parsable", str(path)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")

@@ -13,22 +13,18 @@ Checks the run, freezes it in a folder `submit-N` of its run directory, and give
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
-import shlex
-import shutil
 import sys
 from pathlib import Path
 
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.errors import ConfigError
+from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import (
     Resources,
     add_resource_arguments,
     header,
-    new_folder,
-    queue,
     record_code,
     refuse_control_characters,
     resources_of,
@@ -51,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments)
     if arguments.restarts < 0:
         raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
-    if not arguments.dry_run and shutil.which("sbatch") is None:
-        raise ConfigError("submit: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
+    if not arguments.dry_run:
+        sbatch.check_sbatch("submit")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
         refuse_control_characters("submit", word)
     quiet_libraries()
@@ -62,51 +58,29 @@ def run(arguments: argparse.Namespace) -> int:
     config = config.replace("training", precision=asked)
 
     directory = Path(config.training.run_directory)
-    refuse_control_characters("training.run_directory", str(directory))
-    if "\\" in str(directory.absolute()):  # turns off the replacement of %j in the log's name
-        raise ConfigError(f"training.run_directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+    sbatch.check_log_folder("training.run_directory", directory)
     if arguments.dry_run:
-        number = len(list(directory.glob("submit-*"))) + 1
-        print(without_secrets(script(directory, number, resources, arguments.restarts), "the script"), end="")
+        folder = directory / f"submit-{len(list(directory.glob('submit-*'))) + 1}"
+        print(without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
         return 0
 
-    new = [path for path in (directory, *directory.parents) if not path.exists()]
-    folder, number = new_folder(directory)
-    try:
+    with sbatch.submission(directory, "submit") as folder:
         _freeze(folder, config, arguments, resources)
         path = folder / "submit.sbatch"
-        path.write_text(without_secrets(script(directory, number, resources, arguments.restarts), path.name))
-        job = queue(path)
-    except BaseException:
-        shutil.rmtree(folder)  # nothing was queued
-        with contextlib.suppress(OSError):
-            for path in new:
-                path.rmdir()
-        raise
+        job = sbatch.queue(path, script(folder, resources, arguments.restarts))
     print(f"job     {job}: {resources.nodes} nodes x {resources.tasks_per_node} ranks, {resources.time}")
     print(f"script  {path}")
     print(f"log     {folder / f'slurm-{job}.log'}")
     return 0
 
 
-def script(directory: Path, number: int, resources: Resources, restarts: int) -> str:
-    """The batch script of submission `number` of the run in `directory`.
-
-    Values are quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines.
-    """
-    folder = directory / f"submit-{number}"
-    python = shlex.quote(sys.executable)
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            f"# Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
-            *header(resources, directory.absolute().name, folder, "slurm-%j.log"),
-            "",
-            f"cd {shlex.quote(os.getcwd())} || exit 2",
-            f"exec {python} -m l2e_ds.slurm --restarts {restarts} {shlex.quote(str(folder / 'run.yaml'))} \\",
-            f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
-            "",
-        ]
+def script(folder: Path, resources: Resources, restarts: int) -> str:
+    """Return the batch script of a submission, by its folder."""
+    number = folder.name.removeprefix("submit-")
+    return sbatch.script(
+        f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
+        header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
+        ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
     )
 
 

@@ -20,14 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
+from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import (
     Resources,
     header,
-    new_folder,
-    queue,
     record_code,
     refuse_control_characters,
-    without_secrets,
 )
 from l2e_ds.study.state import config_file
 
@@ -37,17 +35,12 @@ FOLDER = "slurm"
 def submit(directory: Path, names: Sequence[str], resources: Resources, restarts: int, words: Sequence[str]) -> None:
     """Queue the runs of these names, where `check` found nothing wrong. words: of the command line. Raises ConfigError
     where sbatch refuses."""
-    folder, _ = new_folder(directory, FOLDER)
-    try:
+    with sbatch.submission(directory, FOLDER) as folder:
         record_code(folder, words, resources)
         lines = [shlex.quote(str(config_file(directory, name))) for name in names]
         (folder / "list").write_text("\n".join(lines) + "\n", encoding="utf-8")
         path = folder / "study.sbatch"
-        path.write_text(without_secrets(script(folder, len(names), resources, restarts), path.name), encoding="utf-8")
-        job = queue(path)
-    except BaseException:
-        shutil.rmtree(folder)  # nothing was queued
-        raise
+        job = sbatch.queue(path, script(folder, len(names), resources, restarts))
     (folder / "job").write_text(job + "\n")
     print(f"job     {job}: {len(names)} tasks of {resources.nodes} nodes x {resources.tasks_per_node} ranks")
     print(f"script  {path}")
@@ -55,31 +48,21 @@ def submit(directory: Path, names: Sequence[str], resources: Resources, restarts
 
 
 def script(folder: Path, tasks: int, resources: Resources, restarts: int) -> str:
-    """The batch script. Quoted as a shell does, which is also how sbatch reads its `#SBATCH` lines."""
-    python = shlex.quote(sys.executable)
-    return "\n".join(
-        [
-            "#!/bin/bash",
-            "# Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to go on with them.",
-            f"#SBATCH --array=0-{tasks - 1}",
-            *header(resources, folder.absolute().parent.name, folder, "slurm-%A_%a.log"),
-            "",
-            f"cd {shlex.quote(os.getcwd())} || exit 2",
-            f"exec {python} -m l2e_ds.study.array_task --restarts {restarts} {shlex.quote(str(folder / 'list'))} \\",
-            f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
-            "",
-        ]
+    """Return the batch script of an array job."""
+    options = header(resources, folder.absolute().parent.name, folder, "slurm-%A_%a.log")
+    return sbatch.script(
+        "Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to go on with them.",
+        [f"#SBATCH --array=0-{tasks - 1}", *options],
+        ["-m", "l2e_ds.study.array_task", "--restarts", str(restarts), str(folder / "list")],
     )
 
 
 def check(directory: Path, words: Sequence[str]) -> None:
     """Raises ConfigError where nothing can be submitted from here."""
-    if shutil.which("sbatch") is None:
-        raise ConfigError("--slurm: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
-    for word in (*words, os.getcwd(), sys.executable, str(directory)):
+    sbatch.check_sbatch("--slurm")
+    for word in (*words, os.getcwd(), sys.executable):
         refuse_control_characters("--slurm", word)
-    if "\\" in str(directory.absolute()):  # turns off the replacement of %A in the logs' names
-        raise ConfigError(f"directory: got {str(directory)!r}; SLURM cannot write a log below a backslash")
+    sbatch.check_log_folder("directory", directory)
 
 
 def refuse_queued(directory: Path) -> None:

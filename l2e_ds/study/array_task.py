@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import CommandParser, say, split_at_dashes
@@ -24,8 +23,7 @@ from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
 from l2e_ds.study.state import asked_evaluations, state_of
-
-_heard: list[int] = []
+from l2e_ds.system import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("list", type=Path, metavar="LIST")
     arguments = parser.parse_args(words)
     try:
-        training = load_run_config(job.list_entry(arguments.list, job.array_task())[0]).training
+        entry = job.entry_of_this_task(arguments.list)
+        training = load_run_config(entry[0]).training
         study, run = arguments.list.parent.parent, Path(training.run_directory)
         evaluations = asked_evaluations(study)
         if not state_of(run, training.steps, evaluations).trained:
-            options = ["--restarts", arguments.restarts, "--list", str(arguments.list)]
-            code = job.main([*options, "--", *launcher])
+            code = job.train(entry, arguments.restarts, launcher)
             if code != 0:
                 return code
         code = _evaluate(run, state_of(run, training.steps, evaluations).missing, launcher)
@@ -55,13 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:
     """One after another, by the launcher of training. Stopped on request, the job is requeued."""
     job.prepare_environment()
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, _note)
+    signals.listen((signal.SIGUSR1, signal.SIGTERM))
     for evaluation in evaluations:
         child = Child([*launcher[:-1], "l2e_ds.cli", *evaluation_words(run, evaluation)], os.environ)
-        while child.process.poll() is None and not _heard:
+        while child.process.poll() is None and not signals.received:
             time.sleep(0.2)
-        if _heard:
+        if signals.received:
             child.kill()
             job.requeue_if_due(Interrupted.exit_code, broke_stopping=False)
             return Interrupted.exit_code
@@ -76,10 +73,6 @@ def _write_results(study: Path) -> None:
     while table is None or not collect(study).equals(table):
         table = collect(study)
         write_results(study, table)
-
-
-def _note(number: int, _frame: FrameType | None) -> None:
-    _heard.append(number)
 
 
 if __name__ == "__main__":

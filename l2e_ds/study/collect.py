@@ -24,9 +24,9 @@ from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory.metrics import FILE as METRICS
 from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
-from l2e_ds.run_directory.results import FILE, read_results, results_of
+from l2e_ds.run_directory.results import read_results, results_of
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
-from l2e_ds.study.state import answers, asked_evaluations, json_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, asked_evaluations, evaluation_lines, read_index, state_of, steps_of
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
@@ -61,7 +61,7 @@ def collect(directory: Path) -> pd.DataFrame:
                 **_metrics(read_lines(run) if (run / METRICS).is_file() else []),
             }
         )
-        lines = [line for line in json_lines(run / FILE) if line.get("step") == steps]
+        lines = [line for line in evaluation_lines(run) if line.get("step") == steps]
         own.append(_own_figures(lines, steps, evaluations))
         others.append(_figures(lines))
     asked = set().union(*own)  # of these none from elsewhere, which may be of other documents

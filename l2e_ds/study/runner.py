@@ -7,13 +7,11 @@ step, then evaluated. Where this process is killed, its supervisors save and sto
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from l2e_ds import console
 from l2e_ds.config.reading import load_run_config
@@ -24,7 +22,7 @@ from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.definition import Evaluation
 from l2e_ds.study.places import Place
 from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
-from l2e_ds.supervise.supervisor import ASK
+from l2e_ds.system import signals
 
 POLL = 0.2  # seconds
 LOOK_AGAIN = 2.0  # seconds, at a run directory in which another process works
@@ -73,19 +71,15 @@ class Runner:
         self.total, self.places = len(names), len(where)
         self.seconds: list[float] = []  # of runs that this call began and finished
         self._renew, self._renewed = renew, 0.0
-        self._heard: list[int] = []
         self._heeded = 0
 
     def run(self) -> int:
         """Exit code: 0; 75 where it was asked to stop; 2 where all that failed can be mended by the user, else 1."""
-        before = {number: signal.getsignal(number) for number in ASK}
-        for number in ASK:
-            if before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP
-                signal.signal(number, self._note)
+        signals.listen()
         try:
-            while self.running or (self.waiting and not self._heard):
+            while self.running or (self.waiting and not signals.received):
                 self._heed()
-                if not self._heard:
+                if not signals.received:
                     self._start_what_can_be()
                 for job in [job for job in self.running if job.child and job.child.process.poll() is not None]:
                     self._take(job)
@@ -97,25 +91,21 @@ class Runner:
             for job in self.running:  # after an exception of ours
                 if job.child is not None:
                     job.child.process.terminate()
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if self._heard:
+            signals.stop_listening()
+        if signals.received:
             return STOPPED
         if self.failed:
             codes = {code for code, _ in self.failed.values()}
             return ConfigError.exit_code if codes == {ConfigError.exit_code} else 1
         return STOPPED if self.stopped else 0
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._heard.append(number)
-
     def _heed(self) -> None:
         """Hand every signal on; the supervisor takes a second one, some seconds later, for impatience."""
-        if len(self._heard) == self._heeded:
+        if len(signals.received) == self._heeded:
             return
         if not self._heeded:
             say("asked to stop: the runs under way save and stop; the same command goes on")
-        self._heeded = len(self._heard)
+        self._heeded = len(signals.received)
         for job in self.running:
             assert job.child is not None
             if job.doing == "train":
@@ -203,13 +193,13 @@ class Runner:
         assert job.child is not None
         code = job.child.process.returncode
         if code == 0:
-            if self._heard:
+            if signals.received:
                 self._end(job)
                 return
             self._go_on(job)
             return
         self._end(job)
-        if self._heard:
+        if signals.received:
             return
         if code == STOPPED:
             self.stopped.append(job.name)

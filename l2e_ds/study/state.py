@@ -13,7 +13,6 @@ STUDY/
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from l2e_ds.config.reading import checked, load_run_config
 from l2e_ds.config.sections import Section
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.run_directory import results
+from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.manifest import check_files
-from l2e_ds.run_directory.names import newest_step
+from l2e_ds.run_directory.names import checkpoint_name, newest_step
 from l2e_ds.study.definition import INDEX, Evaluation, StudyFile
 
 PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
@@ -67,7 +67,7 @@ def config_file(study: Path, name: str) -> Path:
 
 def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> State:
     """directory: the run's."""
-    trained = check_files(directory / "checkpoints" / f"step{steps:08d}") is None
+    trained = check_files(directory / "checkpoints" / checkpoint_name(steps)) is None
     missing = tuple(evaluation for evaluation in evaluations if not is_evaluated(directory, steps, evaluation))
     begun = (directory / "config.yaml").is_file()
     return State(begun, newest_step(directory), steps, trained, missing)
@@ -75,7 +75,7 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 
 def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
     """Whether a line of evaluations.jsonl answers this at this step."""
-    return any(answers(line, step, evaluation) for line in json_lines(directory / results.FILE))
+    return any(answers(line, step, evaluation) for line in evaluation_lines(directory))
 
 
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
@@ -88,15 +88,11 @@ def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
     return found == wanted and set(evaluation.tasks) <= set(asked.get("tasks", ()))
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Of a file that may be growing: a line that is still being written does not count, nor does what is no mapping.
-    Empty without a file."""
-    lines = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+def evaluation_lines(directory: Path) -> list[dict[str, Any]]:
+    """Return what the lines of a run's evaluations.jsonl say, without those that are no mapping; empty where there is
+    no such file."""
+    path = directory / results.FILE
+    return [line.value for line in json_lines(path) if isinstance(line.value, dict)] if path.is_file() else []
 
 
 def read_index(directory: Path) -> dict[str, Any]:

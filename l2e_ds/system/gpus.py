@@ -1,4 +1,4 @@
-"""Memory, peak throughput and links of known GPUs, from the vendors' data sheets."""
+"""Memory and peak throughput of known GPUs, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -33,31 +33,27 @@ def peak_tflops(device: torch.device, given: float | None) -> float | None:
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s; peak_fp32: without TF32; within_node: GB/s in one
-    direction that a ring has through a GPU; between_nodes: through a node with all its network cards."""
+    """memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s; peak_fp32: without TF32."""
 
     memory: float
     peak: float
     peak_fp32: float
-    within_node: float
-    between_nodes: float
     bf16: bool = True
 
 
-# Vendors' data sheets; between nodes: the network of the vendors' own servers of 8 (DGX-1, DGX A100, H100, B200), and
-# one card of 100 Gbit/s a node for PCIe cards, which talk over PCIe 4.0 x16.
+# Vendors' data sheets.
 GPUS = {
-    "B200": Gpu(178, PEAK_TFLOPS["B200"], 75, 900, 400),
-    "GH200": Gpu(94, PEAK_TFLOPS["GH200"], 67, 450, 50),
-    "H200": Gpu(139, PEAK_TFLOPS["H200"], 67, 450, 400),
-    "H100": Gpu(79, PEAK_TFLOPS["H100"], 67, 450, 400),
-    "H100-PCIe": Gpu(79, PEAK_TFLOPS["H100 PCIe"], 51, 32, 12.5),
-    "A100-80GB": Gpu(79, PEAK_TFLOPS["A100"], 19.5, 300, 200),
-    "A100-40GB": Gpu(39, PEAK_TFLOPS["A100"], 19.5, 300, 200),
-    "V100-32GB": Gpu(31.7, PEAK_TFLOPS["V100"], 15.7, 150, 50, bf16=False),
-    "V100-16GB": Gpu(15.8, PEAK_TFLOPS["V100"], 15.7, 150, 50, bf16=False),
-    "L40S": Gpu(44.5, PEAK_TFLOPS["L40S"], 91.6, 32, 12.5),
-    "A10": Gpu(22, PEAK_TFLOPS["A10"], 31.2, 32, 12.5),
-    "L4": Gpu(22, PEAK_TFLOPS["L4"], 30.3, 32, 12.5),
-    "RTX-4090": Gpu(23.5, PEAK_TFLOPS["RTX 4090"], 82.6, 32, 12.5),
+    "B200": Gpu(178, PEAK_TFLOPS["B200"], 75),
+    "GH200": Gpu(94, PEAK_TFLOPS["GH200"], 67),
+    "H200": Gpu(139, PEAK_TFLOPS["H200"], 67),
+    "H100": Gpu(79, PEAK_TFLOPS["H100"], 67),
+    "H100-PCIe": Gpu(79, PEAK_TFLOPS["H100 PCIe"], 51),
+    "A100-80GB": Gpu(79, PEAK_TFLOPS["A100"], 19.5),
+    "A100-40GB": Gpu(39, PEAK_TFLOPS["A100"], 19.5),
+    "V100-32GB": Gpu(31.7, PEAK_TFLOPS["V100"], 15.7, bf16=False),
+    "V100-16GB": Gpu(15.8, PEAK_TFLOPS["V100"], 15.7, bf16=False),
+    "L40S": Gpu(44.5, PEAK_TFLOPS["L40S"], 91.6),
+    "A10": Gpu(22, PEAK_TFLOPS["A10"], 31.2),
+    "L4": Gpu(22, PEAK_TFLOPS["L4"], 30.3),
+    "RTX-4090": Gpu(23.5, PEAK_TFLOPS["RTX 4090"], 82.6),
 }

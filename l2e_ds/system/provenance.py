@@ -35,7 +35,9 @@ def _git(*words: str) -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package, or of "python"; None where it is not installed."""
+    """Return the version of "l2e_ds", of "python" or of another package; None where it is not installed."""
+    if package == "l2e_ds":  # whose folder may be used without having been installed
+        return l2e_ds.__version__
     if package == "python":
         return platform.python_version()
     try:
@@ -61,6 +63,5 @@ def machine() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of l2e-ds, of Python and of installed packages. Raises PackageNotFoundError."""
-    found = {"l2e-ds": l2e_ds.__version__, "python": platform.python_version()}
-    return found | {package: importlib.metadata.version(package) for package in packages}
+    """Return the versions of those that are installed, in this order."""
+    return {package: version for package in packages if (version := installed_version(package)) is not None}

@@ -7,16 +7,15 @@ Imports nothing heavy: `listen` comes before torch, which takes seconds to impor
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import time
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 from l2e_ds.errors import Interrupted
-from l2e_ds.run_directory.names import STOP_FILE
+from l2e_ds.run_directory import stop_file
+from l2e_ds.system import signals
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
@@ -24,10 +23,9 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 class _Heard:
     """What this process knows. One a process, as signal handlers are."""
 
-    signal_name: str | None = None
     began = time.monotonic()
     parent: int | None = None  # of a launcher that is to outlive its ranks
-    stop_file: Path | None = None
+    run_directory: Path | None = None  # whose stop file is heeded
     time_limit: float | None = None  # seconds since `began`
 
 
@@ -36,25 +34,19 @@ def listen() -> None:
 
     Processes forked from this one (data workers) get the default handlers back.
     """
-    _Heard.signal_name, _Heard.began = None, time.monotonic()
-    _Heard.stop_file = _Heard.time_limit = None
+    _Heard.began = time.monotonic()
+    _Heard.run_directory = _Heard.time_limit = None
     # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (docs/deepspeed.md)
     has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     _Heard.parent = os.getppid() if has_launcher else None
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores it
-            signal.signal(number, _note)
+    signals.listen(SIGNALS)
     os.register_at_fork(after_in_child=_forget)
 
 
 def watch(run_directory: Path, time_limit_minutes: float | None) -> None:
     """Also heed the run's stop file and its time limit (on rank 0, which decides them)."""
-    _Heard.stop_file = run_directory / STOP_FILE
+    _Heard.run_directory = run_directory
     _Heard.time_limit = None if time_limit_minutes is None else 60 * time_limit_minutes
-
-
-def _note(number: int, _frame: FrameType | None) -> None:
-    _Heard.signal_name = signal.Signals(number).name
 
 
 def _forget() -> None:
@@ -68,15 +60,15 @@ def _reason_here() -> str | None:
     from l2e_ds.distributed import collectives
 
     who = f"rank {collectives.rank()}"
-    if _Heard.signal_name is not None:
-        return f"{_Heard.signal_name} at {who}"
+    if signals.received:
+        return f"{signals.received[-1][1].name} at {who}"
     if _Heard.parent is not None and os.getppid() != _Heard.parent:
         return f"the launcher of {who} is gone"
     if collectives.is_main():
         if _Heard.time_limit is not None and time.monotonic() - _Heard.began > _Heard.time_limit:
             return "training.time_limit is over"
-        if _Heard.stop_file is not None and _Heard.stop_file.is_file():
-            return f"{_Heard.stop_file} was written"
+        if _Heard.run_directory is not None and (path := stop_file.stop_file(_Heard.run_directory)).is_file():
+            return f"{path} was written"
     return None
 
 
@@ -100,9 +92,8 @@ def honoured() -> None:
     """The stop file has done its work: the next start must not find it."""
     from l2e_ds.distributed import collectives
 
-    if collectives.is_main() and _Heard.stop_file is not None:
-        with contextlib.suppress(OSError):
-            _Heard.stop_file.unlink()
+    if collectives.is_main() and _Heard.run_directory is not None:
+        stop_file.honour(_Heard.run_directory)
 
 
 def stop_if_asked() -> None:

@@ -11,17 +11,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import transformers
 
-import l2e_ds
 from l2e_ds.data import PreparedData
 from l2e_ds.distributed import collectives
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.system.files import write_whole
-from l2e_ds.system.provenance import commit_and_changes
+from l2e_ds.system.provenance import commit_and_changes, versions
 from l2e_ds.training.preflight import Plan
 
 
@@ -60,11 +57,5 @@ def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence
         "train_tokens": sum(part.train_tokens or 0 for part in data),
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),
-        "versions": {
-            "l2e_ds": l2e_ds.__version__,
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
     }

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from l2e_ds.cli import main
 from l2e_ds.console import READER_IS_GONE
 from l2e_ds.supervise import supervisor
+from l2e_ds.supervise.launcher import check_hosts
 from l2e_ds.system.installed import is_installed
 from tests.processes import REPOSITORY
 from tests.unit.report.making import write_run
@@ -176,4 +177,4 @@ def test_a_host_that_is_not_there(run_file, capsys, tmp_path, options):
 )
 def test_hosts_that_take_no_part_are_not_asked(tmp_path, options):
     (tmp_path / "hosts").write_text("one.invalid slots=1\ntwo.invalid slots=1\n")
-    supervisor.check_hosts(["deepspeed", "--hostfile", str(tmp_path / "hosts"), *options, "--module", "l2e_ds.train"])
+    check_hosts(["deepspeed", "--hostfile", str(tmp_path / "hosts"), *options, "--module", "l2e_ds.train"])

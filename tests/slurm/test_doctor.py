@@ -32,8 +32,7 @@ def test_two_nodes_with_a_shared_folder_and_without(slurm, tmp_path):
         r"slurm +slurm.*; job \d+, nodes n\[1-2\]",
         r"host +n1: rank 0; ",
         r"host +n2: rank 1; ",
-        r"clock +the hosts' clocks are at most 0\.\d s apart",
-        rf"directory +{tmp_path} is shared by all hosts, with its locks",
+        rf"directory +{tmp_path} is shared by all hosts",
         r"all-reduce +the sum of 2 ranks was right",
     ):
         assert re.search(rf"^ok +{expected}", said["shared"], re.MULTILINE), (expected, said["shared"])

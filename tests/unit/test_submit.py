@@ -13,7 +13,7 @@ from l2e_ds.config.sections import slurm_seconds
 from l2e_ds.distributed import launch
 from l2e_ds.errors import ConfigError
 from l2e_ds.slurm import job as slurm_job
-from l2e_ds.slurm import submit
+from l2e_ds.slurm import sbatch
 
 RUN = """
 model: {name: pythia-14m, vocab_size: 300, num_layers: 4, hidden_size: 32, num_heads: 2}
@@ -92,12 +92,12 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
 )
 def test_refused_in_one_line(here, capsys, monkeypatch, words, said):
     monkeypatch.setenv("HF_TOKEN", "hf_abcdefghij")
-    monkeypatch.setattr(submit.shutil, "which", lambda _: "/bin/false")
+    monkeypatch.setattr(sbatch.shutil, "which", lambda _: "/bin/false")
     assert said in refused(capsys, "run.yaml", *OPTIONS, *words)
 
 
 def test_a_run_directory_of_two_lines_is_refused(here, capsys, monkeypatch):
-    monkeypatch.setattr(submit.shutil, "which", lambda _: "/bin/false")
+    monkeypatch.setattr(sbatch.shutil, "which", lambda _: "/bin/false")
     (here / "run.yaml").write_text(RUN.replace("steps: 4", 'steps: 4, run_directory: "a\\nb"'))
     assert "training.run_directory: got 'a\\nb'" in refused(capsys, "run.yaml", *OPTIONS)
 

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from l2e_ds.run_directory.stop_file import RESTART, is_for_restart, write_stop_file
+from l2e_ds.run_directory.stop_file import ask_to_restart, ask_to_stop, is_asked_to_restart, is_asked_to_stop
 from l2e_ds.supervise.processes import SignsOfLife
-from l2e_ds.supervise.supervisor import judge
+from l2e_ds.supervise.supervisor import End, judge, killed_by
 
 
 @pytest.mark.parametrize(
@@ -31,18 +31,27 @@ from l2e_ds.supervise.supervisor import judge
     ],
 )
 def test_judge(code, noted, asked, restart, step, outcome):
-    assert judge(code, noted, asked, restart, step, 10)[0] == outcome
+    assert judge(End(code, noted, asked, restart), step, 10)[0] == outcome
+
+
+@pytest.mark.parametrize(
+    "code, name",
+    [(-9, "SIGKILL"), (-15, "SIGTERM"), (247, "SIGKILL"), (250, "SIGABRT"), (255, None), (251, None), (1, None)],
+)
+def test_the_signal_behind_an_exit_code(code, name):
+    killer = killed_by(code)
+    assert (killer and killer.name) == name
 
 
 def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
-    stop = tmp_path / "new" / "stop"
-    assert not is_for_restart(stop)
-    write_stop_file(stop, RESTART)
-    assert is_for_restart(stop)
-    write_stop_file(stop, "")
-    assert not is_for_restart(stop)
-    write_stop_file(stop, RESTART)
-    assert stop.exists() and not is_for_restart(stop)
+    run = tmp_path / "new"
+    assert not is_asked_to_restart(run) and not is_asked_to_stop(run)
+    ask_to_restart(run)
+    assert is_asked_to_restart(run) and not is_asked_to_stop(run)
+    ask_to_stop(run)
+    assert is_asked_to_stop(run) and not is_asked_to_restart(run)
+    ask_to_restart(run)
+    assert is_asked_to_stop(run) and not is_asked_to_restart(run)
 
 
 def test_a_suspended_supervisor_has_seen_no_silence(tmp_path, monkeypatch):

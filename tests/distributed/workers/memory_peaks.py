@@ -1,6 +1,6 @@
 """Runs on every rank: for the case NAME of OUTPUT/cases.json the real Trainer, whose allocations on the CPU the
 profiler notes one by one. Writes OUTPUT/NAME-rankR.json: peak bytes of two steps, bytes of a checkpoint, and what
-`l2e_ds.planning` predicts.
+`l2e_ds.planning.memory` predicts.
 
 usage: memory_peaks.py OUTPUT NAME, in a process for each case: DeepSpeed keeps some of an engine alive as long as its
 process lives.

@@ -28,7 +28,7 @@ from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.engine.configuration import resolve
 from l2e_ds.errors import Interrupted
 from l2e_ds.models.pythia import network_config
-from l2e_ds.run_directory import names as run_directory_names
+from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.task_evaluation import load_task_evaluation
@@ -154,7 +154,7 @@ def train_until_interrupted(
         def ask() -> None:
             if collectives.rank() == rank and trainer.state.step == step:
                 if how == "stop file":
-                    (directory / run_directory_names.STOP_FILE).touch()
+                    stop_file(directory).touch()
                 else:
                     os.kill(os.getpid(), signal.Signals[how])
 

@@ -1,0 +1,32 @@
+"""Reading the JSON Lines files of a run directory, to which another process may be appending."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BROKEN = object()
+"""The value of a line that is not JSON."""
+
+
+class Line(NamedTuple):
+    """number: counted from 1; raw: its bytes without the end; value: what it says, or BROKEN."""
+
+    number: int
+    raw: bytes
+    value: Any
+
+
+def json_lines(path: Path) -> Iterator[Line]:
+    """Yield the lines that are not empty. A last line without an end that is not JSON is still being written, or was
+    cut off by a kill, and does not count. Raises OSError."""
+    lines = path.read_bytes().split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        try:
+            value = json.loads(raw.decode())  # given bytes, json would guess the encoding
+        except ValueError:
+            value = BROKEN
+        if raw and (value is not BROKEN or number < len(lines)):
+            yield Line(number, raw, value)
