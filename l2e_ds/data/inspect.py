@@ -78,7 +78,8 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
     try:
         return load_tokenizer(tokenizer)
     except DataError as error:
-        raise DataError(str(error).replace("data.tokenizer:", "--tokenizer:", 1)) from None
+        error.rename({"data.tokenizer": "--tokenizer"})
+        raise
 
 
 def _end_of_text_or_none(tokenizer: PreTrainedTokenizerFast) -> int | None:

@@ -24,7 +24,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """From a tokenizer.json, a local folder or a hub name (and its revision). Raises DataError with one line."""
     path = Path(name).expanduser()
     if not path.exists() and (looks_local(name) or name.endswith(".json")):
-        raise DataError(f"data.tokenizer: no such file or folder: {name}")
+        raise DataError(f"no such file or folder: {name}", where="data.tokenizer")
     try:
         if path.is_file():
             tokenizer: Any = _from_file(path)
@@ -33,11 +33,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data.tokenizer: cannot load {name!r}: {one_line(error)}") from None
+        raise DataError(f"cannot load {name!r}: {one_line(error)}", where="data.tokenizer") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json; a fast tokenizer is needed")
+        raise DataError(f"{name!r} has no tokenizer.json; a fast tokenizer is needed", where="data.tokenizer")
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without one
-        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json, or one without a vocabulary")
+        raise DataError(f"{name!r} has no tokenizer.json, or one without a vocabulary", where="data.tokenizer")
     # Documents are packed, never cut or filled up, whatever the file asks for.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -91,7 +91,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
-        raise DataError(f"data.train_tokenizer: got {vocab_size}, must be at least {len(alphabet) + 1}")
+        raise DataError(f"got {vocab_size}, must be at least {len(alphabet) + 1}", where="data.train_tokenizer")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -139,7 +139,7 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     for token in _ENDS:
         if token in vocabulary:
             return vocabulary[token]
-    raise DataError(f"data.tokenizer: has neither an eos_token nor {END_OF_TEXT} to end a document with")
+    raise DataError(f"has neither an eos_token nor {END_OF_TEXT} to end a document with", where="data.tokenizer")
 
 
 def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
