@@ -18,6 +18,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from l2e_ds.analysis.measures import is_alive
+from l2e_ds.console import aligned
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.templates import template
@@ -210,8 +211,7 @@ def describe_neuron(
         )
         value = f"{activations[text, position]:.4g}"
         rows.append(("strongest" if rank == 1 else "", f"{value:>9}  {_plain(features[labels[text]])}: {words}"))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+    return aligned(rows)
 
 
 def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import COMPRESSED, PATTERNS, looks_local, passed_over, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
 from l2e_ds.data.tokenize import OPTIONS, Counts, tokenise
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, vocabulary_size
+from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
 from l2e_ds.system.files import fsync_path, identity, write_whole
@@ -270,15 +270,11 @@ def _record(
 ) -> dict[str, Any]:
     """What stands in PREFIX.json."""
     name = arguments.tokenizer
-    try:
-        end_of_text: int | None = end_of_text_id(tokenizer)
-    except DataError:  # it has none, and needs none without --append-eod
-        end_of_text = None
     return {
         "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
         "tokenizer_digest": asked["--tokenizer"],
         "vocabulary": vocabulary_size(tokenizer),
-        "end_of_text": end_of_text,
+        "end_of_text": find_end_of_text(tokenizer),
         "append_eod": arguments.append_eod,
         "dtype": dtype.name,
         "documents": counts.documents[part],

@@ -131,14 +131,19 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id put after every document. Raises DataError where the tokenizer names none."""
+def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that ends a document, or None where the tokenizer has none: token files need none."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
-    for token in _ENDS:
-        if token in vocabulary:
-            return vocabulary[token]
+    return next((vocabulary[token] for token in _ENDS if token in vocabulary), None)
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id put after every document. Raises DataError where the tokenizer has none."""
+    found = find_end_of_text(tokenizer)
+    if found is not None:
+        return found
     raise DataError(f"has neither an eos_token nor {END_OF_TEXT} to end a document with", where="data.tokenizer")
 
 
@@ -147,12 +152,8 @@ def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer:
 
     A pretrained network that ends its texts with this tokenizer's end, maybe with others too, keeps what it says.
     """
-    try:
-        end = end_of_text_id(tokenizer)
-    except DataError:  # token files need none
-        return
-    ends = network.eos_token_id
-    if end in (ends if isinstance(ends, list) else [ends]):
+    end, ends = find_end_of_text(tokenizer), network.eos_token_id
+    if end is None or end in (ends if isinstance(ends, list) else [ends]):
         return
     network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
     if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the embedding that pads
