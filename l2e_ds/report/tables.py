@@ -460,9 +460,8 @@ def _sets(page: Collection) -> Table:
     """Of mixtures."""
     rows = []
     for run in page.runs:
-        names = [key.partition("/")[2] for key in (run.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
         line = run.training[-1] if run.training else {}
-        for name in names:
+        for name in run.sets:
             losses = first_and_last(run.evaluations, f"held_out_loss/{name}")
             rows.append([run.name, name, *losses, line.get(f"tokens/{name}"), line.get(f"epochs/{name}")])
     columns = [
