@@ -72,6 +72,12 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines) + "\n"
 
 
+def aligned(rows: Sequence[tuple[str, str]]) -> str:
+    """Label and value of each row on a line, all values below each other."""
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
 def _cell(text: str) -> str:
     """Return the text on one line, with `|` escaped, so that it stays one cell."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,12 +1,38 @@
 """The exceptions a user may meet. Each ends the command with one line and its `exit_code`."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
 
 class L2EError(Exception):
-    """Base of the errors whose message is written for the user: where, what was given, what is allowed."""
+    """Base of the errors whose message is written for the user: where, what was given, what is allowed.
+
+    problem: what was given and what is allowed, in one or more parts; a run file's key in the middle of it is a part of
+    its own. where: the place at fault, or several from the outer one to the inner one: a file, file:line, a dotted key
+    or an option. A command that has an option in place of a key calls `rename`.
+    """
 
     exit_code = 2
     on_every_rank = False
     """Whether all ranks raise it alike, so that rank 0 alone need report it."""
+
+    def __init__(self, *problem: str, where: str | Sequence[str] = ()) -> None:
+        super().__init__(*problem)
+        self.where = (where,) if isinstance(where, str) else tuple(where)
+
+    @property
+    def problem(self) -> str:
+        """The message without its place."""
+        return "".join(self.args)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Say another name in place of each of these keys, in `where` and in the problem; an empty one is left out."""
+        self.where = tuple(names.get(place, place) for place in self.where)
+        self.args = tuple(names.get(part, part) for part in self.args)
+
+    def __str__(self) -> str:
+        return ": ".join([*filter(None, self.where), self.problem])
 
 
 class ConfigError(L2EError):

@@ -242,9 +242,11 @@ def _rows(source: str, text_column: str, feature_column: str, split: str) -> Ite
             for file in source_files(SourceConfig(source="parquet", path=source)):
                 yield from _parquet_rows(file, columns)
         elif path.exists():
-            raise DataError(f"data.path: {source} must be .jsonl (also {', '.join(COMPRESSED)}), .parquet or a folder")
+            raise DataError(
+                f"{source} must be .jsonl (also {', '.join(COMPRESSED)}), .parquet or a folder", where="data.path"
+            )
         elif looks_local(source):
-            raise DataError(f"data.path: no such file or folder: {source}")
+            raise DataError(f"no such file or folder: {source}", where="data.path")
         else:
             yield from _data_set_rows(_on_hub(source, split), columns)
 
@@ -255,14 +257,17 @@ def _named_as_options() -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(str(error).replace("data.path:", "--features:").replace("data.split:", "--split:")) from None
+        error.rename({"data.path": "--features", "data.split": "--split"})
+        raise
 
 
 def _on_hub(source: str, split: str) -> SourceConfig:
     name, _, revision = source.partition("@")
     owner_and_name, subset = name.split("/")[:2], name.split("/")[2:]
     if not all(owner_and_name) or len(subset) > 1:
-        raise DataError(f"data.path: got {source!r}, must be a file, a folder or owner/name[/config][@revision]")
+        raise DataError(
+            f"got {source!r}, must be a file, a folder or owner/name[/config][@revision]", where="data.path"
+        )
     return SourceConfig(
         source="hub",
         path="/".join(owner_and_name),
@@ -318,7 +323,7 @@ def _data_set_rows(config: SourceConfig, columns: dict[str, str]) -> Iterator[Ro
         try:
             record = next(records, None)
         except Exception as error:
-            raise DataError(f"data.path: reading {config.path!r} failed: {one_line(error)}") from None
+            raise DataError(f"reading {config.path!r} failed: {one_line(error)}", where="data.path") from None
         if record is None:
             return
         where = f"{config.path}: row {number}"

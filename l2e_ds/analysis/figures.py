@@ -331,9 +331,6 @@ def write_figures(
     return [path for name, draw_it in wanted.items() for path in save(draw_it(), folder / name)]
 
 
-# --- parts of figures -------------------------------------------------------------------------------------------
-
-
 # --- numbers out of the tables ----------------------------------------------------------------------------------
 
 

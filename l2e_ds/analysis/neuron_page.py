@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 
 from l2e_ds.analysis.measures import is_alive
+from l2e_ds.console import aligned
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import write_whole
+from l2e_ds.system.templates import template
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -145,59 +148,34 @@ def write_neuron_page(
     from l2e_ds.analysis.figures import neuron_distribution
 
     found = measure_neuron(activations, labels, features)
-    title = f"{about['model']}, layer {about['layer']}, neuron {about['neuron']}"
     figure = neuron_distribution(
         _histogram(activations, labels, features),
         found.own_feature,
         dict(zip(found.features["feature"], found.features["score_inside"], strict=True)),
     )
-    svg = svg_of(figure).partition("<svg ")[2]
     distances = activations - np.float64(found.mean)
     tints = distances / (np.abs(distances).max() or 1)  # 1 or -1: the token furthest from the mean
 
-    def listed(places: list[tuple[int, int]]) -> str:
-        items = []
-        for rank, (text, position) in enumerate(places, 1):
-            pieces = pieces_around(tokens[text], position, tokenizer)
-            of_text = (activations[text], found.scores[text], tints[text])
-            where = f"MS {found.scores[text, position]:.4g} · text {text}, token {position}"
-            items.append(
-                f'<li value="{rank}"><p class="head"><bdi class="feature">{_safe(features[labels[text]])}</bdi>'
-                f" <b>{activations[text, position]:.4g}</b>"
-                f' <span class="quiet">{where}</span></p>\n'
-                f'<p class="text" dir="auto">{_context(pieces, position, *of_text)}</p></li>'
-            )
-        return "<ol>\n" + "\n".join(items) + "\n</ol>"
+    def in_context(text: int, position: int) -> dict[str, Any]:
+        pieces = pieces_around(tokens[text], position, tokenizer)
+        return {
+            "text": text,
+            "position": position,
+            "feature": features[labels[text]],
+            "spans": [(piece, max(tints[text, piece.begin : piece.end], key=abs)) for piece in pieces],
+        }
 
-    strongest, lowest = (strongest_tokens(activations, n, low) for n, low in ((_STRONGEST, False), (_LOWEST, True)))
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_safe(title)}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<h1>{_safe(title)}</h1>
-<p class="quiet">Feature set: {_safe(str(about["name"]))}, {len(features)} features, n = {len(tokens):,} texts,
-{tokens.size:,} tokens. MS, the monosemanticity score phi: squared distance of an activation from the neuron's mean over
-all tokens, in units of its variance; 1 on average.</p>
-{_facts(found)}
-<h2>Activations on the texts of each feature</h2>
-<figure><svg role="img" aria-label="density of activations, a line a feature" {svg}</figure>
-<h2>MS inside and outside each feature</h2>
-{_feature_table(found)}
-<h2>The {len(strongest)} strongest tokens</h2>
-<p class="quiet">The highest activations, at most {_OF_ONE_TEXT} of one text, with {_CONTEXT} tokens on either side.
-Orange: above the neuron's mean; blue: below it; the deeper, the further.
-{" ".join(_MARKS.values())} stand for line feed, tab, carriage return and no-break space.</p>
-{listed(strongest)}
-<h2>The {len(lowest)} lowest tokens</h2>
-{listed(lowest)}
-</body>
-</html>
-"""
+    page = template(Path(__file__).with_suffix(".html"), visible=_visible).render(
+        about=about,
+        found=found,
+        activations=activations,
+        svg=Markup(svg_of(figure).partition("<svg ")[2]),
+        marks=_MARKS.values(),
+        strongest=[in_context(*place) for place in strongest_tokens(activations, _STRONGEST)],
+        lowest=[in_context(*place) for place in strongest_tokens(activations, _LOWEST, lowest=True)],
+        of_one_text=_OF_ONE_TEXT,
+        context=_CONTEXT,
+    )
     write_whole(path, page)
 
 
@@ -233,53 +211,7 @@ def describe_neuron(
         )
         value = f"{activations[text, position]:.4g}"
         rows.append(("strongest" if rank == 1 else "", f"{value:>9}  {_plain(features[labels[text]])}: {words}"))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
-
-
-# --- parts of the page ------------------------------------------------------------------------------------------
-
-
-def _facts(found: Neuron) -> str:
-    own = f"<bdi>{_safe(found.own_feature)}</bdi>" if found.alive else "none"
-    inside, outside = found.features.iloc[0][["score_inside", "score_outside"]]
-    rows = [
-        ("own feature", own),
-        ("MS inside it", f"{inside:.4g}" if found.alive else "-"),
-        ("MS outside it", f"{outside:.4g}" if found.alive else "-"),
-        ("mean", f"{found.mean:.4g}"),
-        ("S (standard deviation)", f"{found.s:.4g}"),
-        ("kurtosis (normal: 3)", f"{found.kurtosis:.4g}" if found.alive else "-"),
-        ("state", "alive" if found.alive else "dead: it does not vary"),
-    ]
-    return '<dl class="facts">' + "".join(f"<div><dt>{a}</dt><dd>{b}</dd></div>" for a, b in rows) + "</dl>"
-
-
-def _feature_table(found: Neuron) -> str:
-    heads = ("feature", "texts", "tokens", "MS inside", "MS outside", "mean", "S")
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    lines = []
-    for row in found.features.itertuples():
-        own = ' class="own"' if found.alive and row.feature == found.own_feature else ""
-        numbers = (row.score_inside, row.score_outside, row.mean, row.s)
-        cells = [f"{row.texts:,}", f"{row.tokens:,}", *(f"{number:.4g}" for number in numbers)]
-        name = f'<th scope="row"><bdi>{_safe(str(row.feature))}</bdi></th>'
-        lines.append(f"<tr{own}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    body = "\n".join(lines)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-
-
-def _context(pieces: list[Piece], position: int, activations: np.ndarray, scores: np.ndarray, tints: np.ndarray) -> str:
-    """activations, scores, tints: [T] of the text."""
-    spans = []
-    for piece in pieces:
-        own = range(piece.begin, piece.end)
-        tint = max(tints[piece.begin : piece.end], key=abs)
-        kinds = f"t {'hot' if tint > 0 else 'cold'}{' peak' if position in own else ''}"
-        note = "; ".join(f"token {i}: {activations[i]:.4g}, MS {scores[i]:.4g}" for i in own)
-        spans.append(f'<span class="{kinds}" style="--a:{abs(tint):.2g}" title="{note}">{_safe(piece.text)}</span>')
-    before, after = pieces[0].begin > 0, pieces[-1].end < len(activations)
-    return f"{'… ' if before else ''}{''.join(spans)}{' …' if after else ''}"
+    return aligned(rows)
 
 
 def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> pd.DataFrame:
@@ -292,10 +224,12 @@ def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[s
     return pd.concat(parts, ignore_index=True)
 
 
-def _safe(text: str) -> str:
+def _visible(text: str) -> Markup:
     """For HTML: escaped, and whatever a reader would not see, or would be misled by, shown by a mark or its number."""
-    return "".join(
-        html.escape(c) if c.isprintable() and c != "\ufffd" else f'<i class="mark">{_mark(c)}</i>' for c in text
+    return Markup(
+        "".join(
+            html.escape(c) if c.isprintable() and c != "\ufffd" else f'<i class="mark">{_mark(c)}</i>' for c in text
+        )
     )
 
 
@@ -308,39 +242,3 @@ def _mark(character: str) -> str:
     if character == "\ufffd":
         return "\ufffd"  # bytes that are no character
     return _MARKS.get(character, f"U+{ord(character):04X}")
-
-
-_CSS = """
-:root { color-scheme: light dark; --ink: #1c1c1c; --paper: #fff; --quiet: #5c5c5c; --line: #dedede; --tint: .8; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8e8e8; --paper: #141414; --quiet: #a3a3a3; --line: #3a3a3a; --tint: .5; }
-  figure svg { filter: invert(1) hue-rotate(180deg); }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 60rem; background: var(--paper); color: var(--ink);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.4rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.quiet { color: var(--quiet); font-size: .875rem; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; margin: 1rem 0; }
-.facts dt { color: var(--quiet); font-size: .8rem; }
-.facts dd { margin: 0; font-weight: 600; }
-figure { margin: 0; max-width: 36rem; }
-figure svg { display: block; width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; overflow-wrap: normal; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 400; padding-left: 0; }
-thead th, thead th:first-child, .own th:first-child, .own td { font-weight: 600; }
-ol { list-style: none; margin: 0; padding: 0; }
-li { border-top: 1px solid var(--line); padding: .5rem 0; }
-li p { margin: 0; }
-.head b { font-variant-numeric: tabular-nums; margin: 0 .3rem; }
-.feature { font-weight: 600; }
-.text { font: .875rem/1.75 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap; margin-top: .2rem; }
-.t { border-radius: .15rem; padding: .1rem 0; }
-.hot { background: rgb(230 159 0 / calc(var(--a) * var(--tint))); }
-.cold { background: rgb(86 180 233 / calc(var(--a) * var(--tint))); }
-.peak { outline: 2px solid var(--ink); font-weight: 700; }
-.mark { color: var(--quiet); font-style: normal; font-size: .85em; }
-"""

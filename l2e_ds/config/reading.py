@@ -100,7 +100,7 @@ def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         given = [one for one in overrides if f"{one.partition('=')[0].strip()}.".startswith(f"{key}.")]
         where = f"override {given[-1]!r}" if given else where
-        raise ConfigError(f"{where}: {_describe(kind, key, alike)}{more}") from None
+        raise ConfigError(f"{_describe(kind, key, alike)}{more}", where=where) from None
 
 
 def _apply_override(raw: dict, override: str) -> None:
@@ -179,7 +179,7 @@ def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
     if first["type"] == "missing":
         return f"{key}: is required"
     if first["type"] == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+        return str(first["ctx"]["error"])
     messages = [
         problem["msg"].removeprefix("Input should be ").replace("List should", "it should") for problem in problems
     ]

@@ -24,8 +24,8 @@ from l2e_ds.console import say
 from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import COMPRESSED, PATTERNS, looks_local, passed_over, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
-from l2e_ds.data.tokenize import Counts, tokenise
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, vocabulary_size
+from l2e_ds.data.tokenize import OPTIONS, Counts, tokenise
+from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
 from l2e_ds.system.files import fsync_path, identity, write_whole
@@ -112,7 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         _tokenize(arguments)
     except DataError as error:
-        raise DataError(with_options(str(error))) from None
+        error.rename(OPTIONS)
+        raise
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command goes on from here") from None
     except OSError as error:
@@ -194,7 +195,7 @@ def source_of(arguments: argparse.Namespace) -> SourceConfig:
     source = arguments.format or _guess_format(arguments.input)
     if source == "hub":
         if len(arguments.input) > 1:
-            raise DataError(f"INPUT: got {len(arguments.input)} names, a hub data set is one")
+            raise DataError(f"got {len(arguments.input)} names, a hub data set is one")
     else:
         for option in ("subset", "split", "revision"):
             if getattr(arguments, option) is not None:
@@ -227,7 +228,7 @@ def _guess_format(names: list[str]) -> Any:
     found = {_format_of(name) for name in names}
     if len(found) > 1 or None in found:
         raise DataError(
-            f"INPUT: the names do not say one format; give --format text, jsonl, parquet or hub: {', '.join(names[:3])}"
+            f"the names do not say one format; give --format text, jsonl, parquet or hub: {', '.join(names[:3])}"
         )
     return found.pop()
 
@@ -269,15 +270,11 @@ def _record(
 ) -> dict[str, Any]:
     """What stands in PREFIX.json."""
     name = arguments.tokenizer
-    try:
-        end_of_text: int | None = end_of_text_id(tokenizer)
-    except DataError:  # it has none, and needs none without --append-eod
-        end_of_text = None
     return {
         "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
         "tokenizer_digest": asked["--tokenizer"],
         "vocabulary": vocabulary_size(tokenizer),
-        "end_of_text": end_of_text,
+        "end_of_text": find_end_of_text(tokenizer),
         "append_eod": arguments.append_eod,
         "dtype": dtype.name,
         "documents": counts.documents[part],
@@ -285,7 +282,7 @@ def _record(
         "part": part,
         "held_out": arguments.held_out,
         "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
-        "first_bad": None if counts.first_bad is None else with_options(counts.first_bad),
+        "first_bad": counts.first_bad,
         "input": asked["INPUT"],
         "options": {key: value for key, value in asked.items() if key.startswith("--")},
         "version": l2e_ds.__version__,
@@ -320,13 +317,3 @@ def _summary(parts: dict[str, str], seconds: float) -> str:
         lines.append(f"first bad  {record['first_bad']}")
     lines.append(f"took       {seconds:.1f} s")
     return "\n".join(lines)
-
-
-_OPTIONS = {"path": "INPUT", "text_key": "--text-key", "held_out": "--held-out", "split": "--split"}
-_OPTIONS |= {"tokenizer": "--tokenizer", "train_tokenizer": "--vocab-size"}
-
-
-def with_options(message: str) -> str:
-    """The same with options in place of a run file's keys."""
-    named = re.sub(r"(?<![\w./-])data\.(\w+)", lambda found: _OPTIONS.get(found[1], found[0]), message)
-    return named.removeprefix("INPUT: ")

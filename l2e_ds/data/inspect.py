@@ -23,7 +23,7 @@ from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
 from l2e_ds.data.prepare import PreparedData
-from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, vocabulary_size
+from l2e_ds.data.tokenizer import find_end_of_text, load_tokenizer, vocabulary_size
 from l2e_ds.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -54,7 +54,7 @@ def read_known(
     known = _read_sidecar(prefix, indexed)
     if tokenizer is not None:
         loaded = _load(tokenizer)
-        known = Known(vocabulary_size(loaded), _end_of_text_or_none(loaded), tokenizer)
+        known = Known(vocabulary_size(loaded), find_end_of_text(loaded), tokenizer)
     size = known.vocab_size if vocab_size is None else at_least("--vocab-size", vocab_size, 1)
     end = known.end_of_text if end_of_text is None else at_least("--end-of-text", end_of_text, 0)
     if size is not None and end is not None and end >= size:
@@ -78,14 +78,8 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
     try:
         return load_tokenizer(tokenizer)
     except DataError as error:
-        raise DataError(str(error).replace("data.tokenizer:", "--tokenizer:", 1)) from None
-
-
-def _end_of_text_or_none(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    try:
-        return end_of_text_id(tokenizer)
-    except DataError:
-        return None
+        error.rename({"data.tokenizer": "--tokenizer"})
+        raise
 
 
 # --- check ------------------------------------------------------------------------------------------------------
@@ -254,7 +248,7 @@ def view_of_run(run_file: str) -> View:
         raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
     sets = prepare_sets(config.data, cache, network.vocab_size, config.training.evaluation_sequences)
     tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
-    end = None if tokenizer is None else _end_of_text_or_none(tokenizer)
+    end = None if tokenizer is None else find_end_of_text(tokenizer)
     view = _view(sets, config.training.global_batch, config.training.seed, config.data.order, tokenizer, end)
     return replace(view, steps=config.training.steps)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -42,7 +41,7 @@ from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.errors import DataError
 
 _SMALLEST_BLOCK = 1024
-_KEYS = re.compile(rf"\bdata\.({'|'.join([*SourceConfig.model_fields, 'held_out'])})\b")
+_KEYS = (*SourceConfig.model_fields, "held_out")
 
 
 class Schedule:
@@ -200,7 +199,9 @@ class TrainingSequences:
             here = sets == index
             reader = self._readers[index]
             if not isinstance(reader, StoredSequences):
-                raise DataError("data.streaming: the sequences of a stream cannot be looked up, only read in order")
+                raise DataError(
+                    "the sequences of a stream cannot be looked up, only read in order", where="data.streaming"
+                )
             epochs[here] = numbers[here] // len(reader.dataset)
             sequences[here] = reader.order.sequences(numbers[here])
         return sets, epochs, sequences
@@ -290,5 +291,5 @@ def _naming(config: DataConfig, index: int) -> Iterator[None]:
         yield
     except DataError as error:
         if config.sets is not None:
-            error.args = (_KEYS.sub(rf"data.sets.{index}.\1", str(error)),)
+            error.rename({f"data.{key}": f"data.sets.{index}.{key}" for key in _KEYS})
         raise

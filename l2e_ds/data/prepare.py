@@ -126,7 +126,9 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
         try:
             _build_exclusively(config, folder, vocab_size)
         except OSError as error:
-            raise DataError(f"data.cache: cannot write {error.filename or folder}: {error.strerror or error}") from None
+            raise DataError(
+                f"cannot write {error.filename or folder}: {error.strerror or error}", where="data.cache"
+            ) from None
     return _open_prepared(config, folder, vocab_size)
 
 
@@ -167,7 +169,9 @@ def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: 
             with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
                 writer.add(tokens)
         except OSError as error:
-            raise DataError(f"data.cache: cannot write {error.filename or prefix}: {error.strerror or error}") from None
+            raise DataError(
+                f"cannot write {error.filename or prefix}: {error.strerror or error}", where="data.cache"
+            ) from None
     indexed = IndexedTokens(prefix)
     held_out = TokenDataset(
         indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name, documents=indexed
@@ -261,7 +265,9 @@ def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
 
 def _check_trained_size(config: DataConfig, vocab_size: int) -> None:
     if config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
-        raise DataError(f"data.train_tokenizer: got {config.train_tokenizer}, more than model.vocab_size {vocab_size}")
+        raise DataError(
+            f"got {config.train_tokenizer}, more than model.vocab_size {vocab_size}", where="data.train_tokenizer"
+        )
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vocab_size: int) -> None:
@@ -269,7 +275,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vo
     if size > vocab_size:
         key = "tokenizer" if config.tokenizer is not None else "train_tokenizer"
         name = f"{config.tokenizer} " if config.tokenizer is not None else ""
-        raise DataError(f"data.{key}: {name}has {size} entries, more than model.vocab_size {vocab_size}")
+        raise DataError(f"{name}has {size} entries, more than model.vocab_size {vocab_size}", where=f"data.{key}")
 
 
 def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> PreparedData:
@@ -305,8 +311,10 @@ def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
     kept = max(1, round(count * config.held_out)) if config.held_out and beside is None else 0
     if kept >= count:
         raise DataError(
-            f"data.held_out: {kept} of {count} documents of {indexed.name} leaves none to train on;"
-            " give more documents, or lower data.held_out (0: none)"
+            f"{kept} of {count} documents of {indexed.name} leaves none to train on; give more documents, or lower ",
+            "data.held_out",
+            " (0: none)",
+            where="data.held_out",
         )
     split, stop = indexed.start(count - kept), indexed.start(count)
     train_stop = split
@@ -340,8 +348,9 @@ def _checked(
     needed = config.sequence_length + 1
     if not len(train):
         raise DataError(
-            f"data.sequence_length: the training documents of {name_of(config)} hold {train.num_tokens}"
-            f" tokens, a sequence needs {needed}; give more text or lower data.sequence_length"
+            f"the training documents of {name_of(config)} hold {train.num_tokens}"
+            f" tokens, a sequence needs {needed}; give more text or lower data.sequence_length",
+            where="data.sequence_length",
         )
     if held_out is not None:
         _check_held_out(config, held_out)
@@ -353,8 +362,13 @@ def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
     """Raises DataError where it is too short for one sequence."""
     if not len(held_out):
         beside = config.source == "indexed" and _held_out_prefixes(config)
-        more = f"hold out more in {held_out.name}" if beside else f"raise data.held_out ({config.held_out})"
+        more = (
+            (f"hold out more in {held_out.name}",) if beside else ("raise ", "data.held_out", f" ({config.held_out})")
+        )
         raise DataError(
-            f"data.held_out: the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
-            f" tokens, a sequence needs {config.sequence_length + 1}; {more} or lower data.sequence_length"
+            f"the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
+            f" tokens, a sequence needs {config.sequence_length + 1}; ",
+            *more,
+            " or lower data.sequence_length",
+            where="data.held_out",
         )

@@ -56,7 +56,7 @@ Position = dict[str, Any]
 def chunks(config: SourceConfig, position: Position | None = None) -> Iterator[tuple[Chunk, Position]]:
     """The input in order, from a position on; with each chunk the position after it. Raises DataError."""
     if config.source not in _READERS:
-        raise DataError(f"data.source: {config.source} holds tokens, not text; allowed: {', '.join(_READERS)}")
+        raise DataError(f"{config.source} holds tokens, not text; allowed: {', '.join(_READERS)}", where="data.source")
     return _READERS[config.source](config, position or {})
 
 
@@ -89,13 +89,13 @@ def check_source(config: SourceConfig) -> None:
     """
     if config.source == "indexed":
         if IndexedTokens(config.path or []).num_tokens == 0:
-            raise DataError(f"data.path: {name_of(config)} holds no tokens")
+            raise DataError(f"{name_of(config)} holds no tokens", where="data.path")
     elif config.source == "hub":
         if looks_local(str(config.path)) and not Path(str(config.path)).expanduser().exists():
-            raise DataError(f"data.path: no such file or folder: {config.path}")
+            raise DataError(f"no such file or folder: {config.path}", where="data.path")
     elif next(documents(config), None) is None:
-        where = f"data.path: {name_of(config)}" if config.path else f"data.source: {_stdlib_folder()}"
-        raise DataError(f"{where} holds no text")
+        key, name = ("data.path", name_of(config)) if config.path else ("data.source", _stdlib_folder())
+        raise DataError(f"{name} holds no text", where=key)
 
 
 def name_of(config: SourceConfig) -> str:
@@ -132,7 +132,8 @@ def source_files(config: SourceConfig) -> list[Path]:
         other = plain.setdefault(path.parent.resolve() / name, path)
         if other != path:
             raise DataError(
-                f"data.path: {other} and {path} are the same text twice, by their names; remove or rename one of them"
+                f"{other} and {path} are the same text twice, by their names; remove or rename one of them",
+                where="data.path",
             )
     return list(files.values())
 
@@ -140,7 +141,7 @@ def source_files(config: SourceConfig) -> list[Path]:
 def _named(config: SourceConfig) -> list[Path]:
     """Files as the entries of data.path name them, some perhaps several times. Raises DataError."""
     if not _entries(config):
-        raise DataError("data.path: got [], give at least one file, folder or glob pattern")
+        raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
     return [path for entry in _entries(config) for path in _matching(entry, PATTERNS[str(config.source)])]
 
 
@@ -180,14 +181,14 @@ def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:
     if path.is_dir():
         found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
         if not found:
-            raise DataError(f"data.path: folder {entry} holds no {' or '.join(patterns)}")
+            raise DataError(f"folder {entry} holds no {' or '.join(patterns)}", where="data.path")
         return found
     if glob.has_magic(entry):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
         if not found:
-            raise DataError(f"data.path: no file matches {entry}")
+            raise DataError(f"no file matches {entry}", where="data.path")
         return found
-    raise DataError(f"data.path: no such file or folder: {entry}")
+    raise DataError(f"no such file or folder: {entry}", where="data.path")
 
 
 # --- readers ---------------------------------------------------------------------------------------------------
@@ -305,11 +306,11 @@ def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
     try:
         record = json.loads(line.decode())  # given bytes, json would guess UTF-16 and let surrogates through
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from None
+        raise DataError(f"not UTF-8 text (byte {error.start} of the line)", where=where) from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({one_line(error)})") from None
+        raise DataError(f"not JSON ({one_line(error)})", where=where) from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__}; each line must be {wanted}")
+        raise DataError(f"a JSON {type(record).__name__}; each line must be {wanted}", where=where)
     return record
 
 
@@ -346,7 +347,7 @@ def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Ch
                         held += column.nbytes
                         values += python_values(column)
                         if values and (held >= CHUNK_BYTES or row >= count):
-                            chunk = partial(_values, f"{path}: row ", start + row - len(values), values)
+                            chunk = partial(_values, (str(path), "row"), start + row - len(values), values)
                             read = before + int(size * (group + row / count) / file.num_row_groups)
                             yield chunk, {"file": index, "group": group, "row": row, "bytes": read}
                             values, held = [], 0
@@ -371,12 +372,13 @@ def _python_value(value: Any) -> object:
         return value.as_buffer().to_pybytes()
 
 
-def _values(where: str, first: int, values: list[object], key: str) -> Iterator[Record]:
+def _values(where: tuple[str, str], first: int, values: list[object], key: str) -> Iterator[Record]:
+    """where: the number of the row is put after it."""
     for number, value in enumerate(values, first):
         try:
             if isinstance(value, DataError):
                 raise value
-            yield _text_of_value(value, f"{where}{number}", key)
+            yield _text_of_value(value, (where[0], f"{where[1]} {number}"), key)
         except DataError as error:
             yield error
 
@@ -385,7 +387,7 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
     stream = load_hub(config)
     if position:
         stream.load_state_dict(position["state"])
-    where = f"data.path: {config.path!r} row "
+    where = ("data.path", f"{config.path!r} row")
     done = position.get("rows", 0)
     values: list[object] = []
     held = 0
@@ -396,11 +398,11 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
             state = stream.state_dict() if record is None or held >= CHUNK_BYTES or len(values) >= _CHUNK_ROWS else None
         except Exception as error:
             place = "".join(f"{file}: " for file in _files_of(error))
-            raise DataError(f"data.path: reading {config.path!r} failed: {place}{one_line(error)}") from None
+            raise DataError(f"reading {config.path!r} failed: {place}{one_line(error)}", where="data.path") from None
         if record is not None:
             value = record.get(config.text_key)
             if config.text_key not in record:
-                value = _missing_key(f"{where}{done + len(values)}", config.text_key, list(record))
+                value = _missing_key((where[0], f"{where[1]} {done + len(values)}"), config.text_key, list(record))
             values.append(value)
             held += len(value) if isinstance(value, str) else 0
         if values and state is not None:
@@ -428,7 +430,9 @@ def load_hub(config: SourceConfig) -> Any:
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.DatasetDict):
                 if config.split not in saved:
-                    raise DataError(f"data.split: {name} has no split {config.split!r}; allowed: {', '.join(saved)}")
+                    raise DataError(
+                        f"{name} has no split {config.split!r}; allowed: {', '.join(saved)}", where="data.split"
+                    )
                 saved = saved[config.split]
             return saved.to_iterable_dataset()
         builder = datasets.load_dataset_builder(
@@ -442,24 +446,25 @@ def load_hub(config: SourceConfig) -> Any:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data.path: cannot load data set {name!r}: {one_line(error)}") from None
+        raise DataError(f"cannot load data set {name!r}: {one_line(error)}", where="data.path") from None
 
 
-def _text_of_value(value: object, where: str, key: str) -> str:
+def _text_of_value(value: object, where: str | tuple[str, str], key: str) -> str:
     if value is None:  # null: an empty document
         return ""
     if isinstance(value, bytes):
         try:
             value.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
+            raise DataError(f"not UTF-8 text (byte {error.start})", where=where) from None
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} is a {type(value).__name__}, must be text; see data.text_key")
+        raise DataError(f"{key!r} is a {type(value).__name__}, must be text; see ", "data.text_key", where=where)
     return printable(value)
 
 
-def _missing_key(where: str, key: str, names: list[str]) -> DataError:
-    return DataError(f"{where}: no key {key!r}; set data.text_key to one of: {', '.join(map(str, names)) or '(none)'}")
+def _missing_key(where: str | tuple[str, str], key: str, names: list[str]) -> DataError:
+    allowed = f" to one of: {', '.join(map(str, names)) or '(none)'}"
+    return DataError(f"no key {key!r}; set ", "data.text_key", allowed, where=where)
 
 
 def printable(text: str) -> str:

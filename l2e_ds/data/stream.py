@@ -85,10 +85,11 @@ class TokenStream:
     ) -> None:
         shuffle_buffer = config.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
         if config.source == "indexed":
-            raise DataError("data.source: indexed holds tokens, a stream needs text")
+            raise DataError("indexed holds tokens, a stream needs text", where="data.source")
         if config.max_tokens is not None:
             raise DataError(
-                f"data.max_tokens: got {config.max_tokens}, but a stream is read as far as the steps go; remove it"
+                f"got {config.max_tokens}, but a stream is read as far as the steps go; remove it",
+                where="data.max_tokens",
             )
         if sequence_length < 1 or shuffle_buffer < 0:
             raise ValueError(f"sequence_length {sequence_length}, shuffle_buffer {shuffle_buffer}")
@@ -294,7 +295,7 @@ class TokenStream:
                 if size == (self.shuffle_buffer or _UNSHUFFLED):
                     block, size = _Block(block.epoch, block.number + 1, position, records, found), 0
             if block.number == size == 0:
-                raise DataError(f"data.path: {self.name} holds no text to train on")
+                raise DataError(f"{self.name} holds no text to train on", where="data.path")
             block = _Block(block.epoch + 1)
 
     def _texts(self, block: _Block) -> Iterator[tuple[str, Position | None, int, int]]:
@@ -321,7 +322,9 @@ class TokenStream:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _changed(self) -> DataError:
-        return DataError(f"data.path: {self.name} ends before the place where the stream left off: it has changed")
+        return DataError(
+            f"{self.name} ends before the place where the stream left off: it has changed", where="data.path"
+        )
 
 
 def _records(texts: list[str], key: str) -> Iterator[Record]:

@@ -25,6 +25,15 @@ from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.workers import WorkerPool
 from l2e_ds.errors import DataError
 
+OPTIONS = {
+    "data.path": "",  # the names in INPUT speak for themselves
+    "data.text_key": "--text-key",
+    "data.held_out": "--held-out",
+    "data.split": "--split",
+    "data.tokenizer": "--tokenizer",
+    "data.train_tokenizer": "--vocab-size",
+}
+"""What errors of `l2e-ds tokenize` and `tokenizer train` say in place of a run file's keys."""
 _SAY_EVERY = 30.0  # seconds, where stderr is no terminal
 
 
@@ -60,8 +69,11 @@ def find_split(config: DataConfig, skip_bad: bool = False) -> Split:
         several = several or last != first
     if not several:
         raise DataError(
-            f"data.held_out: {name_of(config)} holds fewer than 2 different documents, one to train on and"
-            " one to hold out; give more, or set data.held_out to 0"
+            f"{name_of(config)} holds fewer than 2 different documents, one to train on and"
+            " one to hold out; give more, or set ",
+            "data.held_out",
+            " to 0",
+            where="data.held_out",
         )
     return Split(config.held_out, also=last)
 
@@ -165,7 +177,7 @@ def tokenise(
                 raise failures[0]
             counts.complete = True
     if not sum(counts.documents.values()):
-        raise DataError(f"data.path: {name_of(config)} holds no text")
+        raise DataError(f"{name_of(config)} holds no text", where="data.path")
     return counts
 
 
@@ -209,6 +221,7 @@ def _take(
     counts.empty += encoded.empty
     counts.bad += encoded.bad
     if encoded.error is not None and counts.first_bad is None and skip_bad:
+        encoded.error.rename(OPTIONS)
         counts.first_bad = str(encoded.error)
     for part in files.parts:
         chosen = wanted & (held_out if part == "held_out" else ~held_out)

@@ -24,7 +24,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """From a tokenizer.json, a local folder or a hub name (and its revision). Raises DataError with one line."""
     path = Path(name).expanduser()
     if not path.exists() and (looks_local(name) or name.endswith(".json")):
-        raise DataError(f"data.tokenizer: no such file or folder: {name}")
+        raise DataError(f"no such file or folder: {name}", where="data.tokenizer")
     try:
         if path.is_file():
             tokenizer: Any = _from_file(path)
@@ -33,11 +33,11 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"data.tokenizer: cannot load {name!r}: {one_line(error)}") from None
+        raise DataError(f"cannot load {name!r}: {one_line(error)}", where="data.tokenizer") from None
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json; a fast tokenizer is needed")
+        raise DataError(f"{name!r} has no tokenizer.json; a fast tokenizer is needed", where="data.tokenizer")
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without one
-        raise DataError(f"data.tokenizer: {name!r} has no tokenizer.json, or one without a vocabulary")
+        raise DataError(f"{name!r} has no tokenizer.json, or one without a vocabulary", where="data.tokenizer")
     # Documents are packed, never cut or filled up, whatever the file asks for.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -91,7 +91,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
-        raise DataError(f"data.train_tokenizer: got {vocab_size}, must be at least {len(alphabet) + 1}")
+        raise DataError(f"got {vocab_size}, must be at least {len(alphabet) + 1}", where="data.train_tokenizer")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -131,15 +131,20 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id put after every document. Raises DataError where the tokenizer names none."""
+def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that ends a document, or None where the tokenizer has none: token files need none."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
-    for token in _ENDS:
-        if token in vocabulary:
-            return vocabulary[token]
-    raise DataError(f"data.tokenizer: has neither an eos_token nor {END_OF_TEXT} to end a document with")
+    return next((vocabulary[token] for token in _ENDS if token in vocabulary), None)
+
+
+def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id put after every document. Raises DataError where the tokenizer has none."""
+    found = find_end_of_text(tokenizer)
+    if found is not None:
+        return found
+    raise DataError(f"has neither an eos_token nor {END_OF_TEXT} to end a document with", where="data.tokenizer")
 
 
 def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -147,12 +152,8 @@ def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer:
 
     A pretrained network that ends its texts with this tokenizer's end, maybe with others too, keeps what it says.
     """
-    try:
-        end = end_of_text_id(tokenizer)
-    except DataError:  # token files need none
-        return
-    ends = network.eos_token_id
-    if end in (ends if isinstance(ends, list) else [ends]):
+    end, ends = find_end_of_text(tokenizer), network.eos_token_id
+    if end is None or end in (ends if isinstance(ends, list) else [ends]):
         return
     network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
     if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the embedding that pads

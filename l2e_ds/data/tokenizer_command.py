@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from l2e_ds.console import say
-from l2e_ds.data.commands import add_input_arguments, positive, source_of, with_options
+from l2e_ds.data.commands import add_input_arguments, positive, source_of
 from l2e_ds.data.sources import documents, passed_over
+from l2e_ds.data.tokenize import OPTIONS
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
 from l2e_ds.errors import DataError
 from l2e_ds.system.files import write_whole
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except DataError as error:
-        raise DataError(with_options(str(error))) from None
+        error.rename(OPTIONS)
+        raise
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
     print(f"{vocabulary_size(tokenizer):,} entries -> {output}")

@@ -144,8 +144,8 @@ def _load_tasks(arguments: argparse.Namespace) -> Tasks:
     try:
         return load_tasks(arguments.tasks, arguments.include_path, _shots(arguments))
     except ConfigError as error:
-        key, separator, rest = str(error).partition(":")
-        raise ConfigError(f"--{key.replace('_', '-')}{separator}{rest}") from None
+        error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
+        raise
 
 
 def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:
@@ -189,8 +189,7 @@ def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrained
         name_end_of_text(tokenizer)
     except DataError as error:
         which = f"--tokenizer: {arguments.tokenizer}" if arguments.tokenizer else f"{source.given}: its tokenizer"
-        reason = str(error).removeprefix("data.tokenizer: ")
-        raise ConfigError(f"{which} {reason}; name another with --tokenizer") from None
+        raise ConfigError(f"{which} {error.problem}; name another with --tokenizer") from None
     return tokenizer
 
 

@@ -76,7 +76,7 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
         try:
             tasks = manager.load([built for part in loaded for built in part])
         except ValueError as error:  # one task asked for twice
-            raise ConfigError(f"tasks: {one_line(error)}") from None
+            raise ConfigError(one_line(error), where="tasks") from None
     found = Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
     _check_shots(found, shots)
     for task in tasks["tasks"].values():
@@ -88,7 +88,7 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
 def _check_files(folder: Path) -> None:
     """The harness passes over files that it cannot read. Raises ConfigError."""
     if not folder.is_dir():
-        raise ConfigError(f"include_path: no such folder: {folder}")
+        raise ConfigError(f"no such folder: {folder}", where="include_path")
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.yaml")):
         try:
@@ -96,12 +96,14 @@ def _check_files(folder: Path) -> None:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = f":{mark.line + 1}" if mark else ""
-            raise ConfigError(f"include_path: {path}{line}: {getattr(error, 'problem', None) or error}") from None
+            raise ConfigError(
+                f"{path}{line}: {getattr(error, 'problem', None) or error}", where="include_path"
+            ) from None
         except Exception as error:  # a file that it includes
-            raise ConfigError(f"include_path: {path}: {one_line(error)}") from None
+            raise ConfigError(one_line(error), where=("include_path", str(path))) from None
         name = content.get("task") if isinstance(content, dict) else None
         if isinstance(name, str) and files.setdefault(name, path) != path:
-            raise ConfigError(f"include_path: {path}: the task {name!r} is also in {files[name]}")
+            raise ConfigError(f"{path}: the task {name!r} is also in {files[name]}", where="include_path")
 
 
 def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
@@ -114,7 +116,7 @@ def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
             if _split_of_examples(task) == (task.config.test_split or task.config.validation_split):
                 documents -= 1  # a document is no example of its own
             if shots > documents:
-                raise ConfigError(f"num_fewshot: got {shots}, the task {name} has {documents} examples")
+                raise ConfigError(f"got {shots}, the task {name} has {documents} examples", where="num_fewshot")
 
 
 def _split_of_examples(task: Any) -> str | None:
@@ -192,7 +194,7 @@ def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` prints all"
-            raise ConfigError(f"tasks: no task or group {name!r}; {hint}")
+            raise ConfigError(f"no task or group {name!r}; {hint}", where="tasks")
 
 
 def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
@@ -315,7 +317,7 @@ class SharedModel(HFLM):
         gathered = collectives.all_gather_objects((answer, problem))
         failed = next((problem for _, problem in gathered if problem is not None), None)
         if failed is not None:
-            agreed = DataError(f"tasks: {failed}")
+            agreed = DataError(failed, where="tasks")
             agreed.on_every_rank = True
             raise agreed
         return [answer for answer, _ in gathered[: len(dealt)]]
@@ -404,7 +406,7 @@ def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int 
             raise
         except Exception as error:  # of a task's own code
             names = ", ".join(tasks.shots)
-            raise DataError(f"tasks: {names}: {type(error).__name__}: {one_line(error)}") from error
+            raise DataError(f"{names}: {type(error).__name__}: {one_line(error)}", where="tasks") from error
     values = _in_our_form(found, {name: len(documents) for name, documents in lm.cut.items()})
     for name, task in values.items():
         if task["cut"] and task["part_of"] is None:

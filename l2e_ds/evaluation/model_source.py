@@ -92,10 +92,10 @@ def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTok
     try:
         return load_tokenizer(folder, source.revision) if instead is None else load_tokenizer(instead)
     except DataError as error:
-        reason = str(error).removeprefix("data.tokenizer: ")
         if instead is not None:
-            raise ConfigError(f"--tokenizer: {reason}") from None
-        raise ConfigError(f"{source.given}: its tokenizer is missing ({reason}); name one with --tokenizer") from None
+            raise ConfigError(error.problem, where="--tokenizer") from None
+        reason = f"its tokenizer is missing ({error.problem}); name one with --tokenizer"
+        raise ConfigError(reason, where=source.given) from None
 
 
 def load_causal_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -206,27 +206,15 @@ def all_charts(page: Collection) -> list[Chart]:
 
 def _quantities(runs: Sequence[Run]) -> list[Quantity]:
     """With one for each set of a mixture after the loss of all."""
-    names = dict.fromkeys(
-        key.partition("/")[2]
-        for run in runs
-        for key in (run.evaluations or [{}])[-1]
-        if key.startswith("held_out_loss/")
-    )
+    names = dict.fromkeys(name for run in runs for name in run.sets)
     found = []
     for quantity in _QUANTITIES:
         found.append(quantity)
         if quantity.name == "held-out-loss":
-            found += [
-                _quantity(
-                    f"set-{place}",
-                    "evaluation",
-                    f"held_out_loss/{name}",
-                    "One set of the mixture.",
-                    f"LM loss, held-out text of {name}",
-                    falls=True,
-                )
-                for place, name in enumerate(names)
-            ]
+            for place, name in enumerate(names):
+                title, note = f"LM loss, held-out text of {name}", "One set of the mixture."
+                key = f"held_out_loss/{name}"
+                found.append(replace(quantity, name=f"set-{place}", title=title, note=note, key=key))
     return found
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import l2e_ds
@@ -21,6 +20,7 @@ from l2e_ds.report.statistics import held_out, last_common_step, loss_difference
 from l2e_ds.report.tables import Table, text_of
 from l2e_ds.report.warnings import Notice
 from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
+from l2e_ds.system.templates import template
 
 _AFTER = ("configurations", "machines")  # tables that stand in the last part
 _OF_ANALYSES = ("false_killing",)
@@ -54,14 +54,7 @@ def render(
     now: datetime,
 ) -> str:
     """The whole page. beside: the folder of its tables' files."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return template(Path(__file__).with_suffix(".html")).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=now,

@@ -104,6 +104,11 @@ class Run:
         return layers_of((*self.training[-1:], *self.evaluations[-1:]))
 
     @property
+    def sets(self) -> list[str]:
+        """Names of the sets of a mixture whose held-out loss its newest evaluation has."""
+        return [key.partition("/")[2] for key in (self.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
+
+    @property
     def comparison_layers(self) -> list[int]:
         """Those without inhibition that its newest evaluation has figures of beside others."""
         return layers_of(self.evaluations[-1:], comparison_key)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
+from l2e_ds.console import aligned
 from l2e_ds.errors import DataError
 from l2e_ds.run_directory.configuration import check_folder, read_config
 from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines
@@ -63,8 +64,7 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
     rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
     rows.append(("metrics", str(run / FILE)))
     rows.append(("checkpoints", str(run / "checkpoints")))
-    width = max(len(label) for label, _ in rows)
-    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+    return aligned(rows)
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:

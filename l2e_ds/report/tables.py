@@ -9,8 +9,9 @@ import csv
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, groupby
 from typing import Any
 
 from l2e_ds.console import markdown
@@ -31,6 +32,7 @@ from l2e_ds.report.statistics import (
 )
 from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
+from l2e_ds.run_directory.results import TaskResult
 
 _TASKS = {
     "mmlu": "MMLU",
@@ -76,12 +78,7 @@ class Table:
 
     def groups(self) -> list[tuple[str, int]]:
         """Heads over heads, with how many columns each has; empty where there are none."""
-        found: list[tuple[str, int]] = []
-        for column in self.columns:
-            if found and found[-1][0] == column.group:
-                found[-1] = (column.group, found[-1][1] + 1)
-            else:
-                found.append((column.group, 1))
+        found = [(name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column.group)]
         return found if any(name for name, _ in found) else []
 
     def markdown(self) -> str:
@@ -91,33 +88,36 @@ class Table:
         return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
 
     def without(self, head: str) -> Table:
-        """Its columns of this head."""
-        kept = [i for i, column in enumerate(self.columns) if column.head != head]
-        return self._only(kept)
+        """The table without its columns of this head."""
+        return self._only([column.head != head for column in self.columns])
 
     def without_empty_columns(self) -> Table:
-        return self._only([i for i in range(len(self.columns)) if any(row[i] is not None for row in self.rows)])
+        return self._only([any(row[i] is not None for row in self.rows) for i in range(len(self.columns))])
 
-    def _only(self, kept: Sequence[int]) -> Table:
-        rows = [[row[i] for i in kept] for row in self.rows]
-        return replace(self, columns=[self.columns[i] for i in kept], rows=rows)
+    def _only(self, kept: Sequence[bool]) -> Table:
+        rows = [list(compress(row, kept)) for row in self.rows]
+        return replace(self, columns=list(compress(self.columns, kept)), rows=rows)
 
     def csv(self) -> str:
         """All digits; a column of figures with standard errors becomes two."""
-        with_errors = [any(isinstance(row[i], Measured) for row in self.rows) for i in range(len(self.columns))]
-        heads: list[Any] = []
-        for column, two in zip(self.columns, with_errors, strict=True):
-            heads += [column.full_head, f"{column.full_head}, standard error"] if two else [column.full_head]
+        columns: list[list[Any]] = []
+        for i, column in enumerate(self.columns):
+            cells = [row[i] for row in self.rows]
+            columns.append([column.full_head, *(cell.value if isinstance(cell, Measured) else cell for cell in cells)])
+            if any(isinstance(cell, Measured) for cell in cells):
+                errors = (cell.error if isinstance(cell, Measured) else None for cell in cells)
+                columns.append([f"{column.full_head}, standard error", *errors])
         text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(heads)
-        for row in self.rows:
-            cells: list[Any] = []
-            for cell, two in zip(row, with_errors, strict=True):
-                value, error = (cell.value, cell.error) if isinstance(cell, Measured) else (cell, None)
-                cells += [value, error] if two else [value]
-            writer.writerow(cells)
+        csv.writer(text, lineterminator="\n").writerows(zip(*columns, strict=True))
         return text.getvalue()
+
+
+def filled(
+    name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], of: Iterable[tuple]
+) -> Table:
+    """A table with a row for each of `of`. columns: each with the function that makes its cell from such a one."""
+    rows = [[cell(*one) for _, cell in columns] for one in of]
+    return Table(name, title, note, [column for column, _ in columns], rows)
 
 
 def text_of(cell: Any, form: str) -> str:
@@ -394,48 +394,31 @@ def _shares(page: Collection) -> Table:
 
 
 def _runs(page: Collection) -> Table:
-    columns = [
-        Column("run"),
-        Column("step", ",d"),
-        Column("tokens", ",d"),
-        Column("training", ".4f", "LM loss"),
-        Column("held out, first", ".4f", "LM loss"),
-        Column("held out, last", ".4f", "LM loss"),
-        Column("observed", ".2%", "share"),
-        Column("target", ".2%", "share"),
-        Column("gradient norm", ".3g"),
-        Column("skipped steps", ",d"),
-        Column("tokens/s", ",.0f"),
-        Column("memory, GiB", ".2f"),
+    def lately(key: str) -> Callable[[Run], float | None]:
+        return lambda run: mean(numbers(last_tenth(run.training), key))
+
+    def target(run: Run) -> float | None:
+        return None if lately("observed_share")(run) is None else run.config["inhibition.target_share"]
+
+    columns: list[tuple[Column, Callable[[Run], Any]]] = [
+        (Column("run"), lambda run: run.name),
+        (Column("step", ",d"), lambda run: run.step),
+        (Column("tokens", ",d"), lambda run: run.tokens),
+        (Column("training", ".4f", "LM loss"), lately("lm_loss")),
+        (Column("held out, first", ".4f", "LM loss"), lambda run: first_and_last(run.evaluations, "held_out_loss")[0]),
+        (Column("held out, last", ".4f", "LM loss"), lambda run: first_and_last(run.evaluations, "held_out_loss")[1]),
+        (Column("observed", ".2%", "share"), lately("observed_share")),
+        (Column("target", ".2%", "share"), target),
+        (Column("gradient norm", ".3g"), lately("gradient_norm")),
+        (Column("skipped steps", ",d"), skipped_steps),
+        (Column("tokens/s", ",.0f"), lambda run: steady_median(run, "tokens_per_second")),
+        (Column("memory, GiB", ".2f"), lambda run: max(numbers(run.training, "peak_memory_gib"), default=None)),
     ]
     note = (
         "LM loss in nats/token; of training, like observed share and gradient norm, the mean over the last tenth of the"
         " steps so far. tokens/s: median. Memory: the largest of a rank."
     )
-    return Table("runs", "Each run", note, columns, [_row_of(run) for run in page.runs])
-
-
-def _row_of(run: Run) -> list[Any]:
-    first, last = first_and_last(run.evaluations, "held_out_loss")
-    recent = last_tenth(run.training)
-
-    def lately(key: str) -> float | None:
-        return mean(numbers(recent, key))
-
-    return [
-        run.name,
-        run.step,
-        run.tokens,
-        lately("lm_loss"),
-        first,
-        last,
-        lately("observed_share"),
-        run.config["inhibition.target_share"] if lately("observed_share") is not None else None,
-        lately("gradient_norm"),
-        skipped_steps(run),
-        steady_median(run, "tokens_per_second"),
-        max(numbers(run.training, "peak_memory_gib"), default=None),
-    ]
+    return filled("runs", "Each run", note, columns, ((run,) for run in page.runs))
 
 
 def skipped_steps(run: Run) -> int:
@@ -476,9 +459,8 @@ def _sets(page: Collection) -> Table:
     """Of mixtures."""
     rows = []
     for run in page.runs:
-        names = [key.partition("/")[2] for key in (run.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
         line = run.training[-1] if run.training else {}
-        for name in names:
+        for name in run.sets:
             losses = first_and_last(run.evaluations, f"held_out_loss/{name}")
             rows.append([run.name, name, *losses, line.get(f"tokens/{name}"), line.get(f"epochs/{name}")])
     columns = [
@@ -505,34 +487,32 @@ def differences(page: Collection) -> Table:
 
 
 def machines(page: Collection) -> Table:
-    """Of each start or resume."""
-    rows = []
-    for run in page.runs:
-        for line in run.starts:
-            git = line.get("git") or {}
-            commit = git.get("commit")
-            changed = " and changes" if git.get("changed") else ""
-            versions = ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
-            rows.append(
-                [
-                    run.name,
-                    line["step"],
-                    line.get("time"),
-                    line.get("host"),
-                    line.get("hosts"),
-                    line.get("ranks"),
-                    line.get("device"),
-                    line.get("launcher"),
-                    run.config.get("training.precision"),
-                    line.get("parameters"),
-                    f"{commit[:12]}{changed}" if commit else None,
-                    versions,
-                ]
-            )
-    heads = ("run", "from step", "time", "host", "hosts", "ranks", "device", "launcher", "precision", "parameters")
-    columns = [Column(head, ",d" if head in ("from step", "hosts", "ranks", "parameters") else "") for head in heads]
+    """A row for each start or resume."""
+
+    def logged(key: str) -> Callable[[Run, dict], Any]:
+        return lambda run, line: line.get(key)
+
+    def commit(run: Run, line: dict) -> str | None:
+        git = line.get("git") or {}
+        return f"{git['commit'][:12]}{' and changes' if git.get('changed') else ''}" if git.get("commit") else None
+
+    def versions(run: Run, line: dict) -> str:
+        return ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items())
+
+    columns: list[tuple[Column, Callable[[Run, dict], Any]]] = [
+        (Column("run"), lambda run, line: run.name),
+        (Column("from step", ",d"), lambda run, line: line["step"]),
+        *((Column(key), logged(key)) for key in ("time", "host")),
+        *((Column(key, ",d"), logged(key)) for key in ("hosts", "ranks")),
+        *((Column(key), logged(key)) for key in ("device", "launcher")),
+        (Column("precision"), lambda run, line: run.config.get("training.precision")),
+        (Column("parameters", ",d"), logged("parameters")),
+        (Column("git commit"), commit),
+        (Column("versions"), versions),
+    ]
     note = "A line for each time that a run was started or gone on with."
-    return Table("machines", "Machines and versions", note, [*columns, Column("git commit"), Column("versions")], rows)
+    of = ((run, line) for run in page.runs for line in run.starts)
+    return filled("machines", "Machines and versions", note, columns, of)
 
 
 def _plain(value: Any) -> str | None:
@@ -541,13 +521,16 @@ def _plain(value: Any) -> str | None:
 
 def evaluations(page: Collection) -> Table:
     """Every figure of every task and part of a task, at every step."""
-    rows: list[list[Any]] = []
-    for run in page.runs:
-        for one in run.results:
-            figure = Measured(one.value, one.stderr)
-            about = [one.step, one.task, one.part_of, one.num_fewshot, one.metric]
-            rows.append([run.name, *about, figure, one.samples, one.limit])
-    heads = ("run", "step", "task", "part of", "shots", "metric")
-    columns = [Column(head, ",d" if head in ("step", "shots") else "") for head in heads]
-    columns += [Column("value", ".4f"), Column("documents", ",d"), Column("limit", ",d")]
-    return Table("evaluations", "Every figure of the evaluation tasks", "", columns, rows)
+    columns: list[tuple[Column, Callable[[Run, TaskResult], Any]]] = [
+        (Column("run"), lambda run, result: run.name),
+        (Column("step", ",d"), lambda run, result: result.step),
+        (Column("task"), lambda run, result: result.task),
+        (Column("part of"), lambda run, result: result.part_of),
+        (Column("shots", ",d"), lambda run, result: result.num_fewshot),
+        (Column("metric"), lambda run, result: result.metric),
+        (Column("value", ".4f"), lambda run, result: Measured(result.value, result.stderr)),
+        (Column("documents", ",d"), lambda run, result: result.samples),
+        (Column("limit", ",d"), lambda run, result: result.limit),
+    ]
+    of = ((run, result) for run in page.runs for result in run.results)
+    return filled("evaluations", "Every figure of the evaluation tasks", "", columns, of)

@@ -90,7 +90,7 @@ def test_a_folder_is_no_package(monkeypatch, tmp_path):
 
 def test_help_without_the_extras(tmp_path):
     """Commands that need one say so, in one line, when they are to do something."""
-    missing = ("scipy", "matplotlib", "jinja2", "pyarrow")
+    missing = ("scipy", "matplotlib", "pyarrow")
     code = (
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
         "from l2e_ds.cli import main; from benchmarks.__main__ import main as bench\n"
@@ -115,7 +115,7 @@ def test_help_without_the_extras(tmp_path):
     assert done.stderr.splitlines() == [
         f"l2e-ds: error: the analysis {needs}",
         f"l2e-ds: error: the analysis {needs}",
-        "l2e-ds: error: the report needs jinja2, matplotlib: pip install 'l2e-ds[report]'",
+        "l2e-ds: error: the report needs matplotlib: pip install 'l2e-ds[report]'",
         f"l2e-ds: error: the analysis {needs}",
     ]
 

@@ -267,7 +267,7 @@ def contents(folder):
 
 
 def test_missing_packages(monkeypatch, capsys):
-    monkeypatch.setattr("l2e_ds.report.command.PACKAGES", ("jinja2", "no_such_package"))
+    monkeypatch.setattr("l2e_ds.report.command.PACKAGES", ("matplotlib", "no_such_package"))
     assert main(["report", "run", "--output", "r.html"]) == 2
     assert capsys.readouterr().err == (
         "l2e-ds: error: the report needs no_such_package: pip install 'l2e-ds[report]'\n"
