@@ -25,7 +25,7 @@ def moved_statistics(
     target_share: float,
     seen_before: bool,
 ) -> tuple[Moments, Tensor, Tensor, Tensor, Tensor]:
-    """The first four after a step, and the layer's `Inhibitor.STATISTICS` of it, [5] (METHOD, sections 3 and 4).
+    """The first four after a step, and the layer's `Inhibitor.STATISTICS` of it, [5] (docs/method.md, 3 and 4).
 
     tau: []; selected: [N], faded count of selections; selectable: [], of tokens. sums, of all ranks: [3] tokens, loss
     and score of the selected; [N] d, [N] d^2, [N] selected. finite: [] bool; where False nothing moves. shift: [N],

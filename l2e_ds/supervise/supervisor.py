@@ -3,7 +3,7 @@
     python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ...
 
 runs `LAUNCHER ... RUN.yaml section.key=value ...`, e.g. with `-- torchrun --nproc-per-node 8 -m l2e_ds.train`.
-Launchers pass signals on badly (DEEPSPEED.md, silent failure 8), so launcher and ranks get a session of their own,
+Launchers pass signals on badly (docs/deepspeed.md, row 8), so launcher and ranks get a session of their own,
 which signals to this process's group do not reach; the run is asked to stop by the file `stop` in its run directory
 instead, which rank 0 looks for at every step. Exit codes are those of `l2e-ds train` (docs/clusters.md).
 """

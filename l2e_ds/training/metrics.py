@@ -11,14 +11,14 @@ Lines of `metrics.jsonl`, one JSON object a line. `kind: train`, every `logging.
 | tokens/NAME | tokens | of these, from the set NAME of `data.sets` (from the mixture's schedule) |
 | epochs/NAME | 1 | how often the set NAME was gone through so far |
 | lm_loss | nats/token | mean cross-entropy of the training batches, without the inhibition loss; mean over ranks |
-| inhibition_loss | nats | raw L_MS summed over hooked layers (METHOD eq. 5, n = share * tokens * N); mean |
+| inhibition_loss | nats | raw L_MS summed over hooked layers (docs/method.md, eq. 5, n = share * tokens * N); mean |
 | inhibition_loss_weighted | nats | coefficient times L_MS, step by step; mean; 0 where a deactivation takes its place |
 | coefficient | 1 | lambda of the newest step, mean over hooked layers |
 | strength | 1 | inhibition loss's gradient over the LM's, RMS at the selected activations, in the step before the |
 | | | newest; mean over hooked layers |
 | observed_share | 1 | share of (token, neuron) pairs selected, mean over hooked layers; mean |
 | layerI/observed_share | 1 | the same for layer I |
-| layerI/tau | 1 | threshold on the score that selected in the newest step (METHOD section 4) |
+| layerI/tau | 1 | threshold on the score that selected in the newest step (docs/method.md, 4) |
 | layerI/selected_score | 1 | mean MS (eq. 1) of the selected activations; mean |
 | layerI/coefficient | 1 | lambda of layer I in the newest step |
 | layerI/strength | 1 | as strength, of layer I |

@@ -38,7 +38,7 @@ def listen() -> None:
     """
     _Heard.signal_name, _Heard.began = None, time.monotonic()
     _Heard.stop_file = _Heard.time_limit = None
-    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (DEEPSPEED.md, silent failure 8)
+    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (docs/deepspeed.md, row 8)
     has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     _Heard.parent = os.getppid() if has_launcher else None
     for number in SIGNALS:
