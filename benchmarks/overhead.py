@@ -3,7 +3,7 @@
 Two measurements of each variant, alternating with no inhibition. The operation: forward and backward of one hooked
 layer's activation, and what follows once a step; its milliseconds, divided by a step's, are sharp where whole steps
 scatter. The whole step: one trainer whose hooks are changed from step to step. Runs alone, and under any launcher
-(`deepspeed --module l2e_ds.cli bench overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
+(`deepspeed --module benchmarks overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
 
 Shapes: B sequences of a micro-batch, T tokens a sequence, M = B * T, N neurons of a layer.
 """

@@ -3,7 +3,7 @@
 l2e-ds, the Hugging Face Trainer and a hand-written minimal DeepSpeed loop train the same network from the same weights
 with the same DeepSpeed JSON on the same batches: alternately, each a round in processes of its own, and the ratios are
 taken round by round. What does not compute the same losses is not compared. Runs alone, and under any launcher
-(`deepspeed --module l2e_ds.cli bench throughput ...`, torchrun, srun, mpirun); rank 0 prints and writes.
+(`deepspeed --module benchmarks throughput ...`, torchrun, srun, mpirun); rank 0 prints and writes.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ usage: python docs/generate.py
 
 from __future__ import annotations
 
+import re
 import textwrap
 import typing
 from pathlib import Path
@@ -46,7 +47,7 @@ def run_files() -> str:
             kind = _type(entry.annotation) + (f", {' and '.join(limits)}" if limits else "")
             parts.append(f"| `{key}` | {kind} | {default} | {meaning} |")
         parts.append("")
-    return "\n".join(parts)
+    return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", "\n".join(parts))
 
 
 def _limits(metadata: list) -> list[str]:

@@ -71,8 +71,8 @@ class SaveError(L2EError):
 
 
 class SelfTestError(L2EError):
-    """A hook was not called as often as it should be, its gradient did not arrive (DEEPSPEED.md, 3), or the network
-    does not pass on what its output projection returns."""
+    """A hook was not called as often as it should be, its gradient did not arrive (docs/deepspeed.md, row 3), or the
+    network does not pass on what its output projection returns."""
 
     on_every_rank = True
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need (pinned), then checks the code and runs the tests.
+# Installs what the tests need (pinned), then checks the code, builds the docs and runs the tests.
 #
 # usage: launch/test.sh             lint, types, imports, unit tests, and each promise of the README once on real ranks
 #        launch/test.sh --full      all tests, as CI does
@@ -29,6 +29,7 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
+NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 # one more than cores: some tests wait for schedulers and timeouts
 python -m pytest "${CHOSEN[@]}" -n "${WORKERS:-$((CORES + 1))}" --dist loadfile --no-loadscope-reorder \
     --durations=20 ${REPORT:+--junitxml="$REPORT"}

@@ -1,4 +1,4 @@
-"""What neurons answer to: the analysis of finished models and checkpoints (METHOD, section 8)."""
+"""What neurons answer to: the analysis of finished models and checkpoints (docs/analysis.md)."""
 
 # Of the extra `analysis`: said in one line where one is missing.
 PACKAGES = ("matplotlib", "pandas", "pyarrow", "scipy")

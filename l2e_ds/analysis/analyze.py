@@ -1,4 +1,4 @@
-"""`l2e-ds analyze MODEL [MODEL ...] --features FILE --output DIR`: the analyses of the paper (METHOD, section 8).
+"""`l2e-ds analyze MODEL [MODEL ...] --features FILE --output DIR`: the analyses of the paper (docs/analysis.md).
 
     DIR/
       analysis.json              what was analysed, how, on what; the report on the texts

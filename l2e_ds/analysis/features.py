@@ -1,4 +1,4 @@
-"""Feature sets: texts that are labelled with one feature each (METHOD, section 8), as tokens of one length.
+"""Feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
 
 The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept. So
 memory grows with the set that comes out, and by 8 bytes for each long enough text of the source.

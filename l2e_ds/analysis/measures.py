@@ -1,4 +1,4 @@
-"""The measures of METHOD, section 8, from per-text moments and histograms: NumPy arrays in, no pass over tokens.
+"""The measures of docs/analysis.md, from per-text moments and histograms: NumPy arrays in, no pass over tokens.
 
 Shapes: F features, T tokens of a text (the same for all), C neurons (a block of a layer's), K shares, BINS bins of the
 score. `...` stands for leading axes, such as one of bootstrap resamples. Everything is float64.
@@ -107,7 +107,7 @@ def own_features(inside: Array) -> tuple[Array, Array]:
 def own_against_all(inside: Array) -> float:
     """K-S statistic between the scores of the neurons' own features and those of all their (neuron, feature) pairs.
 
-    inside: [F, C] of live neurons. It falls as neurons get polysemantic (METHOD, section 8, Scale).
+    inside: [F, C] of live neurons. It falls as neurons get polysemantic (docs/analysis.md).
     """
     from scipy import stats  # of the extra: options and help of the commands need none
 

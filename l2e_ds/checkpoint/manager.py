@@ -9,7 +9,7 @@
         rng-rank00000.safetensors    random states, one file a rank
         manifest.json                every file with its size and checksum; written last
 
-DeepSpeed writes `latest` before the other ranks' shards are on disk (DEEPSPEED.md, silent failure 5), so we
+DeepSpeed writes `latest` before the other ranks' shards are on disk (docs/deepspeed.md, row 5), so we
 publish: all files into `stepN.tmp`; each rank brings its own to the disk and computes their checksums, in the
 background while training goes on; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
 Whether that has happened is agreed by all ranks once a step (`advance`).
@@ -202,7 +202,7 @@ class CheckpointManager:
 
         def write() -> None:
             with _noting_failed_writes(engine) as failed:
-                # everything of ours under one key: others would overwrite the engine's own (silent failure 7)
+                # everything of ours under one key: others would overwrite the engine's own (docs/deepspeed.md, row 7)
                 engine.save_checkpoint(
                     str(self.directory),
                     tag=temporary.name,

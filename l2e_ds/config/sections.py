@@ -30,7 +30,7 @@ Method = Literal["none", "l2e", "memel"]
 Retrieval = Literal["threshold", "top-k"]
 Mechanism = Literal["regulariser", "reverse-deactivation", "naive-deactivation"]
 
-# What each method is made of (METHOD, sections 4 to 6). The other pairs are the paper's ablation.
+# What each method is made of (docs/method.md, 4 to 6). The other pairs are the paper's ablation.
 METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
     "none": ("threshold", "regulariser"),
     "l2e": ("threshold", "regulariser"),
@@ -269,7 +269,7 @@ class DataConfig(SourceConfig):
 
 
 class OptimizerConfig(Section):
-    """AdamW with a cosine schedule; Pythia's published values are the defaults (METHOD, section 10)."""
+    """AdamW with a cosine schedule; Pythia's published values are the defaults (docs/method.md, 10)."""
 
     peak_learning_rate: float | None = Field(None, gt=0)
     """Default: the published one of `model.name`."""
@@ -356,7 +356,7 @@ Duration = Annotated[int | float, AfterValidator(_duration)]
 
 
 class InhibitionConfig(Section):
-    """The method (METHOD, sections 3 to 7)."""
+    """The method (docs/method.md, 3 to 7)."""
 
     method: Method = "l2e"
     """`l2e`: threshold + regulariser. `memel`: top-k + reverse deactivation. `none`: plain pretraining."""
@@ -366,7 +366,8 @@ class InhibitionConfig(Section):
     """Overrides what the method does with selected activations (ablation)."""
     loss: Literal["published", "scale-invariant", "projected"] = "projected"
     """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5
-    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (METHOD, 5)."""
+    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (docs/method.md,
+    5)."""
     power: Literal[0, 1, 2] = 1
     """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"

@@ -48,7 +48,7 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         rank, size = read("PMI_RANK", "PMI_SIZE")
         launch = Launch("mpirun", rank, size, int(env.get("MPI_LOCALRANKID", rank)))
     elif "PMIX_RANK" in env:
-        # one of several tasks that would each take themselves for the only one (DEEPSPEED.md, silent failure 10)
+        # one of several tasks that would each take themselves for the only one (docs/deepspeed.md, row 10)
         raise ConfigError(
             "launcher: PMIX_RANK is set, but the number of ranks is not; set RANK, WORLD_SIZE, LOCAL_RANK"
         )

@@ -26,7 +26,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     """Make the process group (nccl on GPUs, gloo on CPUs) and return this rank's device.
 
     Raises L2EError where the group that formed has another size than the launcher said: N tasks that each
-    think they are alone would be N runs in one directory (DEEPSPEED.md, silent failure 10).
+    think they are alone would be N runs in one directory (docs/deepspeed.md, row 10).
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator

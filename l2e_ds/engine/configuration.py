@@ -19,8 +19,8 @@ from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.pythia import published_learning_rate
 
-# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (DEEPSPEED.md, silent
-# failure 9). A unit test compares this list with the keys that the installed version asks for.
+# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (docs/deepspeed.md,
+# row 9). A unit test compares this list with the keys that the installed version asks for.
 _KEYS: dict[type, str] = {
     bool: "dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting"
     " managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients"

@@ -1,6 +1,6 @@
 """lambda, the weight of the inhibition loss, of each hooked layer and step.
 
-Either `coefficient`, the same for all, or relative (`strength`), for each layer (docs/method.md, section 5.3):
+Either `coefficient`, the same for all, or relative (`strength`), for each layer (docs/method.md, 5.3):
 
     lambda = strength * RMS(gradient of the LM loss) / RMS(gradient of the inhibition loss), both at the selected
 

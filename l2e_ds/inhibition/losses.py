@@ -2,7 +2,7 @@
 
 Shapes: M samples (tokens) of a micro-batch, N neurons. Statistics are float32 [N] and constants of the loss.
 
-The inhibition loss of one layer (docs/method.md, section 5), with d = z - mean, u = d / S, n = share * M * N and q the
+The inhibition loss of one layer (docs/method.md, 5), with d = z - mean, u = d / S, n = share * M * N and q the
 power:
 
     published:        L = 1/n * sum_ij sel_ij * log d_ij^2

@@ -1,4 +1,4 @@
-"""The baseline MEmeL: selected activations are replaced by their mean (METHOD, section 6).
+"""The baseline MEmeL: selected activations are replaced by their mean (docs/method.md, 6).
 
 Shapes: M samples (tokens), N neurons.
 """

@@ -69,7 +69,7 @@ def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tupl
     """Sums over samples of d and d^2 with d = z - shift, in float64.
 
     z: [M, N] any float dtype; shift: [N]; weight: [M, 1], how many samples each one stands for, or None: one each.
-    Around a shift near the mean float32 differences lose nothing to cancellation (METHOD, section 3); for
+    Around a shift near the mean float32 differences lose nothing to cancellation (docs/method.md, 3); for
     samples whose mean is not known yet use `exact_sums`.
     """
     d = z.float() - shift.float()

@@ -1,6 +1,6 @@
 """The moving threshold tau: O(1) a step, converging to a target share of selected (token, neuron) pairs.
 
-METHOD, section 4. With observed share f and target p: tau <- tau * (ln p / ln f)^(1/2), which is exact in one
+docs/method.md, 4. With observed share f and target p: tau <- tau * (ln p / ln f)^(1/2), which is exact in one
 step where the survival function of the score is exp(-a * phi^2), and contracts for heavier tails.
 """
 

@@ -2,7 +2,7 @@
 
 Forward reads the pre-activation x and writes z = GELU(x); the sums that the method needs of z are made while it passes
 by. Backward computes z again from x, which is all that a GELU keeps. Beside the memory traffic of a GELU alone there
-are only a few floats per neuron and STRETCH tokens. What is computed: `losses.py` (METHOD, eq. 1, sections 3 and 5).
+are only a few floats per neuron and STRETCH tokens. What is computed: `losses.py` (docs/method.md, 3 and 5).
 
 Shapes: M samples (tokens) of a micro-batch, N neurons; x, z and their gradients [M, N] float32, bfloat16 or float16;
 statistics [N] float32; all arithmetic in float32.

@@ -1,6 +1,6 @@
 """Where the neurons of a model are: the registry of model families, one entry a family.
 
-A neuron is one coordinate of what the output projection of a block's MLP reads (METHOD, section 2). Where an activation
+A neuron is one coordinate of what the output projection of a block's MLP reads (docs/method.md, 2). Where an activation
 module alone computes that, the hook takes its place: it survives torch.compile, and the exact GELU may be computed in
 the hook's own pass. In a gated MLP no module returns the neurons, which are act(gate) * up: the hook sits before the
 output projection. docs/families.md says how to add a family.

@@ -1,6 +1,6 @@
 """The Pythia family: sizes, published hyper-parameters, initialisation; building and loading networks; their layers.
 
-Sources: Biderman et al. 2023 and the released configuration files (METHOD, section 10). GPT-NeoX initialises
+Sources: Biderman et al. 2023 and the released configuration files (docs/method.md, 10). GPT-NeoX initialises
 with `small_init` (Nguyen & Salazar 2019) and, where a layer writes to the residual stream, `wang_init`.
 Where the neurons of these and of other families are: families.py. Shapes: N neurons of a layer.
 """
@@ -108,7 +108,7 @@ def without_default_init() -> Iterator[None]:
 def initialise(model: nn.Module, seed: int) -> None:
     """Pythia's initialisation: small_init, wang_init on residual outputs, zero biases, unit norms.
 
-    small_init: N(0, 2 / (5 h)); wang_init: N(0, (2 / (L sqrt(h)))^2), h hidden size, L layers (METHOD, section 10).
+    small_init: N(0, 2 / (5 h)); wang_init: N(0, (2 / (L sqrt(h)))^2), h hidden size, L layers (docs/method.md, 10).
     """
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
     small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]

@@ -1,4 +1,4 @@
-"""The published figures of METHOD, section 9 (Wang et al. 2025, arXiv 2503.23298). Where it has none, there is none."""
+"""The published figures of Wang et al. 2025 (arXiv 2503.23298). Where it has none, there is none."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def evaluate(
 
     engine.eval()
     try:
-        # compiled layers would go on without the hooks that measure (DEEPSPEED.md, silent failure 3)
+        # compiled layers would go on without the hooks that measure (docs/deepspeed.md, row 3)
         with torch.compiler.set_stance("force_eager"):
             scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     finally:

@@ -36,7 +36,7 @@ def listen() -> None:
     """
     _Heard.began = time.monotonic()
     _Heard.run_directory = _Heard.time_limit = None
-    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (docs/deepspeed.md)
+    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (docs/deepspeed.md, row 8)
     has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     _Heard.parent = os.getppid() if has_launcher else None
     signals.listen(SIGNALS)

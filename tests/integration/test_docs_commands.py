@@ -39,14 +39,15 @@ STUDY = {
 
 
 def commands() -> list[tuple[str, str]]:
-    """(page, command) of each line of each bash block, without marked ones; a line may go on after a backslash."""
-    found = []
+    """First page and text of each command in the bash blocks, without marked ones; one may go on after a backslash."""
+    pages: dict[str, str] = {}
     for page in PAGES:
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
             for line in block.replace("\\\n", " ").splitlines():
                 if line.strip() and not line.startswith("#") and not MARK.search(line):
-                    found.append((str(page.relative_to(REPOSITORY)), " ".join(shlex.split(line, comments=True))))
-    return list(dict.fromkeys(found))
+                    command = " ".join(shlex.split(line, comments=True))
+                    pages.setdefault(command, str(page.relative_to(REPOSITORY)))
+    return [(page, command) for command, page in pages.items()]
 
 
 @pytest.fixture(scope="module")

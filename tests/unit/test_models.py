@@ -19,7 +19,7 @@ from l2e_ds.models.pythia import PYTHIA, network_config, published_learning_rate
 from l2e_ds.models.sites import chosen_layers, neuron_sites
 from l2e_ds.training.loss import LossHead
 
-# METHOD, section 10: layers, hidden, heads, peak learning rate, vocabulary rows; total parameters as published.
+# docs/method.md, 10: layers, hidden, heads, peak learning rate, vocabulary rows; total parameters as published.
 FAMILY = {
     "pythia-14m": (6, 128, 4, 1.0e-3, 50304, 14_067_712),
     "pythia-31m": (6, 256, 8, 1.0e-3, 50304, 30_494_720),
@@ -199,7 +199,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("choice", "layers", "expected"), CHOICES)
 def test_chosen_layers(choice, layers, expected):
-    """The paper's choices (METHOD, section 7) and explicit lists, ascending."""
+    """The paper's choices (docs/method.md, 7) and explicit lists, ascending."""
     assert chosen_layers(choice, layers) == expected
 
 

@@ -1,4 +1,4 @@
-"""Random and planted activations token by token, and the measures of METHOD, section 8, computed slowly from them.
+"""Random and planted activations token by token, and the measures of docs/analysis.md, computed slowly from them.
 
 Shapes: F features, T tokens of a text, N neurons of a layer.
 """

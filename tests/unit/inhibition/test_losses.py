@@ -103,7 +103,7 @@ def test_scale_invariant_gradient_cannot_shrink_a_neuron(scale):
     inner = (gradient * d).double().sum(0)
     assert float(inner.abs().max()) < 1e-4 * float((gradient * d).double().abs().sum(0).max())
     published = (gradient_of(z, selected, statistics, PUBLISHED) * d).double().sum(0)
-    torch.testing.assert_close(published, 2.0 * selected.double().sum(0), rtol=1e-4, atol=1e-4)  # METHOD 5.1
+    torch.testing.assert_close(published, 2.0 * selected.double().sum(0), rtol=1e-4, atol=1e-4)  # docs/method.md, 5.1
 
 
 def written_out(

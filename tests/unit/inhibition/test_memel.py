@@ -42,7 +42,7 @@ def test_deactivation(deactivate, factor, dtype):
 
 
 def test_reverse_deactivation_is_the_published_expression():
-    """Value and gradient are those of z' = mean + (stop_gradient(z) - z), METHOD section 6."""
+    """Value and gradient are those of z' = mean + (stop_gradient(z) - z), docs/method.md, 6."""
     mean, selected = torch.linspace(-1, 1, 12), samples(9, 12).abs() > 1
     z = samples(9, 12).requires_grad_()
     written_out = samples(9, 12).requires_grad_()

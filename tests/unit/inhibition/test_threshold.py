@@ -37,7 +37,7 @@ def test_initial_threshold_is_the_normal_distribution_s(share):
 @pytest.mark.parametrize("target", [0.005, 0.02, 0.2])
 @pytest.mark.parametrize("start", [0.6, 0.9, 1.0, 1.3, 1.8])
 def test_exact_in_one_step_for_a_gaussian_tail(target, start):
-    """Where P(phi >= t) = exp(-a t^2), one update lands on the quantile (METHOD, section 4)."""
+    """Where P(phi >= t) = exp(-a t^2), one update lands on the quantile (docs/method.md, 4)."""
     a = 0.07
     quantile = math.sqrt(-math.log(target) / a)
     assert move(start * quantile, math.exp(-a * (start * quantile) ** 2), target) == pytest.approx(quantile, rel=1e-12)

@@ -38,7 +38,7 @@ arc_challenge 5  .1834/.1860, .1988/.2056, .2346/.2415
 arc_easy 0       .3880/.3813, .4545/.4423, .5223/.5042
 arc_easy 5       .3708/.3864, .4811/.4798, .5522/.5358
 """
-"""Benchmark, shots; of 70m, 410m and 2.8b Pythia/L2E: as METHOD, section 9, has them."""
+"""Benchmark, shots; of 70m, 410m and 2.8b Pythia/L2E: as Wang et al. 2025 have them."""
 
 
 def test_published_figures():
