@@ -27,7 +27,7 @@ def test_keys_get_other_names_and_other_text_does_not():
         "no key 'data.path' in data.path.txt; set ", "data.text_key", " or data.path", where="data.path"
     )
     error.rename({"data.path": "", "data.text_key": "--text-key"})
-    assert str(error) == "no key 'data.path' in data.path.txt; set --text-key to x"
+    assert str(error) == "no key 'data.path' in data.path.txt; set --text-key or data.path"
 
 
 def test_an_error_of_another_process_is_the_same():
