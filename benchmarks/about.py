@@ -27,7 +27,7 @@ def circumstances(*packages: str) -> dict[str, Any]:
 
 
 def heading(title: str, command: str, about: dict[str, Any]) -> str:
-    """The beginning of a page. about: as `circumstances` gives it."""
+    """Return the beginning of a page. about: as `circumstances` gives it."""
     found = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join(
         [
@@ -51,7 +51,7 @@ def median_and_spread(values: Sequence[float], digits: int = 2) -> str:
 
 
 def new_folder(option: str, path: Path) -> Path:
-    """An empty folder, made if need be. Raises ConfigError."""
+    """Return an empty folder, made if need be. Raises ConfigError."""
     path = path.absolute()
     if not is_free(path):
         raise ConfigError(f"{option}: {path} exists and is not an empty folder")

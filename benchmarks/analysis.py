@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
+    """Return seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
     from l2e_ds.analysis.collect import Texts, collect_activations, count_scores
     from l2e_ds.analysis.load import LoadedModel
     from l2e_ds.analysis.tables import LayerOwn

@@ -239,7 +239,7 @@ def plain_network(work: Work) -> Any:
 
 
 def named_optimizer(work: Work) -> dict:
-    """The JSON; where it offloads the optimizer and names none, with the AdamW that DeepSpeed then has for CPUs.
+    """Return the JSON; where it offloads the optimizer and names none, with the AdamW that DeepSpeed then has for CPUs.
 
     (Of an optimizer that the JSON names, the Hugging Face Trainer lets biases and norms decay, too.)
     """

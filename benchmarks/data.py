@@ -174,7 +174,9 @@ def _call(command: list[str], folder: Path, watch: Callable[[int], None] | None 
 
 
 def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Peak of the resident memory of all processes of `l2e-ds tokenize`, sampled, for 1, 2, 4 and 8 times the text."""
+    """Return peak of the resident memory of all processes of `l2e-ds tokenize`, sampled, for 1, 2, 4 and 8 times the
+    text.
+    """
     rows = []
     text = folder / "text.jsonl"
     for times in (1, 2, 4, 8):
@@ -243,7 +245,7 @@ def _dataset(prefix: Path) -> TokenDataset:
 
 
 def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Sequences/s in batches of 1,024 at random places of a set in the page cache; alternately."""
+    """Return sequences/s in batches of 1,024 at random places of a set in the page cache; alternately."""
     prefix = folder / "set"
     write_set(prefix, READ, sparse=False)
     dataset = _dataset(prefix)

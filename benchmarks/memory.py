@@ -86,7 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(model: Any, variant: str, sequences: int, length: int, device: torch.device) -> dict[str, int]:
-    """Bytes: `state` that the inhibitor holds, `kept` for backward, `peak` of a pass above what was held before it."""
+    """Return bytes: `state` that the inhibitor holds, `kept` for backward, `peak` of a pass above what was held before
+    it.
+    """
     from l2e_ds.models.network import build_network
     from l2e_ds.models.pythia import network_config
     from l2e_ds.models.sites import neuron_sites
@@ -171,7 +173,7 @@ def _without_stderr() -> Iterator[None]:
 
 
 def per_token(results: dict[str, Any], variant: str, what: str) -> float:
-    """Bytes that a variant adds for each token: the slope between the smallest and the largest micro-batch."""
+    """Return bytes that a variant adds for each token: the slope between the smallest and the largest micro-batch."""
     tokens, found = results["tokens"], results["found"]
     low, high = tokens.index(min(tokens)), tokens.index(max(tokens))
     added = [found[variant][index][what] - found[NONE][index][what] for index in (low, high)]

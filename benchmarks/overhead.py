@@ -344,7 +344,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def _wide_table(operation: dict[str, Any]) -> str:
-    """The layer of a 2.8B model: MEmeL's overhead over each."""
+    """Return the layer of a 2.8B model: MEmeL's overhead over each."""
     memel = added(operation, "MEmeL")
     rows = []
     for variant in VARIANTS:

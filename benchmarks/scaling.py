@@ -116,7 +116,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def sizes_of(model: str) -> dict[str, int]:
-    """Bytes of the packed sums of `mid-2` (float64) and of the gradients in float32; neurons of a layer."""
+    """Return bytes of the packed sums of `mid-2` (float64) and of the gradients in float32; neurons of a layer."""
     from l2e_ds.config.sections import ModelConfig
     from l2e_ds.models.counts import parameter_counts
     from l2e_ds.models.families import neurons_of

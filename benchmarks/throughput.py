@@ -151,7 +151,7 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
 
 
 def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str, dict]:
-    """The content of the run file that all contenders follow. Raises ConfigError."""
+    """Return the content of the run file that all contenders follow. Raises ConfigError."""
     from l2e_ds.config.reading import find_file, split_override
 
     content: dict[str, dict] = {
@@ -193,7 +193,7 @@ def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str,
 
 
 def child_environment(launcher: str, local_rank: int, accelerator: str | None) -> dict[str, str]:
-    """What a contender's process on this rank is told, but for the port. Collective."""
+    """Return what a contender's process on this rank is told, but for the port. Collective."""
 
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     if accelerator is not None:
@@ -209,7 +209,7 @@ def child_environment(launcher: str, local_rank: int, accelerator: str | None) -
 
 
 def threads_of_rank() -> int:
-    """This rank's share of the cores that it may use. Collective."""
+    """Return this rank's share of the cores that it may use. Collective."""
 
     mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
     return max(1, len(mine[1]) // collectives.all_gather_objects(mine).count(mine))
@@ -218,7 +218,7 @@ def threads_of_rank() -> int:
 def measure_model(
     model: str, content: dict[str, dict], rounds: int, environment: dict[str, str], folder: Path
 ) -> dict[str, Any]:
-    """Every measurement of one model; the order of contenders changes from round to round. Collective.
+    """Return every measurement of one model; the order of contenders changes from round to round. Collective.
 
     Raises L2EError where one fails, or where two do not compute the same.
     """
@@ -251,7 +251,7 @@ def measure_model(
 
 
 def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:
-    """What each rank's process measured. Collective: where one fails, all are ended. Raises L2EError."""
+    """Return what each rank's process measured. Collective: where one fails, all are ended. Raises L2EError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     run = spec["run"] | {"training": spec["run"]["training"] | {"run_directory": str(folder / "run")}}
@@ -306,7 +306,7 @@ def _wait_for_all(child: subprocess.Popen) -> None:
 
 
 def combine(ranks: list[dict[str, Any]], counted_tokens: int) -> dict[str, Any]:
-    """One measurement of what its ranks saw: the time of the slowest, the memory of the largest."""
+    """Return one measurement of what its ranks saw: the time of the slowest, the memory of the largest."""
     slowest = max(ranks, key=lambda rank: rank["seconds"])
     largest = max(ranks, key=lambda rank: rank["peak_memory_bytes"])
     speed = counted_tokens / slowest["seconds"]

@@ -88,7 +88,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
 
     @torch.compiler.disable
     def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The model's output with its loss attached. Raises ConfigError."""
+        """Return the model's output with its loss attached. Raises ConfigError."""
         if self.inhibitor is None or not model.training or not torch.is_grad_enabled():
             return None
         loss = _loss_of(output)
@@ -120,7 +120,9 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes into trainer_state.json: what makes such a callback, and `Inhibitor.state_dict`."""
+        """Return what the Trainer writes into trainer_state.json: what makes such a callback, and
+        `Inhibitor.state_dict`.
+        """
         statistics = None if self.inhibitor is None else _encode(self.inhibitor.state_dict())
         arguments = {"layers": self.layers, **asdict(self.settings)}
         return {"args": arguments, "attributes": {}, "statistics": statistics, "run_steps": self._run_steps}

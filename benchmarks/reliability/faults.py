@@ -189,7 +189,7 @@ class Benchmark:
         (self.output / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     def command(self, directory: Path, *words: str, restarts: int = 0) -> list[str]:
-        """The supervisor over the deepspeed launcher."""
+        """Return the supervisor over the deepspeed launcher."""
         supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
         run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
         launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(launch.free_port())]
@@ -300,7 +300,7 @@ class Benchmark:
         one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + EVERY, f"for {EVERY} steps")
 
     def choose_victims(self, one: WatchedRun) -> tuple[str, list[psutil.Process]]:
-        """One rank, or all."""
+        """Return one rank, or all."""
         ranks: dict[int, psutil.Process] = {}
 
         def all_found() -> bool:
@@ -601,7 +601,7 @@ class Benchmark:
 
 
 def cells(faults: Sequence[Fault]) -> list[str]:
-    """A row of the table, without its name."""
+    """Return a row of the table, without its name."""
     if not faults:
         return ["0", *[""] * 7]
 
@@ -668,7 +668,7 @@ def kill(processes: Sequence[psutil.Process]) -> None:
 
 
 def tensors_of_shard(shard: Path) -> dict[str, Any]:
-    """Every tensor of one of DeepSpeed's files by its place in it."""
+    """Return every tensor of one of DeepSpeed's files by its place in it."""
     import torch
 
     found: dict[str, Any] = {}
@@ -688,7 +688,7 @@ def tensors_of_shard(shard: Path) -> dict[str, Any]:
 
 
 def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
-    """Whether there are any, under the same names, equal to the bit."""
+    """Return whether there are any, under the same names, equal to the bit."""
     import torch
 
     return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)

@@ -56,7 +56,7 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 
 
 def why_not() -> str | None:
-    """What keeps a SLURM from being started here, or None."""
+    """Return what keeps a SLURM from being started here, or None."""
     if not all(shutil.which(program) for program in PROGRAMS):
         return "SLURM is not installed; on Debian: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
@@ -144,7 +144,7 @@ def _is_daemon(process: psutil.Process) -> bool:
 
 
 def daemon_logs(environment: dict[str, str]) -> str:
-    """The ends of what the daemons wrote."""
+    """Return the ends of what the daemons wrote."""
     return "\n".join(
         file.read_text()[-1500:] for file in sorted(Path(environment["SLURM_CONF"]).parent.glob("slurm*.log"))
     )
@@ -198,7 +198,7 @@ def _start(daemon: list[str], environment: dict[str, str]) -> None:
 
 
 def ready_nodes(environment: dict[str, str]) -> set[str]:
-    """The names of those that answer and take jobs.
+    """Return the names of those that answer and take jobs.
 
     Idle ones are not enough: SLURM 22.05 may list a node for minutes as `mixed` after the job on it is gone.
     """

@@ -75,7 +75,7 @@ class WatchedRun:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """All that the supervisor started: launcher, its helpers, ranks."""
+        """Return all that the supervisor started: launcher, its helpers, ranks."""
         found = []
         with contextlib.suppress(psutil.Error):
             for process in self.process.children(recursive=True) if self.process else []:
@@ -85,7 +85,7 @@ class WatchedRun:
         return found
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The ranks' own processes, without those that they started."""
+        """Return the ranks' own processes, without those that they started."""
         found: dict[int, psutil.Process] = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -104,7 +104,7 @@ class WatchedRun:
         self.process.wait()
 
     def wait_for_end(self, seconds: float = PATIENCE) -> int:
-        """The supervisor's exit code. Raises RunLost."""
+        """Return the supervisor's exit code. Raises RunLost."""
         assert self.process is not None
         deadline = time.time() + seconds
         while self.process.poll() is None:
@@ -143,7 +143,7 @@ class WatchedRun:
             time.sleep(POLL)
 
     def goes_on(self) -> bool:
-        """Whether the newest start has made a step."""
+        """Return whether the newest start has made a step."""
         return bool(self.starts) and self.starts[-1].first_step_at is not None
 
     @property
@@ -151,7 +151,7 @@ class WatchedRun:
         return self.starts[-1].last_step if self.starts else 0
 
     def tail(self) -> list[str]:
-        """The last things of note that were said."""
+        """Return the last things of note that were said."""
         return self.starts[-1].said[-3:] if self.starts else self.log.read_text(errors="replace").splitlines()[-3:]
 
     def said(self) -> str:
@@ -229,7 +229,7 @@ class WatchedRun:
         return step_of(good[-1]) if good else 0
 
     def is_saving(self) -> bool:
-        """Whether a checkpoint is being written that does not count yet."""
+        """Return whether a checkpoint is being written that does not count yet."""
         for path in (self.directory / "checkpoints").glob("step*.tmp"):
             with contextlib.suppress(OSError):
                 # an older one is what a kill has left; the next save removes it
@@ -251,7 +251,7 @@ def _identity(folder: Path) -> tuple[str, int, int]:
 
 
 def comparable(line: dict) -> dict:
-    """What must be the same to the bit in every run of the same configuration."""
+    """Return what must be the same to the bit in every run of the same configuration."""
     return {key: value for key, value in line.items() if key not in TIMINGS}
 
 
@@ -265,7 +265,7 @@ def difference(line: dict, reference: dict[int, dict]) -> str | None:
 
 
 def read_reference(run: Path, steps: int) -> dict[int, dict]:
-    """Lines by step of a run that nobody disturbed. Raises L2EError where it is not complete."""
+    """Return lines by step of a run that nobody disturbed. Raises L2EError where it is not complete."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [comparable(line) for line in lines if line["kind"] == "train"]
     if [line["step"] for line in found] != list(range(1, steps + 1)):

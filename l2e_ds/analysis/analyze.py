@@ -120,7 +120,7 @@ def _analyse_all(
     scratch: Path,
     output: Path | None,
 ) -> list[Result]:
-    """One model after another; their tables are written at once, the rest at the end. Collective."""
+    """Analyse one model after another; their tables are written at once, the rest at the end. Collective."""
     results: list[Result] = []
     changes: list[pd.DataFrame] = []
     for source, of_source in zip(sources, texts, strict=True):
@@ -141,7 +141,7 @@ def _analyse_all(
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
-    """The models, where everything about the options is right. Raises ConfigError, CheckpointError."""
+    """Return the models, where everything about the options is right. Raises ConfigError, CheckpointError."""
     at_least("--batch", arguments.batch, 1)
     at_least("--resamples", arguments.resamples, 20)
     if arguments.all_checkpoints and len(arguments.models) != 1:
@@ -291,7 +291,7 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
 
 
 def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
-    """The best probed neuron of each feature, once each, and between which values its activations lie."""
+    """Return the best probed neuron of each feature, once each, and between which values its activations lie."""
     probes = first.tables["probes"]
     best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
     shown = []
@@ -320,7 +320,7 @@ def _all_tables(
 
 
 def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features: Sequence[str]) -> pd.DataFrame:
-    """A row a bin, feature and probed feature."""
+    """Return a row a bin, feature and probed feature."""
     import pandas as pd
 
     by_neuron = {(part.layer, part.neuron): part.trimmed() for part in found}

@@ -33,7 +33,7 @@ def resample_weights(labels: Array, resamples: int, seed: int) -> Array:
 def resampled_moments(
     weights: Array, mean: Array, variance: Array, labels: Array, moments: FeatureMoments
 ) -> FeatureMoments:
-    """The moments of each resample: those of `feature_moments`, with a leading axis [B, F, C].
+    """Return the moments of each resample: those of `feature_moments`, with a leading axis [B, F, C].
 
     weights: [B, texts]; mean, variance: [texts, C]; moments: of the texts as they are, around whose means it sums.
     """
@@ -50,7 +50,9 @@ def resampled_moments(
 
 
 def held_own_scores(inside: Array, own: Array) -> Array:
-    """Each resample's mean score of the neurons' own features, these held: [B, F, C], [C] -> [B, C]; 0 for own = -1.
+    """Return each resample's mean score of the neurons' own features, these held: [B, F, C], [C] -> [B, C].
+
+    0 for own = -1.
 
     The own score is a maximum over features, so noise alone lifts it, and a resample that chose anew would lift it
     twice: in simulations such intervals lay wholly above the estimate. With l* held they are of the figure that this

@@ -48,7 +48,7 @@ def bin_edges() -> np.ndarray:
 
 
 def bin_of(scores: Tensor, out: Tensor | None = None) -> Tensor:
-    """The bin of each score >= 0, int32; float32 of any shape."""
+    """Return the bin of each score >= 0, int32; float32 of any shape."""
     return torch.bitwise_right_shift(scores.view(torch.int32), _SHIFT, out=out).sub_(_FIRST).clamp_(0, BINS - 1)
 
 
@@ -77,7 +77,7 @@ class LayerActivations:
     tokens: int
 
     def as_one_sample(self, kind: str) -> LayerActivations:
-        """Each text as one sample: its mean or its largest activation ("max"), as in sparse probing."""
+        """Return each text as one sample: its mean or its largest activation ("max"), as in sparse probing."""
         value = self.mean if kind == "mean" else self.top
         lowest = np.minimum.reduce([value[first : first + BLOCK].min(0) for first in range(0, len(value), BLOCK)])
         return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, lowest, 1)
@@ -171,7 +171,7 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
 
 
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
-    """The first pass. folder: this rank's own, for its part of the tables and, on rank 0, for the whole.
+    """Return the first pass. folder: this rank's own, for its part of the tables and, on rank 0, for the whole.
 
     Returns the layers on rank 0, nothing elsewhere. Raises AnalysisError naming the layer, neuron and text whose
     activation is not finite.
@@ -222,7 +222,7 @@ class _Table:
             array[rows] = value
 
     def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """The sum over ranks on rank 0, in place; None elsewhere. Collective."""
+        """Return the sum over ranks on rank 0, in place; None elsewhere. Collective."""
         for array in self.arrays:
             _sum_on_main(array)
         mean, variance, top = self.arrays
@@ -251,7 +251,7 @@ def count_scores(
     shown: Sequence[Shown],
     folder: Path,
 ) -> tuple[list[LayerCounts], list[Distribution]]:
-    """The second pass: scores by bins, and the distributions of some neurons.
+    """Return the second pass: scores by bins, and the distributions of some neurons.
 
     labels: [texts]; own: of each site, the same on every rank; shown: whose
     distribution is wanted; folder: as in `collect_activations`. Returns both on rank 0, empty lists

@@ -108,7 +108,7 @@ def frame(
     legend: float = 0,
     strip: float = 0,
 ) -> tuple[Figure, np.ndarray]:
-    """A figure with title, subtitle and note, and its axes [rows, columns].
+    """Return a figure with title, subtitle and note, and its axes [rows, columns].
 
     Inches: panel, width and height; legend, the width kept free for it; strip, the height kept free between subtitle
     and axes.
@@ -221,7 +221,7 @@ def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series],
     most = max(map(len, alike.values()))
 
     def aside(label: str) -> Transform:
-        """Where it is drawn: from the middle of those of its size, in points."""
+        """Return where it is drawn: from the middle of those of its size, in points."""
         same = alike[parameters[label]]
         points = (same.index(label) - (len(same) - 1) / 2) * min(7.0, 42 / most)
         return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
@@ -356,7 +356,10 @@ def _glyphs() -> frozenset[int]:
 
 
 def shown(text: str, most: int | None = None) -> str:
-    """What the font has no glyph for, or cannot be seen, is escaped; a longer text than `most` loses its middle."""
+    """Return what the font has no glyph for, or cannot be seen, is escaped.
+
+    A longer text than `most` loses its middle.
+    """
     text = "".join(c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     if most is not None and len(text) > most:
         return f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"

@@ -76,7 +76,7 @@ def load_feature_set(
     feature_column: str = "feature",
     split: str = "train",
 ) -> FeatureSet:
-    """The first `sequence_length` tokens, without special ones, of randomly chosen texts of every feature.
+    """Return the first `sequence_length` tokens, without special ones, of randomly chosen texts of every feature.
 
     `source`: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or
     a data set of the hub as `owner/name[/config][@revision]`; `split` is for the last two.
@@ -149,7 +149,7 @@ def load_feature_set(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report of a FeatureSet as text: what it is, then an aligned table."""
+    """Return the report of a FeatureSet as text: what it is, then an aligned table."""
     facts = {
         "source": report["source"],
         "tokenizer": report["tokenizer"],
@@ -172,7 +172,7 @@ def format_report(report: dict[str, Any]) -> str:
 def _texts_of_each(
     source: str, found: Counter[str], available: dict[str, int], sequence_length: int, asked: int | None
 ) -> int:
-    """How many texts of every feature are taken. Raises ConfigError."""
+    """Return how many texts of every feature are taken. Raises ConfigError."""
     if len(found) < 2:
         what = f"only the feature {next(iter(found))!r}" if found else "no text"
         raise ConfigError(f"--features: {source} holds {what}; at least two features are needed")
@@ -341,7 +341,7 @@ def _check_columns(columns: dict[str, str], there: list[str], where: str) -> Non
 
 
 def _named(things: Iterable[str], most: int = 12) -> str:
-    """A list for a message: a column that holds no features has thousands of values."""
+    """Return a list for a message: a column that holds no features has thousands of values."""
     names = list(things)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

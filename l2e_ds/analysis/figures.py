@@ -343,7 +343,7 @@ def _by_layer(rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def _at_share(rates: pd.DataFrame, share: float) -> pd.DataFrame:
-    """The rows whose share is nearest to the one asked for."""
+    """Return the rows whose share is nearest to the one asked for."""
     nearest = rates["share"].iloc[int((rates["share"] - share).abs().to_numpy().argmin())]
     return rates[rates["share"] == nearest]
 

@@ -53,7 +53,7 @@ class LoadedModel:
 
 
 def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
-    """The network's configuration, where everything that can be known from it is right. Loads no weight.
+    """Return the network's configuration, where everything that can be known from it is right. Loads no weight.
 
     Raises ConfigError: no such model, a family that is not known, a layer that there is not.
     """
@@ -73,7 +73,9 @@ def load_model(
     device: torch.device,
     zero3: bool = False,
 ) -> LoadedModel:
-    """A model that `check_model` has passed. Raises ConfigError or CheckpointError where its weights cannot be loaded.
+    """Return a model that `check_model` has passed.
+
+    Raises ConfigError or CheckpointError where its weights cannot be loaded.
 
     zero3: the weights are sharded over the ranks by DeepSpeed and gathered layer by layer; every rank must then run
     equally often, and close the model before the next is loaded.

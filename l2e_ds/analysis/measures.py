@@ -48,7 +48,7 @@ class FeatureMoments:
 
 
 def feature_moments(mean: Array, variance: Array, labels: Array, features: int, tokens: int) -> FeatureMoments:
-    """Each text's moments merged into its feature's by the pairwise formula (texts are of equal length).
+    """Return each text's moments merged into its feature's by the pairwise formula (texts are of equal length).
 
     mean, variance: [texts, C], a text's mean and population variance; labels: [texts] int64 in [0, F). Every feature
     needs a text.
@@ -143,7 +143,9 @@ class FalseKilling:
 
 
 def false_killing(histogram: Array, edges: Array, shares: tuple[float, ...], pairs: int) -> FalseKilling:
-    """The False Killing Rate (eq. 4) of one layer at each share k of its (token, neuron) pairs, from its histogram.
+    """Return the False Killing Rate (eq.
+
+    4) of one layer at each share k of its (token, neuron) pairs, from its histogram.
 
     histogram: [..., 2, BINS], counts of scores of live neurons, index 1 of the second last axis for those on a text of
     the neuron's own feature; edges: [BINS], lower edge of each bin, ascending; pairs: tokens x neurons of the layer,
@@ -184,7 +186,7 @@ def _counts_from(counts: Array) -> Array:
 
 
 def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: Array, wrong_before: Array) -> Array:
-    """The farthest from `rate` that the true rate can be: between `needed` and all of the bin are selected."""
+    """Return the farthest from `rate` that the true rate can be: between `needed` and all of the bin are selected."""
     most = np.clip(wrong, needed, wrong + own)
     highest = (wrong_before + np.minimum(wrong, most)) / np.maximum(before + most, 1)
     least = np.clip(own, needed, wrong + own)
@@ -193,7 +195,7 @@ def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: A
 
 
 def together(layers: list[FalseKilling]) -> FalseKilling:
-    """All layers as one: each keeps its own tau_k, selected and falsely killed are summed; tau is NaN.
+    """Return all layers as one: each keeps its own tau_k, selected and falsely killed are summed; tau is NaN.
 
     `error` is the layers' weighted by their selected, which bounds the rate's where no scores equal tau_k.
     """
@@ -204,7 +206,10 @@ def together(layers: list[FalseKilling]) -> FalseKilling:
 
 
 def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Array, Array]:
-    """The share with the lowest FKR, the smallest of equals, and that FKR: [...], [...]; NaN where no neuron lives."""
+    """Return the share with the lowest FKR, the smallest of equals, and that FKR: [...], [...].
+
+    NaN where no neuron lives.
+    """
     rate = curve.rate
     best = np.where(np.isnan(rate), np.inf, rate).argmin(axis=-1)
     lowest = np.take_along_axis(rate, best[..., None], axis=-1)[..., 0]
@@ -212,7 +217,7 @@ def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Arr
 
 
 def is_edge(share: float) -> bool:
-    """Whether it is the least or largest of the shares that are tried: the lowest FKR may lie beyond."""
+    """Return whether it is the least or largest of the shares that are tried: the lowest FKR may lie beyond."""
     return share in (SHARES[0], SHARES[-1])
 
 

@@ -107,7 +107,7 @@ class Piece:
 def pieces_around(
     ids: np.ndarray, position: int, tokenizer: PreTrainedTokenizerFast, context: int = _CONTEXT
 ) -> list[Piece]:
-    """The text around a token, `context` tokens on either side and what completes a character there. ids: [T].
+    """Return the text around a token, `context` tokens on either side and what completes a character there. ids: [T].
 
     Byte-level tokens that are parts of one character come as one piece. Bytes that are no character come as U+FFFD.
     """
@@ -188,8 +188,10 @@ def describe_neuron(
     about: Mapping[str, Any],
     count: int = 5,
 ) -> str:
-    """The same for a terminal: a few aligned lines, with the `count` strongest tokens. Arguments and errors as of
-    `write_neuron_page`."""
+    """Return the same for a terminal: a few aligned lines, with the `count` strongest tokens.
+
+    Arguments and errors as of `write_neuron_page`.
+    """
     found = measure_neuron(activations, labels, features)
     names = [_plain(feature) for feature in found.features["feature"]]
     rows = [("neuron", f"{_plain(str(about['model']))}, layer {about['layer']}, neuron {about['neuron']}")]

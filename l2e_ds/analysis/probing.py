@@ -68,7 +68,7 @@ def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Pr
 
 
 def best_places(f1_train: list[Array], alive: list[Array], places: int = PLACES) -> Array:
-    """The live neurons with the highest F1 for each feature: [F, places] int64, fewer where fewer neurons live.
+    """Return the live neurons with the highest F1 for each feature: [F, places] int64, fewer where fewer neurons live.
 
     f1_train: [F, N] of each layer; alive: [N] bool of each. A place holds the neuron's index among all layers' neurons
     in order; of equal neurons the one of the first layer, then the first of its layer, comes first. No test text of

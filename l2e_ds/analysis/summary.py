@@ -39,7 +39,7 @@ class Result:
 
 
 def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
-    """The figures that matter, as Markdown."""
+    """Return the figures that matter, as Markdown."""
     parts = [
         "## Models\n",
         markdown(
@@ -79,7 +79,10 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
 
 
 def suggested_shares(results: Sequence[Result]) -> str:
-    """The share with the lowest FKR of each model and layer, as Markdown; one at the edge of those tried is said."""
+    """Return the share with the lowest FKR of each model and layer, as Markdown.
+
+    One at the edge of those tried is said.
+    """
     rows = [row for result in results for row in _share_rows(result)]
     table = "## Share k with the lowest False Killing Rate\n\n" + markdown(["model", "layer", "k", "FKR there"], rows)
     if any(row[2].endswith(_EDGE) for row in rows):

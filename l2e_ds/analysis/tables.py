@@ -156,7 +156,7 @@ def first_tables(
 
 
 def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array) -> Tables:
-    """All tables of a model. edges: [BINS] float64, lower edge of each bin of the score, ascending from 0."""
+    """Return all tables of a model. edges: [BINS] float64, lower edge of each bin of the score, ascending from 0."""
     tables = dict(first.tables)
     neurons = tables["neurons"].copy()
     kurtosis = np.where(neurons["alive"], np.concatenate([layer.fourth for layer in counts]), 0.0)
@@ -236,7 +236,7 @@ def _check(labels: Array, features: Sequence[str]) -> None:
 def _layer_moments(
     index: int, layer: LayerTexts, labels: Array, features: int, tokens: int, weights: Array, masks: Array
 ) -> _LayerMoments:
-    """One layer in blocks of neurons."""
+    """Return one layer in blocks of neurons."""
     texts, neurons = layer.mean.shape
     resamples = len(weights)
     own_score_sum, s_sum = np.zeros(resamples), np.zeros(resamples)
@@ -379,7 +379,7 @@ def _probes(
 
 
 def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _Chosen) -> pd.DataFrame:
-    """One-sided Mann-Whitney of the probed neurons' scores inside the feature against random neurons'.
+    """Return one-sided Mann-Whitney of the probed neurons' scores inside the feature against random neurons'.
 
     A probed neuron that is in the sample too is left out of the latter. The probed were found on the same texts: see p
     as a description of these texts, as in the paper.
@@ -463,6 +463,6 @@ def _bounds(name: str, resampled: Array) -> dict[str, Any]:
 
 
 def _at_reported_share(fkr: pd.DataFrame) -> pd.Series:
-    """A layer's FKR at 2 %, in order of layers."""
+    """Return a layer's FKR at 2 %, in order of layers."""
     rows = fkr[(fkr["share"] == REPORTED_SHARE) & (fkr["layer"] >= 0)]
     return rows.sort_values("layer")["fkr"].reset_index(drop=True)

@@ -23,7 +23,7 @@ MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
-    """What a checkpoint's state.json has under `config`. Of another version's, keys that this one lacks are left
+    """Return what a checkpoint's state.json has under `config`. Of another version's, keys that this one lacks are left
     out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
@@ -35,7 +35,7 @@ def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
 
 
 def _known_names(section: Any) -> set[str]:
-    """Keys of a section, with those that a key had before."""
+    """Return keys of a section, with those that a key had before."""
     old = (field.validation_alias for field in section.model_fields.values())
     return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
 
@@ -51,7 +51,7 @@ class Changes:
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
 
     def lines(self) -> list[str]:
-        """Every changed key as `section.key: old -> new`, and the learning rate where that changes."""
+        """Return every changed key as `section.key: old -> new`, and the learning rate where that changes."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":
@@ -88,7 +88,7 @@ class Changes:
             )
 
     def other_inhibition(self) -> bool:
-        """Whether inhibition is another one: more than its schedule in another way of writing."""
+        """Return whether inhibition is another one: more than its schedule in another way of writing."""
         before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
         same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
         return before != now or any(
@@ -96,7 +96,7 @@ class Changes:
         )
 
     def _has_moved(self, key: str) -> bool:
-        """Whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
+        """Return whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
         fingerprint tells, which the checkpoint holds too."""
         old = flat(self.old)[key]
         paths = [old] if isinstance(old, str) else old or []
@@ -117,7 +117,7 @@ def _schedule_steps(config: RunConfig) -> int:
 
 
 def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
-    """The schedule's keys in steps; `end` where a decay leads to it."""
+    """Return the schedule's keys in steps; `end` where a decay leads to it."""
     section, steps = config.inhibition, config.training.steps
     if section.method == "none":
         return {}

@@ -108,7 +108,7 @@ def _unfinished(run: Path) -> list[Path]:
 
 
 def _is_idle(run: Path) -> bool:
-    """Whether no run is writing here, to whom an unfinished checkpoint would belong."""
+    """Return whether no run is writing here, to whom an unfinished checkpoint would belong."""
     lock = RunLock(run)
     try:
         lock.acquire()

@@ -26,7 +26,7 @@ LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def layout(engine: Any) -> dict[str, Any]:
-    """What decides how DeepSpeed lays out its shards; it loads only those of the same layout itself."""
+    """Return what decides how DeepSpeed lays out its shards; it loads only those of the same layout itself."""
     wrapper = engine.optimizer
     return {
         "ranks": collectives.size(),
@@ -144,12 +144,12 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def _adam(wrapper: Any) -> Any:
-    """The optimizer that DeepSpeed's wraps; without ZeRO in float32 there is no wrapper."""
+    """Return the optimizer that DeepSpeed's wraps; without ZeRO in float32 there is no wrapper."""
     return getattr(wrapper, "optimizer", wrapper)
 
 
 def _master_weights(engine: Any) -> list[Tensor]:
-    """The tensors that this rank's Adam works on."""
+    """Return the tensors that this rank's Adam works on."""
     wrapper = engine.optimizer
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(wrapper, name):  # of stage 3, of 1 and 2, of stage 1 in bf16

@@ -66,7 +66,7 @@ class Identity:
 
 
 def is_due(step: int, last: int, every: int, early: bool) -> bool:
-    """Whether a checkpoint is due after `step` steps: the end, every N, and Pythia's 0, 1, 2, 4 ... 512."""
+    """Return whether a checkpoint is due after `step` steps: the end, every N, and Pythia's 0, 1, 2, 4 ... 512."""
     if step == last or (every and step % every == 0 and step > 0):
         return True
     return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
@@ -108,7 +108,7 @@ class CheckpointManager:
     # --- finding -------------------------------------------------------------------------------------------------
 
     def published(self) -> list[Path]:
-        """Checkpoints under their final name, oldest first, good or not."""
+        """Return checkpoints under their final name, oldest first, good or not."""
         return published_checkpoints(self.directory.parent)
 
     def complete(self) -> list[Path]:
@@ -123,8 +123,11 @@ class CheckpointManager:
         return found
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint that `training.resume` means, or None for a fresh start: the newest whose every byte is as
-        it was written. Collective; the ranks share the reading. Raises CheckpointError on every rank."""
+        """Return the checkpoint that `training.resume` means, or None for a fresh start: the newest whose every byte is
+        as it was written.
+
+        Collective; the ranks share the reading. Raises CheckpointError on every rank.
+        """
         candidates: list[Path] | L2EError = []
         if collectives.is_main():
             try:
@@ -176,7 +179,7 @@ class CheckpointManager:
         return [path.resolve()]
 
     def is_own(self, path: Path) -> bool:
-        """Whether a checkpoint lies in this run's directory."""
+        """Return whether a checkpoint lies in this run's directory."""
         return path.parent.resolve() == self.directory.resolve()
 
     # --- saving --------------------------------------------------------------------------------------------------
@@ -392,7 +395,7 @@ def check_identity(path: Path, saved: dict, current: dict) -> None:
 
 
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
-    """Those of a run, and in `resume_from` the one to go on from, if any. Collective.
+    """Return the checkpoints of a run, and in `resume_from` the one to go on from, if any. Collective.
 
     Raises CheckpointError where that is not to be had, or where the run would become another one: what begins at
     another run's checkpoint may have values of its own."""
@@ -484,7 +487,7 @@ def _say_not_used(path: Path, problem: str) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """The content of state.json. Raises CheckpointError."""
+    """Return the content of state.json. Raises CheckpointError."""
     try:
         return json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

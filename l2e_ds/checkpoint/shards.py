@@ -97,7 +97,7 @@ class Shards:
 
 
 def _read(shard: Path) -> dict[str, Any]:
-    """A shard of ours, listed in its manifest; mapped, so that only what is used is read from the disk."""
+    """Return a shard of ours, listed in its manifest; mapped, so that only what is used is read from the disk."""
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
 
 

@@ -27,7 +27,7 @@ class TrainState:
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """This rank's random states as tensors: Python, NumPy, torch on the CPU and on its device."""
+    """Return this rank's random states as tensors: Python, NumPy, torch on the CPU and on its device."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     assert isinstance(keys, np.ndarray) and (version, name) == (3, "MT19937")

@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
-    """The checkpoint meant by a run directory (its newest, or the one of `step`) or a checkpoint's folder.
+    """Return the checkpoint meant by a run directory (its newest, or the one of `step`) or a checkpoint's folder.
 
     Raises CheckpointError.
     """
@@ -71,7 +71,7 @@ def checkpoint_weights(checkpoint: Path, precision: str) -> dict[str, torch.Tens
 
 
 def _read(shard: Path) -> dict[str, Any]:
-    """A shard of ours, listed in its manifest; DeepSpeed stores more than tensors in it."""
+    """Return a shard of ours, listed in its manifest; DeepSpeed stores more than tensors in it."""
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
 
 
@@ -100,7 +100,7 @@ def _master_weights_of_bf16_optimizer(checkpoint: Path) -> dict[str, torch.Tenso
 
 
 def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The network of a verified checkpoint, on the CPU, and the checkpoint's state (`state.json`).
+    """Return the network of a verified checkpoint, on the CPU, and the checkpoint's state (`state.json`).
 
     precision: of the weights; default: the run's, with which logits equal the engine's. Raises CheckpointError.
     """

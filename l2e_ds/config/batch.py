@@ -52,7 +52,7 @@ def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
 
 
 def divisors(number: int) -> list[int]:
-    """Those up to 10,000: no micro-batch is larger."""
+    """Return the divisors up to 10,000: no micro-batch is larger."""
     return [m for m in range(1, min(number, 10_000) + 1) if number % m == 0]
 
 

@@ -39,7 +39,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _is_frozen(path: Path) -> bool:
-    """Whether this is the `config.yaml` of a run directory, and no run file of the user's with that name."""
+    """Return whether this is the `config.yaml` of a run directory, and no run file of the user's with that name."""
     beside = path.parent
     return path.name == "config.yaml" and (
         (beside / "deepspeed.json").is_file() or any(beside.glob("checkpoints/step????????"))
@@ -47,8 +47,10 @@ def _is_frozen(path: Path) -> bool:
 
 
 def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:
-    """What the run reads is found from any working directory then, and two runs that read other files differ. Names of
-    the hub and of files of this repository stay, and so does the run directory."""
+    """Return the configuration with absolute paths to what the run reads.
+
+    They are then found from any working directory, and two runs that read other files differ. Names of the hub and of files of this repository stay, and so does the run directory.
+    """
     data, training = config.data, config.training
     if data.sets is not None:
         data = data.model_copy(update={"sets": [_with_absolute_path(part) for part in data.sets]})
@@ -87,8 +89,10 @@ def run_config_from_dict(raw: dict, where: str) -> RunConfig:
 
 
 def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str] = ()) -> Checked:
-    """A nested mapping as a section of this kind. `where`, or the override that set the key, begins the error's line.
-    Raises ConfigError."""
+    """Return a nested mapping as a section of this kind.
+
+    `where`, or the override that set the key, begins the error's line. Raises ConfigError.
+    """
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -128,12 +132,12 @@ def split_override(override: str) -> tuple[str, str, Any]:
 
 
 def takes_text(key: str) -> bool:
-    """Whether `section.key` of a run file may be any text."""
+    """Return whether `section.key` of a run file may be any text."""
     return str in _kinds_of(*key.split("."))
 
 
 def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
-    """What a key takes, each of a union; nothing for an unknown key."""
+    """Return what a key takes, each of a union; nothing for an unknown key."""
     kind = _section_of(RunConfig, section)
     if kind is None or key not in kind.model_fields:
         return ()
@@ -156,7 +160,7 @@ def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
 
 
 def _section_of(kind: type[Section], key: str) -> type[Section] | None:
-    """What a key holds: a section, several of them, or None: plain values."""
+    """Return what a key holds: a section, several of them, or None: plain values."""
     waiting = [kind.model_fields[key].annotation] if key in kind.model_fields else []
     while waiting:
         found: Any = waiting.pop()
@@ -167,7 +171,9 @@ def _section_of(kind: type[Section], key: str) -> type[Section] | None:
 
 
 def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
-    """One line for what is wrong with one key: what was given, what is allowed (in a union: any of its branches)."""
+    """Return one line for what is wrong with one key: what was given, what is allowed (in a union: any of its
+    branches).
+    """
     problems = [problem for problem in problems if problem["type"] == "path"] or problems
     first = problems[0]
     if first["type"] == "extra_forbidden":
@@ -188,7 +194,7 @@ def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
 
 
 def _given(problems: Sequence[Any]) -> Any:
-    """The value of the key itself: the input of a problem that does not lie deeper than the key."""
+    """Return the value of the key itself: the input of a problem that does not lie deeper than the key."""
     return min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
 
 
@@ -200,7 +206,7 @@ def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
 
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:
-    """A file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
+    """Return a file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
     candidates = [Path(os.path.expandvars(name)).expanduser()]
     if not candidates[0].is_absolute():
         candidates += [Path(beside).parent / name] if beside else []
@@ -209,7 +215,7 @@ def find_file(name: str, beside: str | Path | None = None) -> Path | None:
 
 
 def portable(path: Path) -> str:
-    """The name of a file or folder of this repository as `find_file` finds it from anywhere, of others the path."""
+    """Return a name that `find_file` finds from anywhere, for a path in this repository; else the path itself."""
     for root in (PACKAGE, REPOSITORY):
         if path.is_relative_to(root):
             return str(path.relative_to(root))

@@ -569,11 +569,11 @@ class RunConfig(Section):
         return self
 
     def dump(self) -> str:
-        """The resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
+        """Return the resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
         return dump_yaml(self.model_dump(mode="json"))
 
     def replace(self, section: str, **values: Any) -> RunConfig:
-        """A copy with some keys of one section changed."""
+        """Return a copy with some keys of one section changed."""
         part = getattr(self, section).model_copy(update=values)
         return self.model_copy(update={section: part})
 

@@ -248,7 +248,7 @@ def _format_of(name: str) -> str | None:
 
 
 def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """All that decides the result (--skip-bad may be given later: what was fine before stays)."""
+    """Return all that decides the result (--skip-bad may be given later: what was fine before stays)."""
     options = ("append_eod", "deduplicate", "held_out", "max_documents", "max_tokens", "text_key")
     return {
         "INPUT": [identity(path) for path in source_files(config)] or config.path,
@@ -268,7 +268,7 @@ def _record(
     part: str,
     asked: dict[str, Any],
 ) -> dict[str, Any]:
-    """What stands in PREFIX.json."""
+    """Return what stands in PREFIX.json."""
     name = arguments.tokenizer
     return {
         "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,

@@ -69,7 +69,7 @@ class TokenDataset:
         return digest.hexdigest()[:16]
 
     def position(self, i: int) -> int:
-        """Where sequence i begins in `tokens`."""
+        """Return where sequence i begins in `tokens`."""
         return self.start + int(i) * self.stride
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:

@@ -147,7 +147,7 @@ class Encoder:
             yield number, np.array(ids, self._dtype), is_last
 
     def _holds_added_token(self, text: str) -> bool:
-        """One that would be cut, such as <|endoftext|>."""
+        """Return one that would be cut, such as <|endoftext|>."""
         starts = {token[:2] for token in self._added}  # llama has hundreds of added tokens, which begin alike
         return any(start in text for start in starts) and any(token in text for token in self._added)
 
@@ -165,13 +165,16 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _ends_in_one_letter(word: str) -> bool:
-    """Whether its last character stays a letter or digit. NFC takes some letters of Indic and Hebrew script apart: what
-    then stands last is a mark, which the patterns join with what follows."""
+    """Return whether its last character stays a letter or digit.
+
+    NFC takes some letters of Indic and Hebrew script apart: what then stands last is a mark, which the patterns join
+    with what follows.
+    """
     return word.isascii() or not word[-1].isalnum() or unicodedata.normalize("NFC", word[-1])[-1].isalnum()
 
 
 def may_cut(backend: Any) -> bool:
-    """Whether the words of a text, one by one, give the tokens of the whole.
+    """Return whether the words of a text, one by one, give the tokens of the whole.
 
     Known of byte-level BPE with the patterns above, not normalised or by NFC. Not so for tokenizers that mark the
     beginning of a text (SentencePiece), merge over blanks or draw lots (dropout); unknown ones are not cut.
@@ -195,7 +198,7 @@ def may_cut(backend: Any) -> bool:
 
 
 def _is_known(pre_tokenizer: dict | None) -> bool:
-    """Whether it is GPT-2's, or one of _PATTERNS and bytes."""
+    """Return whether it is GPT-2's, or one of _PATTERNS and bytes."""
     found = {key: value for key, value in (pre_tokenizer or {}).items() if key != "trim_offsets"}
     if found == _GPT_2:
         return True

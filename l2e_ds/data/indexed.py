@@ -55,12 +55,12 @@ _RUNS, _RUN = 64, 256
 
 
 def best_dtype(vocab_size: int) -> type[np.integer]:
-    """The dtype Megatron stores a vocabulary of this size in: uint16 below 65500, else int32."""
+    """Return the dtype Megatron stores a vocabulary of this size in: uint16 below 65500, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 def pair(prefix: str | Path) -> tuple[Path, Path]:
-    """Paths of .bin and .idx. A prefix that already ends in one of them is taken without it."""
+    """Return paths of .bin and .idx. A prefix that already ends in one of them is taken without it."""
     text = str(prefix)
     if text.endswith((".bin", ".idx")):
         text = text[:-4]
@@ -163,7 +163,7 @@ class _Pair:
             raise self._bad_pointer(0, 0)
 
     def _check_sizes(self) -> int:
-        """The bytes of all sequences."""
+        """Return the bytes of all sequences."""
         sizes = [path.stat().st_size for path in self.bin_paths]
         width = self.dtype.itemsize
         described = int(self.pointers[-1]) + int(self.lengths[-1]) * width if self.sequences else 0
@@ -261,7 +261,10 @@ def _bin_files(path: Path) -> list[Path]:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    """A file's content, memory-mapped. Touching it reads one page and not, as by default, up to megabytes around it."""
+    """Return a file's content, memory-mapped.
+
+    Touching it reads one page and not, as by default, up to megabytes around it.
+    """
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""
@@ -271,7 +274,7 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 
 def _evenly_spaced_runs(count: int) -> list[int]:
-    """Where runs of _RUN begin that cover all of `count`, or _RUNS of them from its start to its end."""
+    """Return where runs of _RUN begin that cover all of `count`, or _RUNS of them from its start to its end."""
     if count <= _RUNS * _RUN:
         return list(range(0, count, _RUN))
     return np.linspace(0, count - _RUN, _RUNS).astype(np.int64).tolist()
@@ -357,11 +360,11 @@ class IndexedTokens:
         return self.tokens[start:stop]
 
     def document_at(self, position: int) -> int:
-        """The document that holds this token. A binary search in the index."""
+        """Return the document that holds this token. A binary search in the index."""
         return bisect_right(range(self.num_documents + 1), position, key=self.start) - 1
 
     def all_documents_hold(self, length: int) -> bool:
-        """Whether every document has `length` tokens, as far as totals and evenly spaced documents tell."""
+        """Return whether every document has `length` tokens, as far as totals and evenly spaced documents tell."""
         if self.num_documents == 0 or self.num_tokens != self.num_documents * length:
             return False
         for first in _evenly_spaced_runs(self.num_documents):

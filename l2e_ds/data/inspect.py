@@ -146,7 +146,7 @@ def _bar(what: str, total: int, unit: str) -> tqdm:
 
 
 def _length_counts(indexed: IndexedTokens) -> Counter[int]:
-    """How many documents have which length: few different numbers, however many documents."""
+    """Return how many documents have which length: few different numbers, however many documents."""
     lengths: Counter[int] = Counter()
     for chunk in indexed.lengths_in_chunks():
         values, counts = np.unique(chunk, return_counts=True)
@@ -166,7 +166,7 @@ def _quantile(lengths: Counter[int], documents: int, quarters: int) -> int:
 def _id_counts(
     indexed: IndexedTokens, vocab_size: int | None, advance: Callable[[int], object]
 ) -> tuple[np.ndarray, int]:
-    """How often each id below _COUNTED occurs, int64, and the largest id (-1: there is none)."""
+    """Return how often each id below _COUNTED occurs, int64, and the largest id (-1: there is none)."""
     counts, largest = np.zeros(0, dtype=np.int64), -1
     for path, first, ids in _token_chunks(indexed):
         high = int(ids.max())
@@ -261,8 +261,11 @@ def view_of_set(
     seed: int = 1234,
     tokenizer: str | None = None,
 ) -> View:
-    """All of a set as training text. Default sequence length: what fits documents that are all of one length, else
-    2048. Raises DataError where the set holds less than one sequence."""
+    """Return all of a set as training text.
+
+    Default sequence length: what fits documents that are all of one length, else 2048. Raises DataError where the set
+    holds less than one sequence.
+    """
     indexed = IndexedTokens(prefix)
     known = read_known(prefix, indexed, None, tokenizer, None)
     first = len(indexed.document(0)) if indexed.num_documents else 0
@@ -374,7 +377,7 @@ def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
 
 
 def _documents_in(dataset: TokenDataset, number: int) -> list[tuple[int, int, int]]:
-    """The documents of the file in a sequence, without empty ones: where in it, which, and from which token on."""
+    """Return the documents in a sequence, without empty ones: where in it, which, and from which token on."""
     if dataset.documents is None:
         return []
     begin = dataset.position(number)

@@ -69,7 +69,7 @@ class Schedule:
         return sets, numbers
 
     def consumed(self, position: int) -> np.ndarray:
-        """How many of the positions before `position` each set has, int64 [S]."""
+        """Return how many of the positions before `position` each set has, int64 [S]."""
         block, place = divmod(position, self.block)
         sets, _ = self._block_of(block)
         return self._before(block) + np.bincount(sets[:place], minlength=len(self._weights))
@@ -111,7 +111,7 @@ class StoredSequences:
         return self.dataset.batch(self.order.sequences(first + wanted))
 
     def epochs(self, number: int) -> float:
-        """How often the set was gone through before that running number."""
+        """Return how often the set was gone through before that running number."""
         return number / len(self.dataset)
 
     def fingerprint(self) -> str:
@@ -138,7 +138,7 @@ class Stream(Protocol):
         """On rank 0: how often the text was gone through before that running number."""
 
     def fingerprint(self) -> str:
-        """What decides the sequences, the same on every rank."""
+        """Return what decides the sequences, the same on every rank."""
 
     def close(self) -> None:
         """End the worker processes."""
@@ -168,7 +168,7 @@ class TrainingSequences:
                 self._readers.append(open_stream(part, own_seed))
 
     def read(self, step: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
-        """What one rank takes in global batch `step`: int64 [accumulation, m, T+1].
+        """Return what one rank takes in global batch `step`: int64 [accumulation, m, T+1].
 
         Collective where a set is a stream; steps are then read one after the other. Raises DataError where a token id
         is outside the vocabulary, where a sequence that is stored apart is no document, or where the text of a stream
@@ -240,7 +240,7 @@ class TrainingSequences:
             reader.close()
 
     def fingerprint(self) -> str:
-        """What decides the sequences: of one unnamed set its content, else also names and weights, readable."""
+        """Return what decides the sequences: of one unnamed set its content, else also names and weights, readable."""
         found = [reader.fingerprint() for reader in self._readers]
         if not self.sets[0].name:
             return found[0]
@@ -249,7 +249,7 @@ class TrainingSequences:
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """Every set has a shuffle of its own; that of a set without a name is the run's."""
+    """Return the seed of a set's own shuffle; that of a set without a name is the run's."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") if name else seed
 
 

@@ -100,7 +100,7 @@ def check_tokenizers(config: DataConfig) -> None:
 
 
 def input_notes(config: DataConfig) -> list[str]:
-    """Lines about what of a set is not read or not checked. Raises DataError."""
+    """Return lines about what of a set is not read or not checked. Raises DataError."""
     if config.source != "indexed":
         return [note] if (note := passed_over(config)) else []
     return [
@@ -241,7 +241,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
 
 
 def _workers(config: DataConfig) -> int:
-    """Processes that tokenise; 0, this one alone, for what is done sooner than others have started."""
+    """Return processes that tokenise; 0, this one alone, for what is done sooner than others have started."""
     size = input_bytes(config)
     if config.max_tokens is not None:
         size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
@@ -297,7 +297,7 @@ def _prefixes(config: DataConfig) -> list[str]:
 
 
 def _held_out_prefixes(config: DataConfig) -> list[str]:
-    """What `l2e-ds tokenize --held-out` wrote beside an indexed set, if it is there for every prefix."""
+    """Return what `l2e-ds tokenize --held-out` wrote beside an indexed set, if it is there for every prefix."""
     beside = [f"{pair(prefix)[1].with_suffix('')}_held_out" for prefix in _prefixes(config)]
     return beside if config.held_out and all(pair(prefix)[1].is_file() for prefix in beside) else []
 

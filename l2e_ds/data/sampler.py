@@ -40,7 +40,7 @@ class SequenceOrder:
         self._half_bits = max(2, ((num_sequences - 1).bit_length() + 1) // 2)
 
     def sequences(self, numbers: np.ndarray) -> np.ndarray:
-        """Which sequence is taken as the n-th, for each running number n >= 0; int64, any shape."""
+        """Return which sequence is taken as the n-th, for each running number n >= 0; int64, any shape."""
         epochs, places = np.divmod(numbers, self.num_sequences)
         return places if self.order == "stored" else self._permute(places, epochs)
 
@@ -55,7 +55,7 @@ class SequenceOrder:
         return values.astype(np.int64)
 
     def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """A permutation of [0, 4**half_bits) for every key, elementwise."""
+        """Return a permutation of [0, 4**half_bits) for every key, elementwise."""
         bits = np.uint64(self._half_bits)
         mask = (np.uint64(1) << bits) - np.uint64(1)
         left, right = values >> bits, values & mask
@@ -66,7 +66,7 @@ class SequenceOrder:
 
 
 def rank_rows(global_batch: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
-    """Rows of a global batch that one rank takes, int64 [accumulation, m].
+    """Return rows of a global batch that one rank takes, int64 [accumulation, m].
 
     Accumulation step a takes rows a*m*ranks to (a+1)*m*ranks, of which rank r takes r*m to (r+1)*m: together the ranks
     see the same sequences in accumulation step a whatever ranks and m are, as long as ranks*m is the same.

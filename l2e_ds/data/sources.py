@@ -106,12 +106,12 @@ def name_of(config: SourceConfig) -> str:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name can only be a path, not `owner/name` on the hub."""
+    """Return whether a name can only be a path, not `owner/name` on the hub."""
     return name.startswith(("/", "./", "../", "~")) or name in (".", "..")
 
 
 def source_files(config: SourceConfig) -> list[Path]:
-    """The local files of a source in reading order, each once; none for a data set of the hub.
+    """Return the local files of a source in reading order, each once; none for a data set of the hub.
 
     Raises DataError naming the entry of data.path that matches no file.
     """
@@ -139,7 +139,7 @@ def source_files(config: SourceConfig) -> list[Path]:
 
 
 def _named(config: SourceConfig) -> list[Path]:
-    """Files as the entries of data.path name them, some perhaps several times. Raises DataError."""
+    """Return files as the entries of data.path name them, some perhaps several times. Raises DataError."""
     if not _entries(config):
         raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
     return [path for entry in _entries(config) for path in _matching(entry, PATTERNS[str(config.source)])]
@@ -150,7 +150,7 @@ def _entries(config: SourceConfig) -> list[str]:
 
 
 def passed_over(config: SourceConfig) -> str | None:
-    """A line about files of data.path that are not read, or not each time they are named. Raises DataError."""
+    """Return a line about files of data.path that are not read, or not each time they are named. Raises DataError."""
     if config.source not in PATTERNS:
         return None
     files, named = source_files(config), _named(config)
@@ -283,8 +283,10 @@ def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Recor
 
 
 def _parts(line: bytes) -> list[bytes]:
-    """The records of a line. Behind one a byte order mark and the next may stand: files were joined, and the last line
-    of the first had no end."""
+    """Return the records of a line.
+
+    Behind one a byte order mark and the next may stand: files were joined, and the last line of the first had no end.
+    """
     if codecs.BOM_UTF8 not in line:
         return [line] if line.strip() else []
     parts = []
@@ -302,7 +304,7 @@ def _parts(line: bytes) -> list[bytes]:
 
 
 def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
-    """The object on a line of JSON. wanted: what an error asks for. Raises DataError."""
+    """Return the object on a line of JSON. wanted: what an error asks for. Raises DataError."""
     try:
         record = json.loads(line.decode())  # given bytes, json would guess UTF-16 and let surrogates through
     except UnicodeDecodeError as error:
@@ -413,14 +415,14 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
 
 
 def _files_of(error: Exception) -> list[str]:
-    """The file that `datasets` was reading, where its frames tell: its errors do not."""
+    """Return the file that `datasets` was reading, where its frames tell: its errors do not."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "file" in frame.f_locals]
     modules = "datasets.packaged_modules."
     return [str(frame.f_locals["file"]) for frame in frames if frame.f_globals["__name__"].startswith(modules)][-1:]
 
 
 def load_hub(config: SourceConfig) -> Any:
-    """A `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
+    """Return a `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
     import datasets
 
     name = str(config.path)

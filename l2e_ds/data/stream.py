@@ -112,7 +112,10 @@ class TokenStream:
         self._go_to(_Mark(_Block(), 0, 0))
 
     def take(self, n: int) -> np.ndarray:
-        """The next n sequences, int64 [n, T+1]. After an exception the stream stands where it stood before it."""
+        """Return the next n sequences, int64 [n, T+1].
+
+        After an exception the stream stands where it stood before it.
+        """
         before = self._mark()
         try:
             return self._take(n)
@@ -122,7 +125,7 @@ class TokenStream:
             raise
 
     def held_out(self, at_most: int) -> np.ndarray:
-        """Tokens of the first held-out documents, int64 [m], m <= `at_most`. Not affected by what was taken."""
+        """Return tokens of the first held-out documents, int64 [m], m <= `at_most`. Not affected by what was taken."""
         parts, missing = [np.empty(0, dtype=np.int64)], at_most
         texts = documents(self.config) if self._split.share else iter(())
         for text in filter(self._split.holds_out, texts):
@@ -133,7 +136,7 @@ class TokenStream:
         return np.concatenate(parts)[:at_most]
 
     def state(self) -> dict[str, Any]:
-        """The position behind what was taken, for `restore`. JSON-able, below 1 KB."""
+        """Return the position behind what was taken, for `restore`. JSON-able, below 1 KB."""
         return {"fingerprint": self._fingerprint, "tokenizer": self._tokenizer, **asdict(self._mark())}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -190,7 +193,7 @@ class TokenStream:
         return rows
 
     def _first(self, size: int) -> np.ndarray:
-        """The next tokens, which are ready, [size]; only these are copied, however long a document is."""
+        """Return the next tokens, which are ready, [size]; only these are copied, however long a document is."""
         parts, start = [], self._offset
         for *_, tokens in self._ready:
             parts.append(tokens[start : start + size])
@@ -274,7 +277,7 @@ class TokenStream:
             used = 0
 
     def _order(self, block: _Block, size: int) -> np.ndarray:
-        """A permutation of a block, int64 [size]: the order of keyed random 64-bit numbers."""
+        """Return a permutation of a block, int64 [size]: the order of keyed random 64-bit numbers."""
         if not self.shuffle_buffer:
             return np.arange(size)
         # A bit generator's raw output is the same in every version of NumPy; Generator.permutation's need not be.

@@ -87,7 +87,7 @@ class TokenFiles:
         self._append("digests", digests.astype(_DIGEST, copy=False))
 
     def digests(self) -> np.ndarray:
-        """All that were added, uint64 [n]."""
+        """Return all that were added, uint64 [n]."""
         return np.fromfile(self.folder / "digests", _DIGEST).astype(np.uint64, copy=False)
 
     def _append(self, name: str, values: np.ndarray) -> None:
@@ -206,7 +206,7 @@ class Exclusive:
         return True
 
     def _is_current(self) -> bool:
-        """Whether the lock's file is still there: its last holder may have removed the folder."""
+        """Return whether the lock's file is still there: its last holder may have removed the folder."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.folder / LOCK))
         except FileNotFoundError:

@@ -103,7 +103,7 @@ class Seen:
         self._sorted = [np.sort(digests)] if len(digests) else []
 
     def add(self, digests: np.ndarray) -> np.ndarray:
-        """Which of these, uint64 [n], are met for the first time: bool [n]."""
+        """Return which of these, uint64 [n], are met for the first time: bool [n]."""
         new = np.zeros(len(digests), bool)
         unique, first = np.unique(digests, return_index=True)
         known = np.zeros(len(unique), bool)

@@ -82,7 +82,7 @@ def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` entries; <|endoftext|> is id 0, the 256 bytes are ids 1 to 256.
+    """Return a byte-level BPE of at most `vocab_size` entries; <|endoftext|> is id 0, the 256 bytes are ids 1 to 256.
 
     The same texts in the same order give the same tokenizer. Fewer entries come out where the texts hold too
     few repeated pairs. Raises DataError for a vocabulary that cannot hold all bytes.
@@ -118,7 +118,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def without_offsets(described: Any) -> Any:
-    """A pre-tokenizer's description without what decides the places of tokens only."""
+    """Return a pre-tokenizer's description without what decides the places of tokens only."""
     if isinstance(described, list):
         return [without_offsets(part) for part in described]
     if isinstance(described, dict):
@@ -132,7 +132,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id that ends a document, or None where the tokenizer has none: token files need none."""
+    """Return the id that ends a document, or None where the tokenizer has none: token files need none."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
@@ -140,7 +140,7 @@ def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id put after every document. Raises DataError where the tokenizer has none."""
+    """Return the id put after every document. Raises DataError where the tokenizer has none."""
     found = find_end_of_text(tokenizer)
     if found is not None:
         return found

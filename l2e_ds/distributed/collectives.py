@@ -32,12 +32,12 @@ def size(group: Any = None) -> int:
 
 
 def is_main() -> bool:
-    """Whether this is rank 0, which writes what is written once."""
+    """Return whether this is rank 0, which writes what is written once."""
     return rank() == 0
 
 
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
-    """Sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
+    """Return sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
     if size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
@@ -74,12 +74,12 @@ def ask_all(*flags: bool) -> Callable[[], list[bool]]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether any rank says True; waits for all."""
+    """Return whether any rank says True; waits for all."""
     return ask_all(flag)()[0]
 
 
 def main_decides(value: Any) -> Any:
-    """Rank 0's (picklable, small) value, on every rank."""
+    """Return Rank 0's (picklable, small) value, on every rank."""
     box = [value]
     if size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
@@ -126,7 +126,10 @@ def agree(error: L2EError | None) -> None:
 
 
 def all_work(action: Callable[[], Any]) -> Any:
-    """Every rank does `action` and gets its own result; what one of them raises as an L2EError, all do. Collective."""
+    """Do `action` on every rank and return its own result.
+
+    What one of them raises as an L2EError, all do. Collective.
+    """
     result, error = None, None
     try:
         result = action()
@@ -150,12 +153,15 @@ def forget_control_group() -> None:
 
 
 def new_group() -> Any:
-    """A group of all ranks on CPUs (gloo), for collectives of one thread that others must not mix with. Collective."""
+    """Return a group of all ranks on CPUs (gloo), for collectives of one thread that others must not mix with.
+
+    Collective.
+    """
     return dist.new_group(backend="gloo", timeout=_patience) if size() > 1 else None
 
 
 def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
-    """Rank 0's array (int32 of this shape) on every rank of a `new_group`; or its error, raised on every rank.
+    """Return Rank 0's array (int32 of this shape) on every rank of a `new_group`; or its error, raised on every rank.
 
     Collective over the group. array: None elsewhere.
     """
@@ -176,7 +182,7 @@ def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Every rank's (picklable, small) value, in the order of ranks."""
+    """Return every rank's (picklable, small) value, in the order of ranks."""
     values: list[Any] = [value]
     if size() > 1:
         values = [None] * size()

@@ -31,5 +31,5 @@ def doing() -> str:
 
 
 def idle_seconds() -> float:
-    """Seconds since the main thread last made progress."""
+    """Return seconds since the main thread last made progress."""
     return time.monotonic() - _progressed

@@ -84,7 +84,7 @@ def reported_once(action: Callable[[Launch], None]) -> int:
 
 
 def first_host() -> str:
-    """The address by which SLURM reaches the first node of this step, or of this job. Raises ConfigError."""
+    """Return the address by which SLURM reaches the first node of this step, or of this job. Raises ConfigError."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     try:
         listed = subprocess.run(
@@ -104,7 +104,7 @@ def first_host() -> str:
 
 
 def rendezvous_port(environment: Mapping[str, str]) -> int:
-    """A port that every task of this job step computes alike, and other steps and jobs on the node do not.
+    """Return a port that every task of this job step computes alike, and other steps and jobs on the node do not.
 
     Jobs on one node have ids close to each other, steps count from 0: all pairs of up to 220 neighbouring jobs with
     up to 100 steps each get ports of their own. Below 32768, where Linux takes the ports of outgoing connections.

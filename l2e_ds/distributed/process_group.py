@@ -78,7 +78,7 @@ def _allow_open_files() -> None:
 
 
 def _local_device(on_gpu: bool) -> torch.device | None:
-    """This rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
+    """Return this rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
     if not on_gpu or "LOCAL_RANK" not in os.environ:
         return None
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -110,7 +110,7 @@ def _name_gloo_interface() -> None:
 
 
 def _address_towards(host: str) -> str | None:
-    """This host's own address on the way to another; None where there is no way."""
+    """Return this host's own address on the way to another; None where there is no way."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

@@ -178,7 +178,7 @@ class Watchdog:
 
 
 def is_lost_contact(error: BaseException | None) -> bool:
-    """Whether a collective failed because a rank is gone; backends say so in their own words."""
+    """Return whether a collective failed because a rank is gone; backends say so in their own words."""
     known = isinstance(error, RuntimeError) and collectives.size() > 1
     return known and _LOST_CONTACT.search(str(error)) is not None
 

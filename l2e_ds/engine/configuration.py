@@ -134,7 +134,8 @@ REFUSED = {
 def resolve(
     config: RunConfig, ranks: int, run_file: str | Path | None = None, has_bf16: bool | None = None
 ) -> tuple[RunConfig, dict, BatchArithmetic]:
-    """The run configuration and the DeepSpeed configuration, each completed by the other, and the batch arithmetic.
+    """Return the run configuration and the DeepSpeed configuration, each completed by the other, and the batch
+    arithmetic.
 
     has_bf16: whether the device that the run is for computes in bf16; default: this machine's.
     Raises ConfigError (dotted key, what was given, what is allowed).
@@ -161,8 +162,11 @@ def resolve(
 def with_micro_batch(
     config: RunConfig, ds: dict, micro_batch: int, ranks: int
 ) -> tuple[RunConfig, dict, BatchArithmetic]:
-    """What `resolve` returned with `micro_batch: auto`, with the number in its place: as `resolve` would have returned
-    for a run file that gives it. Raises ConfigError where it does not divide the sequences of a rank."""
+    """Return what `resolve` returned with `micro_batch: auto`, with the number in its place: as `resolve` would have
+    returned for a run file that gives it.
+
+    Raises ConfigError where it does not divide the sequences of a rank.
+    """
     config = config.replace("training", micro_batch=micro_batch)
     batch = batch_arithmetic(config, ranks)
     ds = ds | {"train_micro_batch_size_per_gpu": batch.micro_batch, "gradient_accumulation_steps": batch.accumulation}
@@ -257,7 +261,7 @@ def zero_stage(ds: dict) -> int:
 
 
 def less_memory(config: RunConfig, ds: dict) -> str:
-    """What would leave a device more memory and is not done yet, for the user to choose from."""
+    """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]
     if stage < 3:
         remedies.append("a higher ZeRO stage")
@@ -289,7 +293,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _lookup(ds: dict, path: tuple[str, ...]) -> Any:
-    """The value at a path, or None where it is missing or "auto"."""
+    """Return the value at a path, or None where it is missing or "auto"."""
     value: Any = ds
     for key in path:
         if not isinstance(value, dict) or key not in value:
@@ -315,7 +319,7 @@ def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
 
 
 def _checked(config: RunConfig, section: str, key: str, value: Any, where: str) -> RunConfig:
-    """A copy with one key changed, its type and range checked as in a run file."""
+    """Return a copy with one key changed, its type and range checked as in a run file."""
     from pydantic import ValidationError
 
     part = getattr(config, section)
@@ -352,7 +356,7 @@ def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | No
 
 
 def _has_bf16() -> bool:
-    """Whether the GPU computes in bf16 itself; DeepSpeed also counts emulation, which is slower than float32."""
+    """Return whether the GPU computes in bf16 itself; DeepSpeed also counts emulation, which is slower than float32."""
     import torch
 
     return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -15,7 +15,7 @@ from l2e_ds.engine.configuration import zero_stage
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, as GPT-NeoX makes them: matrices decay, biases and norms do not."""
+    """Return two groups, as GPT-NeoX makes them: matrices decay, biases and norms do not."""
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
@@ -28,7 +28,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """A DeepSpeedEngine with AdamW. The learning rate is set before each step by `learning_rate`."""
+    """Return a DeepSpeedEngine with AdamW. The learning rate is set before each step by `learning_rate`."""
     import deepspeed
 
     optimizer_config = config.optimizer
@@ -58,12 +58,12 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
 
 
 def is_plain_float32(config: RunConfig, ds: dict) -> bool:
-    """Whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
+    """Return whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
     return zero_stage(ds) == 0 and config.training.precision == "fp32"
 
 
 def learning_rate(step: int, peak: float, schedule_steps: int, config: OptimizerConfig) -> float:
-    """Rate of the step with index `step` (0 is the first): linear warm-up, then cosine to `final_ratio`.
+    """Return rate of the step with index `step` (0 is the first): linear warm-up, then cosine to `final_ratio`.
 
     A pure function of the number of applied steps, so there is no schedule state to save or to lose. As in
     Megatron and GPT-NeoX the warm-up reaches the peak at step `warmup * schedule_steps`; the first step is not zero.
@@ -92,5 +92,5 @@ def set_hyper_parameters(engine: Any, values: list[dict[str, Any]]) -> None:
 
 
 def loss_scale(engine: Any) -> float:
-    """The present loss scale; 1 without fp16."""
+    """Return the present loss scale; 1 without fp16."""
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0

@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
-    """The models, where everything about the options is right. Raises ConfigError, CheckpointError."""
+    """Return the models, where everything about the options is right. Raises ConfigError, CheckpointError."""
     at_least("--batch-size", arguments.batch_size, 1)
     if arguments.limit is not None:
         at_least("--limit", arguments.limit, 1)
@@ -124,7 +124,7 @@ def _check_output(path: Path) -> None:
 
 
 def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
-    """The file to which the figures go. Raises ConfigError."""
+    """Return the file to which the figures go. Raises ConfigError."""
     if arguments.output is not None:
         return arguments.output
     if source.checkpoint is not None:

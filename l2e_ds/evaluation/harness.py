@@ -59,7 +59,7 @@ class Tasks:
 
 
 def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: Sequence[int | None] = ()) -> Tasks:
-    """The tasks of these names.
+    """Return the tasks of these names.
 
     include_path: folders of task files (YAML); one of the name of a known task takes its place. shots: numbers of
     examples that are going to be asked for. Raises ConfigError for a name that is not known, a file that cannot be read
@@ -198,7 +198,7 @@ def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
-    """A task, a group, or the tasks of a tag. is_own: from a folder of include_path."""
+    """Return a task, a group, or the tasks of a tag. is_own: from a folder of include_path."""
     try:
         found = manager._load_spec(name)
     except Exception as error:  # whatever datasets, a hub or a task's own code raises
@@ -220,7 +220,7 @@ def evaluate(
     tick: Callable[[], None] = heartbeat.beat,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """The figures of `tasks` in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
+    """Return the figures of `tasks` in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
 
     tasks: as `load_tasks` gives them, on rank 0; num_fewshot: None: each task's own number; limit: documents a task.
     call: runs the network in place of `model` (a DeepSpeed engine around it). tick: called before each round on every
@@ -304,8 +304,11 @@ class SharedModel(HFLM):
         return answers
 
     def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Every rank's answers to its own batch; first: number of the first batch. A rank without one computes that,
-        which counts once. Raises DataError on every rank where one of them fails."""
+        """Return every rank's answers to its own batch.
+
+        First: number of the first batch. A rank without one computes that, which counts once. Raises DataError on every
+        rank where one of them fails.
+        """
         self._tick()
         mine = collectives.rank() if collectives.rank() < len(dealt) else 0
         torch.manual_seed(SEED + first + mine)  # for tasks that sample: the same on any number of ranks

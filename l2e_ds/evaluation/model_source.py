@@ -60,7 +60,7 @@ def find_model(given: str, step: int | None = None) -> ModelSource:
 
 
 def all_checkpoints(run: str) -> list[ModelSource]:
-    """Every complete checkpoint of a run, oldest first. Raises CheckpointError where there is none."""
+    """Return every complete checkpoint of a run, oldest first. Raises CheckpointError where there is none."""
     if not (Path(run) / "checkpoints").is_dir():
         raise CheckpointError(f"--all-checkpoints: {run} is not a run directory")
     found = CheckpointManager(Path(run)).complete()
@@ -83,7 +83,7 @@ def network_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
-    """The model's own, or the one named `instead`. Raises ConfigError where there is none."""
+    """Return the model's own, or the one named `instead`. Raises ConfigError where there is none."""
     from l2e_ds.data.tokenizer import load_tokenizer
     from l2e_ds.errors import DataError
 
@@ -101,7 +101,8 @@ def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTok
 def load_causal_model(
     source: ModelSource, precision: str, zero3: dict | None = None
 ) -> tuple[PreTrainedModel, int | None]:
-    """The network with its output matrix, on the CPU, and the tokens it has seen in training, where that is known.
+    """Return the network with its output matrix, on the CPU, and the tokens it has seen in training, where that is
+    known.
 
     zero3: a DeepSpeed configuration by which transformers shards what it loads. Raises ConfigError or CheckpointError.
     """

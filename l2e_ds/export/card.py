@@ -53,7 +53,7 @@ class Exported:
         return self.repository.rpartition("/")[2] if self.repository else self.run.resolve().name
 
     def newest(self, kind: str) -> dict[str, Any]:
-        """The newest line of the metrics at or before the step; empty without one."""
+        """Return the newest line of the metrics at or before the step; empty without one."""
         path = self.run / FILE
         lines = read_metrics(path, kind) if path.is_file() else []
         return next((line for line in reversed(lines) if line["step"] <= self.step), {})
@@ -124,8 +124,10 @@ def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
 
 
 def _weight(section: dict[str, Any]) -> str | None:
-    """Which key says how strong the inhibition loss is; None for a deactivation. `section` may be of a version that had
-    no strength."""
+    """Return which key says how strong the inhibition loss is.
+
+    None for a deactivation. `section` may be of a version that had no strength.
+    """
     return next((key for key in ("strength", "coefficient") if section.get(key) is not None), None)
 
 
@@ -137,7 +139,7 @@ def _schedule(section: dict[str, Any]) -> str:
 
 
 def _sets(of: Exported) -> list[dict[str, Any]]:
-    """The sets of data, as in the run file."""
+    """Return the sets of data, as in the run file."""
     data = of.config["data"]
     return data["sets"] or [data]
 
@@ -152,7 +154,7 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
-    """A sentence for a model that takes more tokens than its run trained at once; None for another.
+    """Return a sentence for a model that takes more tokens than its run trained at once; None for another.
 
     network: of transformers; config: of the run.
     """
@@ -177,7 +179,7 @@ def _base_name(path: str) -> str:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Whether it is a name of the hub, as NAME or OWNER/NAME, and no path of this machine."""
+    """Return whether it is a name of the hub, as NAME or OWNER/NAME, and no path of this machine."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).exists()
 
 

@@ -99,7 +99,10 @@ def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
 
 
 def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same tokens by the class that reads a tokenizer.json as it is; with special tokens that readers ask for."""
+    """Return the same tokens by the class that reads a tokenizer.json as it is.
+
+    With special tokens that readers ask for.
+    """
     from transformers import PreTrainedTokenizerFast
 
     with contextlib.suppress(DataError):  # token files need no end of text

@@ -75,7 +75,7 @@ class ColumnSums:
     def totals(
         self, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """What a hook adds to its step's sums, [HEADER + 3 N], and its `projection_sums` a sample."""
+        """Return what a hook adds to its step's sums, [HEADER + 3 N], and its `projection_sums` a sample."""
         loss = self.inhibition_loss(statistics, regulariser, samples)
         header = torch.stack([samples, loss, self.score.sum()])
         step = torch.cat([header, self.d, self.d2, self.selected])
@@ -87,7 +87,7 @@ class ColumnSums:
 def _force(
     d: Tensor, inverse_s: Tensor | float, inverse_variance: Tensor | float, power: Power, factor: float = 1.0
 ) -> Tensor:
-    """What pulls a selected activation to its mean, sign(u) |u|^(power - 1) / S; factor: of power 0 (see
+    """Return what pulls a selected activation to its mean, sign(u) |u|^(power - 1) / S; factor: of power 0 (see
     `Regulariser.factor`); d is nowhere 0. [M, N] -> [M, N]."""
     if power == 0:
         return factor / d
@@ -162,7 +162,7 @@ _COMPILED = {function: torch.compile(function, dynamic=False) for function in _F
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function, compiled. Raises CompileError."""
+    """Return the function, compiled. Raises CompileError."""
     with _explained():
         return _COMPILED[function](*arguments)
 

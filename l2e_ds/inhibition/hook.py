@@ -92,7 +92,7 @@ class NeuronHook:
     # --- forward -------------------------------------------------------------------------------------------------
 
     def computes(self, x: Tensor) -> bool:
-        """Whether the activation function of x [B, T, N] is to be computed by `gelu`.
+        """Return whether the activation function of x [B, T, N] is to be computed by `gelu`.
 
         Not where nothing is inhibited, when a run is to be the same to the bit as without inhibition, and not without
         history, when moments need a second pass. Recomputation goes the way that its forward went.
@@ -141,7 +141,7 @@ class NeuronHook:
             self.way = self._one_pass
 
     def _is_fused(self, z: Tensor) -> bool:
-        """Whether forward and backward of this micro-batch go through fused.py.
+        """Return whether forward and backward of this micro-batch go through fused.py.
 
         Not padding, nor the methods that cost what top-k or an all-reduce in forward costs.
         """
@@ -243,7 +243,7 @@ class Way:
         raise NotImplementedError
 
     def add_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """The gradient of x with the inhibition's, + loss gradient * lambda / n * dL/dx, [M, N] each.
+        """Return the gradient of x with the inhibition's, + loss gradient * lambda / n * dL/dx, [M, N] each.
 
         z: where the way computes the GELU and keeps its output.
         """
@@ -259,7 +259,9 @@ class Way:
         return outgoing if owner.is_inhibiting else incoming
 
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """The gradient of x with the inhibition's, [M, N] in incoming's dtype, and `Inhibition.measured` of both."""
+        """Return the gradient of x with the inhibition's, [M, N] in incoming's dtype, and `Inhibition.measured` of
+        both.
+        """
         raise NotImplementedError
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
@@ -322,7 +324,7 @@ class Plain(Way):
         return selected if hook.weight is None else selected & (hook.weight > 0)
 
     def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """What is selected, [M, N] bool, and the gradient of its loss before lambda, [M, N] float32."""
+        """Return what is selected, [M, N] bool, and the gradient of its loss before lambda, [M, N] float32."""
         selected = self.select(losses.score(z, self.hook.frozen_now))
         statistics, regulariser = inhibition.statistics, inhibition.regulariser
         return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)
@@ -432,7 +434,7 @@ _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton run
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Whether Triton takes it."""
+    """Return whether Triton takes it."""
     return _HAS_TRITON and (x.is_cuda or _IS_INTERPRETED) and x.dtype != torch.float64
 
 

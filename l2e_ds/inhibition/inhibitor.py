@@ -133,7 +133,7 @@ class Inhibitor:
     # --- every micro-batch ---------------------------------------------------------------------------------------
 
     def attach_loss(self, loss: Tensor, is_last: bool = False, weight: Tensor | float = 1.0) -> Tensor:
-        """The same LM loss []; its backward tells the hooks the scale at which gradients arrive.
+        """Return the same LM loss []; its backward tells the hooks the scale at which gradients arrive.
 
         is_last: no other micro-batch of this step follows: its sums are reduced over the ranks behind its backward.
         weight: [], of this micro-batch where the loss is not its mean but already its share of a larger batch's, i.e.
@@ -355,7 +355,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _is_hooked(child: nn.Module) -> bool:
-    """Whether an `InhibitedActivation` stands in its place, or a `_projection_hook` before it."""
+    """Return whether an `InhibitedActivation` stands in its place, or a `_projection_hook` before it."""
     before = getattr(child, "_forward_pre_hooks", {}).values()
     return isinstance(child, InhibitedActivation) or any(getattr(f, "__module__", None) == __name__ for f in before)
 

@@ -131,8 +131,9 @@ class Inhibition:
     per_token: Tensor
 
     def measured(self, squares: Tensor) -> Tensor:
-        """What `Coefficients.squares` adds up, [2] float64, from sums of squares over the selected, [2] float64: of the
-        gradient that arrived and of the inhibition loss's."""
+        """Return what `Coefficients.squares` adds up, [2] float64, from sums of squares over the selected, [2] float64:
+        of the gradient that arrived and of the inhibition loss's.
+        """
         return torch.stack([squares[0] * self.per_token**2, squares[1]])
 
 
@@ -167,7 +168,7 @@ def select_by_threshold(scores: Tensor, statistics: FrozenStatistics) -> Tensor:
 
 
 def select_top_k(scores: Tensor, statistics: FrozenStatistics, target_share: float) -> Tensor:
-    """The ceil(share * N) highest scores of each token, live neurons only (MEmeL); [M, N] -> [M, N] bool."""
+    """Return the ceil(share * N) highest scores of each token, live neurons only (MEmeL); [M, N] -> [M, N] bool."""
     # the subtraction keeps products such as 0.02 * 50 = 1.0000000000000002 from rounding up to one more
     k = max(1, math.ceil(target_share * scores.shape[1] - 1e-9))
     top = torch.where(statistics.alive, scores, -1.0).topk(k, dim=1).indices
@@ -182,7 +183,7 @@ def _counted(d2: Tensor, selected: Tensor, statistics: FrozenStatistics) -> Tens
 def inhibition_loss(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
 ) -> Tensor:
-    """Sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
+    """Return sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
     d = z.float() - statistics.mean
     d2 = d * d
     selected = _counted(d2, selected, statistics)
@@ -204,7 +205,7 @@ def inhibition_loss(
 
 
 def force(z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
-    """What pulls the selected activations to their mean, 0 for others; [M, N], [M, N] bool -> [M, N] float32."""
+    """Return what pulls the selected activations to their mean, 0 for others; [M, N], [M, N] bool -> [M, N] float32."""
     d = z.float() - statistics.mean
     selected = _counted(d * d, selected, statistics)
     if regulariser.force_power == 0:
@@ -217,7 +218,7 @@ def force(z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser
 def projection_sums(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
 ) -> Tensor:
-    """Tokens, and for each neuron the sums of the force F, of F * d, of d and of d^2 over them.
+    """Return tokens, and for each neuron the sums of the force F, of F * d, of d and of d^2 over them.
 
     [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [1 + 4 N] float64.
     """
@@ -251,7 +252,7 @@ class _NoteLossGradient(torch.autograd.Function):
 
 
 def note_loss_gradient(loss: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
-    """The same loss; in backward `arrived(gradient)` is called first of all. [] -> []."""
+    """Return the same loss; in backward `arrived(gradient)` is called first of all. [] -> []."""
     return _NoteLossGradient.apply(loss, arrived)
 
 
@@ -269,5 +270,5 @@ class _AddGradient(torch.autograd.Function):
 
 
 def add_inhibition_gradient(z: Tensor, add_to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The same activations; their gradient becomes `add_to(gradient, z)` in backward."""
+    """Return the same activations; their gradient becomes `add_to(gradient, z)` in backward."""
     return _AddGradient.apply(z, add_to)

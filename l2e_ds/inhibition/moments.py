@@ -38,7 +38,7 @@ class Moments:
         return cls(count, shift + sum_d / safe, (sum_d2 - sum_d * sum_d / safe).clamp(min=0))
 
     def fade(self, factor: float) -> Moments:
-        """Every sample so far weighs `factor` of what it did."""
+        """Return the moments in which every sample so far weighs `factor` of what it did."""
         return Moments(self.count * factor, self.mean, self.m2 * factor)
 
     def merge(self, other: Moments) -> Moments:

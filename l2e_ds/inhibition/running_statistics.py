@@ -44,7 +44,7 @@ class RunningStatistics:
 
     @classmethod
     def initial(cls, neurons: int, target_share: float, device: torch.device) -> RunningStatistics:
-        """Those of a layer that has seen nothing yet."""
+        """Return those of a layer that has seen nothing yet."""
         return cls(
             Moments.empty(neurons, device),
             torch.tensor(initial_threshold(target_share), dtype=torch.float64, device=device),

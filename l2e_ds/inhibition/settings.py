@@ -80,7 +80,10 @@ class Settings:
         return self.mechanism == "regulariser" and (self.relative_strength or self.coefficient or 0.0) > 0
 
     def in_steps(self, run_steps: int | None) -> Settings:
-        """The same with the schedule in steps of a run of `run_steps`. Raises ValueError where it does not fit in."""
+        """Return the same with the schedule in steps of a run of `run_steps`.
+
+        Raises ValueError where it does not fit in.
+        """
 
         def steps(name: str) -> int:
             value = getattr(self, name)
@@ -128,7 +131,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def in_steps(value: float, run_steps: int) -> int:
-    """Steps (an integer) as they are, a share of the run (a float) in steps; shares with a sum of 1 fit in."""
+    """Return steps (an integer) as they are, a share of the run (a float) in steps; shares with a sum of 1 fit in."""
     return value if isinstance(value, int) else int(value * run_steps + 1e-6)
 
 

@@ -16,12 +16,12 @@ TAU_RANGE = (1e-4, 1e6)  # where a target cannot be met (nearly all neurons dead
 
 
 def initial_threshold(target_share: float) -> float:
-    """The quantile of the score of normally distributed activations (chi-squared, one degree of freedom)."""
+    """Return the quantile of the score of normally distributed activations (chi-squared, one degree of freedom)."""
     return 2 * float(torch.special.erfinv(torch.tensor(1 - target_share, dtype=torch.float64))) ** 2
 
 
 def moved_threshold(tau: Tensor, selected: Tensor, pairs: Tensor, target_share: float, possible: Tensor) -> Tensor:
-    """The threshold for the next step.
+    """Return the threshold for the next step.
 
     tau, selected, pairs: [] float64; selected of pairs (token, neuron) pairs were at or above tau, over all ranks.
     possible: [] bool, whether anything could be selected at all; where not (no history yet, every neuron

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
-    """The network without its weights, to be counted."""
+    """Return the network without its weights, to be counted."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -20,7 +20,7 @@ def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
 
 
 def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
-    """Parameters in all, and those outside the token embedding and the output matrix."""
+    """Return parameters in all, and those outside the token embedding and the output matrix."""
     model = unbuilt(network)
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = sum(p.numel() for p in model.parameters())
@@ -28,8 +28,10 @@ def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
 
 
 def matrix_parameters(model: Any) -> int:
-    """Parameters that every token is multiplied with: not those of embeddings, which are looked up; but where one is
-    also the output matrix, it counts."""
+    """Return parameters that every token is multiplied with: not those of embeddings, which are looked up.
+
+    But where one is also the output matrix, it counts.
+    """
     output = model.get_output_embeddings().weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in looked_up)

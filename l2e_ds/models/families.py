@@ -69,12 +69,12 @@ def neurons_of(network: Any) -> int:
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
-    """The blocks of a transformers model, with or without its head. Raises ConfigError."""
+    """Return the blocks of a transformers model, with or without its head. Raises ConfigError."""
     return model.base_model.get_submodule(family_of(model.config).blocks)
 
 
 def site_of(model: Any, layer: int) -> NeuronSite:
-    """Where the neurons of a layer are. Raises ConfigError."""
+    """Return where the neurons of a layer are. Raises ConfigError."""
     family = family_of(model.config)
     parent, _, attribute = family.site.rpartition(".")
     module = blocks_of(model)[layer].get_submodule(parent)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zero3: dict | None) -> PreTrainedModel:
-    """The network in float32 with its first weights, in training mode, on the CPU.
+    """Return the network in float32 with its first weights, in training mode, on the CPU.
 
     zero3: the DeepSpeed configuration under ZeRO-3, whose parameters are sharded while the network is built so
     that no rank ever holds more than one whole tensor; else None. The weights depend on the seed alone: not on

@@ -47,7 +47,7 @@ def check_sizes(option: str, names: Iterable[str]) -> None:
 
 
 def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfig:
-    """The Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
+    """Return the Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
     if config.pretrained is not None:
         return _pretrained_config(config)
     from transformers import GPTNeoXConfig
@@ -93,7 +93,10 @@ def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def published_learning_rate(config: ModelConfig) -> float:
-    """Peak learning rate of the family table. Raises ConfigError for a pretrained model, which has none there."""
+    """Return peak learning rate of the family table.
+
+    Raises ConfigError for a pretrained model, which has none there.
+    """
     if config.name is None:
         raise ConfigError("optimizer.peak_learning_rate: is required with model.pretrained")
     return PYTHIA[config.name].learning_rate

@@ -12,7 +12,7 @@ from l2e_ds.models.families import blocks_of, site_of
 
 
 def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
-    """Indices of the hooked layers (docs/method.md, 7), ascending. Raises ConfigError."""
+    """Return indices of the hooked layers (docs/method.md, 7), ascending. Raises ConfigError."""
     named = get_args(LayerChoice)
     numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
     if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
@@ -35,7 +35,9 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
 
 
 def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
-    """Where the neurons of the chosen layers are, each [B, T, N]; model: of transformers, with or without its head.
+    """Return where the neurons of the chosen layers are, each [B, T, N].
+
+    Model: of transformers, with or without its head.
 
     Raises ConfigError for a model of another kind, a family that is not registered (families.py) and for layers out of
     range.

@@ -52,7 +52,7 @@ def all_tables(folders: Sequence[Path]) -> list[Table]:
 
 
 def _rows(folder: Path, several: bool) -> list[list[Any]]:
-    """A row a model. several: say which analysis it is of."""
+    """Return a row a model. several: say which analysis it is of."""
     path = folder / _INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

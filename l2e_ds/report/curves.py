@@ -56,7 +56,7 @@ _LINES = {"train": "training", "evaluation": "evaluations"}  # attributes of Run
 
 
 def _quantity(name: str, kind: str, key: str, note: str, title: str = "", unit: str = "", **form: Any) -> Quantity:
-    """A metric by its kind and key; title and unit are those of the table of metrics unless given."""
+    """Return a metric by its kind and key; title and unit are those of the table of metrics unless given."""
     metric = described(kind, key)
     title = title or metric.title[0].upper() + metric.title[1:]
     return Quantity(name, title, unit or metric.unit, note, _LINES[kind], key, **form)
@@ -152,7 +152,7 @@ _QUANTITIES = (
 
 
 def looks(variants: Sequence[Variant]) -> list[Look]:
-    """The colour tells the treatment, the dash the model's size; no inhibition is dark."""
+    """Return the colour tells the treatment, the dash the model's size; no inhibition is dark."""
     sizes = list(dict.fromkeys(variant.size for variant in variants))
     if len(variants) == 1 and len(variants[0].runs) == 1:
         return [Look(_PLAIN)]  # the colours are its layers'
@@ -177,7 +177,7 @@ def axis_of(runs: Sequence[Run]) -> Axis:
 
 
 def all_charts(page: Collection) -> list[Chart]:
-    """Those that have something to show."""
+    """Return those that have something to show."""
     runs = [run for variant in page.variants for run in variant.runs]  # the plain ones behind the others
     axis = axis_of(runs)
     by_layer = layer_looks(page)

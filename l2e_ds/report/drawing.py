@@ -82,7 +82,7 @@ class Axis:
 
 
 def is_thinned(lines: Sequence[Line]) -> bool:
-    """Whether points are drawn that are means of several."""
+    """Return whether points are drawn that are means of several."""
     return max(len(line.x) for line in lines) > _most_points(lines)
 
 
@@ -100,7 +100,7 @@ def draw(
     falls: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """The element `svg`. name: unlike that of any other chart of the page; each of `lines` has a point.
+    """Return the element `svg`. name: unlike that of any other chart of the page; each of `lines` has a point.
 
     log: of the heights, where all are above 0; falls: a long chart is as high as what comes after its first twentieth;
     marks: heights of dotted lines.

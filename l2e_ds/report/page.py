@@ -53,7 +53,7 @@ def render(
     beside: str,
     now: datetime,
 ) -> str:
-    """The whole page. beside: the folder of its tables' files."""
+    """Return the whole page. beside: the folder of its tables' files."""
     return template(Path(__file__).with_suffix(".html")).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
@@ -93,7 +93,7 @@ def _sentence(page: Collection) -> str:
 
 
 def _facts(page: Collection) -> list[tuple[str, str]]:
-    """The figures that one looks for first."""
+    """Return the figures that one looks for first."""
     return _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
 
 

@@ -164,7 +164,7 @@ class Collection:
     waiting: list[str]
 
     def baseline_of(self, run: Run) -> Run | None:
-        """The run that has the same seed and all else but inhibits nothing, or the one that its study says."""
+        """Return the run that has the same seed and all else but inhibits nothing, or the one that its study says."""
         if run.baseline is not None:
             return next((other for other in self.runs if other.directory == run.baseline), None)
         if run.method == "none":
@@ -225,7 +225,7 @@ def _read_run(directory: Path) -> Run | None:
 
 
 def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run], list[str]]:
-    """Its title, unlike the others', the runs that have begun and the names of those that have not."""
+    """Return the title, unlike the others', the runs that have begun and the names of those that have not."""
     index = read_study(directory)
     places = {entry.name: directory / entry.directory for entry in index.runs}
     title = f"{index.title} ({directory})" if index.title in others else index.title
@@ -243,7 +243,7 @@ def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run],
 
 
 def _once(runs: Sequence[Run]) -> list[Run]:
-    """A run that is given by itself and in a study, too, is the study's."""
+    """Return a run that is given by itself and in a study, too, is the study's."""
     found: dict[Path, Run] = {}
     for run in runs:
         place = run.directory.resolve()
@@ -266,7 +266,7 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str, Any]:
-    """The part of its configuration that decides its figures, on whatever machine."""
+    """Return the part of its configuration that decides its figures, on whatever machine."""
     return {
         key: value
         for key, value in run.config.items()
@@ -277,13 +277,13 @@ def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys whose values are not all the same, in the order of the files."""
+    """Return the keys whose values are not all the same, in the order of the files."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({json.dumps(config.get(key), default=str) for config in configs}) > 1]
 
 
 def _variants(runs: Sequence[Run]) -> list[Variant]:
-    """Those of one size together, plain pretraining first, otherwise as they come."""
+    """Return those of one size together, plain pretraining first, otherwise as they come."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = [run.study, run.levels] if run.levels is not None else comparable(run, seed=False)

@@ -27,7 +27,7 @@ class Measured:
 
 
 def over_seeds(values: Sequence[float]) -> Measured | None:
-    """The mean, and its standard error where there are two or more."""
+    """Return the mean, and its standard error where there are two or more."""
     if not values:
         return None
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
@@ -35,7 +35,7 @@ def over_seeds(values: Sequence[float]) -> Measured | None:
 
 
 def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:
-    """Each run of a variant with its baseline, where it has one."""
+    """Return each run of a variant with its baseline, where it has one."""
     return [(run, base) for run in variant.seeds if (base := page.baseline_of(run)) is not None]
 
 

@@ -77,7 +77,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest before it began; the first of a run in which it has not."""
+    """Return the newest before it began; the first of a run in which it has not."""
     begins = config.inhibition.in_steps("start", config.training.steps) or 0
     before = [line for line in evaluations if line["step"] <= begins]
     is_inhibited = config.inhibition.method != "none" and evaluations[-1]["step"] > begins
@@ -85,8 +85,10 @@ def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> 
 
 
 def _baseline(directory: Path, config: RunConfig, lines: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], str]:
-    """Its evaluation at this step, empty where it is not one to compare with; and what it is. lines: of the run that
-    it is compared with. Raises DataError."""
+    """Return its evaluation at this step, empty where it is not one to compare with.
+
+    And what it is. lines: of the run that it is compared with. Raises DataError.
+    """
     its_lines, its_config = _lines(directory), read_config(directory)
     found = next((line for line in of_kind(its_lines, "evaluation") if line["step"] == step), None)
     ours, its = _decisive(config), _decisive(its_config)
@@ -109,7 +111,7 @@ def _baseline(directory: Path, config: RunConfig, lines: list[dict[str, Any]], s
 
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
-    """What decides figures, but for inhibition, precision and how long the run is."""
+    """Return what decides figures, but for inhibition, precision and how long the run is."""
     left_out = (*DECIDES_NO_FIGURE, "inhibition.", "training.precision", "training.steps")
     return {key: value for key, value in flat(config).items() if not key.startswith(left_out)}
 

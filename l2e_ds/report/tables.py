@@ -88,7 +88,7 @@ class Table:
         return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
 
     def without(self, head: str) -> Table:
-        """The table without its columns of this head."""
+        """Return the table without its columns of this head."""
         return self._only([column.head != head for column in self.columns])
 
     def without_empty_columns(self) -> Table:
@@ -99,7 +99,7 @@ class Table:
         return replace(self, columns=list(compress(self.columns, kept)), rows=rows)
 
     def csv(self) -> str:
-        """All digits; a column of figures with standard errors becomes two."""
+        """Return all digits; a column of figures with standard errors becomes two."""
         columns: list[list[Any]] = []
         for i, column in enumerate(self.columns):
             cells = [row[i] for row in self.rows]
@@ -115,7 +115,10 @@ class Table:
 def filled(
     name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], of: Iterable[tuple]
 ) -> Table:
-    """A table with a row for each of `of`. columns: each with the function that makes its cell from such a one."""
+    """Return a table with a row for each of `of`.
+
+    columns: each with the function that makes its cell from such a one.
+    """
     rows = [[cell(*one) for _, cell in columns] for one in of]
     return Table(name, title, note, [column for column, _ in columns], rows)
 
@@ -131,7 +134,7 @@ def text_of(cell: Any, form: str) -> str:
 
 
 def all_tables(page: Collection) -> list[Table]:
-    """Those that have rows, without the columns that have nothing, in the order of the page."""
+    """Return those that have rows, without the columns that have nothing, in the order of the page."""
     tables = [
         _variants(page),
         _benchmarks(page),
@@ -310,7 +313,7 @@ def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Poi
 
 
 def _without_published(page: Collection) -> list[str]:
-    """A sentence where runs of a published size inhibit in another way than the paper's tables."""
+    """Return a sentence where runs of a published size inhibit in another way than the paper's tables."""
     others = [
         run for run in page.runs if run.size in published.SIZES and run.method != "none" and not run.is_published_method
     ]
@@ -487,7 +490,7 @@ def differences(page: Collection) -> Table:
 
 
 def machines(page: Collection) -> Table:
-    """A row for each start or resume."""
+    """Return a row for each start or resume."""
 
     def logged(key: str) -> Callable[[Run, dict], Any]:
         return lambda run, line: line.get(key)
@@ -520,7 +523,7 @@ def _plain(value: Any) -> str | None:
 
 
 def evaluations(page: Collection) -> Table:
-    """Every figure of every task and part of a task, at every step."""
+    """Return every figure of every task and part of a task, at every step."""
     columns: list[tuple[Column, Callable[[Run, TaskResult], Any]]] = [
         (Column("run"), lambda run, result: run.name),
         (Column("step", ",d"), lambda run, result: result.step),

@@ -27,7 +27,7 @@ class Notice:
 
 
 def all_warnings(page: Collection, now: datetime) -> list[Notice]:
-    """The gravest first."""
+    """Return the gravest first."""
     found = [warning for run in page.runs for warning in _not_finite(run)]
     found += [warning for variant in page.variants for warning in _worse(page, variant)]
     for check in (_harmed, _off_target, _skipped, _dying):

@@ -20,7 +20,7 @@ def check_folder(path: Path) -> None:
 
 
 def read_config(directory: Path) -> RunConfig:
-    """Keys that the run's version did not have yet have their defaults. Raises DataError."""
+    """Return keys that the run's version did not have yet have their defaults. Raises DataError."""
     try:
         return load_run_config(directory / "config.yaml")
     except ConfigError as error:

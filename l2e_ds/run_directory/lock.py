@@ -80,7 +80,7 @@ class RunLock:
             return False
 
     def _is_renewed(self, descriptor: int) -> bool:
-        """Whether somebody touches the file while we look."""
+        """Return whether somebody touches the file while we look."""
         before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCHED_FOR
         while time.monotonic() < deadline:
             time.sleep(1)

@@ -36,7 +36,7 @@ def sha256(path: Path) -> str:
 
 
 def files_of_rank(folder: Path, rank: int) -> list[Path]:
-    """The files that this rank wrote into a checkpoint; rank 0 also those that are written once."""
+    """Return the files that this rank wrote into a checkpoint; rank 0 also those that are written once."""
     owned = []
     for path in folder.rglob("*"):
         match = _OWNER.search(path.name)
@@ -63,7 +63,7 @@ def write_manifest(folder: Path, entries: Entries) -> None:
 
 
 def read_manifest(folder: Path) -> Entries | str:
-    """The entries, or what is wrong with the manifest."""
+    """Return the entries, or what is wrong with the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in files.items():
@@ -79,8 +79,10 @@ def read_manifest(folder: Path) -> Entries | str:
 
 
 def check_files(folder: Path) -> str | None:
-    """What is wrong with names and sizes, in a few words, or None. Reads no content but the step, which the folder is
-    named after."""
+    """Return what is wrong with names and sizes, in a few words, or None.
+
+    Reads no content but the step, which the folder is named after.
+    """
     files = read_manifest(folder)
     if isinstance(files, str):
         return files
@@ -105,7 +107,9 @@ def check_files(folder: Path) -> str | None:
 
 
 def check_contents(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the content of every `parts`-th file (largest first, so that shares are alike), or None."""
+    """Return what is wrong with the content of every `parts`-th file (largest first, so that shares are alike), or
+    None.
+    """
     files = read_manifest(folder)
     if isinstance(files, str):
         return files
@@ -120,5 +124,5 @@ def check_contents(folder: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words, or None. Reads every byte."""
+    """Return what is wrong with a checkpoint, in a few words, or None. Reads every byte."""
     return check_files(folder) or check_contents(folder)

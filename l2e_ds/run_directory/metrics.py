@@ -30,7 +30,7 @@ _CHECKS: dict[Type, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
-    """The lines of one kind, in order. Raises DataError for a line that is none of a run's, and OSError."""
+    """Return the lines of one kind, in order. Raises DataError for a line that is none of a run's, and OSError."""
     found = []
     for place, line in _lines(path):
         if line["kind"] == kind:
@@ -41,7 +41,7 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
 
 
 def read_lines(directory: Path) -> list[dict[str, Any]]:
-    """A run's lines of the kinds start, train, evaluation and guard, in order, checked.
+    """Return a run's lines of the kinds start, train, evaluation and guard, in order, checked.
 
     A figure that is not finite, or beyond what float32 holds, is None. Raises DataError naming file and line, and
     OSError.
@@ -64,8 +64,10 @@ def _broken(path: Path, place: int) -> DataError:
 
 
 def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
-    """The line with None for figures that are not finite. Raises DataError; a key that the table does not have, of an
-    older or a changed run, is taken for a number."""
+    """Return the line with None for figures that are not finite.
+
+    Raises DataError; a key that the table does not have, of an older or a changed run, is taken for a number.
+    """
     kind = line["kind"]
     for metric in KINDS[kind].metrics:
         if metric.needed and metric.key not in line:
@@ -94,7 +96,7 @@ def of_kind(lines: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
 
 
 def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of training without the first after each start, in which things are compiled and caches filled."""
+    """Return lines of training without the first after each start, in which things are compiled and caches filled."""
     kept, is_first = [], True
     for line in lines:
         if line["kind"] == "start":
@@ -122,7 +124,7 @@ def comparison_key(layer: int, name: str) -> str:
 
 
 def layers_of(lines: Iterable[Mapping[str, Any]], key: Callable[[int, str], str] = layer_key) -> list[int]:
-    """Those that the lines have figures of under such keys."""
+    """Return those that the lines have figures of under such keys."""
     begin = key(0, "").partition("0/")[0]
     return sorted({int(found[1]) for line in lines for name in line if (found := re.match(rf"{begin}(\d+)/", name))})
 

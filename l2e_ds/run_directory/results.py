@@ -45,7 +45,9 @@ class TaskResult:
 
 
 def read_results(run: Path) -> list[TaskResult]:
-    """Every metric of every task, ordered by step; of one that was evaluated twice the newest. Empty without a file.
+    """Return every metric of every task, ordered by step.
+
+    Of one that was evaluated twice the newest. Empty without a file.
 
     A line that was cut off, or is still being written, does not count. Raises DataError for one that is no evaluation.
     """
@@ -90,7 +92,7 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
 def about(
     step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
 ) -> dict[str, Any]:
-    """What a line says beside the figures themselves. tasks, num_fewshot: as they were asked for."""
+    """Return what a line says beside the figures themselves. tasks, num_fewshot: as they were asked for."""
     time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
     common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
@@ -107,7 +109,7 @@ def append_result(path: Path, evaluation: dict[str, Any]) -> None:
 
 
 def table(results: Sequence[TaskResult]) -> list[list[str]]:
-    """Rows of text for a terminal: task, shots, metric, value, standard error, documents."""
+    """Return rows of text for a terminal: task, shots, metric, value, standard error, documents."""
     return [
         [
             f"  {result.task}" if result.part_of else result.task,

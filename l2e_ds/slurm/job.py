@@ -31,7 +31,10 @@ PROBE_SECONDS = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The supervisor's exit code; the job may be requeued by then. One line on stderr for what the user can mend."""
+    """Return the supervisor's exit code.
+
+    The job may be requeued by then. One line on stderr for what the user can mend.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments, launcher = _parse(words)
@@ -182,7 +185,7 @@ def requeue_if_due(code: int, broke_stopping: bool) -> None:
 
 
 def job_name_for_scontrol(environment: Mapping[str, str]) -> str:
-    """The id of this job alone: of an array, one task has the array's own id, which would mean all tasks."""
+    """Return the id of this job alone: of an array, one task has the array's own id, which would mean all tasks."""
     if "SLURM_ARRAY_JOB_ID" in environment:
         return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
     return environment["SLURM_JOB_ID"]
@@ -196,7 +199,7 @@ def job_state(job: str) -> tuple[str, str]:
 
 
 def nodes_answer() -> bool:
-    """Whether every node of the job can still start a task. Until SLURM itself notices may take minutes."""
+    """Return whether every node of the job can still start a task. Until SLURM itself notices may take minutes."""
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "true"]
     try:

@@ -66,7 +66,10 @@ def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> N
 
 
 def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]:
-    """The `#SBATCH` lines. name: of the job, where it was given none; log: in `folder`, a pattern of sbatch's."""
+    """Return the `#SBATCH` lines.
+
+    name: of the job, where it was given none; log: in `folder`, a pattern of sbatch's.
+    """
     options = {
         "job-name": resources.job_name or plain(name),
         "nodes": resources.nodes,
@@ -228,7 +231,10 @@ def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def without_secrets(text: str, where: str) -> str:
-    """The text itself. Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it."""
+    """Return the text itself.
+
+    Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it.
+    """
     for name, value in _secrets(os.environ):
         if value in text:
             raise ConfigError(f"submit: {where} contains the value of {name}; leave it to the environment alone")

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:
-    """One after another, by the launcher of training. Stopped on request, the job is requeued."""
+    """Evaluate one after another, by the launcher of training. Stopped on request, the job is requeued."""
     job.prepare_environment()
     signals.listen((signal.SIGUSR1, signal.SIGTERM))
     for evaluation in evaluations:

@@ -38,8 +38,10 @@ class StudyLock(RunLock):
 
 
 def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
-    """Every run, completely checked as `l2e-ds train` does before it starts. Raises ConfigError or DataError naming the
-    run, and where the key that is wrong was given."""
+    """Return every run, completely checked as `l2e-ds train` does before it starts.
+
+    Raises ConfigError or DataError naming the run, and where the key that is wrong was given.
+    """
     plans: dict[str, Plan] = {}
     looked_at: set[str] = set()
     for run in study.runs:
@@ -67,8 +69,10 @@ def _base(run: StudyRun) -> Path:
 
 
 def _traced(line: str, run: StudyRun) -> str:
-    """An error's line, beginning with where the study gives the first key of its own that it names. A key that the
-    study does not give is the base's."""
+    """Return an error's line, beginning with where the study gives the first key of its own that it names.
+
+    A key that the study does not give is the base's.
+    """
     said = line.removeprefix(f"{find_file(run.base)}: ")
     for override in run.overrides:
         said = said.removeprefix(f"override {override!r}: ")
@@ -79,8 +83,9 @@ def _traced(line: str, run: StudyRun) -> str:
 
 
 def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
-    """What is started: with the precision that was asked for, for the device that runs it to decide, and with one cache
-    for all runs."""
+    """Return what is started: with the precision that was asked for, for the device that runs it to decide, and with
+    one cache for all runs.
+    """
     config = config.replace("training", precision=asked.training.precision)
     if config.data.cache is None:
         config = config.replace("data", cache=str(directory / "data"))
@@ -97,7 +102,7 @@ def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
 
 
 def changes(directory: Path, new: RunConfig) -> list[str]:
-    """What a run that was begun would become another by, as `key: old -> new`.
+    """Return what a run that was begun would become another by, as `key: old -> new`.
 
     It may grow longer where its schedule does not change by that. Raises ConfigError.
     """
@@ -123,8 +128,10 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
 
 
 def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
-    """Lines about what is otherwise than at the last call and may be. Raises ConfigError for a run that has begun and
-    would become another one."""
+    """Return lines about what is otherwise than at the last call and may be.
+
+    Raises ConfigError for a run that has begun and would become another one.
+    """
     lines = []
     for run in study.runs:
         found = changes(run_directory(study.directory, run.name), plans[run.name].config)

@@ -39,7 +39,7 @@ SHOWN = {
 
 
 def collect(directory: Path) -> pd.DataFrame:
-    """The table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
+    """Return the table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
 
     Raises ConfigError where there is no study, DataError for a line that is no metrics or no evaluation.
     """
@@ -74,7 +74,7 @@ def collect(directory: Path) -> pd.DataFrame:
 
 
 def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """One row a combination, in the table's order, of the runs that have a figure in `column`.
+    """Return one row a combination, in the table's order, of the runs that have a figure in `column`.
 
     runs: how many; mean: over them (seeds). Of the pairs of a run and its baseline: pairs: how many; difference: mean
     of (run - baseline), and its stderr: standard deviation (n - 1) over the square root of n, NaN for a single pair;
@@ -114,7 +114,7 @@ def write_results(directory: Path, table: pd.DataFrame) -> None:
 
 
 def figures_of(table: pd.DataFrame) -> list[str]:
-    """The columns of evaluations: `TASK/N-shot/METRIC`."""
+    """Return the columns of evaluations: `TASK/N-shot/METRIC`."""
     return [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
 
 
@@ -192,7 +192,10 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
 def _own_figures(
     lines: Sequence[dict[str, Any]], step: int, evaluations: Sequence[Evaluation]
 ) -> dict[str, float | None]:
-    """What the study asks for, whoever had it evaluated; of a task that it asks for twice that of more documents."""
+    """Return what the study asks for, whoever had it evaluated.
+
+    Of a task that it asks for twice that of more documents.
+    """
     figures: dict[str, float | None] = {}
     for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
         for line in lines:

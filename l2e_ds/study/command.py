@@ -123,7 +123,7 @@ def _load_tasks(study: Study) -> None:
 
 
 def describe(study: Study, plans: dict[str, Plan], lines: list[str]) -> str:
-    """What `--dry-run` prints: a table of the runs, and what is left to do."""
+    """Return what `--dry-run` prints: a table of the runs, and what is left to do."""
     common = set.intersection(*(set(run.overrides) for run in study.runs))
     states = _states(study, plans)
     rows, steps_left, tokens_left = [], 0, 0
@@ -188,7 +188,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
-    """The study's folder, without a look at the runs."""
+    """Return the study's folder, without a look at the runs."""
     if arguments.directory is not None:
         return arguments.directory
     if arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file():

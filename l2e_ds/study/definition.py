@@ -136,7 +136,7 @@ class Study:
         }
 
     def dump(self) -> str:
-        """The file, as YAML, which gives the same runs from anywhere."""
+        """Return the file, as YAML, which gives the same runs from anywhere."""
         return dump_yaml(self.file.model_dump(exclude_defaults=True))
 
 
@@ -260,7 +260,7 @@ def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]])
 
 
 def _found(base: Any, path: Path, where: str) -> str:
-    """A run file, by a name that leads to it from any folder."""
+    """Return a run file, by a name that leads to it from any folder."""
     found = find_file(base, path) if isinstance(base, str) else None
     if found is None:
         raise ConfigError(f"{where}: no such run file: {base}")
@@ -293,7 +293,7 @@ def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Leve
 
 
 def _dumped(name: str, levels: dict[str, Level]) -> Any:
-    """A factor as a file has it."""
+    """Return a factor as a file has it."""
     if KEY.fullmatch(name) and all(list(level.settings) == [name] for level in levels.values()):
         return [level.settings[name] for level in levels.values()]
     return {text: ({"base": level.base} if level.base else {}) | level.settings for text, level in levels.items()}
@@ -351,7 +351,7 @@ def _name(levels: Levels, seed: int) -> str:
 def baseline_of(
     levels: Levels, kept: Sequence[Levels], baseline: Levels, factors: dict[str, dict[str, Level]]
 ) -> Levels | None:
-    """The combination, of those that are run, that this one is compared with; None for a baseline itself.
+    """Return the combination, of those that are run, that this one is compared with; None for a baseline itself.
 
     It has the baseline's levels and otherwise the same ones. A factor may differ that sets nothing but inhibition,
     where the baseline was excluded at this combination's level. Raises ConfigError where several would do.

@@ -21,7 +21,7 @@ class Place:
     environment: Mapping[str, str]
 
     def launcher(self) -> list[str]:
-        """The words before a module's name; as launch/deepspeed.sh has them, and for one rank none at all."""
+        """Return the words before a module's name; as launch/deepspeed.sh has them, and for one rank none at all."""
         if self.ranks == 1:
             return [sys.executable, "-u", "-m"]
         beside = Path(sys.executable).with_name("deepspeed")
@@ -32,7 +32,7 @@ class Place:
 
 
 def places(devices: int | None, ranks: int | None, environment: Mapping[str, str]) -> list[Place]:
-    """One for each run at a time. Raises ConfigError for more devices than there are."""
+    """Return one for each run at a time. Raises ConfigError for more devices than there are."""
     import torch
 
     if devices is not None and ranks is not None:

@@ -137,8 +137,10 @@ class Runner:
             self._go_on(job)
 
     def _is_busy(self, job: Job) -> bool:
-        """Whether another process writes there: perhaps what a killed study has left, which saves and stops. After
-        `training.timeout` the run counts as failed."""
+        """Return whether another process writes there: perhaps what a killed study has left, which saves and stops.
+
+        After `training.timeout` the run counts as failed.
+        """
         now = time.monotonic()
         if now < job.look_at:
             return True
@@ -229,7 +231,7 @@ class Runner:
         say(f"{job.name}: failed: {why}")
 
     def _reason(self, job: Job, code: int) -> str:
-        """The last error that its log tells of."""
+        """Return the last error that its log tells of."""
         with self._log(job).open("rb") as file:
             file.seek(job.log_begins)
             lines = file.read().decode("utf-8", errors="replace").splitlines()

@@ -74,14 +74,16 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 
 
 def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
-    """Whether a line of evaluations.jsonl answers this at this step."""
+    """Return whether a line of evaluations.jsonl answers this at this step."""
     return any(answers(line, step, evaluation) for line in evaluation_lines(directory))
 
 
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
-    """Whether this line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at this
-    step, and computed as `l2e-ds evaluate` does it: what was evaluated while training may be in half precision. A line
-    that does not say what it was asked for answers nothing."""
+    """Return whether this line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at
+    this step, and computed as `l2e-ds evaluate` does it: what was evaluated while training may be in half precision.
+
+    A line that does not say what it was asked for answers nothing.
+    """
     asked = line.get("asked") or {}
     found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
     wanted = (step, PRECISION, evaluation.limit, evaluation.num_fewshot)

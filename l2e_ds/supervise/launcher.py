@@ -16,7 +16,7 @@ from l2e_ds.errors import ConfigError
 
 
 def launch_command(launcher: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """The launcher's words and the run's. Raises ConfigError for a folder that no other host could be told."""
+    """Return the launcher's words and the run's. Raises ConfigError for a folder that no other host could be told."""
     if "--force_multi" not in launcher:  # launch/deepspeed.sh gives it exactly when pdsh is used
         return [*launcher, *arguments]
     if re.search(r"[^\w@+=:,./-]", os.getcwd()):

@@ -29,7 +29,7 @@ class SignsOfLife:
         self._seen_at = self._asked_at = time.monotonic()
 
     def are_missing_for(self, patience: float) -> bool:
-        """Whether neither was seen for so many seconds; to be asked often.
+        """Return whether neither was seen for so many seconds; to be asked often.
 
         Never before the lock was renewed a few times: the run may be starting, or its file system may keep no times.
         """

@@ -23,7 +23,7 @@ def fsync_path(path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name in the folder of `path`, so that `os.replace` onto `path` stays within one file system."""
+    """Return a new name in the folder of `path`, so that `os.replace` onto `path` stays within one file system."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
@@ -40,7 +40,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a folder may be made there: nothing stands there, or an empty folder."""
+    """Return whether a folder may be made there: nothing stands there, or an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))
 
 
@@ -70,6 +70,6 @@ def identity(path: Path) -> list[str | int]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of a library's message, for the end of one of ours."""
+    """Return the first line of a library's message, for the end of one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
+    """Return peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
     if given is not None or device.type != "cuda":
         return given
     name = torch.cuda.get_device_name(device)

@@ -9,7 +9,7 @@ from l2e_ds.errors import ConfigError
 
 
 def is_installed(package: str) -> bool:
-    """A folder of that name in the working directory, such as `wandb/`, is no package: it has no file to import."""
+    """Return whether a package is installed. A folder of its name in the working directory (`wandb/`) is none."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 

@@ -21,7 +21,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def process_memory(name: str) -> int:
-    """Bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no file's).
+    """Return bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no
+    file's).
 
     Raises L2EError where the system does not tell it.
     """
@@ -32,7 +33,7 @@ def process_memory(name: str) -> int:
 
 
 def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that a container or a job may still use (cgroup v2); infinite where nothing limits it."""
+    """Return bytes that a container or a job may still use (cgroup v2); infinite where nothing limits it."""
     room = math.inf
     with suppress(OSError, ValueError):
         line = next((line for line in own.read_text().splitlines() if line.startswith("0::")), "0::/")

@@ -9,7 +9,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 
 def template(path: Path, **filters: Callable[..., str]) -> Template:
-    """The template of a file, with filters of the caller's; a value that it lacks is an error when it is rendered.
+    """Return the template of a file, with filters of the caller's.
+
+    A value that it lacks is an error when it is rendered.
 
     In a template named *.html, values are escaped unless they are `markupsafe.Markup`.
     """

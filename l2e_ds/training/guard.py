@@ -40,7 +40,7 @@ class Finding:
     reference_step: int
 
     def values(self) -> dict[str, Any]:
-        """The line `kind: guard` of metrics.jsonl, but for `advice`."""
+        """Return the line `kind: guard` of metrics.jsonl, but for `advice`."""
         compared = {} if self.comparison is None else {"comparison": self.comparison}
         ratio = {layer_key(self.layer, self.name): self.ratio}
         return {**ratio, **compared, "reference_step": self.reference_step, "text": self.seen}
@@ -61,7 +61,7 @@ def judged(
     comparison: Sequence[int],
     has_begun: bool,
 ) -> tuple[dict[str, Any], list[Finding]]:
-    """What to remember after an evaluation, and what was found for the first time.
+    """Return what to remember after an evaluation, and what was found for the first time.
 
     memory: what was remembered after the one before it, or nothing; JSON. values: of the line `kind: evaluation`.
     has_begun: whether a step before this evaluation was inhibited. The reference is the newest evaluation at which it
@@ -144,7 +144,7 @@ def seen_in(
 
 
 def advice(section: InhibitionConfig) -> str:
-    """What to do about a finding."""
+    """Return what to do about a finding."""
     if section.parts[1] != "regulariser":
         weaker, other = "lower inhibition.target_share", ""
     else:

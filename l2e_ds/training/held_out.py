@@ -33,7 +33,7 @@ def evaluate(
     micro_batch: int,
     tick: Callable[[], None],
 ) -> dict[str, float]:
-    """The metrics of `kind: evaluation`, the same on every rank. Collective.
+    """Return the metrics of `kind: evaluation`, the same on every rank. Collective.
 
     sites, comparison: of the layers to measure; those of `comparison` go by other names (`comparison_key`).
     sets: those with held-out text; `sequences` of each are read, and weigh together what the set does in training.
@@ -49,7 +49,7 @@ def evaluate(
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # each set's loss and tokens
 
     def of_tokens(values: np.ndarray) -> Tensor:
-        """A number for each sequence, [B], as float32 for each of its tokens, [B*T, 1]."""
+        """Return a number for each sequence, [B], as float32 for each of its tokens, [B*T, 1]."""
         length = datasets[0].sequence_length
         return torch.from_numpy(values).float().to(engine.device).repeat_interleave(length)[:, None]
 

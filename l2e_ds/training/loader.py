@@ -33,7 +33,7 @@ class Loader:
         self._thread.start()
 
     def take(self) -> Tensor:
-        """The next step, int64 [accumulation, m, T+1]; waits for it. Raises what `read` raised."""
+        """Return the next step, int64 [accumulation, m, T+1]; waits for it. Raises what `read` raised."""
         if self._next >= self._last:
             raise ValueError(f"step {self._next} of {self._last}")
         found = self._ready.get()
@@ -52,7 +52,7 @@ class Loader:
         return batch
 
     def close(self) -> bool:
-        """The thread reads what it may and ends; one that hangs (a file system, a lost rank) is left behind.
+        """End the thread, which finishes what it reads; one that hangs (a file system, a lost rank) is left behind.
 
         Returns whether it has ended.
         """

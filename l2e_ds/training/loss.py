@@ -125,7 +125,9 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
 
 def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
-    """Sum of a chunk's losses, []. Writes their gradient to of_hidden [C, h] and adds it to of_weight [V, h], float32.
+    """Return sum of a chunk's losses, [].
+
+    Writes their gradient to of_hidden [C, h] and adds it to of_weight [V, h], float32.
 
     The gradient with respect to a logit is p - [it is the target's].
     """

@@ -51,7 +51,7 @@ def find(
     limit: float | None = None,
     by_speed: bool | None = None,
 ) -> Found:
-    """The micro-batch of a run that was resolved with `auto`: remembered, or measured. Collective.
+    """Return the micro-batch of a run that was resolved with `auto`: remembered, or measured. Collective.
 
     network: the Hugging Face configuration. limit: bytes that a rank may use; default: USABLE of the device's memory,
     on CPUs of what is free, divided by the ranks of this host. by_speed: whether a larger one must also be faster;
@@ -97,7 +97,7 @@ def find(
 
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
-    """What decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
+    """Return what decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
     varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     inhibition = config.inhibition.model_dump(
         mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce", "fused"}
@@ -115,7 +115,7 @@ def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
 
 
 def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tuple[int | None, str | None]:
-    """The number that `path` holds for these circumstances, or why there is none; (None, None) without a file.
+    """Return the number that `path` holds for these circumstances, or why there is none; (None, None) without a file.
 
     Where `about` names no devices (a dry run), those of the file are taken as they are.
     """
@@ -160,7 +160,7 @@ def _say(line: str) -> None:
 
 
 def next_size(candidates: list[int], known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
-    """The size to measure next, or None where what is known decides. candidates: ascending, from 1.
+    """Return the size to measure next, or None where what is known decides. candidates: ascending, from 1.
 
     Only a size that should fit (`estimate`) is tried; on GPUs, where to run out of memory harms nobody, the second one
     in any case. By speed sizes at most double, as long as that makes them faster.
@@ -184,8 +184,11 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, b
 
 
 def estimate(known: dict[int, Measured], size: int) -> float:
-    """Peak of a size. Memory grows linearly: on the line through the two largest sizes known; of one alone, as if all
-    that forward and backward added to what was held before them grew with the size, which it does at most."""
+    """Return peak of a size.
+
+    Memory grows linearly: on the line through the two largest sizes known; of one alone, as if all that forward and
+    backward added to what was held before them grew with the size, which it does at most.
+    """
     last = max(known)
     one = known[last]
     slope = (one.working - one.base) / last
@@ -196,8 +199,10 @@ def estimate(known: dict[int, Measured], size: int) -> float:
 
 
 def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
-    """The largest measured size that fits, None where none does; by speed the last that was faster, by GAIN, than the
-    one before it."""
+    """Return the largest measured size that fits, None where none does.
+
+    By speed the last that was faster, by GAIN, than the one before it.
+    """
     fitting = sorted(size for size, one in known.items() if one.peak <= limit)
     if not fitting or not by_speed:
         return fitting[-1] if fitting else None
@@ -210,7 +215,7 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
 
 
 def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
-    """What to tell the user where `choose` finds none."""
+    """Return what to tell the user where `choose` finds none."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (
         f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a"
@@ -222,7 +227,7 @@ def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
 
 
 def _usable(device: torch.device) -> float:
-    """Bytes that this rank may use. Collective."""
+    """Return bytes that this rank may use. Collective."""
     hosts = collectives.all_gather_objects(socket.gethostname())
     if device.type == "cuda":
         return USABLE * torch.cuda.get_device_properties(device).total_memory

@@ -78,7 +78,7 @@ class _Child:
 
 
 def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
-    """A spawned process that has this rank's place in a group of its own. Collective."""
+    """Return a spawned process that has this rank's place in a group of its own. Collective."""
     port = collectives.main_decides(free_port() if collectives.is_main() else None)
     variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
     context = multiprocessing.get_context("spawn")
@@ -132,7 +132,7 @@ def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
 
 
 def _answer(child: _Child) -> Measured | str | None:
-    """What it says within the time between two meetings, or what became of it."""
+    """Return what it says within the time between two meetings, or what became of it."""
     try:
         return child.connection.recv() if child.connection.poll(_MEETING) else None
     except (EOFError, OSError):
@@ -168,7 +168,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
-    """The run's network, inhibitor and engine, after a first step, so that the optimizer has all of its states.
+    """Return the run's network, inhibitor and engine, after a first step, so that the optimizer has all of its states.
 
     Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
     size that makes a whole global batch each is a step of its own; of the others both together are.

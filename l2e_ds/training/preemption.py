@@ -73,7 +73,7 @@ def _reason_here() -> str | None:
 
 
 def is_asked() -> bool:
-    """Whether this rank has heard something."""
+    """Return whether this rank has heard something."""
     return _reason_here() is not None
 
 

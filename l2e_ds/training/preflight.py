@@ -169,7 +169,7 @@ def describe(plan: Plan) -> str:
 
 
 def _unfound_batch(plan: Plan) -> str:
-    """What a dry run can say of `training.micro_batch: auto`."""
+    """Return what a dry run can say of `training.micro_batch: auto`."""
     path = Path(plan.config.training.run_directory) / micro_batch.FILE
     about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
     number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))

@@ -41,7 +41,7 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
-    """Where text is held out."""
+    """Return where text is held out."""
     return state.evaluated != state.step and _is_regularly_due(config.training.evaluate_every, config, state)
 
 
@@ -54,7 +54,7 @@ def _is_regularly_due(every: int, config: RunConfig, state: TrainState) -> bool:
 
 
 def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
-    """Whether the run has neither steps nor evaluations before it. checkpoints: of `open_checkpoints`."""
+    """Return whether the run has neither steps nor evaluations before it. checkpoints: of `open_checkpoints`."""
     path = checkpoints.resume_from
     if path is None or not checkpoints.is_own(path):
         return False
@@ -228,7 +228,10 @@ class Trainer:
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:
-        """One optimizer step on one global batch; returns whether it changed the weights (same on every rank)."""
+        """Take one optimizer step on one global batch.
+
+        Returns whether it changed the weights (same on every rank).
+        """
         rate = learning_rate(self.state.applied, self._peak_rate, self._schedule_steps, self.config.optimizer)
         set_learning_rate(self.engine, rate)
         *others, last = self._next_batch()  # [B, T+1] int64 each
@@ -256,11 +259,11 @@ class Trainer:
         self.engine.backward(loss)
 
     def _read_step(self, step: int) -> np.ndarray:
-        """This rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
+        """Return this rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
         return self.sequences.read(step, collectives.rank(), collectives.size(), self.batch.micro_batch)
 
     def _next_batch(self) -> Tensor:
-        """The same of the present step, on the device."""
+        """Return the same of the present step, on the device."""
         heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
         with self._interval.waiting_for_data():
             batch = self.loader.take()
