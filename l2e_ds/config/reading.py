@@ -49,7 +49,8 @@ def _is_frozen(path: Path) -> bool:
 def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:
     """Return the configuration with absolute paths to what the run reads.
 
-    They are then found from any working directory, and two runs that read other files differ. Names of the hub and of files of this repository stay, and so does the run directory.
+    They are then found from any working directory, and two runs that read other files differ. Names of the hub and of
+    files of this repository stay, and so does the run directory.
     """
     data, training = config.data, config.training
     if data.sets is not None:

@@ -243,7 +243,7 @@ def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run],
 
 
 def _once(runs: Sequence[Run]) -> list[Run]:
-    """Return a run that is given by itself and in a study, too, is the study's."""
+    """Return the runs, each once: one that is given by itself and in a study, too, is the study's."""
     found: dict[Path, Run] = {}
     for run in runs:
         place = run.directory.resolve()
