@@ -40,16 +40,19 @@ from l2e_ds.analysis.collect import (
     count_scores_of_samples,
     distributions_of_samples,
 )
+from l2e_ds.analysis.features import format_report
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.analysis.summary import Result, sample_of, summary
 from l2e_ds.analysis.tables import Tables
 from l2e_ds.console import at_least, say
+from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, reported_once
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
 from l2e_ds.system.files import is_free, whole_folder
 from l2e_ds.system.installed import check_extra
+from l2e_ds.system.process import quiet_libraries
 from l2e_ds.system.provenance import versions
 
 if TYPE_CHECKING:
@@ -90,8 +93,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.system.process import quiet_libraries
-
     check_extra("analysis", PACKAGES)
     for number in (signal.SIGTERM, signal.SIGHUP):  # nothing of the scratch folder stays
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -163,9 +164,6 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
 
     Raises ConfigError, DataError, also for what a model cannot take.
     """
-    from l2e_ds.analysis.features import format_report
-    from l2e_ds.data.tokenizer import tokenizer_digest
-
     by_tokenizer: dict[str, FeatureSet] = {}
     found = []
     for source in sources:
@@ -364,7 +362,7 @@ def _write(
 ) -> None:
     import pandas as pd
 
-    from l2e_ds.analysis.figures import write_figures
+    from l2e_ds.analysis.figures import write_figures  # with matplotlib, an extra
 
     report = results[0].report
     about = {

@@ -12,12 +12,14 @@ from torch import Tensor
 from l2e_ds.analysis import PACKAGES, options
 from l2e_ds.analysis.collect import Texts, run_over
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
+from l2e_ds.analysis.neuron_page import describe_neuron, write_neuron_page
 from l2e_ds.console import at_least
 from l2e_ds.distributed import launch
 from l2e_ds.errors import AnalysisError, ConfigError
 from l2e_ds.evaluation.model_source import MODEL, find_model, load_tokenizer_of
 from l2e_ds.models.families import neurons_of
 from l2e_ds.system.installed import check_extra
+from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, CheckpointError, AnalysisError. Under a launcher rank 0 does it alone."""
-    from l2e_ds.analysis.neuron_page import describe_neuron, write_neuron_page
-    from l2e_ds.system.process import quiet_libraries
-
     if launch.find_launch().rank != 0:
         return 0
     check_extra("analysis", PACKAGES)

@@ -144,7 +144,7 @@ def write_neuron_page(
     about: model (label), layer, neuron, name (of the feature set). Raises ConfigError for activations that are not
     finite, and OSError.
     """
-    from l2e_ds.analysis.drawing import svg_of
+    from l2e_ds.analysis.drawing import svg_of  # with matplotlib, an extra
     from l2e_ds.analysis.figures import neuron_distribution
 
     found = measure_neuron(activations, labels, features)

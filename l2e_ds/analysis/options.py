@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from l2e_ds.analysis.features import load_feature_set
 from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.console import say
 from l2e_ds.distributed import collectives
@@ -53,8 +54,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
     """As `load_feature_set`, by the command's options."""
-    from l2e_ds.analysis.features import load_feature_set
-
     texts = load_feature_set(
         arguments.features,
         tokenizer,

@@ -11,6 +11,7 @@ import torch
 
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state
 from l2e_ds.errors import CheckpointError
+from l2e_ds.models.network import without_default_init
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.names import is_checkpoint, step_of
 
@@ -105,8 +106,6 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
     precision: of the weights; default: the run's, with which logits equal the engine's. Raises CheckpointError.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from l2e_ds.models.network import without_default_init
 
     state = read_state(checkpoint)
     precision = precision or state["identity"]["precision"]

@@ -239,7 +239,7 @@ class View:
 
 def view_of_run(run_file: str) -> View:
     """As training reads it. Text that was not tokenised for this run yet is tokenised now."""
-    from l2e_ds.models.pythia import network_config
+    from l2e_ds.models.pythia import network_config  # with torch, for which nothing else here waits
 
     config = load_run_config(run_file)
     network = network_config(config.model, config.data.sequence_length)

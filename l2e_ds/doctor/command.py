@@ -17,6 +17,7 @@ from l2e_ds.console import CommandParser
 from l2e_ds.doctor import host
 from l2e_ds.doctor.finding import Finding, checked, conclude
 from l2e_ds.doctor.ranks import meet_to_compare, why_no_all_reduce
+from l2e_ds.errors import ConfigError
 
 if TYPE_CHECKING:
     from l2e_ds.distributed.launch import Launch
@@ -48,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if any(finding.name == "torch" for finding in imports):  # then there are no ranks that could meet
         return conclude(_look(imports, None, arguments.directory, show=True))
 
-    from l2e_ds.distributed.launch import find_launch
-    from l2e_ds.errors import ConfigError
+    from l2e_ds.distributed.launch import find_launch  # with torch, which may be missing
 
     try:
         launch = find_launch()

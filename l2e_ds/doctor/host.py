@@ -18,6 +18,7 @@ from pathlib import Path
 
 from l2e_ds.doctor.finding import Finding, check_program, described, on_gpu, output_of, own_version, verdict
 from l2e_ds.system.files import PACKAGE
+from l2e_ds.system.process import quiet_libraries
 from l2e_ds.system.provenance import cpu_name, installed_version
 
 PINS = PACKAGE.parent / "launch/requirements.txt"
@@ -79,8 +80,6 @@ def check_imports() -> list[Finding]:
             if module == "torch":
                 break  # most of the others need it
     if not findings:
-        from l2e_ds.system.process import quiet_libraries
-
         quiet_libraries()
     return findings
 

@@ -30,7 +30,7 @@ Facts = list[dict[str, Any]]
 
 def meet_to_compare(launch: Launch, local: list[Finding], arguments: argparse.Namespace) -> int:
     """Compare the ranks, then measure; rank 0 prints. Return the same exit code on every rank. Collective."""
-    from l2e_ds.distributed import collectives, heartbeat, process_group
+    from l2e_ds.distributed import collectives, heartbeat, process_group  # with torch, which may be missing
     from l2e_ds.distributed.watchdog import Watchdog
     from l2e_ds.doctor.all_reduce import measure
 

@@ -35,6 +35,7 @@ from l2e_ds.evaluation.model_source import (
 )
 from l2e_ds.export.card import longer_than_trained
 from l2e_ds.run_directory import results
+from l2e_ds.system.process import quiet_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.system.process import quiet_libraries
-
     check_installed("evaluate")
     quiet_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
@@ -139,7 +138,7 @@ def _shots(arguments: argparse.Namespace) -> list[int | None]:
 
 
 def _load_tasks(arguments: argparse.Namespace) -> Tasks:
-    from l2e_ds.evaluation.harness import load_tasks
+    from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
 
     try:
         return load_tasks(arguments.tasks, arguments.include_path, _shots(arguments))
@@ -150,7 +149,7 @@ def _load_tasks(arguments: argparse.Namespace) -> Tasks:
 
 def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:
     """One model, with each number of examples. Collective."""
-    from l2e_ds.evaluation import harness
+    from l2e_ds.evaluation import harness  # with lm-eval, an extra
 
     tokenizer = collectives.all_work(lambda: _tokenizer(arguments, source))
     network, tokens = collectives.all_work(lambda: load_causal_model(source, arguments.precision))

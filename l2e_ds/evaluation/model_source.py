@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from l2e_ds.checkpoint.manager import CheckpointManager
 from l2e_ds.checkpoint.weights import DTYPES, find_checkpoint, load_network
-from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.data.tokenizer import load_tokenizer
+from l2e_ds.errors import CheckpointError, ConfigError, DataError
 from l2e_ds.models.network import loading_sharded
 from l2e_ds.run_directory.names import is_checkpoint, step_of
 from l2e_ds.system.files import one_line
@@ -84,9 +85,6 @@ def network_config(source: ModelSource) -> PretrainedConfig:
 
 def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
     """Return the model's own, or the one named `instead`. Raises ConfigError where there is none."""
-    from l2e_ds.data.tokenizer import load_tokenizer
-    from l2e_ds.errors import DataError
-
     folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
     assert folder is not None
     try:

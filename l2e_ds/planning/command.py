@@ -26,6 +26,7 @@ from l2e_ds.planning.memory import GIB, accumulation_of, checkpoint_bytes, large
 from l2e_ds.planning.speed import inhibition_payload, step_flops, traffic
 from l2e_ds.planning.work import Work, work_of
 from l2e_ds.system.gpus import GPUS, Gpu
+from l2e_ds.system.process import quiet_libraries
 from l2e_ds.training.preflight import Plan, resolve_run
 
 # Assumptions, printed with every plan. None of them was measured by this project.
@@ -43,8 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from l2e_ds.system.process import quiet_libraries
-
     quiet_libraries()
     print(describe(arguments.run_file, arguments.overrides, arguments.gpus, arguments.gpu, arguments.mfu))
     return 0

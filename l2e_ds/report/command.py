@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0. Raises ConfigError, DataError."""
     check_extra("report", PACKAGES)
-    from l2e_ds.report import page
+    from l2e_ds.report import page  # with matplotlib, an extra
 
     output = arguments.output
     folder = output.with_name(f"{output.stem}-tables")

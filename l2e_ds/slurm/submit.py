@@ -30,6 +30,7 @@ from l2e_ds.slurm.sbatch import (
     resources_of,
     without_secrets,
 )
+from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
-    from l2e_ds.system.process import quiet_libraries
-    from l2e_ds.training.preflight import preflight
+    from l2e_ds.training.preflight import preflight  # with torch, for which --help does not wait
 
     resources = resources_of(arguments)
     if arguments.restarts < 0:

@@ -113,7 +113,7 @@ def _load_tasks(study: Study) -> None:
     wanted = {(tuple(part.tasks), tuple(part.include_path)) for part in study.file.evaluate}
     if not wanted:
         return
-    from l2e_ds.evaluation.harness import load_tasks
+    from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
 
     for tasks, include_path in sorted(wanted):
         try:

@@ -24,7 +24,7 @@ from l2e_ds.distributed.launch import Launch, free_port
 from l2e_ds.errors import WorkerError
 from l2e_ds.system.files import one_line
 from l2e_ds.system.memory import process_memory
-from l2e_ds.system.process import serve_parent, without_stop_signals
+from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_signals
 from l2e_ds.training import preemption
 
 _OUT_OF_MEMORY = "out of memory"
@@ -147,8 +147,6 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is for the rendezvous of its own ranks
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:
-        from l2e_ds.system.process import quiet_libraries
-
         quiet_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)

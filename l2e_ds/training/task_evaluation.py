@@ -38,7 +38,7 @@ class TaskEvaluation:
         tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
         Nothing that training goes on with is changed: weights, random states, statistics.
         """
-        from l2e_ds.evaluation import harness
+        from l2e_ds.evaluation import harness  # with lm-eval, an extra
 
         figures: dict[str, float] = {}
         directory = Path(self.config.training.run_directory)
@@ -88,7 +88,7 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
     collectives.all_work(lambda: end_of_text_id(tokenizer))  # with which tasks begin a text and end an answer
 
     def load() -> Tasks:
-        from l2e_ds.evaluation.harness import load_tasks
+        from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
 
         try:
             return load_tasks(section.tasks, section.include_path, section.shots)
