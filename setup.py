@@ -14,7 +14,7 @@ setup(
     ],
     package_dir={f"l2e_ds.{folder.replace('/', '.')}": folder for folder in DATA},
     package_data={
-        "l2e_ds.evaluation.tasks": ["*.yaml"],
+        "l2e_ds.evaluation": ["tasks/*.yaml"],  # no package: it holds no Python
         "l2e_ds.analysis": ["neuron_page.html"],
         "l2e_ds.export": ["card.md"],
         "l2e_ds.report": ["page.html"],

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import benchmarks
 from l2e_ds.console import CommandParser, exit_code_of, open_streams
-from l2e_ds.system.process import leave
+from l2e_ds.system.process import leave_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,4 +24,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    leave_process(main())

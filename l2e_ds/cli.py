@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import l2e_ds
 from l2e_ds.console import CommandParser, exit_code_of, open_streams, parse, split_at_dashes
-from l2e_ds.system.process import leave
+from l2e_ds.system.process import leave_process
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """The console script `l2e-ds`."""
-    leave(main())
+    leave_process(main())
 
 
 if __name__ == "__main__":

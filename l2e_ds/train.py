@@ -50,11 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
     from l2e_ds.distributed import collectives
     from l2e_ds.distributed.launch import find_launch
-    from l2e_ds.training.preflight import describe, preflight
 
     rank = 0
     try:
         quiet_libraries()
+        from l2e_ds.training.preflight import describe, preflight  # only now: Ctrl-C in its seconds is one line, too
+
         launch = find_launch()
         rank = launch.rank
         if arguments.ranks is not None and not arguments.dry_run:

@@ -108,7 +108,7 @@ class Changes:
 
 
 def _rate(config: RunConfig, applied: int) -> float:
-    assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
+    assert config.optimizer.peak_learning_rate is not None  # filled in by engine.configuration.resolve
     return learning_rate(applied, config.optimizer.peak_learning_rate, _schedule_steps(config), config.optimizer)
 
 

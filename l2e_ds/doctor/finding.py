@@ -78,7 +78,7 @@ def output_of(command: Sequence[str], seconds: float = 30) -> str | None:
 
 
 def check_program(name: str, command: Sequence[str], use: str, install: str) -> Finding:
-    """Return whether a program runs. command: prints its version; use: what needs it; install: what brings it."""
+    """Find out whether a program runs. command: prints its version; use: what needs it; install: what brings it."""
     said = output_of(command)
     beside = Path(sys.executable).parent  # of a Python that was called by its path
     if shutil.which(command[0]) is None and (beside / command[0]).is_file():

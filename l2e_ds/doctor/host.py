@@ -146,13 +146,17 @@ def check_backend() -> list[Finding]:
 def check_mpi(needed: bool) -> list[Finding]:
     """Look for mpi4py's library, in a process of its own: starting MPI in this one could disturb its launch."""
     code = "import mpi4py; mpi4py.rc.initialize = False\nfrom mpi4py import MPI\nprint(MPI.Get_library_version())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    if not done.stdout:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+        said, complaint = done.stdout, done.stderr
+    except subprocess.TimeoutExpired:
+        said, complaint = "", "no answer in 30 s"
+    if not said:
+        last = (complaint.strip().splitlines() or ["no message"])[-1]
         use = "mpirun without MASTER_ADDR needs it" if needed else "needed for mpirun only"
         text = f"mpi4py finds no MPI library ({last}); {use}"
         return [Finding("missing" if needed else "note", "mpi", text, OPEN_MPI)]
-    library = done.stdout.replace("\0", "").split(", package")[0].splitlines()[0].strip()
+    library = said.replace("\0", "").split(", package")[0].splitlines()[0].strip()
     program = check_program("mpi", ["mpirun", "--version"], "runs by mpirun", OPEN_MPI)
     return [Finding("ok", "mpi", f"mpi4py with {library}"), program]
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from l2e_ds.doctor.all_reduce import Measurement
 
 PATIENCE = 1.0
-"""Minutes without progress after which a rank gives up; the process group waits one more (distributed.join), two in all
-for ranks that do not come: long enough for a slow file system, short enough to be waited for."""
+"""Minutes without progress after which a rank gives up; the process group waits one more (process_group.join), two in
+all for ranks that do not come: long enough for a slow file system, short enough to be waited for."""
 PACKAGES = ("python", "torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors")
 Facts = list[dict[str, Any]]
 """What each rank says of itself, in the order of ranks."""

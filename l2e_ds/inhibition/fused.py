@@ -162,7 +162,7 @@ _COMPILED = {function: torch.compile(function, dynamic=False) for function in _F
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return the function, compiled. Raises CompileError."""
+    """Call the function, compiled. Raises CompileError."""
     with _explained():
         return _COMPILED[function](*arguments)
 

@@ -54,8 +54,10 @@ def traffic(work: Work, ranks: int, accumulation: int) -> Traffic:
 
 
 def step_flops(work: Work, global_batch: int) -> float:
-    """Return the operations of a step, of all GPUs (PaLM, appendix B, as in `metrics.flops_per_token`). Activation
-    checkpointing adds one more forward of the layers, a third of their share (Korthikanti, section 5)."""
+    """Return the operations of a step, of all GPUs (PaLM, appendix B, as in `models.counts.flops_per_token`).
+
+    Activation checkpointing adds one more forward of the layers, a third of their share (Korthikanti, section 5).
+    """
 
     def of(matrices: int) -> float:
         each = flops_per_token(matrices, work.layers, work.hidden, work.sequence_length)

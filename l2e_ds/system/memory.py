@@ -59,5 +59,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(mmap_threshold, 2**30)
+        if not mallopt(mmap_threshold, 2**30):
+            mallopt(mmap_threshold, 2**25)  # glibc before 2.35 refuses more
         mallopt(trim_threshold, 2**31 - 1)

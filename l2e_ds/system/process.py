@@ -52,15 +52,6 @@ def leave_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def leave(code: int) -> NoReturn:
-    """End this process (train.py: leave_process), also where that cannot be imported."""
-    flush_streams()
-    if code not in (0, Interrupted.exit_code):
-        sys.exit(code)
-
-    leave_process(code)
-
-
 _LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 

@@ -166,7 +166,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
-    """Return the run's network, inhibitor and engine, after a first step, so that the optimizer has all of its states.
+    """Build the run's network, inhibitor and engine and take a first step, so that the optimizer has all of its states.
 
     Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
     size that makes a whole global batch each is a step of its own; of the others both together are.

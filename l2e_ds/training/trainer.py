@@ -41,7 +41,7 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
-    """Return where text is held out."""
+    """Return whether it is, of a run that holds text out."""
     return state.evaluated != state.step and _is_regularly_due(config.training.evaluate_every, config, state)
 
 
@@ -137,7 +137,7 @@ class Trainer:
                 self.metrics.say(f"changed since that checkpoint: {change}")
             if changes.other_inhibition():
                 self.state.guard = {}  # what was found came of other settings
-        assert config.optimizer.peak_learning_rate is not None  # filled in by deepspeed_config.resolve
+        assert config.optimizer.peak_learning_rate is not None  # filled in by engine.configuration.resolve
         self._peak_rate = config.optimizer.peak_learning_rate
         self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
         self._flops_per_token = counts.flops_per_token(

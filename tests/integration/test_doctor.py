@@ -13,7 +13,7 @@ DOCTOR = ("-m", "l2e_ds.cli", "doctor", "--seconds", "1")
 RANK_ONE = """
 import os, sys
 from l2e_ds.doctor import all_reduce, command, ranks
-from l2e_ds.system.process import leave
+from l2e_ds.system.process import leave_process
 import pytest
 
 fault, *arguments = sys.argv[1:]
@@ -28,7 +28,7 @@ if os.environ["RANK"] == "1":
         all_reduce._weight = lambda rank: rank + 2
     else:
         all_reduce.measure = fail
-leave(command.main(arguments))
+leave_process(command.main(arguments))
 """
 
 

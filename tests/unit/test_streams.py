@@ -38,7 +38,7 @@ def run(how: str, *command: str) -> int:
 
 
 @pytest.mark.parametrize("how", ["closed", "full", "unread"])
-@pytest.mark.parametrize("leave", ["train.leave_process", "cli.leave"])
+@pytest.mark.parametrize("leave", ["train.leave_process", "cli.leave_process"])
 @pytest.mark.parametrize("code", [0, 3, 75])
 def test_a_command_ends_with_its_own_code(how, leave, code):
     script = LEAVE.format(leave=leave, code=code)

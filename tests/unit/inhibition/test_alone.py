@@ -1,4 +1,4 @@
-"""The method can be lifted out: it needs torch, and of this project two small files."""
+"""The method can be lifted out: it needs torch, and of this project three small files."""
 
 import subprocess
 import sys
