@@ -1,0 +1,25 @@
+"""What an installed copy holds."""
+
+import subprocess
+import sys
+
+from tests.processes import REPOSITORY
+
+
+def test_an_installed_copy_has_every_file_of_the_package(tmp_path):
+    """Templates, tasks, DeepSpeed configurations, recipes and studies, too: a checkout finds them without that."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    ours = [path for path in (REPOSITORY / "l2e_ds").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    wanted = {str(path.relative_to(REPOSITORY)) for path in ours}
+    for folder, pattern in (
+        ("ds_configs", "*.json"),
+        ("launch/recipes", "*.yaml"),
+        ("launch/studies", "*.yaml"),
+        ("launch/studies/small", "*.yaml"),
+    ):
+        files = list((REPOSITORY / folder).glob(pattern))
+        assert files
+        wanted |= {f"l2e_ds/{path.relative_to(REPOSITORY)}" for path in files}
+    assert wanted <= built, wanted - built
