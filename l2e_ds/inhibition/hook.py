@@ -6,6 +6,7 @@ Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -223,7 +224,7 @@ class NeuronHook:
 # --- the ways of a micro-batch -------------------------------------------------------------------------------------
 
 
-class Way:
+class Way(ABC):
     """How one hook's micro-batches go forward and backward. x: [M, N] what forward is given, z: [M, N] activations."""
 
     computes_gelu = False  # x is what the GELU is taken of; else x is z
@@ -238,9 +239,9 @@ class Way:
             self.observe(x.detach())
         return losses.add_inhibition_gradient(x, self.add_gradient)
 
+    @abstractmethod
     def observe(self, z: Tensor) -> Any:
         """Add a micro-batch's activations, without gradient, to the hook's sums."""
-        raise NotImplementedError
 
     def add_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Return the gradient of x with the inhibition's, + loss gradient * lambda / n * dL/dx, [M, N] each.
@@ -258,11 +259,11 @@ class Way:
         owner.coefficients.squares[hook.index] += squares
         return outgoing if owner.is_inhibiting else incoming
 
+    @abstractmethod
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
         """Return the gradient of x with the inhibition's, [M, N] in incoming's dtype, and `Inhibition.measured` of
         both.
         """
-        raise NotImplementedError
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
         """[] largest absolute value that `backward` adds."""

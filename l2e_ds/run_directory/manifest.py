@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from l2e_ds.distributed import heartbeat
-from l2e_ds.run_directory.names import is_checkpoint, step_of
+from l2e_ds.run_directory.names import MANIFEST, is_checkpoint, step_of
 from l2e_ds.system.files import fsync_path
 
-MANIFEST, STATE = "manifest.json", "state.json"
+STATE = "state.json"
 # the rank in the names of DeepSpeed's shards (zero_pp_rank_3_mp_rank_00_optim_states.pt) and of our random states
 _OWNER = re.compile(r"(?:pp_rank_|rng-rank)(\d+)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+MANIFEST = "manifest.json"  # of a checkpoint: written last, so that one without it is unfinished
 EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
 _CHECKPOINT = re.compile(r"step(\d{8})")
 
@@ -34,5 +35,5 @@ def published_checkpoints(run_directory: Path) -> list[Path]:
 
 def newest_step(run_directory: Path) -> int:
     """Return the step of the newest checkpoint that has a manifest, or 0 where there is none."""
-    finished = (path for path in published_checkpoints(run_directory) if (path / "manifest.json").exists())
+    finished = (path for path in published_checkpoints(run_directory) if (path / MANIFEST).exists())
     return max(map(step_of, finished), default=0)

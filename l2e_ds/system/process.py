@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from l2e_ds.console import flush_streams
 from l2e_ds.errors import Interrupted
+from l2e_ds.system.signals import ASK_TO_STOP
 
 
 def quiet_libraries() -> None:
@@ -52,13 +53,10 @@ def leave_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-_LEFT_TO_PARENT = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-
 @contextmanager
 def without_stop_signals() -> Iterator[None]:
-    """Held back from this thread, and from processes and threads that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _LEFT_TO_PARENT)
+    """Hold the signals that stop a run back from this thread, and from processes and threads that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASK_TO_STOP)
     try:
         yield
     finally:
@@ -67,9 +65,9 @@ def without_stop_signals() -> Iterator[None]:
 
 def serve_parent() -> None:
     """Leave the signals that stop a run to the parent of this spawned process, and end with it."""
-    for number in _LEFT_TO_PARENT:
+    for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _LEFT_TO_PARENT)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
