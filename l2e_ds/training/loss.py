@@ -2,16 +2,18 @@
 
 With V = 50,304 the float32 logits, their log-probabilities and two gradients are the largest part of a small model's
 memory and traffic. As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989) the output projection,
-the loss and its gradient are computed together for some tokens at a time, in forward; backward only scales. On GPUs
-Liger's own kernel does it, where the package is installed.
+the loss and its gradient are computed together for some tokens at a time, in forward; backward only scales. Unlike
+Liger, the gradient of the logits is divided by the number of tokens only there, after the matrix products: in fp16 most
+of (softmax - one-hot) / M would be rounded to zero (issue 18).
 
 Shapes: B sequences, T tokens a sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -19,13 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from l2e_ds.errors import SelfTestError
-from l2e_ds.system.installed import is_installed
 
-HAS_LIGER = is_installed("liger_kernel")  # looked up once: a missing package is searched for on all of the path
 # Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.
 IN_ONE_PIECE = 2**24
-# Tokens of a chunk: on a CPU its logits should stay in the last cache, on a GPU they must fill it.
-CHUNK = {"cpu": 512, "cuda": 2048}
+# Tokens of a chunk: on a CPU its logits should stay in the last cache; on a GPU a chunk adds to the float32 gradient of
+# the projection (V x h), whose traffic is to be small beside that of the chunk's own products.
+CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class LossHead:
@@ -55,7 +56,8 @@ class LossHead:
 
     def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
         with self._returning(targets, reduction):
-            loss = model(input_ids=inputs, use_cache=False).logits
+            with _one_text_a_sequence():
+                loss = model(input_ids=inputs, use_cache=False).logits
             if not self._is_checked:
                 self._check(loss)
             return loss
@@ -96,6 +98,23 @@ class LossHead:
         return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets, self._reduction)
 
 
+@contextmanager
+def _one_text_a_sequence() -> Iterator[None]:
+    """Tell transformers that no sequence is packed of several texts, which are to be attended to separately.
+
+    It would otherwise look for packed texts in the positions of every micro-batch, and wait for the device to answer.
+    Positions are never given here, so that there are none to find.
+    """
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
@@ -106,10 +125,6 @@ def chunked_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
-    if hidden.is_cuda and HAS_LIGER:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-        return liger_fused_linear_cross_entropy(hidden, weight, targets, accum_dtype=torch.float32)
     return _ChunkedMean.apply(hidden, weight, targets)
 
 
@@ -125,20 +140,41 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
 
 def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
-    """Return sum of a chunk's losses, [].
+    """Return the sum of a chunk's losses, [] float64.
 
-    Writes their gradient to of_hidden [C, h] and adds it to of_weight [V, h], float32.
-
-    The gradient with respect to a logit is p - [it is the target's].
+    Writes the gradient of that sum to of_hidden [C, h] and adds it to of_weight [V, h], float32.
     """
-    losses, log_p = _losses(hidden, weight, targets)
-    gradient = log_p.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]).to(hidden.dtype)
-    torch.mm(gradient, weight, out=of_hidden)
-    if weight.dtype == torch.float32:
-        of_weight.addmm_(gradient.T, hidden)
+    if hidden.is_cuda:
+        losses, gradient = _compiled_logit_gradient()(hidden @ weight.T, targets)
+        # the products are added up in float32 where they are made: no copy of [V, h] in half precision
+        torch.addmm(of_weight, gradient.T, hidden, out_dtype=torch.float32, out=of_weight)
     else:
-        of_weight += gradient.T @ hidden
+        losses, log_p = _losses(hidden, weight, targets)
+        gradient = log_p.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]).to(hidden.dtype)
+        if weight.dtype == torch.float32:
+            of_weight.addmm_(gradient.T, hidden)
+        else:
+            of_weight += gradient.T @ hidden
+    torch.mm(gradient, weight, out=of_hidden)
     return losses.sum(dtype=torch.float64)
+
+
+def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's loss, [C] float32, and its gradient with respect to the logits, [C, V] in their dtype.
+
+    The gradient is softmax - one-hot. Written for torch.compile, which makes one pass for the sums and one for the
+    gradient of it.
+    """
+    log_p = functional.log_softmax(logits.float(), dim=1)
+    is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
+    losses = -log_p.gather(1, targets[:, None])[:, 0]
+    return losses, (log_p.exp() - is_target.float()).to(logits.dtype)
+
+
+@cache
+def _compiled_logit_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    # only the last chunk of a micro-batch may be of another size: two shapes, or one of any size
+    return torch.compile(_logit_gradient, fullgraph=True)
 
 
 class _ChunkedMean(torch.autograd.Function):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from l2e_ds.training import loss
@@ -34,6 +35,53 @@ def test_value_and_gradients(dtype, tolerance, scale):
         assert tensor.grad.dtype == dtype
         error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
         assert float(error) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_of_the_logits_as_on_a_gpu(dtype):
+    """What a GPU compiles, with Pythia's vocabulary: it traces as one graph, and even the smallest probabilities of a
+    micro-batch of 32,768 tokens keep their gradient (divided by that number before, fp16 would round them to zero)."""
+    logits = (2 * torch.randn(8, 50304, generator=torch.Generator().manual_seed(0))).to(dtype)
+    targets = torch.arange(8) * 1000
+    traced = torch.compile(loss._logit_gradient, fullgraph=True, backend="eager")
+    losses, gradient = traced(logits, targets)
+    exact = logits.double().requires_grad_()
+    expected = functional.cross_entropy(exact, targets, reduction="none")
+    expected.sum().backward()
+    # float32 sums of V = 50,304 terms, pairwise: relative error below 2 log2(V) eps
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=2 * 16 * torch.finfo(torch.float32).eps, atol=0)
+    # rounded once to dtype: half an eps each, or half of fp16's smallest subnormal, and float32's own error
+    eps = torch.finfo(dtype).eps / 2 + 3 * 16 * torch.finfo(torch.float32).eps
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    torch.testing.assert_close(gradient.double(), exact.grad, rtol=eps, atol=smallest / 2)
+    assert gradient.dtype == dtype
+    assert float((gradient.double() - exact.grad).norm() / exact.grad.norm()) < eps
+
+
+def test_a_forward_does_not_wait_for_the_device():
+    """transformers asks the device in every forward pass whether sequences are packed; here they never are."""
+    config = GPTNeoXConfig(
+        vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(97, (2, 17))
+    head = LossHead(model)
+    head.loss(model, tokens[:, :-1], tokens[:, 1:])  # checks itself, once
+    with Reads() as ours:
+        head.loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+    with Reads() as theirs:
+        model(input_ids=tokens[:, :-1], use_cache=False)
+    assert (ours.count, theirs.count) == (0, 1)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often Python asks for a tensor's value: on a GPU, each time, it waits for all that was launched."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.count += operation.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "nonzero")
+        return operation(*arguments, **(options or {}))
 
 
 def test_each_token():
