@@ -132,8 +132,9 @@ def _totals(
     return scaled(sums, statistics, regulariser).totals(statistics, regulariser, samples)
 
 
-def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `add_gradient`."""
+def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """As `add_gradient`, the gradient in float32: in fp16 what is added would lie among the subnormal numbers and lose
+    most of its digits before the sum is made (issue 18)."""
     s, correction, regulariser = inhibition.statistics, inhibition.correction, inhibition.regulariser
     d = z.float() - s.mean
     selected = d * d * s.inverse_variance >= s.tau
@@ -141,16 +142,21 @@ def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[
     force = _force(kept, s.inverse_s, s.inverse_variance, regulariser.force_power, regulariser.factor)
     gradient = torch.where(selected, force, 0.0) - correction.shift - correction.pull * d
     squares = [torch.where(selected, g * g, 0.0).sum(1).sum(dtype=torch.float64) for g in (incoming.float(), gradient)]
-    outgoing = incoming + (gradient * inhibition.strength).to(incoming.dtype)
-    return outgoing, inhibition.measured(torch.stack(squares))
+    return incoming.float() + gradient * inhibition.strength, inhibition.measured(torch.stack(squares))
+
+
+def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    """As `add_gradient`."""
+    outgoing, squares = _sum_of_gradients(incoming, z, inhibition)
+    return outgoing.to(incoming.dtype), squares
 
 
 def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
     """As `gelu_backward`."""
-    of_z, squares = _add_gradient(incoming, z, inhibition)
+    of_z, squares = _sum_of_gradients(incoming, z, inhibition)
     # Rounded more coarsely z would not say enough; the other losses stay to the bit what they always were.
     if x.dtype != torch.float32 or not inhibition.regulariser.is_projected:
-        return torch.ops.aten.gelu_backward(of_z, x), squares
+        return torch.ops.aten.gelu_backward(of_z, x.float()).to(x.dtype), squares
     # d GELU / dx = cdf(x) + x pdf(x), and z = x cdf(x): the error function, half of all the time, is not needed again.
     cdf = torch.where(x.abs() < SMALLEST_DIVISOR, 0.5, z / x)
     pdf = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)

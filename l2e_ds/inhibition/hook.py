@@ -337,7 +337,7 @@ class Plain(Way):
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
         selected, raw = self._raw(x, inhibition)
         squares = [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
-        outgoing = incoming + self._weighted(raw, inhibition).to(incoming.dtype)
+        outgoing = (incoming.float() + self._weighted(raw, inhibition)).to(incoming.dtype)  # rounded once
         return outgoing, inhibition.measured(torch.stack(squares))
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:

@@ -22,6 +22,9 @@ from l2e_ds.inhibition.settings import NeuronSite
 # Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
 # at the edge of the top share is approximate, by at most the bin's width of 1.1 %.
 BINS, LOWEST, HIGHEST = 2048, -4.0, 6.0
+# Tokens looked at together: scoring an activation takes some 30 bytes of temporaries, and a whole micro-batch of them
+# would not fit beside what a micro-batch in training was chosen to fill (training.micro_batch: auto).
+SLICE = 4096
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,15 @@ def measure_scores(
     zero = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in sites]
     moments = [Moments.empty(site.neurons, device) for site in sites]
 
+    def slices(z: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        weights = [None] * len(z.split(SLICE)) if weight[0] is None else weight[0].split(SLICE)
+        return zip(z.split(SLICE), weights, strict=True)
+
     def add_moments(index: int, z: Tensor) -> None:
-        count = sample_count(z, weight[0])
-        sums = exact_sums(z, zero[index], weight[0])
-        moments[index] = moments[index].merge(Moments.from_sums(count, *sums, zero[index]))
+        for part, weights in slices(z):
+            count = sample_count(part, weights)
+            sums = exact_sums(part, zero[index], weights)
+            moments[index] = moments[index].merge(Moments.from_sums(count, *sums, zero[index]))
 
     with observed(sites, add_moments):
         passes(set_weight)
@@ -100,13 +108,14 @@ def measure_scores(
     squares = [torch.zeros_like(part) for part in zero]
 
     def add_scores(index: int, z: Tensor) -> None:
-        scores = (z.float() - moments[index].mean.float()).square() * inverse[index].float()
-        kept = torch.ones_like(scores) if weight[0] is None else weight[0].float().expand_as(scores)
-        squares[index] += (scores.square() * kept).sum(0).double()
-        position = (scores.clamp(min=10**LOWEST).log10() - LOWEST) * (BINS / (HIGHEST - LOWEST))
-        bins = position.long().clamp(0, BINS - 1).flatten()
-        histograms[index, 0] += torch.bincount(bins, kept.double().flatten(), BINS)
-        histograms[index, 1] += torch.bincount(bins, (scores * kept).double().flatten(), BINS)
+        for part, weights in slices(z):
+            scores = (part.float() - moments[index].mean.float()).square() * inverse[index].float()
+            kept = torch.ones_like(scores) if weights is None else weights.float().expand_as(scores)
+            squares[index] += (scores.square() * kept).sum(0).double()
+            position = (scores.clamp(min=10**LOWEST).log10() - LOWEST) * (BINS / (HIGHEST - LOWEST))
+            bins = position.long().clamp(0, BINS - 1).flatten()
+            histograms[index, 0] += torch.bincount(bins, kept.double().flatten(), BINS)
+            histograms[index, 1] += torch.bincount(bins, (scores * kept).double().flatten(), BINS)
 
     with observed(sites, add_scores):
         passes(set_weight)

@@ -177,10 +177,9 @@ def _backward_kernel(
     selected = (d * d * inverse_variance[None, :] >= tau) & inside
     force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
     inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
-    # rounded as where a gradient of z is stored: first what is added, then the sum
-    added = (inhibition * strength).to(incoming.dtype)
+    # rounded once, at the end: alone, what is added would lie among fp16's subnormal numbers (issue 18)
     wide_incoming = incoming.to(tl.float32)
-    gradient = (wide_incoming + added.to(tl.float32)).to(incoming.dtype).to(tl.float32)
+    gradient = wide_incoming + inhibition * strength
     density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
     tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
     place = squares_ptr + 2 * tl.program_id(0)
