@@ -118,9 +118,10 @@ def _nearest(key: str, folder: Path) -> Path:
 
 
 def _check_extensions(ds: dict) -> None:
-    """Check that DeepSpeed can build its operation of CPU offload, or find it built. Raises ConfigError."""
+    """Check that DeepSpeed can build its Adam for CPUs, or find it built, where the JSON names an optimizer and
+    offloads it. Raises ConfigError."""
     offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") == "none":
+    if "optimizer" not in ds or offload.get("device", "none") == "none":
         return
     from deepspeed.git_version_info import installed_ops  # here: most runs offload nothing, and it takes seconds
     from torch.utils.cpp_extension import get_default_build_root
