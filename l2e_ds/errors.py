@@ -88,6 +88,12 @@ class TrainingError(L2EError):
     on_every_rank = True
 
 
+class OutOfMemory(L2EError):
+    """This rank's device has not enough memory for the run, and will not have it after a restart either."""
+
+    exit_code = 3
+
+
 class Interrupted(L2EError):
     """The run was asked to stop (signal, time limit, stop file) and can be gone on with. EX_TEMPFAIL of sysexits.h."""
 

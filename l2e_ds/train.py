@@ -100,12 +100,18 @@ def run(arguments: argparse.Namespace) -> int:
         from l2e_ds.distributed.watchdog import is_lost_contact
 
         if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
-            reason = str(error).splitlines()[0][:200]
-            say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason}")
+            say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason_of(error)}")
         else:
             say(f"l2e-ds: error: rank {rank} failed\n{traceback.format_exc()}")
         os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
     return 0
+
+
+def reason_of(error: BaseException) -> str:
+    """Return a backend's message as one line: its first, and what NCCL says of the cause at its end."""
+    first, *rest = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    cause = rest[rest.index("Last error:") + 1 :][:1] if "Last error:" in rest else []
+    return "; ".join(line[:200] for line in [first, *cause])
 
 
 def _note_exit_code(code: int) -> None:

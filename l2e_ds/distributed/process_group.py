@@ -12,6 +12,7 @@ import ipaddress
 import os
 import resource
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -35,8 +36,6 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     variables = {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(launch.local_rank)}
     if launch.launcher == "srun":
         os.environ.update(variables)
-        if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
-            os.environ["LOCAL_RANK"] = "0"
         os.environ.setdefault("MASTER_ADDR", first_host())
         os.environ.setdefault("MASTER_PORT", str(rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
@@ -59,6 +58,8 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             timeout=patience,
             verbose=False,
         )
+    # DeepSpeed's own copy of the world group would give up when torch does by default, after 10 minutes of NCCL
+    deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=patience)
     collectives.open_control_group(patience)
     device = device or _local_device(on_gpu) or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
@@ -66,7 +67,23 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
             f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
             f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
         )
+    if on_gpu:
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        # parts of one GPU (MIG) differ in the second only
+        instance = f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {device.index}"
+        check_own_gpus(collectives.all_gather_objects((socket.gethostname(), gpu, instance)))
     return device
+
+
+def check_own_gpus(places: Sequence[tuple[str, str, str]]) -> None:
+    """Raise ConfigError where two ranks share a GPU; places: host, GPU and its part, of each rank."""
+    for rank, place in enumerate(places):
+        first = places.index(place)
+        if first < rank:
+            raise ConfigError(
+                f"launcher: ranks {first} and {rank} have the same GPU of {place[0]}; start as many ranks on a host as"
+                " it has GPUs, each seeing all of them or one of its own"
+            )
 
 
 def _allow_open_files() -> None:
@@ -81,6 +98,8 @@ def _local_device(on_gpu: bool) -> torch.device | None:
     """Return this rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
     if not on_gpu or "LOCAL_RANK" not in os.environ:
         return None
+    if torch.cuda.device_count() == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
+        os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")

@@ -11,6 +11,7 @@ import torch
 PEAK_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
     "H100": 989.4,
     "GH200": 989.4,
     "B200": 2250.0,
@@ -47,6 +48,8 @@ GPUS = {
     "GH200": Gpu(94, PEAK_TFLOPS["GH200"], 67),
     "H200": Gpu(139, PEAK_TFLOPS["H200"], 67),
     "H100": Gpu(79, PEAK_TFLOPS["H100"], 67),
+    "H100-80GB": Gpu(79, PEAK_TFLOPS["H100"], 67),
+    "H100-NVL": Gpu(93, PEAK_TFLOPS["H100 NVL"], 60),
     "H100-PCIe": Gpu(79, PEAK_TFLOPS["H100 PCIe"], 51),
     "A100-80GB": Gpu(79, PEAK_TFLOPS["A100"], 19.5),
     "A100-40GB": Gpu(39, PEAK_TFLOPS["A100"], 19.5),

@@ -47,6 +47,12 @@ def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
     return room
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that a GPU or this machine has no memory left."""
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that large tensors free, instead of returning it and asking for zeroed pages again.
 

@@ -23,7 +23,7 @@ from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port
 from l2e_ds.errors import WorkerError
 from l2e_ds.system.files import one_line
-from l2e_ds.system.memory import process_memory
+from l2e_ds.system.memory import is_out_of_memory, process_memory
 from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_signals
 from l2e_ds.training import preemption
 
@@ -156,13 +156,8 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
     except EOFError:
         return
     except Exception as error:
-        connection.send(_OUT_OF_MEMORY if _is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}")
+        connection.send(_OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}")
         threading.Event().wait()  # the others must hear this, not that they lost contact
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:

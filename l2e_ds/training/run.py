@@ -15,10 +15,11 @@ from l2e_ds.data.tokenizer import take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
-from l2e_ds.engine.configuration import with_micro_batch
+from l2e_ds.engine.configuration import less_memory, with_micro_batch
+from l2e_ds.errors import OutOfMemory
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import write_whole
-from l2e_ds.system.memory import keep_freed_memory
+from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.preflight import Plan
 from l2e_ds.training.records import freeze, record_circumstances
@@ -69,7 +70,10 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     heartbeat.progress("loading evaluation tasks")
     tasks = load_task_evaluation(config, data)
     heartbeat.progress("building the model")
-    with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
+    with (
+        _out_of_memory_in_one_line(plan),
+        Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer,
+    ):
         if collectives.is_main():
             # only now: a refused resume must leave the run as it was
             freeze(plan, directory, data, is_new=trainer.state.step == 0)
@@ -80,6 +84,22 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         about |= {"changes": trainer.changes} if trainer.changes else {}
         trainer.metrics.write("start", trainer.state.step, about)
         trainer.train()
+
+
+@contextmanager
+def _out_of_memory_in_one_line(plan: Plan) -> Iterator[None]:
+    """Raise OutOfMemory, which says what would need less of it, in place of the allocator's error."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise OutOfMemory(
+            f"got {plan.batch.micro_batch}, for which the memory is too small ({reason}); try a smaller one"
+            f" (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}",
+            where="training.micro_batch",
+        ) from error
 
 
 @contextmanager

@@ -54,6 +54,16 @@ def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch_ranks, run_file
     assert "is silent" in line
 
 
+def test_too_little_memory_ends_a_run_for_good_in_one_line(launch, run_file, tmp_path):
+    """An embedding of eight terabytes; a restart would not find more memory, so that the exit code is final."""
+    run = launch(*ALONE, run_file, "model.vocab_size=68719476736", "training.micro_batch=4")
+    assert run.end() == 3
+    (line,) = [line for line in run.said().splitlines() if "error" in line]
+    assert line.startswith("l2e-ds: error: training.micro_batch: got 4, for which the memory is too small (")
+    assert "try a smaller one (auto finds the largest that fits) or more ranks" in line
+    assert "Traceback" not in run.said()
+
+
 @pytest.mark.full
 def test_a_raising_rank_is_named_with_its_reason(launch_ranks, run_file):
     both = launch_ranks(2, REPOSITORY / "tests/distributed/workers/raising.py", run_file, "training.steps=10")

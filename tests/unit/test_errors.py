@@ -5,6 +5,7 @@ import pickle
 import pytest
 
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.train import reason_of
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,14 @@ def test_an_error_of_another_process_is_the_same():
     assert (str(again), again.args, again.where, again.on_every_rank) == (str(error), error.args, error.where, True)
     again.rename({"data.text_key": "data.sets.1.text_key", "data.path": "data.sets.1.path"})
     assert str(again) == "data.sets.1.path: row 1: see data.sets.1.text_key"
+
+
+def test_nccl_says_the_cause_at_its_end():
+    message = """NCCL error in: ProcessGroupNCCL.cpp:2251, unhandled cuda error (run with NCCL_DEBUG=INFO for details)
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Cuda failure 'out of memory'
+"""
+    assert reason_of(RuntimeError(message)).endswith("; Cuda failure 'out of memory'")
+    assert reason_of(RuntimeError("Connection closed by peer\nsecond line")) == "Connection closed by peer"
+    assert reason_of(RuntimeError("")) == "RuntimeError"
