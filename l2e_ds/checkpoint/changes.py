@@ -18,6 +18,7 @@ MAY_CHANGE = (
     *DECIDES_NO_FIGURE,
     *("training.steps", "optimizer.schedule_steps"),
     *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
+    "training.deterministic",
 )
 MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
 

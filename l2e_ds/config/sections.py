@@ -312,6 +312,10 @@ class TrainingConfig(Section):
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
     """Decides the first weights and the order of the data, alike on any number of ranks."""
+    deterministic: bool = False
+    """Take steps with deterministic algorithms only. Without it, a run on GPUs that is repeated or resumed is the same
+    up to rounding: attention's backward adds in an order that changes. With it, it is the same bit for bit on the same
+    GPUs and packages, and steps take longer. On CPUs every run is deterministic."""
     resume: LocalPath = "auto"
     """`auto`: go on from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
     one. A path (another run, or one of its checkpoints): start from there, and once this run directory has

@@ -31,6 +31,7 @@ from l2e_ds.models import counts
 from l2e_ds.models.counts import matrix_parameters
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
+from l2e_ds.system.determinism import allow_deterministic_products, deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import build_training_stack
 from l2e_ds.training.held_out import evaluate
@@ -90,6 +91,8 @@ class Trainer:
         self.checkpoints = checkpoints or open_checkpoints(config)
         resume_from = self.checkpoints.resume_from
 
+        if config.training.deterministic:
+            allow_deterministic_products()
         seed_everything(config.training.seed, collectives.rank())
         stack = build_training_stack(config, ds, network, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
@@ -178,7 +181,8 @@ class Trainer:
             self._stop_if_guard_says_so()
             if paused:
                 preemption.stop_if_asked()
-            self.train_step()
+            with deterministic_algorithms(self.config.training.deterministic):
+                self.train_step()
             self.metrics.advance()
             if not self._saving:
                 self._carry_on_saving()
