@@ -40,6 +40,7 @@ VERBS = {
     "checkpoint": Verb("l2e_ds.checkpoint.commands", "list, verify or remove a run's checkpoints"),
     "data": Verb("l2e_ds.data.inspect", "verify token files, show what a model sees at a step"),
     "doctor": Verb("l2e_ds.doctor.command", "what this machine and launcher offer a run, and what mends the rest"),
+    "accept": Verb("l2e_ds.acceptance.command", "whether this machine computes the right numbers, and how fast"),
     "submit": Verb("l2e_ds.slurm.submit", "give a run to SLURM", takes_sbatch_options=True),
     "study": Verb("l2e_ds.study.command", "a grid of runs: run, resume, collect", takes_sbatch_options=True),
 }

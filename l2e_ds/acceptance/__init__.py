@@ -1,0 +1,1 @@
+"""Accepting a machine: whether it, its driver and its packages compute the right numbers, and how fast."""

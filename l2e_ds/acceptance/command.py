@@ -1,0 +1,119 @@
+"""`l2e-ds accept`: whether this machine, its driver and its packages compute the right numbers, and how fast.
+
+    l2e-ds accept                             on a GPU about ten minutes; on a CPU the same parts, small
+    l2e-ds accept --only loss resume          some parts
+    l2e-ds accept --minutes 3                 as many parts as fit, the most telling first
+
+Each part is a line of pass, FAIL or, where it only measures, a dash; what is known so far is in the JSON file. The exit
+code is 0 where nothing failed, and 1 where something did.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.system.files import one_line, write_whole
+
+if TYPE_CHECKING:
+    from l2e_ds.acceptance.outcome import Outcome, Scale
+
+# In order of value: --minutes leaves out the last ones.
+PARTS = {
+    "ceilings": "copying speed, and one large product of matrices in bf16",
+    "activation": "the hooked GELU, forward and backward, against float64",
+    "loss": "the LM loss and its gradients against float64",
+    "settings": "ZeRO stages, recomputation and accumulation give the same numbers",
+    "resume": "a resumed run is the uninterrupted one, bit for bit",
+    "steps": "tokens a second, MFU and memory of whole steps, with and without inhibition",
+    "timings": "GELU and inhibition as a share of the copying speed",
+    "waits": "how many kernels a step launches, and how often it waits for the device",
+    "auto": "training.micro_batch: auto, with an evaluation",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=15.0, help="begin no part after so many (default: 15)")
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--output", type=Path, default=Path("accept.json"), help="default: accept.json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do the parts one after another, and return the exit code. Raises ConfigError."""
+    chosen = list(PARTS) if arguments.only is None else arguments.only
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise ConfigError(f"--only: got {unknown[0]!r}, allowed: {', '.join(PARTS)}")
+    if arguments.minutes <= 0:
+        raise ConfigError(f"--minutes: got {arguments.minutes:g}, allowed: above 0")
+    if not arguments.output.absolute().parent.is_dir():
+        raise ConfigError(f"--output: no such folder: {arguments.output.parent}")
+    from l2e_ds.system.process import quiet_libraries  # with torch: a mistake above need not wait for it
+
+    quiet_libraries()
+    from l2e_ds.acceptance.outcome import Outcome, Scale
+    from l2e_ds.system.provenance import machine, versions
+
+    scale = Scale.of_this_machine()
+    device = _device_name(scale)
+    installed = versions("l2e_ds", "python", "torch", "deepspeed", "transformers", "triton")
+    about = {"date": time.strftime("%Y-%m-%d"), "device": device, "machine": machine(), "versions": installed}
+    print(f"{device}, {', '.join(f'{name} {number}' for name, number in installed.items())}", flush=True)
+    if not scale.on_gpu:
+        print("no GPU is visible: the parts run small, and their speeds say nothing", flush=True)
+    outcomes: list[Outcome] = []
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="l2e-ds-accept-") as folder:
+        for part in PARTS:
+            if part not in chosen:
+                continue
+            if time.monotonic() - begin > 60 * arguments.minutes:
+                outcomes.append(Outcome(part, None, reason="not run: --minutes is over"))
+            else:
+                outcomes.append(_outcome(part, scale, Path(folder)))
+            print(outcomes[-1].line(), flush=True)
+            content = about | {"parts": [asdict(outcome) for outcome in outcomes]}
+            write_whole(arguments.output, json.dumps(content, indent=1) + "\n")
+    failed = [outcome.part for outcome in outcomes if outcome.passed is False]
+    print(f"{f'failed: {chr(44).join(failed)}' if failed else 'nothing failed'}; {arguments.output}", flush=True)
+    return 1 if failed else 0
+
+
+def _outcome(part: str, scale: Scale, folder: Path) -> Outcome:
+    """Do one part; what it raises is a failure, with its reason."""
+    from l2e_ds.acceptance import operations, runs
+    from l2e_ds.acceptance.outcome import Outcome
+
+    parts: dict[str, Callable[[], Outcome]] = {
+        "ceilings": lambda: operations.ceilings(scale),
+        "activation": lambda: operations.activation(scale),
+        "loss": lambda: operations.lm_loss(scale),
+        "settings": lambda: runs.settings(scale, folder),
+        "resume": lambda: runs.resume(scale, folder),
+        "steps": lambda: runs.steps(scale, folder),
+        "timings": lambda: operations.timings(scale),
+        "waits": lambda: runs.waits(scale, folder),
+        "auto": lambda: runs.automatic(scale, folder),
+    }
+    begin = time.monotonic()
+    try:
+        outcome = parts[part]()
+    except (L2EError, RuntimeError, OSError) as error:
+        outcome = Outcome(part, False, reason=one_line(error))
+    outcome.seconds = time.monotonic() - begin
+    return outcome
+
+
+def _device_name(scale: Scale) -> str:
+    import torch
+
+    from l2e_ds.system.provenance import cpu_name
+
+    return torch.cuda.get_device_name(scale.device) if scale.on_gpu else cpu_name()

@@ -1,0 +1,197 @@
+"""Parts of an acceptance that look at single operations: the machine's ceilings, the method's kernels, the LM loss.
+
+Shapes: M tokens of a micro-batch, N neurons of a layer, h hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from l2e_ds.acceptance.outcome import Figures, Outcome, Scale, name_of
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.system.gpus import peak_tflops
+from l2e_ds.training.loss import chunked_cross_entropy
+
+ROWS = 4096  # of which a float64 reference is made at a time
+
+
+def ceilings(scale: Scale) -> Outcome:
+    """Measure what the device can do at best: copying memory, and one large product of matrices in bf16.
+
+    Fails where the product reaches less than half of the peak in the vendor's data sheet.
+    """
+    count = 2**29 if scale.on_gpu else 2**22
+    source = torch.ones(count, dtype=torch.bfloat16, device=scale.device)
+    target = torch.empty_like(source)
+    size = 8192 if scale.on_gpu else 256
+    left, right = (torch.randn(size, size, device=scale.device).bfloat16() for _ in range(2))
+    copied = 2 * source.nbytes / scale.seconds(lambda: target.copy_(source))
+    reached = 2 * size**3 / scale.seconds(lambda: left @ right) / 1e12
+    figures: Figures = {"copy GB/s": copied / 1e9, "bf16 product TFLOP/s": reached}
+    peak = peak_tflops(scale.device, None)
+    if peak is None:
+        return Outcome("ceilings", None, figures)
+    figures["share of peak"] = reached / peak
+    return Outcome("ceilings", reached / peak >= 0.5, figures)
+
+
+def activation(scale: Scale) -> Outcome:
+    """Compare the hooked GELU, forward and backward, with float64; on a GPU also with more elements than an int32
+    counts.
+
+    The inhibited gradient is rounded from float32 to its dtype once, which is half an eps in the norm; 2 eps are
+    allowed. What inhibition adds is many times as much, so that an error in it would be seen.
+    """
+    figures: Figures = {}
+    passed = True
+    shapes = [(dtype, min(scale.tokens, 8192), next(iter(scale.widths.values()))) for dtype in scale.dtypes]
+    if scale.large is not None:
+        shapes.append((torch.bfloat16, *scale.large))
+    for dtype, tokens, neurons in shapes:
+        error, effect = _error_of_activation(dtype, tokens, neurons, scale.device)
+        figures[f"{name_of(dtype)} [{tokens}, {neurons}] error"] = error
+        # float32 goes through an approximation of the error function, good to 1e-6
+        passed &= error < max(2 * torch.finfo(dtype).eps, 1e-5) < effect / 4
+        if scale.on_gpu:
+            torch.cuda.empty_cache()
+    return Outcome("activation", passed, figures)
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+
+
+def hooked_layer(neurons: int, settings: Settings, device: torch.device) -> tuple[nn.Module, Inhibitor]:
+    """Return a module whose `act` is a GELU of [1, M, N] under inhibition, and its attached inhibitor."""
+    layer = _Layer()
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", neurons, "gelu")], settings, device)
+    inhibitor.attach()
+    return layer, inhibitor
+
+
+def one_pass(layer: Any, inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor) -> Tensor:
+    """Take [1, M, N] forward and backward through a layer of `hooked_layer`, and return the gradient of x."""
+    loss = torch.ones((), device=x.device, requires_grad=True)
+    z = layer.act(x)
+    root = loss if inhibitor is None else inhibitor.attach_loss(loss)  # last: then its gradient comes first
+    x.grad = None
+    torch.autograd.backward([root, z], [torch.ones_like(root), incoming])
+    assert x.grad is not None
+    return x.grad
+
+
+def _error_of_activation(dtype: torch.dtype, tokens: int, neurons: int, device: torch.device) -> tuple[float, float]:
+    """Return the error of the inhibited gradient and what inhibition changes of it; norms, over the gradient's.
+
+    Inhibition is that of the published loss, 2 / d for a selected activation d away from its mean.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    share = 0.02
+    settings = Settings(loss="published", coefficient=share * tokens * neurons, target_share=share)
+    layer, inhibitor = hooked_layer(neurons, settings, device)
+
+    def draw() -> Tensor:
+        return torch.randn(1, tokens, neurons, generator=generator, device=device, dtype=dtype)
+
+    x, incoming = draw().requires_grad_(), draw()
+    try:
+        one_pass(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
+        inhibitor.step()
+        frozen = inhibitor.hooks[0].frozen
+        found = one_pass(layer, inhibitor, x, incoming)
+    finally:
+        inhibitor.detach()
+    squares = torch.zeros(3, dtype=torch.float64, device=device)
+    for first in range(0, tokens, ROWS):
+        part = slice(first, first + ROWS)
+        wide = x.detach()[0, part].double().requires_grad_()
+        exact = functional.gelu(wide)
+        d = functional.gelu(x.detach()[0, part]).double() - frozen.mean.double()  # as stored: it decides the selection
+        chosen = d.float().square() * frozen.inverse_variance >= frozen.tau
+        added = torch.where(chosen, 2 / torch.where(chosen, d, 1.0), 0.0)
+        reference, effect = (
+            torch.autograd.grad(exact, wide, of_z, retain_graph=True)[0]
+            for of_z in (incoming[0, part].double() + added, added)
+        )
+        differences = (found[0, part].double() - reference, effect, reference)
+        squares += torch.stack([difference.square().sum() for difference in differences])
+    error, effect_of_all, whole = squares.sqrt().tolist()
+    return error / whole, effect_of_all / whole
+
+
+def lm_loss(scale: Scale) -> Outcome:
+    """Compare the LM loss and its gradients with float64, on a GPU at Pythia's vocabulary.
+
+    The hidden states' gradient is a sum of V products of numbers rounded to the dtype: its relative error, in the norm,
+    is of the order of eps; 4 eps are allowed.
+    """
+    tokens, hidden, vocabulary = (16_384, 512, 50_304) if scale.on_gpu else (700, 32, 5000)
+    figures: Figures = {}
+    passed = True
+    for dtype in scale.dtypes:
+        generator = torch.Generator(scale.device).manual_seed(0)
+        inputs = torch.randn(tokens, hidden, generator=generator, device=scale.device).to(dtype).requires_grad_()
+        weight = 0.1 * torch.randn(vocabulary, hidden, generator=generator, device=scale.device)
+        weight = weight.to(dtype).requires_grad_()
+        targets = torch.randint(vocabulary, (tokens,), generator=generator, device=scale.device)
+        scaled = 2.0**12 if dtype == torch.float16 else 1.0
+        (chunked_cross_entropy(inputs, weight, targets) * scaled).backward()
+        of_inputs, of_weight = _exact_gradients(inputs.detach(), weight.detach(), targets, scaled)
+        for name, tensor, exact in (("hidden", inputs, of_inputs), ("weight", weight, of_weight)):
+            assert tensor.grad is not None
+            error = float((tensor.grad.double() - exact).norm() / exact.norm())
+            figures[f"{name_of(dtype)} {name} error"] = error
+            passed &= error < max(4 * torch.finfo(dtype).eps, 1e-5)
+    return Outcome("loss", passed, figures)
+
+
+def _exact_gradients(inputs: Tensor, weight: Tensor, targets: Tensor, scaled: float) -> tuple[Tensor, Tensor]:
+    """Return float64 gradients of the mean cross-entropy, [M, h] and [V, h]; some tokens at a time."""
+    wide = weight.double()
+    of_inputs, of_weight = torch.empty_like(inputs, dtype=torch.float64), torch.zeros_like(wide)
+    for first in range(0, len(targets), ROWS // 8):
+        part = slice(first, first + ROWS // 8)
+        x = inputs[part].double()
+        gradient = torch.softmax(x @ wide.T, 1)
+        gradient[torch.arange(len(x), device=x.device), targets[part]] -= 1
+        gradient *= scaled / len(targets)
+        of_inputs[part] = gradient @ wide
+        of_weight += gradient.T @ x
+    return of_inputs, of_weight
+
+
+def timings(scale: Scale) -> Outcome:
+    """Time forward and backward of GELU alone and under inhibition, at the widths of some models.
+
+    Shares are of the copying speed: GELU reads and writes one tensor of [M, N] in forward, and reads two and writes one
+    in backward. `added ms` is what one hooked layer takes more, without what follows once a step.
+    """
+    figures: Figures = {}
+    size = 2**28 if scale.on_gpu else 2**21
+    source = torch.ones(size, dtype=torch.bfloat16, device=scale.device)
+    target = torch.empty_like(source)
+    copied = 2 * source.nbytes / scale.seconds(lambda: target.copy_(source))
+    for model, neurons in scale.widths.items():
+        x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
+        incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
+        plain = _Layer()
+        layer, inhibitor = hooked_layer(neurons, Settings(), scale.device)
+        try:
+            for _ in range(3):  # history, the self-test, compilation
+                one_pass(layer, inhibitor, x, incoming)
+                inhibitor.step()
+            without = scale.seconds(lambda: one_pass(plain, None, x, incoming))  # noqa: B023 (called here)
+            with_it = scale.seconds(lambda: one_pass(layer, inhibitor, x, incoming))  # noqa: B023
+        finally:
+            inhibitor.detach()
+        ideal = 5 * x.nbytes / copied
+        figures[f"{model} GELU share"] = ideal / without
+        figures[f"{model} L2E share"] = ideal / with_it
+        figures[f"{model} added ms"] = 1e3 * (with_it - without)
+    return Outcome("timings", None, figures)

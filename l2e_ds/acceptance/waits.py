@@ -1,0 +1,107 @@
+"""The part of an acceptance that counts what a training step launches, and how often it waits for the device.
+
+`python -m l2e_ds.acceptance.waits RUN.yaml [KEY=VALUE ...]` takes some steps of a run on one rank, in a process
+of its own, and prints the counts of the last one as JSON. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What makes Python wait until a GPU has done all that was launched, because it asks for a value.
+READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "unique")
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that PyTorch is asked for while it is active, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        # values of the CPU are read without waiting; flags of the ranks are such
+        on_device = any(isinstance(given, torch.Tensor) and given.device == self.device for given in arguments)
+        if on_device:
+            self.counts[operation.overloadpacket.__name__] += 1
+        return operation(*arguments, **(options or {}))
+
+    device = torch.device("cpu")
+
+
+def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
+    """Return how many operations, reads of values and synchronisations the fifth step of a run has, and, on a GPU, how
+    many kernels it launches."""
+    from deepspeed.accelerator import get_accelerator
+
+    from l2e_ds.distributed import process_group
+    from l2e_ds.distributed.launch import find_launch
+    from l2e_ds.system.process import quiet_libraries
+    from l2e_ds.training.building import build_training_stack
+    from l2e_ds.training.preflight import resolve_run
+
+    quiet_libraries()
+    plan = resolve_run(run_file, overrides, 1)
+    device = process_group.join(find_launch(), 5)
+    stack = build_training_stack(plan.config, plan.ds, plan.network, device)
+    accelerator: Any = get_accelerator()
+    synchronised = Counter[str]()
+    synchronise = accelerator.synchronize
+
+    def counted(*arguments: Any) -> Any:
+        synchronised["synchronize"] += 1
+        return synchronise(*arguments)
+
+    accelerator.synchronize = counted
+    shape = (plan.batch.micro_batch, plan.config.data.sequence_length + 1)
+
+    def step() -> None:
+        for _ in range(plan.batch.accumulation):
+            tokens = torch.randint(plan.network.vocab_size, shape, device=device)
+            loss = stack.head.loss(stack.engine, tokens[:, :-1], tokens[:, 1:])
+            if stack.inhibitor is not None:
+                loss = stack.inhibitor.attach_loss(loss)
+            stack.engine.backward(loss)
+            stack.engine.step()
+        if stack.inhibitor is not None:
+            stack.inhibitor.step(stack.engine.was_step_applied())
+
+    for _ in range(4):  # the self-test, which reads a value, and compilation
+        step()
+    synchronised.clear()
+    operations = Operations()
+    operations.device = device
+    with operations:
+        step()
+    found = {
+        "operations": operations.counts.total(),
+        "reads": sum(operations.counts[name] for name in READS),
+        "synchronisations": synchronised.total(),
+    }
+    if device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        found["kernels"] = sum(event.device_type.name == "CUDA" for event in profile.events())
+    stack.engine.destroy()
+    process_group.leave()
+    return found
+
+
+def counts_of(run_file: Path, *overrides: str) -> dict[str, int]:
+    """Do `count_a_step` in a process of its own. Raises subprocess.CalledProcessError."""
+    command = [sys.executable, "-m", "l2e_ds.acceptance.waits", str(run_file), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(count_a_step(Path(sys.argv[1]), sys.argv[2:])))
