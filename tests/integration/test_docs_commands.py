@@ -1,7 +1,11 @@
 """Every command in README and docs, as it stands there, in a folder that has what they name.
 
-A command that cannot run here carries a mark in its comment: [cluster], [network] (a hub or pip), or [hours] (tests run
-it with smaller sizes).
+Commands that cannot run here are named in HTML comments directly above their block, which readers do not see:
+
+    <!-- cluster: launch/deepspeed.sh --hostfile; l2e-ds submit -->
+
+excludes the commands of the next block that begin with these words; without words, `<!-- hours -->` excludes the whole
+block. The first word says what is missing: `cluster`, `network` (a hub or pip), or `hours` (tests run smaller sizes).
 """
 
 from __future__ import annotations
@@ -22,7 +26,8 @@ from tests.integration.conftest import SENTENCES
 from tests.processes import REPOSITORY, environment, finish
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-MARK = re.compile(r"\[(cluster|network|hours)\]")
+MARK = re.compile(r"<!-- (?:cluster|network|hours)(?:: ([^\n]+))? -->\n+")
+BLOCK = re.compile(r"((?:<!-- (?:cluster|network|hours)\b[^\n]*\n+)*)^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # in a test of their own, which calls them as they stand
 ELSEWHERE = {
     "launch/quickstart.sh": "tests/integration/test_quickstart.py",
@@ -38,15 +43,28 @@ STUDY = {
 }
 
 
-def commands() -> list[tuple[str, str]]:
-    """First page and text of each command in the bash blocks, without marked ones; one may go on after a backslash."""
-    pages: dict[str, str] = {}
+def blocks() -> list[tuple[str, list[str], list[str]]]:
+    """Return page, excluded beginnings ("" excludes all), and commands of each bash block.
+
+    A command may continue on the next line after a backslash.
+    """
+    found = []
     for page in PAGES:
-        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
-            for line in block.replace("\\\n", " ").splitlines():
-                if line.strip() and not line.startswith("#") and not MARK.search(line):
-                    command = " ".join(shlex.split(line, comments=True))
-                    pages.setdefault(command, str(page.relative_to(REPOSITORY)))
+        for marks, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            excluded = [words for names in MARK.findall(marks) for words in names.split("; ")]
+            lines = [line for line in block.replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"]
+            commands = [" ".join(shlex.split(line, comments=True)) for line in lines]
+            found.append((str(page.relative_to(REPOSITORY)), excluded, commands))
+    return found
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return first page and text of each command that is not excluded."""
+    pages: dict[str, str] = {}
+    for page, excluded, block in blocks():
+        for command in block:
+            if not any(command.startswith(words) for words in excluded):
+                pages.setdefault(command, page)
     return [(page, command) for command, page in pages.items()]
 
 
@@ -118,6 +136,15 @@ def _write_task(root: Path) -> None:
     (root / "my_tasks/arc_easy.yaml").write_text(found[1].replace("/data/", f"{root}/"))
     questions = [{"query": SENTENCES[i % 5], "choices": ["rain", "two lemons"], "gold": i % 2} for i in range(12)]
     (root / "arc_easy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions))
+
+
+def test_every_mark_excludes_a_command_of_its_block():
+    for page, excluded, block in blocks():
+        for words in excluded:
+            assert any(command.startswith(words) for command in block), f"{page}: no command begins with {words!r}"
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(MARK.findall(text)) == sum(len(MARK.findall(marks)) for marks, _ in BLOCK.findall(text)), page.name
 
 
 def test_there_are_commands_and_every_page_s_blocks_are_labelled():
