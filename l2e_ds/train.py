@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     preemption.listen()  # before the imports below: a signal that comes in their seconds is heard, too
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
+        # an evaluation's tensors are not those of a step: without it a GPU's memory is cut into pieces between them
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from l2e_ds.distributed import collectives
     from l2e_ds.distributed.launch import find_launch
 

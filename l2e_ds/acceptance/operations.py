@@ -194,4 +194,31 @@ def timings(scale: Scale) -> Outcome:
         figures[f"{model} GELU share"] = ideal / without
         figures[f"{model} L2E share"] = ideal / with_it
         figures[f"{model} added ms"] = 1e3 * (with_it - without)
+    if scale.on_gpu:
+        figures |= _other_kernels(scale, max(scale.widths.values()))
     return Outcome("timings", None, figures)
+
+
+def _other_kernels(scale: Scale, neurons: int) -> Figures:
+    """Time forward and backward under inhibition with other numbers than the kernels have (triton_gelu.py)."""
+    from l2e_ds.inhibition import triton_gelu
+
+    figures: Figures = {}
+    chosen = (triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH)
+    x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
+    incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
+    try:
+        for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):
+            triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
+            layer, inhibitor = hooked_layer(neurons, Settings(), scale.device)
+            try:
+                for _ in range(3):
+                    one_pass(layer, inhibitor, x, incoming)
+                    inhibitor.step()
+                took = scale.seconds(lambda: one_pass(layer, inhibitor, x, incoming))  # noqa: B023 (called here)
+            finally:
+                inhibitor.detach()
+            figures[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * took
+    finally:
+        triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
+    return figures

@@ -260,8 +260,6 @@ class _WithInhibition(torch.autograd.Function):
         return ctx.gradient(gradients[0], *ctx.saved_tensors), None, None, None
 
 
-# What compute and gradient do depends on the step's state and changes it, which a graph, traced once, would not see.
-@torch.compiler.disable
 def with_inhibition(
     x: Tensor,
     compute: Callable[[Tensor], Tensor],

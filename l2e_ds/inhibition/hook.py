@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from l2e_ds.distributed.collectives import all_reduce_sum
 from l2e_ds.inhibition import losses, memel
@@ -447,6 +448,9 @@ class InhibitedActivation(nn.Module):
         self.activation = activation
         self._hook = hook
 
+    # What a hook does depends on the step's state and changes it. Traced, it would be compiled anew for each state, and
+    # a graph would not see the changes. (torch.compiler.disable would import the compiler here, for everybody.)
+    @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._hook.computes(x):
             return self._hook.gelu(x)

@@ -35,8 +35,13 @@ WARPS = 4
 # five sums of 8 neurons a thread stay in registers: 167 a thread on an H100, so 12 warps share a multiprocessor.
 ROWS = 4
 STRETCH = 128
-# Backward keeps nothing from one row to the next.
+# How many iterations forward's loads run ahead; each takes registers. To be chosen by measurement: `l2e-ds accept` on a
+# GPU times these numbers and others (a review of the machine code found no overlap with 2, and 189 registers with 3).
+STAGES = 2
+# Backward keeps nothing from one row to the next but two sums: it walks down BACKWARD_STRETCH tokens, BACKWARD_ROWS at
+# a time. More of them read the statistics less often; to be chosen like STAGES.
 BACKWARD_ROWS = 8
+BACKWARD_STRETCH = 8
 
 # Multiply and add are not contracted, so that forward, backward and `losses.py` select the same. (Erf's own are.)
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -85,6 +90,7 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     STRETCH: tl.constexpr,
     FACTORS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """x -> z and, for each stretch, sums [5 or 6, N] in `partial`: of `fused.scaled`."""
     stretch, columns = _place(N, COLUMNS)
@@ -99,7 +105,7 @@ def _forward_kernel(
     sum_score = tl.zeros([ROWS, COLUMNS], tl.float32)
     measure = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_force = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=2):  # the next x are on their way meanwhile
+    for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=STAGES):  # the next x are on their way
         product = tl.full([ROWS, COLUMNS], 1.0, tl.float32)  # as `fused.FACTORS` says: one logarithm for so many
         for factor in tl.static_range(FACTORS):
             rows = stretch * STRETCH + start + factor * ROWS + tl.arange(0, ROWS)
@@ -155,10 +161,10 @@ def _backward_kernel(
     POWER: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    STRETCH: tl.constexpr,
 ):
     """x and the gradient of z -> the gradient of x and, for each program, `fused.add_gradient`'s sums of squares."""
-    block, columns = _place(N, COLUMNS)
-    rows = block * ROWS + tl.arange(0, ROWS)
+    stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
     inverse_s = tl.load(inverse_s_ptr + columns, mask=in_row, other=0.0)
@@ -166,25 +172,30 @@ def _backward_kernel(
     shift = tl.load(shift_ptr + columns, mask=in_row, other=0.0)
     pull = tl.load(pull_ptr + columns, mask=in_row, other=0.0)
     tau, strength = tl.load(tau_ptr), tl.load(strength_ptr)
-    inside = (rows < M)[:, None] & in_row[None, :]
-    at = rows[:, None] * N + columns[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    incoming = tl.load(incoming_ptr + at, mask=inside, other=0.0)
-    wide = x.to(tl.float32)
-    one_and_erf = _one_and_erf(wide)
-    z = (wide * 0.5 * one_and_erf).to(x.dtype)
-    d = z.to(tl.float32) - mean[None, :]
-    selected = (d * d * inverse_variance[None, :] >= tau) & inside
-    force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
-    inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
-    # rounded once, at the end: alone, what is added would lie among fp16's subnormal numbers (issue 18)
-    wide_incoming = incoming.to(tl.float32)
-    gradient = wide_incoming + inhibition * strength
-    density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
-    tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
+    squares_of_incoming = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares_of_inhibition = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in tl.range(0, STRETCH, ROWS):
+        rows = stretch * STRETCH + start + tl.arange(0, ROWS)
+        inside = (rows < M)[:, None] & in_row[None, :]
+        at = rows[:, None] * N + columns[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        incoming = tl.load(incoming_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        wide = x.to(tl.float32)
+        one_and_erf = _one_and_erf(wide)
+        z = (wide * 0.5 * one_and_erf).to(x.dtype)
+        d = z.to(tl.float32) - mean[None, :]
+        selected = (d * d * inverse_variance[None, :] >= tau) & inside
+        force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
+        inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
+        # rounded once, at the end: alone, what is added would lie among fp16's subnormal numbers (issue 18)
+        gradient = incoming + inhibition * strength
+        density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
+        tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
+        squares_of_incoming += tl.where(selected, incoming * incoming, 0.0)
+        squares_of_inhibition += tl.where(selected, inhibition * inhibition, 0.0)
     place = squares_ptr + 2 * tl.program_id(0)
-    tl.store(place, tl.sum(tl.sum(tl.where(selected, wide_incoming * wide_incoming, 0.0), 1), 0))
-    tl.store(place + 1, tl.sum(tl.sum(tl.where(selected, inhibition * inhibition, 0.0), 1), 0))
+    tl.store(place, tl.sum(tl.sum(squares_of_incoming, 1), 0))
+    tl.store(place + 1, tl.sum(tl.sum(squares_of_inhibition, 1), 0))
 
 
 def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor]:
@@ -213,6 +224,7 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
             ROWS=ROWS,
             STRETCH=STRETCH,
             FACTORS=FACTORS,
+            STAGES=STAGES,
             **OPTIONS,
         )
     return z, partial.sum(0, dtype=torch.float64)
@@ -223,7 +235,7 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
     x, incoming = x.contiguous(), incoming.contiguous()
     samples, neurons = x.shape
     outgoing = torch.empty_like(x)
-    programs = triton.cdiv(samples, BACKWARD_ROWS) * triton.cdiv(neurons, COLUMNS)
+    programs = triton.cdiv(samples, BACKWARD_STRETCH) * triton.cdiv(neurons, COLUMNS)
     squares = torch.empty(programs, 2, dtype=torch.float32, device=x.device)
     s, correction = inhibition.statistics, inhibition.correction
     with _explained(), torch.cuda.device_of(x):
@@ -245,6 +257,7 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
             POWER=inhibition.regulariser.force_power,
             COLUMNS=COLUMNS,
             ROWS=BACKWARD_ROWS,
+            STRETCH=BACKWARD_STRETCH,
             **OPTIONS,
         )
     return outgoing, inhibition.measured(squares.sum(0, dtype=torch.float64))

@@ -44,22 +44,28 @@ def model_states(work: Work, ranks: int) -> States:
     weights and Adam's moments 12 P, under stages 1 to 3 12 P / R; where the network is float32 itself, stage 0 needs no
     master weights. Accumulated gradients, g bytes (`data_types.grad_accum_dtype`): g P in stages 0 and 1, g P / R in 2
     and 3; the BF16_Optimizer also keeps those of one micro-batch, e P. A bucket in which gradients are reduced:
-    `reduce_bucket_size` elements, whatever the model's size, twice with `overlap_comm` in stages 1 and 2.
+    `reduce_bucket_size` elements, whatever the model's size, twice with `overlap_comm` in stages 1 and 2. What is
+    reduced is copied to the type of `communication_data_type` where it has another.
     """
     p, e, g = work.parameters, work.element, work.accumulator
     share, in_bucket = p / ranks, min(p, work.bucket)
+
+    def reduced(size: int) -> float:
+        """Return what a bucket of elements of `size` bytes takes while it is reduced."""
+        return in_bucket * (size + (work.communication if work.communication != size else 0))
+
     if work.stage == 0:
         master = 0 if e == 4 else MASTER
         # allreduce_bucket flattens
-        return States(e * p, g * p, (master + MOMENTS) * p, reducing=in_bucket * e, stepping=master * p)
+        return States(e * p, g * p, (master + MOMENTS) * p, reducing=reduced(e), stepping=master * p)
     optimizer = (MASTER + MOMENTS) * share
     if work.stage == 1 and work.precision == "bf16" and g == 4 and not work.offload_optimizer:
-        # the BF16_Optimizer (engine.py, _do_optimizer_sanity_check): flattens in float32, converts to bf16, reduces
-        return States(e * p, (g + e) * p, optimizer, reducing=in_bucket * (4 + 2), held=g * p)
+        # the BF16_Optimizer (engine.py, _do_optimizer_sanity_check): flattens in float32, converts, reduces
+        return States(e * p, (g + e) * p, optimizer, reducing=reduced(4), held=g * p)
     staged = g if work.stage == 1 else e  # _gradient_reduction_buffer_dtype
     copies = 2 if work.overlap and work.stage < 3 else 1
     buffers = float(work.bucket * staged * copies) if work.contiguous else 0.0
-    reducing = in_bucket * staged  # flattened once more to be reduced
+    reducing = reduced(staged)  # flattened once more to be reduced
     if work.stage == 1:
         # the rank's own partition is flattened before the gradients are freed
         states = States(e * p, g * p, optimizer, reducing, buffers, stepping=MASTER * share)

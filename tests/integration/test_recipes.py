@@ -49,9 +49,12 @@ def test_recipe_builds(path):
     assert config.optimizer.schedule_steps == 143000
     assert config.optimizer.peak_learning_rate == size.learning_rate
     assert batch.tokens_per_step == 2_097_152
-    assert (ds["fp16"]["enabled"], ds["fp16"]["initial_scale_power"]) == (True, 12)
-    for ranks in (8, 1024 // config.training.micro_batch):
-        resolve(config, ranks, path)
+    assert (ds["bf16"]["enabled"], ds["communication_data_type"]) == (True, "fp32")
+    assert config.model.compile == (zero_stage(ds) == 1)
+    published = load_run_config(path, ["training.precision=fp16"])
+    for ranks in (8, 1024):
+        _, in_fp16, _ = resolve(published, ranks, path)
+        assert (in_fp16["fp16"]["enabled"], in_fp16["fp16"]["initial_scale_power"]) == (True, 12)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

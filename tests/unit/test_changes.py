@@ -25,6 +25,7 @@ FREE = {
     *("model.attention", "model.activation_checkpointing", "model.compile", "data.cache", "data.workers"),
     *("training.run_directory", "training.micro_batch", "training.resume", "training.allow_changes"),
     *("training.evaluate_every", "training.max_skipped_steps", "training.time_limit", "training.timeout"),
+    "training.deterministic",
     *("inhibition.fused", "inhibition.guard"),
 }
 

@@ -38,9 +38,12 @@ def test_in_the_interpreter():
 KERNELS = {
     "forward": (
         triton_gelu._forward_kernel,
-        {"ROWS": triton_gelu.ROWS, "STRETCH": triton_gelu.STRETCH, "FACTORS": FACTORS},
+        {"ROWS": triton_gelu.ROWS, "STRETCH": triton_gelu.STRETCH, "FACTORS": FACTORS, "STAGES": triton_gelu.STAGES},
     ),
-    "backward": (triton_gelu._backward_kernel, {"ROWS": triton_gelu.BACKWARD_ROWS}),
+    "backward": (
+        triton_gelu._backward_kernel,
+        {"ROWS": triton_gelu.BACKWARD_ROWS, "STRETCH": triton_gelu.BACKWARD_STRETCH},
+    ),
 }
 
 
