@@ -232,7 +232,6 @@ class _Pair:
         finally:
             content.madvise(mmap.MADV_RANDOM)
 
-
     def _bad_pointer(self, sequence: int, expected: int) -> DataError:
         return DataError(
             f"{self.idx_path}: sequence {sequence} begins at byte {self.pointers[sequence]}, must be {expected}:"

@@ -125,7 +125,7 @@ def source_files(config: SourceConfig) -> list[Path]:
     if config.source == "stdlib":
         return _stdlib_files()
     if config.source == "indexed":
-        return [file for prefix in _path_entries(config) for file in pair(prefix)]
+        return [file for prefix in path_entries(config) for file in pair(prefix)]
     if config.source == "hub":
         folder = Path(str(config.path)).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
@@ -144,13 +144,14 @@ def source_files(config: SourceConfig) -> list[Path]:
     return list(files.values())
 
 
-def _path_entries(config: SourceConfig) -> list[str]:
+def path_entries(config: SourceConfig) -> list[str]:
+    """Return the entries of data.path as a list."""
     return [config.path] if isinstance(config.path, str) else list(config.path or [])
 
 
 def _named_files(config: SourceConfig) -> list[Path]:
     """Return the files that the entries of data.path name, some perhaps several times. Raises DataError."""
-    entries = _path_entries(config)
+    entries = path_entries(config)
     if not entries:
         raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
     return [path for entry in entries for path in _files_of_entry(entry, PATTERNS[str(config.source)])]
@@ -167,7 +168,7 @@ def passed_over(config: SourceConfig) -> str | None:
     read = {path.resolve() for path in files}
     of_other_kinds: set[Path] = set()
     in_subfolders: set[Path] = set()
-    for entry in _path_entries(config):
+    for entry in path_entries(config):
         path = Path(entry).expanduser()
         matched = [] if "**" in entry else map(Path, glob.glob(str(path)))
         for folder in [path] if path.is_dir() else filter(Path.is_dir, matched):
