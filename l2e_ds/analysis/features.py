@@ -1,7 +1,8 @@
-"""Feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
+"""Read feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
 
 The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept. So
-memory grows with the set that comes out, and by 8 bytes for each long enough text of the source.
+memory grows with the resulting set, and by 8 bytes for each long enough text of the source.
+
 F: features. T: tokens of a text.
 """
 
@@ -40,29 +41,29 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
 MINIMUM_TEXTS = 20
-"""Of every feature. A probe that is tested on a fifth of them then meets four; with fewer its F1 says nothing."""
+"""The fewest texts of a feature. A probe is tested on a fifth of them, which are four; with fewer, F1 says nothing."""
 _BATCH_CHARACTERS = 1 << 20  # tokenised at once
-_BATCH_ROWS = 64  # of Parquet, decoded at once
+_BATCH_ROWS = 64  # rows of Parquet that are decoded at once
 _COUNTS = ("found", "too_short", "kept", "tokens")  # columns of the report
 
 Row = tuple[str, str]
-"""(feature, text), both not blank."""
+"""(feature, text), of which neither is blank."""
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """As many texts of each feature as of every other, in shuffled order."""
+    """The same number of texts for every feature, in shuffled order."""
 
     features: tuple[str, ...]
-    """Sorted names."""
+    """The features' names, sorted."""
     tokens: np.ndarray
-    """int32 [texts, T]."""
+    """The texts' tokens, int32 [texts, T]."""
     labels: np.ndarray
-    """int64 [texts]: index into `features`."""
+    """The index of each text's feature in `features`, int64 [texts]."""
     report: dict[str, Any]
-    """JSON-able: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`, `sequence_length`,
-    `texts_per_feature`; `features`: for each its `feature`, `found` texts, `too_short` and `kept` ones, kept `tokens`,
-    `share` of the kept texts; `total`: the same of all together."""
+    """A description for JSON: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`,
+    `sequence_length`, `texts_per_feature`; `features`: of each its `feature`, `found` texts, `too_short` and `kept`
+    ones, kept `tokens`, and `share` of the kept texts; `total`: the same for all together."""
 
 
 def load_feature_set(
@@ -78,13 +79,15 @@ def load_feature_set(
 ) -> FeatureSet:
     """Return the first `sequence_length` tokens, without special ones, of randomly chosen texts of every feature.
 
-    `source`: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or
-    a data set of the hub as `owner/name[/config][@revision]`; `split` is for the last two.
-    Features are texts, or integers that the data set's ClassLabel names. Shorter texts are left out and counted.
-    `texts_per_feature`: None: as many as the scarcest feature has. Which texts of a feature are taken depends on the
-    seed, its name and the order of its own texts only; the texts taken for a smaller `texts_per_feature` are among
-    those taken for a larger one.
-    Raises DataError (file and line) for a bad record, ConfigError for a set that cannot be balanced.
+    source: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or a
+    data set of the hub as `owner/name[/config][@revision]`. split: for the last two. Features are texts, or integers
+    that the data set's ClassLabel names. Texts of fewer tokens are left out and counted.
+
+    texts_per_feature: by default as many as the scarcest feature has. Which texts of a feature are chosen depends only
+    on the seed, the feature's name and the order of its own texts. The texts for a smaller `texts_per_feature` are
+    among those for a larger one.
+
+    Raises DataError (with file and line) for a bad record, and ConfigError for a set that cannot be balanced.
     """
     for option, value, least in (
         ("--sequence-length", sequence_length, 1),
@@ -96,7 +99,7 @@ def load_feature_set(
     encode = _Encoder(tokenizer, sequence_length)
 
     found: Counter[str] = Counter()
-    long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # numbers of the rows
+    long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # the numbers of the rows
     for number, (feature, ids) in enumerate(encode(_rows(source, text_column, feature_column, split))):
         found[feature] += 1
         if len(ids) == sequence_length:
@@ -149,7 +152,7 @@ def load_feature_set(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Return the report of a FeatureSet as text: what it is, then an aligned table."""
+    """Return the report of a FeatureSet as text: a description, then an aligned table."""
     facts = {
         "source": report["source"],
         "tokenizer": report["tokenizer"],
@@ -172,7 +175,7 @@ def format_report(report: dict[str, Any]) -> str:
 def _texts_of_each(
     source: str, found: Counter[str], available: dict[str, int], sequence_length: int, asked: int | None
 ) -> int:
-    """Return how many texts of every feature are taken. Raises ConfigError."""
+    """Return how many texts of every feature are chosen. Raises ConfigError."""
     if len(found) < 2:
         what = f"only the feature {next(iter(found))!r}" if found else "no text"
         raise ConfigError(f"--features: {source} holds {what}; at least two features are needed")
@@ -193,18 +196,19 @@ def _texts_of_each(
 
 
 def _choice(rows: array[int], count: int, seed: int, feature: str) -> np.ndarray:
-    """`count` of a feature's rows, whatever other features there are."""
+    """Choose `count` of a feature's rows, independently of all other features."""
     random = np.random.default_rng([seed, *hashlib.sha256(feature.encode()).digest()])
     return np.frombuffer(rows, np.int64)[random.permutation(len(rows))[:count]]
 
 
 class _Encoder:
-    """Rows -> (feature, encoding of at most T tokens), in order."""
+    """A callable that yields (feature, ids of at most T tokens) for each row, in order."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
         from tokenizers import Tokenizer
 
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
+        # A copy, so that the caller's tokenizer keeps its settings.
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_padding()
         self._backend.enable_truncation(sequence_length)
 
@@ -228,14 +232,14 @@ class _Encoder:
 
 
 def _rows(source: str, text_column: str, feature_column: str, split: str) -> Iterator[Row]:
-    """All records, checked, in the order of the source. Raises DataError."""
+    """Yield all records, checked, in the order of the source. Raises DataError."""
     columns = {"--text-column": text_column, "--feature-column": feature_column}
     with _named_as_options():
         path = Path(source).expanduser()
-        plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+        uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
         if path.is_dir():
             yield from _data_set_rows(SourceConfig(source="hub", path=source, split=split), columns)
-        elif plain.suffix == ".jsonl":
+        elif uncompressed.suffix == ".jsonl":
             for file in source_files(SourceConfig(source="jsonl", path=source)):
                 yield from _jsonl_rows(file, columns)
         elif path.suffix == ".parquet":
@@ -253,7 +257,7 @@ def _rows(source: str, text_column: str, feature_column: str, split: str) -> Ite
 
 @contextmanager
 def _named_as_options() -> Iterator[None]:
-    """Messages written for run files name the command's options instead."""
+    """Make errors about keys of a run file name the command's options instead."""
     try:
         yield
     except DataError as error:
@@ -307,7 +311,7 @@ def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def _label_names(schema: Any, column: str) -> list[str] | None:
-    """Of a ClassLabel, which `datasets` describes in the file's metadata."""
+    """Return the names of a ClassLabel, which `datasets` keeps in the file's metadata, or None."""
     if b"huggingface" not in (schema.metadata or {}):
         return None
     import datasets
@@ -341,13 +345,13 @@ def _check_columns(columns: dict[str, str], there: list[str], where: str) -> Non
 
 
 def _named(things: Iterable[str], most: int = 12) -> str:
-    """Return a list for a message: a column that holds no features has thousands of values."""
+    """Return a list for a message, cut off, as a column that holds no features may have thousands of values."""
     names = list(things)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _short(name: str, most: int = 40) -> str:
-    """On one line."""
+    """Return a name on one line, cut off after `most` characters."""
     name = " ".join(name.split())
     return name if len(name) <= most else f"{name[: most - 3]}..."
 

@@ -1,4 +1,4 @@
-"""Options that `l2e-ds analyze` and `l2e-ds neuron` share, and their checks."""
+"""The options that `l2e-ds analyze` and `l2e-ds neuron` share, and their checks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
-    """As `load_feature_set`, by the command's options."""
+    """Return the texts that the command's options describe. Raises what `load_feature_set` raises."""
     texts = load_feature_set(
         arguments.features,
         tokenizer,
@@ -79,13 +79,13 @@ def _warn_of_repeated(tokens: np.ndarray) -> None:
 
 
 def name_of_set(features: str) -> str:
-    """As figures call it."""
+    """Return the name by which figures call a set of features."""
     path = Path(features)
     return path.name.partition(".")[0] if path.exists() else features
 
 
 def check_fits(network: PretrainedConfig, texts: FeatureSet, given: str) -> None:
-    """That the model takes the texts. Raises ConfigError."""
+    """Raise ConfigError if the texts are too long for the model, or hold ids outside its vocabulary."""
     longest = getattr(network, "max_position_embeddings", None)
     if longest is not None and texts.tokens.shape[1] > longest:
         raise ConfigError(f"--sequence-length: got {texts.tokens.shape[1]}, {given} takes at most {longest} tokens")

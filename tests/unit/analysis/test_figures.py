@@ -230,7 +230,7 @@ def test_files_of_one_model(tmp_path):
         assert "Natural language (Europarl), 3 features, n = 2,400 texts, 307,200 tokens" in words
         assert "neurons" in words
     words = {path.stem: words_of(path) for path in paths[1::2]}
-    assert "What the best neuron for each feature answers to, pythia-70m" in words["distributions"]
+    assert "What the best neuron for each feature responds to, pythia-70m" in words["distributions"]
     assert "Bulgarian, MS" in words["distributions"] and "1 more feature" in words["distributions"]
     assert "10 monosemantic and 1,000 random neurons" in words["monosemantic_vs_random"]
     assert "p < 0.001" in words["monosemantic_vs_random"]
