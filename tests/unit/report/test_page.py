@@ -136,7 +136,7 @@ def test_figures_of_an_analysis(tmp_path):
     images = [attributes for tag, attributes in Tags(text).found if tag == "img"]
     assert [image["alt"] for image in images] == ["ks over scale"] * 2
     assert str(tmp_path / "other") in text
-    assert text.index("<h2>What neurons answer to</h2>") < text.index("false_killing.csv")
+    assert text.index("<h2>What neurons respond to</h2>") < text.index("false_killing.csv")
     assert (tmp_path / "report-tables/false_killing.md").is_file()
 
 

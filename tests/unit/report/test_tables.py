@@ -185,7 +185,7 @@ def test_first_documents_are_not_compared_with_all(tmp_path):
     assert cells(found)["MMLU"]["70m none: ours"].value == 0.25
     assert cells(found)["MMLU"]["70m l2e − none: ours"].value == pytest.approx(0.2)
     assert cells(found)["MMLU"]["70m l2e − none: step"] == "100, first 20"
-    assert "of so many documents of each task only" in found.note
+    assert "of this many documents of each task only" in found.note
 
 
 def test_one_step_is_told_once(tmp_path):
