@@ -372,7 +372,7 @@ def test_a_disk_that_is_full_costs_the_file_not_the_table(exported, folder, docu
     assert main(words) == 2
     said = capsys.readouterr()
     assert "| choices |" in said.out
-    assert "--output: cannot write /dev/full: No space left on device; the figures stand above" in said.err
+    assert "--output: cannot write /dev/full: No space left on device; the results are printed above" in said.err
 
 
 def test_results_take_the_newest_and_no_half_line(tmp_path):
