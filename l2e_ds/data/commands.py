@@ -50,13 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="documents kept apart in PREFIX_held_out, chosen by a hash of their content (default: none)",
+        help="share of documents to write to PREFIX_held_out, chosen by a hash of their content (default: none)",
     )
     parser.add_argument(
         "--deduplicate",
         action="store_true",
-        help="of documents with the same text keep the first; by 64-bit hashes: of 200 million different documents one"
-        " would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory a document",
+        help="keep only the first of documents with the same text, by 64-bit hashes: of 200 million different documents"
+        " one would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory for each document",
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after the document that reaches N")
     parser.add_argument(
@@ -71,13 +71,13 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=(*PATTERNS, "hub"),
-        help="default: by the names; text: each file is a document; jsonl also as .gz, .bz2, .xz, .zst; hub: a data set"
-        " of the Hugging Face hub, or in a local folder, streamed",
+        help="format of INPUT (default: by the names); text: each file is a document; jsonl also as .gz, .bz2, .xz,"
+        " .zst; hub: a data set of the Hugging Face hub or in a local folder, streamed",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
-    parser.add_argument("--subset", metavar="NAME", help="of a hub data set: its configuration")
-    parser.add_argument("--split", metavar="NAME", help="of a hub data set (default: train)")
-    parser.add_argument("--revision", metavar="NAME", help="of a hub data set: branch, tag or commit")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a hub data set")
+    parser.add_argument("--split", metavar="NAME", help="split of a hub data set (default: train)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub data set")
     parser.add_argument("--max-documents", type=positive, metavar="N", help="take only the first N documents")
     parser.add_argument(
         "--skip-bad",

@@ -395,8 +395,10 @@ class IndexedTokens:
                     advance(max(0, min(stop, one.sequences) - first))
 
     def read_ahead(self, positions: np.ndarray, count: int) -> None:
-        """Ask the system to read `count` tokens from each of these positions on, all at once, before they are accessed
-        one after the other. (Of tokens that lie in two files, only those in the first are asked for.)"""
+        """Ask the system to read `count` tokens from each of these positions on, before they are accessed one by one.
+
+        Of tokens that lie in two files, only those in the first are asked for.
+        """
         width = self.dtype.itemsize
         for position in positions.tolist():
             at = bisect_right(self._first_of_file, position) - 1

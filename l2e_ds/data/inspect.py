@@ -231,15 +231,18 @@ def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statisti
 
 @dataclass(frozen=True)
 class View:
-    """The batches of a run, the training text of its sets, and what is needed to print them as text."""
+    """The batches of a run, and what is needed to print them as text. steps: training.steps, or None for a set."""
 
     sequences: TrainingSequences
-    datasets: list[TokenDataset]
-    names: list[str]
     tokenizer: PreTrainedTokenizerFast | None
     end_of_text: int | None
-    steps: int | None
-    """A run's training.steps; None for a set."""
+    steps: int | None = None
+
+    def dataset(self, index: int) -> TokenDataset:
+        """Return the training text of one of the sets, none of which is a stream."""
+        dataset = self.sequences.sets[index].train
+        assert dataset is not None
+        return dataset
 
 
 def view_of_run(run_file: str) -> View:
@@ -259,7 +262,7 @@ def view_of_run(run_file: str) -> View:
     end = None if tokenizer is None else find_end_of_text(tokenizer)
     training = config.training
     sequences = TrainingSequences(sets, training.global_batch, training.seed, config.data.order)
-    return _view(sequences, tokenizer, end, training.steps)
+    return View(sequences, tokenizer, end, training.steps)
 
 
 def view_of_set(
@@ -293,19 +296,8 @@ def view_of_set(
         raise DataError(
             f"{indexed.name}: holds {indexed.num_tokens} tokens, a sequence needs {width}; lower --sequence-length"
         )
-    prepared = PreparedData(dataset, None, None, dataset.num_tokens, 0, None)
-    loaded = _tokenizer_or_none(known, is_required=tokenizer is not None)
-    return _view(TrainingSequences([prepared], global_batch, seed, order), loaded, known.end_of_text, None)
-
-
-def _view(
-    sequences: TrainingSequences,
-    tokenizer: PreTrainedTokenizerFast | None,
-    end_of_text: int | None,
-    steps: int | None,
-) -> View:
-    datasets = [data_set.train for data_set in sequences.sets if data_set.train is not None]
-    return View(sequences, datasets, [data_set.name for data_set in sequences.sets], tokenizer, end_of_text, steps)
+    sequences = TrainingSequences([PreparedData(dataset)], global_batch, seed, order)
+    return View(sequences, _tokenizer_or_none(known, is_required=tokenizer is not None), known.end_of_text)
 
 
 def _tokenizer_or_none(known: Known, is_required: bool) -> PreTrainedTokenizerFast | None:
@@ -336,18 +328,19 @@ def show(view: View, step: int, row: int | None) -> int:
 
 def _list_batch(view: View, step: int) -> Iterator[str]:
     sets, epochs, numbers = (values.tolist() for values in view.sequences.rows(step))
-    where = view.datasets[0].name if len(view.names) == 1 else f"{len(view.names)} sets"
-    length = view.datasets[0].sequence_length
+    names = [data_set.name for data_set in view.sequences.sets]
+    where = view.dataset(0).name if len(names) == 1 else f"{len(names)} sets"
+    length = view.dataset(0).sequence_length
     yield f"step {step}: {len(numbers):,} sequences of {length:,} tokens (and one more, the last target) of {where}"
-    width = max(map(len, view.names)) + 2 if view.names[0] else 0
+    width = max(map(len, names)) + 2 if names[0] else 0
     head = f"{'set':<{width}}" if width else ""
     yield f"{'row':>5}  {head}{'epoch':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
     for row, (index, epoch, number) in enumerate(zip(sets, epochs, numbers, strict=True)):
-        dataset = view.datasets[index]
+        dataset = view.dataset(index)
         ids = dataset[number]
         ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
         documents = len(_documents_in(dataset, number)) or "-"
-        name = f"{view.names[index]:<{width}}" if width else ""
+        name = f"{names[index]:<{width}}" if width else ""
         yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents:>9}  {ends:>11}  {_preview(view, ids)}"
 
 
@@ -359,7 +352,7 @@ def _preview(view: View, ids: np.ndarray) -> str:
 
 def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
     index, epoch, number = (int(values[row]) for values in view.sequences.rows(step))
-    dataset, name = view.datasets[index], view.names[index]
+    dataset, name = view.dataset(index), view.sequences.sets[index].name
     within = f"{len(dataset):,} of {name}" if name else f"{len(dataset):,}"
     ids, first = dataset[number], dataset.position(number)
     yield (

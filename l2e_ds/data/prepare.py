@@ -57,14 +57,20 @@ class PreparedData:
     """
 
     train: TokenDataset | None
-    held_out: TokenDataset | None
-    tokenizer: PreTrainedTokenizerFast | None
-    train_tokens: int | None
-    held_out_tokens: int
-    directory: Path | None
+    held_out: TokenDataset | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+    directory: Path | None = None
     name: str = ""
     weight: float = 1.0
     stream: DataConfig | None = None
+
+    @property
+    def train_tokens(self) -> int | None:
+        return None if self.train is None else self.train.num_tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        return 0 if self.held_out is None else self.held_out.num_tokens
 
 
 def check_data(config: DataConfig, vocab_size: int) -> None:
@@ -169,7 +175,7 @@ def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: 
     tokenizer = load_tokenizer(str(config.tokenizer))
     _check_vocabulary(tokenizer, config, vocab_size)
     if not config.held_out:
-        return PreparedData(None, None, tokenizer, None, 0, None, stream=config)
+        return PreparedData(None, None, tokenizer, stream=config)
     needed = evaluated * config.sequence_length + 1
     prefix = Path(cache) / f"stream-{_fingerprint(config)}-{needed}"
     if not prefix.with_name(f"{prefix.name}.idx").exists():  # the file that is written last
@@ -182,7 +188,7 @@ def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: 
                 writer.add(tokens)
     held_out = _whole_dataset(config, prefix, vocab_size)
     _check_held_out(config, held_out)
-    return PreparedData(None, held_out, tokenizer, None, held_out.num_tokens, None, stream=config)
+    return PreparedData(None, held_out, tokenizer, stream=config)
 
 
 def _fingerprint(config: DataConfig) -> str:
@@ -367,8 +373,7 @@ def _checked(
         )
     if held_out is not None:
         _check_held_out(config, held_out)
-    tokens = 0 if held_out is None else held_out.num_tokens
-    return PreparedData(train, held_out, tokenizer, train.num_tokens, tokens, directory)
+    return PreparedData(train, held_out, tokenizer, directory)
 
 
 def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
