@@ -66,11 +66,13 @@ TIMEOUT_MINUTES = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)
     group = parser.add_argument_group("analysis")
-    group.add_argument("--layers", type=int, nargs="+", metavar="L", help="counted from 0 (default: all)")
+    group.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="layers to analyse, counted from 0 (default: all)"
+    )
     group.add_argument(
         "--samples",
         choices=SAMPLES,
@@ -78,13 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what counts as one sample: every token, or a text by its neurons' mean or largest activation"
         " (default: %(default)s)",
     )
-    group.add_argument("--resamples", type=int, default=200, metavar="B", help="bootstrap (default: %(default)s)")
+    group.add_argument(
+        "--resamples", type=int, default=200, metavar="B", help="bootstrap resamples (default: %(default)s)"
+    )
     group.add_argument(
         "--suggest-share", action="store_true", help="print the share k with the lowest FKR, with its interval"
     )
-    group.add_argument("--all-checkpoints", action="store_true", help="of the only MODEL, a run: how it changed")
+    group.add_argument("--all-checkpoints", action="store_true", help="MODEL is one run: show how it changed")
     group.add_argument("--zero3", action="store_true", help="shard the weights over the ranks (ZeRO-3)")
-    group.add_argument("--scratch", type=Path, metavar="DIR", help="for tables of texts (default: beside --output)")
+    group.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for tables of texts (default: that of --output)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

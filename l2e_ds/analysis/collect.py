@@ -81,8 +81,10 @@ class LayerActivations:
     tokens: int
 
     def as_one_sample(self, kind: str) -> LayerActivations:
-        """Return a table in which each text is one sample: its mean or largest ("max") activation, as in sparse
-        probing."""
+        """Return a table in which each text is one sample, by its mean or its largest activation ("max").
+
+        Sparse probing does so.
+        """
         value = self.mean if kind == "mean" else self.top
         lowest = np.minimum.reduce([value[first : first + BLOCK].min(0) for first in range(0, len(value), BLOCK)])
         return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, lowest, 1)
@@ -186,7 +188,12 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     names layer, neuron and text of an activation that is not finite.
     """
     count, length = texts.tokens.shape
-    parts = [_Table(folder / f"layer-{site.layer:03d}", count, site.neurons) for site in model.sites]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Mean, variance and largest activation of each text. Rows that this rank does not write stay zero.
+    tables = [
+        open_memmap(folder / f"layer-{site.layer:03d}.npy", mode="w+", dtype=np.float32, shape=(3, count, site.neurons))
+        for site in model.sites
+    ]
     lowest = [torch.full((site.neurons,), math.inf, device=model.device) for site in model.sites]
     buffers = _Buffers()
 
@@ -202,40 +209,19 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
                 f"{model.source.given}: layer {model.sites[index].layer}, neuron {neuron}: its activations in text"
                 f" {rows.start + text} are not finite"
             )
-        parts[index].write(rows, values)
+        tables[index][:, rows] = values
 
     run_over(model, texts, see, f"{model.source.label}: activations")
-    tables = [part.joined() for part in parts]
+    for table in tables:
+        for array in table:
+            _sum_on_main(array)
     lowest_by_rank = collectives.all_gather_objects([values.cpu().numpy() for values in lowest])
+    if not collectives.is_main():
+        return []
     return [
         LayerActivations(site.layer, *table, np.minimum.reduce([part[index] for part in lowest_by_rank]), length)
         for index, (site, table) in enumerate(zip(model.sites, tables, strict=True))
-        if table is not None
     ]
-
-
-class _Table:
-    """Three arrays in files: mean, variance, top, each float32 [texts, N]; rows that are not written are zero."""
-
-    NAMES = ("mean", "variance", "top")
-
-    def __init__(self, path: Path, texts: int, neurons: int) -> None:
-        path.mkdir(parents=True)
-        self.arrays = [
-            open_memmap(path / f"{name}.npy", mode="w+", dtype=np.float32, shape=(texts, neurons))
-            for name in self.NAMES
-        ]
-
-    def write(self, rows: slice, values: np.ndarray) -> None:
-        for array, value in zip(self.arrays, values, strict=True):
-            array[rows] = value
-
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the arrays' sums over all ranks on rank 0, in place, and None elsewhere. Collective."""
-        for array in self.arrays:
-            _sum_on_main(array)
-        mean, variance, top = self.arrays
-        return (mean, variance, top) if collectives.is_main() else None
 
 
 def _sum_on_main(array: np.ndarray) -> None:

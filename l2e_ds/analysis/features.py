@@ -38,6 +38,7 @@ from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 MINIMUM_TEXTS = 20
@@ -96,11 +97,11 @@ def load_feature_set(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{option}: got {value}, must be at least {least}")
-    encode = _Encoder(tokenizer, sequence_length)
+    truncating = _truncating(tokenizer, sequence_length)
 
     found: Counter[str] = Counter()
     long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # the numbers of the rows
-    for number, (feature, ids) in enumerate(encode(_rows(source, text_column, feature_column, split))):
+    for number, (feature, ids) in enumerate(_encoded(_rows(source, text_column, feature_column, split), truncating)):
         found[feature] += 1
         if len(ids) == sequence_length:
             long_enough[feature].append(number)
@@ -114,7 +115,7 @@ def load_feature_set(
     tokens = np.empty((len(rows), sequence_length), np.int32)
     wanted = set(rows.tolist())
     again = islice(enumerate(_rows(source, text_column, feature_column, split)), int(rows.max()) + 1)
-    encoded = encode(row for number, row in again if number in wanted)
+    encoded = _encoded((row for number, row in again if number in wanted), truncating)
     read = 0
     for place, (feature, ids) in zip(np.argsort(rows), encoded, strict=False):
         if feature != features[labels[place]] or len(ids) != sequence_length:
@@ -201,31 +202,29 @@ def _choice(rows: array[int], count: int, seed: int, feature: str) -> np.ndarray
     return np.frombuffer(rows, np.int64)[random.permutation(len(rows))[:count]]
 
 
-class _Encoder:
-    """A callable that yields (feature, ids of at most T tokens) for each row, in order."""
+def _truncating(tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Tokenizer:
+    """Return a copy of a tokenizer that cuts texts off after T tokens. The original keeps its settings."""
+    from tokenizers import Tokenizer
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
-        from tokenizers import Tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.enable_truncation(sequence_length)
+    return backend
 
-        # A copy, so that the caller's tokenizer keeps its settings.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_padding()
-        self._backend.enable_truncation(sequence_length)
 
-    def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[str, list[int]]]:
+def _encoded(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """Yield (feature, token ids) for each row, in order."""
+    while True:
         batch: list[Row] = []
         characters = 0
-        for row in rows:
+        while characters < _BATCH_CHARACTERS and (row := next(rows, None)) is not None:
             batch.append(row)
             characters += len(row[1])
-            if characters >= _BATCH_CHARACTERS:
-                yield from self._encode(batch)
-                batch, characters = [], 0
-        yield from self._encode(batch)
-
-    def _encode(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        encodings = self._backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-        return ((feature, encoding.ids) for (feature, _), encoding in zip(batch, encodings, strict=True))
+        if not batch:
+            return
+        encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+        for (feature, _), encoding in zip(batch, encodings, strict=True):
+            yield feature, encoding.ids
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from l2e_ds.system.process import quiet_libraries
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--layer", type=int, required=True, metavar="L", help="counted from 0")
-    parser.add_argument("--index", type=int, required=True, metavar="J", help="of the neuron in its layer, from 0")
+    parser.add_argument("--layer", type=int, required=True, metavar="L", help="layer, counted from 0")
+    parser.add_argument("--index", type=int, required=True, metavar="J", help="neuron of the layer, counted from 0")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="a new file (default: MODEL-L-J.html)")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)

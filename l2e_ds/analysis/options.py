@@ -28,9 +28,13 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|DATASET",
         help="texts with one feature each: .jsonl, .parquet, a folder or a hub data set (docs/feature-sets.md)",
     )
-    group.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
-    group.add_argument("--feature-column", default="feature", metavar="NAME", help="default: %(default)s")
-    group.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: %(default)s)")
+    group.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column of the texts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--feature-column", default="feature", metavar="NAME", help="column of the features (default: %(default)s)"
+    )
+    group.add_argument("--split", default="train", metavar="NAME", help="split of a data set (default: %(default)s)")
     group.add_argument(
         "--sequence-length",
         type=int,
@@ -39,15 +43,22 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens a text; shorter texts are left out (default: %(default)s)",
     )
     group.add_argument(
-        "--texts-per-feature", type=int, metavar="N", help="default: as many as the scarcest feature has"
+        "--texts-per-feature",
+        type=int,
+        metavar="N",
+        help="texts of each feature (default: as many as the scarcest feature has)",
     )
-    group.add_argument("--seed", type=int, default=1234, metavar="S", help="of every choice (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=1234, metavar="S", help="seed of every random choice (default: %(default)s)"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
-    group.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    group.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    group.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
+    )
     group.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
     group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 

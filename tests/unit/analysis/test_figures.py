@@ -49,7 +49,7 @@ def with_interval(table, column, width=0.08):
 
 @cache
 def tables_of(seed, parameters=70_426_624, layers=6, features=LANGUAGES, neurons=64):
-    """As the analysis writes them."""
+    """Return tables as the analysis writes them."""
     random = np.random.default_rng(seed)
     depth = np.arange(layers) / max(layers - 1, 1)
     shrink = 1 / np.log10(parameters)
