@@ -67,10 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, metavar="B", help="requests a rank answers at once (default: %(default)s)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, metavar="K", help="of a run: this checkpoint instead of the newest")
-    which.add_argument("--all-checkpoints", action="store_true", help="of a run: one after another")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
+    which.add_argument("--step", type=int, metavar="K", help="step of a run's checkpoint (default: the newest)")
+    which.add_argument("--all-checkpoints", action="store_true", help="evaluate all checkpoints of a run")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the results to this file instead")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 

@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -382,7 +383,8 @@ class SharedModel(HFLM):
         answers: list[str] = []
         for wanted in dict.fromkeys(map(settings, order)):  # all requests of a batch have the same settings
             same = [requests[index] for index in order if settings(index) == wanted]
-            answers += self._deal("generate_until", [_Generation(request.args) for request in same])
+            # A rank needs only (text, settings) of a request.
+            answers += self._deal("generate_until", [SimpleNamespace(args=request.args) for request in same])
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
@@ -396,13 +398,6 @@ class SharedModel(HFLM):
         take_special_tokens(config, self.tokenizer)  # which may be another one than the model's own
         settings["eos_token_id"] = config.eos_token_id
         return super()._model_generate(context, max_length, stop, **settings)
-
-
-class _Generation:
-    """The part of a request that a rank needs to generate. args: (text, settings)."""
-
-    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
-        self.args = arguments
 
 
 def _run_tasks(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int | None) -> dict[str, dict[str, Any]]:

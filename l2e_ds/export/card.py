@@ -135,7 +135,7 @@ def _weight(section: dict[str, Any]) -> str | None:
 
 
 def _schedule(section: dict[str, Any]) -> str:
-    """Return when inhibition begins and ends, or "" if it lasts from the first step to the last."""
+    """Return start, warm-up, decay and end of inhibition, or "" if it lasts from the first step to the last."""
     steps = {key: section.get(key) for key in ("start", "warmup", "decay", "end")}
     steps["warmup"] = section.get("coefficient_warmup", steps["warmup"])  # the key's name in an earlier version
     return ", ".join(f"{key} {value}" for key, value in steps.items() if value)

@@ -99,8 +99,10 @@ def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
 
 
 def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return the same tokenizer, of the class that uses a tokenizer.json as it is, with the special tokens that readers
-    of exported models need."""
+    """Return the same tokenizer with the special tokens that readers of exported models need.
+
+    Its class is the one that uses a tokenizer.json as it is.
+    """
     from transformers import PreTrainedTokenizerFast
 
     with contextlib.suppress(DataError):  # a run on token files may have a tokenizer without an end of text
@@ -151,11 +153,13 @@ def _name_rotary_settings_twice(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: the run's own)"
+    )
     parser.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
     parser.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="with --push: a new repository that others do not see")
+    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:

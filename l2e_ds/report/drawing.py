@@ -75,8 +75,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """The horizontal axis of all charts. key: `step`, or `tokens` if the runs' steps have different sizes. end: its
-    largest value in any run."""
+    """The horizontal axis of all charts.
+
+    key: `step`, or `tokens` if the runs' steps have different sizes. end: the largest value of any run.
+    """
 
     key: str
     end: float

@@ -117,8 +117,11 @@ class Run:
 
     @property
     def is_published_method(self) -> bool:
-        """Whether the paper has results of it: plain pretraining, or one of its methods with eq. 5, on the two middle
-        layers, with the share that did best at this size."""
+        """Whether the paper has results of the run's method.
+
+        These are plain pretraining, and its own methods with eq. 5 on the two middle layers with the share that did
+        best at this size.
+        """
         if self.method == "none":
             return True
         return (

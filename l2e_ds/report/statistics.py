@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -26,12 +26,13 @@ class Measured:
         return Measured(self.value - constant, self.error)
 
 
-def over_seeds(values: Sequence[float]) -> Measured | None:
-    """Return the mean, with its standard error if there are several values, or None without values."""
-    if not values:
+def over_seeds(values: Iterable[float | None]) -> Measured | None:
+    """Return the mean of those that are not None, with its standard error if there are several; None if all are."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Measured(statistics.fmean(values), error)
+    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    return Measured(statistics.fmean(known), error)
 
 
 def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:

@@ -198,10 +198,6 @@ def _variants(page: Collection) -> Table:
 _SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
 
 
-def _present(values: Any) -> list[float]:
-    return [value for value in values if value is not None]
-
-
 # --- evaluation tasks --------------------------------------------------------------------------------------------
 
 
@@ -337,7 +333,7 @@ def _without_published(page: Collection) -> list[str]:
 def _time(page: Collection) -> Table:
     rows = []
     for variant, size in zip(page.variants, _sizes(page), strict=True):
-        seconds = over_seeds(_present(steady_median(run, "step_seconds") for run in variant.seeds))
+        seconds = over_seeds(steady_median(run, "step_seconds") for run in variant.seeds)
         if seconds is None:
             continue
         theirs = published.EXTRA_TIME.get((variant.method, variant.size))
@@ -346,7 +342,7 @@ def _time(page: Collection) -> Table:
         over = paired(page, variant, lambda run: steady_median(run, "step_seconds"))
         extra = None if over is None else over.relative
         difference = extra.minus(theirs) if extra is not None and theirs is not None else None
-        speed = over_seeds(_present(steady_median(run, "tokens_per_second") for run in variant.seeds))
+        speed = over_seeds(steady_median(run, "tokens_per_second") for run in variant.seeds)
         rows.append([variant.name, size, seconds, speed, extra, theirs, difference])
     columns = [
         Column("variant"),

@@ -258,7 +258,7 @@ def test_disk_that_is_full(tmp_path, capsys, name):
 
 
 def go_on(run):
-    """To its last step."""
+    """Write the lines of a run up to its last step."""
     (write_run(run.parent / "later" / run.name) / "metrics.jsonl").replace(run / "metrics.jsonl")
 
 
