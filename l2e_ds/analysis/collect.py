@@ -218,10 +218,11 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     lowest_by_rank = collectives.all_gather_objects([values.cpu().numpy() for values in lowest])
     if not collectives.is_main():
         return []
-    return [
-        LayerActivations(site.layer, *table, np.minimum.reduce([part[index] for part in lowest_by_rank]), length)
-        for index, (site, table) in enumerate(zip(model.sites, tables, strict=True))
-    ]
+    layers = []
+    for index, (site, (mean, variance, top)) in enumerate(zip(model.sites, tables, strict=True)):
+        site_lowest = np.minimum.reduce([by_site[index] for by_site in lowest_by_rank])
+        layers.append(LayerActivations(site.layer, mean, variance, top, site_lowest, length))
+    return layers
 
 
 def _sum_on_main(array: np.ndarray) -> None:
