@@ -90,7 +90,7 @@ class Work:
 def train_ours(work: Work) -> None:
     from l2e_ds.training.trainer import Trainer
 
-    data = [PreparedData(work.dataset, None, None, work.dataset.num_tokens, 0, None)]
+    data = [PreparedData(work.dataset)]
     trainer = Trainer(work.config, work.ds, work.batch, work.network, data, work.device)
     work.mark()
     for step in range(1, work.config.training.steps + 1):

@@ -242,7 +242,7 @@ def measure_model(
     tokens = batch.micro_batch * config.data.sequence_length
     operation = measure_operation(tokens, neurons_of(network), dtype, device, PER_STEP * rounds)
     dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
-    data = [PreparedData(dataset, None, None, dataset.num_tokens, 0, None)]
+    data = [PreparedData(dataset)]
     seconds: dict[str, list[float]] = {variant: [] for variant in (NONE, *VARIANTS)}
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder:
         config = config.replace("training", run_directory=folder, steps=steps)

@@ -1,4 +1,4 @@
-"""What neurons answer to: the analysis of finished models and checkpoints (docs/analysis.md)."""
+"""What neurons respond to: the analysis of finished models and checkpoints (docs/analysis.md)."""
 
-# Of the extra `analysis`: said in one line where one is missing.
+# Packages of the extra `analysis`. A missing one is reported in one line.
 PACKAGES = ("matplotlib", "pandas", "pyarrow", "scipy")

@@ -1,13 +1,13 @@
 """`l2e-ds analyze MODEL [MODEL ...] --features FILE --output DIR`: the analyses of the paper (docs/analysis.md).
 
     DIR/
-      analysis.json              what was analysed, how, on what; the report on the texts
-      summary.md                 the figures that matter, a table a question
+      analysis.json              which models, options and texts were analysed
+      summary.md                 the most important results, a table for each question
       figures/*.png, *.svg
       models/LABEL/*.parquet     tables that pandas opens (docs/analysis.md names the columns)
-      changes.parquet            with --all-checkpoints: from each checkpoint to the next
+      changes.parquet            with --all-checkpoints: the change from each checkpoint to the next
 
-Also under a launcher, on any number of ranks: they share the texts. DIR appears when everything is done.
+Under a launcher, any number of ranks share the texts. DIR appears when everything is done.
 """
 
 from __future__ import annotations
@@ -66,11 +66,13 @@ TIMEOUT_MINUTES = 60.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new or empty")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)
     group = parser.add_argument_group("analysis")
-    group.add_argument("--layers", type=int, nargs="+", metavar="L", help="counted from 0 (default: all)")
+    group.add_argument(
+        "--layers", type=int, nargs="+", metavar="L", help="layers to analyse, counted from 0 (default: all)"
+    )
     group.add_argument(
         "--samples",
         choices=SAMPLES,
@@ -78,30 +80,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what counts as one sample: every token, or a text by its neurons' mean or largest activation"
         " (default: %(default)s)",
     )
-    group.add_argument("--resamples", type=int, default=200, metavar="B", help="bootstrap (default: %(default)s)")
+    group.add_argument(
+        "--resamples", type=int, default=200, metavar="B", help="bootstrap resamples (default: %(default)s)"
+    )
     group.add_argument(
         "--suggest-share", action="store_true", help="print the share k with the lowest FKR, with its interval"
     )
-    group.add_argument("--all-checkpoints", action="store_true", help="of the only MODEL, a run: how it changed")
+    group.add_argument("--all-checkpoints", action="store_true", help="MODEL is one run: show how it changed")
     group.add_argument("--zero3", action="store_true", help="shard the weights over the ranks (ZeRO-3)")
-    group.add_argument("--scratch", type=Path, metavar="DIR", help="for tables of texts (default: beside --output)")
+    group.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for tables of texts (default: that of --output)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError, CheckpointError, DataError, AnalysisError."""
+    """Return the exit code. Raises ConfigError, CheckpointError, DataError, AnalysisError."""
     return reported_once(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     check_extra("analysis", PACKAGES)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # nothing of the scratch folder stays
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda received, _: sys.exit(128 + received))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, _: sys.exit(128 + received))  # removes the scratch folder
     quiet_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
         sources = collectives.all_work(lambda: _sources(arguments))
-        # of all of them, before anything is written and any takes its hours
+        # All are checked before anything is written, as each may then take hours.
         texts = collectives.all_work(lambda: _texts_of_each(arguments, sources))
         _check_same_texts(arguments, texts)
         with _folders(arguments) as (scratch, output):
@@ -121,11 +127,11 @@ def _analyse_all(
     scratch: Path,
     output: Path | None,
 ) -> list[Result]:
-    """Analyse one model after another; their tables are written at once, the rest at the end. Collective."""
+    """Analyse one model after another. The tables of each are written at once, the rest at the end. Collective."""
     results: list[Result] = []
     changes: list[pd.DataFrame] = []
-    for source, of_source in zip(sources, texts, strict=True):
-        result = _analyse(arguments, source, of_source, device, scratch / source.label)
+    for source, model_texts in zip(sources, texts, strict=True):
+        result = _analyse(arguments, source, model_texts, device, scratch / source.label)
         if output is None:
             continue
         _write_tables(output / "models" / source.label, result)
@@ -142,7 +148,7 @@ def _analyse_all(
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
-    """Return the models, where everything about the options is right. Raises ConfigError, CheckpointError."""
+    """Check the options and return the models. Raises ConfigError, CheckpointError."""
     at_least("--batch", arguments.batch, 1)
     at_least("--resamples", arguments.resamples, 20)
     if arguments.all_checkpoints and len(arguments.models) != 1:
@@ -160,12 +166,12 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
 
 
 def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]) -> list[FeatureSet]:
-    """In each model's tokens; models of one tokenizer see the very same.
+    """Return the texts in each model's tokens. Models with the same tokenizer get the same object.
 
-    Raises ConfigError, DataError, also for what a model cannot take.
+    Raises ConfigError and DataError, also for texts that a model cannot take.
     """
     by_tokenizer: dict[str, FeatureSet] = {}
-    found = []
+    texts = []
     for source in sources:
         network = check_model(source, arguments.layers)
         tokenizer = load_tokenizer_of(source, arguments.tokenizer)
@@ -175,33 +181,35 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
             if collectives.is_main():
                 print(format_report(by_tokenizer[digest].report), flush=True)
         options.check_fits(network, by_tokenizer[digest], source.given)
-        found.append(by_tokenizer[digest])
-    return found
+        texts.append(by_tokenizer[digest])
+    return texts
 
 
 def _check_same_texts(arguments: argparse.Namespace, texts: Sequence[FeatureSet]) -> None:
-    """That all ranks read the same. Collective; raises ConfigError."""
-    digests = [of_source.report["digest"] for of_source in texts]
+    """Raise ConfigError unless all ranks have read the same texts. Collective."""
+    digests = [model_texts.report["digest"] for model_texts in texts]
     differs = digests != collectives.main_decides(digests)
     collectives.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
 
 
 @contextmanager
 def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
-    """This rank's scratch folder, and on rank 0 the folder that becomes --output when all went well. Collective."""
+    """Yield this rank's scratch folder, and on rank 0 the folder that becomes --output if all goes well. Collective."""
     target = arguments.output
     parent = target.absolute().parent
-    name = f".{target.name}."
+    prefix = f".{target.name}."
     with ExitStack() as stack:
 
         def make() -> tuple[Path, Path | None]:
             try:
                 if collectives.is_main():
-                    _name_left_over(parent, name)
+                    left = sorted(map(str, parent.glob(f"{glob.escape(prefix)}????????")))
+                    if left:
+                        say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
                 place = arguments.scratch or parent
                 place.mkdir(parents=True, exist_ok=True)
                 scratch = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix=name, dir=place, ignore_cleanup_errors=True)
+                    tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
                 )
                 output = stack.enter_context(whole_folder(target)) if collectives.is_main() else None
             except OSError as error:
@@ -212,16 +220,10 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
         try:
             yield scratch, output
         except BaseException:
-            if output is not None and (output / "models").is_dir():  # it may have taken hours
+            if output is not None and (output / "models").is_dir():  # these may have taken hours
                 kept = output.rename(output.with_name(f"{output.name[1:]}.unfinished"))
                 say(f"l2e-ds: tables of the models that were finished: {kept}")
             raise
-
-
-def _name_left_over(parent: Path, name: str) -> None:
-    left = sorted(map(str, parent.glob(f"{glob.escape(name)}????????")))
-    if left:
-        say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
 
 
 # --- one model ---------------------------------------------------------------------------------------------------
@@ -230,8 +232,10 @@ def _name_left_over(parent: Path, name: str) -> None:
 def _analyse(
     arguments: argparse.Namespace, source: ModelSource, texts: FeatureSet, device: torch.device, folder: Path
 ) -> Result:
-    """Both passes and all tables. Collective; the tables are rank 0's, empty elsewhere. folder: of tables of texts,
-    gone at the end."""
+    """Run a model over the texts twice and return all tables on rank 0, none elsewhere. Collective.
+
+    folder: a new folder for the tables of texts, which is removed at the end.
+    """
     model = collectives.all_work(
         lambda: load_model(source, arguments.layers, arguments.precision, device, arguments.zero3)
     )
@@ -246,16 +250,16 @@ def _analyse(
     own, shown = collectives.main_decides((first.own, _shown(first, layers)) if first is not None else None)
     if arguments.samples == "token":
         counts, distributions = count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
-    else:  # from rank 0's tables alone: nowhere else are there any
+    else:  # needs the tables of the first pass, which only rank 0 has
         counts = [
-            count_scores_of_samples(layer, texts.labels, of_layer, folder / f"scores-{layer.layer:03d}.npy")
-            for layer, of_layer in zip(layers, own[: len(layers)], strict=True)
+            count_scores_of_samples(layer, texts.labels, layer_own, folder / f"scores-{layer.layer:03d}.npy")
+            for layer, layer_own in zip(layers, own[: len(layers)], strict=True)
         ]
         distributions = distributions_of_samples(layers, texts.labels, len(texts.features), shown if layers else [])
     model.close()
-    found = collectives.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
+    model_tables = collectives.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
     shutil.rmtree(folder, ignore_errors=True)
-    return Result(source, found, model.parameters, model.tokens, texts.report)
+    return Result(source, model_tables, model.parameters, model.tokens, texts.report)
 
 
 def _first_tables(
@@ -274,10 +278,10 @@ def _first_tables(
 
 
 def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
-    """That the tables of texts will find room. Collective; raises ConfigError."""
+    """Raise ConfigError if the tables of texts do not fit on the disk. Collective."""
     count = len(texts.labels)
     needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
-    needed *= min(2, collectives.size())  # the other ranks' parts may lie on the same disk
+    needed *= min(2, collectives.size())  # the other ranks' parts may be on the same disk
     free = shutil.disk_usage(folder).free
     error = None
     if needed > free:
@@ -289,11 +293,11 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
 
 
 def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
-    """Return the best probed neuron of each feature, once each, and between which values its activations lie."""
+    """Return the best probed neuron of each feature, once each, with its lowest and highest activation."""
     probes = first.tables["probes"]
     best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
     shown = []
-    for index, neuron in best.itertuples(index=False):  # the tables still count the layers that were looked at
+    for index, neuron in best.itertuples(index=False):  # in these tables `layer` counts the analysed layers only
         layer = layers[index]
         shown.append(Shown(layer.layer, int(neuron), float(layer.lowest[neuron]), float(layer.top[:, neuron].max())))
     return shown
@@ -306,26 +310,28 @@ def _all_tables(
     counts: Sequence[tables.LayerCounts],
     distributions: Sequence[Distribution],
 ) -> Tables:
-    """With the layers' own numbers, where not all were looked at."""
-    found = tables.build_tables(first, counts, bin_edges())
-    numbers = {-1: -1} | {place: site.layer for place, site in enumerate(model.sites)}
-    for table in found.values():
+    """Return all tables of a model. Their column `layer` is the model's number of the layer, not that of the site."""
+    model_tables = tables.build_tables(first, counts, bin_edges())
+    numbers = {-1: -1} | {index: site.layer for index, site in enumerate(model.sites)}
+    for table in model_tables.values():
         if "layer" in table:
             table["layer"] = table["layer"].map(numbers)
-    found["layers"]["depth"] = found["layers"]["layer"] / max(1, model.layers - 1)
-    found["distributions"] = _distributions(found["probes"], distributions, texts.features)
-    return found
+    model_tables["layers"]["depth"] = model_tables["layers"]["layer"] / max(1, model.layers - 1)
+    model_tables["distributions"] = _distributions(model_tables["probes"], distributions, texts.features)
+    return model_tables
 
 
-def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features: Sequence[str]) -> pd.DataFrame:
-    """Return a row a bin, feature and probed feature."""
+def _distributions(
+    probes: pd.DataFrame, distributions: Sequence[Distribution], features: Sequence[str]
+) -> pd.DataFrame:
+    """Return a row for each probed feature, feature and bin."""
     import pandas as pd
 
-    by_neuron = {(part.layer, part.neuron): part.trimmed() for part in found}
+    by_neuron = {(each.layer, each.neuron): each.trimmed() for each in distributions}
     parts = []
     for row in probes[probes["place"] == 1].itertuples():
-        part = by_neuron[row.layer, row.neuron]
-        bins = len(part.edges) - 1
+        distribution = by_neuron[row.layer, row.neuron]
+        bins = len(distribution.edges) - 1
         parts.append(
             pd.DataFrame(
                 {
@@ -333,9 +339,9 @@ def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features
                     "layer": row.layer,
                     "neuron": row.neuron,
                     "feature": np.repeat(np.array(features, dtype=object), bins),
-                    "left": np.tile(part.edges[:-1], len(features)),
-                    "right": np.tile(part.edges[1:], len(features)),
-                    "count": part.counts.ravel(),
+                    "left": np.tile(distribution.edges[:-1], len(features)),
+                    "right": np.tile(distribution.edges[1:], len(features)),
+                    "count": distribution.counts.ravel(),
                 }
             )
         )
@@ -348,7 +354,7 @@ def _distributions(probes: pd.DataFrame, found: Sequence[Distribution], features
 def _write_tables(folder: Path, result: Result) -> None:
     folder.mkdir(parents=True)
     for name, table in result.tables.items():
-        if name != "resamples":  # what `layer_change` needs
+        if name != "resamples":  # which only `layer_change` needs
             table.to_parquet(folder / f"{name}.parquet", index=False)
 
 
@@ -382,10 +388,9 @@ def _write(
 
 
 def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str, Any]:
-
-    wanted = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
-    for name in ("action", "verb", "local_rank", "for_sbatch", "models"):
-        wanted.pop(name, None)
+    """Return the content of analysis.json."""
+    no_options = ("action", "verb", "local_rank", "for_sbatch", "models")
+    given = {name: value for name, value in vars(arguments).items() if name not in no_options}
     return {
         "models": [
             {
@@ -398,7 +403,7 @@ def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str
             }
             for result in results
         ],
-        "options": wanted,
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in given.items()},
         "texts": list({result.report["digest"]: result.report for result in results}.values()),
         "ranks": collectives.size(),
         "versions": versions("l2e_ds", "python", "torch", "transformers", "numpy", "scipy", "pandas"),

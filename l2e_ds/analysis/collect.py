@@ -1,8 +1,9 @@
-"""What is read from the neurons: a table of each text's activations in one pass, scores by bins in a second.
+"""Read the neurons' activations: a table of each text's moments in a first pass, scores by bins in a second.
 
-Ranks take turns at batches of texts; a batch is the same whatever their number. What they found is summed, a block at a
-time, on rank 0, which alone computes the measures: tables are bit-identical for any number of ranks. Tables of texts
-are on disk; what grows in memory with their number is their tokens and the weights of the bootstrap.
+The batches of texts are dealt out to the ranks, and are the same for any number of ranks. The ranks' results are
+summed, a block at a time, on rank 0, which alone computes the measures, so that tables are bit-identical for any number
+of ranks. Tables of texts are on disk. Only the texts' tokens and the weights of the bootstrap take memory that grows
+with the number of texts.
 
 Shapes: B texts of a batch, T tokens a text, N neurons of a layer, F features, BINS bins of the score.
 """
@@ -28,33 +29,33 @@ from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import AnalysisError
 from l2e_ds.inhibition.measure import observed
 
-# Bins of the score phi: 64 of equal width between neighbouring powers of two, from 2^-8 to 2^16; below and above, one.
-# That is how a float32 is written: its exponent and the first 6 bits of its mantissa are the number of the bin.
+# Bins of the score phi: 64 of equal width between neighbouring powers of two, from 2^-8 to 2^16. The first bin also
+# holds all scores below, the last all above. The exponent of a float32 and the first 6 bits of its mantissa are thus
+# the number of its bin.
 MANTISSA_BITS = 6
 LOWEST, HIGHEST = -8, 16
 BINS = (HIGHEST - LOWEST) * 2**MANTISSA_BITS + 1
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
-# Of one neuron's activations, equal in width over what they may be; `Distribution.trimmed` joins them.
+# Bins of equal width over the range of one neuron's activations, which `Distribution.trimmed` joins.
 VALUE_BINS = 512
-BLOCK = 1024  # rows of a table, or (squared) values of it, that are in memory at a time
+BLOCK = 1024  # rows of a table (or, squared, values of it) that are in memory at a time
 
 
 def bin_edges() -> np.ndarray:
-    """[BINS] float64: the lower edge of each bin; the first is 0."""
+    """Return the lower edge of each bin, float64 [BINS]; the first is 0."""
     octaves = 2.0 ** np.arange(LOWEST, HIGHEST)
     within = 1 + np.arange(2**MANTISSA_BITS) / 2**MANTISSA_BITS
     return np.concatenate([[0.0], np.outer(octaves, within).ravel()])
 
 
 def bin_of(scores: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return the bin of each score >= 0, int32; float32 of any shape."""
+    """Return the bin of each score, int32. scores: float32 of any shape, none below 0."""
     return torch.bitwise_right_shift(scores.view(torch.int32), _SHIFT, out=out).sub_(_FIRST).clamp_(0, BINS - 1)
 
 
 class _Buffers(dict[tuple[torch.Size, torch.dtype], Tensor]):
-    """Memory for what is computed of a batch, used again for the next: to ask the system for it takes longer than the
-    computation."""
+    """Tensors that are used again for every batch, as allocating them takes longer than the computation."""
 
     def like(self, z: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         key = (z.shape, dtype)
@@ -65,9 +66,12 @@ class _Buffers(dict[tuple[torch.Size, torch.dtype], Tensor]):
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """A layer's table of texts, each [texts, N] float32 on disk: mean, variance (population) and largest activation of
-    the text's T tokens. lowest: [N], the neuron's lowest activation of all. `tokens` is T; where a text is one sample
-    (`as_one_sample`), 1."""
+    """A layer's table of texts.
+
+    mean, variance, top: mean, population variance and largest of the activations of a text's T tokens, each float32
+    [texts, N] on disk. lowest: each neuron's lowest activation of all, [N]. tokens: T, or 1 if a text is one sample
+    (`as_one_sample`).
+    """
 
     layer: int
     mean: np.ndarray
@@ -77,20 +81,23 @@ class LayerActivations:
     tokens: int
 
     def as_one_sample(self, kind: str) -> LayerActivations:
-        """Return each text as one sample: its mean or its largest activation ("max"), as in sparse probing."""
+        """Return a table in which each text is one sample, by its mean or its largest activation ("max").
+
+        Sparse probing does so.
+        """
         value = self.mean if kind == "mean" else self.top
         lowest = np.minimum.reduce([value[first : first + BLOCK].min(0) for first in range(0, len(value), BLOCK)])
         return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, lowest, 1)
 
 
 def inverse_variance(own: LayerOwn) -> np.ndarray:
-    """[N] float32: 1 / S^2, 0 for dead neurons."""
+    """Return 1 / S^2 of each neuron, or 0 if it is dead, float32 [N]."""
     alive = own.own >= 0
     return np.where(alive, 1 / np.where(alive, own.s, 1.0) ** 2, 0.0).astype(np.float32)
 
 
 class Shown(NamedTuple):
-    """A neuron whose distribution is wanted, between two values."""
+    """A neuron whose distribution is wanted, and its lowest and highest activation."""
 
     layer: int
     neuron: int
@@ -108,7 +115,7 @@ class Distribution:
     counts: np.ndarray
 
     def trimmed(self, most: int = 64) -> Distribution:
-        """Without the empty bins at both ends, and in at most so many bins."""
+        """Return the distribution without the empty bins at both ends, in at most `most` bins."""
         used = np.flatnonzero(self.counts.sum(0))
         first, last = int(used[0]), int(used[-1]) + 1
         width = math.ceil((last - first) / most)
@@ -122,28 +129,32 @@ class Distribution:
 
 
 class Texts:
-    """The batches of tokens [texts, T] that are this rank's, and how its results get to rank 0."""
+    """This rank's batches of texts, as the rows of each batch.
+
+    tokens: of all texts, [texts, T]. in_step: with ZeRO-3 every rank must run equally often; some then run `idle` times
+    more, on texts whose results are not used.
+    """
 
     def __init__(self, tokens: np.ndarray, batch: int, in_step: bool = False) -> None:
-        """in_step: every rank runs equally often (ZeRO-3), some of them on a batch that is not theirs."""
         self.tokens, self.batch, self.in_step = tokens, batch, in_step
         starts = range(0, len(tokens), batch)
-        self._mine = [start for place, start in enumerate(starts) if place % collectives.size() == collectives.rank()]
+        self._own_starts = starts[collectives.rank() :: collectives.size()]
         most = math.ceil(len(starts) / collectives.size())
-        self.idle = most - len(self._mine) if in_step else 0
+        self.idle = most - len(self._own_starts) if in_step else 0
 
     def __iter__(self) -> Iterator[slice]:
-        for start in self._mine:
+        for start in self._own_starts:
             yield slice(start, min(start + self.batch, len(self.tokens)))
 
     def __len__(self) -> int:
-        return len(self._mine)
+        return len(self._own_starts)
 
 
 def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor], None], doing: str) -> None:
-    """One pass: `see(index of the site, rows of the texts, neurons [B * T, N])` for every batch of this rank.
+    """Run the model over this rank's batches.
 
-    Raises AnalysisError, on every rank, for what `see` raises as one.
+    Calls see(index of the site, rows of the texts, neurons [B * T, N]) for every site and batch. Raises AnalysisError
+    on every rank if `see` raises it on one.
     """
     rows: slice | None = None
     error: AnalysisError | None = None
@@ -154,7 +165,7 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
             return
         try:
             see(index, rows, z)
-        except AnalysisError as raised:  # out of a forward pass it would leave ranks waiting that gather weights
+        except AnalysisError as raised:  # ranks that gather weights would wait for ever if it left a forward pass
             error = raised
 
     progress_bar = tqdm(texts, doing, unit="batch", disable=None if collectives.is_main() else True)
@@ -171,13 +182,18 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
 
 
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
-    """Return the first pass. folder: this rank's own, for its part of the tables and, on rank 0, for the whole.
+    """Run the first pass and return the layers on rank 0, and nothing elsewhere. Collective.
 
-    Returns the layers on rank 0, nothing elsewhere. Raises AnalysisError naming the layer, neuron and text whose
-    activation is not finite.
+    folder: this rank's own, for its part of the tables and, on rank 0, for the whole tables. Raises AnalysisError that
+    names layer, neuron and text of an activation that is not finite.
     """
     count, length = texts.tokens.shape
-    parts = [_Table(folder / f"layer-{site.layer:03d}", count, site.neurons) for site in model.sites]
+    folder.mkdir(parents=True, exist_ok=True)
+    # Mean, variance and largest activation of each text. Rows that this rank does not write stay zero.
+    tables = [
+        open_memmap(folder / f"layer-{site.layer:03d}.npy", mode="w+", dtype=np.float32, shape=(3, count, site.neurons))
+        for site in model.sites
+    ]
     lowest = [torch.full((site.neurons,), math.inf, device=model.device) for site in model.sites]
     buffers = _Buffers()
 
@@ -186,52 +202,34 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
         torch.minimum(lowest[index], z.amin((0, 1)), out=lowest[index])
         mean = z.mean(1)
         variance = torch.sub(z, mean[:, None], out=buffers.like(z)).square_().mean(1)
-        found = torch.stack([mean, variance, z.amax(1)]).cpu().numpy()
-        if not np.isfinite(found).all():
-            _, text, neuron = (int(i) for i in np.argwhere(~np.isfinite(found))[0])
+        values = torch.stack([mean, variance, z.amax(1)]).cpu().numpy()
+        if not np.isfinite(values).all():
+            _, text, neuron = (int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise AnalysisError(
                 f"{model.source.given}: layer {model.sites[index].layer}, neuron {neuron}: its activations in text"
                 f" {rows.start + text} are not finite"
             )
-        parts[index].write(rows, found)
+        tables[index][:, rows] = values
 
     run_over(model, texts, see, f"{model.source.label}: activations")
-    whole = [part.joined() for part in parts]
-    of_ranks = collectives.all_gather_objects([part.cpu().numpy() for part in lowest])
-    return [
-        LayerActivations(site.layer, *table, np.minimum.reduce([part[place] for part in of_ranks]), length)
-        for place, (site, table) in enumerate(zip(model.sites, whole, strict=True))
-        if table is not None
-    ]
-
-
-class _Table:
-    """Three arrays [texts, N] float32 in files: mean, variance, top; zero where no row was written."""
-
-    NAMES = ("mean", "variance", "top")
-
-    def __init__(self, path: Path, texts: int, neurons: int) -> None:
-        path.mkdir(parents=True)
-        self.arrays = [
-            open_memmap(path / f"{name}.npy", mode="w+", dtype=np.float32, shape=(texts, neurons))
-            for name in self.NAMES
-        ]
-
-    def write(self, rows: slice, values: np.ndarray) -> None:
-        for array, value in zip(self.arrays, values, strict=True):
-            array[rows] = value
-
-    def joined(self) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-        """Return the sum over ranks on rank 0, in place; None elsewhere. Collective."""
-        for array in self.arrays:
+    for table in tables:
+        for array in table:
             _sum_on_main(array)
-        mean, variance, top = self.arrays
-        return (mean, variance, top) if collectives.is_main() else None
+    lowest_by_rank = collectives.all_gather_objects([values.cpu().numpy() for values in lowest])
+    if not collectives.is_main():
+        return []
+    layers = []
+    for index, (site, (mean, variance, top)) in enumerate(zip(model.sites, tables, strict=True)):
+        site_lowest = np.minimum.reduce([by_site[index] for by_site in lowest_by_rank])
+        layers.append(LayerActivations(site.layer, mean, variance, top, site_lowest, length))
+    return layers
 
 
 def _sum_on_main(array: np.ndarray) -> None:
-    """Over the ranks, on rank 0, in place, a block of rows at a time; elsewhere it stays. Collective. Exact, as each
-    row comes from one rank and is zero on the others."""
+    """Sum an array over the ranks, in place on rank 0, a block of rows at a time. Collective.
+
+    The sum is exact, as each row is zero on all ranks but one.
+    """
     rows = max(1, BLOCK * BLOCK // math.prod(array.shape[1:]))
     for first in range(0, len(array) if collectives.size() > 1 else 0, rows):
         block = slice(first, first + rows)
@@ -251,11 +249,10 @@ def count_scores(
     shown: Sequence[Shown],
     folder: Path,
 ) -> tuple[list[LayerCounts], list[Distribution]]:
-    """Return the second pass: scores by bins, and the distributions of some neurons.
+    """Run the second pass: count scores by bins, and the activations of the neurons in `shown`. Collective.
 
-    labels: [texts]; own: of each site, the same on every rank; shown: whose
-    distribution is wanted; folder: as in `collect_activations`. Returns both on rank 0, empty lists
-    elsewhere.
+    labels: index of each text's feature, int64 [texts]; own: by site, the same on every rank; folder: as in
+    `collect_activations`. Returns scores and distributions on rank 0, and empty lists elsewhere.
     """
     count, length = texts.tokens.shape
     device = model.device
@@ -273,7 +270,7 @@ def count_scores(
     ]
     fourth = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in model.sites]
     values = torch.zeros(len(shown), features, VALUE_BINS, dtype=torch.float64)
-    on_device = torch.from_numpy(np.asarray(labels)).to(device)
+    labels_on_device = torch.from_numpy(np.asarray(labels)).to(device)
     buffers = _Buffers()
 
     def see(index: int, rows: slice, z: Tensor) -> None:
@@ -283,18 +280,18 @@ def count_scores(
         bins = bin_of(scores, buffers.like(z, torch.int32))
         fourth[index] += scores.square_().sum(0).double()
         batch = rows.stop - rows.start
-        # the place of each neuron's counts in [B, 2, BINS]; those of dead neurons are put behind
-        own_text = on_device[rows, None] == feature
-        place = (torch.arange(batch, device=device)[:, None] * 2 + own_text) * BINS
-        place = torch.where(feature >= 0, place, batch * 2 * BINS).int()
-        bins.view(batch, length, -1).add_(place[:, None])
+        # Where each neuron's counts begin in the flat [B, 2, BINS]; those of dead neurons come after its end.
+        is_own = labels_on_device[rows, None] == feature
+        offset = (torch.arange(batch, device=device)[:, None] * 2 + is_own) * BINS
+        offset = torch.where(feature >= 0, offset, batch * 2 * BINS).int()
+        bins.view(batch, length, -1).add_(offset[:, None])
         counts = torch.bincount(bins.view(-1), minlength=batch * 2 * BINS)[: batch * 2 * BINS]
         tables[index][rows] = counts.view(batch, 2, BINS).cpu().numpy()
-        for place_shown, (layer, neuron, low, high) in enumerate(shown):
+        for number, (layer, neuron, low, high) in enumerate(shown):
             if layer == model.sites[index].layer:
-                column = z.view(batch, length, -1)[:, :, neuron].clamp(low, high).cpu()
-                for text, label in zip(column, labels[rows], strict=True):
-                    values[place_shown, label] += torch.histc(text, VALUE_BINS, low, high)
+                activations = z.view(batch, length, -1)[:, :, neuron].clamp(low, high).cpu()
+                for of_text, label in zip(activations, labels[rows], strict=True):
+                    values[number, label] += torch.histc(of_text, VALUE_BINS, low, high)
 
     run_over(model, texts, see, f"{model.source.label}: scores")
     samples = count * length
@@ -306,14 +303,14 @@ def count_scores(
     if len(shown):
         _sum_on_main(values.numpy())
     distributions = [
-        Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[place].long().numpy())
-        for place, (layer, neuron, low, high) in enumerate(shown)
+        Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[number].long().numpy())
+        for number, (layer, neuron, low, high) in enumerate(shown)
     ]
     return (histograms, distributions) if collectives.is_main() else ([], [])
 
 
 def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: LayerOwn, path: Path) -> LayerCounts:
-    """As `count_scores` where a text is one sample: from the table of the first pass alone."""
+    """Return what `count_scores` counts if a text is one sample, from the table of the first pass alone."""
     texts, neurons = layer.mean.shape
     table = open_memmap(path, mode="w+", dtype=np.int32, shape=(texts, 2, BINS))
     table[:] = 0
@@ -321,26 +318,26 @@ def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: La
     alive, inverse = own.own >= 0, inverse_variance(own)
     for first in range(0, texts, 64):
         rows = slice(first, min(first + 64, texts))
-        d = layer.mean[rows] - own.mean.astype(np.float32)
-        scores = d * d * inverse
+        deviation = layer.mean[rows] - own.mean.astype(np.float32)
+        scores = deviation * deviation * inverse
         fourth += (scores.astype(np.float64) ** 2).sum(0)
         bins = bin_of(torch.from_numpy(scores)).numpy()
-        own_text = labels[rows, None] == own.own
-        for place in range(rows.stop - rows.start):
-            for is_own in (0, 1):
-                chosen = bins[place][alive & (own_text[place] == bool(is_own))]
-                table[first + place, is_own] = np.bincount(chosen, minlength=BINS)
+        is_own = labels[rows, None] == own.own
+        for text in range(rows.stop - rows.start):
+            for kind in (0, 1):
+                chosen = bins[text][alive & (is_own[text] == bool(kind))]
+                table[first + text, kind] = np.bincount(chosen, minlength=BINS)
     return LayerCounts(table, fourth / texts)
 
 
 def distributions_of_samples(
     layers: Sequence[LayerActivations], labels: np.ndarray, features: int, shown: Sequence[Shown]
 ) -> list[Distribution]:
-    """As `count_scores` gives them, where a text is one sample."""
+    """Return the distributions of the neurons in `shown` if a text is one sample."""
     by_number = {layer.layer: layer for layer in layers}
-    found = []
+    distributions = []
     for layer, neuron, low, high in shown:
         values = np.clip(by_number[layer].mean[:, neuron], low, high)
         counts = [np.histogram(values[labels == feature], VALUE_BINS, (low, high))[0] for feature in range(features)]
-        found.append(Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), np.stack(counts)))
-    return found
+        distributions.append(Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), np.stack(counts)))
+    return distributions

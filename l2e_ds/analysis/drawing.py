@@ -1,4 +1,4 @@
-"""Frames, axes, legends and colours of the analysis figures; `figures` says what is drawn."""
+"""Frames, axes, legends and colours of the analysis figures, which `figures` draws."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from l2e_ds.system.files import temporary_name
 
 Tables = Mapping[str, pd.DataFrame]
 Results = Mapping[str, Tables]
-# Paul Tol's "muted" colours, in an order that keeps neighbours apart, and black; told apart by most colour-blind
-# readers, and by marker and dash in a black-and-white print.
+# Paul Tol's "muted" colours, in an order that makes neighbours differ, and black. Most colour-blind readers can tell
+# them apart. In a black-and-white print, marker and dash do.
 _COLOURS = [
     "#332288",
     "#CC6677",
@@ -43,9 +44,9 @@ _MARKERS = "osD^vP<X>ph"
 _DASHES = ("-", "--", "-.", (0, (1, 1)))
 OWN, _NEXT, _OTHERS, INK = "#CC3311", "#0077BB", "#B5B5B5", "#222222"
 STYLE: list[Any] = [
-    "default",  # not what the user's matplotlibrc says
+    "default",  # overrides the user's matplotlibrc
     {
-        "font.family": ["DejaVu Sans"],  # comes with matplotlib
+        "font.family": ["DejaVu Sans"],  # which matplotlib brings along
         "font.size": 9,
         "text.parse_math": False,  # a dollar sign in a feature's name is a dollar sign
         "axes.spines.top": False,
@@ -67,23 +68,23 @@ STYLE: list[Any] = [
     },
 ]
 _TITLE, _SUBTITLE, _NOTE = 13.0, 9.5, 8.0  # points
-_LINE = 1.3  # of the font size
-_EM = {_TITLE: 0.63, _SUBTITLE: 0.55, _NOTE: 0.55}  # a character's width of the font size, on the safe side
+_LINE = 1.3  # height of a line, in font sizes
+_EM = {_TITLE: 0.63, _SUBTITLE: 0.55, _NOTE: 0.55}  # width of a character in font sizes, estimated generously
 LEGEND_INCHES = 2.6
 
 
 @style.context(STYLE)
 def svg_of(figure: Figure) -> str:
-    """As text of an XML document, transparent; the same figure gives the same text."""
+    """Return a figure as an XML document with a transparent background. The same figure gives the same text."""
     content = io.StringIO()
-    figure.savefig(
-        content, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")), transparent=True
-    )
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(content, format="svg", metadata=no_metadata, transparent=True)
     return content.getvalue()
 
 
 @style.context(STYLE)
 def save(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as STEM.png (150 dpi) and STEM.svg, and return the paths. Raises OSError."""
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         path = stem.with_name(f"{stem.name}.{kind}")
@@ -94,7 +95,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
         finally:
             temporary.unlink(missing_ok=True)
         paths.append(path)
-        figure.set_layout_engine("none")  # it lies as it shall; laying it out anew for the next would take seconds
+        figure.set_layout_engine("none")  # keeps the layout, which would take seconds to compute again
     return paths
 
 
@@ -110,8 +111,8 @@ def frame(
 ) -> tuple[Figure, np.ndarray]:
     """Return a figure with title, subtitle and note, and its axes [rows, columns].
 
-    Inches: panel, width and height; legend, the width kept free for it; strip, the height kept free between subtitle
-    and axes.
+    In inches: panel, (width, height) of one of the axes; legend, the width kept free for the legend; strip, the height
+    kept free between subtitle and axes.
     """
     width = max(7.4, columns * panel[0] + legend)
     texts = [
@@ -145,7 +146,10 @@ def new_figure(inches: tuple[float, float], rectangle: tuple[float, float, float
 
 
 def draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mapping[str, float]) -> None:
-    """table: feature, left, right, count. The own feature in red, that of the next highest score in blue."""
+    """Draw a neuron's distribution on each feature, in red for the own one, in blue for that of the next highest score.
+
+    table: columns feature, left, right, count.
+    """
     features = list(dict.fromkeys(table["feature"]))
     others = sorted((f for f in features if f != own), key=lambda f: -scores[f])
     for feature in [*([own] if own in features else []), *others]:
@@ -153,14 +157,14 @@ def draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mapping
         counts, widths = bins["count"].to_numpy(float), (bins["right"] - bins["left"]).to_numpy()
         with np.errstate(invalid="ignore"):
             density = np.where(counts > 0, counts / (counts.sum() * widths), np.nan)
-        place = {own: 0, **dict.fromkeys(others[:1], 1)}.get(feature, 2)
+        rank = 0 if feature == own else 1 if feature in others[:1] else 2
         axes.plot(
             (bins["left"] + bins["right"]) / 2,
             density,
-            color=(OWN, _NEXT, _OTHERS)[place],
-            linewidth=(2.0, 1.3, 0.8)[place],
-            label=_legend_name(feature, scores[feature]) if place < 2 else f"_{feature}",
-            zorder=4 - place,
+            color=(OWN, _NEXT, _OTHERS)[rank],
+            linewidth=(2.0, 1.3, 0.8)[rank],
+            label=f"{shown(feature, 28)}, MS {scores[feature]:.3g}" if rank < 2 else f"_{feature}",
+            zorder=4 - rank,
         )
     if len(others) > 1:
         more = f"{len(others) - 1} more feature{'s' if len(others) > 2 else ''}"
@@ -174,18 +178,15 @@ def draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mapping
     axes.set(xlabel="activation", ylabel="density (log scale)")
 
 
-def _legend_name(feature: str, score: float) -> str:
-    return f"{shown(feature, 28)}, MS {score:.3g}"
-
-
 def draw_significance(axes: Axes, tables: Tables) -> None:
+    """Draw a row for each feature: the probed neurons, their mean, that of random neurons, and the test's result."""
     rows = tables["significance"].reset_index(drop=True)
     for y, row in rows.iterrows():
         each = tables["probes"][tables["probes"]["feature"] == row["feature"]].sort_values("place")
         offsets = y + np.linspace(-0.3, 0.3, len(each)) if len(each) > 1 else np.array([y])
         axes.hlines(offsets, each["score_inside_low"], each["score_inside_high"], color=OWN, alpha=0.35, linewidth=0.8)
         axes.plot(each["score_inside"], offsets, ".", color=OWN, alpha=0.45, markersize=4, label="_each")
-        clear = row["p_adjusted"] < 0.05
+        is_significant = row["p_adjusted"] < 0.05
         axes.plot(
             [row["monosemantic_score"]],
             [y],
@@ -194,14 +195,19 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
             markersize=7,
             zorder=4,
             label="_probed",
-            markerfacecolor=OWN if clear else "white",
+            markerfacecolor=OWN if is_significant else "white",
         )
         ratio = f"{row['ratio']:.3g}x ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})"
         right = axes.get_yaxis_transform()
-        axes.text(1.02, y, f"{ratio}, {_p(row['p_adjusted'])}", transform=right, va="center", size=8, color=INK)
+        axes.text(1.02, y, f"{ratio}, {_p_value(row['p_adjusted'])}", transform=right, va="center", size=8, color=INK)
     axes.plot(rows["random_score"], rows.index, "D", color=INK, markersize=5, zorder=3, label="_random")
     axes.set_xscale("log")
-    _plain_log_ticks(axes, "x")
+    low, high = axes.get_xlim()
+    ticks = (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)
+    axes.xaxis.set_major_locator(LogLocator(subs=ticks, numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_yticks(list(rows.index), [shown(name, 26) for name in rows["feature"]])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -209,44 +215,45 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
 
 
 def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series], column: str) -> None:
-    """A point with its interval a model; a thin line joins models whose labels differ in nothing but their size.
+    """Draw a value with its interval for each model, over its number of parameters.
 
-    Models of one size stand at one place of the axis, and are drawn side by side there, a few points apart.
+    A thin line joins models whose labels differ in nothing but their size. Models of the same size are drawn side by
+    side, a few points apart.
     """
     parameters = {label: float(tables["scale"]["parameters"].iloc[0]) for label, tables in results.items()}
     families: dict[str, list[str]] = {}
-    for label in sorted(results, key=lambda one: parameters[one]):
+    for label in sorted(results, key=lambda label: parameters[label]):
         families.setdefault(re.sub(r"\d+(\.\d+)?[kmb](?![a-z])", "", label, flags=re.IGNORECASE), []).append(label)
-    alike = {count: [one for one in results if parameters[one] == count] for count in parameters.values()}
-    most = max(map(len, alike.values()))
+    by_size = {count: [label for label in results if parameters[label] == count] for count in parameters.values()}
+    most = max(map(len, by_size.values()))
 
-    def aside(label: str) -> Transform:
-        """Return where it is drawn: from the middle of those of its size, in points."""
-        same = alike[parameters[label]]
-        points = (same.index(label) - (len(same) - 1) / 2) * min(7.0, 42 / most)
+    def shifted(label: str) -> Transform:
+        """Return the transform that draws a model beside the others of its size."""
+        same_size = by_size[parameters[label]]
+        points = (same_size.index(label) - (len(same_size) - 1) / 2) * min(7.0, 42 / most)
         return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
     axes.set_xscale("log")
     for family in families.values():
         if len({parameters[label] for label in family}) == len(family) > 1:
             axes.plot(
-                [parameters[one] for one in family],
-                [rows[one][column] for one in family],
+                [parameters[label] for label in family],
+                [rows[label][column] for label in family],
                 color="#AAAAAA",
                 linewidth=1,
                 zorder=1,
                 label="_family",
-                transform=aside(family[0]),
+                transform=shifted(family[0]),
             )
     for label, look in zip(results, looks(results), strict=True):
-        row, x, transform = rows[label], parameters[label], aside(label)
+        row, x, transform = rows[label], parameters[label], shifted(label)
         ends = [row[f"{column}_low"]], [row[f"{column}_high"]]
         axes.vlines([x], *ends, color=look["color"], linewidth=1.6, zorder=2, transform=transform)
         point = {"color": look["color"], "marker": look["marker"], "markersize": 7, "label": label}
         axes.plot([x], [row[column]], linestyle="", transform=transform, **point)
-    low, high = min(alike), max(alike)
-    around = 1.5 if high > low else 4.0
-    axes.set_xlim(low / around, high * around)
+    low, high = min(by_size), max(by_size)
+    margin = 1.5 if high > low else 4.0
+    axes.set_xlim(low / margin, high * margin)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 40 else (1, 3), numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _magnitude(value)))
@@ -256,7 +263,7 @@ def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series],
 
 
 def draw_band(axes: Axes, table: pd.DataFrame, x: str, column: str, label: str, look: Mapping[str, Any]) -> None:
-    """A line with its interval."""
+    """Draw a line and the band of its interval."""
     axes.plot(table[x], table[column], label=label, **look)
     low, high = table[f"{column}_low"], table[f"{column}_high"]
     axes.fill_between(table[x], low, high, color=look["color"], alpha=0.09, linewidth=0)
@@ -284,19 +291,8 @@ def step_axis(axes: Axes, steps: Sequence[int]) -> None:
         axes.set_xlabel("step")
 
 
-def _plain_log_ticks(axes: Axes, which: str) -> None:
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    low, high = axes.get_xlim() if which == "x" else axes.get_ylim()
-    axis.set_major_locator(
-        LogLocator(subs=(1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8), numticks=20)
-    )
-    axis.set_minor_locator(NullLocator())
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
 def add_legend(axes: Axes, source: Axes, results: Results, endings: Sequence[str] = ()) -> None:
-    """Of the models, right of the axes, so that it covers nothing."""
+    """Add the legend of the models right of `axes`, where it covers nothing. Its handles are those of `source`."""
     axes.legend(
         source.get_legend_handles_labels()[0],
         [name + end for name, end in zip(map(_model_name, results), endings or [""] * len(results), strict=True)],
@@ -308,7 +304,7 @@ def add_legend(axes: Axes, source: Axes, results: Results, endings: Sequence[str
 
 
 def legend_height(results: Results) -> float:
-    """Inches that `add_legend` may need, axis labels and titles included."""
+    """Return the height in inches that `add_legend` may need, including axis labels and titles."""
     return 0.8 + sum(0.07 + 0.165 * (2 + _model_name(label).count("\n")) for label in results)
 
 
@@ -322,27 +318,21 @@ def hide_unused(grid: np.ndarray, used: int) -> None:
 
 
 def looks(results: Results) -> list[dict[str, Any]]:
-    """Colour, marker and dash a model, the same in every figure."""
-    return [
-        {
-            "color": _COLOURS[place % len(_COLOURS)],
-            "marker": _MARKERS[place % len(_MARKERS)],
-            "linestyle": _DASHES[place % len(_DASHES)],
-        }
-        for place in range(len(results))
-    ]
+    """Return colour, marker and dash of each model, the same in every figure."""
+    colours, markers, dashes = cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES)
+    return [{"color": next(colours), "marker": next(markers), "linestyle": next(dashes)} for _ in results]
 
 
 def percent(share: float) -> str:
     return f"{share * 100:.3g} %"
 
 
-def _p(value: float) -> str:
+def _p_value(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
 
 
 def _magnitude(value: float) -> str:
-    """70M, 1.4B."""
+    """Return a number with a unit, such as 70M or 1.4B."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit * 0.9995:
             return f"{value / unit:.3g}{letter}"
@@ -356,9 +346,9 @@ def _glyphs() -> frozenset[int]:
 
 
 def shown(text: str, most: int | None = None) -> str:
-    """Return what the font has no glyph for, or cannot be seen, is escaped.
+    """Return a text in which characters that are not visible, or have no glyph in the font, are escaped.
 
-    A longer text than `most` loses its middle.
+    A text that is then longer than `most` loses its middle.
     """
     text = "".join(c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     if most is not None and len(text) > most:

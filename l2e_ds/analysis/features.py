@@ -1,7 +1,8 @@
-"""Feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
+"""Read feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
 
 The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept. So
-memory grows with the set that comes out, and by 8 bytes for each long enough text of the source.
+memory grows with the resulting set, and by 8 bytes for each long enough text of the source.
+
 F: features. T: tokens of a text.
 """
 
@@ -37,32 +38,33 @@ from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 MINIMUM_TEXTS = 20
-"""Of every feature. A probe that is tested on a fifth of them then meets four; with fewer its F1 says nothing."""
+"""The fewest texts of a feature. A probe is tested on a fifth of them, which are four; with fewer, F1 says nothing."""
 _BATCH_CHARACTERS = 1 << 20  # tokenised at once
-_BATCH_ROWS = 64  # of Parquet, decoded at once
+_BATCH_ROWS = 64  # rows of Parquet that are decoded at once
 _COUNTS = ("found", "too_short", "kept", "tokens")  # columns of the report
 
 Row = tuple[str, str]
-"""(feature, text), both not blank."""
+"""(feature, text), of which neither is blank."""
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """As many texts of each feature as of every other, in shuffled order."""
+    """The same number of texts for every feature, in shuffled order."""
 
     features: tuple[str, ...]
-    """Sorted names."""
+    """The features' names, sorted."""
     tokens: np.ndarray
-    """int32 [texts, T]."""
+    """The texts' tokens, int32 [texts, T]."""
     labels: np.ndarray
-    """int64 [texts]: index into `features`."""
+    """The index of each text's feature in `features`, int64 [texts]."""
     report: dict[str, Any]
-    """JSON-able: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`, `sequence_length`,
-    `texts_per_feature`; `features`: for each its `feature`, `found` texts, `too_short` and `kept` ones, kept `tokens`,
-    `share` of the kept texts; `total`: the same of all together."""
+    """A description for JSON: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`,
+    `sequence_length`, `texts_per_feature`; `features`: of each its `feature`, `found` texts, `too_short` and `kept`
+    ones, kept `tokens`, and `share` of the kept texts; `total`: the same for all together."""
 
 
 def load_feature_set(
@@ -78,13 +80,15 @@ def load_feature_set(
 ) -> FeatureSet:
     """Return the first `sequence_length` tokens, without special ones, of randomly chosen texts of every feature.
 
-    `source`: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or
-    a data set of the hub as `owner/name[/config][@revision]`; `split` is for the last two.
-    Features are texts, or integers that the data set's ClassLabel names. Shorter texts are left out and counted.
-    `texts_per_feature`: None: as many as the scarcest feature has. Which texts of a feature are taken depends on the
-    seed, its name and the order of its own texts only; the texts taken for a smaller `texts_per_feature` are among
-    those taken for a larger one.
-    Raises DataError (file and line) for a bad record, ConfigError for a set that cannot be balanced.
+    source: .jsonl (also compressed) or .parquet files (a path or a glob pattern), a folder that `datasets` loads, or a
+    data set of the hub as `owner/name[/config][@revision]`. split: for the last two. Features are texts, or integers
+    that the data set's ClassLabel names. Texts of fewer tokens are left out and counted.
+
+    texts_per_feature: by default as many as the scarcest feature has. Which texts of a feature are chosen depends only
+    on the seed, the feature's name and the order of its own texts. The texts for a smaller `texts_per_feature` are
+    among those for a larger one.
+
+    Raises DataError (with file and line) for a bad record, and ConfigError for a set that cannot be balanced.
     """
     for option, value, least in (
         ("--sequence-length", sequence_length, 1),
@@ -93,11 +97,11 @@ def load_feature_set(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{option}: got {value}, must be at least {least}")
-    encode = _Encoder(tokenizer, sequence_length)
+    truncating = _truncating(tokenizer, sequence_length)
 
     found: Counter[str] = Counter()
-    long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # numbers of the rows
-    for number, (feature, ids) in enumerate(encode(_rows(source, text_column, feature_column, split))):
+    long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # the numbers of the rows
+    for number, (feature, ids) in enumerate(_encoded(_rows(source, text_column, feature_column, split), truncating)):
         found[feature] += 1
         if len(ids) == sequence_length:
             long_enough[feature].append(number)
@@ -111,7 +115,7 @@ def load_feature_set(
     tokens = np.empty((len(rows), sequence_length), np.int32)
     wanted = set(rows.tolist())
     again = islice(enumerate(_rows(source, text_column, feature_column, split)), int(rows.max()) + 1)
-    encoded = encode(row for number, row in again if number in wanted)
+    encoded = _encoded((row for number, row in again if number in wanted), truncating)
     read = 0
     for place, (feature, ids) in zip(np.argsort(rows), encoded, strict=False):
         if feature != features[labels[place]] or len(ids) != sequence_length:
@@ -149,7 +153,7 @@ def load_feature_set(
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Return the report of a FeatureSet as text: what it is, then an aligned table."""
+    """Return the report of a FeatureSet as text: a description, then an aligned table."""
     facts = {
         "source": report["source"],
         "tokenizer": report["tokenizer"],
@@ -172,7 +176,7 @@ def format_report(report: dict[str, Any]) -> str:
 def _texts_of_each(
     source: str, found: Counter[str], available: dict[str, int], sequence_length: int, asked: int | None
 ) -> int:
-    """Return how many texts of every feature are taken. Raises ConfigError."""
+    """Return how many texts of every feature are chosen. Raises ConfigError."""
     if len(found) < 2:
         what = f"only the feature {next(iter(found))!r}" if found else "no text"
         raise ConfigError(f"--features: {source} holds {what}; at least two features are needed")
@@ -193,49 +197,48 @@ def _texts_of_each(
 
 
 def _choice(rows: array[int], count: int, seed: int, feature: str) -> np.ndarray:
-    """`count` of a feature's rows, whatever other features there are."""
+    """Choose `count` of a feature's rows, independently of all other features."""
     random = np.random.default_rng([seed, *hashlib.sha256(feature.encode()).digest()])
     return np.frombuffer(rows, np.int64)[random.permutation(len(rows))[:count]]
 
 
-class _Encoder:
-    """Rows -> (feature, encoding of at most T tokens), in order."""
+def _truncating(tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Tokenizer:
+    """Return a copy of a tokenizer that cuts texts off after T tokens. The original keeps its settings."""
+    from tokenizers import Tokenizer
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> None:
-        from tokenizers import Tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.enable_truncation(sequence_length)
+    return backend
 
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # the caller's keeps its settings
-        self._backend.no_padding()
-        self._backend.enable_truncation(sequence_length)
 
-    def __call__(self, rows: Iterator[Row]) -> Iterator[tuple[str, list[int]]]:
+def _encoded(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
+    """Yield (feature, token ids) for each row, in order."""
+    while True:
         batch: list[Row] = []
         characters = 0
-        for row in rows:
+        while characters < _BATCH_CHARACTERS and (row := next(rows, None)) is not None:
             batch.append(row)
             characters += len(row[1])
-            if characters >= _BATCH_CHARACTERS:
-                yield from self._encode(batch)
-                batch, characters = [], 0
-        yield from self._encode(batch)
-
-    def _encode(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        encodings = self._backend.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-        return ((feature, encoding.ids) for (feature, _), encoding in zip(batch, encodings, strict=True))
+        if not batch:
+            return
+        encodings = tokenizer.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+        for (feature, _), encoding in zip(batch, encodings, strict=True):
+            yield feature, encoding.ids
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
 
 
 def _rows(source: str, text_column: str, feature_column: str, split: str) -> Iterator[Row]:
-    """All records, checked, in the order of the source. Raises DataError."""
+    """Yield all records, checked, in the order of the source. Raises DataError."""
     columns = {"--text-column": text_column, "--feature-column": feature_column}
     with _named_as_options():
         path = Path(source).expanduser()
-        plain = path.with_suffix("") if path.suffix in COMPRESSED else path
+        uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
         if path.is_dir():
             yield from _data_set_rows(SourceConfig(source="hub", path=source, split=split), columns)
-        elif plain.suffix == ".jsonl":
+        elif uncompressed.suffix == ".jsonl":
             for file in source_files(SourceConfig(source="jsonl", path=source)):
                 yield from _jsonl_rows(file, columns)
         elif path.suffix == ".parquet":
@@ -253,7 +256,7 @@ def _rows(source: str, text_column: str, feature_column: str, split: str) -> Ite
 
 @contextmanager
 def _named_as_options() -> Iterator[None]:
-    """Messages written for run files name the command's options instead."""
+    """Make errors about keys of a run file name the command's options instead."""
     try:
         yield
     except DataError as error:
@@ -307,7 +310,7 @@ def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
 
 
 def _label_names(schema: Any, column: str) -> list[str] | None:
-    """Of a ClassLabel, which `datasets` describes in the file's metadata."""
+    """Return the names of a ClassLabel, which `datasets` keeps in the file's metadata, or None."""
     if b"huggingface" not in (schema.metadata or {}):
         return None
     import datasets
@@ -341,13 +344,13 @@ def _check_columns(columns: dict[str, str], there: list[str], where: str) -> Non
 
 
 def _named(things: Iterable[str], most: int = 12) -> str:
-    """Return a list for a message: a column that holds no features has thousands of values."""
+    """Return a list for a message, cut off, as a column that holds no features may have thousands of values."""
     names = list(things)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _short(name: str, most: int = 40) -> str:
-    """On one line."""
+    """Return a name on one line, cut off after `most` characters."""
     name = " ".join(name.split())
     return name if len(name) <= most else f"{name[: most - 3]}..."
 

@@ -1,9 +1,8 @@
-"""The figures of an analysis, as PNG and SVG: one function a figure, drawn from the tables alone.
+"""Draw the figures of an analysis, as PNG and SVG, from its tables alone. Each figure is one function.
 
-Each takes `results`, a mapping model label -> {table name: DataFrame} in the order of the legend, and `about`, a dict
-on the feature set: name (str), features (how many, F), texts, tokens (in all). None touches pyplot or a display, so
-they can be drawn in any process. Intervals are those of the tables: 95 % bootstrap over texts.
-Shapes: F features, L layers, K shares.
+Each takes `results`, a mapping of model label to {table name: DataFrame} in the order of the legend, and `about`, a
+dict on the feature set: name (str), and how many features, texts and tokens it has. None uses pyplot or a display, so
+that figures can be drawn in any process. Intervals are those of the tables: 95 % bootstrap over texts.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ _INTERVALS = "are 95 % bootstrap intervals over texts"
 
 @style.context(STYLE)
 def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) -> Figure:
-    """Of one model: activations on each feature's texts, for the best probed neuron of each feature (12 at most)."""
+    """Draw activations on each feature's texts, for one model's best probed neuron of each feature (12 at most)."""
     table = tables["distributions"]
     probes = tables["probes"]
     best = probes[probes["place"] == 1].sort_values("f1_train", ascending=False, kind="stable")["feature"]
@@ -65,10 +64,10 @@ def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) 
     chosen = [feature for feature in best if feature in found][:_MOST_PANELS]
     columns = min(3, len(chosen))
     figure, grid = frame(
-        f"What the best neuron for each feature answers to, {label}",
+        f"What the best neuron for each feature responds to, {label}",
         "Each panel is one neuron: the one that best tells texts of its feature from all others. A line is the density"
         " of its activations on the texts of one feature. A monosemantic neuron has its own line (red) away from the"
-        " others; blue is the feature it answers to next. MS: mean squared distance from the neuron's mean over all"
+        " others; blue is the feature it responds to next. MS: mean squared distance from the neuron's mean over all"
         " texts, in units of its variance (1 on average).",
         f"{_set_of(about)}. {len(chosen)} of the model's {tables['layers']['neurons'].sum():,} neurons.",
         math.ceil(len(chosen) / columns),
@@ -96,7 +95,10 @@ def feature_distributions(label: str, tables: Tables, about: Mapping[str, Any]) 
 
 @style.context(STYLE)
 def neuron_distribution(distribution: pd.DataFrame, own: str, scores: Mapping[str, float]) -> Figure:
-    """Of one neuron, narrow and without title, for its page. distribution: feature, left, right, count."""
+    """Draw one neuron's distribution, narrow and without title, for its page.
+
+    distribution: columns feature, left, right, count; own: the own feature; scores: by feature.
+    """
     figure = new_figure((5.0, 3.5), (0, 0, 1, 1))
     axes = figure.subplots()
     draw_distribution(axes, distribution, own, scores)
@@ -106,7 +108,7 @@ def neuron_distribution(distribution: pd.DataFrame, own: str, scores: Mapping[st
 
 @style.context(STYLE)
 def monosemantic_vs_random(results: Results, about: Mapping[str, Any]) -> Figure:
-    """Of each model: score inside the feature of the probed neurons and of random ones, a row a feature."""
+    """Draw each model's scores inside a feature, of the probed neurons and of random ones, a row for each feature."""
     columns = min(2, len(results))
     rows = max(len(tables["significance"]) for tables in results.values())
     counts = pd.concat([tables["significance"][["monosemantic", "random"]] for tables in results.values()])
@@ -142,7 +144,7 @@ def monosemantic_vs_random(results: Results, about: Mapping[str, Any]) -> Figure
 
 @style.context(STYLE)
 def ks_over_scale(results: Results, about: Mapping[str, Any]) -> Figure:
-    """K-S statistic against parameters."""
+    """Draw the K-S statistic against the number of parameters."""
     figure, grid = frame(
         "How far own features stand out, over model size",
         "Kolmogorov-Smirnov statistic: the widest gap between the distribution of neurons' scores on their own feature"
@@ -164,9 +166,9 @@ def ks_over_scale(results: Results, about: Mapping[str, Any]) -> Figure:
 
 @style.context(STYLE)
 def own_score_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
-    """Mean phi_l* of each layer over relative depth, and of sampled neurons over scale."""
+    """Draw the mean phi_l* of each layer over relative depth, and of sampled neurons over the number of parameters."""
     figure, grid = frame(
-        "How strongly neurons answer to their own feature, over layers and model size",
+        "How strongly neurons respond to their own feature, over layers and model size",
         "A neuron's own feature is the one with the highest monosemanticity score (MS): the mean squared distance of"
         " its activations from its mean over all texts, in units of its variance. 1 means no more than on any text;"
         " the more, the more monosemantic.",
@@ -191,7 +193,7 @@ def own_score_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
 
 @style.context(STYLE)
 def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
-    """FKR of all layers together against the share k, its least value marked, and at 2 % against parameters."""
+    """Draw the FKR of all layers together over the share k, with the lowest marked, and at 2 % over parameters."""
     figure, grid = frame(
         "How often inhibition hits text of the wrong feature, over the inhibited share k",
         "False killing rate (FKR): of the share k of activations with the highest scores, those on text that is not of"
@@ -207,16 +209,16 @@ def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
     at_two: dict[str, pd.Series] = {}
     lowest: list[str] = []
     for (label, tables), look in zip(results.items(), looks(results), strict=True):
-        rates = _together(tables["fkr"]).sort_values("share")
+        rates = _of_all_layers(tables["fkr"]).sort_values("share")
         draw_band(left, rates, "share", "fkr", label, look)
-        if rates["fkr"].isna().all():  # of dead neurons
+        if rates["fkr"].isna().all():  # all neurons are dead
             lowest.append("")
         else:
-            least = rates.loc[rates["fkr"].idxmin()]
+            best = rates.loc[rates["fkr"].idxmin()]
             star = {"marker": "*", "markersize": 13, "color": look["color"], "markeredgecolor": "white"}
-            left.plot([least["share"]], [least["fkr"]], **star)
-            edge = " or beyond" if is_edge(least["share"]) else ""
-            lowest.append(f"\nlowest at {percent(least['share'])}{edge}")
+            left.plot([best["share"]], [best["fkr"]], **star)
+            edge = " or beyond" if is_edge(best["share"]) else ""
+            lowest.append(f"\nlowest at {percent(best['share'])}{edge}")
         at_two[label] = _at_share(rates, REPORTED_SHARE).iloc[0]
     left.set_xscale("log")
     left.xaxis.set_major_locator(FixedLocator([0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2]))
@@ -234,7 +236,7 @@ def fkr_over_share(results: Results, about: Mapping[str, Any]) -> Figure:
 
 @style.context(STYLE)
 def fkr_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
-    """FKR of each layer over relative depth, a panel each for k = 1, 2 and 5 %."""
+    """Draw the FKR of each layer over relative depth, in one panel each for k = 1, 2 and 5 %."""
     figure, grid = frame(
         "How often inhibition hits text of the wrong feature, over layers",
         "False killing rate (FKR): of the share k of a layer's activations with the highest scores, those on text that"
@@ -262,13 +264,13 @@ def fkr_over_layers(results: Results, about: Mapping[str, Any]) -> Figure:
 
 @style.context(STYLE)
 def over_time(checkpoints: Sequence[tuple[int, Tables]], about: Mapping[str, Any]) -> Figure:
-    """Of the checkpoints of one run, (step, tables) each: a line a layer for each measure."""
-    ordered = sorted(checkpoints, key=lambda one: one[0])
+    """Draw each measure over the checkpoints of one run, (step, tables) each, as a line for each layer."""
+    ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint[0])
     table = pd.concat([_with_fkr(tables).assign(step=step) for step, tables in ordered])
     steps = [step for step, _ in ordered]
     figure, grid = frame(
         "How neurons change over training, layer by layer",
-        "Own-feature score: how strongly a neuron answers to the feature it answers to most (1: no more than to any"
+        "Own-feature score: how strongly a neuron responds to the feature it responds to most (1: no more than to any"
         f" text). FKR: share of the top {percent(REPORTED_SHARE)} of activations that lie on text of another feature."
         " Mean S: standard deviation of activations, the layer's scale. Kurtosis: 3 for a normal distribution, more"
         " where a few tokens stand out. Dead: neurons that do not vary.",
@@ -291,8 +293,8 @@ def over_time(checkpoints: Sequence[tuple[int, Tables]], about: Mapping[str, Any
     for axes, (column, title, unit) in zip(grid.flat, panels, strict=False):
         for colour, layer in zip(colours, layers, strict=False):
             name = f"layer {layer}" if layer in labelled else f"_layer {layer}"  # the legend leaves out _names
-            of_layer = table[table["layer"] == layer]
-            axes.plot(of_layer["step"], of_layer[column], ".-", color=colour, markersize=4, linewidth=1.2, label=name)
+            rows = table[table["layer"] == layer]
+            axes.plot(rows["step"], rows[column], ".-", color=colour, markersize=4, linewidth=1.2, label=name)
         step_axis(axes, steps)
         axes.set(title=title, ylabel=unit)
         if column in ("fkr", "dead_share"):
@@ -309,32 +311,32 @@ def write_figures(
     folder: Path,
     checkpoints: Sequence[tuple[int, Tables]] = (),
 ) -> list[Path]:
-    """Write every figure whose tables hold something, as NAME.png (150 dpi) and NAME.svg. Returns the files.
+    """Write every figure whose tables are not empty, as NAME.png (150 dpi) and NAME.svg. Returns the files.
 
-    `distributions` is one a model: distributions.png, or distributions_1_LABEL.png, ... for several. checkpoints,
-    (step, tables) each, adds over_time. The same tables give the same files. Raises OSError.
+    Each model has its own `distributions`: distributions.png, or distributions_1_LABEL.png, ... for several. With
+    checkpoints, (step, tables) each, over_time is drawn, too. The same tables give the same files. Raises OSError.
     """
-    wanted: dict[str, Callable[[], Figure]] = {}
-    for place, (label, tables) in enumerate(results.items(), 1):
+    figures: dict[str, Callable[[], Figure]] = {}
+    for number, (label, tables) in enumerate(results.items(), 1):
         if len(tables["distributions"]):
             slug = re.sub(r"[^\w.]+", "-", label, flags=re.ASCII).strip("-.")[-60:]
-            name = "distributions" if len(results) == 1 else f"distributions_{place}_{slug}"
-            wanted[name] = partial(feature_distributions, label, tables, about)
+            name = "distributions" if len(results) == 1 else f"distributions_{number}_{slug}"
+            figures[name] = partial(feature_distributions, label, tables, about)
     tested = {label: tables for label, tables in results.items() if len(tables["significance"])}
     if tested:
-        wanted["monosemantic_vs_random"] = partial(monosemantic_vs_random, tested, about)
+        figures["monosemantic_vs_random"] = partial(monosemantic_vs_random, tested, about)
     for draw in (ks_over_scale, own_score_over_layers, fkr_over_share, fkr_over_layers):
-        wanted[draw.__name__] = partial(draw, results, about)
+        figures[draw.__name__] = partial(draw, results, about)
     if checkpoints:
-        wanted["over_time"] = partial(over_time, checkpoints, about)
+        figures["over_time"] = partial(over_time, checkpoints, about)
     folder.mkdir(parents=True, exist_ok=True)
-    return [path for name, draw_it in wanted.items() for path in save(draw_it(), folder / name)]
+    return [path for name, draw_figure in figures.items() for path in save(draw_figure(), folder / name)]
 
 
 # --- numbers out of the tables ----------------------------------------------------------------------------------
 
 
-def _together(rates: pd.DataFrame) -> pd.DataFrame:
+def _of_all_layers(rates: pd.DataFrame) -> pd.DataFrame:
     return rates[rates["layer"] == -1]
 
 
@@ -372,7 +374,7 @@ def _range(values: Any) -> str:
 
 
 def _count_of(tables: Any) -> str:
-    return f"{_range([one['layers']['neurons'].sum() for one in tables])} neurons a model"
+    return f"{_range([each['layers']['neurons'].sum() for each in tables])} neurons a model"
 
 
 def _sampled(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""A model whose neurons can be watched, whole on every rank or sharded over them."""
+"""Load a model whose neurons can be observed, whole on every rank or sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ ZERO3 = {
 
 @dataclass
 class LoadedModel:
-    """A model in evaluation mode, whose neurons can be watched.
+    """A model in evaluation mode, whose neurons can be observed.
 
-    run: calls the network below its output matrix with tokens [B, T]; sites: of the layers that were asked for;
-    parameters: all of them; tokens: seen in training, where that is known.
+    network: without its output matrix; sites: those of the layers that were asked for; layers, parameters: how many
+    the whole model has; tokens: how many it has seen in training, or None if that is not known.
     """
 
     source: ModelSource
@@ -42,20 +42,20 @@ class LoadedModel:
     release: Callable[[], None] | None = None
 
     def close(self) -> None:
-        """Let go of weights that are sharded (ZeRO-3)."""
+        """Release sharded weights (ZeRO-3)."""
         if self.release is not None:
             self.release()
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor) -> None:
-        """One forward pass, [B, T]."""
+        """Run one forward pass over tokens, int64 [B, T]."""
         self.network(input_ids=tokens.to(self.device), use_cache=False)
 
 
 def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
-    """Return the network's configuration, where everything that can be known from it is right. Loads no weight.
+    """Return the network's configuration, without loading weights.
 
-    Raises ConfigError: no such model, a family that is not known, a layer that there is not.
+    Raises ConfigError for a missing model, an unknown family or a layer that the model does not have.
     """
     network = network_config(source)
     family_of(network, source.given)
@@ -73,12 +73,11 @@ def load_model(
     device: torch.device,
     zero3: bool = False,
 ) -> LoadedModel:
-    """Return a model that `check_model` has passed.
+    """Load a model that `check_model` has accepted.
 
-    Raises ConfigError or CheckpointError where its weights cannot be loaded.
-
-    zero3: the weights are sharded over the ranks by DeepSpeed and gathered layer by layer; every rank must then run
-    equally often, and close the model before the next is loaded.
+    zero3: shard the weights over the ranks by DeepSpeed, which gathers them layer by layer. Every rank must then run
+    equally often, and close the model before the next is loaded. Raises ConfigError or CheckpointError if the weights
+    cannot be loaded.
     """
     sharded = {**ZERO3, **_dtype_section(precision)} if zero3 else None
     network, tokens = load_causal_model(source, precision, sharded)
@@ -97,7 +96,7 @@ def _dtype_section(precision: str) -> dict[str, Any]:
 
 
 def _shard(network: nn.Module, precision: str) -> Callable[[], None]:
-    """Make it one that gathers weights as it runs; what is returned lets go of it."""
+    """Shard a network, so that it gathers weights as it runs. Returns a function that releases it."""
     import contextlib
     import io
 
@@ -105,15 +104,15 @@ def _shard(network: nn.Module, precision: str) -> Callable[[], None]:
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
     config = {**ZERO3, **_dtype_section(precision)}
-    with contextlib.redirect_stdout(io.StringIO()):  # it narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it does
         if not any(hasattr(p, "ds_id") for p in network.parameters()):
-            # a parameter at a time: initialize alone would bring all of them to the device first
+            # Shards one parameter at a time; `initialize` alone would first bring all of them to the device.
             deepspeed.zero.Init(module=network, config_dict_or_path=config)
         engine = deepspeed.initialize(model=network, config=config)[0]
 
     def close() -> None:
         engine.destroy()
-        FWD_MODULE_STACK.clear()  # 0.19.8 keeps every model that was ever sharded in it
+        FWD_MODULE_STACK.clear()  # DeepSpeed 0.19.8 keeps in it every model that was ever sharded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""The measures of docs/analysis.md, from per-text moments and histograms: NumPy arrays in, no pass over tokens.
+"""Compute the measures of docs/analysis.md from each text's moments and histograms, which are NumPy arrays.
 
 Shapes: F features, T tokens of a text (the same for all), C neurons (a block of a layer's), K shares, BINS bins of the
 score. `...` stands for leading axes, such as one of bootstrap resamples. Everything is float64.
@@ -23,11 +23,11 @@ SHARES = (
     *(0.1, 0.125, 0.16, 0.2),
 )
 BLOCK_NEURONS = 1024
-BLOCK_VALUES = 2**22  # of one float64 array of a block: 32 MiB
+BLOCK_VALUES = 2**22  # values of one float64 array of a block: 32 MiB
 
 
 def column_blocks(neurons: int, rows: int) -> Iterator[slice]:
-    """The columns of a [rows, neurons] array in blocks of at most 1,024 neurons and about 2**22 values."""
+    """Yield the columns of a [rows, neurons] array in blocks of at most 1,024 neurons and about 2**22 values."""
     size = max(1, min(BLOCK_NEURONS, BLOCK_VALUES // max(1, rows)))
     for start in range(0, neurons, size):
         yield slice(start, min(start + size, neurons))
@@ -48,23 +48,23 @@ class FeatureMoments:
 
 
 def feature_moments(mean: Array, variance: Array, labels: Array, features: int, tokens: int) -> FeatureMoments:
-    """Return each text's moments merged into its feature's by the pairwise formula (texts are of equal length).
+    """Merge the moments of the texts, which are of equal length, into those of their features.
 
     mean, variance: [texts, C], a text's mean and population variance; labels: [texts] int64 in [0, F). Every feature
-    needs a text.
+    must have a text.
     """
     means = np.empty((features, mean.shape[1]))
     variances = np.empty_like(means)
     for feature in range(features):
         rows = labels == feature
-        m = mean[rows].astype(np.float64)
-        means[feature] = m.mean(axis=0)
-        variances[feature] = (variance[rows].astype(np.float64) + (m - means[feature]) ** 2).mean(axis=0)
+        text_means = mean[rows].astype(np.float64)
+        means[feature] = text_means.mean(axis=0)
+        variances[feature] = (variance[rows].astype(np.float64) + (text_means - means[feature]) ** 2).mean(axis=0)
     return FeatureMoments(np.bincount(labels, minlength=features), tokens, means, variances)
 
 
 def pooled(moments: FeatureMoments) -> tuple[Array, Array]:
-    """Mean and sample variance S^2 = M2 / (count - 1) over all tokens of all features: [..., C], [..., C]."""
+    """Return mean and sample variance S^2 = M2 / (count - 1) over all tokens of all features, [..., C] each."""
     share = (moments.texts / moments.texts.sum())[:, None]
     mean = (share * moments.mean).sum(axis=-2)
     variance = (share * (moments.variance + (moments.mean - mean[..., None, :]) ** 2)).sum(axis=-2)
@@ -73,14 +73,15 @@ def pooled(moments: FeatureMoments) -> tuple[Array, Array]:
 
 
 def is_alive(mean: Array, variance: Array) -> Array:
-    """Neurons that vary at all: the rule of `l2e_ds.inhibition.losses.is_alive`; [..., C] -> [..., C] bool."""
+    """Return which neurons vary at all, bool [..., C], by the rule of `l2e_ds.inhibition.losses.is_alive`."""
     return variance > VARIANCE_FLOOR * (1 + mean * mean)
 
 
 def mean_scores(moments: FeatureMoments) -> Array:
-    """Mean score phi (eq. 1) inside each feature, by the mean and S of all tokens: [..., F, C]; 0 for dead neurons.
+    """Return the mean score phi (eq. 1) inside each feature, [..., F, C], by the mean and S of all tokens.
 
-    The mean of (z - mean)^2 over a feature is its own variance plus the squared distance of its mean.
+    It is 0 for dead neurons. The mean of (z - mean)^2 over a feature is the feature's variance plus the squared
+    distance of its mean.
     """
     mean, variance = pooled(moments)
     alive = is_alive(mean, variance)
@@ -89,33 +90,36 @@ def mean_scores(moments: FeatureMoments) -> Array:
 
 
 def scores_outside(inside: Array, texts: Array) -> Array:
-    """Mean score over the tokens of all other features (eq. 2) from those inside; [..., F, C], [F] -> [..., F, C]."""
+    """Return the mean score over the tokens of all other features (eq. 2), [..., F, C].
+
+    inside: mean scores inside each feature, [..., F, C]; texts: of each feature, [F].
+    """
     others = texts * (1 - np.eye(len(texts)))
     return (others / others.sum(axis=1, keepdims=True)) @ inside
 
 
 def own_features(inside: Array) -> tuple[Array, Array]:
-    """Relatively monosemantic feature l* and its mean score (eq. 3): [..., C] int64, [..., C].
+    """Return the relatively monosemantic feature l*, int64 [..., C], and its mean score (eq. 3), [..., C].
 
-    Of equal features the first is taken; a dead neuron, whose scores are all 0, has l* = -1.
+    If several features have the largest score, l* is the first. For a dead neuron, whose scores are all 0, it is -1.
     """
     score = inside.max(axis=-2)
-    # a live neuron's scores average (count - 1) / count > 0, so its largest is above 0
+    # The mean score of a live neuron is (count - 1) / count, so its largest is above 0.
     return np.where(score > 0, inside.argmax(axis=-2), -1), score
 
 
 def own_against_all(inside: Array) -> float:
-    """K-S statistic between the scores of the neurons' own features and those of all their (neuron, feature) pairs.
+    """Return the K-S statistic between the scores of own features and those of all (neuron, feature) pairs.
 
-    inside: [F, C] of live neurons. It falls as neurons get polysemantic (docs/analysis.md).
+    inside: [F, C] of live neurons. The statistic decreases as neurons get polysemantic (docs/analysis.md).
     """
-    from scipy import stats  # of the extra: options and help of the commands need none
+    from scipy import stats  # an optional dependency, which options and help of the commands do without
 
     return float(stats.ks_2samp(inside.max(axis=0), inside.ravel(), method="asymp").statistic)
 
 
 def holm(p_values: Array) -> Array:
-    """Holm's step-down adjustment for a family of tests; [tests] -> [tests]."""
+    """Return p-values, [tests], adjusted by Holm's step-down method for a family of tests."""
     order = np.argsort(p_values, kind="stable")
     stepped = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))
     adjusted = np.empty(len(order))
@@ -127,8 +131,8 @@ def holm(p_values: Array) -> Array:
 class FalseKilling:
     """Selected activations of a layer at each share, and how many of them are killed falsely (eq. 4).
 
-    tau: [..., K], the threshold, NaN where no neuron lives. selected, false: [..., K], counts of (token, neuron)
-    pairs. error: [..., K], the most by which `rate` may be off.
+    tau: [..., K], the threshold, NaN if all neurons are dead. selected, false: [..., K], counts of (token, neuron)
+    pairs. error: [..., K], a bound of the error of `rate`.
     """
 
     tau: Array
@@ -138,24 +142,22 @@ class FalseKilling:
 
     @property
     def rate(self) -> Array:
-        """FKR: [..., K], NaN where nothing is selected."""
+        """The FKR, [..., K], NaN where nothing is selected."""
         return _divided(self.false, self.selected)
 
 
 def false_killing(histogram: Array, edges: Array, shares: tuple[float, ...], pairs: int) -> FalseKilling:
-    """Return the False Killing Rate (eq.
+    """Return the False Killing Rate (eq. 4) of one layer at each share k of its (token, neuron) pairs.
 
-    4) of one layer at each share k of its (token, neuron) pairs, from its histogram.
+    histogram: [..., 2, BINS], counts of scores of live neurons; index 1 of the second last axis is for those on a text
+    of the neuron's own feature. edges: [BINS], lower edge of each bin, ascending. pairs: tokens x neurons of the layer,
+    including dead ones, as in training, where a dead neuron's score is 0. tau_k is the k-th largest score with
+    k = ceil(share * pairs), or the smallest one counted if there are fewer.
 
-    histogram: [..., 2, BINS], counts of scores of live neurons, index 1 of the second last axis for those on a text of
-    the neuron's own feature; edges: [BINS], lower edge of each bin, ascending; pairs: tokens x neurons of the layer,
-    dead ones too, as in training, where a dead neuron's score is 0. tau_k is the k-th largest score, k = ceil(share *
-    pairs), at most the counted ones.
-
-    tau_k falls in a bin of which only a part is selected. Scores are taken as spread evenly over that bin and
-    the two kinds as mixed evenly. So tau is off by less than the bin's width (in the last bin, which has no end, it
-    is the bin's lower edge), and the rate by at most `error`: the worst of all ways in which the bin's scores can
-    lie, several of them equal to tau_k included. Every whole bin is exact, so fine bins make it small.
+    Only a part of the bin that holds tau_k is selected. Its scores are assumed to be spread evenly over the bin, and
+    the two kinds to be mixed evenly. So the error of tau is below the bin's width (in the last bin, which has no end,
+    tau is the bin's lower edge), and that of the rate is at most `error`: the largest for any distribution of the
+    scores within the bin, even if several equal tau_k. All other bins are exact, so fine bins make it small.
     """
     wrong, own = (np.asarray(histogram[..., kind, :], dtype=np.float64) for kind in (0, 1))
     above, wrong_above = (_counts_from(counts) for counts in (wrong + own, wrong))
@@ -163,8 +165,8 @@ def false_killing(histogram: Array, edges: Array, shares: tuple[float, ...], pai
     taus, selected, false, errors = [], [], [], []
     for share in shares:
         rank = np.minimum(math.ceil(share * pairs - 1e-9), above[..., 0])
-        none = rank == 0
-        # the last bin that the rank-th largest score can be in, a bin that holds something
+        is_empty = rank == 0
+        # The bin of the rank-th largest score, which is not empty.
         bin_ = np.maximum(np.count_nonzero(above >= np.maximum(rank, 1)[..., None], axis=-1) - 1, 0)
         in_wrong, in_own, before, wrong_before = (
             np.take_along_axis(counts, (bin_ + offset)[..., None], axis=-1)[..., 0]
@@ -172,21 +174,21 @@ def false_killing(histogram: Array, edges: Array, shares: tuple[float, ...], pai
         )
         needed = rank - before
         fraction = _divided(needed, in_wrong + in_own)
-        taus.append(np.where(none, np.nan, upper_edges[bin_] - fraction * (upper_edges[bin_] - edges[bin_])))
+        taus.append(np.where(is_empty, np.nan, upper_edges[bin_] - fraction * (upper_edges[bin_] - edges[bin_])))
         selected.append(rank)
-        false.append(np.where(none, 0.0, wrong_before + fraction * in_wrong))
+        false.append(np.where(is_empty, 0.0, wrong_before + fraction * in_wrong))
         errors.append(_worst_error(false[-1] / np.maximum(rank, 1), needed, in_wrong, in_own, before, wrong_before))
     tau, selected_, false_, error = (np.stack(parts, axis=-1) for parts in (taus, selected, false, errors))
     return FalseKilling(tau, selected_, false_, np.where(selected_ > 0, error, np.nan))
 
 
 def _counts_from(counts: Array) -> Array:
-    """[..., BINS] -> [..., BINS + 1], what lies in each bin and all above it; the last is 0."""
+    """Return the sum of each bin and all above it, [..., BINS + 1], of which the last is 0. counts: [..., BINS]."""
     return np.append(counts[..., ::-1].cumsum(axis=-1)[..., ::-1], np.zeros((*counts.shape[:-1], 1)), axis=-1)
 
 
 def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: Array, wrong_before: Array) -> Array:
-    """Return the farthest from `rate` that the true rate can be: between `needed` and all of the bin are selected."""
+    """Return the largest distance of the true rate from `rate`, if between `needed` and all of the bin are selected."""
     most = np.clip(wrong, needed, wrong + own)
     highest = (wrong_before + np.minimum(wrong, most)) / np.maximum(before + most, 1)
     least = np.clip(own, needed, wrong + own)
@@ -195,20 +197,21 @@ def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: A
 
 
 def together(layers: list[FalseKilling]) -> FalseKilling:
-    """Return all layers as one: each keeps its own tau_k, selected and falsely killed are summed; tau is NaN.
+    """Return all layers as one, of which each keeps its own tau_k: selected and falsely killed are summed, tau is NaN.
 
-    `error` is the layers' weighted by their selected, which bounds the rate's where no scores equal tau_k.
+    `error` is the mean of the layers' errors, weighted by their selected. It bounds the error of the rate unless
+    several scores equal tau_k.
     """
     selected = np.sum([layer.selected for layer in layers], axis=0)
     false = np.sum([layer.false for layer in layers], axis=0)
-    off = np.sum([np.where(layer.selected > 0, layer.error * layer.selected, 0.0) for layer in layers], axis=0)
-    return FalseKilling(np.full_like(false, np.nan), selected, false, _divided(off, selected))
+    errors = np.sum([np.where(layer.selected > 0, layer.error * layer.selected, 0.0) for layer in layers], axis=0)
+    return FalseKilling(np.full_like(false, np.nan), selected, false, _divided(errors, selected))
 
 
 def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Array, Array]:
-    """Return the share with the lowest FKR, the smallest of equals, and that FKR: [...], [...].
+    """Return the share with the lowest FKR, or the smallest of several, and that FKR, [...] each.
 
-    NaN where no neuron lives.
+    Both are NaN if all neurons are dead.
     """
     rate = curve.rate
     best = np.where(np.isnan(rate), np.inf, rate).argmin(axis=-1)
@@ -217,10 +220,10 @@ def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Arr
 
 
 def is_edge(share: float) -> bool:
-    """Return whether it is the least or largest of the shares that are tried: the lowest FKR may lie beyond."""
+    """Return whether a share is the smallest or largest that is tried, so that the lowest FKR may be beyond it."""
     return share in (SHARES[0], SHARES[-1])
 
 
 def _divided(numerator: Array, denominator: Array) -> Array:
-    """NaN instead of a division by zero."""
+    """Divide, with NaN in place of a division by zero."""
     return np.divide(numerator, denominator, out=np.full(np.shape(numerator), np.nan), where=denominator > 0)

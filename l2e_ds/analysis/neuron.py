@@ -1,4 +1,4 @@
-"""`l2e-ds neuron MODEL --layer L --index J --features FILE`: what one neuron answers to, as a page and a few lines."""
+"""`l2e-ds neuron MODEL --layer L --index J --features FILE`: what one neuron responds to, as a page and a few lines."""
 
 from __future__ import annotations
 
@@ -24,15 +24,18 @@ from l2e_ds.system.process import quiet_libraries
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--layer", type=int, required=True, metavar="L", help="counted from 0")
-    parser.add_argument("--index", type=int, required=True, metavar="J", help="of the neuron in its layer, from 0")
+    parser.add_argument("--layer", type=int, required=True, metavar="L", help="layer, counted from 0")
+    parser.add_argument("--index", type=int, required=True, metavar="J", help="neuron of the layer, counted from 0")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="a new file (default: MODEL-L-J.html)")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError, CheckpointError, AnalysisError. Under a launcher rank 0 does it alone."""
+    """Return the exit code. Under a launcher only rank 0 works.
+
+    Raises ConfigError, CheckpointError, DataError, AnalysisError.
+    """
     if launch.find_launch().rank != 0:
         return 0
     check_extra("analysis", PACKAGES)
@@ -58,15 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
         "neuron": arguments.index,
         "name": options.name_of_set(arguments.features),
     }
-    given = (values, texts.tokens, texts.labels, texts.features, tokenizer, about)
-    write_neuron_page(output, *given)
-    print(describe_neuron(*given))
+    described = (values, texts.tokens, texts.labels, texts.features, tokenizer, about)
+    write_neuron_page(output, *described)
+    print(describe_neuron(*described))
     print(f"page: {output}")
     return 0
 
 
 def activations_of(model: LoadedModel, tokens: np.ndarray, index: int, batch: int) -> np.ndarray:
-    """[texts, T] float32 of neuron `index` of the model's only site. Raises AnalysisError where not finite."""
+    """Return the activations of neuron `index` of the model's only site, float32 [texts, T].
+
+    Raises AnalysisError if they are not finite.
+    """
     values = np.empty(tokens.shape, dtype=np.float32)
 
     def see(_: int, rows: slice, z: Tensor) -> None:

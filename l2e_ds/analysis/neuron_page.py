@@ -1,6 +1,7 @@
-"""One neuron as one HTML page or a few lines: what it answers to, and its strongest tokens in context.
+"""Describe one neuron, as an HTML page or a few lines: what it responds to, and its strongest tokens in context.
 
-All is computed from the neuron's own activations, in float64 and in the open.
+Everything is computed from the neuron's own activations, in float64.
+
 Shapes: T tokens of a text, F features; activations z [texts, T], tokens [texts, T] ids, labels [texts] index into the
 F features.
 """
@@ -8,6 +9,7 @@ F features.
 from __future__ import annotations
 
 import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +29,19 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
 _STRONGEST, _LOWEST = 20, 10  # tokens shown
-_OF_ONE_TEXT = 2  # at most
-_CONTEXT = 20  # tokens on either side
+_OF_ONE_TEXT = 2  # tokens that are shown of one text, at most
+_CONTEXT = 20  # tokens that are shown on either side
 _BINS = 80
-_LONGEST_CHARACTER = 4  # bytes, and so tokens, in UTF-8
+_LONGEST_CHARACTER = 4  # bytes of a character in UTF-8, and so tokens, at most
 _MARKS = {"\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
 
 
 @dataclass(frozen=True)
 class Neuron:
-    """mean, s: over all tokens, s from the sample variance; kurtosis: E[phi^2]; own_feature: eq. 3, "" if dead.
+    """The measures of one neuron.
 
-    scores: [texts, T] float64, phi of eq. 1, 0 if dead. features: a row a feature, by descending score_inside, with
+    mean, s: over all tokens, s from the sample variance; kurtosis: E[phi^2]; own_feature: eq. 3, "" if dead. scores:
+    phi of eq. 1, float64 [texts, T], 0 if dead. features: a row for each feature, by descending score_inside, with
     feature, texts, tokens, score_inside, score_outside (eq. 2), mean, s (over the feature's tokens).
     """
 
@@ -52,7 +55,10 @@ class Neuron:
 
 
 def measure_neuron(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> Neuron:
-    """Eq. 1 to 3 of one neuron, with the global mean and sample variance. Raises ConfigError for NaN or infinity."""
+    """Compute eq. 1 to 3 of one neuron, with the global mean and sample variance.
+
+    Raises ConfigError for activations that are NaN or infinite.
+    """
     z = np.asarray(activations, dtype=np.float64)
     bad = int(np.count_nonzero(~np.isfinite(z)))
     if bad:
@@ -80,24 +86,26 @@ def measure_neuron(activations: np.ndarray, labels: np.ndarray, features: Sequen
 
 
 def strongest_tokens(activations: np.ndarray, count: int, lowest: bool = False) -> list[tuple[int, int]]:
-    """(text, position) of the tokens with the largest (or smallest) activation, at most two of one text; ties: the
-    first."""
+    """Return (text, position) of the tokens with the largest (or lowest) activation, at most two of one text.
+
+    Of equal ones the first come first.
+    """
     flat = activations.reshape(-1)
-    taken: dict[int, int] = {}
-    found: list[tuple[int, int]] = []
-    for place in np.argsort(flat if lowest else -flat, kind="stable"):
-        text, position = divmod(int(place), activations.shape[1])
-        if taken.get(text, 0) < _OF_ONE_TEXT:
-            taken[text] = taken.get(text, 0) + 1
-            found.append((text, position))
-            if len(found) == count:
+    by_text: Counter[int] = Counter()
+    tokens: list[tuple[int, int]] = []
+    for index in np.argsort(flat if lowest else -flat, kind="stable"):
+        text, position = divmod(int(index), activations.shape[1])
+        if by_text[text] < _OF_ONE_TEXT:
+            by_text[text] += 1
+            tokens.append((text, position))
+            if len(tokens) == count:
                 break
-    return found
+    return tokens
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens `begin` to `end - 1` of a text, which decode to whole characters together; mostly one token."""
+    """Tokens `begin` to `end - 1` of a text, usually one, which together decode to whole characters."""
 
     begin: int
     end: int
@@ -107,9 +115,10 @@ class Piece:
 def pieces_around(
     ids: np.ndarray, position: int, tokenizer: PreTrainedTokenizerFast, context: int = _CONTEXT
 ) -> list[Piece]:
-    """Return the text around a token, `context` tokens on either side and what completes a character there. ids: [T].
+    """Return the text around a token: `context` tokens on either side, and those that complete a character there.
 
-    Byte-level tokens that are parts of one character come as one piece. Bytes that are no character come as U+FFFD.
+    ids: [T]. Byte-level tokens that are parts of one character make one piece. Bytes that are no character become
+    U+FFFD.
     """
     last = min(len(ids), position + context + 1 + _LONGEST_CHARACTER)
 
@@ -117,16 +126,16 @@ def pieces_around(
         return tokenizer.backend_tokenizer.decode(ids[begin:end].tolist(), skip_special_tokens=False)
 
     pieces: list[Piece] = []
-    before = begin = 0  # where the piece before begins, and this one
+    before = begin = 0  # where the previous piece begins, and this one
     for end in range(1, last + 1):
-        # Decoded after the piece before: many tokenizers take a space away from what comes first.
+        # Decoded together with the previous piece, as many tokenizers drop a space at the beginning.
         head, text = decode(before, begin), decode(before, end)
         if text.endswith("\ufffd") and end < last and end - begin < _LONGEST_CHARACTER:
-            continue  # within a character
-        # Bytes that are no character may be decoded otherwise once more of them follow.
+            continue  # the character is not complete
+        # Bytes that are no character may be decoded differently when more of them follow.
         pieces.append(Piece(begin, end, text[len(head) :] if text.startswith(head) else decode(begin, end)))
         before, begin = begin, end
-    return [one for one in pieces if one.end > position - context and one.begin <= position + context]
+    return [piece for piece in pieces if piece.end > position - context and piece.begin <= position + context]
 
 
 def write_neuron_page(
@@ -138,13 +147,13 @@ def write_neuron_page(
     tokenizer: PreTrainedTokenizerFast,
     about: Mapping[str, Any],
 ) -> None:
-    """One file that needs no other; the same input gives the same bytes.
+    """Write one HTML file that needs no other. The same input gives the same bytes.
 
-    activations: [texts, T] float32 of the neuron, tokens: [texts, T] ids, labels: [texts] index into `features`.
-    about: model (label), layer, neuron, name (of the feature set). Raises ConfigError for activations that are not
-    finite, and OSError.
+    activations: float32 [texts, T]; tokens: ids, [texts, T]; labels: index into `features`, [texts]; about: model
+    (label), layer, neuron, name (of the feature set). Raises ConfigError for activations that are not finite, and
+    OSError.
     """
-    from l2e_ds.analysis.drawing import svg_of  # with matplotlib, an extra
+    from l2e_ds.analysis.drawing import svg_of  # imports matplotlib, an optional dependency
     from l2e_ds.analysis.figures import neuron_distribution
 
     found = measure_neuron(activations, labels, features)
@@ -188,9 +197,9 @@ def describe_neuron(
     about: Mapping[str, Any],
     count: int = 5,
 ) -> str:
-    """Return the same for a terminal: a few aligned lines, with the `count` strongest tokens.
+    """Return a description for a terminal: a few aligned lines, with the `count` strongest tokens.
 
-    Arguments and errors as of `write_neuron_page`.
+    Arguments and errors are those of `write_neuron_page`.
     """
     found = measure_neuron(activations, labels, features)
     names = [_plain(feature) for feature in found.features["feature"]]
@@ -209,7 +218,7 @@ def describe_neuron(
     for rank, (text, position) in enumerate(strongest_tokens(activations, count), 1):
         pieces = pieces_around(tokens[text], position, tokenizer, 6)
         words = "".join(
-            f"[{_plain(one.text)}]" if one.begin <= position < one.end else _plain(one.text) for one in pieces
+            f"[{_plain(piece.text)}]" if piece.begin <= position < piece.end else _plain(piece.text) for piece in pieces
         )
         value = f"{activations[text, position]:.4g}"
         rows.append(("strongest" if rank == 1 else "", f"{value:>9}  {_plain(features[labels[text]])}: {words}"))
@@ -217,7 +226,7 @@ def describe_neuron(
 
 
 def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[str]) -> pd.DataFrame:
-    """feature, left, right, count: bins of one width from the lowest to the highest activation."""
+    """Return the columns feature, left, right, count: bins of equal width from the lowest to the highest activation."""
     edges = np.histogram_bin_edges(activations.astype(np.float64), _BINS)
     parts = []
     for index, feature in enumerate(features):
@@ -227,7 +236,7 @@ def _histogram(activations: np.ndarray, labels: np.ndarray, features: Sequence[s
 
 
 def _visible(text: str) -> Markup:
-    """For HTML: escaped, and whatever a reader would not see, or would be misled by, shown by a mark or its number."""
+    """Return a text for HTML: escaped, and with a mark or number for each character that would not be visible."""
     return Markup(
         "".join(
             html.escape(c) if c.isprintable() and c != "\ufffd" else f'<i class="mark">{_mark(c)}</i>' for c in text
@@ -236,11 +245,11 @@ def _visible(text: str) -> Markup:
 
 
 def _plain(text: str) -> str:
-    """For a terminal: the same without markup."""
+    """Return a text for a terminal, with a mark or number for each character that would not be visible."""
     return "".join(c if c.isprintable() else _mark(c) for c in text)
 
 
 def _mark(character: str) -> str:
     if character == "\ufffd":
-        return "\ufffd"  # bytes that are no character
+        return "\ufffd"  # stands for bytes that are no character
     return _MARKS.get(character, f"U+{ord(character):04X}")

@@ -1,4 +1,4 @@
-"""Options that `l2e-ds analyze` and `l2e-ds neuron` share, and their checks."""
+"""The options that `l2e-ds analyze` and `l2e-ds neuron` share, and their checks."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|DATASET",
         help="texts with one feature each: .jsonl, .parquet, a folder or a hub data set (docs/feature-sets.md)",
     )
-    group.add_argument("--text-column", default="text", metavar="NAME", help="default: %(default)s")
-    group.add_argument("--feature-column", default="feature", metavar="NAME", help="default: %(default)s")
-    group.add_argument("--split", default="train", metavar="NAME", help="of a data set (default: %(default)s)")
+    group.add_argument(
+        "--text-column", default="text", metavar="NAME", help="column of the texts (default: %(default)s)"
+    )
+    group.add_argument(
+        "--feature-column", default="feature", metavar="NAME", help="column of the features (default: %(default)s)"
+    )
+    group.add_argument("--split", default="train", metavar="NAME", help="split of a data set (default: %(default)s)")
     group.add_argument(
         "--sequence-length",
         type=int,
@@ -39,21 +43,28 @@ def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens a text; shorter texts are left out (default: %(default)s)",
     )
     group.add_argument(
-        "--texts-per-feature", type=int, metavar="N", help="default: as many as the scarcest feature has"
+        "--texts-per-feature",
+        type=int,
+        metavar="N",
+        help="texts of each feature (default: as many as the scarcest feature has)",
     )
-    group.add_argument("--seed", type=int, default=1234, metavar="S", help="of every choice (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=1234, metavar="S", help="seed of every random choice (default: %(default)s)"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
-    group.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
+    group.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    group.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
+    )
     group.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
     group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
-    """As `load_feature_set`, by the command's options."""
+    """Return the texts that the command's options describe. Raises what `load_feature_set` raises."""
     texts = load_feature_set(
         arguments.features,
         tokenizer,
@@ -79,13 +90,13 @@ def _warn_of_repeated(tokens: np.ndarray) -> None:
 
 
 def name_of_set(features: str) -> str:
-    """As figures call it."""
+    """Return the name by which figures call a set of features."""
     path = Path(features)
     return path.name.partition(".")[0] if path.exists() else features
 
 
 def check_fits(network: PretrainedConfig, texts: FeatureSet, given: str) -> None:
-    """That the model takes the texts. Raises ConfigError."""
+    """Raise ConfigError if the texts are too long for the model, or hold ids outside its vocabulary."""
     longest = getattr(network, "max_position_embeddings", None)
     if longest is not None and texts.tokens.shape[1] > longest:
         raise ConfigError(f"--sequence-length: got {texts.tokens.shape[1]}, {given} takes at most {longest} tokens")

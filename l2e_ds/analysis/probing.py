@@ -1,10 +1,10 @@
-"""Sparse probing with one neuron (Gurnee et al. 2023): which neuron alone tells a feature's texts from all others?
+"""Sparse probing with one neuron (Gurnee et al. 2023): find the neuron that alone tells a feature's texts from others.
+
+A probe classifies a text as one of the feature's if the neuron's value is above a threshold (direction +1) or below it
+(-1). Direction and threshold are those with the highest F1 on the training texts. The threshold lies half-way between
+two neighbouring training values, or beyond all of them.
 
 Shapes: F features, C neurons (a block of a layer's), N neurons of a layer, seeds: splits into training and test texts.
-
-A probe says "of this feature" where the neuron's value of a text is above a threshold (direction +1) or below it
-(-1). Direction and threshold are those with the highest F1 on the training texts; the threshold lies half-way
-between two neighbouring training values, or beyond all of them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ PLACES = 10
 class Probes:
     """The best probe of each neuron for each feature, over seeds of the split.
 
-    f1_train, f1_test, f1_test_sd: [F, N] float64, mean over seeds, and the sample standard deviation (NaN of one
-    seed). direction: [F, N] int64, +1 or -1, that of most seeds.
+    f1_train, f1_test: [F, N] float64, means over seeds. f1_test_sd: [F, N] float64, sample standard deviation, NaN for
+    one seed. direction: [F, N] int64, +1 or -1, that of most seeds.
     """
 
     f1_train: Array
@@ -36,9 +36,9 @@ class Probes:
 
 
 def training_masks(labels: Array, splits: int, seed: int) -> Array:
-    """[splits, texts] bool: four fifths of each feature's texts, at least one of them in either part.
+    """Return which texts are training texts, bool [splits, texts]: four fifths of each feature's texts.
 
-    Raises ConfigError where a feature has one text only.
+    Training and test each have at least one text of every feature. Raises ConfigError if a feature has only one text.
     """
     random = np.random.default_rng(seed)
     masks = np.zeros((splits, len(labels)), dtype=bool)
@@ -53,7 +53,7 @@ def training_masks(labels: Array, splits: int, seed: int) -> Array:
 
 
 def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Probes:
-    """Probes of every neuron of a layer.
+    """Return the best probes of every neuron of a layer.
 
     values: [texts, N], a text's mean or largest activation, read in blocks of neurons; labels: [texts] in [0, F);
     masks: [seeds, texts] bool, see `training_masks`.
@@ -61,18 +61,17 @@ def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Pr
     texts, neurons = values.shape
     blocks = [
         _probe_block(np.ascontiguousarray(values[:, columns].T), labels, features, masks)
-        for columns in column_blocks(neurons, 4 * texts)  # a dozen arrays of a block are alive at once
+        for columns in column_blocks(neurons, 4 * texts)  # a dozen arrays of a block are in memory at once
     ]
     f1_train, f1_test, f1_test_sd, direction = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     return Probes(f1_train, f1_test, f1_test_sd, direction)
 
 
 def best_places(f1_train: list[Array], alive: list[Array], places: int = PLACES) -> Array:
-    """Return the live neurons with the highest F1 for each feature: [F, places] int64, fewer where fewer neurons live.
+    """Return the live neurons with the highest training F1 for each feature, best first, int64 [F, places].
 
-    f1_train: [F, N] of each layer; alive: [N] bool of each. A place holds the neuron's index among all layers' neurons
-    in order; of equal neurons the one of the first layer, then the first of its layer, comes first. No test text of
-    the same split is looked at.
+    There are fewer places if fewer neurons are alive. f1_train: [F, N] of each layer; alive: [N] bool of each. A place
+    holds the neuron's index among all layers' neurons in order, and equal neurons come in that order.
     """
     f1 = np.where(np.concatenate(alive), np.concatenate(f1_train, axis=1), -1.0)
     order = np.argsort(-f1, axis=1, kind="stable")
@@ -81,10 +80,10 @@ def best_places(f1_train: list[Array], alive: list[Array], places: int = PLACES)
 
 @dataclass(frozen=True)
 class _Sorted:
-    """A block's texts in the order of each neuron's values: one sort, shared by all features and splits.
+    """The texts in the order of each neuron's values, sorted once for all features and splits.
 
-    order: [C, texts], the text at each place; value: [C, texts], ascending; first, last: [C, texts], the first
-    and last place with the same value; places: [C, texts], places grouped by the text's feature, ascending in each.
+    order: [C, texts], the text at each place; value: [C, texts], ascending; first, last: [C, texts], the first and
+    last place with the same value; places: [C, texts], places grouped by the text's feature, ascending within each.
     """
 
     order: Array
@@ -107,7 +106,7 @@ def _sort(values: Array, labels: Array) -> _Sorted:
 
 
 def _probe_block(values: Array, labels: Array, features: int, masks: Array) -> tuple[Array, Array, Array, Array]:
-    """[C, texts] -> `Probes`' four arrays, [F, C] each."""
+    """Return the four arrays of `Probes` for a block, [F, C] each. values: [C, texts]."""
     ordered = _sort(values, labels)
     fits = [_fit(ordered, values, labels, features, mask) for mask in masks]
     train, test, direction = (np.stack(parts) for parts in zip(*fits, strict=True))
@@ -116,7 +115,7 @@ def _probe_block(values: Array, labels: Array, features: int, masks: Array) -> t
 
 
 def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Array) -> tuple[Array, Array, Array]:
-    """F1 on the training texts, F1 on the test texts and direction of the best probes of one split: [F, C] each."""
+    """Return F1 on the training and on the test texts and direction of the best probes of one split, [F, C] each."""
     neurons = len(values)
     train = mask[ordered.order]
     total = int(mask.sum())
@@ -124,7 +123,7 @@ def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Ar
     at_most = np.take_along_axis(upto, ordered.last, axis=1)  # training texts with at most this value
     below = np.take_along_axis(upto - train, ordered.first, axis=1)
     train_values = ordered.value[train].reshape(neurons, total).astype(np.float64)
-    # beyond the smallest and the largest training value there is no neighbour
+    # Beyond the smallest and the largest training value there is no neighbour.
     bounded = np.pad(train_values, ((0, 0), (1, 1)), constant_values=(-np.inf, np.inf))
     f1_train, f1_test, directions = (np.empty((features, neurons)) for _ in range(3))
     test_values, test_labels = values[:, ~mask], labels[~mask]
@@ -133,8 +132,9 @@ def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Ar
         places = ordered.places[:, start : start + texts]
         start += texts
         own = np.take_along_axis(train, places, axis=1)
-        # F1 is highest where the outermost text taken in is a training text of the feature: only those are tried.
-        # Among equal values the last (from above: the first) counts all hits; the others are only too low.
+        # F1 is highest if the last text that the threshold includes is a training text of the feature, so only those
+        # are tried. Of several with equal values, the last (from above: the first) counts all hits; the others give a
+        # lower F1.
         hits = np.cumsum(own, axis=1)
         positives = int((mask & (labels == feature)).sum())
         taken_low, taken_high = (np.take_along_axis(a, places, axis=1) for a in (at_most, total - below))
@@ -145,13 +145,13 @@ def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Ar
         f1_train[feature] = np.maximum(high.max(axis=1), low.max(axis=1))
         directions[feature] = np.where(upwards, 1, -1)
         taken = np.take_along_axis(np.where(upwards[:, None], total - taken_high, taken_low), column, axis=1)
-        # `bounded` is shifted by one: the training values on both sides of the boundary are at `taken` and one on
+        # `bounded` is shifted by one: the training values on both sides of the threshold are at taken and taken + 1.
         sides = np.take_along_axis(bounded, np.hstack([taken, taken + 1]), axis=1)
         f1_test[feature] = _f1(test_values, test_labels == feature, sides.mean(axis=1), upwards)
     return f1_train, f1_test, directions
 
 
 def _f1(values: Array, positive: Array, threshold: Array, upwards: Array) -> Array:
-    """[C, texts], [texts] bool, [C], [C] bool -> [C]."""
-    said = (values > threshold[:, None]) == upwards[:, None]
-    return 2 * said[:, positive].sum(axis=1) / (said.sum(axis=1) + positive.sum())
+    """Return the F1 of each neuron's probe, [C]. values: [C, texts]; positive: [texts]; threshold, upwards: [C]."""
+    predicted = (values > threshold[:, None]) == upwards[:, None]
+    return 2 * predicted[:, positive].sum(axis=1) / (predicted.sum(axis=1) + positive.sum())

@@ -1,4 +1,4 @@
-"""What `l2e-ds analyze` says of its models: the figures that matter, as Markdown (summary.md)."""
+"""Summarise the results of `l2e-ds analyze` as Markdown (summary.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _EDGE = " (edge)"
 
 @dataclass(frozen=True)
 class Result:
-    """What rank 0 keeps of a model: what is small, once the tables are on disk."""
+    """The results of one model. tokens: how many the model has seen; report: that of the FeatureSet."""
 
     source: ModelSource
     tables: Tables
@@ -29,7 +29,7 @@ class Result:
     report: dict[str, Any]
 
     def without_features(self) -> Result:
-        """Of the table of neurons and features only the neurons whose distribution is shown."""
+        """Return the result with only those rows of `neuron_features` whose neuron's distribution is shown."""
         shown = self.tables["distributions"][["layer", "neuron"]].drop_duplicates()
         kept = self.tables["neuron_features"].merge(shown, on=["layer", "neuron"])
         return replace(self, tables=self.tables | {"neuron_features": kept})
@@ -39,21 +39,11 @@ class Result:
 
 
 def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
-    """Return the figures that matter, as Markdown."""
+    """Return the most important results as Markdown."""
     parts = [
         "## Models\n",
         markdown(
-            [
-                "model",
-                "step",
-                "parameters",
-                "neurons",
-                "K-S",
-                "own MS",
-                "FKR at 1, 2, 5 %",
-                "dead",
-                "kurtosis",
-            ],
+            ["model", "step", "parameters", "neurons", "K-S", "own MS", "FKR at 1, 2, 5 %", "dead", "kurtosis"],
             [_model_row(result) for result in results],
         ),
         "Own MS: mean monosemanticity score (MS) on the texts of the neurons' own features. K-S: between the MS of own"
@@ -79,10 +69,7 @@ def summary(arguments: argparse.Namespace, results: Sequence[Result]) -> str:
 
 
 def suggested_shares(results: Sequence[Result]) -> str:
-    """Return the share with the lowest FKR of each model and layer, as Markdown.
-
-    One at the edge of those tried is said.
-    """
+    """Return the share with the lowest FKR of each model and layer as Markdown, with a mark at the edge of SHARES."""
     rows = [row for result in results for row in _share_rows(result)]
     table = "## Share k with the lowest False Killing Rate\n\n" + markdown(["model", "layer", "k", "FKR there"], rows)
     if any(row[2].endswith(_EDGE) for row in rows):
@@ -127,23 +114,21 @@ def _layer_row(row: pd.Series, fkr: pd.DataFrame) -> list[str]:
     ]
 
 
-def _probe_rows(found: Tables) -> list[list[str]]:
-    rows = []
-    best = found["probes"][found["probes"]["place"] == 1].merge(found["significance"], on="feature")
-    for _, row in best.iterrows():
-        rows.append(
-            [
-                str(row["feature"]),
-                str(row["layer"]),
-                str(row["neuron"]),
-                f"{row['f1_test']:.2f}",
-                _with_interval(row, "score_inside"),
-                _with_interval(row, "score_outside"),
-                _with_interval(row, "ratio"),
-                f"{row['p_adjusted']:.2g}",
-            ]
-        )
-    return rows
+def _probe_rows(tables: Tables) -> list[list[str]]:
+    best = tables["probes"][tables["probes"]["place"] == 1].merge(tables["significance"], on="feature")
+    return [
+        [
+            str(row["feature"]),
+            str(row["layer"]),
+            str(row["neuron"]),
+            f"{row['f1_test']:.2f}",
+            _with_interval(row, "score_inside"),
+            _with_interval(row, "score_outside"),
+            _with_interval(row, "ratio"),
+            f"{row['p_adjusted']:.2g}",
+        ]
+        for _, row in best.iterrows()
+    ]
 
 
 def _share_rows(result: Result) -> list[list[str]]:

@@ -2,20 +2,21 @@
 
 Shapes: F features, T tokens of a text, N neurons of a layer, L layers, B bootstrap resamples, BINS bins of the score.
 
-Two stages, as the texts are passed twice. `first_tables` needs each text's moments only; it says by which mean, S and
-own feature the second pass has to count scores. `build_tables` takes that pass's histograms and returns all tables:
+There are two stages, as the model runs over the texts twice. `first_tables` needs only each text's moments. It gives
+the mean, S and own feature by which the second pass counts scores. `build_tables` takes that pass's histograms and
+returns all tables:
 
     neurons: layer, neuron, mean, s, kurtosis (E[phi^2]), alive, own_feature ("" if dead), own_score
     neuron_features: layer, neuron, feature, score_inside, score_outside (eq. 2), mean, s, f1_train, f1_test
     probes: the ten best probes of each feature with both scores and their intervals
-    significance: scores of the probed neurons against those of random ones, a row a feature
+    significance: scores of the probed neurons against those of random ones, a row for each feature
     scale: one row: K-S statistic, mean own score and suggested share of the model
-    layers: kurtosis, dead share, scale, own score and suggested share, a row a layer
-    fkr: false killing rate, a row a layer (-1: all together) and share
-    resamples: what `layer_change` pairs: a row a layer and bootstrap resample
+    layers: kurtosis, dead share, scale, own score and suggested share, a row for each layer
+    fkr: false killing rate, a row for each layer (-1: all together) and share
+    resamples: what `layer_change` pairs, a row for each layer and bootstrap resample
 
 Columns *_low and *_high are 95 % bootstrap intervals over texts. Dead neurons have scores and F1 of 0 and no own
-feature, and are left out of means over own features and of samples.
+feature. Means over own features and samples of neurons leave them out.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from l2e_ds.analysis.measures import SHARES, Array, FalseKilling
 from l2e_ds.errors import ConfigError
 
 RANDOM_NEURONS = 1000
-REPORTED_SHARE = 0.02  # the paper's default; whose FKR is compared between models and over time
+REPORTED_SHARE = 0.02  # the paper's default: the FKR at this share is compared between models and over time
 REPORTED_SHARES = (0.01, REPORTED_SHARE, 0.05)
 Tables = dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class LayerTexts:
-    """What the first pass collected of a layer; each [texts, N] float32, perhaps mapped from a file.
+    """What the first pass collected of a layer, each [texts, N] float32, possibly mapped from a file.
 
-    mean, variance: of a text's activations, the variance divided by T (0 where a text is one sample). probed: what
-    probing sees of a text, its mean or its largest activation.
+    mean, variance: moments of a text's activations; the variance is divided by T (0 if a text is one sample). probed:
+    the value by which a text is probed, its mean or its largest activation.
     """
 
     mean: Array
@@ -52,9 +53,9 @@ class LayerTexts:
 
 @dataclass(frozen=True)
 class LayerOwn:
-    """By what the second pass counts the scores of a layer; [N] each.
+    """The moments and own features by which the second pass counts the scores of a layer, [N] each.
 
-    mean, s: float64, over all tokens; own: int64, index of the own feature l*, -1 for dead neurons, which are not
+    mean, s: float64, over all tokens; own: int64, index of the own feature l*, or -1 for dead neurons, which are not
     counted.
     """
 
@@ -67,8 +68,8 @@ class LayerOwn:
 class LayerCounts:
     """What the second pass counted of a layer.
 
-    histogram: [texts, 2, BINS] integer, scores of a text's tokens by bin, index 1 where the text's feature is the
-    neuron's own; fourth: [N] float64, mean of phi^2 over all tokens.
+    histogram: [texts, 2, BINS] integer, scores of a text's tokens by bin; index 1 counts the neurons whose own feature
+    is the text's; fourth: [N] float64, mean of phi^2 over all tokens.
     """
 
     histogram: Array
@@ -77,9 +78,9 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class FirstTables:
-    """Stage one. tables: those that need no histogram; `neurons` still lacks kurtosis. own: of each layer.
+    """The result of stage one. tables: those that need no histogram; `neurons` still lacks kurtosis. own: by layer.
 
-    tokens: T; weights: [B, texts]; own_score, mean_s: [L, B], of each resample.
+    tokens: T; weights: [B, texts], how often a resample holds each text; own_score, mean_s: [L, B], by resample.
     """
 
     tables: Tables
@@ -92,7 +93,7 @@ class FirstTables:
 
 @dataclass(frozen=True)
 class _LayerMoments:
-    """A layer's neurons, whole; [F, N] but for `own`, `alive` [N] and the resampled own_score, mean_s [B]."""
+    """All neurons of a layer. inside, mean, s: [F, N]; alive, own_score: [N]; resampled_*: [B]."""
 
     own: LayerOwn
     alive: Array
@@ -115,11 +116,11 @@ def first_tables(
     seed: int,
     resamples: int = bootstrap.RESAMPLES,
 ) -> FirstTables:
-    """Everything that follows from each text's moments.
+    """Return everything that follows from each text's moments.
 
-    labels: [texts] int64, index into `features`; tokens: T, 1 where a text is one sample; parameters: the model's, for
-    `scale`. The same seed and labels give the same splits, samples and resamples for every model.
-    Raises ConfigError: fewer than two features, a feature with fewer than two texts, activations that are not finite.
+    labels: [texts] int64, index into `features`; tokens: T, or 1 if a text is one sample; parameters: the model's, for
+    `scale`. The same seed and labels give the same splits, samples and resamples for every model. Raises ConfigError
+    for fewer than two features, a feature with fewer than two texts, or activations that are not finite.
     """
     _check(labels, features)
     weights = bootstrap.resample_weights(labels, resamples, seed)
@@ -162,7 +163,7 @@ def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array
     kurtosis = np.where(neurons["alive"], np.concatenate([layer.fourth for layer in counts]), 0.0)
     neurons.insert(neurons.columns.get_loc("s") + 1, "kurtosis", kurtosis)
     tables["neurons"] = neurons
-    # the texts as they are, then the resamples
+    # The first row is the texts as they are, the others are the resamples.
     weights = np.vstack([np.ones(first.weights.shape[1]), first.weights])
     pairs = [len(layer.histogram) * first.tokens * len(layer.fourth) for layer in counts]
     curves = [
@@ -192,13 +193,13 @@ def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array
 
 
 def layer_change(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """After minus before, a row a layer, from the tables of two models of one shape on the same texts, seed and B.
+    """Return the change between two models of one shape, a row for each layer: values after minus values before.
 
-    Columns: layer, kurtosis (of medians), dead_share, and with paired intervals own_score, mean_s, suggested_share and
-    fkr (at a share of 2 %); own_changed, the share of neurons alive in both whose own feature is another, and
-    own_correlation, of their own scores. The last two have no interval: resampling texts adds noise of its own to
-    each model, which pushes the first up and the second down.
-    Raises ConfigError where layers, neurons or resamples differ.
+    Both were analysed on the same texts with the same seed and B. Columns: layer, kurtosis (of medians), dead_share,
+    and with paired intervals own_score, mean_s, suggested_share and fkr (at a share of 2 %). Of the neurons that are
+    alive in both, own_changed is the share with another own feature, and own_correlation is the correlation of their
+    own scores. These two have no interval: resampling texts adds noise to each model, which increases the first and
+    decreases the second. Raises ConfigError if layers, neurons or resamples differ.
     """
     for name, keys in (("neurons", ["layer", "neuron"]), ("resamples", ["layer", "resample"])):
         old, new = before[name][keys], after[name][keys]
@@ -236,7 +237,7 @@ def _check(labels: Array, features: Sequence[str]) -> None:
 def _layer_moments(
     index: int, layer: LayerTexts, labels: Array, features: int, tokens: int, weights: Array, masks: Array
 ) -> _LayerMoments:
-    """Return one layer in blocks of neurons."""
+    """Return the moments of one layer, computed in blocks of neurons. Raises ConfigError."""
     texts, neurons = layer.mean.shape
     resamples = len(weights)
     own_score_sum, s_sum = np.zeros(resamples), np.zeros(resamples)
@@ -275,10 +276,10 @@ def _layer_moments(
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Scores of a few neurons, where more is asked than a layer's mean.
+    """Scores of the few neurons of which each resample is kept.
 
-    neurons: [chosen], sorted indices among all layers' neurons in order; texts: [F]; inside: [F, chosen]; resampled:
-    [B, F, chosen].
+    neurons: [chosen], sorted indices among all layers' neurons in order; texts: [F], texts of each feature; inside:
+    [F, chosen]; resampled: [B, F, chosen].
     """
 
     neurons: Array
@@ -287,7 +288,7 @@ class _Chosen:
     resampled: Array
 
     def of(self, neurons: Array) -> tuple[Array, Array]:
-        """[F, neurons], and of each resample [B, F, neurons]."""
+        """Return the scores of these neurons, [F, neurons], and those of each resample, [B, F, neurons]."""
         at = np.searchsorted(self.neurons, neurons)
         return self.inside[:, at], self.resampled[..., at]
 
@@ -295,7 +296,7 @@ class _Chosen:
 def _choose(
     layers: Sequence[LayerTexts], labels: Array, features: int, tokens: int, weights: Array, neurons: Array
 ) -> _Chosen:
-    """neurons: sorted indices among all layers' neurons in order."""
+    """Return the scores of `neurons`, which are sorted indices among all layers' neurons in order."""
     starts = np.cumsum([0, *(layer.mean.shape[1] for layer in layers)])
     inside, resampled = [], []
     for layer, start, end in zip(layers, starts[:-1], starts[1:], strict=True):
@@ -312,7 +313,7 @@ def _choose(
 
 
 def _places(found: list[_LayerMoments]) -> pd.DataFrame:
-    """layer, neuron of all neurons in order."""
+    """Return the columns layer and neuron of all neurons in order."""
     sizes = [len(layer.alive) for layer in found]
     return pd.DataFrame(
         {"layer": np.repeat(np.arange(len(sizes)), sizes), "neuron": np.concatenate([np.arange(n) for n in sizes])}
@@ -320,7 +321,7 @@ def _places(found: list[_LayerMoments]) -> pd.DataFrame:
 
 
 def _neurons(found: list[_LayerMoments], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
-    names = np.array([*features, ""], dtype=object)  # -1, dead, is the last
+    names = np.array([*features, ""], dtype=object)  # the index of dead neurons, -1, is the last
     return place.assign(
         mean=np.concatenate([layer.own.mean for layer in found]),
         s=np.concatenate([layer.own.s for layer in found]),
@@ -334,7 +335,7 @@ def _neuron_features(
     found: list[_LayerMoments], texts: Array, features: Sequence[str], place: pd.DataFrame
 ) -> pd.DataFrame:
     def rows(parts: list[Array]) -> Array:
-        """[F, N] of each layer -> all neurons' features, neuron by neuron."""
+        """Return the values of all layers, [F, N] each, in the order of the rows: neuron by neuron."""
         return np.concatenate([part.T.ravel() for part in parts])
 
     repeated = place.loc[place.index.repeat(len(features))].reset_index(drop=True)
@@ -379,10 +380,10 @@ def _probes(
 
 
 def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _Chosen) -> pd.DataFrame:
-    """Return one-sided Mann-Whitney of the probed neurons' scores inside the feature against random neurons'.
+    """Return one-sided Mann-Whitney tests of the probed neurons' scores inside the feature against random neurons'.
 
-    A probed neuron that is in the sample too is left out of the latter. The probed were found on the same texts: see p
-    as a description of these texts, as in the paper.
+    A probed neuron that is also in the sample is left out of the sample. The probed neurons were found on the same
+    texts, so that p describes these texts only, as in the paper.
     """
     from scipy import stats
 
@@ -397,7 +398,7 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
             ratios = resampled[:, f].mean(axis=1) / random_resampled[:, f].mean(axis=1)
             row |= {"random_score": random.mean(), "ratio": monosemantic.mean() / random.mean()}
             row |= _bounds("ratio", ratios) | {"u": test.statistic, "p_value": test.pvalue}
-        else:  # a model with as few neurons as are probed
+        else:  # the model has no more neurons than are probed
             names = ("random_score", "ratio", "ratio_low", "ratio_high", "u", "p_value")
             row |= dict.fromkeys(names, np.nan)
         rows.append(row | {"p_adjusted": np.nan, "monosemantic": len(monosemantic), "random": len(random)})
@@ -433,12 +434,8 @@ def _layers(first: FirstTables, neurons: pd.DataFrame, suggestions: list[tuple[A
 
 
 def _suggested(share: Array, rate: Array) -> dict[str, Any]:
-    """[1 + B] each, the first of the texts as they are."""
-    return {
-        "suggested_share": share[0],
-        **_bounds("suggested_share", share[1:]),
-        "suggested_fkr": rate[0],
-    }
+    """Return the columns of a suggested share and its FKR, [1 + B] each: the texts as they are, then the resamples."""
+    return {"suggested_share": share[0], **_bounds("suggested_share", share[1:]), "suggested_fkr": rate[0]}
 
 
 def _fkr(layer: int, curve: FalseKilling, pairs: int) -> pd.DataFrame:
@@ -457,12 +454,12 @@ def _fkr(layer: int, curve: FalseKilling, pairs: int) -> pd.DataFrame:
 
 
 def _bounds(name: str, resampled: Array) -> dict[str, Any]:
-    """[B, ...] -> the two columns of its interval."""
+    """Return the columns NAME_low and NAME_high of an interval, given the resamples, [B, ...]."""
     low, high = bootstrap.interval(resampled)
     return {f"{name}_low": low, f"{name}_high": high}
 
 
 def _at_reported_share(fkr: pd.DataFrame) -> pd.Series:
-    """Return a layer's FKR at 2 %, in order of layers."""
+    """Return each layer's FKR at a share of 2 %, in the order of layers."""
     rows = fkr[(fkr["share"] == REPORTED_SHARE) & (fkr["layer"] >= 0)]
     return rows.sort_values("layer")["fkr"].reset_index(drop=True)

@@ -1,8 +1,8 @@
-"""Tokenise text into Megatron's .bin/.idx, one sequence a document.
+"""Tokenise text into Megatron's .bin/.idx, one sequence for each document.
 
-Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json (what it was made from); with --held-out also PREFIX_held_out.*.
-What is unfinished lies in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command goes on from there. The
-result does not depend on the number of workers.
+Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json, which says what they were made from; with --held-out also
+PREFIX_held_out.*. Unfinished files are in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command resumes
+from there. The result does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="documents kept apart in PREFIX_held_out, chosen by a hash of their content (default: none)",
+        help="share of documents to write to PREFIX_held_out, chosen by a hash of their content (default: none)",
     )
     parser.add_argument(
         "--deduplicate",
         action="store_true",
-        help="of documents with the same text keep the first; by 64-bit hashes: of 200 million different documents one"
-        " would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory a document",
+        help="keep only the first of documents with the same text, by 64-bit hashes: of 200 million different documents"
+        " one would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory for each document",
     )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after the document that reaches N")
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="processes that tokenise (default: one a core; 0: this one)"
+        "--workers", type=_count, metavar="N", help="processes that tokenise (default: one for each core; 0: this one)"
     )
 
 
@@ -71,13 +71,13 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=(*PATTERNS, "hub"),
-        help="default: by the names; text: each file is a document; jsonl also as .gz, .bz2, .xz, .zst; hub: a data set"
-        " of the Hugging Face hub, or in a local folder, streamed",
+        help="format of INPUT (default: by the names); text: each file is a document; jsonl also as .gz, .bz2, .xz,"
+        " .zst; hub: a data set of the Hugging Face hub or in a local folder, streamed",
     )
     parser.add_argument("--text-key", default="text", metavar="KEY", help="field that holds the text (default: text)")
-    parser.add_argument("--subset", metavar="NAME", help="of a hub data set: its configuration")
-    parser.add_argument("--split", metavar="NAME", help="of a hub data set (default: train)")
-    parser.add_argument("--revision", metavar="NAME", help="of a hub data set: branch, tag or commit")
+    parser.add_argument("--subset", metavar="NAME", help="configuration of a hub data set")
+    parser.add_argument("--split", metavar="NAME", help="split of a hub data set (default: train)")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub data set")
     parser.add_argument("--max-documents", type=positive, metavar="N", help="take only the first N documents")
     parser.add_argument(
         "--skip-bad",
@@ -108,7 +108,7 @@ def _count(word: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's wish: as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a scheduler asks to stop, as Ctrl-C does
     try:
         _tokenize(arguments)
     except DataError as error:
@@ -133,12 +133,12 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     if config.held_out:
         parts["held_out"] = f"{parts['train']}_held_out"
     with Exclusive(_partial(arguments.output)) as own:
-        # Killed while its files got their last names, or after that and before the folder was removed:
-        is_named = _finals(parts["train"])[-1].exists() and (own.folder / JOURNAL).exists()
-        is_named &= not (own.folder / "train.bin").exists()
-        is_complete = is_named or (own.folder / "train.json").exists()
+        # An earlier process may have been killed after its files were renamed, but before the folder was removed.
+        is_renamed = _final_files(parts["train"])[-1].exists() and (own.folder / JOURNAL).exists()
+        is_renamed &= not (own.folder / "train.bin").exists()
+        is_complete = is_renamed or (own.folder / "train.json").exists()
         for prefix in () if is_complete else parts.values():
-            for path in _finals(prefix):
+            for path in _final_files(prefix):
                 if path.exists():
                     raise DataError(f"{path} exists already; give another --output, or remove it")
         tokenizer = load_tokenizer(arguments.tokenizer)
@@ -148,8 +148,8 @@ def _tokenize(arguments: argparse.Namespace) -> None:
             say(f"{own.folder}: all was done before; its files get their last names, and the folder is removed")
         else:
             _fill(arguments, config, own.folder, tokenizer, list(parts), asked, begun)
-        for part in reversed(parts):  # `train` last, and of each the .json
-            for path in _finals(parts[part]):
+        for part in reversed(parts):  # `train` is renamed last, and of each part the .json
+            for path in _final_files(parts[part]):
                 if (source := own.folder / f"{part}{path.suffix}").exists():
                     source.replace(path)
         fsync_path(own.folder.parent)
@@ -167,10 +167,10 @@ def _fill(
     asked: dict[str, Any],
     begun: float,
 ) -> None:
-    """All files, complete, in the folder; last train.json."""
+    """Write all files, complete, into the folder, train.json last."""
     dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
-    if left := passed_over(config):
-        say(left)
+    if unread := passed_over(config):
+        say(unread)
     with TokenFiles(folder, parts, dtype, asked) as files:
         if files.goes_on:
             before = files.notes["counts"]
@@ -186,12 +186,12 @@ def _fill(
         )
         files.finish()
     for part in reversed(parts):
-        record = _record(arguments, tokenizer, dtype, counts, part, asked) | {"passed_over": left}
+        record = _record(arguments, tokenizer, dtype, counts, part, asked) | {"passed_over": unread}
         write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
 
 
 def source_of(arguments: argparse.Namespace) -> SourceConfig:
-    """Raises DataError."""
+    """Return the source that the options of `add_input_arguments` describe. Raises DataError."""
     source = arguments.format or _guess_format(arguments.input)
     if source == "hub":
         if len(arguments.input) > 1:
@@ -212,7 +212,6 @@ def source_of(arguments: argparse.Namespace) -> SourceConfig:
 
 
 def _config(arguments: argparse.Namespace) -> DataConfig:
-    """Raises DataError."""
     source = source_of(arguments)
     if not 0 <= arguments.held_out < 1:
         raise DataError(f"--held-out: got {arguments.held_out}, must be at least 0 and below 1")
@@ -225,6 +224,7 @@ def _config(arguments: argparse.Namespace) -> DataConfig:
 
 
 def _guess_format(names: list[str]) -> Any:
+    """Return the one format that all names have. Raises DataError."""
     found = {_format_of(name) for name in names}
     if len(found) > 1 or None in found:
         raise DataError(
@@ -238,25 +238,28 @@ def _format_of(name: str) -> str | None:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return "hub"
-        held = [kind for kind, patterns in PATTERNS.items() if any(next(path.glob(p), None) for p in patterns)]
-        return held[0] if len(held) == 1 else None
-    plain = path.with_suffix("") if path.suffix in COMPRESSED else path
-    if plain.suffix in _SUFFIXES:
-        return _SUFFIXES[plain.suffix]
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists() and not looks_local(name)
-    return "hub" if is_name else None
+        kinds = [kind for kind, patterns in PATTERNS.items() if any(next(path.glob(p), None) for p in patterns)]
+        return kinds[0] if len(kinds) == 1 else None
+    uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
+    if uncompressed.suffix in _SUFFIXES:
+        return _SUFFIXES[uncompressed.suffix]
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists() and not looks_local(name)
+    return "hub" if is_hub_name else None
 
 
 def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return all that decides the result (--skip-bad may be given later: what was fine before stays)."""
+    """Return all that decides the result.
+
+    --skip-bad is not among it: a command may resume with it, which does not change what was written before.
+    """
     options = ("append_eod", "deduplicate", "held_out", "max_documents", "max_tokens", "text_key")
     return {
         "INPUT": [identity(path) for path in source_files(config)] or config.path,
         "--format": config.source,
         "--tokenizer": tokenizer_digest(tokenizer),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},
-        **({f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")}),
-        "format": 1,  # raise when the same command must give other files
+        **{f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")},
+        "format": 1,  # increase it when the same command must give other files
     }
 
 
@@ -268,7 +271,7 @@ def _record(
     part: str,
     asked: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return what stands in PREFIX.json."""
+    """Return the content of PREFIX.json."""
     name = arguments.tokenizer
     return {
         "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
@@ -297,12 +300,12 @@ def _partial(output: str) -> Path:
     return Path(f"{_prefix(output)}.partial")
 
 
-def _finals(prefix: str) -> list[Path]:
+def _final_files(prefix: str) -> list[Path]:
     return [Path(prefix + suffix) for suffix in (".bin", ".idx", ".json")]
 
 
 def _summary(parts: dict[str, str], seconds: float) -> str:
-    """After the files have got their names; of all runs that it took, except the seconds."""
+    """Return what was written, as PREFIX.json says it, which counts interrupted commands, too; `seconds` do not."""
     lines = []
     for part, prefix in parts.items():
         record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Packed sequences over a flat array of tokens. T: tokens a sequence, n: sequences a batch."""
+"""Sequences of equal length, packed over a flat array of tokens. T: tokens a sequence, n: sequences a batch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from l2e_ds.errors import DataError
 
 
 class TokenDataset:
-    """Sequence i is tokens[start + i*stride : ... + T + 1], all below `stop`: T inputs and, one further, T targets.
+    """The sequences of T + 1 tokens, each T inputs and, shifted by one, T targets, in tokens[start:stop].
 
-    With the default stride T, as in Megatron and GPT-NeoX, the last target of a sequence is the first input of the
-    next. Stride T + 1 is for data stored as separate sequences of T + 1 tokens (Pythia's preshuffled Pile).
-    `tokens`: integers, flat, usually memory-mapped. `name`: the file, for errors.
-    `documents`: the set that `tokens` are of. With stride T + 1 it is to hold documents of T + 1 tokens only, and every
-    sequence that is read is looked up there.
+    Sequence i begins at start + i*stride. With the default stride T, as in Megatron and GPT-NeoX, the last target of a
+    sequence is the first input of the next. Stride T + 1 is for data stored as separate sequences of T + 1 tokens
+    (Pythia's preshuffled Pile).
+
+    tokens: integers, flat, usually memory-mapped. name: what errors call the file. documents: the set that `tokens`
+    belong to. With stride T + 1 all its documents must have T + 1 tokens, which is checked for every sequence read.
     """
 
     def __init__(
@@ -49,22 +50,25 @@ class TokenDataset:
         return max(0, (self.num_tokens - self.sequence_length - 1) // self.stride + 1)
 
     def __getitem__(self, i: int) -> np.ndarray:
-        """int64 [T+1]. Raises IndexError, and DataError for an id outside the vocabulary."""
+        """Return sequence i, int64 [T+1]. Raises what `batch` raises."""
         return self.batch([i])[0]
 
+    def _evenly_spaced(self, count: int) -> np.ndarray:
+        return np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64))
+
     def check_vocabulary(self, at_most: int = 1 << 21) -> None:
-        """Raise DataError where an id is outside the vocabulary; of larger sets evenly spaced sequences are looked at,
-        about `at_most` tokens in all. (Every batch is checked again when it is read.)"""
+        """Raise DataError if an id is outside the vocabulary, as far as about `at_most` tokens tell.
+
+        They are those of evenly spaced sequences. Every batch is checked again when it is read.
+        """
         count = min(len(self), max(1, at_most // (self.sequence_length + 1)))
-        for part in np.array_split(
-            np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)), max(1, count // 512)
-        ):
-            self.batch(part)
+        for indices in np.array_split(self._evenly_spaced(count), max(1, count // 512)):
+            self.batch(indices)
 
     def fingerprint(self) -> str:
-        """16 hex digits of the content (number of sequences and 256 of them, evenly spaced), not of where it lies."""
+        """Return 16 hex digits that depend on the content only: the sequences' number and length, and 256 of them."""
         digest = hashlib.sha256(f"{len(self)}/{self.sequence_length}".encode())
-        for index in np.unique(np.linspace(0, len(self) - 1, 256).astype(np.int64)):
+        for index in self._evenly_spaced(256):
             digest.update(self[int(index)].tobytes())
         return digest.hexdigest()[:16]
 
@@ -73,8 +77,11 @@ class TokenDataset:
         return self.start + int(i) * self.stride
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """int64 [n, T+1]. Raises IndexError, and DataError for an id outside the vocabulary or a sequence that is no
-        document although sequences are stored apart."""
+        """Return the sequences with these indices, int64 [n, T+1].
+
+        Raises IndexError, and DataError for an id outside the vocabulary or, with stride T + 1, for a sequence that is
+        not one document.
+        """
         width = self.sequence_length + 1
         rows = np.empty((len(indices), width), dtype=np.int64)
         numbers = np.asarray(indices, dtype=np.int64)

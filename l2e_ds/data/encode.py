@@ -1,6 +1,6 @@
-"""What one process does with a chunk of raw input: read its records, hash them, tokenise them.
+"""Read the records of a chunk of raw input, hash and tokenise them.
 
-Imported by worker processes: neither torch nor transformers may be imported here. n: documents of a chunk.
+Worker processes import this module, so it must import neither torch nor transformers. n: documents of a chunk.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ import numpy as np
 from l2e_ds.data.sources import Chunk
 from l2e_ds.errors import DataError
 
-_BATCH_CHARACTERS = 1 << 20  # text tokenised at once: the library needs some hundred bytes for each of its tokens
+_BATCH_CHARACTERS = 1 << 20  # tokenised at once: the library needs some hundred bytes of memory for each token
 _PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces
 _CUT = re.compile(r"(?<=[^\W_])[ \n]")
-# After a letter or digit, before an ASCII character that is neither, nor an apostrophe: there _PATTERNS have a
-# boundary, whatever stands around it, and NFC, to which such an ASCII character is a wall, does not join the two sides.
+# Split between a letter or digit and an ASCII character that is neither of them nor an apostrophe. All _PATTERNS split
+# there, whatever stands around it, and NFC does not combine the two sides, as it changes no such ASCII character.
 _WORDS = re.compile(r"(?<=[^\W_])(?=[\t\n\r !-&(-/:-@\[-`{-~])").split
-# How GPT-2 (and Pythia), Llama 3 and Qwen 2 cut texts into words before the bytes of a word are merged.
+# How GPT-2 (and Pythia), Llama 3 and Qwen 2 split texts into words before the bytes of a word are merged.
 _GPT_2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 _PATTERNS = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in (r"\p{N}{1,3}", r"\p{N}")
 ]
-_MEMO_ENTRIES = 1 << 18  # about 50 MB a process
+_MEMO_ENTRIES = 1 << 18  # words whose token ids are kept: about 50 MB in each process
 _MEMO_CHARACTERS = 32
 _PROBE = (
     "Some words, and 12.5 + 1,000,000; f(x[0])={'a': b_1}\tdon't we'll\r\n\r\nHe said: \"so\"...\n\n\n    return -x"
@@ -41,50 +41,50 @@ _PROBE = (
 
 
 def digest(text: str) -> int:
-    """64 bits of a document's content."""
+    """Return a 64-bit hash of a document's content."""
     return int.from_bytes(hashlib.blake2b(text.encode()).digest()[:8], "big")
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The documents of a chunk, up to the first bad record unless those are skipped."""
+    """The documents of a chunk, up to the first bad record unless bad records are skipped."""
 
     tokens: np.ndarray
-    """Of all documents, one after the other, flat."""
+    """The tokens of all documents, one after the other, flat."""
     lengths: np.ndarray
-    """Tokens a document, int64 [n]."""
+    """The number of tokens of each document, int64 [n]."""
     digests: np.ndarray
-    """uint64 [n]."""
+    """The hash of each document's text, uint64 [n]."""
     empty: int
-    """Records without text; they are no documents."""
+    """The number of records without text. They are not counted as documents."""
     bad: int
-    """Records that were skipped."""
+    """The number of bad records that were skipped."""
     error: DataError | None
     """What is wrong with the first bad record."""
 
 
 class Encoder:
-    """Chunks -> `Encoded`.
+    """A callable that makes an `Encoded` of a chunk.
 
-    `tokenizer`: the content of a tokenizer.json. `end_of_text`: id put after each document, None: none. `dtype`: of the
-    tokens, must hold the vocabulary. `skip_bad`: count bad records and go on.
+    tokenizer: the content of a tokenizer.json. end_of_text: id to put after each document, or None. dtype: of the
+    tokens; it must hold every id of the vocabulary. skip_bad: count bad records instead of ending at the first.
     """
 
     def __init__(self, tokenizer: str, text_key: str, end_of_text: int | None, dtype: np.dtype, skip_bad: bool) -> None:
         from tokenizers import Tokenizer
 
         self._backend = Tokenizer.from_str(tokenizer)
-        self._backend.no_truncation()  # documents are packed, never cut or filled up, whatever the file asks for
+        # Documents are packed, so they are neither truncated nor padded, even if the file says so.
+        self._backend.no_truncation()
         self._backend.no_padding()
         self._text_key, self._dtype, self._skip_bad = text_key, dtype, skip_bad
         self._end = np.array([] if end_of_text is None else [end_of_text], dtype)
         self._may_cut = may_cut(self._backend)
         added = self._backend.get_added_tokens_decoder().values()
         self._added = [token.content for token in added if len(_WORDS(token.content)) > 1]
-        self._memo: dict[str, bytes] = {}  # token ids of words
+        self._memo: dict[str, bytes] = {}  # word -> its token ids
 
     def __call__(self, chunk: Chunk) -> Encoded:
-        """Raises DataError for what is no matter of a single record."""
         texts: list[str] = []
         empty = bad = 0
         error = None
@@ -111,34 +111,35 @@ class Encoder:
         return Encoded(tokens, lengths, digests, empty, bad, error)
 
     def _encode(self, texts: list[str]) -> Iterator[tuple[int, np.ndarray, bool]]:
-        """(number of the text, token ids of a piece of it, whether it is the last piece), in order."""
+        """Yield (number of the text, token ids of a piece of it, whether it is the last piece), in order."""
         batch: list[tuple[int, str, bool]] = []
-        size = 0
+        characters = 0
         for number, text in enumerate(texts):
             cut = list(pieces(text)) if self._may_cut else [text]
             for i, piece in enumerate(cut):
                 batch.append((number, piece, i == len(cut) - 1))
-                size += len(piece)
-                if size >= _BATCH_CHARACTERS:
+                characters += len(piece)
+                if characters >= _BATCH_CHARACTERS:
                     yield from self._encode_batch(batch)
-                    batch, size = [], 0
+                    batch, characters = [], 0
         yield from self._encode_batch(batch)
 
     def _encode_batch(self, batch: list[tuple[int, str, bool]]) -> Iterator[tuple[int, np.ndarray, bool]]:
         if not self._may_cut or any(self._holds_added_token(piece) for _, piece, _ in batch):
             yield from self._encode_whole(batch)
             return
-        # Words repeat: the library is asked only for those not met before, which is most of its time.
+        # Words repeat. Asking the library only for new ones saves most of the time.
         memo = self._memo
-        cut = [_WORDS(piece) for _, piece, _ in batch]
-        new = list(set(chain.from_iterable(cut)).difference(memo))
-        if not all(map(_ends_in_one_letter, new)):
+        words_of_pieces = [_WORDS(piece) for _, piece, _ in batch]
+        new_words = list(set(chain.from_iterable(words_of_pieces)).difference(memo))
+        if not all(map(_ends_in_one_letter, new_words)):
             yield from self._encode_whole(batch)
             return
-        memo.update(zip(new, (np.array(ids, self._dtype).tobytes() for ids in self._ids(new)), strict=True))
-        for (number, _, is_last), words in zip(batch, cut, strict=True):
+        new_ids = (np.array(ids, self._dtype).tobytes() for ids in self._ids(new_words))
+        memo.update(zip(new_words, new_ids, strict=True))
+        for (number, _, is_last), words in zip(batch, words_of_pieces, strict=True):
             yield number, np.frombuffer(b"".join(map(memo.__getitem__, words)), self._dtype), is_last
-        for word in new:
+        for word in new_words:
             if len(word) > _MEMO_CHARACTERS or len(memo) > _MEMO_ENTRIES:
                 del memo[word]
 
@@ -147,16 +148,16 @@ class Encoder:
             yield number, np.array(ids, self._dtype), is_last
 
     def _holds_added_token(self, text: str) -> bool:
-        """Return one that would be cut, such as <|endoftext|>."""
-        starts = {token[:2] for token in self._added}  # llama has hundreds of added tokens, which begin alike
+        """Return whether the text holds an added token that would be cut, such as <|endoftext|>."""
+        starts = {token[:2] for token in self._added}  # few: the hundreds of added tokens of Llama begin alike
         return any(start in text for start in starts) and any(token in text for token in self._added)
 
     def _ids(self, texts: list[str]) -> Iterator[list[int]]:
-        return (one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False))
+        return (encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False))
 
 
 def pieces(text: str) -> Iterator[str]:
-    """Cut a long text before a blank that follows a letter or digit (one of the places of `_WORDS`)."""
+    """Cut a long text before blanks that follow a letter or digit, where `_WORDS` also cuts."""
     start = 0
     while len(text) - start > _PIECE_CHARACTERS and (cut := _CUT.search(text, start + _PIECE_CHARACTERS)):
         yield text[start : cut.start()]
@@ -165,19 +166,20 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def _ends_in_one_letter(word: str) -> bool:
-    """Return whether its last character stays a letter or digit.
+    """Return whether the last character of a word, if it is a letter or digit, is one after NFC, too.
 
-    NFC takes some letters of Indic and Hebrew script apart: what then stands last is a mark, which the patterns join
+    NFC decomposes some letters of Indic and Hebrew script. The last character is then a mark, which the patterns join
     with what follows.
     """
     return word.isascii() or not word[-1].isalnum() or unicodedata.normalize("NFC", word[-1])[-1].isalnum()
 
 
 def may_cut(backend: Any) -> bool:
-    """Return whether the words of a text, one by one, give the tokens of the whole.
+    """Return whether tokenising a text word by word gives the tokens of the whole text.
 
-    Known of byte-level BPE with the patterns above, not normalised or by NFC. Not so for tokenizers that mark the
-    beginning of a text (SentencePiece), merge over blanks or draw lots (dropout); unknown ones are not cut.
+    That is so for byte-level BPE with the patterns above, without normalisation or with NFC. It is not so for
+    tokenizers that mark the beginning of a text (SentencePiece), merge over blanks or are random (dropout). Other
+    tokenizers are taken for such.
     """
     described = json.loads(backend.to_str())
     if described["model"].get("type") != "BPE" or described["model"].get("dropout"):
@@ -187,18 +189,17 @@ def may_cut(backend: Any) -> bool:
     for token in described["added_tokens"]:
         if token["single_word"] or token["rstrip"] or _CUT.search(token["content"]):
             return False
-        if token["normalized"] and len(_WORDS(token["content"])) > 1:  # it may stand in the text in another form
+        if token["normalized"] and len(_WORDS(token["content"])) > 1:  # the text may hold it in another form
             return False
     words = _WORDS(_PROBE)
     ends = {end for _, (_, end) in backend.pre_tokenizer.pre_tokenize_str(_PROBE)}
     whole = backend.encode(_PROBE, add_special_tokens=False).ids
-    return ends.issuperset(accumulate(map(len, words))) and whole == [
-        id for word in words for id in backend.encode(word, add_special_tokens=False).ids
-    ]
+    by_words = [id for word in words for id in backend.encode(word, add_special_tokens=False).ids]
+    return ends.issuperset(accumulate(map(len, words))) and whole == by_words
 
 
 def _is_known(pre_tokenizer: dict | None) -> bool:
-    """Return whether it is GPT-2's, or one of _PATTERNS and bytes."""
+    """Return whether a pre-tokenizer is GPT-2's, or splits by one of _PATTERNS and then into bytes."""
     found = {key: value for key, value in (pre_tokenizer or {}).items() if key != "trim_offsets"}
     if found == _GPT_2:
         return True
@@ -207,16 +208,3 @@ def _is_known(pre_tokenizer: dict | None) -> bool:
     split, byte_level = ({k: v for k, v in part.items() if k != "trim_offsets"} for part in found["pretokenizers"])
     known = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in _PATTERNS]
     return split in known and byte_level == {**_GPT_2, "use_regex": False}
-
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def set_up(*arguments: Any) -> None:
-    global _encoder
-    _encoder = Encoder(*arguments)
-
-
-def encode(chunk: Chunk) -> Encoded:
-    assert _encoder is not None
-    return _encoder(chunk)

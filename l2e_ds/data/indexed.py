@@ -1,6 +1,7 @@
-"""Megatron's `.bin/.idx` token files: read (memory-mapped) and write.
+"""Read (memory-mapped) and write Megatron's `.bin/.idx` token files.
 
-The format of Megatron-LM (megatron/core/datasets/indexed_dataset.py) and GPT-NeoX (megatron/data/indexed_dataset.py).
+The format is that of Megatron-LM (megatron/core/datasets/indexed_dataset.py) and GPT-NeoX
+(megatron/data/indexed_dataset.py).
 
 `.bin` holds the token ids of all sequences one after the other. `.idx`, little endian:
 
@@ -13,8 +14,8 @@ The format of Megatron-LM (megatron/core/datasets/indexed_dataset.py) and GPT-Ne
     int64[S]    byte offset of each sequence in .bin
     int64[D]    first sequence of each document, and S at the end
 
-Instead of one .bin there may be parts of it, as of Pythia's release: PREFIX-00000-of-00020.bin to
-PREFIX-00020-of-00020.bin (EleutherAI/pythia, utils/unshard_memmap.py: numbered 0 to N of N) or 0 to N-1 of N.
+The .bin may be split into several files, as in Pythia's release: PREFIX-00000-of-00020.bin to
+PREFIX-00020-of-00020.bin (EleutherAI/pythia, utils/unshard_memmap.py, numbers them 0 to N of N), or 0 to N-1 of N.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -49,18 +49,19 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
     8: np.uint16,
 }
 FLOAT_CODES = (6, 7)
-_CHUNK = 1 << 20  # entries of the index read at once: bounds memory for an index of 10^8 sequences
-# Opening looks at so many runs of sequences, evenly spaced: two or three pages each, however long the index is.
-_RUNS, _RUN = 64, 256
+_CHUNK = 1 << 20  # entries of the index that are read at once, which bounds memory for an index of 10^8 sequences
+# When a set is opened, this many spans of this many sequences are checked, evenly spaced over the index: two or three
+# pages each, however long the index is.
+_SPANS, _SPAN = 64, 256
 
 
 def best_dtype(vocab_size: int) -> type[np.integer]:
-    """Return the dtype Megatron stores a vocabulary of this size in: uint16 below 65500, else int32."""
+    """Return the dtype in which Megatron stores a vocabulary of this size: uint16 below 65500, else int32."""
     return np.uint16 if vocab_size < 65500 else np.int32
 
 
 def pair(prefix: str | Path) -> tuple[Path, Path]:
-    """Return paths of .bin and .idx. A prefix that already ends in one of them is taken without it."""
+    """Return the paths of .bin and .idx. Either suffix is dropped from a prefix that ends in it."""
     text = str(prefix)
     if text.endswith((".bin", ".idx")):
         text = text[:-4]
@@ -68,7 +69,7 @@ def pair(prefix: str | Path) -> tuple[Path, Path]:
 
 
 def read_sidecar(prefix: str | Path) -> dict[str, Any]:
-    """PREFIX.json, what `l2e-ds tokenize` says about its files; empty where there is none. Raises DataError."""
+    """Return PREFIX.json, in which `l2e-ds tokenize` describes its files, or {} if there is none. Raises DataError."""
     path = pair(prefix)[0].with_suffix(".json")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -82,7 +83,10 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any]:
 
 
 class TokenParts:
-    """Several arrays of one dtype, flat, as one: `len` and slices. What lies in one of them is a view, else a copy."""
+    """Several flat arrays of one dtype that are read as one, by `len` and slices.
+
+    A slice is a view if it lies within one of the arrays, else a copy.
+    """
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self._parts = parts
@@ -96,16 +100,20 @@ class TokenParts:
         if step != 1:
             raise ValueError(f"step {step}")
         first = max(0, min(bisect_right(self._starts, start), len(self._parts)) - 1)
-        found = []
+        slices = []
         for part, begin in zip(self._parts[first:], self._starts[first:], strict=False):
-            found.append(part[start - begin if start > begin else 0 : max(0, stop - begin)])
+            slices.append(part[max(0, start - begin) : max(0, stop - begin)])
             if begin + len(part) >= stop:
                 break
-        return found[0] if len(found) == 1 else np.concatenate(found)
+        return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
 
 class _Pair:
-    """One .idx and its .bin or parts of it. Opening costs the same for any number of sequences."""
+    """One .idx and its .bin, or the files into which that is split. Opening it takes the same time for any length.
+
+    tokens: how many; lengths: tokens of each sequence, int32 [S]; pointers: byte offset of each sequence, int64 [S];
+    first_sequence: first sequence of each document, int64 [D], or None if document i is sequence i.
+    """
 
     def __init__(self, prefix: str | Path) -> None:
         self.bin_path, self.idx_path = pair(prefix)
@@ -115,10 +123,10 @@ class _Pair:
         try:
             self._read_header()
             self._check_ends()
-            for first in _evenly_spaced_runs(self.sequences):
-                self.check_sequences(first, min(self.sequences, first + _RUN))
-            for first in _evenly_spaced_runs(self.documents):
-                self.check_documents(first, min(self.documents, first + _RUN))
+            for first in _evenly_spaced_spans(self.sequences):
+                self.check_sequences(first, min(self.sequences, first + _SPAN))
+            for first in _evenly_spaced_spans(self.documents):
+                self.check_documents(first, min(self.documents, first + _SPAN))
             self.tokens = self._check_sizes() // self.dtype.itemsize
             self.maps = [_map(path) for path in self.bin_paths]
             self.parts = [np.frombuffer(content, self.dtype) for content in self.maps]
@@ -151,7 +159,6 @@ class _Pair:
         pointers_at, documents_at = start + 4 * self.sequences, start + 12 * self.sequences
         self.lengths = raw[start:pointers_at].view("<i4")
         self.pointers = raw[pointers_at:documents_at].view("<i8")
-        # None: document i is sequence i
         self.first_sequence = raw[documents_at:].view("<i8") if entries > 1 else None
         self.documents = self.sequences if entries < 2 else entries - 1
 
@@ -163,7 +170,7 @@ class _Pair:
             raise self._bad_pointer(0, 0)
 
     def _check_sizes(self) -> int:
-        """Return the bytes of all sequences."""
+        """Return the bytes of all sequences. Raises DataError if the .bin files hold another number of bytes."""
         sizes = [path.stat().st_size for path in self.bin_paths]
         width = self.dtype.itemsize
         described = int(self.pointers[-1]) + int(self.lengths[-1]) * width if self.sequences else 0
@@ -178,11 +185,11 @@ class _Pair:
         return described
 
     def check_sequences(self, first: int, stop: int) -> None:
-        """Raise DataError where one of these sequences does not begin where the one before it ends."""
+        """Raise DataError if one of these sequences does not begin where the one before it ends."""
         begin = max(0, first - 1)
         lengths = self.lengths[begin:stop].astype(np.int64)
         if len(lengths) and lengths.min() < 0:
-            raise self._negative_length(begin + int(lengths.argmin()))
+            raise DataError(f"{self.idx_path}: sequence {begin + int(lengths.argmin())} has a negative length")
         pointers = self.pointers[begin:stop]
         ends = pointers + lengths * self.dtype.itemsize
         wrong = np.flatnonzero(pointers[1:] != ends[:-1])
@@ -190,12 +197,15 @@ class _Pair:
             raise self._bad_pointer(begin + int(wrong[0]) + 1, int(ends[wrong[0]]))
 
     def check_documents(self, first: int, stop: int) -> None:
-        """Raise DataError where the document index falls between these documents."""
+        """Raise DataError if the document index decreases anywhere within these documents."""
         if self.first_sequence is not None and (np.diff(self.first_sequence[first : stop + 1]) < 0).any():
             raise self._bad_document_index()
 
     def starts(self, documents: np.ndarray) -> np.ndarray:
-        """Position of the first token of documents, int64, counted from the start of this pair. Raises DataError."""
+        """Return the position of each document's first token within this pair, int64 [n]. Raises DataError.
+
+        Document `self.documents`, behind the last one, begins at `self.tokens`.
+        """
         sequences = documents if self.first_sequence is None else self.first_sequence[documents]
         if sequences.size and (sequences.min() < 0 or sequences.max() > self.sequences):
             raise self._bad_document_index()
@@ -209,8 +219,11 @@ class _Pair:
 
     @contextmanager
     def read_through(self) -> Iterator[Callable[[], None]]:
-        """While all of the index is read, from its start to its end: read ahead. Yields a function to be called now and
-        then, which gives back the pages that were read; else all of the index would come to lie in memory."""
+        """Read ahead while the whole index is read from its start to its end.
+
+        Yields a function to call now and then: it releases the pages that were read, or else the whole index would stay
+        in memory.
+        """
         content = self._map
         assert isinstance(content, mmap.mmap)  # an index is never empty
         content.madvise(mmap.MADV_SEQUENTIAL)
@@ -218,9 +231,6 @@ class _Pair:
             yield lambda: content.madvise(mmap.MADV_DONTNEED)
         finally:
             content.madvise(mmap.MADV_RANDOM)
-
-    def _negative_length(self, sequence: int) -> DataError:
-        return DataError(f"{self.idx_path}: sequence {sequence} has a negative length")
 
     def _bad_pointer(self, sequence: int, expected: int) -> DataError:
         return DataError(
@@ -239,20 +249,20 @@ def _no_such_file(path: Path) -> DataError:
 
 
 def _bin_files(path: Path) -> list[Path]:
-    """PREFIX.bin, or its parts in order. Raises DataError where one is missing."""
+    """Return PREFIX.bin, or the files into which it is split, in order. Raises DataError if one is missing."""
     if path.is_file():
         return [path]
-    name = re.compile(re.escape(path.stem) + r"-(\d+)-of-(\d+)\.bin")
+    part_name = re.compile(re.escape(path.stem) + r"-(\d+)-of-(\d+)\.bin")
     siblings = path.parent.iterdir() if path.parent.is_dir() else []
-    found = {file: match for file in siblings if (match := name.fullmatch(file.name))}
-    if not found:
+    matches = {file: match for file in siblings if (match := part_name.fullmatch(file.name))}
+    if not matches:
         raise _no_such_file(path)
-    totals = sorted({match[2] for match in found.values()})
+    totals = sorted({match[2] for match in matches.values()})
     if len(totals) > 1:
         raise DataError(f"{path}: parts of different sets lie here: {path.stem}-*-of-{{{','.join(totals)}}}.bin")
-    parts = {int(match[1]): file for file, match in found.items()}
+    parts = {int(match[1]): file for file, match in matches.items()}
     total = int(totals[0])
-    for number in range(total):  # whether part N of N must be there, too, only the sizes tell
+    for number in range(total):  # only the sizes tell whether there must be a part N of N, too
         if number not in parts:
             raise DataError(f"{path.with_name(f'{path.stem}-{number:05}-of-{totals[0]}.bin')}: no such file")
     if max(parts) > total:
@@ -261,10 +271,7 @@ def _bin_files(path: Path) -> list[Path]:
 
 
 def _map(path: Path) -> mmap.mmap | bytes:
-    """Return a file's content, memory-mapped.
-
-    Touching it reads one page and not, as by default, up to megabytes around it.
-    """
+    """Return a file's content, memory-mapped; an access reads one page, not megabytes around it as by default."""
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             return b""
@@ -273,23 +280,26 @@ def _map(path: Path) -> mmap.mmap | bytes:
     return content
 
 
-def _evenly_spaced_runs(count: int) -> list[int]:
-    """Return where runs of _RUN begin that cover all of `count`, or _RUNS of them from its start to its end."""
-    if count <= _RUNS * _RUN:
-        return list(range(0, count, _RUN))
-    return np.linspace(0, count - _RUN, _RUNS).astype(np.int64).tolist()
+def _evenly_spaced_spans(count: int) -> list[int]:
+    """Return where spans of _SPAN entries begin: all of them that cover `count` entries, but _SPANS at most."""
+    if count <= _SPANS * _SPAN:
+        return list(range(0, count, _SPAN))
+    return np.linspace(0, count - _SPAN, _SPANS).astype(np.int64).tolist()
 
 
 class IndexedTokens:
-    """One or several memory-mapped .bin/.idx pairs, one after the other as one set.
+    """One or several memory-mapped .bin/.idx pairs, read one after the other as one set.
 
-    `tokens`: all token ids, flat, of `dtype`: an array, or TokenParts where they lie in several files.
-    `name`: the files, for errors. A document index with fewer than two entries (written where documents were never
-    closed, e.g. preshuffled data) means that every sequence is a document.
+    tokens: all token ids, flat, of `dtype`; a TokenParts if they lie in several files.
+    files: each .bin file and its tokens.
+    name: what errors call the files.
 
-    Opening reads headers, sizes and evenly spaced entries of the index; `check_index` reads all of them. Raises
-    DataError where a file is missing, truncated, of another format, or where sequences are found not to be stored one
-    after the other from the start of .bin to its end.
+    If the document index has fewer than two entries, every sequence is a document. (Writers that never close a
+    document, as for preshuffled data, leave such an index.)
+
+    Opening a set reads headers, sizes and evenly spaced entries of the index; `check_index` reads all entries. Raises
+    DataError if a file is missing, truncated or of another format, or if sequences turn out not to be stored one after
+    the other from the start of .bin to its end.
     """
 
     def __init__(self, prefixes: str | Path | Sequence[str | Path]) -> None:
@@ -302,7 +312,7 @@ class IndexedTokens:
                     " different dtypes cannot be one"
                 )
         self.dtype = first.dtype
-        self.bin_path, self.idx_path = first.bin_path, first.idx_path
+        self.idx_path = first.idx_path
         self.files = [(path, part) for one in self._pairs for path, part in zip(one.bin_paths, one.parts, strict=True)]
         self.name = str(self.files[0][0]) + (f" (and {len(self.files) - 1} more)" if len(self.files) > 1 else "")
         parts = [part for _, part in self.files]
@@ -322,11 +332,11 @@ class IndexedTokens:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens a document, int64 [num_documents]. Reads the whole index."""
+        """Return the tokens of each document, int64 [num_documents]. Reads the whole index."""
         return np.concatenate([np.empty(0, np.int64), *self.lengths_in_chunks()])
 
     def lengths_in_chunks(self) -> Iterator[np.ndarray]:
-        """`lengths` piece by piece, in flat memory."""
+        """Yield `lengths` piece by piece, in constant memory."""
         for one in self._pairs:
             with one.read_through() as release:
                 for first in range(0, one.documents, _CHUNK):
@@ -334,7 +344,7 @@ class IndexedTokens:
                     release()
 
     def starts(self, documents: np.ndarray) -> np.ndarray:
-        """Positions in `tokens` of the first token of documents, int64 [n]; of document num_documents: num_tokens."""
+        """Return the position in `tokens` of each document's first token, int64 [n]; num_tokens for num_documents."""
         documents = np.asarray(documents)
         if documents.size and not (documents.min() >= 0 and documents.max() <= self.num_documents):
             raise IndexError(f"documents {documents.min()} to {documents.max()} of {self.num_documents}")
@@ -349,32 +359,32 @@ class IndexedTokens:
         return starts
 
     def start(self, i: int) -> int:
-        """Position in `tokens` of the first token of document i; num_tokens for i = num_documents."""
+        """Return the position in `tokens` of the first token of document i; num_tokens for i = num_documents."""
         return int(self.starts(np.array([i]))[0])
 
     def document(self, i: int) -> np.ndarray:
-        """Token ids of document i, read-only."""
+        """Return the token ids of document i, read-only. Raises IndexError."""
         if not 0 <= i < self.num_documents:
             raise IndexError(f"document {i} of {self.num_documents}")
         start, stop = self.starts(np.array([i, i + 1])).tolist()
         return self.tokens[start:stop]
 
     def document_at(self, position: int) -> int:
-        """Return the document that holds this token. A binary search in the index."""
+        """Return the document that holds the token at this position, by a binary search in the index."""
         return bisect_right(range(self.num_documents + 1), position, key=self.start) - 1
 
     def all_documents_hold(self, length: int) -> bool:
         """Return whether every document has `length` tokens, as far as totals and evenly spaced documents tell."""
         if self.num_documents == 0 or self.num_tokens != self.num_documents * length:
             return False
-        for first in _evenly_spaced_runs(self.num_documents):
-            documents = np.arange(first, min(self.num_documents, first + _RUN) + 1)
+        for first in _evenly_spaced_spans(self.num_documents):
+            documents = np.arange(first, min(self.num_documents, first + _SPAN) + 1)
             if (self.starts(documents) != documents * length).any():
                 return False
         return True
 
     def check_index(self, advance: Callable[[int], object]) -> None:
-        """Look at all of the index, in flat memory; advance(n) after n more sequences. Raises DataError."""
+        """Check the whole index, in constant memory. Calls advance(n) after n more sequences. Raises DataError."""
         for one in self._pairs:
             with one.read_through() as release:
                 for first in range(0, max(one.sequences, one.documents), _CHUNK):
@@ -385,8 +395,10 @@ class IndexedTokens:
                     advance(max(0, min(stop, one.sequences) - first))
 
     def read_ahead(self, positions: np.ndarray, count: int) -> None:
-        """Ask the system for `count` tokens from each of these positions on, all at once, before they are touched one
-        after the other. (Of what lies in two files the first part only.)"""
+        """Ask the system to read `count` tokens from each of these positions on, before they are accessed one by one.
+
+        Of tokens that lie in two files, only those in the first are asked for.
+        """
         width = self.dtype.itemsize
         for position in positions.tolist():
             at = bisect_right(self._first_of_file, position) - 1
@@ -402,9 +414,9 @@ class IndexedTokens:
 
 
 class IndexedWriter:
-    """Writes a .bin/.idx pair, one sequence a document; both appear under their names only at the end.
+    """Writes a .bin/.idx pair with one sequence for each document.
 
-    A context manager: on a normal exit .bin, then .idx are published; on an exception nothing is left.
+    A context manager: on a normal exit the .bin, then the .idx take their names; an exception leaves neither.
     """
 
     def __init__(self, prefix: str | Path, dtype: type[np.integer]) -> None:
@@ -446,14 +458,11 @@ class IndexedWriter:
         self._lengths.append(ids.size)
         self.tokens += ids.size
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             self._file.close()
             if kind is None:
-                lengths = np.frombuffer(self._lengths, np.int64) if self._lengths else np.empty(0, np.int64)
-                write_index(self._temporary_idx, self.dtype, lengths)
+                write_index(self._temporary_idx, self.dtype, np.array(self._lengths, np.int64))
                 for temporary in (self._temporary_bin, self._temporary_idx):
                     fsync_path(temporary)
                 os.replace(self._temporary_bin, self.bin_path)
@@ -465,16 +474,19 @@ class IndexedWriter:
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
-    """The .idx of one sequence a document; `lengths`: tokens each, int [n], may be memory-mapped. Raises OSError."""
+    """Write an .idx in which each sequence is a document. Raises OSError.
+
+    lengths: tokens of each sequence, integers [n], possibly memory-mapped.
+    """
     count = len(lengths)
-    parts = [slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
+    chunks = [slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
     with open(path, "wb") as file:
         file.write(MAGIC + HEADER.pack(VERSION, dtype_code(dtype), count, count + 1))
-        for part in parts:
-            file.write(lengths[part].astype("<i4").tobytes())
+        for chunk in chunks:
+            file.write(lengths[chunk].astype("<i4").tobytes())
         offset = 0
-        for part in parts:
-            ends = offset + np.cumsum(lengths[part], dtype=np.int64) * dtype.itemsize
+        for chunk in chunks:
+            ends = offset + np.cumsum(lengths[chunk], dtype=np.int64) * dtype.itemsize
             file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
             offset = int(ends[-1])
         for first in range(0, count + 1, _CHUNK):
@@ -482,5 +494,5 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
 
 
 def dtype_code(dtype: np.dtype) -> int:
-    """0 for one that the format does not know."""
+    """Return the format's code of a dtype, or 0 if it has none."""
     return next((code for code, known in DTYPE_CODES.items() if dtype == known), 0)

@@ -1,4 +1,4 @@
-"""`l2e-ds data check` and `l2e-ds data show`: what a .bin/.idx set holds, and what a model sees of it at a step.
+"""Inspect token files: `l2e-ds data check` verifies a .bin/.idx set, `l2e-ds data show` prints the batch of a step.
 
 T: tokens a sequence. G: sequences a global batch.
 """
@@ -10,7 +10,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,9 +29,9 @@ from l2e_ds.errors import ConfigError, DataError
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
-_CHUNK = 1 << 20  # tokens looked at together
-_COUNTED = 1 << 24  # larger ids are not counted one by one: that would take memory
-_PREVIEW = 16  # tokens
+_CHUNK = 1 << 20  # tokens that are read at once
+_COUNTED = 1 << 24  # ids from here on are not counted one by one, which would take too much memory
+_PREVIEW = 16  # tokens with which a sequence is shown in a list
 _IDS_A_LINE = 16
 
 
@@ -40,7 +40,7 @@ _IDS_A_LINE = 16
 
 @dataclass(frozen=True)
 class Known:
-    """From PREFIX.json, which `l2e-ds tokenize` writes, and from options, which come first."""
+    """What is known about a set's tokens, from options or else from PREFIX.json, which `l2e-ds tokenize` writes."""
 
     vocab_size: int | None = None
     end_of_text: int | None = None
@@ -50,7 +50,10 @@ class Known:
 def read_known(
     prefix: str, indexed: IndexedTokens, vocab_size: int | None, tokenizer: str | None, end_of_text: int | None
 ) -> Known:
-    """Raises DataError where PREFIX.json is broken or belongs to another set, or the tokenizer cannot be loaded."""
+    """Return what options and PREFIX.json say about a set.
+
+    Raises DataError if PREFIX.json is broken or belongs to another set, or if the tokenizer cannot be loaded.
+    """
     known = _read_sidecar(prefix, indexed)
     if tokenizer is not None:
         loaded = _load(tokenizer)
@@ -63,14 +66,14 @@ def read_known(
 
 
 def _read_sidecar(prefix: str, indexed: IndexedTokens) -> Known:
-    path, found = pair(prefix)[0].with_suffix(".json"), read_sidecar(prefix)
-    for key, own in (("documents", indexed.num_documents), ("tokens", indexed.num_tokens)):
-        if found.get(key, own) != own:
-            raise DataError(f"{path}: says {found[key]} {key}, but {indexed.idx_path} has {own}")
-    size, end = found.get("vocabulary"), found.get("end_of_text")
+    path, sidecar = pair(prefix)[0].with_suffix(".json"), read_sidecar(prefix)
+    for key, actual in (("documents", indexed.num_documents), ("tokens", indexed.num_tokens)):
+        if sidecar.get(key, actual) != actual:
+            raise DataError(f"{path}: says {sidecar[key]} {key}, but {indexed.idx_path} has {actual}")
+    size, end = sidecar.get("vocabulary"), sidecar.get("end_of_text")
     if not all(number is None or isinstance(number, int) for number in (size, end)):
         raise DataError(f"{path}: vocabulary and end_of_text must be integers, got {size!r} and {end!r}")
-    tokenizer = found.get("tokenizer")
+    tokenizer = sidecar.get("tokenizer")
     return Known(size, end, tokenizer if isinstance(tokenizer, str) else None)
 
 
@@ -87,7 +90,10 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Quartiles are lengths that occur: the smallest that at least a quarter (half, three quarters) do not exceed."""
+    """What a set holds. Lengths are tokens of a document.
+
+    quartiles: the smallest lengths that at least a quarter (half, three quarters) of the documents do not exceed.
+    """
 
     documents: int
     tokens: int
@@ -96,10 +102,10 @@ class Statistics:
     quartiles: tuple[int, int, int]
     longest: int
     distinct_ids: int | None
-    """None where ids are so large that they are not counted one by one."""
+    """None if there are ids so large that they are not counted one by one."""
     largest_id: int
     end_of_text: int | None
-    """How often it occurs; None where the id is not known."""
+    """How often end-of-text occurs. None if its id is not known, or so large that it is not counted."""
 
     @property
     def mean_length(self) -> float:
@@ -111,33 +117,36 @@ def check(prefixes: Sequence[str], vocab_size: int | None, tokenizer: str | None
     for prefix in prefixes:
         indexed = IndexedTokens(prefix)
         known = read_known(prefix, indexed, vocab_size, tokenizer, end_of_text)
-        found = examine(indexed, known)
-        print(*_describe(prefix, indexed, known, found), sep="\n")
+        statistics = examine(indexed, known)
+        print(*_describe(prefix, indexed, known, statistics), sep="\n")
     return 0
 
 
 def examine(indexed: IndexedTokens, known: Known) -> Statistics:
-    """Read all of a set, in flat memory. Raises DataError for the first defect."""
+    """Read all of a set, in constant memory. Raises DataError for the first defect."""
     with _bar("index", indexed.num_sequences, "sequence") as bar:
         indexed.check_index(bar.update)
     lengths = _length_counts(indexed)
     with _bar("tokens", indexed.num_tokens, "token") as bar:
         counts, largest = _id_counts(indexed, known.vocab_size, bar.update)
     documents = indexed.num_documents
-    quartiles = [_quantile(lengths, documents, quarter) for quarter in (1, 2, 3)]
-    countable = largest < _COUNTED
-    end = known.end_of_text
-    times = int(counts[end]) if end is not None and end < len(counts) else 0
+    end_of_text = None
+    if known.end_of_text is not None and known.end_of_text < _COUNTED:
+        end_of_text = int(counts[known.end_of_text]) if known.end_of_text < len(counts) else 0
     return Statistics(
         documents=documents,
         tokens=indexed.num_tokens,
         empty_documents=lengths[0],
         shortest=min(lengths, default=0),
-        quartiles=(quartiles[0], quartiles[1], quartiles[2]),
+        quartiles=(
+            _quartile(lengths, documents, 1),
+            _quartile(lengths, documents, 2),
+            _quartile(lengths, documents, 3),
+        ),
         longest=max(lengths, default=0),
-        distinct_ids=int(np.count_nonzero(counts)) if countable else None,
+        distinct_ids=int(np.count_nonzero(counts)) if largest < _COUNTED else None,
         largest_id=largest,
-        end_of_text=None if end is None or end >= _COUNTED else times,
+        end_of_text=end_of_text,
     )
 
 
@@ -146,7 +155,7 @@ def _bar(what: str, total: int, unit: str) -> tqdm:
 
 
 def _length_counts(indexed: IndexedTokens) -> Counter[int]:
-    """Return how many documents have which length: few different numbers, however many documents."""
+    """Return how many documents have each length: few different numbers, however many documents there are."""
     lengths: Counter[int] = Counter()
     for chunk in indexed.lengths_in_chunks():
         values, counts = np.unique(chunk, return_counts=True)
@@ -154,11 +163,11 @@ def _length_counts(indexed: IndexedTokens) -> Counter[int]:
     return lengths
 
 
-def _quantile(lengths: Counter[int], documents: int, quarters: int) -> int:
-    seen = 0
+def _quartile(lengths: Counter[int], documents: int, quarters: int) -> int:
+    at_most = 0  # documents of at most this length
     for length in sorted(lengths):
-        seen += lengths[length]
-        if 4 * seen >= quarters * documents:
+        at_most += lengths[length]
+        if 4 * at_most >= quarters * documents:
             return length
     return 0
 
@@ -166,30 +175,32 @@ def _quantile(lengths: Counter[int], documents: int, quarters: int) -> int:
 def _id_counts(
     indexed: IndexedTokens, vocab_size: int | None, advance: Callable[[int], object]
 ) -> tuple[np.ndarray, int]:
-    """Return how often each id below _COUNTED occurs, int64, and the largest id (-1: there is none)."""
+    """Return how often each id below _COUNTED occurs, int64, and the largest id, or -1 if there is none."""
     counts, largest = np.zeros(0, dtype=np.int64), -1
     for path, first, ids in _token_chunks(indexed):
-        high = int(ids.max())
-        if ids.min() < 0 or (vocab_size is not None and high >= vocab_size):
-            at = int(np.flatnonzero((ids < 0) | (ids >= (high + 1 if vocab_size is None else vocab_size)))[0])
+        chunk_largest = int(ids.max())
+        if ids.min() < 0 or (vocab_size is not None and chunk_largest >= vocab_size):
+            end = chunk_largest + 1 if vocab_size is None else vocab_size
+            at = int(np.flatnonzero((ids < 0) | (ids >= end))[0])
             allowed = "ids are >= 0" if vocab_size is None else f"the vocabulary has ids 0 to {vocab_size - 1}"
             raise DataError(f"{path}: token id {ids[at]} at position {first + at}, but {allowed}")
-        largest = max(largest, high)
-        found = np.bincount(ids if high < _COUNTED else ids[ids < _COUNTED], minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        largest = max(largest, chunk_largest)
+        chunk_counts = np.bincount(ids if chunk_largest < _COUNTED else ids[ids < _COUNTED], minlength=len(counts))
+        chunk_counts[: len(counts)] += counts
+        counts = chunk_counts
         advance(len(ids))
     return counts, largest
 
 
 def _token_chunks(indexed: IndexedTokens) -> Iterator[tuple[Path, int, np.ndarray]]:
-    """File, position in it and ids. Read, not mapped: pages of a mapped file count as this process's memory."""
+    """Yield (file, position in it, ids), read and not mapped: pages of a mapped file count as this process's memory."""
     for path, part in indexed.files:
         try:
             with open(path, "rb") as file:
                 for first in range(0, len(part), _CHUNK):
-                    ids = np.fromfile(file, indexed.dtype, min(_CHUNK, len(part) - first))
-                    if len(ids) < min(_CHUNK, len(part) - first):
+                    count = min(_CHUNK, len(part) - first)
+                    ids = np.fromfile(file, indexed.dtype, count)
+                    if len(ids) < count:
                         raise DataError(f"{path}: became shorter while it was read")
                     yield path, first, ids
         except OSError as error:
@@ -197,28 +208,22 @@ def _token_chunks(indexed: IndexedTokens) -> Iterator[tuple[Path, int, np.ndarra
 
 
 def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statistics) -> list[str]:
-    files = len(indexed.files)
-    of = f", of {known.vocab_size:,} in the vocabulary" if known.vocab_size is not None else ""
-    distinct = f"ids up to {found.largest_id:,}, too large to be counted"
+    vocabulary = f", of {known.vocab_size:,} in the vocabulary" if known.vocab_size is not None else ""
+    used = f"ids up to {found.largest_id:,}, too large to be counted"
     if found.distinct_ids is not None:
-        distinct = f"{found.distinct_ids:,} different ids, largest {found.largest_id}{of}"
-    low, middle, high = found.quartiles
-    rows = [
-        ("files", f"{files} .bin, {indexed.dtype.name}"),
-        ("documents", f"{found.documents:,}, {found.empty_documents:,} of them empty"),
-        ("tokens", f"{found.tokens:,}"),
-        (
-            "tokens a document",
-            f"least {found.shortest:,}, quartiles {low:,}, {middle:,}, {high:,}, mean {found.mean_length:,.1f},"
-            f" most {found.longest:,}",
-        ),
-        ("vocabulary used", distinct if found.tokens else "none"),
-        (
-            "end-of-text",
-            "id not known" if found.end_of_text is None else f"{found.end_of_text:,} (id {known.end_of_text})",
-        ),
-    ]
-    return [f"{prefix}: no defect found", *(f"  {label.ljust(17)}  {value}" for label, value in rows)]
+        used = f"{found.distinct_ids:,} different ids, largest {found.largest_id}{vocabulary}"
+    ends = "id not known" if found.end_of_text is None else f"{found.end_of_text:,} (id {known.end_of_text})"
+    quartiles = ", ".join(f"{length:,}" for length in found.quartiles)
+    lengths = f"least {found.shortest:,}, quartiles {quartiles}, mean {found.mean_length:,.1f}, most {found.longest:,}"
+    rows = {
+        "files": f"{len(indexed.files)} .bin, {indexed.dtype.name}",
+        "documents": f"{found.documents:,}, {found.empty_documents:,} of them empty",
+        "tokens": f"{found.tokens:,}",
+        "tokens a document": lengths,
+        "vocabulary used": used if found.tokens else "none",
+        "end-of-text": ends,
+    }
+    return [f"{prefix}: no defect found", *(f"  {label:<17}  {value}" for label, value in rows.items())]
 
 
 # --- show -------------------------------------------------------------------------------------------------------
@@ -226,20 +231,26 @@ def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statisti
 
 @dataclass(frozen=True)
 class View:
-    """The batches of a run, its sets' training text, and how to read it."""
+    """The batches of a run, and what is needed to print them as text. steps: training.steps, or None for a set."""
 
     sequences: TrainingSequences
-    datasets: list[TokenDataset]
-    names: list[str]
     tokenizer: PreTrainedTokenizerFast | None
     end_of_text: int | None
     steps: int | None = None
-    """Of a run: its training.steps."""
+
+    def dataset(self, index: int) -> TokenDataset:
+        """Return the training text of one of the sets, none of which is a stream."""
+        dataset = self.sequences.sets[index].train
+        assert dataset is not None
+        return dataset
 
 
 def view_of_run(run_file: str) -> View:
-    """As training reads it. Text that was not tokenised for this run yet is tokenised now."""
-    from l2e_ds.models.pythia import network_config  # with torch, for which nothing else here waits
+    """Return a run's data as training reads it. Text that is not yet tokenised for this run is tokenised now.
+
+    Raises ConfigError and DataError.
+    """
+    from l2e_ds.models.pythia import network_config  # takes seconds, as it imports torch
 
     config = load_run_config(run_file)
     network = network_config(config.model, config.data.sequence_length)
@@ -249,8 +260,9 @@ def view_of_run(run_file: str) -> View:
     sets = prepare_sets(config.data, cache, network.vocab_size, config.training.evaluation_sequences)
     tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
     end = None if tokenizer is None else find_end_of_text(tokenizer)
-    view = _view(sets, config.training.global_batch, config.training.seed, config.data.order, tokenizer, end)
-    return replace(view, steps=config.training.steps)
+    training = config.training
+    sequences = TrainingSequences(sets, training.global_batch, training.seed, config.data.order)
+    return View(sequences, tokenizer, end, training.steps)
 
 
 def view_of_set(
@@ -263,13 +275,13 @@ def view_of_set(
 ) -> View:
     """Return all of a set as training text.
 
-    Default sequence length: what fits documents that are all of one length, else 2048. Raises DataError where the set
-    holds less than one sequence.
+    sequence_length: by default what fits documents that all have the same length, else 2048. Raises DataError if the
+    set holds less than one sequence, and ConfigError for a number out of range.
     """
     indexed = IndexedTokens(prefix)
     known = read_known(prefix, indexed, None, tokenizer, None)
-    first = len(indexed.document(0)) if indexed.num_documents else 0
     if sequence_length is None:
+        first = len(indexed.document(0)) if indexed.num_documents else 0
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
     width = at_least("--sequence-length", sequence_length, 1) + 1
     at_least("--global-batch", global_batch, 1, at_most=10**7)
@@ -284,38 +296,25 @@ def view_of_set(
         raise DataError(
             f"{indexed.name}: holds {indexed.num_tokens} tokens, a sequence needs {width}; lower --sequence-length"
         )
-    one = PreparedData(dataset, None, None, dataset.num_tokens, 0, None)
-    loaded = _tokenizer_if_there(known, asked_for=tokenizer is not None)
-    return _view([one], global_batch, seed, order, loaded, known.end_of_text)
+    sequences = TrainingSequences([PreparedData(dataset)], global_batch, seed, order)
+    return View(sequences, _tokenizer_or_none(known, is_required=tokenizer is not None), known.end_of_text)
 
 
-def _view(
-    sets: list[PreparedData],
-    global_batch: int,
-    seed: int,
-    order: Literal["shuffled", "stored"],
-    tokenizer: PreTrainedTokenizerFast | None,
-    end_of_text: int | None,
-) -> View:
-    sequences = TrainingSequences(sets, global_batch, seed, order)
-    datasets = [part.train for part in sets if part.train is not None]
-    return View(sequences, datasets, [part.name for part in sets], tokenizer, end_of_text)
-
-
-def _tokenizer_if_there(known: Known, asked_for: bool) -> PreTrainedTokenizerFast | None:
+def _tokenizer_or_none(known: Known, is_required: bool) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer, or None if none is known or, unless it is required, if it cannot be loaded."""
     if known.tokenizer is None:
         return None
     try:
         return _load(known.tokenizer)
     except DataError as error:
-        if asked_for:
+        if is_required:
             raise
         print(f"l2e-ds: no text is shown: {error}", file=sys.stderr)
         return None
 
 
 def show(view: View, step: int, row: int | None) -> int:
-    """Print global batch `step`, or one sequence of it in full."""
+    """Print a list of the sequences of global batch `step`, or the one in row `row` in full. Raises ConfigError."""
     at_least("--step", step, 0, at_most=10**10)
     batch = view.sequences.global_batch
     if row is not None and not 0 <= row < batch:
@@ -329,19 +328,20 @@ def show(view: View, step: int, row: int | None) -> int:
 
 def _list_batch(view: View, step: int) -> Iterator[str]:
     sets, epochs, numbers = (values.tolist() for values in view.sequences.rows(step))
-    where = view.datasets[0].name if len(view.names) == 1 else f"{len(view.names)} sets"
-    length = view.datasets[0].sequence_length
+    names = [data_set.name for data_set in view.sequences.sets]
+    where = view.dataset(0).name if len(names) == 1 else f"{len(names)} sets"
+    length = view.dataset(0).sequence_length
     yield f"step {step}: {len(numbers):,} sequences of {length:,} tokens (and one more, the last target) of {where}"
-    width = max(map(len, view.names)) + 2 if view.names[0] else 0
-    named = f"{'set':<{width}}" if width else ""
-    yield f"{'row':>5}  {named}{'epoch':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
-    for row, (part, epoch, number) in enumerate(zip(sets, epochs, numbers, strict=True)):
-        dataset = view.datasets[part]
+    width = max(map(len, names)) + 2 if names[0] else 0
+    head = f"{'set':<{width}}" if width else ""
+    yield f"{'row':>5}  {head}{'epoch':>5}  {'sequence':>12}  {'documents':>9}  {'end-of-text':>11}  begins with"
+    for row, (index, epoch, number) in enumerate(zip(sets, epochs, numbers, strict=True)):
+        dataset = view.dataset(index)
         ids = dataset[number]
         ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
-        documents = f"{len(_documents_in(dataset, number)) or '-':>9}"
-        name = f"{view.names[part]:<{width}}" if width else ""
-        yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents}  {ends:>11}  {_preview(view, ids)}"
+        documents = len(_documents_in(dataset, number)) or "-"
+        name = f"{names[index]:<{width}}" if width else ""
+        yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents:>9}  {ends:>11}  {_preview(view, ids)}"
 
 
 def _preview(view: View, ids: np.ndarray) -> str:
@@ -351,9 +351,9 @@ def _preview(view: View, ids: np.ndarray) -> str:
 
 
 def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
-    part, epoch, number = (int(values[row]) for values in view.sequences.rows(step))
-    dataset = view.datasets[part]
-    within = f"{len(dataset):,} of {view.names[part]}" if view.names[part] else f"{len(dataset):,}"
+    index, epoch, number = (int(values[row]) for values in view.sequences.rows(step))
+    dataset, name = view.dataset(index), view.sequences.sets[index].name
+    within = f"{len(dataset):,} of {name}" if name else f"{len(dataset):,}"
     ids, first = dataset[number], dataset.position(number)
     yield (
         f"step {step}, row {row} of {view.sequences.global_batch:,}: sequence {number:,} of {within}, epoch {epoch},"
@@ -368,7 +368,7 @@ def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
         yield f"end-of-text (id {view.end_of_text}) at: {', '.join(map(str, ends)) or 'none'}"
     yield "\nids"
     for at in range(0, len(ids), _IDS_A_LINE):
-        yield f"{at:>6}  " + " ".join(f"{one:>5}" for one in ids[at : at + _IDS_A_LINE].tolist())
+        yield f"{at:>6}  " + " ".join(f"{token:>5}" for token in ids[at : at + _IDS_A_LINE].tolist())
     if view.tokenizer is not None:
         cuts = sorted({0, *(at for at, _, _ in documents), *(end + 1 for end in ends if end + 1 < len(ids))})
         for begin, end in zip(cuts, [*cuts[1:], len(ids)], strict=True):
@@ -377,7 +377,10 @@ def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
 
 
 def _documents_in(dataset: TokenDataset, number: int) -> list[tuple[int, int, int]]:
-    """Return the documents in a sequence, without empty ones: where in it, which, and from which token on."""
+    """Return the documents in a sequence, without empty ones.
+
+    Each is (its position in the sequence, its number, the first of its tokens that is in the sequence).
+    """
     if dataset.documents is None:
         return []
     begin = dataset.position(number)
@@ -389,45 +392,57 @@ def _documents_in(dataset: TokenDataset, number: int) -> list[tuple[int, int, in
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray) -> str:
-    """With special tokens; characters that a terminal would act on are escaped."""
+    """Return tokens as text, with special tokens. Characters that a terminal would act on are escaped."""
     text = tokenizer.backend_tokenizer.decode(ids.tolist(), skip_special_tokens=False)
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="check|show")
-    about = (
-        "Reads everything in a .bin/.idx set, in flat memory: every entry of the index, sizes, every token id. Prints"
+    check_parser = verbs.add_parser(
+        "check",
+        help="verify .bin/.idx sets, print their statistics",
+        description="Reads a .bin/.idx set completely, in constant memory: every entry of the index, sizes, every token"
+        " id. Prints statistics, or one line for the first defect (exit code 2).",
     )
-    about += " statistics, or one line for the first defect (exit code 2)."
-    checking = verbs.add_parser("check", help="verify .bin/.idx sets, print their statistics", description=about)
-    checking.add_argument("prefixes", nargs="+", metavar="PREFIX", help="of PREFIX.idx and PREFIX.bin, or its parts")
-    checking.add_argument("--vocab-size", type=int, metavar="N", help="ids from N on are a defect")
-    checking.add_argument("--tokenizer", metavar="NAME|FILE", help="takes vocabulary and end-of-text from there")
-    checking.add_argument("--end-of-text", type=int, metavar="ID", help="count this id")
+    check_parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="name of the files PREFIX.idx and PREFIX.bin, or its parts"
+    )
+    check_parser.add_argument("--vocab-size", type=int, metavar="N", help="ids from N on are a defect")
+    check_parser.add_argument(
+        "--tokenizer", metavar="NAME|FILE", help="take vocabulary and end-of-text from this tokenizer"
+    )
+    check_parser.add_argument("--end-of-text", type=int, metavar="ID", help="count this id")
 
-    about = "Prints global batch K: a list of its sequences, or one of them in full with token ids, text and documents."
-    about += " The first batch is step 0, as for Pythia's batch_viewer.py: step K is the first batch that a model"
-    about += " resumed from its checkpoint of step K sees, and metrics of step K+1 are the first with it."
-    showing = verbs.add_parser("show", help="what a model sees at a step", description=about)
-    showing.add_argument(
+    show_parser = verbs.add_parser(
+        "show",
+        help="what a model sees at a step",
+        description="Prints global batch K: a list of its sequences, or one of them in full with token ids, text and"
+        " documents. The first batch is step 0, as for Pythia's batch_viewer.py: step K is the first batch that a model"
+        " resumed from its checkpoint of step K sees, and metrics of step K+1 are the first with it.",
+    )
+    show_parser.add_argument(
         "source",
         metavar="PREFIX|RUN.yaml",
-        help="a .bin/.idx set, or a run file, which then decides all options below but --sequence; text that was not"
-        " tokenised for that run yet is tokenised now",
+        help="a .bin/.idx set, or a run file, which then decides all options below but --sequence; text that is not"
+        " yet tokenised for that run is tokenised now",
     )
-    showing.add_argument("--step", type=int, required=True, metavar="K", help="counted from 0")
-    showing.add_argument("--sequence", type=int, metavar="I", help="sequence I of the batch, counted from 0, in full")
-    showing.add_argument("--global-batch", type=int, metavar="G", help="sequences a batch (default: 1024)")
-    showing.add_argument(
+    show_parser.add_argument("--step", type=int, required=True, metavar="K", help="the step, counted from 0")
+    show_parser.add_argument(
+        "--sequence", type=int, metavar="I", help="show sequence I of the batch, counted from 0, in full"
+    )
+    show_parser.add_argument("--global-batch", type=int, metavar="G", help="sequences a batch (default: 1024)")
+    show_parser.add_argument(
         "--sequence-length",
         type=int,
         metavar="T",
-        help="default: of documents of one length, that length less one; else 2048",
+        help="tokens a sequence (default: if all documents have the same length, that length less one; else 2048)",
     )
-    showing.add_argument("--order", choices=("stored", "shuffled"), help="default: stored")
-    showing.add_argument("--seed", type=int, help="of the shuffled order (default: 1234)")
-    showing.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the one in PREFIX.json, if there")
+    show_parser.add_argument("--order", choices=("stored", "shuffled"), help="order of the sequences (default: stored)")
+    show_parser.add_argument("--seed", type=int, help="seed of the shuffled order (default: 1234)")
+    show_parser.add_argument(
+        "--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the one in PREFIX.json, if any)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

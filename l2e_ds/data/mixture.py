@@ -1,13 +1,14 @@
-"""Several sets of sequences as one stream of global batches, each set with a weight.
+"""Mix several sets of sequences, each with a weight, into one series of global batches.
 
-Which set a row of a global batch comes from depends on (weights, seed, step, row) alone and is found without a state:
-positions (step*G + row) are cut into blocks of K. Before block b, set i has been taken
+The set of a row of a global batch depends on (weights, seed, step, row) alone and is found without any state. The
+positions step*G + row are cut into blocks of K. Before block b, set i has been taken
 
     C_i(b) = floor(W_i b K / W) - floor(W_{i-1} b K / W)
 
-times (W_i: sum of the first i weights, W: of all), in exact integers: never further than one sequence from its share.
-Inside a block the sets are shuffled; with K at least W / (smallest weight), no C_i ever falls. So every set's
-sequences are taken in the order of their running numbers, and a set may be anything that can be read forwards.
+times, where W_i is the sum of the first i weights and W that of all. This is computed in exact integers and is never
+further than one sequence from the set's share. Within a block the sets are shuffled. As K is at least
+W / (smallest weight), no C_i ever decreases. So the sequences of each set are taken in the order of their running
+numbers, and a set may be anything that can be read forwards.
 
 G: global batch, K: positions a block, m: micro-batch, S: sets, T: tokens a sequence.
 """
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -45,50 +47,50 @@ _KEYS = (*SourceConfig.model_fields, "held_out")
 
 
 class Schedule:
-    """Which set each position is taken from. `weights`: one a set, > 0, of any sum."""
+    """The set from which each position is taken. weights: one for each set, each > 0, of any sum."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         shares = [Fraction(repr(weight)) for weight in weights]  # 0.1 is a tenth, as it was written
         scale = math.lcm(*(share.denominator for share in shares))
-        whole = [int(share * scale) for share in shares]
-        self._weights = [weight // math.gcd(*whole) for weight in whole]
+        integers = [int(share * scale) for share in shares]
+        self._weights = [weight // math.gcd(*integers) for weight in integers]
         self._total = sum(self._weights)
-        needed = -(-self._total // min(self._weights))
-        self.block = max(_SMALLEST_BLOCK, 1 << (needed - 1).bit_length())
+        smallest_block = -(-self._total // min(self._weights))
+        self.block = max(_SMALLEST_BLOCK, 1 << (smallest_block - 1).bit_length())
         self._slots = SequenceOrder(self.block, _seed_of(seed, "of the schedule"))
-        self._block_of = lru_cache(maxsize=4)(self._make_block)  # the loader reads ahead of who counts
+        # Several blocks are kept, as the loader reads ahead of the trainer, which asks what was consumed.
+        self._block_of = lru_cache(maxsize=4)(self._make_block)
 
     def lookup(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Set of each position, and the position's running number within that set; int64 of the shape given."""
+        """Return each position's set and its running number within that set, int64 of the shape of `positions`."""
         sets, numbers = np.empty_like(positions), np.empty_like(positions)
         blocks, places = np.divmod(positions, self.block)
         for block in np.unique(blocks):
-            here = blocks == block
+            in_block = blocks == block
             block_sets, block_numbers = self._block_of(int(block))
-            sets[here], numbers[here] = block_sets[places[here]], block_numbers[places[here]]
+            sets[in_block], numbers[in_block] = block_sets[places[in_block]], block_numbers[places[in_block]]
         return sets, numbers
 
     def consumed(self, position: int) -> np.ndarray:
-        """Return how many of the positions before `position` each set has, int64 [S]."""
+        """Return how many positions before `position` are taken from each set, int64 [S]."""
         block, place = divmod(position, self.block)
         sets, _ = self._block_of(block)
         return self._before(block) + np.bincount(sets[:place], minlength=len(self._weights))
 
     def _before(self, block: int) -> np.ndarray:
-        bounds, running = [0], 0
-        for weight in self._weights:
-            running += weight
-            bounds.append(running * block * self.block // self._total)
+        """Return C_i(block) of every set i, int64 [S]."""
+        sums = accumulate(self._weights, initial=0)
+        bounds = [weight_sum * block * self.block // self._total for weight_sum in sums]
         return np.diff(np.array(bounds, dtype=np.int64))
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Sets and running numbers of all positions of a block, int64 [K] each."""
+        """Return the sets and running numbers of all positions of a block, int64 [K] each."""
         first = self._before(block)
         counts = self._before(block + 1) - first
         slots = self._slots.sequences(block * self.block + np.arange(self.block, dtype=np.int64))
         sets = np.searchsorted(np.cumsum(counts), slots, side="right").astype(np.int64)
         numbers = np.empty_like(sets)
-        begins = np.cumsum(counts) - counts  # where each set begins once positions are sorted by set
+        begins = np.cumsum(counts) - counts  # where each set begins when the positions are sorted by set
         numbers[np.argsort(sets, kind="stable")] = np.arange(self.block) + np.repeat(first - begins, counts)
         return sets, numbers
 
@@ -97,45 +99,45 @@ class Schedule:
 
 
 class StoredSequences:
-    """A tokenised set in the order in which its sequences are taken. Raises DataError where it has none.
-
-    `TrainingSequences` asks no more of a set than `read`: on every rank, for every set that a step takes from, set by
-    set and step by step, with each `first` where the last call ended (but after a resume). So it may be collective.
-    """
+    """A tokenised set in the order in which its sequences are taken. Raises DataError if it has no sequence."""
 
     def __init__(self, dataset: TokenDataset, seed: int, order: Literal["shuffled", "stored"]) -> None:
         self.dataset, self.order = dataset, SequenceOrder(len(dataset), seed, order)
 
     def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Of the `count` sequences from running number `first` on, those at offsets `wanted`: int64 [n, T+1]."""
+        """Return the sequences at offsets `wanted` of the `count` from running number `first` on, int64 [n, T+1]."""
         return self.dataset.batch(self.order.sequences(first + wanted))
 
     def epochs(self, number: int) -> float:
-        """Return how often the set was gone through before that running number."""
+        """Return how many epochs of the set come before that running number."""
         return number / len(self.dataset)
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
 
     def close(self) -> None:
-        """Nothing is open but memory maps."""
+        """Do nothing: only memory maps are open."""
 
 
 class Stream(Protocol):
     """A set that can only be read forwards (l2e_ds.training.streams). n: sequences that a rank wants."""
 
     def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Of the next `count` sequences, which begin at running number `first`, those at offsets `wanted` (int64 [n]):
-        int64 [n, T+1]. Collective. Raises DataError, on every rank, for what is wrong with the text."""
+        """Return the sequences at offsets `wanted` (int64 [n]) of the next `count`, int64 [n, T+1].
+
+        first: running number of the next sequence, which is where the last call ended unless the run was resumed.
+        Collective: every rank calls it for every set from which a step takes sequences, set by set and step by step.
+        Raises DataError on every rank if the text is broken.
+        """
 
     def state(self, number: int) -> dict[str, Any]:
-        """JSON-able, on rank 0: the position before running number `number`, which was read a moment ago."""
+        """Return, on rank 0, the position before running number `number`, which was read just before, for JSON."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`. Collective. Raises DataError, on every rank, where it is another stream's."""
+        """Resume from a `state`. Collective. Raises DataError on every rank if another stream made it."""
 
     def epochs(self, number: int) -> float:
-        """On rank 0: how often the text was gone through before that running number."""
+        """Return, on rank 0, how many epochs of the text come before that running number."""
 
     def fingerprint(self) -> str:
         """Return what decides the sequences, the same on every rank."""
@@ -145,7 +147,7 @@ class Stream(Protocol):
 
 
 class TrainingSequences:
-    """The global batches of a run, for any number of ranks the same."""
+    """The global batches of a run, the same for any number of ranks."""
 
     def __init__(
         self,
@@ -155,55 +157,54 @@ class TrainingSequences:
         order: Literal["shuffled", "stored"],
         open_stream: Callable[[PreparedData, int], Stream] | None = None,
     ) -> None:
-        """open_stream(set, seed): for the sets that are streams. Raises DataError where a set has no sequence."""
+        """Open every set; open_stream(set, seed) opens those that are streams. Raises DataError for an empty set."""
         self.sets, self.global_batch = list(sets), global_batch
-        self.schedule = Schedule([part.weight for part in sets], seed)
+        self.schedule = Schedule([data_set.weight for data_set in sets], seed)
         self._readers: list[StoredSequences | Stream] = []
-        for part in sets:
-            own_seed = _seed_of(seed, part.name)
-            if part.train is not None:
-                self._readers.append(StoredSequences(part.train, own_seed, order))
+        for data_set in sets:
+            own_seed = _seed_of(seed, data_set.name)
+            if data_set.train is not None:
+                self._readers.append(StoredSequences(data_set.train, own_seed, order))
             else:
                 assert open_stream is not None
-                self._readers.append(open_stream(part, own_seed))
+                self._readers.append(open_stream(data_set, own_seed))
 
     def read(self, step: int, rank: int, ranks: int, micro_batch: int) -> np.ndarray:
-        """Return what one rank takes in global batch `step`: int64 [accumulation, m, T+1].
+        """Return the sequences that one rank takes in global batch `step`, int64 [accumulation, m, T+1].
 
-        Collective where a set is a stream; steps are then read one after the other. Raises DataError where a token id
-        is outside the vocabulary, where a sequence that is stored apart is no document, or where the text of a stream
-        is broken, has changed or vanished.
+        With a stream among the sets this is collective, and steps must be read one after the other. Raises DataError
+        for what `TokenDataset.batch` refuses, and for a stream whose text is broken, has changed or is gone.
         """
-        own = rank_rows(self.global_batch, rank, ranks, micro_batch)
+        own_rows = rank_rows(self.global_batch, rank, ranks, micro_batch)
         sets, numbers = self.schedule.lookup(self._positions(step))
         result = None
         for index in np.unique(sets):
-            of_set = sets == index
-            first = int(numbers[of_set].min())
-            mine = of_set[own]
-            rows = self._readers[index].read(first, int(of_set.sum()), numbers[own][mine] - first)
+            in_set = sets == index
+            first = int(numbers[in_set].min())
+            is_own = in_set[own_rows]
+            sequences = self._readers[index].read(first, int(in_set.sum()), numbers[own_rows][is_own] - first)
             if result is None:
-                result = np.empty((*own.shape, rows.shape[1]), dtype=np.int64)
-            result[mine] = rows
+                result = np.empty((*own_rows.shape, sequences.shape[1]), dtype=np.int64)
+            result[is_own] = sequences
         assert result is not None
         return result
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each row of global batch `step` the set, its epoch and the sequence of its file, int64 [G] each.
+        """Return each row's set, epoch of the set and sequence in its file, for global batch `step`, int64 [G] each.
 
-        Raises DataError where a set is a stream.
+        Raises DataError if a set is a stream.
         """
         sets, numbers = self.schedule.lookup(self._positions(step))
         epochs, sequences = np.empty_like(numbers), np.empty_like(numbers)
         for index in np.unique(sets):
-            here = sets == index
+            in_set = sets == index
             reader = self._readers[index]
             if not isinstance(reader, StoredSequences):
                 raise DataError(
                     "the sequences of a stream cannot be looked up, only read in order", where="data.streaming"
                 )
-            epochs[here] = numbers[here] // len(reader.dataset)
-            sequences[here] = reader.order.sequences(numbers[here])
+            epochs[in_set] = numbers[in_set] // len(reader.dataset)
+            sequences[in_set] = reader.order.sequences(numbers[in_set])
         return sets, epochs, sequences
 
     def _positions(self, step: int) -> np.ndarray:
@@ -212,44 +213,44 @@ class TrainingSequences:
         return step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
-        """Of each named set the sequences and epochs taken in the steps before `step`."""
-        counts = self.schedule.consumed(step * self.global_batch).tolist()
-        return {
-            part.name: (count, reader.epochs(count))
-            for part, reader, count in zip(self.sets, self._readers, counts, strict=True)
-            if part.name
-        }
+        """Return, by the name of each named set, the sequences and epochs taken in the steps before `step`."""
+        return {name: (count, reader.epochs(count)) for name, reader, count in self._counted(step) if name}
 
     def stream_states(self, step: int) -> dict[str, dict[str, Any]]:
-        """By name, on rank 0: where each stream stands before `step`, which was read a moment ago."""
-        counts = self.schedule.consumed(step * self.global_batch).tolist()
+        """Return, on rank 0, each stream's state before `step` by name; `step` must have been read just before."""
         return {
-            part.name: reader.state(count)
-            for part, reader, count in zip(self.sets, self._readers, counts, strict=True)
+            name: reader.state(count)
+            for name, reader, count in self._counted(step)
             if not isinstance(reader, StoredSequences)
         }
 
+    def _counted(self, step: int) -> Iterator[tuple[str, StoredSequences | Stream, int]]:
+        """Yield each set's name, its reader and how many of its sequences are taken before `step`."""
+        counts = self.schedule.consumed(step * self.global_batch).tolist()
+        for data_set, reader, count in zip(self.sets, self._readers, counts, strict=True):
+            yield data_set.name, reader, count
+
     def restore_streams(self, states: dict[str, dict[str, Any]]) -> None:
-        """Before anything is read. Collective. Raises DataError where they are other streams'."""
-        for part, reader in zip(self.sets, self._readers, strict=True):
+        """Resume the streams, before anything is read. Collective. Raises DataError for states of other streams."""
+        for data_set, reader in zip(self.sets, self._readers, strict=True):
             if not isinstance(reader, StoredSequences):
-                reader.restore(states[part.name])
+                reader.restore(states[data_set.name])
 
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
 
     def fingerprint(self) -> str:
-        """Return what decides the sequences: of one unnamed set its content, else also names and weights, readable."""
-        found = [reader.fingerprint() for reader in self._readers]
+        """Return what decides the sequences: the fingerprints of the sets and, for named sets, the weights."""
+        fingerprints = [reader.fingerprint() for reader in self._readers]
         if not self.sets[0].name:
-            return found[0]
-        names = ", ".join(f"{part.name} {one}" for part, one in zip(self.sets, found, strict=True))
-        return f"{names} mixed {self.schedule}"
+            return fingerprints[0]
+        named = ", ".join(f"{data_set.name} {one}" for data_set, one in zip(self.sets, fingerprints, strict=True))
+        return f"{named} mixed {self.schedule}"
 
 
 def _seed_of(seed: int, name: str) -> int:
-    """Return the seed of a set's own shuffle; that of a set without a name is the run's."""
+    """Return the seed of a set's own shuffle, which for a set without a name is the run's seed."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") if name else seed
 
 
@@ -257,7 +258,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 
 def check_sets(config: DataConfig, vocab_size: int) -> None:
-    """`check_data` for every set, and `check_tokenizers`. Raises DataError that names the set's key."""
+    """Check every set by `check_data`, and all by `check_tokenizers`. Raises DataError that names the set's key."""
     for index, (_, _, part) in enumerate(config.parts()):
         with _naming(config, index):
             check_data(part, vocab_size)
@@ -265,7 +266,7 @@ def check_sets(config: DataConfig, vocab_size: int) -> None:
 
 
 def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> list[PreparedData]:
-    """`prepare_data` for every set, one after the other; for a stream only held-out text for `evaluated` sequences.
+    """Prepare every set by `prepare_data`, or a stream by `prepare_stream`, with text for `evaluated` sequences.
 
     Raises DataError that names the set's key.
     """
@@ -277,16 +278,16 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
             for note in input_notes(part) if collectives.is_main() else ():
                 say(f"l2e-ds: {note}")
             if part.streaming:
-                one = prepare_stream(part, cache, vocab_size, evaluated)
+                data_set = prepare_stream(part, cache, vocab_size, evaluated)
             else:
-                one = prepare_data(part, cache, vocab_size)
-            prepared.append(replace(one, name=name, weight=weight))
+                data_set = prepare_data(part, cache, vocab_size)
+            prepared.append(replace(data_set, name=name, weight=weight))
     return prepared
 
 
 @contextmanager
 def _naming(config: DataConfig, index: int) -> Iterator[None]:
-    """Errors about one of several sets name its own key: `data.sets.1.path` for `data.path`."""
+    """Make errors about one of several sets name that set's key: `data.sets.1.path` for `data.path`."""
     try:
         yield
     except DataError as error:

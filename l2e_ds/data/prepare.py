@@ -1,4 +1,4 @@
-"""From a `DataConfig` to sequences of tokens: tokenise once, keep the result, open it on every rank.
+"""Prepare the data of a run: tokenise a source once, keep the result, and open it on every rank.
 
 T: tokens a sequence (data.sequence_length).
 """
@@ -12,6 +12,7 @@ import platform
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ import numpy as np
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
-from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, passed_over, source_files
+from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, passed_over, path_entries, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
@@ -37,35 +38,43 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 logger = logging.getLogger(__name__)
 
 META = "meta.json"
-FORMAT = 2  # raise when the same configuration must give other files
-# The fields of DataConfig that change what is stored; sequences are cut out of it later.
+FORMAT = 2  # increase it when the same configuration must give other files
+# The fields of DataConfig that change what is stored. Sequences are cut out of it later.
 _STORED_FIELDS = (
     *("source", "subset", "split", "revision", "text_key"),
     *("max_documents", "max_tokens", "tokenizer", "train_tokenizer", "held_out"),
 )
-_SMALL_BYTES = 1 << 26  # of input: tokenised in this process
-_TOKENIZER_CHARACTERS = 1 << 30  # more text hardly changes a vocabulary
+_SMALL_BYTES = 1 << 26  # smaller inputs are tokenised in this process
+_TOKENIZER_CHARACTERS = 1 << 30  # a vocabulary hardly changes with more text
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run reads of one set. `directory` is the folder of the tokenised text, None for an indexed pair; `name`
-    and `weight` are those of a set of a mixture. Of a stream, `stream` is the configuration and the training text is
-    not here."""
+    """The data of a run, or of one set of a mixture, ready to be read.
+
+    train: None for a stream, whose configuration is `stream`. directory: the folder of the tokenised text; None for a
+    stream or an indexed set. name, weight: those of a set of a mixture.
+    """
 
     train: TokenDataset | None
-    held_out: TokenDataset | None
-    tokenizer: PreTrainedTokenizerFast | None
-    train_tokens: int | None
-    held_out_tokens: int
-    directory: Path | None
+    held_out: TokenDataset | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
+    directory: Path | None = None
     name: str = ""
     weight: float = 1.0
     stream: DataConfig | None = None
 
+    @property
+    def train_tokens(self) -> int | None:
+        return None if self.train is None else self.train.num_tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        return 0 if self.held_out is None else self.held_out.num_tokens
+
 
 def check_data(config: DataConfig, vocab_size: int) -> None:
-    """The preflight: source and tokenizer are there, readable and fit the model. Writes nothing. Raises DataError."""
+    """Raise DataError if source or tokenizer are missing, unreadable or do not fit the model. Writes nothing."""
     check_source(config)
     if config.source == "indexed":
         prepared = _open_indexed(config, vocab_size)
@@ -81,67 +90,76 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
 
 
 def check_tokenizers(config: DataConfig) -> None:
-    """That the token files of all sets are of one tokenizer, and of data.tokenizer where that is given, as far as each
-    PREFIX.json says (those of earlier versions hold another digest, which is not compared). Raises DataError."""
-    known: list[tuple[str, str, str]] = []  # digest; where, to begin a line with; the same in the middle of one
+    """Raise DataError if the token files of a run were not all made with one tokenizer, data.tokenizer if that is set.
+
+    This is known from each PREFIX.json. Those of earlier versions hold another digest, which is not compared.
+    """
+    found: list[tuple[str, str, str]] = []  # digest, key, and where the digest comes from
     for index, (_, _, part) in enumerate(config.parts()):
         key = "data.path" if config.sets is None else f"data.sets.{index}.path"
-        for prefix in (*_prefixes(part), *_held_out_prefixes(part)) if part.source == "indexed" else ():
-            about = read_sidecar(prefix)
-            if digest := about.get("tokenizer_digest"):
-                what = f"was tokenised with {about.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
-                known.append((digest, f"{key}: {prefix} {what}", f"{prefix} {what}"))
-    if known and config.tokenizer is not None:
+        for prefix in _all_prefixes(part) if part.source == "indexed" else ():
+            sidecar = read_sidecar(prefix)
+            if digest := sidecar.get("tokenizer_digest"):
+                name = f"{sidecar.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
+                found.append((digest, key, f"{prefix} was tokenised with {name}"))
+    if found and config.tokenizer is not None:
         digest = tokenizer_digest(load_tokenizer(config.tokenizer))
-        known.insert(0, (digest, "", f"data.tokenizer is {config.tokenizer} (SHA-256 {digest[:12]})"))
-    for digest, begin, _ in known:
-        if digest != known[0][0]:
-            raise DataError(f"{begin}, but {known[0][2]}: all sets of a run must be of one tokenizer")
+        found.insert(0, (digest, "", f"data.tokenizer is {config.tokenizer} (SHA-256 {digest[:12]})"))
+    for digest, key, origin in found:
+        if digest != found[0][0]:
+            raise DataError(f"{key}: {origin}, but {found[0][2]}: all sets of a run must be of one tokenizer")
 
 
 def input_notes(config: DataConfig) -> list[str]:
-    """Return lines about what of a set is not read or not checked. Raises DataError."""
+    """Return lines that say which part of a set is not read or not checked. Raises DataError."""
     if config.source != "indexed":
         return [note] if (note := passed_over(config)) else []
     return [
         f"{prefix}.json is of an earlier version: that its tokens are of this run's tokenizer is not checked"
-        for prefix in (*_prefixes(config), *_held_out_prefixes(config))
-        if "tokenizer_sha256" in (about := read_sidecar(prefix)) and "tokenizer_digest" not in about
+        for prefix in _all_prefixes(config)
+        if "tokenizer_sha256" in (sidecar := read_sidecar(prefix)) and "tokenizer_digest" not in sidecar
     ]
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
     """Tokenise the source into `cache`, unless that was done before, and open it.
 
-    Call it on rank 0 first and on the others after a barrier; of simultaneous calls one works and the others wait.
-    After a kill the next call goes on.
-    `vocab_size`: model.vocab_size. Raises DataError where source or tokenizer are broken, do not fit the model, or hold
-    less than one sequence.
+    Call it on rank 0 first and on the others after a barrier. Of several simultaneous calls one works and the others
+    wait. A call after a kill resumes.
+
+    vocab_size: model.vocab_size. Raises DataError if source or tokenizer are broken, do not fit the model, or hold less
+    than one sequence.
     """
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     _check_trained_size(config, vocab_size)
     folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
-        try:
+        with _cache_errors(folder):
             _build_exclusively(config, folder, vocab_size)
-        except OSError as error:
-            raise DataError(
-                f"cannot write {error.filename or folder}: {error.strerror or error}", where="data.cache"
-            ) from None
     return _open_prepared(config, folder, vocab_size)
 
 
+@contextmanager
+def _cache_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a DataError about data.cache."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot write {error.filename or path}: {error.strerror or error}"
+        raise DataError(problem, where="data.cache") from None
+
+
 def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> None:
-    """Make `folder`, or wait for another process that does."""
+    """Make `folder`, or wait for another process that makes it."""
     with Exclusive(folder.with_name(f"{folder.name}.partial"), wait=True) as own:
         if (folder / META).exists():
             own.remove()
             return
         if not (own.folder / META).exists():
             _build(config, own.folder, vocab_size)
-        shutil.rmtree(folder, ignore_errors=True)  # without META: not complete
-        own.folder.rename(folder)  # with the lock: whoever waits for it then sees that it is gone
+        shutil.rmtree(folder, ignore_errors=True)  # it has no META, so it is incomplete
+        own.folder.rename(folder)  # moves the lock, too, so that waiting processes see that it is gone
         for path in folder.iterdir():
             if path.name in (JOURNAL, LOCK, "digests") or path.suffix == ".lengths":
                 path.unlink()
@@ -150,38 +168,31 @@ def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> Non
 
 
 def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> PreparedData:
-    """Of a stream only the first held-out documents, for `evaluated` sequences, are tokenised into `cache`.
+    """Prepare a stream: tokenise only the first held-out documents into `cache`, enough for `evaluated` sequences.
 
     Call it as `prepare_data`. Raises DataError.
     """
     tokenizer = load_tokenizer(str(config.tokenizer))
     _check_vocabulary(tokenizer, config, vocab_size)
     if not config.held_out:
-        return PreparedData(None, None, tokenizer, None, 0, None, stream=config)
+        return PreparedData(None, None, tokenizer, stream=config)
     needed = evaluated * config.sequence_length + 1
     prefix = Path(cache) / f"stream-{_fingerprint(config)}-{needed}"
-    if not prefix.with_name(f"{prefix.name}.idx").exists():  # the last that is written
+    if not prefix.with_name(f"{prefix.name}.idx").exists():  # the file that is written last
         stream = TokenStream(config, tokenizer, config.sequence_length, seed=0, workers=0)
         tokens = stream.held_out(needed)
         stream.close()
-        try:
+        with _cache_errors(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
             with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
                 writer.add(tokens)
-        except OSError as error:
-            raise DataError(
-                f"cannot write {error.filename or prefix}: {error.strerror or error}", where="data.cache"
-            ) from None
-    indexed = IndexedTokens(prefix)
-    held_out = TokenDataset(
-        indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name, documents=indexed
-    )
+    held_out = _whole_dataset(config, prefix, vocab_size)
     _check_held_out(config, held_out)
-    return PreparedData(None, held_out, tokenizer, None, held_out.num_tokens, None, stream=config)
+    return PreparedData(None, held_out, tokenizer, stream=config)
 
 
 def _fingerprint(config: DataConfig) -> str:
-    """12 hex digits over all that decides what is stored: fields and local files."""
+    """Return 12 hex digits that depend on all that decides what is stored: fields and local files."""
     stored: dict[str, Any] = {name: getattr(config, name) for name in _STORED_FIELDS}
     if config.source == "stdlib":
         files = source_files(config)
@@ -194,7 +205,7 @@ def _fingerprint(config: DataConfig) -> str:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
         if not path.is_file():
-            stored["tokens_of"] = "tokenizer.json"  # once they were those of the class that the folder names
+            stored["tokens_of"] = "tokenizer.json"  # earlier versions tokenised by the class that the folder names
         stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]
@@ -204,10 +215,10 @@ def _fingerprint(config: DataConfig) -> str:
 
 
 def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
-    """Fill a folder that this process alone works in; goes on where a killed process left it."""
-    goes_on = (folder / JOURNAL).exists()
+    """Fill a folder that this process alone works in. Resumes where a killed process left it."""
+    resumes = (folder / JOURNAL).exists()
     split = None
-    if goes_on:
+    if resumes:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
     else:
         split = find_split(config)
@@ -217,7 +228,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
             tokenizer = train_tokenizer(_tokenizer_texts(config, split), int(config.train_tokenizer or 0))
     _check_vocabulary(tokenizer, config, vocab_size)
     end_of_text = end_of_text_id(tokenizer)
-    if not goes_on:
+    if not resumes:
         tokenizer.save_pretrained(folder / "tokenizer")
         for path in (folder / "tokenizer").iterdir():
             fsync_path(path)
@@ -241,7 +252,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
 
 
 def _workers(config: DataConfig) -> int:
-    """Return processes that tokenise; 0, this one alone, for what is done sooner than others have started."""
+    """Return how many processes tokenise: 0, which is this one, for an input that is done before they have started."""
     size = input_bytes(config)
     if config.max_tokens is not None:
         size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
@@ -249,7 +260,7 @@ def _workers(config: DataConfig) -> int:
 
 
 def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
-    """Training documents to learn a vocabulary from: not much more of them than will be tokenised."""
+    """Yield the training documents from which to learn a vocabulary, not many more than will be tokenised."""
     limit = config.max_tokens
     left = _TOKENIZER_CHARACTERS if limit is None else min(_TOKENIZER_CHARACTERS, max(1 << 24, 8 * limit))
     for text in documents(config):
@@ -282,53 +293,61 @@ def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> Prepare
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     _check_vocabulary(tokenizer, config, vocab_size)
 
-    def dataset(name: str) -> TokenDataset:
-        indexed = IndexedTokens(folder / name)
-        return TokenDataset(
-            *(indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name),
-            documents=indexed,
-        )
-
-    return _checked(config, dataset("train"), dataset("held_out") if config.held_out else None, tokenizer, folder)
+    train = _whole_dataset(config, folder / "train", vocab_size)
+    held_out = _whole_dataset(config, folder / "held_out", vocab_size) if config.held_out else None
+    return _checked(config, train, held_out, tokenizer, folder)
 
 
-def _prefixes(config: DataConfig) -> list[str]:
-    return [config.path] if isinstance(config.path, str) else config.path or []
+def _whole_dataset(config: DataConfig, prefix: Path, vocab_size: int) -> TokenDataset:
+    """Return all tokens of files that this package wrote, as sequences."""
+    indexed = IndexedTokens(prefix)
+    return TokenDataset(
+        indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name, documents=indexed
+    )
 
 
 def _held_out_prefixes(config: DataConfig) -> list[str]:
     """Return what `l2e-ds tokenize --held-out` wrote beside an indexed set, if it is there for every prefix."""
-    beside = [f"{pair(prefix)[1].with_suffix('')}_held_out" for prefix in _prefixes(config)]
+    beside = [f"{pair(prefix)[1].with_suffix('')}_held_out" for prefix in path_entries(config)]
     return beside if config.held_out and all(pair(prefix)[1].is_file() for prefix in beside) else []
 
 
+def _all_prefixes(config: DataConfig) -> list[str]:
+    return [*path_entries(config), *_held_out_prefixes(config)]
+
+
 def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
-    """Training documents in stored order. Held out is the set beside them (`_held_out_prefixes`), or else the last
-    documents. Limits count whole documents of training, and the last ones."""
-    indexed = IndexedTokens(_prefixes(config))
+    """Open an indexed set, with its documents in stored order.
+
+    The held-out text is the set beside it (`_held_out_prefixes`), or else its last documents. max_documents counts
+    training and last documents, max_tokens the tokens of whole training documents.
+    """
+    indexed = IndexedTokens(path_entries(config))
     beside = IndexedTokens(prefixes) if (prefixes := _held_out_prefixes(config)) else None
     count = min(indexed.num_documents, config.max_documents or indexed.num_documents)
-    kept = max(1, round(count * config.held_out)) if config.held_out and beside is None else 0
-    if kept >= count:
+    held_out_count = max(1, round(count * config.held_out)) if config.held_out and beside is None else 0
+    train_count = count - held_out_count
+    if train_count <= 0:
         raise DataError(
-            f"{kept} of {count} documents of {indexed.name} leaves none to train on; give more documents, or lower ",
+            f"{held_out_count} of {count} documents of {indexed.name} leaves none to train on; give more documents,"
+            " or lower ",
             "data.held_out",
             " (0: none)",
             where="data.held_out",
         )
-    split, stop = indexed.start(count - kept), indexed.start(count)
-    train_stop = split
+    train_stop = split = indexed.start(train_count)
     if config.max_tokens is not None and config.max_tokens < split:
-        stops = range(count - kept + 1)
-        train_stop = indexed.start(bisect_left(stops, config.max_tokens, key=indexed.start))
+        train_stop = indexed.start(bisect_left(range(train_count + 1), config.max_tokens, key=indexed.start))
     width = config.sequence_length + 1
 
-    def dataset(of: IndexedTokens, start: int, stop: int) -> TokenDataset:
-        # Data stored as separate sequences: neighbours share no token.
-        stride = width if of.all_documents_hold(width) else None
-        return TokenDataset(*(of.tokens, start, stop, config.sequence_length, vocab_size, of.name), stride, of)
+    def dataset(tokens_of: IndexedTokens, start: int, stop: int) -> TokenDataset:
+        # In data stored as separate sequences, neighbours share no token.
+        stride = width if tokens_of.all_documents_hold(width) else None
+        return TokenDataset(
+            *(tokens_of.tokens, start, stop, config.sequence_length, vocab_size, tokens_of.name), stride, tokens_of
+        )
 
-    held_out = dataset(indexed, split, stop) if kept else None
+    held_out = dataset(indexed, split, indexed.start(count)) if held_out_count else None
     if beside is not None:
         held_out = dataset(beside, 0, beside.num_tokens)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
@@ -344,7 +363,7 @@ def _checked(
     tokenizer: PreTrainedTokenizerFast | None,
     directory: Path | None,
 ) -> PreparedData:
-    """Raises DataError where a part is too short for one sequence."""
+    """Return the prepared data. Raises DataError if training or held-out text are too short for one sequence."""
     needed = config.sequence_length + 1
     if not len(train):
         raise DataError(
@@ -354,21 +373,20 @@ def _checked(
         )
     if held_out is not None:
         _check_held_out(config, held_out)
-    tokens = 0 if held_out is None else held_out.num_tokens
-    return PreparedData(train, held_out, tokenizer, train.num_tokens, tokens, directory)
+    return PreparedData(train, held_out, tokenizer, directory)
 
 
 def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
-    """Raises DataError where it is too short for one sequence."""
-    if not len(held_out):
-        beside = config.source == "indexed" and _held_out_prefixes(config)
-        more = (
-            (f"hold out more in {held_out.name}",) if beside else ("raise ", "data.held_out", f" ({config.held_out})")
-        )
-        raise DataError(
-            f"the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
-            f" tokens, a sequence needs {config.sequence_length + 1}; ",
-            *more,
-            " or lower data.sequence_length",
-            where="data.held_out",
-        )
+    """Raise DataError if the held-out text is too short for one sequence."""
+    if len(held_out):
+        return
+    advice: tuple[str, ...] = ("raise ", "data.held_out", f" ({config.held_out})")
+    if config.source == "indexed" and _held_out_prefixes(config):
+        advice = (f"hold out more in {held_out.name}",)
+    raise DataError(
+        f"the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
+        f" tokens, a sequence needs {config.sequence_length + 1}; ",
+        *advice,
+        " or lower data.sequence_length",
+        where="data.held_out",
+    )

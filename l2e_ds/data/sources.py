@@ -31,7 +31,7 @@ from l2e_ds.errors import DataError
 from l2e_ds.system.files import one_line
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-# What a folder in data.path stands for.
+# The files that are read where data.path names a folder.
 PATTERNS = {
     "text": ("*.txt", *(f"*.txt{suffix}" for suffix in COMPRESSED)),
     "jsonl": ("*.jsonl", *(f"*.jsonl{suffix}" for suffix in COMPRESSED)),
@@ -40,29 +40,36 @@ PATTERNS = {
 CHUNK_BYTES = 1 << 20  # large enough that handing it to another process costs nothing, small enough for memory
 _CHUNK_FILES = 256
 _CHUNK_ROWS = 1024
-_BATCH_ROWS = 64  # of Parquet, decoded at once
+_BATCH_ROWS = 64  # rows of Parquet that are decoded at once
 _DECODER = json.JSONDecoder()
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 Record = str | DataError
-"""A document, or why it is none (where, what was given, what is allowed)."""
+"""The text of a document, or the error that says why there is none."""
 Chunk = Callable[[str], Iterator[Record]]
-"""Some raw input; called with the text key it gives its records in order. Can be sent to another process."""
+"""Some raw input. Called with the text key, it yields its records in order. It can be sent to another process."""
 Position = dict[str, Any]
-"""Where reading goes on after a chunk; JSON-able. `bytes`: how much of the input files has been read."""
+"""The place in the input after a chunk, from which reading resumes. It can be written as JSON. Its keys:
+
+`bytes`: how many bytes of the input files have been read; `file`: index of the file to read next; `offset`, `line`:
+how many (decompressed) bytes and lines of that file have been read; `group`, `row`: row group of a Parquet file, and
+how many of its rows have been read; `rows`, `state`: rows read of a Hugging Face data set, and its own state.
+"""
 
 
 def chunks(config: SourceConfig, position: Position | None = None) -> Iterator[tuple[Chunk, Position]]:
-    """The input in order, from a position on; with each chunk the position after it. Raises DataError."""
+    """Yield the chunks of the input from a position on, in order, each with the position after it. Raises DataError."""
     if config.source not in _READERS:
         raise DataError(f"{config.source} holds tokens, not text; allowed: {', '.join(_READERS)}", where="data.source")
     return _READERS[config.source](config, position or {})
 
 
 def documents(config: SourceConfig, skip_bad: bool = False) -> Iterator[str]:
-    """The non-empty documents of a text source, at most `max_documents`. Raises DataError."""
+    """Yield the non-empty documents of a text source, at most `max_documents`.
 
+    Raises DataError, also for a record that holds no text, unless `skip_bad` is set.
+    """
     raw = chunks(config)
 
     def texts() -> Iterator[str]:
@@ -77,15 +84,15 @@ def documents(config: SourceConfig, skip_bad: bool = False) -> Iterator[str]:
 
 
 def input_bytes(config: SourceConfig) -> int | None:
-    """Size of all local files together, None for a data set of the hub."""
+    """Return the bytes of all local files together, or None for a data set of the hub."""
     files = source_files(config)
-    return sum(map(_size, files)) if files else None
+    return sum(map(_file_bytes, files)) if files else None
 
 
 def check_source(config: SourceConfig) -> None:
-    """Raise DataError where the source is missing, unreadable at its beginning or empty. Writes nothing.
+    """Raise DataError if the source is missing, unreadable at its beginning or empty. Writes nothing.
 
-    A data set of the hub is not asked for: only a local folder's existence is checked.
+    Does not access the hub: of a `hub` source that names a local folder, only the folder's existence is checked.
     """
     if config.source == "indexed":
         if IndexedTokens(config.path or []).num_tokens == 0:
@@ -99,7 +106,7 @@ def check_source(config: SourceConfig) -> None:
 
 
 def name_of(config: SourceConfig) -> str:
-    """For messages: the path or paths, or the kind of source."""
+    """Return what messages call a source: its path or paths, or else its kind."""
     if isinstance(config.path, list):
         return ", ".join(config.path[:3]) + (" ..." if len(config.path) > 3 else "")
     return config.path or str(config.source)
@@ -118,18 +125,17 @@ def source_files(config: SourceConfig) -> list[Path]:
     if config.source == "stdlib":
         return _stdlib_files()
     if config.source == "indexed":
-        prefixes = [config.path] if isinstance(config.path, str) else config.path or []
-        return [file for prefix in prefixes for file in pair(prefix)]
+        return [file for prefix in path_entries(config) for file in pair(prefix)]
     if config.source == "hub":
         folder = Path(str(config.path)).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     files: dict[Path, Path] = {}
-    for path in _named(config):
+    for path in _named_files(config):
         files.setdefault(path.resolve(), path)
-    plain: dict[Path, Path] = {}
+    uncompressed: dict[Path, Path] = {}
     for path in files.values():
         name = path.stem if path.suffix in COMPRESSED else path.name
-        other = plain.setdefault(path.parent.resolve() / name, path)
+        other = uncompressed.setdefault(path.parent.resolve() / name, path)
         if other != path:
             raise DataError(
                 f"{other} and {path} are the same text twice, by their names; remove or rename one of them",
@@ -138,43 +144,51 @@ def source_files(config: SourceConfig) -> list[Path]:
     return list(files.values())
 
 
-def _named(config: SourceConfig) -> list[Path]:
-    """Return files as the entries of data.path name them, some perhaps several times. Raises DataError."""
-    if not _entries(config):
-        raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
-    return [path for entry in _entries(config) for path in _matching(entry, PATTERNS[str(config.source)])]
-
-
-def _entries(config: SourceConfig) -> list[str]:
+def path_entries(config: SourceConfig) -> list[str]:
+    """Return the entries of data.path as a list."""
     return [config.path] if isinstance(config.path, str) else list(config.path or [])
 
 
+def _named_files(config: SourceConfig) -> list[Path]:
+    """Return the files that the entries of data.path name, some perhaps several times. Raises DataError."""
+    entries = path_entries(config)
+    if not entries:
+        raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
+    return [path for entry in entries for path in _files_of_entry(entry, PATTERNS[str(config.source)])]
+
+
 def passed_over(config: SourceConfig) -> str | None:
-    """Return a line about files of data.path that are not read, or not each time they are named. Raises DataError."""
+    """Return a line that counts the files which data.path names or its folders hold and which are not read.
+
+    A file that is named twice is read once. Returns None if nothing is passed over. Raises DataError.
+    """
     if config.source not in PATTERNS:
         return None
-    files, named = source_files(config), _named(config)
+    files, named = source_files(config), _named_files(config)
     read = {path.resolve() for path in files}
-    below: set[Path] = set()
-    beside: set[Path] = set()
-    for entry in _entries(config):
+    of_other_kinds: set[Path] = set()
+    in_subfolders: set[Path] = set()
+    for entry in path_entries(config):
         path = Path(entry).expanduser()
         matched = [] if "**" in entry else map(Path, glob.glob(str(path)))
         for folder in [path] if path.is_dir() else filter(Path.is_dir, matched):
-            for place, _, names in os.walk(folder):
-                found = {Path(place, name).resolve() for name in names} - read
-                (beside if Path(place) == path else below).update(found)
-    suffixes = ", ".join(sorted({path.suffix or path.name for path in beside})[:5])
-    parts = {
-        f"{len(beside):,} of other kinds ({suffixes})": len(beside),
-        f"{len(below - beside):,} in subfolders": len(below - beside),
-        f"{len(named) - len(files):,} named more than once": len(named) - len(files),
+            for parent, _, names in os.walk(folder):
+                unread = {Path(parent, name).resolve() for name in names} - read
+                (of_other_kinds if Path(parent) == path else in_subfolders).update(unread)
+    in_subfolders -= of_other_kinds
+    repeated = len(named) - len(files)
+    suffixes = ", ".join(sorted({path.suffix or path.name for path in of_other_kinds})[:5])
+    counts = {
+        f"{len(of_other_kinds):,} of other kinds ({suffixes})": len(of_other_kinds),
+        f"{len(in_subfolders):,} in subfolders": len(in_subfolders),
+        f"{repeated:,} named more than once": repeated,
     }
-    counted = ", ".join(text for text, count in parts.items() if count)
+    counted = ", ".join(text for text, count in counts.items() if count)
     return f"{name_of(config)}: {len(files):,} read; files passed over: {counted}" if counted else None
 
 
-def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:
+def _files_of_entry(entry: str, patterns: tuple[str, ...]) -> list[Path]:
+    """Return the files that one entry of data.path (a file, a folder or a glob pattern) stands for, in order."""
     path = Path(entry).expanduser()
     if path.is_file():
         return [path]
@@ -192,8 +206,6 @@ def _matching(entry: str, patterns: tuple[str, ...]) -> list[Path]:
 
 
 # --- readers ---------------------------------------------------------------------------------------------------
-# A position's keys: `file`, index of the file to read next; `offset` bytes (decompressed) and `line` lines of it that
-# are done; `group` and `row` of a Parquet file; `rows` done and `state` of a data set of the hub; `bytes`.
 
 
 def _stdlib_folder() -> Path:
@@ -204,7 +216,7 @@ def _stdlib_files() -> list[Path]:
     root = _stdlib_folder()
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in _NOT_STDLIB]  # not walked at all: they may be huge
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]  # never entered, as they may be huge
         found += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
@@ -213,27 +225,27 @@ def _read_whole_files(config: SourceConfig, position: Position) -> Iterator[tupl
     parse = _python_files if config.source == "stdlib" else _text_files
     files = source_files(config)
     batch: list[tuple[str, bytes]] = []
-    held, done = 0, position.get("bytes", 0)
+    batch_bytes, bytes_read = 0, position.get("bytes", 0)
     for index in range(position.get("file", 0), len(files)):
         path = files[index]
         try:
             with opened(path) as (stream, raw):
                 content = stream.read()
-                done += raw.tell()
+                bytes_read += raw.tell()
         except DataError:
             if config.source != "stdlib":
                 raise
             continue
         batch.append((str(path), content))
-        held += len(content)
-        if held >= CHUNK_BYTES or len(batch) >= _CHUNK_FILES:
-            yield partial(parse, batch), {"file": index + 1, "bytes": done}
-            batch, held = [], 0
+        batch_bytes += len(content)
+        if batch_bytes >= CHUNK_BYTES or len(batch) >= _CHUNK_FILES:
+            yield partial(parse, batch), {"file": index + 1, "bytes": bytes_read}
+            batch, batch_bytes = [], 0
     if batch:
-        yield partial(parse, batch), {"file": len(files), "bytes": done}
+        yield partial(parse, batch), {"file": len(files), "bytes": bytes_read}
 
 
-def _size(path: Path) -> int:
+def _file_bytes(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
@@ -258,38 +270,40 @@ def _python_files(batch: list[tuple[str, bytes]], key: str) -> Iterator[Record]:
 
 def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
     files = source_files(config)
-    before = sum(_size(path) for path in files[: position.get("file", 0)])
-    for index in range(position.get("file", 0), len(files)):
+    first_file = position.get("file", 0)
+    bytes_before = sum(map(_file_bytes, files[:first_file]))
+    offset, line = position.get("offset", 0), position.get("line", 0)
+    for index in range(first_file, len(files)):
         path = files[index]
-        going_on = index == position.get("file")
-        offset, line = (position.get("offset", 0), position.get("line", 0)) if going_on else (0, 0)
         with opened(path) as (stream, raw):
             _skip(stream, offset)
             while block := stream.read(CHUNK_BYTES):
                 block += stream.readline()
                 chunk = partial(_json_lines, str(path), line + 1, block)
-                offset, line = offset + len(block), line + block.count(b"\n")
-                yield chunk, {"file": index, "offset": offset, "line": line, "bytes": before + raw.tell()}
-            before += raw.tell()
+                offset += len(block)
+                line += block.count(b"\n")
+                yield chunk, {"file": index, "offset": offset, "line": line, "bytes": bytes_before + raw.tell()}
+            bytes_before += raw.tell()
+        offset = line = 0
 
 
-def _json_lines(path: str, first: int, block: bytes, key: str) -> Iterator[Record]:
-    for number, line in enumerate(block.split(b"\n"), first):
-        for part in _parts(line):
+def _json_lines(path: str, first_line: int, block: bytes, key: str) -> Iterator[Record]:
+    for number, line in enumerate(block.split(b"\n"), first_line):
+        for record in _records_of_line(line):
             try:
-                yield _text_of_line(part, f"{path}:{number}", key)
+                yield _text_of_json(record, f"{path}:{number}", key)
             except DataError as error:
                 yield error
 
 
-def _parts(line: bytes) -> list[bytes]:
-    """Return the records of a line.
+def _records_of_line(line: bytes) -> list[bytes]:
+    """Return the JSON records of a line: one, or none if the line is blank.
 
-    Behind one a byte order mark and the next may stand: files were joined, and the last line of the first had no end.
+    Where files were joined and the last line of one had no line end, a byte order mark and another record follow it.
     """
     if codecs.BOM_UTF8 not in line:
         return [line] if line.strip() else []
-    parts = []
+    records = []
     text = line.decode(errors="surrogateescape")
     while text := text.strip("\ufeff \t\r"):
         try:
@@ -298,13 +312,13 @@ def _parts(line: bytes) -> list[bytes]:
             end = len(text)
         if not text[end:].lstrip().startswith("\ufeff"):
             end = len(text)
-        parts.append(text[:end].encode(errors="surrogateescape"))
+        records.append(text[:end].encode(errors="surrogateescape"))
         text = text[end:]
-    return parts
+    return records
 
 
 def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
-    """Return the object on a line of JSON. wanted: what an error asks for. Raises DataError."""
+    """Return the object on a line of JSON. Raises DataError, which says that a line must be what `wanted` describes."""
     try:
         record = json.loads(line.decode())  # given bytes, json would guess UTF-16 and let surrogates through
     except UnicodeDecodeError as error:
@@ -316,8 +330,8 @@ def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
     return record
 
 
-def _text_of_line(line: bytes, where: str, key: str) -> str:
-    record = json_object(line, where, f"an object with the key {key!r}")
+def _text_of_json(record_json: bytes, where: str, key: str) -> str:
+    record = json_object(record_json, where, f"an object with the key {key!r}")
     if key not in record:
         raise _missing_key(where, key, list(record))
     return _text_of_value(record[key], where, key)
@@ -328,39 +342,43 @@ def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Ch
     from pyarrow import parquet
 
     files = source_files(config)
-    before = sum(_size(path) for path in files[: position.get("file", 0)])
-    for index in range(position.get("file", 0), len(files)):
-        path, size = files[index], _size(files[index])
-        going_on = index == position.get("file")
-        first_group, skipped = (position["group"], position["row"]) if going_on else (0, 0)
+    first_file = position.get("file", 0)
+    bytes_before = sum(map(_file_bytes, files[:first_file]))
+    first_group, rows_to_skip = position.get("group", 0), position.get("row", 0)
+    for index in range(first_file, len(files)):
+        path = files[index]
+        file_bytes = _file_bytes(path)
         try:
             with parquet.ParquetFile(path) as file:
                 names = file.schema_arrow.names
                 if config.text_key not in names:
                     raise _missing_key(str(path), config.text_key, names)
-                start = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
+                group_start = sum(file.metadata.row_group(group).num_rows for group in range(first_group))
                 for group in range(first_group, file.num_row_groups):
-                    count = file.metadata.row_group(group).num_rows
+                    group_rows = file.metadata.row_group(group).num_rows
                     values: list[object] = []
-                    row = held = 0  # rows of this group read so far, bytes in `values`
+                    row = value_bytes = 0  # rows read of this group, bytes of `values`
                     for batch in file.iter_batches(_BATCH_ROWS, row_groups=[group], columns=[config.text_key]):
-                        column = batch.column(0)[max(0, skipped - row) :]
+                        column = batch.column(0)[max(0, rows_to_skip - row) :]
                         row += len(batch)
-                        held += column.nbytes
+                        value_bytes += column.nbytes
                         values += python_values(column)
-                        if values and (held >= CHUNK_BYTES or row >= count):
-                            chunk = partial(_values, (str(path), "row"), start + row - len(values), values)
-                            read = before + int(size * (group + row / count) / file.num_row_groups)
-                            yield chunk, {"file": index, "group": group, "row": row, "bytes": read}
-                            values, held = [], 0
-                    start, skipped = start + count, 0
+                        if values and (value_bytes >= CHUNK_BYTES or row >= group_rows):
+                            chunk = partial(_texts, (str(path), "row"), group_start + row - len(values), values)
+                            groups_read = group + row / group_rows
+                            bytes_read = bytes_before + int(file_bytes * groups_read / file.num_row_groups)
+                            yield chunk, {"file": index, "group": group, "row": row, "bytes": bytes_read}
+                            values, value_bytes = [], 0
+                    group_start += group_rows
+                    rows_to_skip = 0
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read as Parquet ({one_line(error)})") from None
-        before += size
+        bytes_before += file_bytes
+        first_group = rows_to_skip = 0
 
 
 def python_values(column: Any) -> list[object]:
-    """Of an Arrow array; bytes where a text is not UTF-8, so that the others are not lost with it."""
+    """Return the values of an Arrow array. A text that is not UTF-8 is returned as bytes; the others stay text."""
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
@@ -374,9 +392,9 @@ def _python_value(value: Any) -> object:
         return value.as_buffer().to_pybytes()
 
 
-def _values(where: tuple[str, str], first: int, values: list[object], key: str) -> Iterator[Record]:
-    """where: the number of the row is put after it."""
-    for number, value in enumerate(values, first):
+def _texts(where: tuple[str, str], first_row: int, values: list[object], key: str) -> Iterator[Record]:
+    """Yield the text of each value, or an error whose place is `where` with the row's number after it."""
+    for number, value in enumerate(values, first_row):
         try:
             if isinstance(value, DataError):
                 raise value
@@ -390,59 +408,59 @@ def _read_hub(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk,
     if position:
         stream.load_state_dict(position["state"])
     where = ("data.path", f"{config.path!r} row")
-    done = position.get("rows", 0)
+    row = position.get("rows", 0)
     values: list[object] = []
-    held = 0
-    rows = iter(stream)
+    characters = 0
+    records = iter(stream)
     while True:
         try:
-            record = next(rows, None)
-            state = stream.state_dict() if record is None or held >= CHUNK_BYTES or len(values) >= _CHUNK_ROWS else None
+            record = next(records, None)
+            is_full = record is None or characters >= CHUNK_BYTES or len(values) >= _CHUNK_ROWS
+            state = stream.state_dict() if is_full else None
         except Exception as error:
-            place = "".join(f"{file}: " for file in _files_of(error))
+            place = "".join(f"{file}: " for file in _file_being_read(error))
             raise DataError(f"reading {config.path!r} failed: {place}{one_line(error)}", where="data.path") from None
         if record is not None:
             value = record.get(config.text_key)
             if config.text_key not in record:
-                value = _missing_key((where[0], f"{where[1]} {done + len(values)}"), config.text_key, list(record))
+                value = _missing_key((where[0], f"{where[1]} {row}"), config.text_key, list(record))
+            row += 1
             values.append(value)
-            held += len(value) if isinstance(value, str) else 0
-        if values and state is not None:
-            yield partial(_values, where, done, values), {"rows": done + len(values), "state": state, "bytes": 0}
-            done, values, held = done + len(values), [], 0
+            characters += len(value) if isinstance(value, str) else 0
+        if values and is_full:
+            yield partial(_texts, where, row - len(values), values), {"rows": row, "state": state, "bytes": 0}
+            values, characters = [], 0
         if record is None:
             return
 
 
-def _files_of(error: Exception) -> list[str]:
-    """Return the file that `datasets` was reading, where its frames tell: its errors do not."""
+def _file_being_read(error: Exception) -> list[str]:
+    """Return the file that `datasets` was reading, or nothing. Its errors do not name the file; its frames may."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if "file" in frame.f_locals]
     modules = "datasets.packaged_modules."
     return [str(frame.f_locals["file"]) for frame in frames if frame.f_globals["__name__"].startswith(modules)][-1:]
 
 
 def load_hub(config: SourceConfig) -> Any:
-    """Return a `datasets.IterableDataset`: memory stays flat, and no copy is made on the disk."""
+    """Return a `datasets.IterableDataset`, which needs little memory and no copy on the disk. Raises DataError."""
     import datasets
 
     name = str(config.path)
     folder = Path(name).expanduser()
     try:
-        if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():  # made by save_to_disk
+        is_saved_to_disk = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+        if is_saved_to_disk:
             saved = datasets.load_from_disk(str(folder))
             if isinstance(saved, datasets.DatasetDict):
                 if config.split not in saved:
-                    raise DataError(
-                        f"{name} has no split {config.split!r}; allowed: {', '.join(saved)}", where="data.split"
-                    )
+                    allowed = ", ".join(saved)
+                    raise DataError(f"{name} has no split {config.split!r}; allowed: {allowed}", where="data.split")
                 saved = saved[config.split]
             return saved.to_iterable_dataset()
-        builder = datasets.load_dataset_builder(
-            str(folder) if folder.is_dir() else name, config.subset, revision=config.revision
-        )
-        if (
-            getattr(builder.config, "batch_size", 0) is None
-        ):  # Parquet: else the rows of its first group, which may be 0
+        location = str(folder) if folder.is_dir() else name
+        builder = datasets.load_dataset_builder(location, config.subset, revision=config.revision)
+        # By default Parquet's batch size is the number of rows of the first row group, which may be 0.
+        if getattr(builder.config, "batch_size", 0) is None:
             builder.config.batch_size = _CHUNK_ROWS
         return builder.as_streaming_dataset(split=config.split)
     except DataError:
@@ -452,7 +470,7 @@ def load_hub(config: SourceConfig) -> Any:
 
 
 def _text_of_value(value: object, where: str | tuple[str, str], key: str) -> str:
-    if value is None:  # null: an empty document
+    if value is None:  # null is an empty document
         return ""
     if isinstance(value, bytes):
         try:
@@ -470,7 +488,7 @@ def _missing_key(where: str | tuple[str, str], key: str, names: list[str]) -> Da
 
 
 def printable(text: str) -> str:
-    """JSON may escape half a surrogate pair, which no UTF-8 can hold; it becomes the replacement character."""
+    """Return a text that UTF-8 can hold: half a surrogate pair, as JSON may escape it, becomes U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -492,67 +510,67 @@ _READERS: dict[str, Callable[[SourceConfig, Position], Iterator[tuple[Chunk, Pos
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
+    """Yield the decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
 
-    Raises DataError for what goes wrong inside the block with the file: permissions, a truncated or foreign format.
+    Raises DataError for whatever is wrong with the file while the block runs: no permission, a truncated file, another
+    format than the suffix says.
     """
+    decompress = _DECOMPRESS.get(path.suffix, nullcontext)
     try:
-        with open(path, "rb") as raw, _decompressed(path, raw) as stream:
+        with open(path, "rb") as raw, decompress(raw) as stream:
             yield stream, raw
     except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> Any:
-    if path.suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if path.suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstandard(raw), CHUNK_BYTES)
-    return nullcontext(raw)
-
-
 class _Zstandard(io.RawIOBase):
-    """Several frames one after the other, as parallel compressors write them; the library's own reader ends after the
-    first, and takes a truncated file for a complete one."""
+    """Reads a Zstandard file of several frames one after the other, as parallel compressors write them.
+
+    The library's own reader ends after the first frame and takes a truncated file for a complete one.
+    """
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard
 
-        self._raw, self._failed = raw, zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._raw, self._error = raw, zstandard.ZstdError
+        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._frame: Any = None
         self._compressed = b""
-        self._ready = memoryview(b"")
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._ready:
+        while not self._decompressed:
             self._compressed = self._compressed or self._raw.read(1 << 16)
             if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("Compressed file ended before the end-of-stream marker was reached")
                 return 0
-            self._frame = self._frame or self._new()
+            self._frame = self._frame or self._new_frame()
             try:
-                self._ready = memoryview(self._frame.decompress(self._compressed))
-            except self._failed as error:
+                self._decompressed = memoryview(self._frame.decompress(self._compressed))
+            except self._error as error:
                 raise OSError(f"Not a zstd file ({one_line(error)})") from None
             self._compressed = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
         return count
 
 
+_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": lambda raw: io.BufferedReader(_Zstandard(raw), CHUNK_BYTES),
+}
+
+
 def _skip(stream: BinaryIO, offset: int) -> None:
-    if stream.seekable():  # of a compressed one: reads to there
+    if stream.seekable():  # the standard library's decompressors are: they read up to the offset
         stream.seek(offset)
         return
     while offset:

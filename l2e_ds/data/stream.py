@@ -1,9 +1,9 @@
-"""Packed sequences from a stream of documents, tokenised on the fly: nothing is prepared on disk.
+"""Pack sequences from a stream of documents that is tokenised while it is read, without preparing anything on disk.
 
-Documents come in blocks of `shuffle_buffer`; each block is put into an order that (seed, epoch, number of the block)
-decides. A position is where the block begins in the source, how many of its documents are used up, and how far the one
-under way is: going on re-reads one block and tokenises one document again, and gives the same sequences to the token.
-(The shuffle buffer of `datasets` loses the documents that are in it; see docs/data.md.)
+Documents are read in blocks of `shuffle_buffer`. Each block is shuffled by (seed, epoch, number of the block). The
+state of a stream is where the block begins in the source, how many of its documents are used up, and how many tokens
+of the next one are. Resuming therefore reads one block again, tokenises one document again, and gives the same
+sequences to the token. (The shuffle buffer of `datasets` loses the documents that are in it; see docs/data.md.)
 
 T: tokens a sequence, n: sequences asked for.
 """
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.data.encode import Encoded, Encoder, encode, set_up
+from l2e_ds.data.encode import Encoded, Encoder
 from l2e_ds.data.indexed import best_dtype
 from l2e_ds.data.sources import Chunk, Position, Record, chunks, documents, name_of, source_files
 from l2e_ds.data.tokenize import find_split
@@ -33,8 +33,8 @@ from l2e_ds.errors import DataError, L2EError
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
 
-_UNSHUFFLED = 256  # documents in a block without shuffling: a position is looked up and re-read in these
-_BATCH_CHARACTERS = 1 << 17  # text that a worker takes at once: some 30 ms
+_UNSHUFFLED = 256  # documents of a block without shuffling; resuming reads up to this many again
+_BATCH_CHARACTERS = 1 << 17  # text that a worker takes at once, about 30 ms of work
 # The fields of DataConfig that decide which documents a stream gives.
 _FIELDS = ("source", "subset", "split", "revision", "text_key", "max_documents", "held_out")
 
@@ -45,18 +45,18 @@ class _Block:
 
     epoch: int = 0
     number: int = 0
-    """Of the blocks of this epoch."""
+    """How many blocks of this epoch come before it."""
     position: Position | None = None
-    """Of the source, before the chunk that holds its first document; None: the beginning."""
+    """Position in the source before the chunk that holds the block's first document; None is the beginning."""
     records: int = 0
-    """Of that chunk, before the block."""
+    """How many records of that chunk come before the block."""
     documents: int = 0
-    """With text, before it in this epoch: what `max_documents` counts."""
+    """How many documents with text come before it in this epoch, which is what `max_documents` counts."""
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """Of a stream: what is used up of a block's order, and tokens of the document after that."""
+    """A place in a stream: the block, how many documents of its order are used, and tokens used of the next one."""
 
     block: _Block
     used: int
@@ -64,14 +64,14 @@ class _Mark:
 
 
 class TokenStream:
-    """The sequences of a text source, epoch after epoch without end. For one process; close it at the end.
+    """The sequences of a text source, epoch after epoch without end. For one process, which closes it at the end.
 
-    Training documents, each with end-of-text behind it, make one row of tokens, over the ends of epochs too; sequence
-    i is its tokens i*T to (i+1)*T, both included, as in `TokenDataset`. They are the same for any number of `workers`
-    (processes that tokenise; 0: this one) and however they are asked for. `shuffle_buffer`: None: data.shuffle_buffer,
-    0: in the source's order.
+    The training documents, each with end-of-text behind it, make one row of tokens, which continues over the ends of
+    epochs. Sequence i is its tokens i*T to (i+1)*T, both included, as in `TokenDataset`. The sequences do not depend on
+    the number of `workers` (processes that tokenise; 0: this one), nor on how many are asked for at once.
+    shuffle_buffer: by default data.shuffle_buffer; 0 keeps the source's order.
 
-    Raises DataError where the source is missing, broken (with file:line or row) or holds no text to train on.
+    Raises DataError if the source is missing, broken (with file:line or row) or holds no text to train on.
     """
 
     def __init__(
@@ -97,16 +97,14 @@ class TokenStream:
         self.sequence_length, self.seed, self.shuffle_buffer = sequence_length, seed, shuffle_buffer
         self._split = find_split(config)
         self._files = source_files(config)
-        if config.source not in ("hub", "stdlib"):  # one that comes or goes meanwhile must not move the others
+        if config.source not in ("hub", "stdlib"):  # a file that is added or removed later must not move the others
             config = config.model_copy(update={"path": [str(path) for path in self._files]})
         self.config = config
         self._end = end_of_text_id(tokenizer)
         dtype = np.dtype(best_dtype(vocabulary_size(tokenizer)))
         arguments = (tokenizer.backend_tokenizer.to_str(), config.text_key, self._end, dtype, False)
         self._encoder = Encoder(*arguments)
-        self._pool: WorkerPool[Chunk, Encoded] = WorkerPool(
-            workers, encode if workers else self._encoder, set_up, *arguments
-        )
+        self._pool: WorkerPool[Chunk, Encoded] = WorkerPool(workers, Encoder, *arguments)
         self._fingerprint = self._describe(tokenizer.get_vocab())
         self._tokenizer = tokenizer_digest(tokenizer)
         self._go_to(_Mark(_Block(), 0, 0))
@@ -114,35 +112,36 @@ class TokenStream:
     def take(self, n: int) -> np.ndarray:
         """Return the next n sequences, int64 [n, T+1].
 
-        After an exception the stream stands where it stood before it.
+        An exception leaves the stream where it was before the call. Raises DataError and WorkerError.
         """
         before = self._mark()
         try:
             return self._take(n)
         except BaseException:
             self._go_to(before)
-            self._pool.close()  # one that lost a worker is of no use any more
+            self._pool.close()  # a pool that lost a worker cannot be used again
             raise
 
     def held_out(self, at_most: int) -> np.ndarray:
-        """Return tokens of the first held-out documents, int64 [m], m <= `at_most`. Not affected by what was taken."""
+        """Return tokens of the first held-out documents, int64 [m], m <= `at_most`, whatever was taken before."""
         parts, missing = [np.empty(0, dtype=np.int64)], at_most
         texts = documents(self.config) if self._split.share else iter(())
         for text in filter(self._split.holds_out, texts):
             parts.append(self._encoder(partial(_records, [text])).tokens.astype(np.int64))
             missing -= len(parts[-1])
-            if missing <= 0:  # the next one may be far
+            if missing <= 0:  # checked here, as finding the next one may take long
                 break
         return np.concatenate(parts)[:at_most]
 
     def state(self) -> dict[str, Any]:
-        """Return the position behind what was taken, for `restore`. JSON-able, below 1 KB."""
+        """Return the position after what was taken, for `restore`. It can be written as JSON and is below 1 KB."""
         return {"fingerprint": self._fingerprint, "tokenizer": self._tokenizer, **asdict(self._mark())}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`, also with another sequence length. Raises DataError where it is another stream's."""
-        same = state.get("tokenizer", self._tokenizer) == self._tokenizer  # no such key: of an earlier version
-        if state["fingerprint"] != self._fingerprint or not same:
+        """Resume from a `state()`, also with another sequence length. Raises DataError if another stream made it."""
+        # Earlier versions did not write the key `tokenizer`.
+        is_same_tokenizer = state.get("tokenizer", self._tokenizer) == self._tokenizer
+        if state["fingerprint"] != self._fingerprint or not is_same_tokenizer:
             raise DataError(
                 "data: the checkpoint is from another stream: data.*, names or sizes of its files, the tokenizer or"
                 " training.seed have changed; give the same again, or start a new run"
@@ -150,11 +149,11 @@ class TokenStream:
         self._go_to(_Mark(_Block(**state["block"]), state["used"], state["offset"]))
 
     def fingerprint(self) -> str:
-        """16 hex digits of what decides the sequences: fields, names and sizes of local files, vocabulary, seed."""
+        """Return 16 hex digits of what decides the sequences: fields, names and sizes of files, vocabulary, seed."""
         return self._fingerprint
 
     def close(self) -> None:
-        """End the worker processes. The position stays; `take` would start them again."""
+        """End the worker processes and keep the position. A later `take` starts the processes again."""
         self._go_to(self._mark())
         self._pool.close()
 
@@ -170,7 +169,7 @@ class TokenStream:
         self._begin = mark
         self._results: Iterator[tuple[_Block, int, np.ndarray]] | None = None
         self._ready: deque[tuple[_Block, int, np.ndarray]] = deque()  # documents with tokens not yet taken
-        self._offset = mark.offset  # of the first of them: tokens taken
+        self._offset = mark.offset  # tokens taken of the first of them
 
     def _take(self, n: int) -> np.ndarray:
         width = self.sequence_length + 1
@@ -178,22 +177,23 @@ class TokenStream:
             return np.empty((0, width), dtype=np.int64)
         if self._results is None:
             self._results = self._tokenised(self._begin)
-        there = sum(len(tokens) for *_, tokens in self._ready) - self._offset
-        while there < n * self.sequence_length + 1:
+        needed = n * self.sequence_length + 1
+        available = sum(len(tokens) for *_, tokens in self._ready) - self._offset
+        while available < needed:
             block, used, tokens = next(self._results)
             if not self._ready and len(tokens) <= self._offset:
                 raise self._changed()
-            there += len(tokens) - (0 if self._ready else self._offset)
+            available += len(tokens) - (0 if self._ready else self._offset)
             self._ready.append((block, used, tokens))
-        flat = self._first(n * self.sequence_length + 1)
+        flat = self._next_tokens(needed)
         rows = np.lib.stride_tricks.sliding_window_view(flat, width)[:: self.sequence_length].astype(np.int64)
         self._offset += n * self.sequence_length
-        while self._offset >= len(self._ready[0][2]):  # the last target stays: it is the next first input
+        while self._offset >= len(self._ready[0][2]):  # the last target stays, as the first input of the next sequence
             self._offset -= len(self._ready.popleft()[2])
         return rows
 
-    def _first(self, size: int) -> np.ndarray:
-        """Return the next tokens, which are ready, [size]; only these are copied, however long a document is."""
+    def _next_tokens(self, size: int) -> np.ndarray:
+        """Return the next tokens of `_ready`, [size]. Copies no others, however long a document is."""
         parts, start = [], self._offset
         for *_, tokens in self._ready:
             parts.append(tokens[start : start + size])
@@ -202,42 +202,41 @@ class TokenStream:
         return np.concatenate(parts)
 
     def _tokenised(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
-        """Every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
-        under_way: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
-
+        """Yield every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
+        submitted: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
         failure: L2EError | None = None
 
         def batches() -> Iterator[Chunk]:
             nonlocal failure
             texts: list[str] = []
-            size = 0
+            characters = 0
             try:
                 for block, place, text in self._shuffled(mark):
-                    if texts and (size >= _BATCH_CHARACTERS or block is not under_way[-1][0]):
+                    if texts and (characters >= _BATCH_CHARACTERS or block is not submitted[-1][0]):
                         yield partial(_records, texts)
-                        texts, size = [], 0
+                        texts, characters = [], 0
                     if not texts:
-                        under_way.append((block, place))
+                        submitted.append((block, place))
                     texts.append(text)
-                    size += len(text)
-            except L2EError as error:  # its turn comes after all that was read before it
+                    characters += len(text)
+            except L2EError as error:  # raised after all that was read before it
                 failure = error
             if texts:
                 yield partial(_records, texts)
 
         for encoded in self._pool.map(batches()):
-            block, first = under_way.popleft()
+            block, first = submitted.popleft()
             ends = np.cumsum(encoded.lengths)
             for place, tokens in enumerate(np.split(encoded.tokens, ends[:-1]), first):
                 yield block, place, tokens
-        assert failure is not None  # else it does not end
+        assert failure is not None  # only an error ends `_shuffled`
         raise failure
 
     def _shuffled(self, mark: _Mark) -> Iterator[tuple[_Block, int, str]]:
-        """Training documents from `mark` on, in the order in which they are trained on; never ends.
+        """Yield the training documents from `mark` on, in the order in which they are trained on, without end.
 
-        One document of the next block is read for each one that is handed on, so that no block's end makes a pause.
-        What is wrong with the next block is raised when its turn comes.
+        For each document that is yielded, one of the next block is read, so that the end of a block makes no pause. An
+        error in the next block is raised when that block begins.
         """
         source = self._documents(mark.block)
         read = deque([next(source)])
@@ -254,14 +253,14 @@ class TokenStream:
             except L2EError as error:
                 failure = error
 
-        whole = self.shuffle_buffer or _UNSHUFFLED
+        full_size = self.shuffle_buffer or _UNSHUFFLED
         while True:
             if not read:
                 assert failure is not None
                 raise failure
             block = read[0][0]
             size = sum(other is block for other, _ in read)
-            while size < whole and read[-1][0] is block:
+            while size < full_size and read[-1][0] is block:
                 read_one()
                 if failure is not None:
                     raise failure
@@ -272,12 +271,12 @@ class TokenStream:
             order = self._order(block, len(texts))
             for place in range(used, len(texts)):
                 yield block, place, texts[order[place]]
-                texts[order[place]] = ""  # its memory goes to the next block
+                texts[order[place]] = ""  # frees its memory for the next block
                 read_one()
             used = 0
 
     def _order(self, block: _Block, size: int) -> np.ndarray:
-        """Return a permutation of a block, int64 [size]: the order of keyed random 64-bit numbers."""
+        """Return a permutation of a block, int64 [size]: the order of random 64-bit numbers from the block's key."""
         if not self.shuffle_buffer:
             return np.arange(size)
         # A bit generator's raw output is the same in every version of NumPy; Generator.permutation's need not be.
@@ -287,9 +286,9 @@ class TokenStream:
         return np.argsort(random.random_raw(size), kind="stable")
 
     def _documents(self, block: _Block) -> Iterator[tuple[_Block, str]]:
-        """Training documents in the order of the source, from `block` on, each with its block; never ends."""
+        """Yield the training documents from `block` on in the source's order, each with its block, without end."""
         while True:
-            size = 0  # of this block
+            size = 0  # documents of this block so far
             for text, position, records, found in self._texts(block):
                 if self._split.holds_out(text):
                     continue
@@ -302,10 +301,10 @@ class TokenStream:
             block = _Block(block.epoch + 1)
 
     def _texts(self, block: _Block) -> Iterator[tuple[str, Position | None, int, int]]:
-        """To the end of the epoch: texts, each with the last three fields of a block that begins after it."""
-        position, done, found = block.position, block.records, block.documents
-        for chunk, after in chunks(self.config, position):
-            for number, record in enumerate(islice(chunk(self.config.text_key), done, None), done + 1):
+        """Yield the texts up to the end of the epoch, each with position, records and documents of a block after it."""
+        position, skipped, found = block.position, block.records, block.documents
+        for chunk, position_after in chunks(self.config, position):
+            for number, record in enumerate(islice(chunk(self.config.text_key), skipped, None), skipped + 1):
                 if found == self.config.max_documents:
                     return
                 if isinstance(record, DataError):
@@ -313,7 +312,7 @@ class TokenStream:
                 if record.strip():
                     found += 1
                     yield record, position, number, found
-            position, done = after, 0
+            position, skipped = position_after, 0
 
     def _describe(self, vocabulary: dict[str, int]) -> str:
         parts: dict[str, Any] = {name: getattr(self.config, name) for name in _FIELDS}
@@ -331,5 +330,5 @@ class TokenStream:
 
 
 def _records(texts: list[str], key: str) -> Iterator[Record]:
-    """Documents in memory as a chunk of a source."""
+    """Yield documents that are in memory, as a chunk of a source does."""
     yield from texts

@@ -1,8 +1,8 @@
-"""Token files that grow while a corpus is tokenised, and of which a kill at any moment costs a few seconds' work.
+"""Token files that grow while a corpus is tokenised. A kill at any moment loses only a few seconds of work.
 
-A folder holds for each part (`train`, `held_out`) the growing `.bin` and a file of lengths, the digests of the
-documents where duplicates are dropped, a lock, and `journal.json`: how much of these files is safely on the disk,
-where in the input to go on, and what was asked for. What lies beyond the journal is cut off at the next start.
+A folder holds, for each part (`train`, `held_out`), the growing `.bin` and a file of lengths; if duplicates are
+dropped, the digests of the documents; a lock; and `journal.json`, which says how much of these files is safely on the
+disk, where in the input to resume, and what was asked for. The next start cuts off what is not in the journal.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,17 +24,19 @@ from l2e_ds.system.files import fsync_path, write_whole
 
 JOURNAL = "journal.json"
 LOCK = "lock"
-_COMMIT_EVERY = 5.0  # seconds of work that a kill may cost
+_COMMIT_EVERY = 5.0  # seconds of work that a kill may lose
 _LENGTH = np.dtype("<i4")
 _DIGEST = np.dtype("<u8")
 
 
 class TokenFiles:
-    """A context manager, opened where the last process left off. The folder is there; `Exclusive` keeps others out.
+    """Writes token files into an existing folder, and resumes where the last process stopped. A context manager.
 
-    `parts`: names of the token files. `asked`: all that decides the result, JSON-able, flat; another one than the
-    journal's is refused. Leaving with an exception keeps what is done. Raises DataError where the journal is damaged,
-    of other work, or longer than the files, and OSError for a full disk.
+    Hold an `Exclusive` on the folder meanwhile. An exception keeps what was written.
+
+    parts: names of the token files. asked: all that decides the result, a flat dict that can be written as JSON; it
+    must equal the journal's. Raises DataError if the journal is damaged, belongs to other work or counts more than the
+    files hold, and OSError for a full disk.
     """
 
     def __init__(self, folder: Path, parts: list[str], dtype: np.dtype, asked: dict[str, Any]) -> None:
@@ -46,9 +47,9 @@ class TokenFiles:
         self._sizes = dict.fromkeys(self._names, 0)
         self._committed_at = time.monotonic()
         self.position: dict[str, Any] | None = None
-        """Where in the input to go on; None: at the beginning."""
+        """Where in the input to resume; None is the beginning."""
         self.notes: dict[str, Any] = {}
-        """What the journal keeps for the caller, as given to `advance`."""
+        """What the caller last gave to `advance`, which the journal keeps."""
         self._journal: dict[str, Any] | None = None
 
     def __enter__(self) -> TokenFiles:
@@ -73,11 +74,14 @@ class TokenFiles:
 
     @property
     def goes_on(self) -> bool:
-        """Whether an earlier process left something to go on from."""
+        """Whether an earlier process left something from which to resume."""
         return self._journal is not None
 
     def add(self, part: str, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append documents: tokens of all, one after the other, and tokens of each. Raises DataError, OSError."""
+        """Append documents, given the tokens of all, flat, and the number of tokens of each, [n].
+
+        Raises DataError for a document that is too long, and OSError.
+        """
         if len(lengths) and int(lengths.max()) > np.iinfo(_LENGTH).max:
             raise DataError(f"a document of {lengths.max()} tokens; at most {np.iinfo(_LENGTH).max} fit into an .idx")
         self._append(f"{part}.bin", tokens.astype(self.dtype, copy=False))
@@ -87,7 +91,7 @@ class TokenFiles:
         self._append("digests", digests.astype(_DIGEST, copy=False))
 
     def digests(self) -> np.ndarray:
-        """Return all that were added, uint64 [n]."""
+        """Return all digests that were added, uint64 [n]."""
         return np.fromfile(self.folder / "digests", _DIGEST).astype(np.uint64, copy=False)
 
     def _append(self, name: str, values: np.ndarray) -> None:
@@ -98,7 +102,7 @@ class TokenFiles:
             rest = rest[written:]
 
     def advance(self, position: dict[str, Any], notes: dict[str, Any]) -> None:
-        """Everything up to this position of the input has been added: from here a restart may go on."""
+        """Record that everything before this position of the input was added, so that a restart may resume here."""
         self.position, self.notes = position, notes
         self._journal = {"asked": self._asked, "position": position, "notes": notes, "sizes": dict(self._sizes)}
         if time.monotonic() - self._committed_at > _COMMIT_EVERY:
@@ -113,7 +117,7 @@ class TokenFiles:
         self._committed_at = time.monotonic()
 
     def finish(self) -> None:
-        """Write the .idx of each part; PART.bin and PART.idx in the folder are then complete and on the disk."""
+        """Write the .idx of each part. PART.bin and PART.idx in the folder are then complete and on the disk."""
         self.commit()
         for part in self.parts:
             path = self.folder / f"{part}.lengths"
@@ -121,12 +125,10 @@ class TokenFiles:
             write_index(self.folder / f"{part}.idx", self.dtype, lengths)
             fsync_path(self.folder / f"{part}.idx")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is not None and any(self._sizes.values()):
-                with suppress(OSError):  # then the journal before stands
+                with suppress(OSError):  # leaves the journal before
                     self.commit()
         finally:
             self._close()
@@ -138,7 +140,7 @@ class TokenFiles:
 
 
 def _read_journal(folder: Path) -> dict[str, Any] | None:
-    """None where there is none. Raises DataError."""
+    """Return the journal of a folder, or None if there is none. Raises DataError if it is damaged."""
     path = folder / JOURNAL
     try:
         journal = json.loads(path.read_text(encoding="utf-8"))
@@ -152,15 +154,14 @@ def _read_journal(folder: Path) -> dict[str, Any] | None:
 
 
 def check_asked(folder: Path, asked: dict[str, Any]) -> None:
-    """Raise DataError where the journal of a folder, if there is one, is damaged or was begun with other input or
-    options."""
+    """Raise DataError if a folder has a journal that is damaged or was begun with other input or options."""
     journal = _read_journal(folder)
     if journal is None:
         return
     before, asked = journal["asked"], json.loads(json.dumps(asked))
     for key in {**before, **asked}:
         if before.get(key) != asked.get(key):
-            old, new = (_short(one.get(key)) for one in (before, asked))
+            old, new = _short(before.get(key)), _short(asked.get(key))
             change = f"{key} was {old}, now it is {new}" if old != new else f"{key} changed"
             raise DataError(
                 f"{folder} holds the beginning of other work: {change}; go on with the first command, or remove the"
@@ -169,9 +170,11 @@ def check_asked(folder: Path, asked: dict[str, Any]) -> None:
 
 
 class Exclusive:
-    """A folder that this process alone works in. A context manager; the folder is made, and removed again on an
-    exception if there is no journal in it. Raises DataError where another process works there, unless `wait`, and where
-    the folder holds anything but was not made here."""
+    """A folder that this process alone works in. A context manager, which makes the folder.
+
+    An exception removes the folder again if it holds no journal. Raises DataError if another process works there,
+    unless `wait` is set, and if the folder holds files but was not made by this class.
+    """
 
     def __init__(self, folder: Path, wait: bool = False) -> None:
         self.folder, self._wait = folder, wait
@@ -186,7 +189,7 @@ class Exclusive:
                 )
             try:
                 self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # removed by another process meanwhile
+            except FileNotFoundError:  # another process has just removed the folder
                 continue
             if self._is_locked() and self._is_current():
                 return self
@@ -201,20 +204,18 @@ class Exclusive:
                 return False
             os.close(self._descriptor)
             raise DataError(f"{self.folder}: another process is writing there; wait for it, or end it") from None
-        except OSError:  # a file system without locks: nobody can be told from nobody
+        except OSError:  # the file system has no locks, so that no other process can be noticed
             pass
         return True
 
     def _is_current(self) -> bool:
-        """Return whether the lock's file is still there: its last holder may have removed the folder."""
+        """Return whether the lock's file is still there. Its last holder may have removed the folder."""
         try:
             return os.path.samestat(os.fstat(self._descriptor), os.stat(self.folder / LOCK))
         except FileNotFoundError:
             return False
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not (self.folder / JOURNAL).exists():
             self.remove()
         os.close(self._descriptor)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-_ENDS = (END_OF_TEXT, "</s>")  # where none is named
+_ENDS = (END_OF_TEXT, "</s>")  # tried in this order if a tokenizer names no eos_token
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
-    """From a tokenizer.json, a local folder or a hub name (and its revision). Raises DataError with one line."""
+    """Load a tokenizer from a tokenizer.json, a local folder or a hub name (at a revision). Raises DataError."""
     path = Path(name).expanduser()
     if not path.exists() and (looks_local(name) or name.endswith(".json")):
         raise DataError(f"no such file or folder: {name}", where="data.tokenizer")
@@ -38,7 +38,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise DataError(f"{name!r} has no tokenizer.json; a fast tokenizer is needed", where="data.tokenizer")
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):  # what transformers makes of a folder without one
         raise DataError(f"{name!r} has no tokenizer.json, or one without a vocabulary", where="data.tokenizer")
-    # Documents are packed, never cut or filled up, whatever the file asks for.
+    # Documents are packed, so they are neither truncated nor padded, even if the file says so.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -57,10 +57,10 @@ def _from_pretrained(name: str, revision: str | None) -> Any:
 
     if cached_file(name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False) is None:
         return AutoTokenizer.from_pretrained(name, revision=revision, use_fast=True)
-    # Not AutoTokenizer: the class that the folder names may have a normalizer and a pre-tokenizer of its own, and use
-    # them in the place of the file's.
+    # AutoTokenizer would take the class that the folder names, which may replace the file's normalizer and
+    # pre-tokenizer by its own.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
-    if tokenizer.eos_token is None:  # classes have defaults
+    if tokenizer.eos_token is None:  # the class that the folder names would have a default
         added = tokenizer.get_added_vocab()
         tokenizer.eos_token = next((token for token in _ENDS if token in added), None)
     return tokenizer
@@ -76,7 +76,7 @@ def _wrap(backend: object, special: bool) -> PreTrainedTokenizerFast:
 
 
 def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    """What ends its documents becomes its `eos_token`, where it names none itself. Raises DataError."""
+    """Set the tokenizer's `eos_token`, if it has none, to the token that ends its documents. Raises DataError."""
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end_of_text_id(tokenizer))
 
@@ -84,8 +84,8 @@ def name_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE of at most `vocab_size` entries; <|endoftext|> is id 0, the 256 bytes are ids 1 to 256.
 
-    The same texts in the same order give the same tokenizer. Fewer entries come out where the texts hold too
-    few repeated pairs. Raises DataError for a vocabulary that cannot hold all bytes.
+    The same texts in the same order give the same tokenizer. It has fewer entries if the texts hold too few repeated
+    pairs. Raises DataError for a vocabulary that cannot hold all bytes.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -107,10 +107,13 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of all that decides the token ids of a text, 64 hex digits: not of what decodes them, or puts special
-    tokens around them."""
+    """Return the SHA-256, as 64 hex digits, of all that decides the token ids of a text.
+
+    The decoder and the special tokens put around a text are not among that.
+    """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = {key: None if value == "" else value for key, value in described["model"].items()}  # prefixes, suffixes
+    # An empty prefix or suffix is the same as none.
+    model = {key: None if value == "" else value for key, value in described["model"].items()}
     flags = ("content", "single_word", "lstrip", "rstrip", "normalized")
     added = {token["id"]: [token[flag] for flag in flags] for token in described["added_tokens"]}
     parts = (described["normalizer"], without_offsets(described["pre_tokenizer"]), model, added)
@@ -118,7 +121,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def without_offsets(described: Any) -> Any:
-    """Return a pre-tokenizer's description without what decides the places of tokens only."""
+    """Return a pre-tokenizer's description without the setting that only decides the offsets of tokens."""
     if isinstance(described, list):
         return [without_offsets(part) for part in described]
     if isinstance(described, dict):
@@ -127,12 +130,12 @@ def without_offsets(described: Any) -> Any:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Largest id + 1, added tokens included: the rows that an embedding needs."""
+    """Return the largest id + 1, added tokens included, which is the number of rows that an embedding needs."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """Return the id that ends a document, or None where the tokenizer has none: token files need none."""
+    """Return the id that ends a document, or None if the tokenizer has none."""
     if tokenizer.eos_token_id is not None:
         return int(tokenizer.eos_token_id)
     vocabulary = tokenizer.get_vocab()
@@ -140,7 +143,7 @@ def find_end_of_text(tokenizer: PreTrainedTokenizerFast) -> int | None:
 
 
 def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id put after every document. Raises DataError where the tokenizer has none."""
+    """Return the id that is put after every document. Raises DataError if the tokenizer has none."""
     found = find_end_of_text(tokenizer)
     if found is not None:
         return found
@@ -150,11 +153,11 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
 def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Give a network's configuration the tokenizer's tokens for the end, the beginning and the padding of text.
 
-    A pretrained network that ends its texts with this tokenizer's end, maybe with others too, keeps what it says.
+    The configuration of a pretrained network that already has this tokenizer's end, perhaps with others, is kept.
     """
     end, ends = find_end_of_text(tokenizer), network.eos_token_id
     if end is None or end in (ends if isinstance(ends, list) else [ends]):
         return
     network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
-    if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the embedding that pads
+    if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the padding's embedding
         network.pad_token_id = tokenizer.pad_token_id

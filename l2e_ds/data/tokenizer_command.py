@@ -28,8 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise DataError(f"{output} exists already; give another --output, or remove it")
     try:
         source = source_of(arguments)
-        if left := passed_over(source):
-            say(left)
+        if unread := passed_over(source):
+            say(unread)
         tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except DataError as error:

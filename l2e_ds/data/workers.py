@@ -1,4 +1,4 @@
-"""An ordered map over worker processes: flat memory, and no process that outlives its parent."""
+"""An ordered map over worker processes, in constant memory, of which none outlives its parent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from l2e_ds.errors import WorkerError
@@ -17,56 +16,52 @@ from l2e_ds.system.process import serve_parent, without_stop_signals
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_AHEAD = 3  # items under way for each worker: enough to keep it busy, few enough to keep memory flat
+_AHEAD = 3  # items submitted for each worker: enough to keep it busy, few enough to keep memory constant
 
 
 class WorkerPool(Generic[Item, Result]):
-    """`count` processes that apply `function` to items. A context manager.
+    """Applies a function to items in `count` processes, or in this process if `count` is 0. A context manager.
 
-    The processes are spawned, at the first `map`: they inherit neither threads nor signal handlers nor open files.
-    `function` and `setup` are module-level functions; setup(*arguments) runs once in each process. With `count` 0
-    everything happens in this process. Workers leave the signals that stop a run to their parent, and end with it.
+    make_function: a module-level callable; make_function(*arguments) makes the function, once in each process.
+    The processes are spawned at the first `map`, so that they inherit neither threads nor signal handlers nor open
+    files. They ignore the signals that stop a run, and end with their parent.
     """
 
-    def __init__(
-        self, count: int, function: Callable[[Item], Result], setup: Callable[..., None], *arguments: Any
-    ) -> None:
+    def __init__(self, count: int, make_function: Callable[..., Callable[[Item], Result]], *arguments: Any) -> None:
         self.count = count
-        self._function, self._setup, self._arguments = function, setup, arguments
+        self._make_function, self._arguments = make_function, arguments
+        self._own_function: Callable[[Item], Result] | None = None
         self._executor: ProcessPoolExecutor | None = None
-        self._is_set_up = False
 
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
-        """The results in the order of the items. Raises what `function` raises, and WorkerError where a worker dies.
+        """Yield the results in the order of the items, of which only a few for each worker are taken ahead.
 
-        Items are taken as results are: at most a few for each worker are under way.
+        Raises what the function raises, and WorkerError if a worker dies.
         """
         if self.count == 0:
-            if not self._is_set_up:
-                self._setup(*self._arguments)
-                self._is_set_up = True
-            yield from map(self._function, items)
+            self._own_function = self._own_function or self._make_function(*self._arguments)
+            yield from map(self._own_function, items)
             return
         if self._executor is None:
-            with without_stop_signals():  # its locks start multiprocessing's tracker, which would die of them
+            with without_stop_signals():  # the executor's locks start multiprocessing's tracker: a signal would end it
                 try:
                     self._executor = ProcessPoolExecutor(
                         self.count,
                         mp_context=multiprocessing.get_context("spawn"),
                         initializer=_start,
-                        initargs=(self._setup, self._arguments),
+                        initargs=(self._make_function, self._arguments),
                     )
-                except OSError as error:  # its locks are files there, which it does not name
+                except OSError as error:  # it does not name /dev/shm, where its locks are files
                     raise WorkerError(f"/dev/shm, where worker processes keep their locks: {error.strerror}") from None
-        waiting: deque[Future[Result]] = deque()
+        pending: deque[Future[Result]] = deque()
         try:
             for item in items:
-                with without_stop_signals():  # a process that starts now would die of them
-                    waiting.append(self._executor.submit(self._function, item))
-                if len(waiting) > _AHEAD * self.count:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+                with without_stop_signals():  # a signal would end a process that is just starting
+                    pending.append(self._executor.submit(_apply, item))
+                if len(pending) > _AHEAD * self.count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         except BrokenProcessPool:
             self._kill()
             raise WorkerError(
@@ -74,36 +69,43 @@ class WorkerPool(Generic[Item, Result]):
                 " workers or more memory"
             ) from None
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
 
     def __enter__(self) -> WorkerPool[Item, Result]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _kill(self) -> None:
-        """The pool ends broken workers by SIGTERM, which ours leave to their parent, and waits for them for ever."""
+        """Kill all workers. (The executor sends SIGTERM, which ours ignore, and would wait for them for ever.)"""
         assert self._executor is not None
         for process in list((self._executor._processes or {}).values()):
             process.kill()
         self.close()
 
     def close(self) -> None:
+        """End the processes. The next `map` starts new ones."""
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
             self._executor = None
 
 
-def _start(setup: Callable[..., None], arguments: tuple) -> None:
+_function: Callable[[Any], Any]  # of a worker process
+
+
+def _start(make_function: Callable[..., Callable[[Any], Any]], arguments: tuple) -> None:
+    global _function
     serve_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    setup(*arguments)
+    _function = make_function(*arguments)
+
+
+def _apply(item: Any) -> Any:
+    return _function(item)
 
 
 def default_workers() -> int:
-    """As many as this process may use cores."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

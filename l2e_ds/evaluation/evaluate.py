@@ -1,8 +1,8 @@
-"""`l2e-ds evaluate MODEL --tasks TASK ... [--num-fewshot N ...]`: figures on tasks of lm-evaluation-harness.
+"""`l2e-ds evaluate MODEL --tasks TASK ... [--num-fewshot N ...]`: results on tasks of lm-evaluation-harness.
 
-Prints a table and appends the figures, with standard errors and the step, to evaluations.jsonl of the run directory (of
-the folder that transformers loads; of a hub model to --output). Also under a launcher, on any number of ranks: they
-share the requests, and the figures are the same (docs/evaluation.md).
+Prints a table and appends the results, with standard errors and the step, to evaluations.jsonl in the run directory or
+in the folder that transformers loads; for a hub model, to --output. Under a launcher, any number of ranks share the
+requests, and the results are the same (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -67,16 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=16, metavar="B", help="requests a rank answers at once (default: %(default)s)"
     )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, metavar="K", help="of a run: this checkpoint instead of the newest")
-    which.add_argument("--all-checkpoints", action="store_true", help="of a run: one after another")
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="fp32", help="default: %(default)s")
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="default: the model's own")
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the figures to this file instead")
+    which.add_argument("--step", type=int, metavar="K", help="step of a run's checkpoint (default: the newest)")
+    which.add_argument("--all-checkpoints", action="store_true", help="evaluate all checkpoints of a run")
+    parser.add_argument(
+        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the results to this file instead")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError, CheckpointError, DataError."""
+    """Return the exit code. Raises ConfigError, CheckpointError, DataError."""
     return reported_once(lambda launch: _run(arguments, launch))
 
 
@@ -94,7 +96,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
-    """Return the models, where everything about the options is right. Raises ConfigError, CheckpointError."""
+    """Check the options and return the models. Raises ConfigError, CheckpointError."""
     at_least("--batch-size", arguments.batch_size, 1)
     if arguments.limit is not None:
         at_least("--limit", arguments.limit, 1)
@@ -112,7 +114,7 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
 
 
 def _check_output(path: Path) -> None:
-    """That figures can be appended there. Raises ConfigError."""
+    """Raise ConfigError if results cannot be appended to a file."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"--output: cannot write {path}; give a file in a folder that is there")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
@@ -123,13 +125,13 @@ def _check_output(path: Path) -> None:
 
 
 def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
-    """Return the file to which the figures go. Raises ConfigError."""
+    """Return the file to which results are appended. Raises ConfigError."""
     if arguments.output is not None:
         return arguments.output
     if source.checkpoint is not None:
         return source.checkpoint.parent.parent / results.FILE
     if not Path(str(source.name)).is_dir():
-        raise ConfigError(f"--output: {source.given} has no folder here to keep its figures in; give a file")
+        raise ConfigError(f"--output: {source.given} has no folder here to keep its results in; give a file")
     return Path(str(source.name)) / results.FILE
 
 
@@ -138,7 +140,7 @@ def _shots(arguments: argparse.Namespace) -> list[int | None]:
 
 
 def _load_tasks(arguments: argparse.Namespace) -> Tasks:
-    from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
+    from l2e_ds.evaluation.harness import load_tasks  # imports lm-eval, an optional dependency
 
     try:
         return load_tasks(arguments.tasks, arguments.include_path, _shots(arguments))
@@ -148,17 +150,16 @@ def _load_tasks(arguments: argparse.Namespace) -> Tasks:
 
 
 def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:
-    """One model, with each number of examples. Collective."""
-    from l2e_ds.evaluation import harness  # with lm-eval, an extra
+    """Evaluate one model with each number of examples; rank 0 prints and writes the results. Collective."""
+    from l2e_ds.evaluation import harness  # imports lm-eval, an optional dependency
 
     tokenizer = collectives.all_work(lambda: _tokenizer(arguments, source))
     network, tokens = collectives.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
-    said = _progress_of(source)
-    step, tokens = (source.step, tokens) if said is None else said
+    step, tokens = _progress_of(source) or (source.step, tokens)
     reporter = _Reporter(source.label)
     if collectives.is_main():
-        with contextlib.suppress(KeyError, TypeError):  # of a model of another kind, or a file that says less
+        with contextlib.suppress(KeyError, TypeError):  # there may be no configuration, or one without these keys
             longer = longer_than_trained(model.config, _configuration_of(source))
             if longer is not None:
                 say(f"l2e-ds: warning: {source.label}: {longer}")
@@ -170,19 +171,19 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     if not collectives.is_main():
         return
     heads = ["task", "shots", "metric", "value", "stderr", "documents"]
-    rows = results.table([figure for evaluation in evaluations for figure in results.results_of(evaluation)])
+    rows = results.table([result for evaluation in evaluations for result in results.results_of(evaluation)])
     print(f"{source.label}:\n\n{markdown(heads, rows)}")
     path = _output(arguments, source)
     try:
         for evaluation in evaluations:
             results.append_result(path, evaluation)
     except OSError as error:
-        raise ConfigError(f"--output: cannot write {path}: {error.strerror}; the figures stand above") from None
-    print(f"figures: {path}", flush=True)
+        raise ConfigError(f"--output: cannot write {path}: {error.strerror}; the results are printed above") from None
+    print(f"results: {path}", flush=True)
 
 
 def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrainedTokenizerFast:
-    """Raises ConfigError where there is none, or one without an end of text."""
+    """Return the tokenizer to use. Raises ConfigError if there is none, or one without an end of text."""
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
     try:
         name_end_of_text(tokenizer)
@@ -193,7 +194,7 @@ def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrained
 
 
 def _configuration_of(source: ModelSource) -> dict[str, Any]:
-    """Of the run that made the model; empty of another model."""
+    """Return the configuration of the run that made the model, or {} for another model."""
     if source.checkpoint is not None:
         return read_state(source.checkpoint)["config"]
     path = Path(str(source.name)) / PROVENANCE
@@ -201,24 +202,24 @@ def _configuration_of(source: ModelSource) -> dict[str, Any]:
 
 
 def _progress_of(source: ModelSource) -> tuple[int, int] | None:
-    """Step and tokens as an exported folder says them; None of another model. Raises ConfigError."""
+    """Return step and tokens of an exported folder, or None for another model. Raises ConfigError."""
     path = Path(str(source.name)) / PROVENANCE
     if source.checkpoint is not None or not path.is_file():
         return None
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return int(said["step"]), int(said["tokens"])
+        provenance = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return int(provenance["step"]), int(provenance["tokens"])
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        raise ConfigError(f"{path}: does not say step and tokens of the model; mend or remove it") from None
+        raise ConfigError(f"{path}: does not say step and tokens of the model; fix or remove it") from None
 
 
 class _Reporter:
-    """A line now and then."""
+    """Prints a line of progress now and then."""
 
     def __init__(self, label: str) -> None:
-        self.label, self.said = label, time.monotonic()
+        self.label, self.last_line = label, time.monotonic()
 
-    def __call__(self, done: int, of: int) -> None:
-        if time.monotonic() - self.said > SECONDS_BETWEEN_LINES:
-            say(f"{self.label}: {done:,} of {of:,} requests")
-            self.said = time.monotonic()
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            say(f"{self.label}: {done:,} of {total:,} requests")
+            self.last_line = time.monotonic()

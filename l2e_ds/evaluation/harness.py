@@ -1,8 +1,8 @@
-"""EleutherAI's lm-evaluation-harness on the ranks of a launch.
+"""Run EleutherAI's lm-evaluation-harness on the ranks of a launch.
 
-Rank 0 loads the tasks, writes the prompts and computes the figures; every forward pass is shared: in each round every
-rank takes one batch. Which requests make a batch does not depend on the number of ranks, so neither do the figures.
-Every rank runs the same number of forward passes (ZeRO-3 needs that). Needs the extra `eval`.
+Rank 0 loads the tasks, writes the prompts and computes the metrics. The forward passes are shared: in each round every
+rank takes one batch. The requests of a batch do not depend on the number of ranks, so neither do the metrics. Every
+rank runs the same number of forward passes, as ZeRO-3 requires. Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import ConfigError, DataError, L2EError
 from l2e_ds.system.files import one_line
 
-os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, GPU and threads and all
+os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, with its GPU and threads
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 from lm_eval.evaluator import evaluate as run_tasks  # noqa: E402
@@ -46,13 +47,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 OWN_TASKS = Path(__file__).parent / "tasks"  # the groups `paper` and `bigbench_lite`
-SEED = 1234  # of the examples that stand in prompts; the harness's own
-RESAMPLES = 1000  # for standard errors without a formula (perplexity)
+SEED = 1234  # of the choice of examples in prompts; the harness's default
+RESAMPLES = 1000  # bootstrap resamples, for standard errors without a formula (perplexity)
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """loaded: with their data sets, as the harness's TaskManager gives them; shots: what each says itself, by name."""
+    """Tasks, loaded with their data sets by the harness's TaskManager. shots: each task's own number, by name."""
 
     loaded: dict[str, Any]
     shots: dict[str, int | None]
@@ -61,32 +62,33 @@ class Tasks:
 def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: Sequence[int | None] = ()) -> Tasks:
     """Return the tasks of these names.
 
-    include_path: folders of task files (YAML); one of the name of a known task takes its place. shots: numbers of
-    examples that are going to be asked for. Raises ConfigError for a name that is not known, a file that cannot be read
-    or more examples than there are, and DataError for a data set that cannot be loaded.
+    include_path: folders of task files (YAML), which replace known tasks of the same name. shots: the numbers of
+    examples that will be asked for. Raises ConfigError for an unknown name, a file that cannot be read or more examples
+    than there are, and DataError for a data set that cannot be loaded.
     """
     for folder in include_path:
         _check_files(Path(folder))
     with _quiet():
         own = TaskManager(include_path=include_path, include_defaults=False)
-        is_enough = set(names) <= set(own.all_subtasks)  # the harness's own are 14,000 files to read
+        is_enough = set(names) <= set(own.all_subtasks)  # saves reading the harness's own 14,000 files
         manager = own if is_enough else TaskManager(include_path=[OWN_TASKS, *include_path])
         _check_known(names, manager.all_tasks)
         loaded = [_load(manager, name, is_own=name in own.all_tasks) for name in names]
         try:
-            tasks = manager.load([built for part in loaded for built in part])
-        except ValueError as error:  # one task asked for twice
+            loaded_tasks = manager.load([built for part in loaded for built in part])
+        except ValueError as error:  # a task is asked for twice
             raise ConfigError(one_line(error), where="tasks") from None
-    found = Tasks(tasks, {name: task.get_config("num_fewshot") for name, task in tasks["tasks"].items()})
-    _check_shots(found, shots)
-    for task in tasks["tasks"].values():
+    own_shots = {name: task.get_config("num_fewshot") for name, task in loaded_tasks["tasks"].items()}
+    tasks = Tasks(loaded_tasks, own_shots)
+    _check_shots(tasks, shots)
+    for task in loaded_tasks["tasks"].values():
         if hasattr(task, "sampler"):
             _leave_out_own_question(task)
-    return found
+    return tasks
 
 
 def _check_files(folder: Path) -> None:
-    """The harness passes over files that it cannot read. Raises ConfigError."""
+    """Raise ConfigError for a task file that cannot be read, which the harness would ignore, or a repeated name."""
     if not folder.is_dir():
         raise ConfigError(f"no such folder: {folder}", where="include_path")
     files: dict[str, Path] = {}
@@ -99,7 +101,7 @@ def _check_files(folder: Path) -> None:
             raise ConfigError(
                 f"{path}{line}: {getattr(error, 'problem', None) or error}", where="include_path"
             ) from None
-        except Exception as error:  # a file that it includes
+        except Exception as error:  # of a file that it includes
             raise ConfigError(one_line(error), where=("include_path", str(path))) from None
         name = content.get("task") if isinstance(content, dict) else None
         if isinstance(name, str) and files.setdefault(name, path) != path:
@@ -114,13 +116,13 @@ def _check_shots(tasks: Tasks, asked: Sequence[int | None]) -> None:
                 continue
             documents = len(list(task.fewshot_docs()))
             if _split_of_examples(task) == (task.config.test_split or task.config.validation_split):
-                documents -= 1  # a document is no example of its own
+                documents -= 1  # a document is not an example for itself
             if shots > documents:
                 raise ConfigError(f"got {shots}, the task {name} has {documents} examples", where="num_fewshot")
 
 
 def _split_of_examples(task: Any) -> str | None:
-    """As the harness chooses it; None where a task file lists its examples."""
+    """Return the split from which the harness takes examples, or None if a task file lists them."""
     config = task.config
     if config.fewshot_config.split or config.fewshot_config.samples is not None:
         return config.fewshot_config.split
@@ -128,15 +130,15 @@ def _split_of_examples(task: Any) -> str | None:
 
 
 def _leave_out_own_question(task: Any) -> None:
-    """See to it that no prompt of the task holds its own question, answered, among its examples.
+    """Make sure that no prompt of a task has its own question, answered, among its examples.
 
-    The harness leaves a document out only where `fewshot_split` is the test split, not where the examples come from the
-    evaluated split for want of another; and it compares all fields, so that a question that stands twice is not seen.
-    A task in which that never occurs keeps the prompts that the harness writes.
+    The harness leaves a document out only if `fewshot_split` is the test split, but not if the examples come from the
+    evaluated split because there is no other. It also compares all fields, so that it misses a question that occurs
+    twice. A task in which this never happens keeps the prompts that the harness writes.
     """
     sampler, write = task.sampler, task.fewshot_context
     draw, pool = sampler.sample, sampler.fewshot_docs()
-    known: dict[int, set[tuple[str, str]]] = {}  # by the example's id(): templates are slow
+    known: dict[int, set[tuple[str, str]]] = {}  # by the example's id(), as templates are slow
 
     def questions(example: Any) -> set[tuple[str, str]]:
         if id(example) not in known:
@@ -151,7 +153,7 @@ def _leave_out_own_question(task: Any) -> None:
 
         try:
             examples = draw(n, eval_doc)
-        except (AssertionError, ValueError):  # it wants one more than it gives
+        except (AssertionError, ValueError):  # the harness asks for one more example than it returns
             examples = pool
         if len(examples) == n and not any(map(is_own, examples)):
             return examples
@@ -175,14 +177,16 @@ def _leave_out_own_question(task: Any) -> None:
 
 
 def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
-    """By which a question is known again: its text with its choices, and its text with its answer. form: the task's
-    configuration, or that of its examples."""
+    """Return what identifies a question: its text with its choices, and its text with its answer.
+
+    form: the task's configuration, or that of its examples.
+    """
     text = task.doc_to_text(document, form.doc_to_text)
     choices = task.doc_to_choice(document, form.doc_to_choice) if form.doc_to_choice else None
     answer = task.doc_to_target(document, form.doc_to_target)
     if choices and isinstance(answer, int):
         answer = choices[answer]
-    if not isinstance(text, str):  # the number of a choice: the choices are the texts
+    if not isinstance(text, str):  # it is the number of a choice, and the choices are the texts
         text = ""
     if not text:
         return {("", repr(choices or answer))}
@@ -198,15 +202,15 @@ def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
-    """Return a task, a group, or the tasks of a tag. is_own: from a folder of include_path."""
+    """Return a task, a group, or the tasks of a tag. is_own: whether it is from a folder of include_path."""
     try:
-        found = manager._load_spec(name)
-    except Exception as error:  # whatever datasets, a hub or a task's own code raises
+        loaded = manager._load_spec(name)
+    except Exception as error:  # `datasets`, the hub or a task's own code may raise anything
         cause = error.__cause__ or error
         hint = "" if is_own else "; without a hub, give local task files as include_path"
         reason = f"{type(cause).__name__}: {one_line(cause)}"
         raise DataError(f"task {name}: cannot be loaded: {reason}{hint}") from None
-    return found if isinstance(found, list) else [found]
+    return loaded if isinstance(loaded, list) else [loaded]
 
 
 def evaluate(
@@ -220,12 +224,13 @@ def evaluate(
     tick: Callable[[], None] = heartbeat.beat,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Return the figures of `tasks` in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
+    """Return the metrics of tasks in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
 
-    tasks: as `load_tasks` gives them, on rank 0; num_fewshot: None: each task's own number; limit: documents a task.
-    call: runs the network in place of `model` (a DeepSpeed engine around it). tick: called before each round on every
-    rank; may raise on all ranks alike. report: of finished and all requests of a kind, on rank 0.
-    Leaves random states and the model's mode as they were. Raises L2EError for a task that fails.
+    tasks: from `load_tasks`, on rank 0. num_fewshot: examples in a prompt; None is each task's own number. limit:
+    documents of each task. call: runs the network in place of `model`, as a DeepSpeed engine around it does. tick:
+    called before each round on every rank; if it raises, it must do so on all ranks. report: called on rank 0 with the
+    numbers of finished and of all requests of a kind. Random states and the model's mode are left unchanged. Raises
+    L2EError for a task that fails.
     """
     begin = time.perf_counter()
     was_training, states = model.training, rng_state(model.device)
@@ -235,7 +240,7 @@ def evaluate(
             lm = SharedModel(model, tokenizer, batch_size, call, tick, report)
             if collectives.is_main():
                 assert tasks is not None
-                values = lm.lead(functools.partial(_figures, lm, tasks, num_fewshot, limit))
+                values = lm.lead(functools.partial(_run_tasks, lm, tasks, num_fewshot, limit))
             else:
                 values = lm.follow()
     finally:
@@ -245,7 +250,7 @@ def evaluate(
 
 
 class SharedModel(HFLM):
-    """The harness's own Hugging Face model, whose batches all ranks take turns to compute."""
+    """The harness's Hugging Face model, with its batches dealt out to all ranks."""
 
     def __init__(
         self,
@@ -258,23 +263,23 @@ class SharedModel(HFLM):
     ) -> None:
         tokenizer = copy.deepcopy(tokenizer)
         name_end_of_text(tokenizer)
-        # float32: in half precision the log-probabilities would be rounded to three digits
+        # In half precision the log-probabilities would be rounded to three digits.
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
-        self.cut: dict[str, set[int]] = defaultdict(set)  # by task: documents whose prompt is longer than the context
-        self._asked: Sequence[Any] = ()
+        self.cut: dict[str, set[int]] = defaultdict(set)  # documents whose prompt is longer than the context, by task
+        self._requests: Sequence[Any] = ()
         self._size = batch_size
         self._call = call or model
-        self._tick, self._tell = tick, report
+        self._tick, self._report = tick, report
         self._is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
-    # --- who does what -------------------------------------------------------------------------------------------
+    # --- sharing batches -----------------------------------------------------------------------------------------
 
     def lead(self, action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """On rank 0: do `action`, which calls the methods below, and let the others go."""
+        """Run `action` on rank 0, which calls the methods below, and then release the other ranks from `follow`."""
         try:
             values = action()
         except L2EError as error:
-            if not error.on_every_rank:  # of rank 0 alone; a round's all ranks have raised themselves
+            if not error.on_every_rank:  # only rank 0 knows of it; an error of a round is raised on all ranks
                 error.on_every_rank = True
                 collectives.main_decides(error)
             raise
@@ -282,7 +287,7 @@ class SharedModel(HFLM):
         return values
 
     def follow(self) -> dict[str, Any]:
-        """On the other ranks: compute what rank 0 deals out, until it is done."""
+        """Compute, on the other ranks, what rank 0 deals out until it has finished. Returns the values of `lead`."""
         while True:
             order = collectives.main_decides(None)
             if isinstance(order, L2EError):
@@ -292,29 +297,29 @@ class SharedModel(HFLM):
             self._round(*order)
 
     def _deal(self, kind: str, requests: Sequence[Any]) -> list[Any]:
-        """Answers to requests that are sorted already, in their order: neighbours make a batch, each rank takes one."""
+        """Return the answers to sorted requests, in their order. Neighbours make a batch; a rank takes one a round."""
         ranks, size = collectives.size(), self._size
         batches = [requests[begin : begin + size] for begin in range(0, len(requests), size)]
         answers: list[Any] = []
         for begin in range(0, len(batches), ranks):
             order = (kind, begin, batches[begin : begin + ranks])
             collectives.main_decides(order)
-            answers += [answer for part in self._round(*order) for answer in part]
-            self._tell(len(answers), len(requests))
+            answers += [answer for batch_answers in self._round(*order) for answer in batch_answers]
+            self._report(len(answers), len(requests))
         return answers
 
     def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return every rank's answers to its own batch.
+        """Return the answers to each of the dealt batches. Collective.
 
-        First: number of the first batch. A rank without one computes that, which counts once. Raises DataError on every
-        rank where one of them fails.
+        first: number of the first batch. A rank without a batch of its own computes the first one, too, but its answers
+        are not used. Raises DataError on every rank if one of them fails.
         """
         self._tick()
-        mine = collectives.rank() if collectives.rank() < len(dealt) else 0
-        torch.manual_seed(SEED + first + mine)  # for tasks that sample: the same on any number of ranks
+        own = collectives.rank() if collectives.rank() < len(dealt) else 0
+        torch.manual_seed(SEED + first + own)  # tasks that sample give the same on any number of ranks
         answer, problem = None, None
         try:
-            answer = getattr(HFLM, kind)(self, dealt[mine], disable_tqdm=True)
+            answer = getattr(HFLM, kind)(self, dealt[own], disable_tqdm=True)
         except Exception as error:
             problem = f"rank {collectives.rank()}: {type(error).__name__}: {one_line(error)}"
         gathered = collectives.all_gather_objects((answer, problem))
@@ -328,33 +333,36 @@ class SharedModel(HFLM):
     # --- what the harness calls ----------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        self._asked = requests
+        self._requests = requests
         try:
             return super().loglikelihood(requests, disable_tqdm)
         finally:
-            self._asked = ()
+            self._requests = ()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether greedy decoding gives it) of each continuation: ((text, text), context
-        tokens, continuation tokens)."""
+        """Return (log-probability in nats, whether greedy decoding gives it) of the continuation of each request.
+
+        A request is ((text, text), context tokens, continuation tokens).
+        """
 
         def length_and_tokens(index: int) -> tuple[int, list[int]]:
-            # requests that differ in their last token only stand together: they share one row of a batch
+            # Requests that differ only in their last token become neighbours, which share one row of a batch.
             _, context, continuation = requests[index]
             return -len(context) - len(continuation), context + continuation
 
-        for asked, (_, context, continuation) in zip(self._asked, requests, strict=False):  # windows of a text fit
-            if len(context) + len(continuation) > self.max_length + 1:  # the last token is no input
-                self.cut[asked.task_name].add(asked.doc_id)
+        # `_requests` is empty for the windows of a text, which fit the context.
+        for request, (_, context, continuation) in zip(self._requests, requests, strict=False):
+            if len(context) + len(continuation) > self.max_length + 1:  # the last token is not an input
+                self.cut[request.task_name].add(request.doc_id)
         order = sorted(range(len(requests)), key=length_and_tokens)
-        plain = [(("", ""), *requests[index][1:]) for index in order]
-        answers = self._deal("_loglikelihood_tokens", plain)
+        without_texts = [(("", ""), *requests[index][1:]) for index in order]
+        answers = self._deal("_loglikelihood_tokens", without_texts)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        self.batch_size_per_gpu = 10**9  # so many windows it asks for at once; `_deal` makes batches of them
+        self.batch_size_per_gpu = 10**9  # requests all windows at once, of which `_deal` makes batches
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
         finally:
@@ -373,44 +381,39 @@ class SharedModel(HFLM):
                 self.cut[request.task_name].add(request.doc_id)
         order = sorted(range(len(requests)), key=settings_and_length)
         answers: list[str] = []
-        for wanted in dict.fromkeys(map(settings, order)):  # one batch has one way to generate
-            alike = [requests[index] for index in order if settings(index) == wanted]
-            answers += self._deal("generate_until", [_Generation(request.args) for request in alike])
+        for wanted in dict.fromkeys(map(settings, order)):  # all requests of a batch have the same settings
+            same = [requests[index] for index in order if settings(index) == wanted]
+            # A rank needs only (text, settings) of a request.
+            answers += self._deal("generate_until", [SimpleNamespace(args=request.args) for request in same])
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
-        """[B, T] -> [B, T, V]"""
+        """Return logits [B, T, V] for tokens [B, T]."""
         return self._call(input_ids=inps, use_cache=False).logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **settings: Any) -> torch.Tensor:
         if self._is_sharded:
-            settings["synced_gpus"] = True  # a rank that is done goes on with the others, who need its shards
-        ends = copy.copy(self.model.generation_config)
-        take_special_tokens(ends, self.tokenizer)  # of another tokenizer than the model's own
-        settings["eos_token_id"] = ends.eos_token_id
+            settings["synced_gpus"] = True  # a rank that is done runs on with the others, which need its shards
+        config = copy.copy(self.model.generation_config)
+        take_special_tokens(config, self.tokenizer)  # which may be another one than the model's own
+        settings["eos_token_id"] = config.eos_token_id
         return super()._model_generate(context, max_length, stop, **settings)
 
 
-class _Generation:
-    """Of a request all that a rank needs: (text, how to generate)."""
-
-    def __init__(self, arguments: tuple[str, dict[str, Any]]) -> None:
-        self.args = arguments
-
-
-def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
+def _run_tasks(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int | None) -> dict[str, dict[str, Any]]:
+    """Run the tasks on rank 0 and return their results by name. Raises DataError."""
     for name, task in tasks.loaded["tasks"].items():
         task.set_config(key="num_fewshot", value=_shots(tasks.shots[name], num_fewshot))
         task.set_fewshot_seed(seed=SEED)
     with _quiet():
         try:
-            found = run_tasks(lm, tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
+            evaluated = run_tasks(lm, tasks.loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False)
         except L2EError:
             raise
-        except Exception as error:  # of a task's own code
+        except Exception as error:  # a task's own code may raise anything
             names = ", ".join(tasks.shots)
             raise DataError(f"{names}: {type(error).__name__}: {one_line(error)}", where="tasks") from error
-    values = _in_our_form(found, {name: len(documents) for name, documents in lm.cut.items()})
+    values = _results_by_task(evaluated, {name: len(documents) for name, documents in lm.cut.items()})
     for name, task in values.items():
         if task["cut"] and task["part_of"] is None:
             say(
@@ -421,65 +424,67 @@ def _figures(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: int 
 
 
 def _shots(own: int | None, asked: int | None) -> int:
-    """As in the harness, a task that says 0 itself keeps it."""
+    """Return how many examples a task uses. As in the harness, a task whose own number is 0 keeps it."""
     return own or 0 if asked is None or own == 0 else asked
 
 
-def _in_our_form(found: dict[str, Any], cut: dict[str, int]) -> dict[str, dict[str, Any]]:
-    children = found.get("group_subtasks", {})
+def _results_by_task(evaluated: dict[str, Any], cut: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Return the harness's results in the form of evaluations.jsonl. cut: how many prompts were cut, by task."""
+    children = evaluated.get("group_subtasks", {})
+    samples = evaluated["n-samples"]
 
     def tasks_of(name: str) -> list[str]:
-        return [name] if name in found["n-samples"] else [task for child in children[name] for task in tasks_of(child)]
+        return [name] if name in samples else [task for child in children[name] for task in tasks_of(child)]
 
-    figures = {name: _metrics_of(found, name, tasks_of(name)) for name in found["results"]}
-    parents = {child: group for group, names in children.items() for child in names if figures.get(group)}
+    metrics_by_name = {name: _metrics_of(evaluated, name, tasks_of(name)) for name in evaluated["results"]}
+    parents = {child: group for group, names in children.items() for child in names if metrics_by_name.get(group)}
     return {
         name: {
-            "samples": sum(found["n-samples"][task]["effective"] for task in tasks_of(name)),
-            # of nested groups the harness itself says nothing; a task that keeps 0 does not count
-            "num_fewshot": max(found["n-shot"][task] for task in tasks_of(name)),
+            "samples": sum(samples[task]["effective"] for task in tasks_of(name)),
+            # The harness has no number for nested groups. A task that keeps 0 does not count.
+            "num_fewshot": max(evaluated["n-shot"][task] for task in tasks_of(name)),
             "cut": sum(cut.get(task, 0) for task in tasks_of(name)),
-            "version": found["versions"].get(name),
+            "version": evaluated["versions"].get(name),
             "part_of": parents.get(name),
             "metrics": metrics,
         }
-        for name, metrics in figures.items()
+        for name, metrics in metrics_by_name.items()
         if metrics
     }
 
 
-def _metrics_of(found: dict[str, Any], name: str, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """tasks: of a group its tasks, else the task itself."""
-    figures = {}
-    for key, value in found["results"][name].items():
+def _metrics_of(evaluated: dict[str, Any], name: str, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of a task or group. tasks: those of the group, or the task itself."""
+    metrics = {}
+    for key, value in evaluated["results"][name].items():
         metric, separator, answer_filter = key.partition(",")
         if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        lower = any(found["higher_is_better"].get(task, {}).get(metric) is False for task in tasks)
-        figures[metric if answer_filter == "none" else key] = {
+        lower_is_better = any(evaluated["higher_is_better"].get(task, {}).get(metric) is False for task in tasks)
+        metrics[metric if answer_filter == "none" else key] = {
             "value": _finite(value),
-            "stderr": _finite(found["results"][name].get(f"{metric}_stderr,{answer_filter}")),
-            "higher_is_better": not lower,
+            "stderr": _finite(evaluated["results"][name].get(f"{metric}_stderr,{answer_filter}")),
+            "higher_is_better": not lower_is_better,
         }
-    return figures
+    return metrics
 
 
 def _finite(value: Any) -> float | None:
-    """None for what is no number, or none that JSON has."""
+    """Return a finite number, or None for anything else, which JSON could not hold."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of the harness, and nothing of what it prints. Errors of other threads still reach stderr."""
-    plain = tqdm.__init__
+    """Hide the harness's progress bars and what it prints. Errors of other threads still reach stderr."""
+    original = tqdm.__init__
 
     def without_bar(bar: tqdm, *arguments: Any, **settings: Any) -> None:
-        plain(bar, *arguments, **{**settings, "disable": True})
+        original(bar, *arguments, **{**settings, "disable": True})
 
     tqdm.__init__ = without_bar
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        tqdm.__init__ = plain
+        tqdm.__init__ = original

@@ -1,5 +1,4 @@
-"""What `MODEL` means on the command line: a run directory, one of its checkpoints, a folder that transformers loads, or
-a hub name with `@revision`."""
+"""Find and load what `MODEL` means on the command line: a run directory, a checkpoint, a folder or a hub name."""
 
 from __future__ import annotations
 
@@ -24,9 +23,10 @@ MODEL = "a run directory, one of its checkpoints, a folder that transformers loa
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What was asked for, found but not loaded.
+    """A model that was found, but is not loaded.
 
-    label: short, for tables and folders; checkpoint: verified, of a run; name, revision: what transformers loads.
+    given: the word on the command line; label: a short name for tables and folders; checkpoint: that of a run,
+    verified; name, revision: what transformers loads if there is no checkpoint.
     """
 
     given: str
@@ -41,9 +41,9 @@ class ModelSource:
 
 
 def find_model(given: str, step: int | None = None) -> ModelSource:
-    """step: of a run, this checkpoint instead of the newest.
+    """Return the model that `given` names. step: that of a run's checkpoint, by default the newest.
 
-    Raises CheckpointError for a damaged checkpoint or an empty run, ConfigError for what is no model.
+    Raises CheckpointError for a damaged checkpoint or a run without one, and ConfigError for what is not a model.
     """
     path = Path(given)
     if (path / "checkpoints").is_dir() or (is_checkpoint(path) and path.parent.name == "checkpoints"):
@@ -61,7 +61,7 @@ def find_model(given: str, step: int | None = None) -> ModelSource:
 
 
 def all_checkpoints(run: str) -> list[ModelSource]:
-    """Return every complete checkpoint of a run, oldest first. Raises CheckpointError where there is none."""
+    """Return every complete checkpoint of a run, oldest first. Raises CheckpointError if there is none."""
     if not (Path(run) / "checkpoints").is_dir():
         raise CheckpointError(f"--all-checkpoints: {run} is not a run directory")
     found = CheckpointManager(Path(run)).complete()
@@ -71,7 +71,7 @@ def all_checkpoints(run: str) -> list[ModelSource]:
 
 
 def network_config(source: ModelSource) -> PretrainedConfig:
-    """Loads no weight. Raises ConfigError where there is no such model."""
+    """Return a model's configuration without loading weights. Raises ConfigError if there is no such model."""
     from transformers import AutoConfig
 
     folder = Path(str(source.name)) if source.checkpoint is None else source.checkpoint.parent.parent / "model"
@@ -84,7 +84,7 @@ def network_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTokenizerFast:
-    """Return the model's own, or the one named `instead`. Raises ConfigError where there is none."""
+    """Return the model's own tokenizer, or the one named `instead`. Raises ConfigError if there is none."""
     folder = source.name if source.checkpoint is None else str(source.checkpoint.parent.parent / "tokenizer")
     assert folder is not None
     try:
@@ -99,8 +99,7 @@ def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTok
 def load_causal_model(
     source: ModelSource, precision: str, zero3: dict | None = None
 ) -> tuple[PreTrainedModel, int | None]:
-    """Return the network with its output matrix, on the CPU, and the tokens it has seen in training, where that is
-    known.
+    """Return the network with its output matrix, on the CPU, and the tokens it has seen in training, or None.
 
     zero3: a DeepSpeed configuration by which transformers shards what it loads. Raises ConfigError or CheckpointError.
     """
@@ -113,7 +112,7 @@ def load_causal_model(
         with loading_sharded(zero3):
             dtype = DTYPES[precision]
             return AutoModelForCausalLM.from_pretrained(source.name, revision=source.revision, dtype=dtype), None
-    except Exception as error:  # also what safetensors and torch say of damaged files
+    except Exception as error:  # safetensors and torch have errors of their own for damaged files
         raise _not_loaded(source, error) from None
 
 

@@ -1,1 +1,1 @@
-"""A trained model for others: transformers' format, a model card, the hub."""
+"""Write a trained model for others to use: in the format of transformers, with a model card, on the hub."""

@@ -1,7 +1,7 @@
-"""The model card (README.md) of an exported model: what was trained, on what, what was inhibited, how to load it.
+"""Write the model card (README.md) of an exported model: what was trained, on what, what was inhibited, how to load it.
 
-Says what the run directory knows of the exported step; of the training machine it tells base names only. Text from the
-run is escaped.
+It holds what the run directory knows of the exported step. Of paths of the training machine it shows only the last
+part. Text from the run is escaped.
 """
 
 from __future__ import annotations
@@ -28,8 +28,11 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What a card is written of. state: the checkpoint's; network: of transformers; licence: an id of the hub, or None;
-    repository: where it will be pushed, or None."""
+    """What a card describes.
+
+    state: that of the checkpoint; network: its transformers configuration; tokenizer: whether there is one; licence: an
+    id of the hub, or None; repository: where the model will be pushed, or None.
+    """
 
     run: Path
     state: dict[str, Any]
@@ -53,14 +56,14 @@ class Exported:
         return self.repository.rpartition("/")[2] if self.repository else self.run.resolve().name
 
     def newest(self, kind: str) -> dict[str, Any]:
-        """Return the newest line of the metrics at or before the step; empty without one."""
+        """Return the newest line of the metrics at or before the step, or {} if there is none."""
         path = self.run / FILE
         lines = read_metrics(path, kind) if path.is_file() else []
         return next((line for line in reversed(lines) if line["step"] <= self.step), {})
 
 
 def model_card(of: Exported) -> str:
-    """README.md: front matter that the hub reads, and the text of card.md."""
+    """Return the content of README.md: front matter that the hub reads, and the text of card.md."""
     config, identity = of.config, of.state["identity"]
     start, line = of.newest("start"), of.newest("train")
     layers = [
@@ -94,7 +97,7 @@ def model_card(of: Exported) -> str:
 
 def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
     model, method = of.config["model"], of.config["inhibition"]["method"]
-    figures = [
+    eval_results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=result.task,
@@ -118,23 +121,23 @@ def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
         ],
         base_model=model["pretrained"] if model["pretrained"] and _is_on_hub(model["pretrained"]) else None,
         datasets=[part["path"] for part in _sets(of) if part["source"] == "hub" and _is_on_hub(part["path"])] or None,
-        model_name=of.name if figures else None,
-        eval_results=figures or None,
+        model_name=of.name if eval_results else None,
+        eval_results=eval_results or None,
     )
 
 
 def _weight(section: dict[str, Any]) -> str | None:
-    """Return which key says how strong the inhibition loss is.
+    """Return the key that says how strong the inhibition loss is, or None for a deactivation.
 
-    None for a deactivation. `section` may be of a version that had no strength.
+    The section may be one of an earlier version, which had no `strength`.
     """
     return next((key for key in ("strength", "coefficient") if section.get(key) is not None), None)
 
 
 def _schedule(section: dict[str, Any]) -> str:
-    """When the inhibition loss counts; empty for from the first step to the last."""
+    """Return start, warm-up, decay and end of inhibition, or "" if it lasts from the first step to the last."""
     steps = {key: section.get(key) for key in ("start", "warmup", "decay", "end")}
-    steps["warmup"] = section.get("coefficient_warmup", steps["warmup"])  # its name in an earlier version
+    steps["warmup"] = section.get("coefficient_warmup", steps["warmup"])  # the key's name in an earlier version
     return ", ".join(f"{key} {value}" for key, value in steps.items() if value)
 
 
@@ -154,9 +157,9 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
-    """Return a sentence for a model that takes more tokens than its run trained at once; None for another.
+    """Return a clause on a model that takes longer sequences than it was trained on, or None for another model.
 
-    network: of transformers; config: of the run.
+    network: its transformers configuration; config: that of the run.
     """
     longest, trained = getattr(network, "max_position_embeddings", None), config["data"]["sequence_length"]
     if longest is not None and longest <= trained:
@@ -170,7 +173,7 @@ def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
 
 
 def _escaped(value: object) -> str:
-    """On one line, with nothing in it that Markdown or HTML would take for its own."""
+    """Return a text on one line, in which all characters that mean something in Markdown or HTML are escaped."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", " ".join(str(value).split()))
 
 
@@ -179,7 +182,7 @@ def _base_name(path: str) -> str:
 
 
 def _is_on_hub(name: str) -> bool:
-    """Return whether it is a name of the hub, as NAME or OWNER/NAME, and no path of this machine."""
+    """Return whether a name has the form NAME or OWNER/NAME of the hub and is not a path on this machine."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) is not None and not Path(name).exists()
 
 

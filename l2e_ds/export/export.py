@@ -1,6 +1,6 @@
-"""`l2e-ds export`: a checkpoint becomes a folder that transformers loads, with a model card.
+"""`l2e-ds export`: write a checkpoint as a folder that transformers loads, with a model card.
 
-Reads finished checkpoints only; needs no process group. DeepSpeed's shards are pickles: export only checkpoints
+Reads complete checkpoints only, and needs no process group. DeepSpeed's shards are pickles: export only checkpoints
 from a source you trust.
 """
 
@@ -28,7 +28,7 @@ from l2e_ds.system.process import quiet_libraries
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-PADDING = ("<|padding|>", "<pad>", "[PAD]")  # in a vocabulary, fills up batches
+PADDING = ("<|padding|>", "<pad>", "[PAD]")  # names of padding tokens
 
 
 def export(
@@ -41,18 +41,18 @@ def export(
 ) -> dict[str, Any]:
     """Write model, tokenizer and model card of a run or checkpoint to `output`.
 
-    precision: of the written weights; default: the run's, with which logits equal the engine's. licence, repository:
-    for the card, which says how to load it from there. Returns step, precision, parameters, and whether there was a
-    tokenizer. Raises CheckpointError, ConfigError.
+    precision: that of the written weights, by default the run's, with which logits equal the engine's. licence,
+    repository: for the card, which says how to load the model from there. Returns step, precision, parameters, and
+    whether there is a tokenizer. Raises CheckpointError, ConfigError.
     """
     if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
         raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
     checkpoint = find_checkpoint(source, step)
     if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
-    beside = next(path for path in output.absolute().parents if path.exists())
-    if not beside.is_dir() or not os.access(beside, os.W_OK):
-        raise CheckpointError(f"--output: cannot write below {beside}")
+    existing = next(path for path in output.absolute().parents if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise CheckpointError(f"--output: cannot write below {existing}")
     model, state = load_network(checkpoint, precision)
     precision = precision or state["identity"]["precision"]
     run_directory = checkpoint.parent.parent
@@ -60,7 +60,7 @@ def export(
     try:
         with whole_folder(output) as temporary:
             _write(model, run_directory, state, temporary)
-            of = Exported(
+            exported = Exported(
                 run=run_directory,
                 state=state,
                 network=model.config,
@@ -70,14 +70,14 @@ def export(
                 licence=licence,
                 repository=repository,
             )
-            (temporary / "README.md").write_text(model_card(of), encoding="utf-8")
+            (temporary / "README.md").write_text(model_card(exported), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"--output: cannot write {output}: {one_line(error)}") from None
     return {
         "step": state["train"]["step"],
         "precision": precision,
-        "parameters": of.parameters,
-        "tokenizer": of.tokenizer,
+        "parameters": exported.parameters,
+        "tokenizer": exported.tokenizer,
     }
 
 
@@ -92,39 +92,39 @@ def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     _name_rotary_settings_twice(folder / "config.json")
-    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody but the owner read, whatever the umask
+    for path in folder.glob("*.safetensors"):  # safetensors makes them readable by the owner only, whatever the umask
         path.chmod((folder / "config.json").stat().st_mode)
     provenance = {"step": state["train"]["step"], "tokens": state["train"]["tokens"], "config": state["config"]}
     (folder / PROVENANCE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
 
 
 def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """Return the same tokens by the class that reads a tokenizer.json as it is.
+    """Return the same tokenizer with the special tokens that readers of exported models need.
 
-    With special tokens that readers ask for.
+    Its class is the one that uses a tokenizer.json as it is.
     """
     from transformers import PreTrainedTokenizerFast
 
-    with contextlib.suppress(DataError):  # token files need no end of text
+    with contextlib.suppress(DataError):  # a run on token files may have a tokenizer without an end of text
         name_end_of_text(tokenizer)
     special = dict(tokenizer.special_tokens_map)
     if tokenizer.eos_token is not None:
-        # CTranslate2 wants the first two; training, too, begins a text after the end of another
+        # CTranslate2 needs the first two. In training, too, a text begins after the end of another.
         padding = next((token for token in PADDING if token in tokenizer.get_vocab()), tokenizer.eos_token)
         special = {"bos_token": tokenizer.eos_token, "unk_token": tokenizer.eos_token, "pad_token": padding} | special
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
         model_max_length=tokenizer.model_max_length,
-        model_input_names=["input_ids", "attention_mask"],  # else transformers 4 adds token types, which no model takes
-        padding_side="left",  # as generation needs it
+        model_input_names=["input_ids", "attention_mask"],  # transformers 4 would add token types, which no model takes
+        padding_side="left",  # for generation
         **({"chat_template": tokenizer.chat_template} if tokenizer.chat_template else {}),
         **special,
     )
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """By a name of its class that transformers 4, llama.cpp and CTranslate2 know too."""
+    """Save a tokenizer under a class name that transformers 4, llama.cpp and CTranslate2 know, too."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,10 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def _name_rotary_settings_twice(path: Path) -> None:
-    """In a config.json: transformers 4 and llama.cpp do not know `rope_parameters`, and may take other values."""
+    """Write the rotary settings of a config.json also under the keys of transformers 4 and llama.cpp.
+
+    They do not know `rope_parameters` and would use defaults of their own.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     rotary = config.get("rope_parameters") or {}
     if "rope_theta" not in rotary:
@@ -150,11 +153,13 @@ def _name_rotary_settings_twice(path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--step", type=int, help="of a run: this checkpoint instead of the newest")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="default: the run's own")
+    parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: the run's own)"
+    )
     parser.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
     parser.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
-    parser.add_argument("--private", action="store_true", help="with --push: a new repository that others do not see")
+    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -163,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--private: goes with --push")
     quiet_libraries()
     if repository is not None:
-        check_push(repository)  # before the work, not after it
+        check_push(repository)  # so that an error comes before the work
     options = (arguments.step, arguments.precision, arguments.license, repository)
     done = export(arguments.source, arguments.output, *options)
     print(

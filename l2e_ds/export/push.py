@@ -1,4 +1,4 @@
-"""`l2e-ds export --push REPO`: an exported folder to the Hugging Face Hub, for those who have a token."""
+"""`l2e-ds export --push REPO`: upload an exported folder to the Hugging Face Hub, which needs a token."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from l2e_ds.system.files import one_line
 
 
 def check_push(repository: str) -> None:
-    """What can be known before there is anything to push: the name's form, a token, that the hub answers and takes it.
+    """Check all that can be known before anything is pushed: the name's form, and a token that the hub accepts.
 
-    Raises ConfigError, L2EError.
+    Raises ConfigError, and L2EError if the hub cannot be reached or refuses the token.
     """
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -32,16 +32,16 @@ def check_push(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Make the repository, if it is not there, and upload the folder in one commit. Returns its address.
+    """Create the repository, if there is none, and upload the folder in one commit. Returns the repository's address.
 
-    private: of a new repository. Raises L2EError, which says how to push again.
+    private: whether a new repository is private. Raises L2EError, which says how to push again.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     with _explained(f"; {folder} is complete, push it by: hf upload {repository} {folder}"):
-        address = api.create_repo(repository, private=private or None, exist_ok=True)  # None: as its owner has it
-        # the name in full: a repository without an owner is the token's
+        address = api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
+        # The full name, as a repository without an owner belongs to the token's.
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="l2e-ds export")
     return str(address)
 

@@ -1,1 +1,1 @@
-"""Networks: Pythia's sizes, other families, their inhibited layers, their counts."""
+"""Networks: the sizes of Pythia, other families, their inhibited layers, their parameter counts."""

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a network, counted without building it."""
+"""Count the parameters and floating-point operations of a network without building it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
-    """Return the network without its weights, to be counted."""
+    """Return the network without weights (on the meta device)."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -20,7 +20,7 @@ def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
 
 
 def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
-    """Return parameters in all, and those outside the token embedding and the output matrix."""
+    """Return the number of all parameters, and of those outside the token embedding and the output matrix."""
     model = unbuilt(network)
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = sum(p.numel() for p in model.parameters())
@@ -28,9 +28,9 @@ def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
 
 
 def matrix_parameters(model: Any) -> int:
-    """Return parameters that every token is multiplied with: not those of embeddings, which are looked up.
+    """Return the number of parameters with which every token is multiplied.
 
-    But where one is also the output matrix, it counts.
+    Embeddings are looked up and do not count, unless they are also the output matrix.
     """
     output = model.get_output_embeddings().weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
@@ -38,9 +38,9 @@ def matrix_parameters(model: Any) -> int:
 
 
 def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
-    """Forward and backward, without recomputation: 6 P for the matrices, 6 L h T for causal attention.
+    """Return the operations of forward and backward pass without recomputation: 6 P + 6 L h T.
 
-    parameters: all but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
-    attention; a causal mask needs half.
+    6 P is for the matrices, where P are all parameters but the input embedding; 6 L h T is for causal attention. PaLM
+    (Chowdhery et al. 2022, appendix B) has 12 L h T for full attention, of which a causal mask needs half.
     """
     return 6 * parameters + 6 * layers * hidden * sequence_length

@@ -1,9 +1,9 @@
-"""Where the neurons of a model are: the registry of model families, one entry a family.
+"""The registry of model families, which says where the neurons of a model are.
 
-A neuron is one coordinate of what the output projection of a block's MLP reads (docs/method.md, 2). Where an activation
-module alone computes that, the hook takes its place: it survives torch.compile, and the exact GELU may be computed in
-the hook's own pass. In a gated MLP no module returns the neurons, which are act(gate) * up: the hook sits before the
-output projection. docs/families.md says how to add a family.
+A neuron is one coordinate of the input of the output projection of a block's MLP (docs/method.md, 2). If an activation
+module alone computes that input, the hook replaces the module: this works under torch.compile, and the hook can compute
+the exact GELU itself. In a gated MLP no module returns the neurons, which are act(gate) * up, so the hook is placed
+before the output projection. docs/families.md says how to add a family.
 
 Shapes: N neurons of a layer.
 """
@@ -25,9 +25,9 @@ from l2e_ds.inhibition.settings import NeuronSite
 class Family:
     """One model family of transformers.
 
-    blocks: the list of blocks, from the model without its head; site: from a block, the module that returns the neurons
-    (kind "activation") or is given them ("projection"); neurons: N, from the model's configuration; attention: the
-    values of `model.attention` that it has.
+    blocks: path of the list of blocks, from the model without its head; site: path, from a block, of the module that
+    returns the neurons (kind "activation") or reads them ("projection"); neurons: N, by the model's configuration;
+    attention: the values of `model.attention` that the family supports.
     """
 
     blocks: str
@@ -54,7 +54,7 @@ FAMILIES = {
 
 
 def family_of(network: Any, where: str = "the model") -> Family:
-    """network: a transformers configuration; where: what an error calls the model. Raises ConfigError."""
+    """Return the family of a transformers configuration. where: what an error calls the model. Raises ConfigError."""
     if network.model_type not in FAMILIES:
         raise ConfigError(
             f"{where}: is of the family {network.model_type}, known are {', '.join(FAMILIES)}; another is registered in"
@@ -64,7 +64,7 @@ def family_of(network: Any, where: str = "the model") -> Family:
 
 
 def neurons_of(network: Any) -> int:
-    """N, the neurons of each layer. Raises ConfigError."""
+    """Return N, the number of neurons of each layer. Raises ConfigError."""
     return family_of(network).neurons(network)
 
 
@@ -91,7 +91,7 @@ def _is_exact_gelu(activation: nn.Module) -> bool:
 
 
 def check_trainable(network: Any, attention: str, where: str) -> None:
-    """Check that a run can train such a model. Raises ConfigError. where: the model's dotted key and value."""
+    """Raise ConfigError if a run cannot train such a model. where: the model's dotted key and value."""
     family = family_of(network, where)
     if attention not in family.attention:
         allowed = ", ".join(family.attention)

@@ -1,8 +1,7 @@
-"""The Pythia family: sizes, published hyper-parameters, initialisation; building and loading networks; their layers.
+"""Build and load networks, with the initialisation of Pythia.
 
-Sources: Biderman et al. 2023 and the released configuration files (docs/method.md, 10). GPT-NeoX initialises
-with `small_init` (Nguyen & Salazar 2019) and, where a layer writes to the residual stream, `wang_init`.
-Where the neurons of these and of other families are: families.py. Shapes: N neurons of a layer.
+GPT-NeoX initialises with `small_init` (Nguyen & Salazar 2019) and, where a layer writes to the residual stream,
+`wang_init` (docs/method.md, 10).
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 
 
 def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zero3: dict | None) -> PreTrainedModel:
-    """Return the network in float32 with its first weights, in training mode, on the CPU.
+    """Return the network in float32 with its initial weights, in training mode, on the CPU.
 
-    zero3: the DeepSpeed configuration under ZeRO-3, whose parameters are sharded while the network is built so
-    that no rank ever holds more than one whole tensor; else None. The weights depend on the seed alone: not on
-    the number of ranks, the stage or the order of construction.
+    zero3: the DeepSpeed configuration under ZeRO-3, else None. Parameters are then sharded while the network is built,
+    so that no rank ever holds more than one whole tensor. The initial weights depend on the seed only, not on the
+    number of ranks, the ZeRO stage or the order of construction.
     """
     from transformers import AutoModelForCausalLM
 
@@ -47,7 +46,7 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if config.compile:
         for block in blocks_of(model):
-            block.compile()  # within what recomputes it, so that a hook's `in_backward` is seen
+            block.compile()  # inside the recomputation, so that a hook's `in_backward` is seen
     model.train()
     return model
 
@@ -60,35 +59,35 @@ def _sharded(zero3: dict | None) -> Iterator[None]:
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
 
-    # Now, not when it is first used within Init, which puts functions of its own in place of torch's constructors:
-    # torch._dynamo, which this imports, compares their signatures and gives up.
+    # Imported before Init, which replaces torch's constructors by functions of its own. This module imports
+    # torch._dynamo, which compares their signatures and fails.
     from transformers.models.gpt_neox import modeling_gpt_neox  # noqa: F401
 
-    # The first keeps rotary frequencies in float32: Init would round every floating tensor made within it, and an
-    # exported model would not be the trained one.
-    # no dtype given: with one, 0.19.8 builds in bfloat16 wherever fp16 is not supported, whatever was asked for
+    # prevent_arange_dtype_change keeps rotary frequencies in float32. Init would round every floating-point tensor that
+    # is made inside it, and an exported model would differ from the trained one.
+    # Init is given no dtype: with one, DeepSpeed 0.19.8 builds in bfloat16 wherever fp16 is not supported.
     with prevent_arange_dtype_change(), deepspeed.zero.Init(config_dict_or_path=zero3):
         yield
 
 
 @contextlib.contextmanager
 def loading_sharded(zero3: dict | None) -> Iterator[None]:
-    """Within, transformers' from_pretrained shards the network while rank 0 reads it tensor by tensor."""
+    """Make transformers' from_pretrained shard the network while rank 0 reads it tensor by tensor, unless None."""
     if zero3 is None:
         yield
         return
     from transformers.integrations import deepspeed as integration
 
     class Zero3:
-        """What from_pretrained asks of HfDeepSpeedConfig, which itself would need the package accelerate."""
+        """The part of HfDeepSpeedConfig that from_pretrained uses. The class itself needs the package accelerate."""
 
         config = zero3
 
         def is_zero3(self) -> bool:
             return True
 
-    known = Zero3()  # transformers keeps a weak reference only
-    integration.set_hf_deepspeed_config(known)
+    settings = Zero3()  # kept in a variable, as transformers keeps only a weak reference
+    integration.set_hf_deepspeed_config(settings)
     try:
         yield
     finally:
@@ -97,7 +96,7 @@ def loading_sharded(zero3: dict | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_default_init() -> Iterator[None]:
-    """Skip transformers' own initialisation: every weight is written afterwards."""
+    """Skip transformers' own initialisation, as every weight is written afterwards."""
     from transformers.initialization import no_init_weights
 
     with no_init_weights():
@@ -106,9 +105,10 @@ def without_default_init() -> Iterator[None]:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Pythia's initialisation: small_init, wang_init on residual outputs, zero biases, unit norms.
+    """Initialise as Pythia: small_init, wang_init on residual outputs, zero biases, norms of one.
 
-    small_init: N(0, 2 / (5 h)); wang_init: N(0, (2 / (L sqrt(h)))^2), h hidden size, L layers (docs/method.md, 10).
+    small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers
+    (docs/method.md, 10).
     """
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
     small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]
@@ -120,10 +120,10 @@ def initialise(model: nn.Module, seed: int) -> None:
                 parameter.fill_(1.0)
             else:
                 std = wang if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else small
-                # a generator per parameter: the same weights in any order of construction and on any rank
+                # With its own generator a parameter depends neither on the order of construction nor on the rank.
                 key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
                 generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-                if not hasattr(parameter, "ds_id") or collectives.is_main():  # under ZeRO-3 rank 0's values are taken
+                if not hasattr(parameter, "ds_id") or collectives.is_main():  # under ZeRO-3 rank 0's values are used
                     values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                     parameter.copy_(values.mul_(std))
 
@@ -137,6 +137,3 @@ def _gathered(parameter: nn.Parameter) -> Iterator[None]:
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         yield
-
-
-# --- neurons -----------------------------------------------------------------------------------------------------

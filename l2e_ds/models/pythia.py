@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PythiaSize:
-    """One row of the family table."""
+    """One size of the family, from Biderman et al. 2023 and the released configuration files (docs/method.md, 10).
+
+    learning_rate: the published peak; vocabulary: rows of the embedding.
+    """
 
     layers: int
     hidden: int
@@ -40,7 +43,7 @@ PYTHIA = {
 
 
 def check_sizes(option: str, names: Iterable[str]) -> None:
-    """Check that an option names Pythia sizes. Raises ConfigError."""
+    """Raise ConfigError if one of an option's names is not a Pythia size."""
     for name in names:
         if name not in PYTHIA:
             raise ConfigError(f"{option}: got {name!r}, allowed: {', '.join(PYTHIA)}")
@@ -66,13 +69,13 @@ def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfi
         num_hidden_layers=config.num_layers or size.layers,
         num_attention_heads=heads,
         intermediate_size=4 * hidden,
-        hidden_act="gelu",  # exact, not the tanh approximation
-        # the published 25 % rotary dimensions; longer contexts only where the run asks for them
+        hidden_act="gelu",  # the exact one, not the tanh approximation
+        # The published rotary dimensions are 25 %. The context is longer than published only if the run needs it.
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         max_position_embeddings=max(2048, sequence_length),
         use_parallel_residual=True,
         tie_word_embeddings=False,
-        bos_token_id=None,  # `take_special_tokens`
+        bos_token_id=None,  # set by `take_special_tokens`
         eos_token_id=None,
         use_cache=False,
     )
@@ -93,10 +96,7 @@ def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def published_learning_rate(config: ModelConfig) -> float:
-    """Return peak learning rate of the family table.
-
-    Raises ConfigError for a pretrained model, which has none there.
-    """
+    """Return the published peak learning rate of a Pythia size. Raises ConfigError for a pretrained model."""
     if config.name is None:
         raise ConfigError("optimizer.peak_learning_rate: is required with model.pretrained")
     return PYTHIA[config.name].learning_rate

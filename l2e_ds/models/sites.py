@@ -1,4 +1,4 @@
-"""Which layers of a network are inhibited, and where their neurons are."""
+"""Choose the layers of a network that are inhibited, and find their neurons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from l2e_ds.models.families import blocks_of, site_of
 
 
 def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
-    """Return indices of the hooked layers (docs/method.md, 7), ascending. Raises ConfigError."""
+    """Return the indices of the hooked layers (docs/method.md, 7), ascending. Raises ConfigError.
+
+    choice: a named choice or a list of indices; layers: how many the network has.
+    """
     named = get_args(LayerChoice)
     numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
     if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
@@ -35,12 +38,10 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
 
 
 def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:
-    """Return where the neurons of the chosen layers are, each [B, T, N].
+    """Return the sites of the neurons, [B, T, N], of the chosen layers.
 
-    Model: of transformers, with or without its head.
-
-    Raises ConfigError for a model of another kind, a family that is not registered (families.py) and for layers out of
-    range.
+    model: a transformers model, with or without its head. Raises ConfigError for another kind of model, for a family
+    that is not registered (families.py) and for layers out of range.
     """
     if not hasattr(getattr(model, "config", None), "model_type"):
         raise ConfigError(

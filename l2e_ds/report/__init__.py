@@ -1,5 +1,5 @@
 """`l2e-ds report`: one page of runs and studies, for a browser without a network. Reads run directories only."""
 
-# Of the extra `report`: said in one line where one is missing.
+# Packages of the extra `report`. A missing one is reported in one line.
 PACKAGES = ("matplotlib",)
-GENERATOR = "l2e-ds report"  # by which a page of ours is known
+GENERATOR = "l2e-ds report"  # by which a report is recognised

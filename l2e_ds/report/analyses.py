@@ -1,4 +1,4 @@
-"""What `l2e-ds analyze` found, beside the published False Killing Rates."""
+"""Compare the results of `l2e-ds analyze` with the published False Killing Rates."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_analysis(folder: Path) -> bool:
 
 
 def all_tables(folders: Sequence[Path]) -> list[Table]:
-    """Empty without an analysis. Raises DataError for a file that is missing or cannot be read."""
+    """Return the tables of these analyses, none without one. Raises DataError for a missing or unreadable file."""
     rows = [row for folder in folders for row in _rows(folder, len(folders) > 1)]
     at, lowest = "FKR at that share", "lowest FKR"
     columns = [
@@ -45,19 +45,19 @@ def all_tables(folders: Sequence[Path]) -> list[Table]:
         "FKR: share of the activations above the threshold whose text has not the neuron's own feature, all layers"
         f" together, at the share nearest to {published.FKR_SHARE:.0%}; from, to: 95 % intervals over texts"
         f" (docs/analysis.md). Published ({published.SOURCE}): plain Pythia 70M at {published.FKR_SHARE:.0%}, and near"
-        f" which share FKR is lowest. Rates of other texts, or of other numbers of features, do not compare."
+        " which share FKR is lowest. Rates of other texts, or of other numbers of features, do not compare."
     )
     table = Table("false_killing", "False Killing Rate", note, columns, rows)
     return [table.without_empty_columns()] if rows else []
 
 
 def _rows(folder: Path, several: bool) -> list[list[Any]]:
-    """Return a row a model. several: say which analysis it is of."""
+    """Return a row for each model of an analysis. several: name the analysis in the last cell."""
     path = folder / _INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         sources = {report["digest"]: str(report["source"]) for report in index["texts"]}
-        models = [(one["label"], one["parameters"], sources[one["texts"]]) for one in index["models"]]
+        models = [(model["label"], model["parameters"], sources[model["texts"]]) for model in index["models"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: cannot be read: {one_line(error)}") from None
     return [
@@ -80,7 +80,7 @@ def _row(folder: Path, parameters: int, source: str, analysis: str | None) -> li
 
 
 def _read(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Raises DataError."""
+    """Return columns of a Parquet file. Raises DataError."""
     try:
         return pd.read_parquet(path, columns=columns)
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
@@ -88,5 +88,5 @@ def _read(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def _number(value: float) -> float | None:
-    """None for NaN."""
+    """Return a number, or None for NaN."""
     return None if pd.isna(value) else float(value)

@@ -1,9 +1,9 @@
-"""`l2e-ds report RUN_OR_STUDY ... --output report.html`: one page, and beside it every table as CSV and Markdown.
+"""`l2e-ds report RUN_OR_STUDY ... --output report.html`: one page, and a folder with every table as CSV and Markdown.
 
     report.html        opens in any browser, without a network
     report-tables/     index.md, and NAME.csv, NAME.md of each table
 
-A run that goes on is shown as far as it is; the same command again replaces the page.
+A run that is not finished is shown as far as it is. The same command replaces the page.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from l2e_ds.system.files import write_whole
 from l2e_ds.system.installed import check_extra
 
 _INDEX = "index.md"
-_MARK = f"<!-- {GENERATOR} -->"  # its first line, by which a folder of ours is known
+_MARK = f"<!-- {GENERATOR} -->"  # first line of the index, by which a report's folder is recognised
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folder of a run or of a study")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html", help="new, or a report")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.html", help="a new file, or a report to replace"
+    )
     parser.add_argument(
         "--analysis",
         type=Path,
@@ -40,31 +42,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError, DataError."""
+    """Return the exit code. Raises ConfigError, DataError."""
     check_extra("report", PACKAGES)
-    from l2e_ds.report import page  # with matplotlib, an extra
+    from l2e_ds.report import page  # imports matplotlib, an optional dependency
 
     output = arguments.output
     folder = output.with_name(f"{output.stem}-tables")
     _check_output(output, folder)
-    places = _analyses(arguments.analysis)
-    found = runs.read(arguments.paths)
-    places += [place for one in found.runs if analyses.is_analysis(place := one.directory / "analysis")]
+    analysis_folders = _analyses(arguments.analysis)
+    collection = runs.read(arguments.paths)
+    own = (run.directory / "analysis" for run in collection.runs)
+    analysis_folders += filter(analyses.is_analysis, own)
     now = datetime.now(timezone.utc)
-    of_page = [*tables.all_tables(found), *analyses.all_tables(places)]
-    notices = warnings.all_warnings(found, now)
-    text = page.render(found, of_page, notices, places, folder.name, now)
+    all_tables = [*tables.all_tables(collection), *analyses.all_tables(analysis_folders)]
+    notices = warnings.all_warnings(collection, now)
+    text = page.render(collection, all_tables, notices, analysis_folders, folder.name, now)
     try:
-        _write({**{folder / name: content for name, content in _files(of_page).items()}, output: text}, folder)
+        _write({**{folder / name: content for name, content in _files(all_tables).items()}, output: text}, folder)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
-    print(f"report: {output} (runs: {len(found.runs)}, warnings: {len(notices)})")
+    print(f"report: {output} (runs: {len(collection.runs)}, warnings: {len(notices)})")
     print(f"tables: {folder}")
     return 0
 
 
 def _check_output(output: Path, folder: Path) -> None:
-    """Raises ConfigError where something else than a report would be lost."""
+    """Raise ConfigError if something else than a report would be overwritten."""
     allowed = "allowed: a new file, or a report to be replaced"
     if output.suffix != ".html":
         raise ConfigError(f"--output: got {output}, allowed: a file name that ends in .html")
@@ -81,29 +84,29 @@ def _beginning(path: Path) -> str:
 
 
 def _analyses(given: Sequence[Path]) -> list[Path]:
-    """Raises ConfigError where a folder is none of an analysis."""
+    """Return the folders given with --analysis. Raises ConfigError for one that holds no analysis."""
     for folder in given:
         if not analyses.is_analysis(folder):
             raise ConfigError(f"--analysis: {folder} has no analysis.json; allowed: a folder that l2e-ds analyze wrote")
     return list(given)
 
 
-def _files(of_page: Sequence[tables.Table]) -> dict[str, str]:
-    """Name in the folder of tables -> content."""
+def _files(all_tables: Sequence[tables.Table]) -> dict[str, str]:
+    """Return the content of each file in the folder of tables, by name."""
     lines = [
         f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"
-        for table in of_page
+        for table in all_tables
     ]
     files = {_INDEX: "\n".join([_MARK, "# Tables", "", *lines, ""])}
-    for table in of_page:
+    for table in all_tables:
         files |= {f"{table.name}.csv": table.csv(), f"{table.name}.md": table.markdown()}
     return files
 
 
 def _write(files: Mapping[Path, str], folder: Path) -> None:
-    """All of them or, on a full disk, none; those of the report before this one whose tables are no more are removed.
+    """Write all files or, on a full disk, none. Removes files of the previous report that this one does not have.
 
-    folder: of the tables. Raises OSError.
+    folder: that of the tables. Raises OSError.
     """
     index = folder / _INDEX
     old = set(re.findall(r"\]\((\w+\.(?:csv|md))\)", index.read_text(encoding="utf-8"))) if index.is_file() else set()
@@ -111,11 +114,11 @@ def _write(files: Mapping[Path, str], folder: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         for path, text in files.items():
-            write_whole(Path(place) / path.name, text)
+            write_whole(Path(temporary) / path.name, text)
         folder.mkdir(exist_ok=True)
         for path in files:
-            (Path(place) / path.name).replace(path)
+            (Path(temporary) / path.name).replace(path)
     for name in old - {path.name for path in files}:
         (folder / name).unlink(missing_ok=True)

@@ -1,4 +1,7 @@
-"""The charts of a page: one question each, all runs in one chart. A run has the same colour and dash in all of them."""
+"""The charts of a report, one for each quantity, with all runs in one chart.
+
+A run has the same colour and dash in all charts.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,15 @@ from l2e_ds.report.tables import task_name, tasks_of
 from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import number
 
-# Okabe and Ito's colours without the light ones, and two of Paul Tol's; told apart by most colour-blind readers.
+# Okabe and Ito's colours without the light ones, and two of Paul Tol's. Most colour-blind readers can tell them apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-_PLAIN = "#333333"  # of runs without inhibition
+_PLAIN = "#333333"  # colour of runs without inhibition
 _DASHES = ("", "6 2", "2 2", "6 2 2 2", "10 3")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """name: of its elements in the page. about: in words, for who cannot see it."""
+    """A chart. name: that of its elements in the page. about: a description for readers who cannot see it."""
 
     name: str
     title: str
@@ -35,10 +38,11 @@ class Chart:
 
 @dataclass(frozen=True)
 class Quantity:
-    """key: of a line of metrics.jsonl; `layers/NAME` is the mean over layers, or with one run a line each.
+    """What a chart shows.
 
-    kind: attribute of Run; scale: linear or log; factor: from the metric's unit to the chart's; falls: its
-    beginning would hide the rest.
+    key: that of a line of metrics.jsonl; `layers/NAME` is the mean over layers, or with a single run one line for each
+    layer. kind: attribute of Run that holds the lines. scale: linear or log. factor: from the metric's unit to the
+    chart's. falls: whether its high beginning would hide the rest.
     """
 
     name: str
@@ -56,7 +60,7 @@ _LINES = {"train": "training", "evaluation": "evaluations"}  # attributes of Run
 
 
 def _quantity(name: str, kind: str, key: str, note: str, title: str = "", unit: str = "", **form: Any) -> Quantity:
-    """Return a metric by its kind and key; title and unit are those of the table of metrics unless given."""
+    """Return the quantity of a metric. By default title and unit are those of the table of metrics."""
     metric = described(kind, key)
     title = title or metric.title[0].upper() + metric.title[1:]
     return Quantity(name, title, unit or metric.unit, note, _LINES[kind], key, **form)
@@ -152,21 +156,22 @@ _QUANTITIES = (
 
 
 def looks(variants: Sequence[Variant]) -> list[Look]:
-    """Return the colour tells the treatment, the dash the model's size; no inhibition is dark."""
+    """Return the look of each variant: the colour shows the treatment, dark without inhibition, the dash the size."""
     sizes = list(dict.fromkeys(variant.size for variant in variants))
     if len(variants) == 1 and len(variants[0].runs) == 1:
-        return [Look(_PLAIN)]  # the colours are its layers'
+        return [Look(_PLAIN)]  # the colours are for its layers
     coloured = list(dict.fromkeys(variant.treatment for variant in variants if variant.method != "none"))
     found = []
     for variant in variants:
-        place = coloured.index(variant.treatment) if variant.treatment in coloured else 0
-        colour = _COLOURS[place % len(_COLOURS)] if variant.method != "none" else _PLAIN
-        found.append(Look(colour, _DASHES[(sizes.index(variant.size) + place // len(_COLOURS)) % len(_DASHES)]))
+        index = coloured.index(variant.treatment) if variant.treatment in coloured else 0
+        colour = _COLOURS[index % len(_COLOURS)] if variant.method != "none" else _PLAIN
+        dash = sizes.index(variant.size) + index // len(_COLOURS)
+        found.append(Look(colour, _DASHES[dash % len(_DASHES)]))
     return found
 
 
 def layer_looks(page: Collection) -> dict[int, Look]:
-    """Of the only run's layers; empty where there are several runs, or too many layers to tell apart."""
+    """Return the look of each layer of a single run, or {} if there are several runs or too many layers."""
     layers = page.runs[0].layers if len(page.runs) == 1 else []
     return dict(zip(layers, map(Look, _COLOURS), strict=False)) if len(layers) <= len(_COLOURS) else {}
 
@@ -177,8 +182,8 @@ def axis_of(runs: Sequence[Run]) -> Axis:
 
 
 def all_charts(page: Collection) -> list[Chart]:
-    """Return those that have something to show."""
-    runs = [run for variant in page.variants for run in variant.runs]  # the plain ones behind the others
+    """Return the charts that have a line."""
+    runs = [run for variant in page.variants for run in variant.runs]  # plain runs are drawn first, so behind others
     axis = axis_of(runs)
     by_layer = layer_looks(page)
     by_run = {
@@ -196,8 +201,8 @@ def all_charts(page: Collection) -> list[Chart]:
         charts.append(_chart(quantity, lines, axis, targets, bool(own)))
         if quantity.name == "held-out-loss":
             charts.append(_chart(_DIFFERENCE, _difference_lines(page, axis, by_run), axis, [0.0]))
-    for place, (task, shots) in enumerate(tasks_of(runs)):
-        charts.append(_task_chart(runs, place, task, shots, axis, by_run))
+    for index, (task, shots) in enumerate(tasks_of(runs)):
+        charts.append(_task_chart(runs, index, task, shots, axis, by_run))
     return [chart for chart in charts if chart is not None]
 
 
@@ -205,22 +210,23 @@ def all_charts(page: Collection) -> list[Chart]:
 
 
 def _quantities(runs: Sequence[Run]) -> list[Quantity]:
-    """With one for each set of a mixture after the loss of all."""
+    """Return all quantities, with one for each set of a mixture after the held-out loss."""
     names = dict.fromkeys(name for run in runs for name in run.sets)
-    found = []
+    quantities = []
     for quantity in _QUANTITIES:
-        found.append(quantity)
+        quantities.append(quantity)
         if quantity.name == "held-out-loss":
-            for place, name in enumerate(names):
+            for index, name in enumerate(names):
                 title, note = f"LM loss, held-out text of {name}", "One set of the mixture."
                 key = f"held_out_loss/{name}"
-                found.append(replace(quantity, name=f"set-{place}", title=title, note=note, key=key))
-    return found
+                quantities.append(replace(quantity, name=f"set-{index}", title=title, note=note, key=key))
+    return quantities
 
 
 def _points(lines: Iterable[dict], key: str, axis: Axis, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    found = [(line[axis.key], value * factor) for line in lines if (value := number(line, key)) is not None]
-    x, y = np.array(found, dtype=float).reshape(-1, 2).T
+    """Return x and y of the lines that have a finite value, float64 [points] each."""
+    points = [(line[axis.key], value * factor) for line in lines if (value := number(line, key)) is not None]
+    x, y = np.array(points, dtype=float).reshape(-1, 2).T
     return x, y
 
 
@@ -264,26 +270,25 @@ def _targets(runs: Sequence[Run]) -> list[float]:
 
 
 def _task_chart(
-    runs: Sequence[Run], place: int, task: str, shots: int, axis: Axis, by_run: dict[str, Look]
+    runs: Sequence[Run], index: int, task: str, shots: int, axis: Axis, by_run: dict[str, Look]
 ) -> Chart | None:
-    """Only where a run was evaluated at several steps; of as many documents as most of the figures are of."""
-    figures = [
-        (run, one)
-        for run in runs
-        for one in run.results
-        if (one.task, one.num_fewshot, one.metric) == (task, shots, "acc")
-    ]
-    counts = Counter(one.limit for _, one in figures)
+    """Return the chart of a task's accuracy, or None unless a run was evaluated at several steps.
+
+    Shows only the results that are of as many documents as most results are.
+    """
+    point = (task, shots, "acc")
+    results = [[one for one in run.results if (one.task, one.num_fewshot, one.metric) == point] for run in runs]
+    counts = Counter(one.limit for run_results in results for one in run_results)
     limit = max(counts, key=lambda limit: (counts[limit], limit is None), default=None)
     note = "Evaluation task." if limit is None else f"Evaluation task, its first {limit:,} documents."
     title = f"{task_name(runs, task, shots)}, {shots}-shot"
-    quantity = Quantity(f"task-{place}", title, "accuracy", note, "", "value")
+    quantity = Quantity(f"task-{index}", title, "accuracy", note, "", "value")
     lines = []
-    for run in runs:
+    for run, run_results in zip(runs, results, strict=True):
         points = [
             {"step": one.step, "tokens": one.step * run.tokens_per_step, "value": one.value}
-            for of_run, one in figures
-            if of_run is run and one.step is not None and one.limit == limit
+            for one in run_results
+            if one.step is not None and one.limit == limit
         ]
         lines.append(Line(run.name, by_run[run.name], *_points(points, "value", axis, 1.0)))
     if all(len(line.x) < 2 for line in lines):
@@ -297,7 +302,7 @@ def _task_chart(
 def _chart(
     quantity: Quantity, lines: Sequence[Line], axis: Axis, marks: Sequence[float], by_layer: bool = False
 ) -> Chart | None:
-    """None where no line has a point. marks: heights that are marked by a dotted line."""
+    """Return a chart, or None if no line has a point. marks: values that are marked by a dotted line."""
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return None

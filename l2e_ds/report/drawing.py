@@ -1,6 +1,6 @@
-"""One chart as SVG that stands in a page itself.
+"""Draw a chart as an SVG element of a page.
 
-Nothing in it comes from a file but numbers. It is drawn small, so that its letters stay readable on a phone.
+Only numbers in it come from files. It is small, so that its text stays readable on a phone.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-_MOST_POINTS = 500  # of a line; more are drawn as means of neighbours
-_ALL_POINTS = 8000  # of a chart
-_BANDS = 3  # runs up to which a thinned line shows what it lies between
-_LONG = 100  # points from which on a beginning is cut
+_MOST_POINTS = 500  # points of a line; of longer lines, means of neighbouring points are drawn
+_ALL_POINTS = 8000  # points of a chart, at most
+_BANDS = 3  # with at most so many lines, a thinned line has a band between the lowest and highest neighbour
+_LONG = 100  # a line of more points than this may have its beginning cut
 _SIZE = (3.6, 2.3)  # inches
-_AXES = (0.13, 0.17, 0.85, 0.73)  # of these: left, bottom, width, height; the same in all charts, which stand in rows
-_WORDS = 8.0  # points
+_AXES = (0.13, 0.17, 0.85, 0.73)  # left, bottom, width, height as shares of _SIZE; equal, as charts are in rows
+_FONT_SIZE = 8.0  # points
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
 
 _STYLE: list[Any] = [
-    "default",  # not what the user's matplotlibrc says
+    "default",  # overrides the user's matplotlibrc
     {
-        "font.family": ["DejaVu Sans"],  # comes with matplotlib; the page puts the reader's own in its place
-        "font.size": _WORDS,
-        "axes.titlesize": _WORDS,
-        "axes.labelsize": _WORDS,
+        "font.family": ["DejaVu Sans"],  # which matplotlib brings along; the page replaces it by the reader's own
+        "font.size": _FONT_SIZE,
+        "axes.titlesize": _FONT_SIZE,
+        "axes.labelsize": _FONT_SIZE,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.edgecolor": "#888888",
@@ -57,7 +57,7 @@ _STYLE: list[Any] = [
 
 @dataclass(frozen=True)
 class Look:
-    """dash: as SVG's stroke-dasharray, "" for none."""
+    """Colour and dash of a line. dash: as SVG's stroke-dasharray, or ""."""
 
     colour: str
     dash: str = ""
@@ -65,7 +65,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Line:
-    """x, y: [points]. name: for those who cannot see the chart."""
+    """A line of a chart. x, y: [points]. name: for readers who cannot see the chart."""
 
     name: str
     look: Look
@@ -75,14 +75,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """Of all charts: `step`, or `tokens` where the runs' steps are not of one size. end: of the longest run."""
+    """The horizontal axis of all charts.
+
+    key: `step`, or `tokens` if the runs' steps have different sizes. end: the largest value of any run.
+    """
 
     key: str
     end: float
 
 
 def is_thinned(lines: Sequence[Line]) -> bool:
-    """Return whether points are drawn that are means of several."""
+    """Return whether some of the points drawn are means of several."""
     return max(len(line.x) for line in lines) > _most_points(lines)
 
 
@@ -100,10 +103,11 @@ def draw(
     falls: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
-    """Return the element `svg`. name: unlike that of any other chart of the page; each of `lines` has a point.
+    """Return the element `svg`.
 
-    log: of the heights, where all are above 0; falls: a long chart is as high as what comes after its first twentieth;
-    marks: heights of dotted lines.
+    name: unique in the page. lines: each has at least one point. log: use a logarithmic vertical axis if all values are
+    above 0. falls: fit the vertical axis of a long chart to what comes after its first twentieth. marks: values at
+    which dotted lines are drawn.
     """
     figure = Figure(figsize=_SIZE)
     FigureCanvasSVG(figure)
@@ -123,8 +127,8 @@ def draw(
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
-    for one in (axes.xaxis, axes.yaxis):
-        one.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    for ticks in (axes.xaxis, axes.yaxis):
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     if falls:
         _cut_beginning(axes, lines, axis)
     text = io.StringIO()
@@ -149,14 +153,17 @@ def _plot(axes: Axes, line: Line, lines: int, most: int) -> None:
 
 
 def _thin(line: Line, most: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """x and y of at most so many points, means of neighbours; the lowest and highest of these, where there are any."""
+    """Return x and y of at most `most` points, and the lowest and highest y of the neighbours of which they are means.
+
+    A line that has no more points is returned as it is, with None.
+    """
     if len(line.x) <= most:
         return line.x, line.y, None
 
-    def parts(values: np.ndarray, of: Callable[[np.ndarray], float]) -> np.ndarray:
-        return np.array([of(part) for part in np.array_split(values, most)])
+    def reduced(values: np.ndarray, reduce: Callable[[np.ndarray], float]) -> np.ndarray:
+        return np.array([reduce(part) for part in np.array_split(values, most)])
 
-    return parts(line.x, np.mean), parts(line.y, np.mean), (parts(line.y, np.min), parts(line.y, np.max))
+    return reduced(line.x, np.mean), reduced(line.y, np.mean), (reduced(line.y, np.min), reduced(line.y, np.max))
 
 
 def _cut_beginning(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
@@ -167,7 +174,7 @@ def _cut_beginning(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
 
 
 def _log_locator(low: float, high: float) -> Locator:
-    """Four or so round numbers."""
+    """Return a locator that gives about four round numbers."""
     if high < 4 * low:
         return MaxNLocator(4, steps=_ROUND)
     parts = (1, 2, 3, 5) if high < 30 * low else (1, 2, 5) if high < 300 * low else (1,)
@@ -175,7 +182,7 @@ def _log_locator(low: float, high: float) -> Locator:
 
 
 def _short(value: float) -> str:
-    """70M, 1.4B; what is not so large as it is."""
+    """Return a number as text, a large one with a unit, such as 70M or 1.4B."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit * 0.9995:
             return f"{value / unit:.3g}{letter}"
@@ -183,7 +190,7 @@ def _short(value: float) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Of a whole file the element alone, sized by the page, whose ids no other chart has."""
+    """Return the element of an SVG file, without width and height, with ids that no other chart has."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^(<svg\b[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"\1\2", svg)

@@ -1,4 +1,4 @@
-"""The page: what stands where, filled into page.html. Whatever comes from a file is escaped there."""
+"""Fill page.html, the template of a report, which escapes all text that comes from files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from l2e_ds.report.warnings import Notice
 from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
 from l2e_ds.system.templates import template
 
-_AFTER = ("configurations", "machines")  # tables that stand in the last part
+_AFTER = ("configurations", "machines")  # tables of the last part
 _OF_ANALYSES = ("false_killing",)
 _FILE_ONLY = ("evaluations",)
 _MOST_FACTS = 8
@@ -31,7 +31,7 @@ _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
 
 @dataclass(frozen=True)
 class Figure:
-    """An analysis's, as a data: image."""
+    """A figure of an analysis. source: the image as a data: address."""
 
     title: str
     source: str
@@ -39,7 +39,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Analysis:
-    """folder: where its tables lie."""
+    """The figures of an analysis. folder: that of its tables."""
 
     folder: Path
     figures: list[Figure]
@@ -53,7 +53,7 @@ def render(
     beside: str,
     now: datetime,
 ) -> str:
-    """Return the whole page. beside: the folder of its tables' files."""
+    """Return the whole page. beside: the name of the folder of the tables' files; now: the time to show."""
     return template(Path(__file__).with_suffix(".html")).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
@@ -88,12 +88,12 @@ def _sentence(page: Collection) -> str:
     models = ", ".join(dict.fromkeys(run.model for run in page.runs))
     methods = ", ".join(dict.fromkeys(_METHODS[variant.method] for variant in page.variants))
     seeds = sorted({run.seed for run in page.runs})
-    of = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
-    return f"Pretraining of {models}; {methods}; {of}."
+    which = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    return f"Pretraining of {models}; {methods}; {which}."
 
 
 def _facts(page: Collection) -> list[tuple[str, str]]:
-    """Return the figures that one looks for first."""
+    """Return (label, text) of the results that a reader looks for first."""
     return _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
 
 
@@ -101,11 +101,11 @@ def _facts_of_run(run: Run) -> list[tuple[str, str]]:
     first, last = first_and_last(run.evaluations, "held_out_loss")
     shares = numbers(last_tenth(run.training), "observed_share")
     speed = steady_median(run, "tokens_per_second")
-    found = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else "–")]
+    facts = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else "–")]
     if shares:
-        found.append(("observed share", f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"))
-    found += [("steps", f"{run.step:,} of {run.steps:,}"), ("tokens", f"{run.tokens:,}")]
-    return found + ([("tokens/s", f"{speed:,.0f}")] if speed is not None else [])
+        facts.append(("observed share", f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"))
+    facts += [("steps", f"{run.step:,} of {run.steps:,}"), ("tokens", f"{run.tokens:,}")]
+    return facts + ([("tokens/s", f"{speed:,.0f}")] if speed is not None else [])
 
 
 def _loss(value: float | None) -> str:
@@ -115,25 +115,25 @@ def _loss(value: float | None) -> str:
 def _facts_of_runs(page: Collection) -> list[tuple[str, str]]:
     done = sum(run.step >= run.steps for run in page.runs)
     tokens = sorted({run.tokens for run in page.runs})
-    found = [
+    facts = [
         ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}"),
         ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1])))),
     ]
     step = last_common_step([run for run in page.runs if held_out(run)])
     if step is not None and len({run.model for run in page.runs}) == 1:
         loss, name = min((losses[step], run.name) for run in page.runs if (losses := held_out(run)))
-        found.append((f"lowest held-out loss at step {step:,}, {name}", f"{loss:.4f}"))
+        facts.append((f"lowest held-out loss at step {step:,}, {name}", f"{loss:.4f}"))
     for variant in page.variants:
         difference = loss_difference(page, variant)
         base = page.baseline_variant(variant)
-        if difference is not None and base is not None and len(found) < _MOST_FACTS:
+        if difference is not None and base is not None and len(facts) < _MOST_FACTS:
             text = text_of(difference[0].difference, "+.4f")
-            found.append((f"held-out loss, {variant.name} − {base.name}", text))
-    return found
+            facts.append((f"held-out loss, {variant.name} − {base.name}", text))
+    return facts
 
 
 def _legend(page: Collection) -> list[tuple[curves.Look, Variant]]:
-    """Empty where there is one run only."""
+    """Return the look of each variant, or nothing if there is only one run."""
     looks = curves.looks(page.variants)
     return list(zip(looks, page.variants, strict=True)) if len(page.runs) > 1 else []
 
@@ -151,7 +151,7 @@ def _analysis(folder: Path) -> Analysis:
 
 
 def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    """Dotted keys as sections again."""
+    """Return a configuration with dotted keys as sections."""
     sections: dict[str, Any] = {}
     for key, value in config.items():
         section, _, name = key.partition(".")

@@ -1,4 +1,4 @@
-"""The published figures of Wang et al. 2025 (arXiv 2503.23298). Where it has none, there is none."""
+"""The published results of Wang et al. 2025 (arXiv 2503.23298)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ BENCHMARKS: dict[tuple[str, int], tuple[tuple[float, float], ...]] = {
     ("arc_easy", 5): ((0.3708, 0.3864), (0.4811, 0.4798), (0.5522, 0.5358)),
 }
 
-# of the models analysed, the one whose False Killing Rates are told: plain Pythia-70M at a share k of 1 %
+# The only published False Killing Rates: those of plain Pythia-70M at a share k of 1 %.
 FKR_PARAMETERS, FKR_SHARE = 70_426_624, 0.01
 FKR = {"natural_language": 0.052, "data_subset": 0.218, "code_language": 0.67}  # by set of features
-LOWEST_FKR_SHARE = 0.02  # "near"
+LOWEST_FKR_SHARE = 0.02  # the paper says "near"
 
 # (method, size) -> extra time a step over plain pretraining
 EXTRA_TIME = {
@@ -40,15 +40,18 @@ BEST_SHARE = {"70m": 0.01, "410m": 0.02, "2.8b": 0.03}
 
 
 def fkr(features: str, parameters: int) -> float | None:
-    """features: what a set of features is called; one whose name has natural-language in it is taken for that."""
+    """Return the published FKR of a set of features, or None.
+
+    A set whose name contains that of one of the paper's sets, such as natural-language, is taken for it.
+    """
     name = re.sub(r"[\W_]+", "_", features).lower()
-    known = next((figure for known, figure in FKR.items() if known in name), None)
-    return known if parameters == FKR_PARAMETERS else None
+    rate = next((rate for known, rate in FKR.items() if known in name), None)
+    return rate if parameters == FKR_PARAMETERS else None
 
 
 def benchmark(task: str, shots: int, size: str, method: str) -> float | None:
-    """method: none (the paper's Pythia) or l2e."""
-    figures = BENCHMARKS.get((task, shots))
-    if figures is None or size not in SIZES or method not in ("none", "l2e"):
+    """Return the published result of a benchmark, or None. method: none (the paper's Pythia) or l2e."""
+    results = BENCHMARKS.get((task, shots))
+    if results is None or size not in SIZES or method not in ("none", "l2e"):
         return None
-    return figures[SIZES.index(size)][method == "l2e"]
+    return results[SIZES.index(size)][method == "l2e"]

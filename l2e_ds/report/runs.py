@@ -1,4 +1,4 @@
-"""Run directories and studies, read into plain values; runs that go on are read as far as they are.
+"""Read run directories and studies into plain values. A run that is not finished is read as far as it is.
 
 A *variant* is what is compared: the runs that differ in nothing but their seed.
 """
@@ -35,10 +35,12 @@ _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds. config: dotted key -> value; the lines are those of metrics.jsonl, by kind (findings:
-    guard); steady: those of training by which its speed is told.
+    """The content of a run directory.
 
-    study, levels, baseline: of a study: its title, factor -> level, and the folder of the run to compare this one with.
+    config: dotted key -> value. starts, training, evaluations, findings: the lines of metrics.jsonl of the kinds start,
+    train, evaluation, guard. steady: the lines of training from which the speed is computed. results: of evaluation
+    tasks. written: when metrics.jsonl was last written. For a run of a study: study, its title; levels, factor ->
+    level; baseline, the directory of the run to compare this one with.
     """
 
     name: str
@@ -65,12 +67,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """That it is to have when it is done."""
+        """The number of steps after which the run ends."""
         return self.config["training.steps"]
 
     @property
     def step(self) -> int:
-        """The newest that it tells of."""
+        """The newest step in its metrics."""
         return max((line["step"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
 
     @property
@@ -83,14 +85,14 @@ class Run:
 
     @property
     def model(self) -> str:
-        """pythia-70m, or what a pretrained one is called; with what was changed of it."""
+        """The model's name, such as pythia-70m or that of a pretrained model, with what was changed of its shape."""
         name = self.config["model.name"] or Path(str(self.config.get("model.pretrained"))).name
         changes = [f"{key} {value}" for key in _SHAPE if (value := self.config.get(f"model.{key}")) is not None]
         return f"{name} ({', '.join(changes)})" if changes else name
 
     @property
     def size(self) -> str:
-        """The same without the family's name, as the paper's tables have it: 70m."""
+        """The model's name without the family, as in the paper's tables: 70m."""
         return self.model.removeprefix("pythia-")
 
     @property
@@ -100,29 +102,32 @@ class Run:
 
     @property
     def layers(self) -> list[int]:
-        """Those that its lines have figures of."""
+        """The layers of which its newest lines have metrics."""
         return layers_of((*self.training[-1:], *self.evaluations[-1:]))
 
     @property
     def sets(self) -> list[str]:
-        """Names of the sets of a mixture whose held-out loss its newest evaluation has."""
+        """The sets of a mixture of which its newest evaluation has the held-out loss."""
         return [key.partition("/")[2] for key in (self.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
 
     @property
     def comparison_layers(self) -> list[int]:
-        """Those without inhibition that its newest evaluation has figures of beside others."""
+        """The layers without inhibition that its newest evaluation has for comparison."""
         return layers_of(self.evaluations[-1:], comparison_key)
 
     @property
     def is_published_method(self) -> bool:
-        """Whether the paper has figures of it: plain pretraining, or a method of its own with eq. 5, on the two middle
-        layers, with the share that did best at this size."""
-        parts = [self.config.get(f"inhibition.{key}") for key in ("retrieval", "mechanism")]
+        """Whether the paper has results of the run's method.
+
+        These are plain pretraining, and its own methods with eq. 5 on the two middle layers with the share that did
+        best at this size.
+        """
         if self.method == "none":
             return True
         return (
             self.method in ("l2e", "memel")
-            and parts == [None, None]
+            and self.config.get("inhibition.retrieval") is None
+            and self.config.get("inhibition.mechanism") is None
             and self.config["inhibition.loss"] == "published"
             and self.config["inhibition.layers"] == "mid-2"
             and self.config["inhibition.target_share"] == published.BEST_SHARE.get(self.size)
@@ -131,7 +136,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """treatment: its name without the model's size."""
+    """The runs that differ in nothing but their seed. treatment: the name without the model's size."""
 
     name: str
     treatment: str
@@ -139,7 +144,7 @@ class Variant:
 
     @property
     def seeds(self) -> list[Run]:
-        """The first run of each seed: a second one is no further sample."""
+        """The first run of each seed, as a second one is no further sample."""
         first: dict[int, Run] = {}
         for run in self.runs:
             first.setdefault(run.seed, run)
@@ -156,7 +161,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Collection:
-    """Everything that one page tells of. waiting: names of a study's runs that have written nothing yet."""
+    """All that one report shows. waiting: names of the runs of studies that have written nothing yet."""
 
     runs: list[Run]
     variants: list[Variant]
@@ -164,45 +169,50 @@ class Collection:
     waiting: list[str]
 
     def baseline_of(self, run: Run) -> Run | None:
-        """Return the run that has the same seed and all else but inhibits nothing, or the one that its study says."""
+        """Return the run that its study names, or else the one without inhibition that has the same seed and settings.
+
+        Returns None if there is no such run.
+        """
         if run.baseline is not None:
             return next((other for other in self.runs if other.directory == run.baseline), None)
         if run.method == "none":
             return None
         wanted = comparable(run, inhibition=False)
-        return next(
-            (other for other in self.runs if other.method == "none" and comparable(other, inhibition=False) == wanted),
-            None,
-        )
+        plain = (other for other in self.runs if other.method == "none")
+        return next((other for other in plain if comparable(other, inhibition=False) == wanted), None)
 
     def baseline_variant(self, variant: Variant) -> Variant | None:
-        found = [base for run in variant.runs if (base := self.baseline_of(run)) is not None]
-        return next((other for other in self.variants if found and found[0] in other.runs), None)
+        """Return the variant of the first baseline of a variant's runs, or None."""
+        bases = [base for run in variant.runs if (base := self.baseline_of(run)) is not None]
+        return next((other for other in self.variants if bases and bases[0] in other.runs), None)
 
 
 def read(paths: Sequence[Path]) -> Collection:
-    """Raises DataError: no run directory or study, nothing written yet, a broken file."""
+    """Read run directories and studies.
+
+    Raises DataError for a path that is neither, for one that has no metrics yet, and for a broken file.
+    """
     runs: list[Run] = []
     titles: list[str] = []
     waiting: list[str] = []
     for path in {os.path.realpath(path): path for path in paths}.values():
         check_folder(path)
         if os.path.isfile(path / INDEX):
-            title, found, missing = _read_study(path, titles)
+            title, begun, not_begun = _read_study(path, titles)
             titles.append(title)
-            waiting += missing
-            runs += found
+            runs += begun
+            waiting += not_begun
         else:
             run = _read_run(path)
             if run is None:
                 raise DataError(f"{path / FILE}: has no metrics yet")
             runs.append(run)
-    runs = _named_apart(_once(runs))
+    runs = _with_unique_names(_without_repeated(runs))
     return Collection(runs, _variants(runs), titles, waiting)
 
 
 def _read_run(directory: Path) -> Run | None:
-    """None where it has begun, but has no metrics yet."""
+    """Return the run in a directory, or None if it has no metrics yet. Raises DataError."""
     try:
         lines = read_lines(directory)
         written = datetime.fromtimestamp((directory / FILE).stat().st_mtime, timezone.utc)
@@ -218,14 +228,14 @@ def _read_run(directory: Path) -> Run | None:
     steady = after_first_intervals(lines)
     name = directory.resolve().name
     run = Run(name, directory, config, starts, training, evaluations, findings, steady, results, written)
-    # a run that goes on from an older checkpoint has not yet come to what it was evaluated at before
-    reached = (one for one in results if one.step is None or one.step <= run.step)
-    kept = [replace(one, stderr=finite(one.stderr)) for one in reached if finite(one.value) is not None]
+    # A run that was resumed from an older checkpoint may have results of steps that it has not reached again.
+    reached = (result for result in results if result.step is None or result.step <= run.step)
+    kept = [replace(result, stderr=finite(result.stderr)) for result in reached if finite(result.value) is not None]
     return replace(run, results=kept)
 
 
 def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run], list[str]]:
-    """Return the title, unlike the others', the runs that have begun and the names of those that have not."""
+    """Return a study's title, made unlike the others, the runs that have begun and the names of those that have not."""
     index = read_study(directory)
     places = {entry.name: directory / entry.directory for entry in index.runs}
     title = f"{index.title} ({directory})" if index.title in others else index.title
@@ -242,8 +252,8 @@ def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run],
     return title, runs, [name for name in places if name not in begun]
 
 
-def _once(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, each once: one that is given by itself and in a study, too, is the study's."""
+def _without_repeated(runs: Sequence[Run]) -> list[Run]:
+    """Return each run once. A run that is given both by itself and in a study is the study's."""
     found: dict[Path, Run] = {}
     for run in runs:
         place = run.directory.resolve()
@@ -252,8 +262,8 @@ def _once(runs: Sequence[Run]) -> list[Run]:
     return list(found.values())
 
 
-def _named_apart(runs: Sequence[Run]) -> list[Run]:
-    """With as much of the path as it takes before names that two runs share."""
+def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs, with as many folders of the path before equal names as it takes to make them differ."""
     names = [run.name for run in runs]
     parts = [run.directory.resolve().parts for run in runs]
     for depth in range(2, max(map(len, parts)) + 1):
@@ -266,7 +276,7 @@ def _named_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str, Any]:
-    """Return the part of its configuration that decides its figures, on whatever machine."""
+    """Return the part of a run's configuration that decides its results, on any machine."""
     return {
         key: value
         for key, value in run.config.items()
@@ -277,13 +287,13 @@ def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str
 
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the keys whose values are not all the same, in the order of the files."""
+    """Return the keys whose values are not all the same, in the order of the configurations."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({json.dumps(config.get(key), default=str) for config in configs}) > 1]
 
 
 def _variants(runs: Sequence[Run]) -> list[Variant]:
-    """Return those of one size together, plain pretraining first, otherwise as they come."""
+    """Group runs into variants. Those of one size are together, plain pretraining first, others in the order given."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = [run.study, run.levels] if run.levels is not None else comparable(run, seed=False)
@@ -307,10 +317,13 @@ def _variants(runs: Sequence[Run]) -> list[Variant]:
 
 
 def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
-    """Of the variants outside studies, by their first run: the run's own name, or what makes the variant differ."""
+    """Return (name, treatment) of the variants outside studies, by the name of each one's first run.
+
+    single: if every variant has one run, its name is the run's, else the settings by which it differs.
+    """
     if single:
         return {run.name: (run.name, run.name) for run in firsts}
-    inhibited = [run for run in firsts if run.method != "none"]  # the settings of inhibition mean nothing to the others
+    inhibited = [run for run in firsts if run.method != "none"]  # others do not use the settings of inhibition
     keys = differing([comparable(run, inhibition=False, seed=False) for run in firsts])
     keys += [key for key in differing([comparable(run) for run in inhibited]) if key.startswith("inhibition.")]
     keys = [key for key in keys if not key.startswith("model.")]
@@ -320,7 +333,7 @@ def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
         own = [key for key in keys if key != "inhibition.method"]
         if run.method == "none":
             own = [key for key in own if not key.startswith("inhibition.")]
-        own = [key for key in own if run.config.get(key) is not None]  # a deactivation has no strength
+        own = [key for key in own if run.config.get(key) is not None]  # e.g. a deactivation has no strength
         others = [f"{key.rpartition('.')[2]} {run.config.get(key)}" for key in own]
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)

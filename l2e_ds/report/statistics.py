@@ -1,10 +1,10 @@
-"""Figures with standard errors: means over seeds, and differences of paired runs."""
+"""Results with standard errors: means over seeds, and differences of paired runs."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -17,7 +17,7 @@ from l2e_ds.study.collect import paired_differences
 
 @dataclass(frozen=True)
 class Measured:
-    """error: standard error; None where there is nothing to tell it from."""
+    """A value and its standard error, which is None if it cannot be estimated."""
 
     value: float
     error: float | None = None
@@ -26,16 +26,17 @@ class Measured:
         return Measured(self.value - constant, self.error)
 
 
-def over_seeds(values: Sequence[float]) -> Measured | None:
-    """Return the mean, and its standard error where there are two or more."""
-    if not values:
+def over_seeds(values: Iterable[float | None]) -> Measured | None:
+    """Return the mean of those that are not None, with its standard error if there are several; None if all are."""
+    known = [value for value in values if value is not None]
+    if not known:
         return None
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Measured(statistics.fmean(values), error)
+    error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
+    return Measured(statistics.fmean(known), error)
 
 
 def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:
-    """Return each run of a variant with its baseline, where it has one."""
+    """Return each run of a variant that has a baseline, with that baseline."""
     return [(run, base) for run in variant.seeds if (base := page.baseline_of(run)) is not None]
 
 
@@ -49,7 +50,7 @@ class Paired:
 
 
 def paired(page: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
-    """None where no run and its baseline both have the value."""
+    """Return the paired differences of a value, or None if no run and its baseline both have it."""
     rows: dict[str, dict] = {}
     for run in variant.seeds:
         base = page.baseline_of(run)
@@ -71,18 +72,21 @@ def paired(page: Collection, variant: Variant, value: Callable[[Run], float | No
 
 
 def held_out(run: Run) -> dict[int, float]:
-    """step -> held-out LM loss"""
+    """Return the held-out LM loss by step."""
     return {line["step"]: loss for line in run.evaluations if (loss := number(line, "held_out_loss")) is not None}
 
 
 def last_common_step(runs: Sequence[Run]) -> int | None:
-    """That all of them have evaluated."""
+    """Return the last step at which every run was evaluated, or None."""
     common = set.intersection(*(set(held_out(run)) for run in runs)) if runs else set()
     return max(common, default=None)
 
 
 def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | None:
-    """Held-out loss less that of the paired baseline, and at which step: the last that all pairs have evaluated."""
+    """Return the difference in held-out loss to the paired baselines, and the last step that all pairs have evaluated.
+
+    Returns None if there is no such step.
+    """
     evaluated = [pair for pair in pairs(page, variant) if all(run.evaluations for run in pair)]
     members = [run for pair in evaluated for run in pair]
     step = last_common_step(members)
@@ -97,7 +101,7 @@ def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | 
 
 @dataclass(frozen=True)
 class Point:
-    """What figures of a task must share to be compared. limit: they are of the first documents only."""
+    """What results of a task must share to be compared. limit: how many of the first documents they are of, or None."""
 
     step: int | None
     limit: int | None
@@ -105,26 +109,29 @@ class Point:
 
     @property
     def rank(self) -> tuple:
-        """The newest step is the highest, there all documents, there the accuracy."""
+        """A key to sort by: the newest step is the highest, then all documents, then the accuracy."""
         limit = float("inf") if self.limit is None else self.limit
         return self.step is not None, self.step or 0, limit, self.metric == "acc"
 
 
 def results_of(run: Run, task: str, shots: int) -> dict[Point, TaskResult]:
-    found = (one for one in run.results if (one.task, one.num_fewshot) == (task, shots))
-    return {Point(one.step, one.limit, one.metric): one for one in found}
+    """Return a run's results of a task by the point of each."""
+    found = (result for result in run.results if (result.task, result.num_fewshot) == (task, shots))
+    return {Point(result.step, result.limit, result.metric): result for result in found}
 
 
 def last_common_point(runs: Sequence[Run], task: str, shots: int) -> Point | None:
-    """That all of them have a figure of."""
+    """Return the highest point at which every run has a result of a task, or None."""
     found = [results_of(run, task, shots) for run in runs]
     common = [point for point in found[0] if all(point in other for other in found)] if found else []
     return max(common, key=lambda point: point.rank, default=None)
 
 
 def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
-    """Mean over seeds, and at which point: the last that all seeds have that were evaluated. Its error: the
-    documents', and with several seeds theirs too."""
+    """Return the mean over the seeds that were evaluated, and the last point that they all have, or None.
+
+    Its error is that over documents and, with several seeds, over seeds.
+    """
     evaluated = [run for run in variant.seeds if results_of(run, task, shots)]
     point = last_common_point(evaluated, task, shots)
     if point is None:
@@ -140,8 +147,10 @@ def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point]
 
 
 def benchmark_difference(page: Collection, variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
-    """To the paired baseline, and at which point: the last that all pairs have that were evaluated. The error is that
-    of the pairs, or of one pair sqrt(error^2 + error of the other^2)."""
+    """Return the difference to the paired baselines, and the last point that all evaluated pairs have, or None.
+
+    The error is that over pairs, or for one pair sqrt(error^2 + error of the other^2).
+    """
     evaluated = [pair for pair in pairs(page, variant) if all(results_of(run, task, shots) for run in pair)]
     members = [run for pair in evaluated for run in pair]
     point = last_common_point(members, task, shots)
@@ -162,6 +171,6 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
 
 
 def steady_median(run: Run, key: str) -> float | None:
-    """Over its lines of training but the first after each start, in which things are compiled and caches filled."""
+    """Return the median over a run's training lines, without the first after each start (compilation, cold caches)."""
     found = numbers(run.steady, key)
     return statistics.median(found) if found else None

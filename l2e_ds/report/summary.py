@@ -1,4 +1,4 @@
-"""`l2e-ds summary RUN`: the first and last figures of a run, as a short table. Reads the run directory only."""
+"""`l2e-ds summary RUN`: the first and last metrics of a run, as a short table. Reads the run directory only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from l2e_ds.training import guard
 
 
 def summarise(run: Path, baseline: Path | None = None) -> str:
-    """baseline: a run without inhibition, whose figures at the same step are told beside, where it is the same else.
+    """Return a run's first and last metrics as aligned lines.
 
-    Raises DataError: no run directory, no metrics yet, a broken file.
+    baseline: a run without inhibition. Its metrics at the same step are shown, too, if all else is the same. Raises
+    DataError for a path that is no run directory, for one without metrics, and for a broken file.
     """
     lines = _lines(run)
     training, evaluations = of_kind(lines, "train"), of_kind(lines, "evaluation")
@@ -29,7 +30,7 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
     inhibition = config.inhibition
     target = inhibition.target_share
     last = training[-1]
-    speeds = numbers(after_first_intervals(lines), "tokens_per_second")  # as in the report
+    speeds = numbers(after_first_intervals(lines), "tokens_per_second")  # the same lines as for the report
     rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {inhibition.method}")]
     plain: dict[str, Any] = {}  # the baseline's evaluation
     if evaluations:
@@ -68,7 +69,7 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
-    """Raises DataError."""
+    """Return the lines of a run's metrics. Raises DataError."""
     check_folder(run)
     try:
         return read_lines(run)
@@ -77,7 +78,7 @@ def _lines(run: Path) -> list[dict[str, Any]]:
 
 
 def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the newest before it began; the first of a run in which it has not."""
+    """Return the last evaluation before inhibition began, or the first one if it has not begun."""
     begins = config.inhibition.in_steps("start", config.training.steps) or 0
     before = [line for line in evaluations if line["step"] <= begins]
     is_inhibited = config.inhibition.method != "none" and evaluations[-1]["step"] > begins
@@ -85,33 +86,33 @@ def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> 
 
 
 def _baseline(directory: Path, config: RunConfig, lines: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], str]:
-    """Return its evaluation at this step, empty where it is not one to compare with.
+    """Return the baseline's evaluation at a step and a description of the baseline, or {} and why it is not compared.
 
-    And what it is. lines: of the run that it is compared with. Raises DataError.
+    config, lines: those of the run that it is compared with. Raises DataError.
     """
-    its_lines, its_config = _lines(directory), read_config(directory)
-    found = next((line for line in of_kind(its_lines, "evaluation") if line["step"] == step), None)
-    ours, its = _decisive(config), _decisive(its_config)
-    different = ", ".join([key for key in ours if ours[key] != its[key]][:3])
-    if its_config.inhibition.method != "none":
+    base_lines, base_config = _lines(directory), read_config(directory)
+    evaluation = next((line for line in of_kind(base_lines, "evaluation") if line["step"] == step), None)
+    own, base = _decisive(config), _decisive(base_config)
+    different = ", ".join([key for key in own if own[key] != base[key]][:3])
+    if base_config.inhibition.method != "none":
         return {}, f"{directory} is inhibited itself: not compared"
     if different:
         return {}, f"{directory} has another {different}: not compared"
-    starts, our_starts = of_kind(its_lines, "start"), of_kind(lines, "start")
-    if found is None or not starts:
+    base_starts, own_starts = of_kind(base_lines, "start"), of_kind(lines, "start")
+    if evaluation is None or not base_starts:
         return {}, f"{directory} has no evaluation at step {step}: not compared"
-    versions = starts[-1].get("versions", {})
-    about = [str(starts[-1].get("time"))[:10], its_config.training.precision]
+    start = base_starts[-1]
+    versions = start.get("versions", {})
+    about = [str(start.get("time"))[:10], base_config.training.precision]
     about += [f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions]
-    if our_starts and any(
-        our_starts[-1].get(key) != starts[-1].get(key) for key in ("train_tokens", "held_out_tokens")
-    ):
+    sizes = ("train_tokens", "held_out_tokens")
+    if own_starts and any(own_starts[-1].get(key) != start.get(key) for key in sizes):
         about.append("other text")
-    return found, f"{directory}, same seed ({', '.join(about)})"
+    return evaluation, f"{directory}, same seed ({', '.join(about)})"
 
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
-    """Return what decides figures, but for inhibition, precision and how long the run is."""
+    """Return the settings that decide the results, but for inhibition, precision and the number of steps."""
     left_out = (*DECIDES_NO_FIGURE, "inhibition.", "training.precision", "training.steps")
     return {key: value for key, value in flat(config).items() if not key.startswith(left_out)}
 
@@ -121,7 +122,7 @@ def _beside(plain: dict[str, Any], key: str, text: Callable[[float | None], str]
 
 
 def _loss(value: float | None) -> str:
-    """None: training writes null for what is not finite."""
+    """Return a loss as text. Training writes null for one that is not finite."""
     return "not finite" if value is None else f"{value:.4f}"
 
 
@@ -131,7 +132,7 @@ def _number(value: float | None) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a run without inhibition, to be told beside")
+    parser.add_argument("--baseline", type=Path, metavar="RUN", help="a run without inhibition to compare with")
 
 
 def run(arguments: argparse.Namespace) -> int:

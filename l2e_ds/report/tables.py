@@ -1,6 +1,6 @@
-"""The tables of a page: each is text for people, Markdown, and CSV with all digits.
+"""The tables of a report, each as formatted text, as Markdown, and as CSV with all digits.
 
-They tell of runs that go on as far as these are. A figure that a run does not have is left empty.
+A run that is not finished is shown as far as it is. A value that a run does not have is left empty.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _PLACES = ("training.run_directory", "data.cache")
 
 @dataclass(frozen=True)
 class Column:
-    """form: how a number is written; empty: it is text. group: a head that stands over several columns."""
+    """A column. form: format of its numbers, empty for text. group: a heading above several columns."""
 
     head: str
     form: str = ""
@@ -63,7 +63,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """name: of its files. A cell is text, a number, a Measured or None."""
+    """A table. name: that of its files. A cell is text, a number, a Measured or None."""
 
     name: str
     title: str
@@ -77,9 +77,11 @@ class Table:
         ]
 
     def groups(self) -> list[tuple[str, int]]:
-        """Heads over heads, with how many columns each has; empty where there are none."""
-        found = [(name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column.group)]
-        return found if any(name for name, _ in found) else []
+        """Return the headings above the columns' heads, each with its number of columns, or [] if there are none."""
+        groups = [
+            (name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column.group)
+        ]
+        return groups if any(name for name, _ in groups) else []
 
     def markdown(self) -> str:
         heads = [column.full_head for column in self.columns]
@@ -88,7 +90,7 @@ class Table:
         return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
 
     def without(self, head: str) -> Table:
-        """Return the table without its columns of this head."""
+        """Return the table without the columns that have this head."""
         return self._only([column.head != head for column in self.columns])
 
     def without_empty_columns(self) -> Table:
@@ -99,7 +101,7 @@ class Table:
         return replace(self, columns=list(compress(self.columns, kept)), rows=rows)
 
     def csv(self) -> str:
-        """Return all digits; a column of figures with standard errors becomes two."""
+        """Return the table as CSV with all digits. A column of values with standard errors becomes two."""
         columns: list[list[Any]] = []
         for i, column in enumerate(self.columns):
             cells = [row[i] for row in self.rows]
@@ -113,18 +115,15 @@ class Table:
 
 
 def filled(
-    name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], of: Iterable[tuple]
+    name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], items: Iterable[tuple]
 ) -> Table:
-    """Return a table with a row for each of `of`.
-
-    columns: each with the function that makes its cell from such a one.
-    """
-    rows = [[cell(*one) for _, cell in columns] for one in of]
+    """Return a table with a row for each item. columns: each with a function that makes its cell from an item."""
+    rows = [[cell(*item) for _, cell in columns] for item in items]
     return Table(name, title, note, [column for column, _ in columns], rows)
 
 
 def text_of(cell: Any, form: str) -> str:
-    """For people."""
+    """Return a cell as formatted text."""
     if cell is None or cell == "":
         return _EMPTY
     if isinstance(cell, Measured):
@@ -134,7 +133,7 @@ def text_of(cell: Any, form: str) -> str:
 
 
 def all_tables(page: Collection) -> list[Table]:
-    """Return those that have rows, without the columns that have nothing, in the order of the page."""
+    """Return the tables that have rows, without empty columns, in the order of the page."""
     tables = [
         _variants(page),
         _benchmarks(page),
@@ -154,11 +153,9 @@ def all_tables(page: Collection) -> list[Table]:
 
 
 def _variants(page: Collection) -> Table:
-    """Only where several runs are compared."""
+    """Return a row for each variant, if several runs are compared."""
     rows = []
-    for variant, size in zip(page.variants, _sizes(page), strict=True):
-        if len(page.runs) == 1:
-            break
+    for variant, size in zip(page.variants, _sizes(page), strict=True) if len(page.runs) > 1 else ():
         evaluated = [run for run in variant.seeds if run.evaluations]
         step = last_common_step(evaluated)
         lines = [line for run in evaluated for line in run.evaluations if line["step"] == step]
@@ -201,32 +198,35 @@ def _variants(page: Collection) -> Table:
 _SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
 
 
-def _present(values: Any) -> list[float]:
-    return [value for value in values if value is not None]
-
-
 # --- evaluation tasks --------------------------------------------------------------------------------------------
 
 
 def _benchmarks(page: Collection) -> Table:
-    """In the paper's shape: a row a benchmark and number of shots, columns by size and method."""
-    wanted = tasks_of(page.runs)
+    """Return a row for each benchmark and number of shots, with columns by size and method, as in the paper."""
+    tasks = tasks_of(page.runs)
     columns = [Column("benchmark"), Column("shots", "d")]
-    rows: list[list[Any]] = [[task_name(page.runs, *one), one[1]] for one in wanted]
+    rows: list[list[Any]] = [[task_name(page.runs, task, shots), shots] for task, shots in tasks]
     points: set[Point] = set()
-    tokens: set[int] = set()  # that those have seen which stand beside published figures
+    tokens: set[int] = set()  # seen by the models that are compared with published results
     for variant, size in zip(page.variants, _sizes(page), strict=True):
         if not any(run.results for run in variant.runs):
             continue
         base = page.baseline_variant(variant)
         group = f"{size} {variant.name}" if size else variant.name
-        columns += [Column("ours", ".4f", group), Column("step", ",d", group), Column("published", ".4f", group)]
-        columns += [Column("ours − published", "+.4f", group)]
+        columns += [
+            Column("ours", ".4f", group),
+            Column("step", ",d", group),
+            Column("published", ".4f", group),
+            Column("ours − published", "+.4f", group),
+        ]
         if base is not None:
-            beside = f"{group} − {base.treatment}"
-            columns += [Column("ours", "+.4f", beside), Column("step", ",d", beside)]
-            columns += [Column("published", "+.4f", beside)]
-        for cells, (task, shots) in zip(rows, wanted, strict=True):
+            compared = f"{group} − {base.treatment}"
+            columns += [
+                Column("ours", "+.4f", compared),
+                Column("step", ",d", compared),
+                Column("published", "+.4f", compared),
+            ]
+        for cells, (task, shots) in zip(rows, tasks, strict=True):
             ours, point = benchmark(variant, task, shots) or (None, None)
             theirs = _published(variant, task, shots)
             cells += [ours, _step(point), theirs, ours.minus(theirs) if ours and theirs is not None else None]
@@ -239,7 +239,7 @@ def _benchmarks(page: Collection) -> Table:
                 difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
                 cells += [difference, _step(common), published_difference]
                 points |= {common} if common else set()
-    note = _about_tasks(page, wanted, points, tokens)
+    note = _about_tasks(page, tasks, points, tokens)
     table = Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, columns, rows)
     return table if _several(points) else table.without("step")
 
@@ -249,7 +249,7 @@ def _several(points: set[Point]) -> bool:
 
 
 def _step(point: Point | None) -> int | str | None:
-    """And of how many documents, where these are not all."""
+    """Return the cell of a step, which also says of how many documents the result is, unless it is of all."""
     if point is None:
         return None
     if point.limit is None:
@@ -258,14 +258,14 @@ def _step(point: Point | None) -> int | str | None:
 
 
 def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
-    """(task, shots), those of the paper first; parts of a group (the subjects of MMLU) are not among them."""
+    """Return (task, shots) of all results, without parts of a group (subjects of MMLU), those of the paper first."""
     found = {(result.task, result.num_fewshot) for run in runs for result in run.results if result.part_of is None}
     known = list(published.BENCHMARKS)
-    return [one for one in known if one in found] + sorted(found - set(known))
+    return [task for task in known if task in found] + sorted(found - set(known))
 
 
 def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
-    """With its metric, where that is not the accuracy."""
+    """Return what the report calls a task, with its metric if that is not the accuracy."""
     metrics = {point.metric for run in runs if (point := last_common_point([run], task, shots)) is not None}
     other = ", ".join(sorted(metrics - {"acc"}))
     name = _TASKS.get(task, task)
@@ -273,7 +273,7 @@ def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
 
 
 def _sizes(page: Collection) -> list[str | None]:
-    """Of the variants, where their names do not say it."""
+    """Return each variant's size, or None if all have the same or the variant's name tells it."""
     several = len({variant.size for variant in page.variants}) > 1
     return [variant.size if several and variant.size not in variant.name else None for variant in page.variants]
 
@@ -296,7 +296,7 @@ def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Poi
             only = "" if point.limit is None else f", of the first {point.limit:,} documents of each task only"
             parts.append(f"All at step {text_of(point.step, ',d')}{only}.")
     elif any(point.limit is not None for point in points):
-        parts.append('"First": of so many documents of each task only.')
+        parts.append('"First": of this many documents of each task only.')
     if any(task == "bigbench_lite" for task, _ in tasks):
         parts.append(
             "The acc of BIG-bench lite is here that of 19 of its 24 tasks; the other five are scored by exact_match"
@@ -313,7 +313,7 @@ def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Poi
 
 
 def _without_published(page: Collection) -> list[str]:
-    """Return a sentence where runs of a published size inhibit in another way than the paper's tables."""
+    """Return a sentence if runs of a published size inhibit in another way than those of the paper's tables."""
     others = [
         run for run in page.runs if run.size in published.SIZES and run.method != "none" and not run.is_published_method
     ]
@@ -321,8 +321,9 @@ def _without_published(page: Collection) -> list[str]:
         return []
     shares = ", ".join(f"{share:.0%} at {size}" for size, share in published.BEST_SHARE.items())
     return [
-        f"Published figures are of L2E on the two middle layers (mid-2) with the share that did best ({shares}), and of"
-        " MEmeL's time; of other layers, shares, losses and ways to retrieve and to inhibit none is known here."
+        "Published results are those of L2E on the two middle layers (mid-2) with the share that did best"
+        f" ({shares}), and the time of MEmeL. There are none for other layers, shares, losses and ways to retrieve and"
+        " to inhibit."
     ]
 
 
@@ -332,7 +333,7 @@ def _without_published(page: Collection) -> list[str]:
 def _time(page: Collection) -> Table:
     rows = []
     for variant, size in zip(page.variants, _sizes(page), strict=True):
-        seconds = over_seeds(_present(steady_median(run, "step_seconds") for run in variant.seeds))
+        seconds = over_seeds(steady_median(run, "step_seconds") for run in variant.seeds)
         if seconds is None:
             continue
         theirs = published.EXTRA_TIME.get((variant.method, variant.size))
@@ -341,7 +342,7 @@ def _time(page: Collection) -> Table:
         over = paired(page, variant, lambda run: steady_median(run, "step_seconds"))
         extra = None if over is None else over.relative
         difference = extra.minus(theirs) if extra is not None and theirs is not None else None
-        speed = over_seeds(_present(steady_median(run, "tokens_per_second") for run in variant.seeds))
+        speed = over_seeds(steady_median(run, "tokens_per_second") for run in variant.seeds)
         rows.append([variant.name, size, seconds, speed, extra, theirs, difference])
     columns = [
         Column("variant"),
@@ -360,16 +361,16 @@ def _time(page: Collection) -> Table:
 
 
 def _shares(page: Collection) -> Table:
-    """Only where a size was trained with several target shares."""
+    """Return a row for each size that was trained with several target shares."""
     rows = []
     inhibited = [variant for variant in page.variants if variant.method != "none"]
     for size in dict.fromkeys(variant.size for variant in inhibited):
-        of_size = [variant for variant in inhibited if variant.size == size]
-        step = last_common_step([run for variant in of_size for run in variant.seeds if held_out(run)])
+        variants = [variant for variant in inhibited if variant.size == size]
+        step = last_common_step([run for variant in variants for run in variant.seeds if held_out(run)])
         if step is None:
             continue
         losses: dict[float, Measured] = {}
-        for variant in of_size:
+        for variant in variants:
             loss = over_seeds([losses_of[step] for run in variant.seeds if (losses_of := held_out(run))])
             share = variant.runs[0].config["inhibition.target_share"]
             if loss is not None and (share not in losses or loss.value < losses[share].value):
@@ -425,7 +426,7 @@ def _runs(page: Collection) -> Table:
 
 
 def skipped_steps(run: Run) -> int:
-    """Consumed batches that changed no weight."""
+    """Return how many batches were consumed without changing a weight."""
     line = run.training[-1] if run.training else {}
     return line.get("step", 0) - line.get("applied_steps", line.get("step", 0))
 
@@ -439,12 +440,12 @@ def _layers(page: Collection) -> Table:
         layers = [(layer, layer_key, inhibited) for layer in run.layers if run.evaluations]
         layers += [(layer, comparison_key, "no") for layer in run.comparison_layers]
         for layer, key_of, is_inhibited in sorted(layers, key=lambda row: row[0]):
-            figures = [first_and_last(run.evaluations, key_of(layer, key)) for key in keys]
-            first_s, last_s = figures[1]
+            pairs = [first_and_last(run.evaluations, key_of(layer, key)) for key in keys]
+            first_s, last_s = pairs[1]
             ratio = last_s / first_s if first_s and last_s is not None else None
             tau = first_and_last(run.training, layer_key(layer, "tau"))[1] if run.has_threshold else None
-            flat = [value for pair in figures for value in pair]
-            rows.append([run.name, layer, is_inhibited if are_compared else None, *flat[:4], ratio, *flat[4:], tau])
+            values = [value for pair in pairs for value in pair]
+            rows.append([run.name, layer, is_inhibited if are_compared else None, *values[:4], ratio, *values[4:], tau])
     columns = [Column("run"), Column("layer", "d"), Column("inhibited")]
     for key, form in keys.items():
         group = described("evaluation", layer_key(0, key)).title
@@ -459,7 +460,7 @@ def _layers(page: Collection) -> Table:
 
 
 def _sets(page: Collection) -> Table:
-    """Of mixtures."""
+    """Return a row for each run and set of a mixture."""
     rows = []
     for run in page.runs:
         line = run.training[-1] if run.training else {}
@@ -482,7 +483,7 @@ def _sets(page: Collection) -> Table:
 
 
 def differences(page: Collection) -> Table:
-    """Of the runs' configurations, the keys that differ."""
+    """Return a row for each run, with the keys of the configuration that differ between runs."""
     keys = [key for key in differing([run.config for run in page.runs]) if key not in _PLACES]
     rows = [[run.name, *(_plain(run.config.get(key)) for key in keys)] for run in page.runs]
     note = "Keys of docs/run-files.md; all others are the same in all runs."
@@ -513,9 +514,9 @@ def machines(page: Collection) -> Table:
         (Column("git commit"), commit),
         (Column("versions"), versions),
     ]
-    note = "A line for each time that a run was started or gone on with."
-    of = ((run, line) for run in page.runs for line in run.starts)
-    return filled("machines", "Machines and versions", note, columns, of)
+    note = "A line for each time that a run was started or resumed."
+    starts = ((run, line) for run in page.runs for line in run.starts)
+    return filled("machines", "Machines and versions", note, columns, starts)
 
 
 def _plain(value: Any) -> str | None:
@@ -523,7 +524,7 @@ def _plain(value: Any) -> str | None:
 
 
 def evaluations(page: Collection) -> Table:
-    """Return every figure of every task and part of a task, at every step."""
+    """Return a row for each result of every task and part of a task, at every step."""
     columns: list[tuple[Column, Callable[[Run, TaskResult], Any]]] = [
         (Column("run"), lambda run, result: run.name),
         (Column("step", ",d"), lambda run, result: result.step),
@@ -535,5 +536,5 @@ def evaluations(page: Collection) -> Table:
         (Column("documents", ",d"), lambda run, result: result.samples),
         (Column("limit", ",d"), lambda run, result: result.limit),
     ]
-    of = ((run, result) for run in page.runs for result in run.results)
-    return filled("evaluations", "Every figure of the evaluation tasks", "", columns, of)
+    results = ((run, result) for run in page.runs for result in run.results)
+    return filled("evaluations", "All results of the evaluation tasks", "", columns, results)

@@ -1,4 +1,4 @@
-"""What a reader must know before any curve: what looks wrong with the runs, with the figures that say so."""
+"""Find what looks wrong with runs. A reader must know it before looking at any curve."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from l2e_ds.report.tables import skipped_steps
 from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, number, numbers
 from l2e_ds.training import guard
 
-OFF_TARGET = 0.1  # of the target share
-SKIPPED = 0.01  # of the steps
-DEAD = 0.01  # of a layer's neurons more than at first
+OFF_TARGET = 0.1  # distance from the target share, as a part of it
+SKIPPED = 0.01  # share of the steps
+DEAD = 0.01  # increase of the share of dead neurons of a layer
 
 
 @dataclass(frozen=True)
 class Notice:
-    """kind: the same for warnings that stand together; where: of it in the documentation."""
+    """A warning. kind: equal for warnings that are shown together; where: the page of the documentation."""
 
     kind: str
     text: str
@@ -27,7 +27,7 @@ class Notice:
 
 
 def all_warnings(page: Collection, now: datetime) -> list[Notice]:
-    """Return the gravest first."""
+    """Return all warnings, the most serious first."""
     found = [warning for run in page.runs for warning in _not_finite(run)]
     found += [warning for variant in page.variants for warning in _worse(page, variant)]
     for check in (_harmed, _off_target, _skipped, _dying):
@@ -42,14 +42,14 @@ def all_warnings(page: Collection, now: datetime) -> list[Notice]:
 
 
 def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
-    found = loss_difference(page, variant)
-    if found is None:
+    difference, base = loss_difference(page, variant), page.baseline_variant(variant)
+    if difference is None or base is None:
         return
-    (of_pairs, step), base = found, page.baseline_variant(variant)
-    value, error = of_pairs.difference.value, of_pairs.difference.error
-    if base is not None and value > (error or 0.0):
+    paired, step = difference
+    value, error = paired.difference.value, paired.difference.error
+    if value > (error or 0.0):
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
-        text += ", one pair of runs" if error is None else f" ± {error:.4f}, {of_pairs.pairs} pairs of runs"
+        text += ", one pair of runs" if error is None else f" ± {error:.4f}, {paired.pairs} pairs of runs"
         yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.4")
 
 
@@ -109,12 +109,12 @@ def _repeated(variant: Variant) -> Iterator[Notice]:
 
 
 def _different(page: Collection) -> Iterator[Notice]:
-    """Between a run and its baseline, and between runs that nobody has paired."""
+    """Compare each run's configuration with its baseline's, and those of the runs outside studies that have none."""
     where = "docs/run-files.md"
     for run in page.runs:
         base = page.baseline_of(run)
         if base is not None:
-            keys = differing([comparable(one, inhibition=False) for one in (base, run)])
+            keys = differing([comparable(base, inhibition=False), comparable(run, inhibition=False)])
             if keys:
                 values = "; ".join(f"{key} {base.config.get(key)} and {run.config.get(key)}" for key in keys)
                 yield Notice("compared with another configuration", f"{base.name} and {run.name}: {values}", where)

@@ -37,7 +37,7 @@ def test_find_checkpoint(tmp_path, capsys):
 
 
 def test_a_damaged_newest_checkpoint_names_the_others(tmp_path, capsys):
-    """Of the right sizes, but with another byte: only reading it all tells. By every command that takes --step."""
+    """All commands with --step name them. Its files have the right sizes; reading them shows that a byte differs."""
     for step in (5, 10, 15):
         newest = checkpoint(tmp_path / "run", step)
     (newest / "shard.pt").write_bytes(b"12346")

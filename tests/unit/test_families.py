@@ -89,7 +89,7 @@ TIED = {"llama tied", "gpt2", "gpt2 narrow", "opt", "opt 350m", "opt gelu", "blo
 
 
 def build(name: str):
-    """In training mode, with weights large enough for the layers to differ."""
+    """Return a model in training mode, with weights large enough for the layers to differ."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODELS[name][0], dtype=torch.float32)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_a_head_that_changes_its_logits_is_refused(config):
 
 @every_model
 def test_parameter_counts(name):
-    """Of the network that is built: in all, without token embeddings, and without embeddings that are looked up."""
+    """The counts are those of the built network: in all, without token embeddings, and without looked-up embeddings."""
     config, model = MODELS[name][0], build(name)
     total = sum(p.numel() for p in model.parameters())
     width = getattr(config, "word_embed_proj_dim", HIDDEN)

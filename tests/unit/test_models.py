@@ -206,7 +206,7 @@ def test_chosen_layers(choice, layers, expected):
 @pytest.mark.parametrize("choice", ["mid-2", "mid-third"])
 @pytest.mark.parametrize("layers", range(1, 40))
 def test_middle_is_the_middle(choice, layers):
-    """At every depth the chosen block is contiguous, inside the model and centred to half a layer."""
+    """The chosen block is contiguous, inside the model and centred to half a layer for every depth."""
     chosen = chosen_layers(choice, layers)
     assert chosen == list(range(chosen[0], chosen[-1] + 1)) and chosen[0] >= 0 and chosen[-1] < layers
     assert abs((chosen[0] + chosen[-1]) / 2 - (layers - 1) / 2) <= 0.5
@@ -263,7 +263,7 @@ def test_sites_see_the_activations():
 )
 @pytest.mark.parametrize("final_ratio", [0.1, 0.0, 1.0])
 def test_learning_rate(steps, warmup, final_ratio):
-    """Not zero at first, rises in a straight line to the peak, falls as a cosine to exactly `final_ratio`."""
+    """It is not zero at first, rises linearly to the peak, and falls as a cosine to exactly `final_ratio`."""
     config = OptimizerConfig(warmup=warmup, final_ratio=final_ratio)
     peak, w = 6e-4, warmup * steps
     rates = [learning_rate(step, peak, steps, config) for step in range(steps)]

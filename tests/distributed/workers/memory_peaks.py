@@ -37,9 +37,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     network = network_config(config.model, 128)
     config, ds, batch = resolve(config, ranks)
     tokens = np.random.default_rng(0).integers(0, network.vocab_size, 128 * 200 + 1)
-    data = [
-        PreparedData(TokenDataset(tokens, 0, len(tokens), 128, network.vocab_size, "x"), None, None, 25600, 0, None)
-    ]
+    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), 128, network.vocab_size, "x"))]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, ds, batch, network, data, device)
         for _ in range(2):

@@ -91,15 +91,15 @@ def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedD
     for index, (name, weight, part) in enumerate(config.parts() if config is not None else [("", 1.0, None)]):
         train = dataset(200 // (1 + 9 * index), 2 * index, "train")
         held_out = dataset(20 - 15 * index, 2 * index + 1, "held out") if part is None or part.held_out else None
-        sets.append(PreparedData(train, held_out, None, train.num_tokens, 0, None, name, weight))
+        sets.append(PreparedData(train, held_out, name=name, weight=weight))
         if part is not None and part.streaming:
             tokenizer = load_tokenizer(part.tokenizer)
-            sets[-1] = PreparedData(None, held_out, tokenizer, None, 0, None, name, weight, stream=part)
+            sets[-1] = PreparedData(None, held_out, tokenizer, name=name, weight=weight, stream=part)
             if twin:
                 rows = TokenStream(part, tokenizer, LENGTH, 0, workers=0, shuffle_buffer=0).take(80)
                 array = np.append(rows[:, :-1].ravel(), rows[-1, -1])
                 train = TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, "twin")
-                sets[-1] = PreparedData(train, held_out, None, train.num_tokens, 0, None, name, weight)
+                sets[-1] = PreparedData(train, held_out, name=name, weight=weight)
     return sets
 
 

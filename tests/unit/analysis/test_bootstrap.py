@@ -47,7 +47,7 @@ def test_resampled_moments_are_those_of_repeated_texts():
 
 
 def test_resampled_histograms_are_those_of_repeated_texts(monkeypatch):
-    """In blocks of two texts."""
+    """The histograms are computed in blocks of two texts."""
     z, labels = activations(2)
     histogram = slow_histogram(z, labels, slow_own(z, labels, 3))
     weights = bootstrap.resample_weights(labels, 5, seed=0)
@@ -84,7 +84,7 @@ def test_intervals_hold_the_true_mean_score():
 
 
 def test_intervals_of_own_scores():
-    """Of features that hardly differ: the interval holds the estimate, and in most of 20 sets of texts its expectation.
+    """Features hardly differ. The interval holds the estimate, and in most of 20 sets of texts its expectation.
 
     Choosing own features anew in each resample would put it above both (see `held_own_scores`).
     """

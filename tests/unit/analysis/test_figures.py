@@ -49,7 +49,7 @@ def with_interval(table, column, width=0.08):
 
 @cache
 def tables_of(seed, parameters=70_426_624, layers=6, features=LANGUAGES, neurons=64):
-    """As the analysis writes them."""
+    """Return tables as the analysis writes them."""
     random = np.random.default_rng(seed)
     depth = np.arange(layers) / max(layers - 1, 1)
     shrink = 1 / np.log10(parameters)
@@ -230,7 +230,7 @@ def test_files_of_one_model(tmp_path):
         assert "Natural language (Europarl), 3 features, n = 2,400 texts, 307,200 tokens" in words
         assert "neurons" in words
     words = {path.stem: words_of(path) for path in paths[1::2]}
-    assert "What the best neuron for each feature answers to, pythia-70m" in words["distributions"]
+    assert "What the best neuron for each feature responds to, pythia-70m" in words["distributions"]
     assert "Bulgarian, MS" in words["distributions"] and "1 more feature" in words["distributions"]
     assert "10 monosemantic and 1,000 random neurons" in words["monosemantic_vs_random"]
     assert "p < 0.001" in words["monosemantic_vs_random"]

@@ -196,7 +196,7 @@ def test_bytes_that_are_no_character(tokenizer):
 
 
 def test_pieces_of_a_tokenizer_that_falls_back_to_bytes():
-    """As Llama's and Mistral's: a mark for a space, <0xE2> for a byte, and no space before the first word."""
+    """Llama and Mistral have these: a mark for a space, <0xE2> for a byte, and no space before the first word."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 

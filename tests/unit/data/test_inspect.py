@@ -195,7 +195,7 @@ def test_stored_order_is_pythias(tmp_path, capsys):
 
 def test_default_batch_is_pythias(tmp_path):
     view = inspect.view_of_set(preshuffled(tmp_path))
-    assert (view.sequences.global_batch, view.datasets[0].sequence_length) == (1024, 4)
+    assert (view.sequences.global_batch, view.dataset(0).sequence_length) == (1024, 4)
     assert view.sequences.rows(0)[2][:9].tolist() == list(range(9))
 
 
@@ -274,7 +274,7 @@ def test_show_of_a_run_is_what_its_trainer_samples(tmp_path, capsys, order):
 
 
 def test_a_step_beyond_the_run_is_said(tmp_path, capsys):
-    """Not refused: the run may be prolonged."""
+    """The step is not refused, as the run may be prolonged."""
     path = run_file(tmp_path, source="indexed", path=preshuffled(tmp_path), sequence_length=4)
     warning = "l2e-ds: warning: --step: the run ends with step 8 (training.steps: 9)\n"
     for step, said in ((8, ""), (9, warning), (999_999, warning)):

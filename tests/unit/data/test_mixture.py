@@ -27,7 +27,7 @@ def dataset(sequences, marks):
 
 def mixture(sizes=(50, 7, 200), weights=(0.5, 0.2, 0.3), global_batch=12, seed=3, order="shuffled"):
     sets = [
-        PreparedData(dataset(size, i), None, None, size * LENGTH, 0, None, name=f"set-{i}", weight=weight)
+        PreparedData(dataset(size, i), name=f"set-{i}", weight=weight)
         for i, (size, weight) in enumerate(zip(sizes, weights, strict=True))
     ]
     return TrainingSequences(sets, global_batch, seed, order)
@@ -36,8 +36,8 @@ def mixture(sizes=(50, 7, 200), weights=(0.5, 0.2, 0.3), global_batch=12, seed=3
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("first", [0, 123_456_789_012])
 def test_shares_numbers_and_counts(weights, first):
-    """At block ends every set is within one sequence of its share, in between running numbers have no gap, and the
-    closed-form counts are what was taken."""
+    """Every set is within one sequence of its share at the end of a block, running numbers have no gap, and the counts
+    in closed form are what was taken."""
     schedule = Schedule(weights, seed=5)
     exact = [Fraction(repr(weight)) for weight in weights]
     assert schedule.block >= 1024
@@ -137,7 +137,7 @@ def test_one_set_without_a_name_is_what_it_was():
     """Order and identity of data.source; a set's name only changes its shuffle."""
     train = dataset(50, 0)
     for order in ("shuffled", "stored"):
-        sequences = TrainingSequences([PreparedData(train, None, None, 1, 0, None)], 12, 9, order)
+        sequences = TrainingSequences([PreparedData(train)], 12, 9, order)
         of_set = SequenceOrder(50, 9, order)
         for step in (0, 1, 4, 100, 10**8):
             expected = of_set.sequences(step * 12 + np.arange(12))
@@ -145,7 +145,7 @@ def test_one_set_without_a_name_is_what_it_was():
             assert np.array_equal(sequences.read(step, 0, 1, 12)[0], train.batch(expected))
     assert sequences.fingerprint() == train.fingerprint()
     assert sequences.consumed(3) == {}
-    named = TrainingSequences([PreparedData(train, None, None, 1, 0, None, name="a")], 12, 9, "shuffled")
+    named = TrainingSequences([PreparedData(train, name="a")], 12, 9, "shuffled")
     assert not np.array_equal(named.rows(0)[2], SequenceOrder(50, 9).sequences(np.arange(12)))
 
 

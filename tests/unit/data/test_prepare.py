@@ -388,7 +388,7 @@ def test_indexed_sequences_stored_apart_share_no_token(tmp_path):
 
 
 def test_a_sequence_stored_apart_must_be_a_document(tmp_path):
-    """Of many sequences opening looks at samples only; those that are read are all looked at."""
+    """Opening a set checks only some of its sequences; reading checks each that is read."""
     lengths = [5] * 20_000
     lengths[280:282] = [4, 6]
     prefix = indexed(tmp_path, [range(length) for length in lengths])

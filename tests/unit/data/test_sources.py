@@ -115,7 +115,7 @@ def test_a_file_counts_once_however_it_is_named(tmp_path, monkeypatch, suffix):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_a_file_and_its_compressed_form_are_refused(tmp_path, monkeypatch, name):
-    """As gzip -k leaves them; in a folder, by a pattern and by name."""
+    """`gzip -k` leaves both files. They are refused in a folder, by a pattern and by name."""
     monkeypatch.chdir(tmp_path)
     source = {".txt": "text"}.get(Path(name).suffix, "jsonl")
     Path(name).write_text('{"text": "A"}\n')

@@ -132,7 +132,8 @@ def test_any_number_of_workers_gives_the_same(tmp_path, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("buffer", [1, 8])
 def test_a_bad_record_ends_it_where_its_block_begins(tmp_path, tokenizer, workers, buffer):
-    """Not where it happens to be read ahead: all that comes before it is trained on, whatever the workers."""
+    """The error is not raised where the record is read ahead: all text before its block is trained on, with any number
+    of workers."""
     good = [text for text in texts(80, 3) if text][:40]  # whole blocks
     (tmp_path / "good.jsonl").write_bytes(lines(good))
     (tmp_path / "bad.jsonl").write_bytes(lines(good) + b"broken\n" + lines(texts(40, 4)))

@@ -360,7 +360,7 @@ def test_bad_records(tmp_path, tokenizer, capsys):
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("end", ["\n", "", "\r\n", "\n\n", " "])
 def test_files_joined_with_their_byte_order_marks(tmp_path, tokenizer, pack, end, monkeypatch):
-    """As `cat a b` makes them, also of gz files, whether or not the first one's last line has an end."""
+    """`cat a b` makes such files, also of gz files, whether or not the last line of the first one has an end."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 30)
     texts = [["one", "two }\ufeff{ two"], ["three"], ["four }\ufeff", "five"]]
     parts = ["\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in part) + end for part in texts]
@@ -466,7 +466,7 @@ APART = ["\u0930\u093e\u095b!", "\u095c; x", "\ufb1d-\ufb4e!", "plain words, the
 
 @pytest.mark.parametrize("pattern", ["gpt-2", *encode._PATTERNS])
 def test_letters_that_are_taken_apart(pattern, monkeypatch):
-    """With merges over the place where such a text must not be cut."""
+    """The tokenizer has merges over the place where such a text must not be cut."""
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

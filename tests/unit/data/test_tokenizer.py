@@ -120,7 +120,7 @@ def test_the_digest_is_of_what_decides_token_ids(tokenizer, tmp_path, change):
 
 
 def test_file_and_folder_of_one_tokenizer_have_one_digest(tokenizer, tmp_path):
-    """As 20B_tokenizer.json and the folder that a class of transformers made of it."""
+    """Such are 20B_tokenizer.json and the folder that a class of transformers made of it."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.normalizer = normalizers.NFC()
     backend.add_special_tokens(["<|padding|>"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -17,21 +18,17 @@ import pytest
 from l2e_ds.data.workers import WorkerPool
 from l2e_ds.errors import DataError, WorkerError
 
-FACTOR = 0
 
+def multiply_by(factor: int) -> Callable[[int], int]:
+    def multiply(number: int) -> int:
+        if number == 77:
+            raise DataError("77 is refused")
+        if number == 99:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.02 * (number % 3))  # so that they do not end in order
+        return number * factor
 
-def set_factor(factor: int) -> None:
-    global FACTOR
-    FACTOR = factor
-
-
-def times_factor(number: int) -> int:
-    if number == 77:
-        raise DataError("77 is refused")
-    if number == 99:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.02 * (number % 3))  # so that they do not end in order
-    return number * FACTOR
+    return multiply
 
 
 @pytest.mark.parametrize("number_of_workers", [0, 2])
@@ -43,7 +40,7 @@ def test_in_order_and_only_a_few_ahead(number_of_workers):
             taken.append(number)
             yield number
 
-    with WorkerPool(number_of_workers, times_factor, set_factor, 3) as pool:
+    with WorkerPool(number_of_workers, multiply_by, 3) as pool:
         results = pool.map(numbers())
         assert [next(results) for _ in range(5)] == [0, 3, 6, 9, 12]
         assert len(taken) <= 5 + 3 * number_of_workers + 1
@@ -55,7 +52,7 @@ def test_in_order_and_only_a_few_ahead(number_of_workers):
 
 
 def test_a_killed_worker_is_an_error():
-    with WorkerPool(2, times_factor, set_factor, 3) as pool:
+    with WorkerPool(2, multiply_by, 3) as pool:
         with pytest.raises(WorkerError, match="worker processes was killed"):
             list(pool.map(range(95, 105)))
         assert list(pool.map([1, 2])) == [3, 6]
@@ -63,7 +60,7 @@ def test_a_killed_worker_is_an_error():
 
 def test_a_worker_killed_from_outside_while_all_are_busy():
     """Both are started and ignore SIGTERM, with which the pool would end the other one."""
-    with WorkerPool(2, times_factor, set_factor, 3) as pool:
+    with WorkerPool(2, multiply_by, 3) as pool:
         results = pool.map(number % 50 for number in count())
         for _ in range(50):
             next(results)
@@ -80,18 +77,18 @@ SCRIPT = """
     import sys, time
     from l2e_ds.data.workers import WorkerPool
 
-    def nothing():
-        pass
-
     def slow(number):
         time.sleep(0.1)
         return number
+
+    def make_slow():
+        return slow
 
     if __name__ == "__main__":
         import signal
         signal.signal(signal.SIGUSR1, lambda *_: None)  # as a run that notes it
         print("begin", flush=True)
-        with WorkerPool(2, slow, nothing) as pool:
+        with WorkerPool(2, make_slow) as pool:
             for number in pool.map(range(int(sys.argv[1]))):
                 print(number, flush=True)
 """

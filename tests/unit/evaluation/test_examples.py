@@ -46,7 +46,7 @@ def write_task(folder, splits: dict[str, list[dict]], **settings) -> None:
 
 
 def prompts_of(folder, shots: int = SHOTS) -> list[tuple[dict, list[str]]]:
-    """Of each document, in their order: the document, and the prompt's parts, the last of them the question."""
+    """Return each document in order, with the parts of its prompt, of which the last is the question."""
     write_tasks(folder / "words")
     tokenizer = load_tokenizer(str(folder / "words" / "words.json"))
     tasks = harness.load_tasks(["asked"], [folder], [shots])
@@ -57,7 +57,7 @@ def prompts_of(folder, shots: int = SHOTS) -> list[tuple[dict, list[str]]]:
 
 
 def prompts_of_the_harness(folder, shots: int) -> list[list[str]]:
-    """As it writes them without our doing."""
+    """Return the prompts that the harness writes by itself."""
     task = TaskManager(include_path=[folder], include_defaults=False).load(["asked"])["tasks"]["asked"]
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=harness.SEED)
@@ -108,7 +108,7 @@ def test_no_prompt_holds_its_own_question(tmp_path, settings, as_before):
 
 
 def test_a_question_that_stands_twice_is_its_own_too(tmp_path):
-    """In other fields, with its choices the other way round, or in the training set."""
+    """The question is repeated with other fields, with its choices in reverse order, or in the training set."""
     plain = documents(2)
     twice = [
         {**document, "choices": document["choices"][::-1], "gold": 1 - document["gold"], "index": index}
@@ -169,7 +169,7 @@ def test_as_many_examples_as_there_are(tmp_path, settings, most):
 
 
 def test_too_few_other_questions_are_one_line(tmp_path, capsys):
-    """Of four training documents two ask what a document asks."""
+    """Two of four training documents ask what a document asks."""
     plain = documents(2)
     write_task(tmp_path, {"train": documents(0)[:2] + plain[:1] * 2, "test": plain}, **TRAIN, **TEST)
     model, words = tmp_path / "model", tmp_path / "words"

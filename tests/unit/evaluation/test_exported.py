@@ -130,7 +130,7 @@ def test_the_tokenizer_is_read_anywhere_with_the_same_tokens(tmp_path):
     ],
 )
 def test_rotary_settings_stand_under_their_older_names_too(tmp_path, kind, rotary):
-    """For transformers 4 and llama.cpp, which would take other values without a word; the model stays the same."""
+    """Transformers 4 and llama.cpp would use other values without saying so. The model stays the same."""
     run = make_run(tmp_path / "run")
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 64}
     heads = {"num_attention_heads": 2} | ({} if kind is GPTNeoXConfig else {"num_key_value_heads": 2})
@@ -178,7 +178,7 @@ def test_modes_follow_the_umask(tmp_path, umask):
 
 @pytest.mark.parametrize(("length", "is_said"), [(64, True), (2048, False), (4096, False)])
 def test_a_context_that_was_not_trained_is_said(tmp_path, length, is_said, capsys):
-    """In the card, and by `evaluate` of a run and of an exported folder."""
+    """The card says it, and `evaluate` does for a run and for an exported folder."""
     make_run(tmp_path / "run", {"data": {"sequence_length": length}})
     tokenizer_json(tmp_path / "run/tokenizer", END)
     folder = export(tmp_path / "run", tmp_path / "model")

@@ -133,7 +133,7 @@ def test_what_is_generated_is_the_greedy_continuation(model, tokenizer, tmp_path
 
 
 def test_shots_are_examples_and_do_not_stay(model, tokenizer, tasks):
-    """With examples other figures, and afterwards without them the first ones again; the same with the same number."""
+    """Examples change the results, and do not change those of later calls without them or with as many."""
     none, two, again, two_again = (
         harness.evaluate(model, tokenizer, tasks, shots, 8)["tasks"] for shots in (0, 2, 0, 2)
     )
@@ -180,7 +180,7 @@ def test_a_tokenizer_without_an_end_of_text(model, exported, folder, documents, 
 
 
 def test_answers_end_with_the_tokenizers_end_of_text(tokenizer, folder, documents):
-    """Not with what the model's configuration has for it, nor after it."""
+    """They end neither with the token of the model's configuration nor after the end of text."""
     model = tiny_model()
     answers = []
     for end in (0, None, [5, 6], 7):
@@ -254,7 +254,7 @@ def test_groups(model, tokenizer, tmp_path):
 
 @pytest.mark.full
 def test_our_groups_name_tasks_that_the_harness_has(monkeypatch):
-    """And a name that it has not is said, with the nearest one."""
+    """An unknown name is an error that proposes the nearest one."""
     made, real = [], harness._check_known
     monkeypatch.setattr(harness, "_check_known", lambda names, known: made.append(known) or real(names, known))
     with pytest.raises(ConfigError, match="tasks: no task or group 'arc_eazy'; did you mean 'arc_easy'"):
@@ -291,7 +291,7 @@ def test_bad_tasks_are_named(folder, documents, tmp_path):
 
 
 def test_more_examples_than_there_are(folder, documents):
-    """Of the documents themselves one is always asked about."""
+    """If examples are the documents themselves, one of them is always the question."""
     harness.load_tasks(["choices"], [folder], [None, 0, 10])
     with pytest.raises(ConfigError, match="num_fewshot: got 11, the task choices has 10 examples"):
         harness.load_tasks(["choices"], [folder], [0, 11])
@@ -372,7 +372,7 @@ def test_a_disk_that_is_full_costs_the_file_not_the_table(exported, folder, docu
     assert main(words) == 2
     said = capsys.readouterr()
     assert "| choices |" in said.out
-    assert "--output: cannot write /dev/full: No space left on device; the figures stand above" in said.err
+    assert "--output: cannot write /dev/full: No space left on device; the results are printed above" in said.err
 
 
 def test_results_take_the_newest_and_no_half_line(tmp_path):

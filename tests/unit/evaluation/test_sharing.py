@@ -125,7 +125,7 @@ def test_card_of_a_model_that_was_trained_further(pretrained, base_model, tmp_pa
 
 
 def test_card_code_loads_the_model(tmp_path, monkeypatch, capsys):
-    """With and without a tokenizer, as it stands in the card."""
+    """The code runs as it is in the card, with and without a tokenizer."""
     run = make_run(tmp_path / "run")
     _, text = exported(run, tmp_path / "bare")
     assert "had no tokenizer" in text

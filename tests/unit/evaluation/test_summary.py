@@ -27,7 +27,7 @@ def test_first_and_last_figures(tmp_path, capsys):
 
 
 def test_speed_is_the_report_s(tmp_path, capsys):
-    """Of a run with two starts, whose first intervals compiled and are slow."""
+    """The run has two starts, and the first interval of each is slow, as it compiles."""
     path = write_run(tmp_path / "l2e") / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     start, training = (next(line for line in lines if line["kind"] == kind) for kind in ("start", "train"))
@@ -62,7 +62,7 @@ def test_figures_that_are_not_finite(tmp_path, capsys):
 
 
 def test_layers_since_inhibition_began(tmp_path, capsys):
-    """At 30 of 100 steps; mean S falls on a line."""
+    """Inhibition begins at 30 of 100 steps; mean S decreases linearly."""
     run = write_run(tmp_path / "l2e", shrink=0.8, inhibition__start=0.3)
     text = summary(run, capsys)
     assert "8.0000 (step 0) -> 5.0000 (step 100)" in text

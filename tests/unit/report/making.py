@@ -1,4 +1,4 @@
-"""Run directories and studies as training writes them, with figures that a test can compute by hand."""
+"""Run directories and studies as training writes them, with metrics that a test can compute by hand."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def paired_study(directory: Path, sizes: tuple[str, ...] = ("70m",), seeds: tupl
 def write_analysis(
     folder: Path, source: str = "natural_language.jsonl", label: str = "pythia-70m", parameters: int = 70_426_624
 ) -> tables.Tables:
-    """As `l2e-ds analyze` writes it, of random activations of one layer; its tables."""
+    """Write an analysis as `l2e-ds analyze` does, of random activations of one layer, and return its tables."""
     z, labels = activations(1, (12, 10, 14))
     mean, variance = (values.astype("float32") for values in text_moments(z))
     texts = tables.LayerTexts(mean, variance, mean)

@@ -38,7 +38,7 @@ def test_lowest_rate(tmp_path):
 
 
 def test_nearest_share(tmp_path):
-    """Of a table without 1 %."""
+    """The table has no row for 1 %."""
     made = write_analysis(tmp_path / "ours")
     without = made["fkr"].query("share != 0.01")
     without.to_parquet(tmp_path / "ours/models/pythia-70m/fkr.parquet", index=False)

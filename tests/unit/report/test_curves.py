@@ -90,7 +90,7 @@ def test_tasks_that_were_evaluated_on_the_way(tmp_path):
 
 
 def test_a_line_is_of_equally_many_documents(tmp_path):
-    """On the way the first 20, at the end once all."""
+    """Earlier results are of the first 20 documents, the last is of all."""
     run = write_run(tmp_path / "l2e")
     for step, accuracy in ((50, 0.21), (100, 0.22)):
         add_results(run, step, {("mmlu", 0): (accuracy, 0.01)}, limit=20)

@@ -136,7 +136,7 @@ def test_figures_of_an_analysis(tmp_path):
     images = [attributes for tag, attributes in Tags(text).found if tag == "img"]
     assert [image["alt"] for image in images] == ["ks over scale"] * 2
     assert str(tmp_path / "other") in text
-    assert text.index("<h2>What neurons answer to</h2>") < text.index("false_killing.csv")
+    assert text.index("<h2>What neurons respond to</h2>") < text.index("false_killing.csv")
     assert (tmp_path / "report-tables/false_killing.md").is_file()
 
 
@@ -258,7 +258,7 @@ def test_disk_that_is_full(tmp_path, capsys, name):
 
 
 def go_on(run):
-    """To its last step."""
+    """Write the lines of a run up to its last step."""
     (write_run(run.parent / "later" / run.name) / "metrics.jsonl").replace(run / "metrics.jsonl")
 
 

@@ -143,7 +143,7 @@ def test_figures_that_an_older_run_does_not_have(tmp_path):
 
 
 def test_report_of_such_figures(tmp_path, capsys):
-    """In every line of training but one; and at the ends of what is taken."""
+    """Such values are in every line of training but one, and at the first and last line that is used."""
     run = write_run(tmp_path / "l2e")
     path = run / "metrics.jsonl"
     text = re.sub(r'"(lm_loss|layer3/tau|gradient_norm)": [\d.e-]+', r'"\1": Infinity', path.read_text())

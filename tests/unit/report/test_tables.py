@@ -1,4 +1,4 @@
-"""Every figure of the tables, computed by hand."""
+"""Every number of the tables, computed by hand."""
 
 import csv
 import io
@@ -185,7 +185,7 @@ def test_first_documents_are_not_compared_with_all(tmp_path):
     assert cells(found)["MMLU"]["70m none: ours"].value == 0.25
     assert cells(found)["MMLU"]["70m l2e − none: ours"].value == pytest.approx(0.2)
     assert cells(found)["MMLU"]["70m l2e − none: step"] == "100, first 20"
-    assert "of so many documents of each task only" in found.note
+    assert "of this many documents of each task only" in found.note
 
 
 def test_one_step_is_told_once(tmp_path):
@@ -213,8 +213,8 @@ def test_what_the_paper_did_not_train_has_no_published_figure(tmp_path):
     assert [head for head, cell in row.items() if head.endswith(": published") and cell is not None] == [
         "70m plain: published"
     ]
-    assert "1% at 70m, 2% at 410m, 3% at 2.8b), and of MEmeL's time; of other layers" in found.note
-    assert "of other layers" not in table(runs.read(folders[-1:]), "benchmarks").note
+    assert "1% at 70m, 2% at 410m, 3% at 2.8b), and the time of MEmeL. There are none for other layers" in found.note
+    assert "for other layers" not in table(runs.read(folders[-1:]), "benchmarks").note
 
 
 def test_published_time_is_that_of_the_published_share_and_layers(tmp_path):
@@ -291,7 +291,7 @@ def test_time(tmp_path):
 
 
 def test_time_is_that_of_the_studies(tmp_path):
-    """By one rule: without the first line after each start, also where the run goes on from a logged step."""
+    """Both leave out the first line after each start, also if the run was resumed from a logged step."""
     path = write_run(tmp_path / "l2e", seconds=0.5) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     place = next(i for i, line in enumerate(lines) if line["step"] == 90 and line["kind"] == "evaluation") + 1
@@ -317,7 +317,7 @@ def test_best_share(tmp_path):
 
 
 def test_shares_are_compared_at_a_common_step(tmp_path):
-    """That of 1 % is behind; at step 50 it was the better one."""
+    """The run of 1 % is behind; at step 50 it was the better one."""
     ahead = write_run(tmp_path / "ahead", loss=5.0, inhibition__target_share=0.02)
     behind = write_run(tmp_path / "behind", loss=4.9, inhibition__target_share=0.01, until=50)
     row = cells(table(runs.read([ahead, behind]), "shares"))["70m"]

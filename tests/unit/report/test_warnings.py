@@ -70,7 +70,7 @@ def test_each_layer_is_named(tmp_path):
 
 
 def test_what_the_guard_said(tmp_path):
-    """In its words, and nothing beside them of a layer that it has compared with others."""
+    """The warning has the guard's words, and none of its own for a layer that the guard has compared with others."""
     path = write_run(tmp_path / "l2e", shrink=0.1) / "metrics.jsonl"
     start, *lines = [json.loads(line) for line in path.read_text().splitlines()]
     said = [
