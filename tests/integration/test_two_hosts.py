@@ -21,10 +21,9 @@ import psutil
 import pytest
 
 from tests.integration.running import PATIENCE, lines
-from tests.processes import finish
+from tests.processes import REPOSITORY, finish
 from tests.tolerances import rounding
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("sshd", "ssh", "pdsh", "ip", "unshare", "nsenter")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 MISSING = [name for name in NEEDED if shutil.which(name, path=PATH) is None]

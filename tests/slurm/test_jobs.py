@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from benchmarks.reliability.virtual_slurm import bring_back_node, kill_node, ready_nodes
+from tests.processes import REPOSITORY
 from tests.tolerances import rounding
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 150
 NOT_REPRODUCIBLE = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "time", "mfu")
 

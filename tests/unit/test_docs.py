@@ -2,14 +2,13 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.models.pythia import PYTHIA
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 

@@ -13,9 +13,9 @@ from l2e_ds import cli
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.places import places
+from tests.processes import REPOSITORY
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SLURM = ["--slurm", "--gpus-per-node", "0", "--tasks-per-node", "2", "--time", "1:00:00"]
 
 

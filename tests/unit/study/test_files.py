@@ -10,8 +10,8 @@ from l2e_ds.data.indexed import IndexedWriter
 from l2e_ds.study.checking import plan_runs
 from l2e_ds.study.definition import read_study
 from l2e_ds.system.process import quiet_libraries
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
 # these need text that is made for them: tests/integration/test_evidence.py
 FILES = [path for path in FILES if path.parent.name != "evidence"]
