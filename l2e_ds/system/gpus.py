@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-# Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
 PEAK_TFLOPS = {
     "H200": 989.4,
     "H100 PCIe": 756.0,
@@ -21,19 +22,23 @@ PEAK_TFLOPS = {
     "V100": 125.0,
     "RTX 4090": 165.2,
 }
+"""Dense bf16/fp16 peaks in TFLOP/s (without sparsity), by a part of the name that CUDA gives."""
 
 
 def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Return peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
+    """Return the peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
     if given is not None or device.type != "cuda":
         return given
+    import torch  # only now: `l2e-ds plan --help` reads the tables alone
+
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s; peak_fp32: without TF32."""
+    """Holds what a data sheet says. memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s; peak_fp32: no
+    TF32."""
 
     memory: float
     peak: float
@@ -41,7 +46,6 @@ class Gpu:
     bf16: bool = True
 
 
-# Vendors' data sheets.
 GPUS = {
     "B200": Gpu(178, PEAK_TFLOPS["B200"], 75),
     "GH200": Gpu(94, PEAK_TFLOPS["GH200"], 67),

@@ -14,7 +14,10 @@ from l2e_ds.errors import L2EError
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Allocated on the GPU; on CPUs the process's resident set. (getrusage would count what its parent had, too.)"""
+    """Return the peak of the memory allocated on the GPU, or on a CPU that of the process's resident set.
+
+    (getrusage would count what its parent had, too.)
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_memory("VmHWM")

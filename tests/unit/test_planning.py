@@ -13,7 +13,7 @@ from l2e_ds.config.sections import ModelConfig
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
-from l2e_ds.planning import command, memory, speed
+from l2e_ds.planning import memory, plan, speed
 from l2e_ds.planning.work import work_of as planned_work
 from l2e_ds.system.gpus import GPUS
 from l2e_ds.training.loss import LossHead
@@ -172,7 +172,7 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
 @pytest.mark.parametrize("ranks", [1, 6, 64])
 def test_largest_micro_batch_is_the_largest(run_file, gpu, ranks):
     work = work_of(run_file, "model.name=pythia-160m", f"training.global_batch={ranks * 24}", ranks=ranks)
-    usable = GPUS[gpu].memory * memory.GIB * command.USABLE_MEMORY
+    usable = GPUS[gpu].memory * memory.GIB * plan.USABLE_MEMORY
     found = memory.largest_micro_batch(work, ranks, ranks * 24, usable)
 
     def fits(micro_batch):
