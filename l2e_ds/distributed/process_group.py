@@ -1,4 +1,4 @@
-"""Joins the process group that a launcher asks for, and takes it down again.
+"""Join the process group that a launcher asks for, and take it down again.
 
 `join` works under the deepspeed launcher and torchrun (RANK ...), srun (SLURM_...), mpirun (mpi4py, through DeepSpeed)
 and alone.
@@ -35,23 +35,23 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     variables = {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(launch.local_rank)}
     if launch.launcher == "srun":
         os.environ.update(variables)
-        if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own
+        if on_gpu and torch.cuda.device_count() == 1:  # --gpus-per-task=1: each task sees only its own GPU
             os.environ["LOCAL_RANK"] = "0"
         os.environ.setdefault("MASTER_ADDR", first_host())
         os.environ.setdefault("MASTER_PORT", str(rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
         os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
-        os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
+        os.environ.update(variables)  # else mpi4py sets them, with an address that may belong to the wrong network
         os.environ.setdefault("MASTER_PORT", "29500")
     device = _local_device(on_gpu)
-    patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
+    patience = timedelta(minutes=timeout_minutes + 1)  # longer than the watchdog, which can name the lost rank
     _name_gloo_interface()
     _allow_open_files()
     # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
     # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints progress
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=launch.launcher == "mpirun",
@@ -70,7 +70,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
 
 
 def _allow_open_files() -> None:
-    """Gloo opens a socket for each other rank; the usual soft limit is 1024 files."""
+    """Raise the limit of open files: gloo opens a socket for each other rank, and the usual soft limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -89,8 +89,10 @@ def _local_device(on_gpu: bool) -> torch.device | None:
 
 
 def _name_gloo_interface() -> None:
-    """Gloo listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host; the
-    interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
+    """Tell gloo to listen on the interface that leads to rank 0, unless the user has set GLOO_SOCKET_IFNAME.
+
+    By itself it listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
     import psutil
@@ -102,7 +104,9 @@ def _name_gloo_interface() -> None:
         and ipaddress.ip_address(here).is_loopback
         and not master.startswith(("127.", "localhost", "::1"))
     ):
-        here = _address_towards("192.0.2.1")  # a name of this very host; nobody has that address: the default route
+        here = _address_towards(
+            "192.0.2.1"
+        )  # MASTER_ADDR names this host: take the default route, to an address that nobody has
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == here for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -110,7 +114,7 @@ def _name_gloo_interface() -> None:
 
 
 def _address_towards(host: str) -> str | None:
-    """Return this host's own address on the way to another; None where there is no way."""
+    """Return this host's own address on the way to another, or None if there is no way."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -121,7 +125,7 @@ def _address_towards(host: str) -> str | None:
 
 
 def leave() -> None:
-    """Take the process groups down, if there are any."""
+    """Destroy the process groups, if there are any."""
     collectives.forget_control_group()
     if dist.is_initialized():
         dist.destroy_process_group()

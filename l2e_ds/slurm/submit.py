@@ -1,6 +1,6 @@
 """`l2e-ds submit RUN.yaml [section.key=value ...] --gpus-per-node G --time HH:MM:SS [...] [-- options of sbatch]`.
 
-Checks the run, freezes it in a folder `submit-N` of its run directory, and gives the script in there to sbatch:
+Checks the run, freezes it in a folder `submit-N` of its run directory, and submits the script in there with sbatch:
 
     submit-1/
       submit.sbatch     readable; `sbatch submit.sbatch` starts the same again
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
-    from l2e_ds.training.preflight import preflight  # with torch, for which --help does not wait
+    """Submit a run and return exit code 0 when its job is queued. Raises ConfigError or DataError."""
+    from l2e_ds.training.preflight import preflight  # only now: it imports torch, which --help must not wait for
 
     resources = resources_of(arguments)
     if arguments.restarts < 0:
@@ -75,17 +75,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(folder: Path, resources: Resources, restarts: int) -> str:
-    """Return the batch script of a submission, by its folder."""
+    """Return the batch script of the submission in this folder."""
     number = folder.name.removeprefix("submit-")
     return sbatch.script(
-        f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
+        f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to resume it.",
         header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
         ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
     )
 
 
 def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, resources: Resources) -> None:
-    """Write what is run, and by which code, beside the script."""
+    """Write the run file, and a record of the code, beside the script. Raises ConfigError."""
     source = find_file(config.deepspeed.config, arguments.run_file)
     assert source is not None  # preflight has read it
     json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
