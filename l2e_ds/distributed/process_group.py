@@ -104,9 +104,8 @@ def _name_gloo_interface() -> None:
         and ipaddress.ip_address(here).is_loopback
         and not master.startswith(("127.", "localhost", "::1"))
     ):
-        here = _address_towards(
-            "192.0.2.1"
-        )  # MASTER_ADDR names this host: take the default route, to an address that nobody has
+        # MASTER_ADDR names this host: take the default route, to an address that nobody has
+        here = _address_towards("192.0.2.1")
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == here for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -99,8 +99,12 @@ class RunLock:
             return {}
 
     def _refusal(self, holder: dict) -> ConfigError:
-        who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
         return ConfigError(
-            f"training.run_directory: another run is writing to {self.path.parent} ({who}); wait for it, stop it"
-            " or choose another folder"
+            f"training.run_directory: another run is writing to {self.path.parent} ({described(holder)}); wait for it,"
+            " stop it or choose another folder"
         )
+
+
+def described(holder: dict) -> str:
+    """Return what a lock's file says of the process that holds it."""
+    return f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"

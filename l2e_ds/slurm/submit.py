@@ -21,22 +21,14 @@ from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.slurm import sbatch
-from l2e_ds.slurm.sbatch import (
-    Resources,
-    add_resource_arguments,
-    header,
-    record_code,
-    refuse_control_characters,
-    resources_of,
-    without_secrets,
-)
+from l2e_ds.slurm.sbatch import Resources
 from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
-    add_resource_arguments(parser, required=True)
+    sbatch.add_resource_arguments(parser, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
 
 
@@ -44,13 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Submit a run and return exit code 0 when its job is queued. Raises ConfigError or DataError."""
     from l2e_ds.training.preflight import preflight  # only now: it imports torch, which --help must not wait for
 
-    resources = resources_of(arguments)
+    resources = sbatch.resources_of(arguments)
     if arguments.restarts < 0:
         raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
     if not arguments.dry_run:
         sbatch.check_sbatch("submit")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
-        refuse_control_characters("submit", word)
+        sbatch.refuse_control_characters("submit", word)
     quiet_libraries()
     config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
     # `auto` is for the node that runs it to decide, not for this one
@@ -61,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     sbatch.check_log_folder("training.run_directory", directory)
     if arguments.dry_run:
         folder = directory / f"submit-{len(list(directory.glob('submit-*'))) + 1}"
-        print(without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
+        print(sbatch.without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
         return 0
 
     with sbatch.submission(directory, "submit") as folder:
@@ -79,7 +71,7 @@ def script(folder: Path, resources: Resources, restarts: int) -> str:
     number = folder.name.removeprefix("submit-")
     return sbatch.script(
         f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to resume it.",
-        header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
+        sbatch.header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
         ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
     )
 
@@ -89,7 +81,7 @@ def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, reso
     source = find_file(config.deepspeed.config, arguments.run_file)
     assert source is not None  # preflight has read it
     json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
-    json_path.write_text(without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
+    json_path.write_text(sbatch.without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
     frozen = config.replace("deepspeed", config=str(json_path))
-    run_path.write_text(without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
-    record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)
+    run_path.write_text(sbatch.without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
+    sbatch.record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)

@@ -1,12 +1,12 @@
-"""What a study's runs came to: one line a run, means over seeds, and paired differences to the baseline.
+"""Collect the results of a study: one line a run, means over seeds, and paired differences to the baseline.
 
 Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
-(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then figures. Of metrics.jsonl, of
-the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis` (means
-over the hooked layers); the newest `observed_share`; medians over the lines of training but the first after each start:
-`step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. Of evaluations.jsonl, at the last step:
-`TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its parts. An
-empty cell: there is no such figure (yet).
+(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then results. From metrics.jsonl:
+of the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis`
+(means over the hooked layers); the newest `observed_share`; medians over the lines of training without the first after
+each start: `step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. From evaluations.jsonl, at the last
+step: `TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its
+parts. A cell is empty while there is no such result.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pandas as pd
 
 from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
+from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import FILE as METRICS
 from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
 from l2e_ds.run_directory.results import read_results, results_of
@@ -30,16 +31,12 @@ from l2e_ds.study.state import answers, asked_evaluations, evaluation_lines, rea
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
-SHOWN = {
-    "held_out_loss": ("held-out loss", "{:.4f}"),
-    "top_share_score": ("MS of the top share", "{:.3f}"),
-    "mean_s": ("mean S", "{:.4f}"),
-    "kurtosis": ("kurtosis", "{:.3f}"),
-}
+SHOWN = {"held_out_loss": "{:.4f}", "top_share_score": "{:.3f}", "mean_s": "{:.4f}", "kurtosis": "{:.3f}"}
+"""The metrics of evaluations that the summary shows, with the form of their numbers."""
 
 
 def collect(directory: Path) -> pd.DataFrame:
-    """Return the table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
+    """Return the table of runs of a study, in the order of study.json; unfinished runs are read as far as they are.
 
     Raises ConfigError where there is no study, DataError for a line that is no metrics or no evaluation.
     """
@@ -62,9 +59,9 @@ def collect(directory: Path) -> pd.DataFrame:
             }
         )
         lines = [line for line in evaluation_lines(run) if line.get("step") == steps]
-        own.append(_own_figures(lines, steps, evaluations))
-        others.append(_figures(lines))
-    asked = set().union(*own)  # of these none from elsewhere, which may be of other documents
+        own.append(_wanted_results(lines, steps, evaluations))
+        others.append(_task_results(lines))
+    asked = set().union(*own)  # of these no result from other evaluations, which may have used other documents
     for row, ours, theirs in zip(rows, own, others, strict=True):
         row |= ours | {name: value for name, value in theirs.items() if name not in asked}
     table = pd.DataFrame(rows)
@@ -74,11 +71,12 @@ def collect(directory: Path) -> pd.DataFrame:
 
 
 def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return one row a combination, in the table's order, of the runs that have a figure in `column`.
+    """Return one row a combination, in the table's order, from the runs that have a value in `column`.
 
-    runs: how many; mean: over them (seeds). Of the pairs of a run and its baseline: pairs: how many; difference: mean
-    of (run - baseline), and its stderr: standard deviation (n - 1) over the square root of n, NaN for a single pair;
-    relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the baseline itself.
+    runs: their number; mean: over them (seeds); pairs: number of pairs of a run and its baseline; difference: mean of
+    (run - baseline) over the pairs, and its stderr: standard deviation (n - 1) over the square root of n, NaN for a
+    single pair; relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the
+    baseline itself.
     """
     value_of = table.set_index("run")[column].astype(float)
     base = table["baseline"].map(value_of).astype(float)
@@ -106,7 +104,7 @@ def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def write_results(directory: Path, table: pd.DataFrame) -> None:
-    """Raises ConfigError where the folder cannot be written."""
+    """Write results.csv. Raises ConfigError if the folder cannot be written."""
     try:
         write_whole(directory / RESULTS, table.to_csv(index=False))
     except OSError as error:
@@ -114,13 +112,15 @@ def write_results(directory: Path, table: pd.DataFrame) -> None:
 
 
 def figures_of(table: pd.DataFrame) -> list[str]:
-    """Return the columns of evaluations: `TASK/N-shot/METRIC`."""
+    """Return the columns of evaluation tasks: `TASK/N-shot/METRIC`."""
     return [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Means over seeds and paired differences, as Markdown; of runs that are trained to their end, at their end, and of
-    pairs that are equally long."""
+    """Return means over seeds and paired differences, as Markdown.
+
+    They are of runs that are trained to their end, at their end, and of pairs of equally many steps.
+    """
     table = table.copy()
     table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
     table.loc[table["evaluated_step"] != table["step"], [*SHOWN]] = math.nan
@@ -129,9 +129,10 @@ def summary(table: pd.DataFrame) -> str:
     metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
-    for name, (label, form) in SHOWN.items():
+    for name, form in SHOWN.items():
         if metrics[name]["runs"].any():
-            heads += [label, "difference"]
+            key = f"layers/{name}" if name in LAYER_MEANS else name
+            heads += [described("evaluation", key).title, "difference"]
             for row, (_, found) in zip(rows, metrics[name].iterrows(), strict=True):
                 row += [_text(found["mean"], form), _plus_minus(found["difference"], found["stderr"], form)]
     if metrics["step_seconds"]["runs"].any():
@@ -189,23 +190,23 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     return values | {key: median(given) for key, given in speeds.items() if given}
 
 
-def _own_figures(
+def _wanted_results(
     lines: Sequence[dict[str, Any]], step: int, evaluations: Sequence[Evaluation]
 ) -> dict[str, float | None]:
-    """Return what the study asks for, whoever had it evaluated.
+    """Return the results that the study asks for, whichever command evaluated them.
 
-    Of a task that it asks for twice that of more documents.
+    If it asks for a task twice, those of more documents.
     """
     figures: dict[str, float | None] = {}
     for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
         for line in lines:
             if answers(line, step, evaluation):
-                figures |= _figures([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
+                figures |= _task_results([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
     return figures
 
 
-def _figures(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
-    """Of each task that of most documents, of these the newest. without: tasks."""
+def _task_results(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
+    """Return the results of each task: those of most documents, of these the newest. without: tasks to leave out."""
     figures: dict[str, float | None] = {}
     for line in sorted(lines, key=lambda line: _documents(line.get("limit"))):
         for result in results_of(line):

@@ -1,4 +1,4 @@
-"""What lies in a study's folder, and how far each run is.
+"""Find out how far each run of a study is, from the files in the study's folder.
 
 STUDY/
   study.yaml        the study file, as it was read
@@ -6,7 +6,7 @@ STUDY/
   configs/NAME.yaml the resolved configuration of each run, which is what is started
   runs/NAME/        run directories
   data/             tokenised text, shared by the runs
-  logs/NAME.log     what the run said
+  logs/NAME.log     what the run printed
   results.csv       one line a run
   slurm-1/          by --slurm: batch script, list of runs, code version, logs
 """
@@ -35,7 +35,10 @@ PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 
 @dataclass(frozen=True)
 class State:
-    """step: of the newest checkpoint; trained: it is complete and the last one; missing: evaluations to be made yet."""
+    """Holds how far a run is.
+
+    step: of the newest checkpoint; trained: whether the last checkpoint is complete; missing: evaluations still to do.
+    """
 
     begun: bool
     step: int
@@ -45,6 +48,7 @@ class State:
 
     @property
     def is_done(self) -> bool:
+        """Return whether the run is trained and evaluated."""
         return self.trained and not self.missing
 
     def __str__(self) -> str:
@@ -58,31 +62,30 @@ class State:
 
 
 def run_directory(study: Path, name: str) -> Path:
+    """Return the run directory of a run in a study's folder."""
     return study / "runs" / name
 
 
 def config_file(study: Path, name: str) -> Path:
+    """Return the resolved configuration of a run in a study's folder."""
     return study / "configs" / f"{name}.yaml"
 
 
 def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> State:
-    """directory: the run's."""
+    """Return how far a run is. directory: the run's; steps: of the whole run; evaluations: those of the study."""
     trained = check_files(directory / "checkpoints" / checkpoint_name(steps)) is None
-    missing = tuple(evaluation for evaluation in evaluations if not is_evaluated(directory, steps, evaluation))
+    lines = evaluation_lines(directory)
+    missing = tuple(wanted for wanted in evaluations if not any(answers(line, steps, wanted) for line in lines))
     begun = (directory / "config.yaml").is_file()
     return State(begun, newest_step(directory), steps, trained, missing)
 
 
-def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
-    """Return whether a line of evaluations.jsonl answers this at this step."""
-    return any(answers(line, step, evaluation) for line in evaluation_lines(directory))
-
-
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
-    """Return whether this line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at
-    this step, and computed as `l2e-ds evaluate` does it: what was evaluated while training may be in half precision.
+    """Return whether this line of evaluations.jsonl holds what an evaluation of the study asks for.
 
-    A line that does not say what it was asked for answers nothing.
+    It must hold all the tasks, with these shots and this limit, at this step, and be computed as `l2e-ds evaluate`
+    does: evaluations while training may be in half precision. A line that does not say what it was asked for does not
+    count.
     """
     asked = line.get("asked") or {}
     found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
@@ -91,14 +94,13 @@ def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
 
 
 def evaluation_lines(directory: Path) -> list[dict[str, Any]]:
-    """Return what the lines of a run's evaluations.jsonl say, without those that are no mapping; empty where there is
-    no such file."""
+    """Return the mappings in the lines of a run's evaluations.jsonl; none without such a file."""
     path = directory / results.FILE
     return [line.value for line in json_lines(path) if isinstance(line.value, dict)] if path.is_file() else []
 
 
 def read_index(directory: Path) -> dict[str, Any]:
-    """Of study.json. Raises ConfigError where it is missing or cannot be read."""
+    """Return the content of study.json. Raises ConfigError if it is missing or cannot be read."""
     path = directory / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
@@ -112,17 +114,17 @@ def read_index(directory: Path) -> dict[str, Any]:
 
 
 def asked_evaluations(directory: Path) -> list[Evaluation]:
-    """Of study.json. Raises ConfigError."""
+    """Return the evaluations in study.json. Raises ConfigError."""
     return checked(StudyFile, {"evaluate": read_index(directory)["evaluate"]}, str(directory / INDEX)).evaluate
 
 
 def steps_of(directory: Path, name: str) -> int:
-    """That a run of a study is to have. Raises ConfigError."""
+    """Return the number of steps that a run of a study is to have. Raises ConfigError."""
     return load_run_config(config_file(directory, name)).training.steps
 
 
 class Entry(Section, extra="ignore"):
-    """A run of a study, as far as it is used here. baseline: another's name."""
+    """A run in study.json, as far as a report uses it. baseline: the name of another run."""
 
     name: str
     directory: str
@@ -131,12 +133,14 @@ class Entry(Section, extra="ignore"):
 
 
 class Index(Section, extra="ignore"):
+    """The content of study.json, as far as a report uses it."""
+
     title: str
     runs: list[Entry]
 
 
 def read_study(directory: Path) -> Index:
-    """Raises DataError."""
+    """Return the checked content of study.json. Raises DataError."""
     path = directory / INDEX
     try:
         raw = read_index(directory)

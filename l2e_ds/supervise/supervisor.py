@@ -159,9 +159,7 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
                     kill_all()
                     killed = True
             time.sleep(POLL)
-        if (
-            asked_at is not None and not signals.are_impatient()
-        ):  # if they are, ranks on other hosts must still see the file
+        if asked_at is not None and not signals.are_impatient():  # else other hosts must still see the file
             stop_file.honour(directory)
         code = -signal.SIGKILL if killed and launcher.returncode == 0 else launcher.returncode
         asked = bool(signals.received) or stop_file.is_asked_to_stop(directory)
