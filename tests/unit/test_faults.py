@@ -85,7 +85,7 @@ def test_only_the_newest_good_checkpoint_is_right(run):
     assert run.newest_good() == 40
     resume(run, 20)  # although 40 is there
     run.poll()
-    assert run.starts[-1].wrong == ["went on from step 20, the newest good checkpoint is of 40"]
+    assert run.starts[-1].wrong == ["resumed from step 20, the newest good checkpoint is of 40"]
 
     faults.damage(newest / "a_states.pt", "truncated", random.Random(1))
     run.note_damage(newest)
@@ -96,7 +96,7 @@ def test_only_the_newest_good_checkpoint_is_right(run):
     say(run, "l2e-ds: start 3 of at most 4: ...")  # and begins afresh, without a word
     write(run, [1], mode="w")
     run.poll()
-    assert run.starts[-1].wrong == ["went on from step 0, the newest good checkpoint is of 20"]
+    assert run.starts[-1].wrong == ["resumed from step 0, the newest good checkpoint is of 20"]
 
 
 def test_what_a_kill_left_is_no_save(run):
