@@ -278,15 +278,16 @@ def cost_of_step(found: dict[str, Any], variant: str) -> float:
     return more / (10 * statistics.median(found["step_seconds"][NONE]))
 
 
-def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Return an interval of the median, between two order statistics, that needs no assumption about the distribution.
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the median, between two order statistics, that needs no assumption about the
+    distribution.
 
     Their ranks are those of the binomial distribution's tails (Conover 1999, section 3.2); with fewer than six values
     it is the whole range.
     """
     ordered, count, tail = sorted(values), len(values), 0.0
     rank = 0
-    while rank < count // 2 and (tail := tail + math.comb(count, rank) / 2**count) <= (1 - confidence) / 2:
+    while rank < count // 2 and (tail := tail + math.comb(count, rank) / 2**count) <= 0.025:
         rank += 1
     rank = max(rank, 1)
     return ordered[rank - 1], ordered[count - rank]

@@ -23,7 +23,7 @@ class L2EError(Exception):
 
     @property
     def problem(self) -> str:
-        """The message without its place."""
+        """The message without `where`."""
         return "".join(self.args)
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class DataError(L2EError):
 
 
 class WorkerError(L2EError):
-    """A worker process was killed, perhaps for want of memory. No input is wrong: the same command resumes."""
+    """A worker process was killed, perhaps because memory ran out. No input is wrong: the same command resumes."""
 
     exit_code = 1
 
@@ -78,7 +78,7 @@ class SelfTestError(L2EError):
 
 
 class CompileError(L2EError):
-    """torch.compile or Triton cannot compile here, for want of a compiler or for a fault of theirs."""
+    """torch.compile or Triton cannot compile here: a compiler is missing, or fails."""
 
 
 class TrainingError(L2EError):

@@ -103,14 +103,14 @@ class WatchedRun:
                 process.kill()
         self.process.wait()
 
-    def wait_for_end(self, seconds: float = PATIENCE) -> int:
+    def wait_for_end(self) -> int:
         """Wait for the supervisor and return its exit code. Raises RunLost."""
         assert self.process is not None
-        deadline = time.time() + seconds
+        deadline = time.time() + PATIENCE
         while self.process.poll() is None:
             self.poll()
             if time.time() > deadline:
-                raise RunLost(f"waited {seconds:.0f} s for its end: {' / '.join(self.tail())}")
+                raise RunLost(f"waited {PATIENCE:.0f} s for its end: {' / '.join(self.tail())}")
             time.sleep(POLL)
         self.poll()
         return self.process.returncode

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,8 @@ class CheckpointManager:
             if pending.entries is None:
                 parts = collectives.all_gather_objects(pending.task.result())
                 pending.entries = {name: entry for part in parts for name, entry in part.items()}
-                pending.task = self._background.submit(self._publish, pending) if collectives.is_main() else _done()
+                publish = partial(self._publish, pending) if collectives.is_main() else lambda: None
+                pending.task = self._background.submit(publish)
                 continue
             self._pending = None
             size = sum(int(entry["bytes"]) for entry in pending.entries.values())
@@ -304,7 +306,7 @@ class CheckpointManager:
                     remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
-        """If any rank failed, remove what was written and raise SaveError on all. Collective."""
+        """Remove what was written and raise SaveError on all ranks, if any failed. Collective."""
         if isinstance(error, RuntimeError) and shutil.disk_usage(self.directory).free < 1 << 20:
             error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch's writer does not report it
         reason = None if error is None else f"rank {collectives.rank()}: {_in_one_line(error)}"
@@ -455,7 +457,7 @@ def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, first its name and then its files, so that none is ever found half removed."""
     doomed = checkpoint.with_suffix(".removed.tmp")
-    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
         checkpoint.rename(doomed)
     _remove_tree(doomed)
 
@@ -466,12 +468,6 @@ def _remove_tree(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _done() -> Future:
-    future: Future = Future()
-    future.set_result(None)
-    return future
 
 
 def _error_of(action: Callable[[], Any]) -> Exception | None:

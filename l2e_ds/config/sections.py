@@ -87,7 +87,7 @@ LocalPath = Annotated[str, AfterValidator(_expand)]
 
 
 class ModelConfig(Section):
-    """Which network, and where its first weights come from."""
+    """The network, and where its first weights come from."""
 
     name: str | None = None
     """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
@@ -126,7 +126,7 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """Where text or tokens come from."""
+    """The source of text or tokens."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
     """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
@@ -183,7 +183,7 @@ class SetConfig(SourceConfig):
     """One set of a mixture (docs/data.md)."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    """Stands in the metrics (`tokens/NAME`) and, with the seed, decides the set's order."""
+    """Name of the set in the metrics (`tokens/NAME`); with the seed, it decides the set's order."""
     weight: float = Field(gt=0)
     """Share of the training sequences that come from this set, over the sum of all weights."""
     held_out: float | None = Field(None, ge=0, lt=1)
@@ -191,7 +191,7 @@ class SetConfig(SourceConfig):
 
 
 class DataConfig(SourceConfig):
-    """Where the text comes from and how it becomes sequences of tokens."""
+    """The source of the text, and how it becomes sequences of tokens."""
 
     sets: list[SetConfig] | None = Field(None, min_length=1)
     """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
@@ -208,7 +208,7 @@ class DataConfig(SourceConfig):
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
     cache: LocalPath | None = None
-    """Where tokenised data is kept. Default: `data/` in the run directory."""
+    """The folder of tokenised data. Default: `data/` in the run directory."""
     workers: int | None = Field(None, gt=0)
     """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
 
@@ -300,11 +300,11 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, in which batches, in which precision."""
+    """The length of the run, its batches and its precision."""
 
     run_directory: LocalPath = ""
-    """Where everything of this run goes. Default: `runs/` and the run file's name. The `config.yaml` in a run directory
-    belongs to that, wherever it was moved."""
+    """The folder that all files of this run are written to. Default: `runs/` and the run file's name. The `config.yaml`
+    in a run directory belongs to that directory, even if it was moved."""
     steps: int = Field(gt=0)
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
@@ -315,7 +315,7 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
-    """Decides the first weights and the order of the data, alike on any number of ranks."""
+    """Decides the first weights and the order of the data, independently of the number of ranks."""
     resume: LocalPath = "auto"
     """`auto`: resume from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
     one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
@@ -375,7 +375,7 @@ class InhibitionConfig(Section):
     power: Literal[0, 1, 2] = 1
     """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"
-    """Where neurons are inhibited (with `none`: observed at evaluation)."""
+    """Layers whose neurons are inhibited (with `none`: observed at evaluation)."""
     target_share: float = Field(0.02, gt=0, lt=1)
     """Share of (token, neuron) pairs to select."""
     strength: float | None = Field(None, ge=0)
@@ -454,25 +454,25 @@ class InhibitionConfig(Section):
 
     @property
     def parts(self) -> tuple[Retrieval, Mechanism]:
-        """Retrieval and mechanism after the overrides."""
+        """The retrieval and the mechanism, after the overrides."""
         retrieval, mechanism = METHODS[self.method]
         return self.retrieval or retrieval, self.mechanism or mechanism
 
 
 class DeepSpeedConfig(Section):
-    """The engine."""
+    """The configuration of DeepSpeed."""
 
     config: LocalPath = "ds_configs/zero1.json"
     """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(1000, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     early: bool = False
-    """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
+    """Also write checkpoints at steps 0, 1, 2, 4 ... 512, as Pythia did."""
     keep_last: int | None = Field(None, gt=0)
     """Keep only this many of the newest checkpoints. Default: keep all."""
     on_error: Literal["stop", "continue"] = "stop"
@@ -482,25 +482,25 @@ class CheckpointConfig(Section):
 
 
 class LoggingConfig(Section):
-    """What is written beside `metrics.jsonl`, and how often."""
+    """What is logged, and how often."""
 
     every: int = Field(10, gt=0)
     """Steps between lines of metrics (means over those steps)."""
     progress: bool = True
-    """Progress bar on rank 0."""
+    """Show a progress bar on rank 0."""
     tensorboard: bool = False
-    """Also to TensorBoard, in `tensorboard/` of the run directory."""
+    """Also log to TensorBoard, in `tensorboard/` of the run directory."""
     csv: bool = False
-    """Also to CSV files, in `csv/` of the run directory, one for each metric."""
+    """Also log to CSV files, in `csv/` of the run directory, one for each metric."""
     wandb_project: str | None = None
-    """Also to this project of Weights & Biases: one run there, whatever number of starts it takes; files in the run
+    """Also log to this project of Weights & Biases, as one run for any number of starts; its files are in the run
     directory."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
 
 
 class EvaluationConfig(Section):
-    """Tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
+    """Evaluation on tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations on tasks (also at the start and the end); 0: never."""
@@ -528,7 +528,7 @@ class EvaluationConfig(Section):
 
     @property
     def shots(self) -> list[int] | list[None]:
-        """`num_fewshot` as a list."""
+        """The value of `num_fewshot` as a list."""
         if self.num_fewshot is None:
             return [None]
         return self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]

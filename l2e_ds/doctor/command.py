@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         quiet_libraries()
     try:
         launch = find_launch()
-    except ConfigError as error:  # then nobody knows which process should speak for all
+    except ConfigError as error:  # then it is not known which process is rank 0
         print(Finding("missing", "launcher", str(error)), flush=True)
         return 1
     report.is_silent = launch.rank != 0

@@ -89,7 +89,7 @@ def check_builds() -> Iterator[Finding]:
     from torch.utils.cpp_extension import get_default_build_root
 
     for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("cpu_adam/lock"):
-        if time.time() - lock.stat().st_mtime > 900:  # else somebody builds now
+        if time.time() - lock.stat().st_mtime > 900:  # else a process may be building now
             text = "a build was left unfinished, and every run with offload to the CPU would wait for it for ever"
             yield Finding("note", "cpu_adam", text, f"rm {shlex.quote(str(lock))}")
 

@@ -305,7 +305,7 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "changes",
                 "",
-                "what the run file says otherwise than when the checkpoint was written",
+                "how the run file differs from the one that the checkpoint was written with",
                 type="any",
             ),
         ),

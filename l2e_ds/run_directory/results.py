@@ -74,17 +74,17 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
             name,
             task["num_fewshot"],
             metric,
-            float(figure["value"]),
-            None if figure["stderr"] is None else float(figure["stderr"]),
-            figure["higher_is_better"],
+            float(result["value"]),
+            None if result["stderr"] is None else float(result["stderr"]),
+            result["higher_is_better"],
             task["samples"],
             task["part_of"],
             evaluation["limit"],
             task.get("cut", 0),  # older lines have none
         )
         for name, task in evaluation["tasks"].items()
-        for metric, figure in task["metrics"].items()
-        if figure["value"] is not None
+        for metric, result in task["metrics"].items()
+        if result["value"] is not None
     ]
 
 

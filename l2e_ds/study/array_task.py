@@ -22,7 +22,7 @@ from l2e_ds.slurm import job
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
-from l2e_ds.study.state import asked_evaluations, state_of
+from l2e_ds.study.state import read_index, state_of
 from l2e_ds.system import signals
 
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = job.entry_of_this_task(arguments.list)
         training = load_run_config(entry[0]).training
         study, run = arguments.list.parent.parent, Path(training.run_directory)
-        evaluations = asked_evaluations(study)
+        evaluations = read_index(study).evaluate
         if not state_of(run, training.steps, evaluations).trained:
             code = job.train(entry, arguments.restarts, launcher)
             if code != 0:

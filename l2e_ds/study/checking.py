@@ -147,13 +147,13 @@ def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
                 f"{more}; give the same overrides again (they are in {study.directory / FILE}), or another --directory"
             )
     if (study.directory / INDEX).is_file():
-        before = {entry["name"]: entry for entry in read_index(study.directory)["runs"]}
-        now = {entry["name"]: entry for entry in study.index()["runs"]}
-        for name, entry in before.items():
-            if name not in now:
-                lines.append(f"{name} is no longer in the study; what it did stays in {study.directory / 'runs'}")
-            elif [entry.get(key) for key in ("base", "overrides")] != [now[name][key] for key in ("base", "overrides")]:
-                lines.append(f"the configuration of {name} has changed since the last call")
+        now = {run.name: run for run in study.runs}
+        for entry in read_index(study.directory).runs:
+            if entry.name not in now:
+                place = study.directory / "runs"
+                lines.append(f"{entry.name} is no longer in the study; what it did stays in {place}")
+            elif (entry.base, tuple(entry.overrides)) != (now[entry.name].base, now[entry.name].overrides):
+                lines.append(f"the configuration of {entry.name} has changed since the last call")
     return lines
 
 

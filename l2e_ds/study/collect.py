@@ -27,7 +27,7 @@ from l2e_ds.run_directory.metrics import FILE as METRICS
 from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
 from l2e_ds.run_directory.results import read_results, results_of
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
-from l2e_ds.study.state import answers, asked_evaluations, evaluation_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, evaluation_lines, read_index, state_of, steps_of
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
@@ -40,19 +40,20 @@ def collect(directory: Path) -> pd.DataFrame:
 
     Raises ConfigError where there is no study, DataError for a line that is no metrics or no evaluation.
     """
-    index, evaluations = read_index(directory), asked_evaluations(directory)
+    index = read_index(directory)
+    evaluations = index.evaluate
     rows, own, others = [], [], []
-    for entry in index["runs"]:
-        run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
+    for entry in index.runs:
+        run, steps = directory / entry.directory, steps_of(directory, entry.name)
         read_results(run)  # raises for a line that is no evaluation
         state = state_of(run, steps, evaluations)
         rows.append(
             {
-                "run": entry["name"],
-                "combination": ", ".join(entry["levels"].values()) or index["name"],
-                **entry["levels"],
-                "seed": entry["seed"],
-                "baseline": entry["baseline"],
+                "run": entry.name,
+                "combination": ", ".join(entry.levels.values()) or index.name,
+                **entry.levels,
+                "seed": entry.seed,
+                "baseline": entry.baseline,
                 "state": str(state),
                 "step": state.step,
                 **_metrics(read_lines(run) if (run / METRICS).is_file() else []),
@@ -66,7 +67,7 @@ def collect(directory: Path) -> pd.DataFrame:
         row |= ours | {name: value for name, value in theirs.items() if name not in asked}
     table = pd.DataFrame(rows)
     return table.reindex(
-        columns=[*dict.fromkeys(["run", "combination", *index["factors"], *COLUMNS, *FIGURES, *table.columns])]
+        columns=[*dict.fromkeys(["run", "combination", *index.factors, *COLUMNS, *FIGURES, *table.columns])]
     )
 
 
@@ -148,7 +149,7 @@ def summary(table: pd.DataFrame) -> str:
         if found["runs"]
     ]
     if tasks:
-        parts.append(markdown(["figure", "combination", "runs", "mean", "difference"], tasks))
+        parts.append(markdown(["metric", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
         "Means over seeds, of finished runs; differences to the baseline of the same seed and as many steps, with their"
         " standard error over seeds.\n"
@@ -197,23 +198,23 @@ def _wanted_results(
 
     If it asks for a task twice, those of more documents.
     """
-    figures: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
         for line in lines:
             if answers(line, step, evaluation):
-                figures |= _task_results([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
-    return figures
+                values |= _task_results([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
+    return values
 
 
 def _task_results(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
     """Return the results of each task: those of most documents, of these the newest. without: tasks to leave out."""
-    figures: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for line in sorted(lines, key=lambda line: _documents(line.get("limit"))):
         for result in results_of(line):
             if result.part_of is None and result.task not in without:
                 name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
-                figures |= {name: result.value, f"{name}_stderr": result.stderr}
-    return figures
+                values |= {name: result.value, f"{name}_stderr": result.stderr}
+    return values
 
 
 def _documents(limit: int | None) -> float:

@@ -28,7 +28,7 @@ from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.manifest import check_files
 from l2e_ds.run_directory.names import checkpoint_name, newest_step
-from l2e_ds.study.definition import INDEX, Evaluation, StudyFile
+from l2e_ds.study.definition import INDEX, Evaluation
 
 PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 
@@ -99,56 +99,53 @@ def evaluation_lines(directory: Path) -> list[dict[str, Any]]:
     return [line.value for line in json_lines(path) if isinstance(line.value, dict)] if path.is_file() else []
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """Return the content of study.json. Raises ConfigError if it is missing or cannot be read."""
-    path = directory / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not all(key in index for key in ("title", "factors", "seeds", "evaluate", "runs")):
-            raise ValueError
-        return index
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path}: is no index of a study") from None
-
-
-def asked_evaluations(directory: Path) -> list[Evaluation]:
-    """Return the evaluations in study.json. Raises ConfigError."""
-    return checked(StudyFile, {"evaluate": read_index(directory)["evaluate"]}, str(directory / INDEX)).evaluate
-
-
 def steps_of(directory: Path, name: str) -> int:
     """Return the number of steps that a run of a study is to have. Raises ConfigError."""
     return load_run_config(config_file(directory, name)).training.steps
 
 
 class Entry(Section, extra="ignore"):
-    """A run in study.json, as far as a report uses it. baseline: the name of another run."""
+    """A run in study.json. baseline: the name of the run that it is compared with."""
 
     name: str
     directory: str
     levels: dict[str, str] = Field({})
+    seed: int | None = None
     baseline: str | None = None
+    base: str = ""
+    overrides: list[str] = Field([])
 
 
 class Index(Section, extra="ignore"):
-    """The content of study.json, as far as a report uses it."""
+    """The content of study.json."""
 
     title: str
+    name: str = ""
+    factors: dict[str, list[str]] = Field({})
+    evaluate: list[Evaluation] = Field([])
     runs: list[Entry]
 
 
-def read_study(directory: Path) -> Index:
-    """Return the checked content of study.json. Raises DataError."""
+def read_index(directory: Path) -> Index:
+    """Return the checked content of study.json. Raises ConfigError."""
     path = directory / INDEX
     try:
-        raw = read_index(directory)
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: is no index of a study")
-        index = checked(Index, raw, str(path))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: is no index of a study")
+    index = checked(Index, raw, str(path))
+    if len({entry.name for entry in index.runs}) < len(index.runs):
+        raise ConfigError(f"{path}: runs: two have the same name")
+    return index
+
+
+def read_study(directory: Path) -> Index:
+    """Return what `read_index` returns, for reports. Raises DataError."""
+    try:
+        return read_index(directory)
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if len({entry.name for entry in index.runs}) < len(index.runs):
-        raise DataError(f"{path}: runs: two have the same name")
-    return index
