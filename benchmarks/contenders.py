@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.about import device_name
 from l2e_ds.config.batch import BatchArithmetic
-from l2e_ds.config.reading import checked
+from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.distributed import collectives, process_group
@@ -286,7 +286,7 @@ def measure(spec: dict) -> dict[str, Any]:
     """Train as specified. spec: contender, run (a run file's content), folder. Collective; raises L2EError."""
     launch = find_launch()
     device = process_group.join(launch, TIMEOUT)
-    config, ds, batch = resolve(checked(RunConfig, spec["run"], "bench"), launch.size)
+    config, ds, batch = resolve(run_config_from_dict(spec["run"], "bench"), launch.size)
     check_device(config)
     network = network_config(config.model, config.data.sequence_length)
     dataset = make_dataset(config.training.steps * batch.global_batch, config.data.sequence_length, network.vocab_size)

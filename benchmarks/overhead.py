@@ -92,8 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.config.reading import checked
-    from l2e_ds.config.sections import RunConfig
+    from l2e_ds.config.reading import run_config_from_dict
     from l2e_ds.engine.configuration import check_device, resolve
     from l2e_ds.system.process import quiet_libraries
 
@@ -106,7 +105,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         raise ConfigError(f"--wide-tokens: got {arguments.wide_tokens}, allowed: an integer >= 0")
     contents = {name: throughput.run_file(arguments, name, launch.size) for name in throughput.models_of(arguments)}
     throughput.check(arguments, contents, launch.size)
-    runs = {name: resolve(checked(RunConfig, content, "bench"), launch.size) for name, content in contents.items()}
+    runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}
     for config, *_ in runs.values():
         check_device(config)
     about = circumstances("torch", "deepspeed", "transformers")

@@ -131,8 +131,7 @@ def overrides_of(arguments: argparse.Namespace) -> list[str]:
 
 def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) -> None:
     """Check all options that can be checked without the device. Raises ConfigError."""
-    from l2e_ds.config.reading import checked, find_file
-    from l2e_ds.config.sections import RunConfig
+    from l2e_ds.config.reading import find_file, run_config_from_dict
     from l2e_ds.engine.configuration import resolve
     from l2e_ds.models.pythia import PYTHIA, check_sizes, network_config
 
@@ -147,7 +146,7 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
     if find_file(arguments.deepspeed) is None:
         raise ConfigError(f"--deepspeed: no such file: {arguments.deepspeed}")
     for content in contents.values():
-        config, *_ = resolve(checked(RunConfig, content, "bench"), ranks, has_bf16=False)
+        config, *_ = resolve(run_config_from_dict(content, "bench"), ranks, has_bf16=False)
         network_config(config.model, arguments.sequence_length)
 
 
