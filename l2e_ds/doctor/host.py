@@ -64,7 +64,8 @@ def check_versions() -> Iterator[Finding]:
         else:
             text = f"{version or 'not installed'}, needed: {wanted.specifier}"
             yield Finding("missing", wanted.name, text, f"pip install {shlex.quote(str(wanted))}")
-    yield Finding("ok", "versions", ", ".join(good))
+    for first in range(0, len(good), 5):
+        yield Finding("ok", "versions", ", ".join(good[first : first + 5]))
 
 
 def check_imports() -> Iterator[Finding]:
@@ -141,7 +142,8 @@ def check_hub() -> Iterator[Finding]:
     from huggingface_hub.utils import get_session
 
     endpoint = constants.ENDPOINT.split("://")[-1].split("@")[-1]  # a mirror's address may carry a password
-    rest = f"cache {constants.HF_HUB_CACHE}, {'a' if get_token() else 'no'} token"
+    cache = constants.HF_HUB_CACHE.replace(str(Path.home()), "~")
+    rest = f"cache {cache}, {'a' if get_token() else 'no'} token"
     if constants.HF_HUB_OFFLINE:
         yield Finding("ok", "hub", f"offline (HF_HUB_OFFLINE): only what the cache has; {rest}")
         return
