@@ -354,11 +354,8 @@ class CheckpointManager:
 
         _together(load_ours, path)
         if elastic and collectives.is_main():
-            before, after = (
-                f"{ranks} rank{'s' * (ranks != 1)}, ZeRO {stage}"
-                for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
-            )
-            say(f"resumed elastically: {before} -> {after}")
+            before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, asdict(identity)))
+            say(f"resumed elastically: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
         return state
 
     @staticmethod

@@ -224,9 +224,10 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
         if not levels:
             raise ConfigError(f"{where}: got {given!r}, give at least one level")
         factors[name] = levels
-        for key in sorted(
-            {key for level in levels.values() for key in (*level.settings, *(["base"] * bool(level.base)))}
-        ):
+        keys = {key for level in levels.values() for key in level.settings}
+        if any(level.base for level in levels.values()):
+            keys.add("base")
+        for key in sorted(keys):
             if set_by.setdefault(key, name) != name:
                 raise ConfigError(f"{where}: sets {key}, as the factor {set_by[key]} does")
     return factors

@@ -1,4 +1,4 @@
-"""`srun l2e-ds doctor` on two nodes: what only shows between hosts."""
+"""`srun l2e-ds doctor` on two nodes: what can only be found between hosts."""
 
 import re
 import subprocess

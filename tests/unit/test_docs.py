@@ -29,7 +29,7 @@ def test_linked_files_exist(page):
 
 
 def test_table_of_recipes():
-    """docs/recipes.md says of each recipe what it says itself."""
+    """docs/recipes.md says of each recipe what the recipe says itself."""
     rows = dict(re.findall(r"^\| `([\w.-]+)\.yaml` \| (.*) \|$", (REPOSITORY / "docs/recipes.md").read_text(), re.M))
     recipes = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
     assert sorted(rows) == [path.stem for path in recipes]

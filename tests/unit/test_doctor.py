@@ -1,4 +1,4 @@
-"""`l2e-ds doctor` alone: what it finds missing here when something is, and what fixes it. Ranks: tests/integration."""
+"""`l2e-ds doctor` on one rank: what it finds missing, and what fixes it. For several ranks see tests/integration."""
 
 import os
 import re
@@ -83,7 +83,7 @@ def test_a_machine_where_none_can(tmp_path):
 
 
 def test_the_standard_library_alone():
-    """Without any package doctor still looks at the rest, and says what is missing."""
+    """Without any package doctor still checks the rest, and says what is missing."""
     done = subprocess.run(
         [sys.executable, "-S", "-m", "l2e_ds.cli", "doctor"],
         env={"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]},

@@ -79,7 +79,7 @@ def test_offloaded_states_leave_the_gpu(run_file, ranks):
 
 
 def test_what_each_precision_and_stage_keeps(run_file):
-    """Bytes a parameter on 4 ranks, written out from DeepSpeed's source (docs/planning.md)."""
+    """Compare with the bytes a parameter on 4 ranks, written out from DeepSpeed's source (docs/planning.md)."""
     expected = {  # weights, gradients, optimizer
         ("zero0", "fp32"): (4, 4, 8),
         ("zero0", "bf16"): (2, 2, 12),
@@ -103,7 +103,8 @@ def test_what_each_precision_and_stage_keeps(run_file):
 
 
 def kept_for_backward(work, checkpointing, settings=None):
-    """Bytes that autograd keeps of a real forward pass and its loss on the CPU, each storage once, without weights."""
+    """Return the bytes that autograd keeps of a real forward pass and its loss on the CPU, each storage once, without
+    weights."""
     overrides = {"vocab_size": work.vocabulary, "num_layers": work.layers, "hidden_size": work.hidden}
     config = ModelConfig(name="pythia-14m", num_heads=work.heads, **overrides)
     network = network_config(config, work.sequence_length)

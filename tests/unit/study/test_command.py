@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line of a refusal, which leaves nothing behind."""
+    """Return the one line of a refusal, which leaves no file behind."""
     before = set(os.listdir())
     assert cli.main(["study", "study.yaml", *words]) == 2
     said = capsys.readouterr()

@@ -26,7 +26,7 @@ def test_there_is_one_for_every_table():
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    """In the place of the preshuffled Pile: documents of 2,049 tokens."""
+    """Write a set of documents of 2,049 tokens, in place of the preshuffled Pile."""
     prefix = tmp_path_factory.mktemp("pile") / "pile"
     with IndexedWriter(prefix, np.uint16) as writer:
         for document in np.random.default_rng(0).integers(0, 50_000, (64, 2049), dtype=np.uint16):
