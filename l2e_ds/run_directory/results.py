@@ -70,17 +70,17 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
     evaluation."""
     return [
         TaskResult(
-            evaluation["step"],
-            name,
-            task["num_fewshot"],
-            metric,
-            float(result["value"]),
-            None if result["stderr"] is None else float(result["stderr"]),
-            result["higher_is_better"],
-            task["samples"],
-            task["part_of"],
-            evaluation["limit"],
-            task.get("cut", 0),  # older lines have none
+            step=evaluation["step"],
+            task=name,
+            num_fewshot=task["num_fewshot"],
+            metric=metric,
+            value=float(result["value"]),
+            stderr=None if result["stderr"] is None else float(result["stderr"]),
+            higher_is_better=result["higher_is_better"],
+            samples=task["samples"],
+            part_of=task["part_of"],
+            limit=evaluation["limit"],
+            cut=task.get("cut", 0),  # older lines have none
         )
         for name, task in evaluation["tasks"].items()
         for metric, result in task["metrics"].items()

@@ -161,16 +161,16 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
     if extra and not extra[0].startswith("-"):
         raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
     return Resources(
-        arguments.nodes,
-        gpus,
-        gpus or tasks,
-        arguments.time,
-        arguments.signal_seconds,
-        arguments.job_name,
-        arguments.partition,
-        arguments.account,
-        arguments.qos,
-        extra,
+        nodes=arguments.nodes,
+        gpus_per_node=gpus,
+        tasks_per_node=gpus or tasks,
+        time=arguments.time,
+        signal_seconds=arguments.signal_seconds,
+        job_name=arguments.job_name,
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        extra=extra,
     )
 
 
