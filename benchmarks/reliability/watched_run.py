@@ -122,7 +122,7 @@ class WatchedRun:
         lines = self._new_metrics()
         self._read_log()
         for line in lines:
-            self._take(line)
+            self._compare_line(line)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Wait for a condition. Raises RunLost if it takes too long, or RunEnded or RunLost if the run ends instead.
@@ -179,15 +179,15 @@ class WatchedRun:
         self._seen.update(new)
         return [line for line in map(json.loads, new) if line["kind"] == "train"]
 
-    def _take(self, line: dict) -> None:
+    def _compare_line(self, line: dict) -> None:
         start = self.starts[-1]
-        self._stepped(start, line["step"])
+        self._note_step(start, line["step"])
         start.compared += 1
         problem = difference(line, self.reference)
         if problem:
             start.wrong.append(problem)
 
-    def _stepped(self, start: Start, step: int) -> None:
+    def _note_step(self, start: Start, step: int) -> None:
         start.last_step = max(start.last_step, step)
         if start.first_step_at is None:
             start.first_step_at = time.time()
@@ -213,13 +213,13 @@ class WatchedRun:
             if re.match(r"l2e-ds: start \d+ of at most", line):
                 self.starts.append(Start(time.time()))
             elif self.starts:
-                self._heard(self.starts[-1], line)
+                self._read_log_line(self.starts[-1], line)
 
-    def _heard(self, start: Start, line: str) -> None:
+    def _read_log_line(self, start: Start, line: str) -> None:
         if line.startswith("resumed from "):
             self._resumed_from(start, step_of(Path(line.removeprefix("resumed from "))))
         elif step := re.match(r"step (\d+)/", line):  # if the disk is full, there is only this line
-            self._stepped(start, int(step[1]))
+            self._note_step(start, int(step[1]))
         elif line.startswith("l2e-ds: "):
             start.said.append(line.removeprefix("l2e-ds: "))
 

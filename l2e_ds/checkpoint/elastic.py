@@ -100,7 +100,7 @@ class ElasticLoad:
         """
         import deepspeed
 
-        _spread(self.engine)
+        _make_low_precision_weights(self.engine)
         wrong = []
         for name, parameter in self.parameters.items():
             heartbeat.beat()
@@ -214,7 +214,7 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
             state["step"] = steps
 
 
-def _spread(engine: Any) -> None:
+def _make_low_precision_weights(engine: Any) -> None:
     """Compute the low-precision weights from the master weights, and what DeepSpeed's own functions find them by."""
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:

@@ -59,9 +59,9 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
             plan = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
-            raise type(error)(_traced(str(error), run)) from None
-        plans[run.name] = replace(plan, config=_settled(plan.config, asked, study.directory))
-    _refuse_twins(study, plans)
+            raise type(error)(_with_source(str(error), run)) from None
+        plans[run.name] = replace(plan, config=_as_started(plan.config, asked, study.directory))
+    _refuse_duplicates(study, plans)
     return plans
 
 
@@ -72,7 +72,7 @@ def _base(run: StudyRun) -> Path:
     return found
 
 
-def _traced(line: str, run: StudyRun) -> str:
+def _with_source(line: str, run: StudyRun) -> str:
     """Return an error's line, beginning with the place where the study gives the key that the line names.
 
     The first such key counts; a key that the study does not give is the base's.
@@ -86,7 +86,7 @@ def _traced(line: str, run: StudyRun) -> str:
     return f"{run.name}: {line}" if own is None else f"{run.sources[own]}: {run.name}: {said}"
 
 
-def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
+def _as_started(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
     """Return the configuration to start: with the precision that was asked for, and one cache for all runs.
 
     The device that runs it resolves the precision.
@@ -97,7 +97,7 @@ def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
     return config
 
 
-def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
+def _refuse_duplicates(study: Study, plans: dict[str, Plan]) -> None:
     seen: dict[str, str] = {}
     for run in study.runs:
         content = json.dumps(flat(plans[run.name].config.replace("training", run_directory="")))

@@ -167,17 +167,17 @@ def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None
         directory = path.parent if beside else Path(file.directory or f"studies/{path.stem}")
     try:
         factors = _factors(file, path)
-        _refuse_both(own, factors)
+        _refuse_overridden_factors(own, factors)
         file = file.model_copy(
             update={
                 "title": file.title or path.stem,
                 "directory": "",
-                "base": None if file.base is None else _found(file.base, path, "base"),
+                "base": None if file.base is None else _run_file_name(file.base, path, "base"),
                 "set": _settings(file.set, "set") | own,
-                "factors": {name: _dumped(name, levels) for name, levels in factors.items()},
+                "factors": {name: _as_in_a_file(name, levels) for name, levels in factors.items()},
                 "exclude": [_levels(given, f"exclude.{i}", factors) for i, given in enumerate(file.exclude)],
                 "baseline": None if file.baseline is None else _levels(file.baseline, "baseline", factors),
-                "evaluate": [_with_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
+                "evaluate": [_with_found_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
             }
         )
         return Study(file, directory, factors, _runs(file, factors, sources, path))
@@ -238,7 +238,7 @@ def _level(given: Any, where: str, path: Path) -> Level:
         raise ConfigError(f"{where}: got {given!r}, must be a mapping of dotted keys, e.g. {{inhibition.method: l2e}}")
     base = given.get("base")
     settings = _settings({key: value for key, value in given.items() if key != "base"}, where)
-    return Level(settings, None if base is None else _found(base, path, f"{where}.base"))
+    return Level(settings, None if base is None else _run_file_name(base, path, f"{where}.base"))
 
 
 def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
@@ -260,7 +260,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
+def _refuse_overridden_factors(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
     for name, levels in factors.items():
         for level in levels.values():
             both = next((key for key in level.settings if key in settings), None)
@@ -268,7 +268,7 @@ def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]])
                 raise ConfigError(f"override {both}: the factor {name} sets it; change the study file")
 
 
-def _found(base: Any, path: Path, where: str) -> str:
+def _run_file_name(base: Any, path: Path, where: str) -> str:
     """Return a name of a run file that leads to it from any folder. Raises ConfigError."""
     found = find_file(base, path) if isinstance(base, str) else None
     if found is None:
@@ -276,7 +276,7 @@ def _found(base: Any, path: Path, where: str) -> str:
     return portable(found)
 
 
-def _with_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
+def _with_found_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
     folders = []
     for name in evaluation.include_path:
         places = [Path(name), path.parent / name, REPOSITORY / name]
@@ -301,7 +301,7 @@ def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Leve
     return levels
 
 
-def _dumped(name: str, levels: dict[str, Level]) -> Any:
+def _as_in_a_file(name: str, levels: dict[str, Level]) -> Any:
     """Return a factor as it stands in a file."""
     if KEY.fullmatch(name) and all(list(level.settings) == [name] for level in levels.values()):
         return [level.settings[name] for level in levels.values()]

@@ -181,7 +181,7 @@ class Runner:
             command = [*job.place.launcher(), "l2e_ds.cli", *words]
         if doing in job.done:
             what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such results"
-            self._end(job)
+            self._free_place(job)
             self._fail(job, 1, f"{'training' if doing == 'train' else doing} {what}; see {self._log(job)}")
             return
         job.done.append(doing)
@@ -196,11 +196,11 @@ class Runner:
         code = job.child.process.returncode
         if code == 0:
             if signals.received:
-                self._end(job)
+                self._free_place(job)
                 return
             self._continue(job)
             return
-        self._end(job)
+        self._free_place(job)
         if signals.received:
             return
         if code == STOPPED:
@@ -211,7 +211,7 @@ class Runner:
 
     def _finish(self, job: Job, state: State) -> None:
         seconds = time.monotonic() - job.began
-        self._end(job)
+        self._free_place(job)
         if job.began_at_step == 0:
             self.seconds.append(seconds)
         left = len(self.waiting) + len(self.running)
@@ -221,7 +221,7 @@ class Runner:
             text += f", about {_duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
         say(text)
 
-    def _end(self, job: Job) -> None:
+    def _free_place(self, job: Job) -> None:
         assert job.place is not None
         self.running.remove(job)
         self.free.append(job.place)
