@@ -37,10 +37,9 @@ from benchmarks.about import (
     say,
     seconds_of,
 )
-from l2e_ds.console import markdown
+from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, reported_once
-from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 
 VARIANTS: dict[str, Settings] = {
@@ -101,8 +100,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     sizes = ["70m", "410m", "1b", "2.8b"] if on_gpu else ["14m", "31m", "70m"]
     arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
-    if arguments.wide_tokens < 0:
-        raise ConfigError(f"--wide-tokens: got {arguments.wide_tokens}, allowed: an integer >= 0")
+    at_least("--wide-tokens", arguments.wide_tokens, 0)
     contents = {name: throughput.run_file(arguments, name, launch.size) for name in throughput.models_of(arguments)}
     throughput.check(arguments, contents, launch.size)
     runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}

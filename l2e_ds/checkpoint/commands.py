@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state, remove_checkpoint
+from l2e_ds.console import at_least
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
@@ -72,11 +73,11 @@ def verify_checkpoints(run: Path, step: int | None) -> int:
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
     """Remove all but the newest `keep_last` undamaged ones and those whose step is a multiple of `keep_every`.
 
-    Raises CheckpointError, before anything is removed.
+    Raises ConfigError or CheckpointError, before anything is removed.
     """
-    for name, value in (("--keep-last", keep_last), ("--keep-every", keep_every)):
-        if value is not None and value < 1:
-            raise CheckpointError(f"{name}: got {value}, allowed: an integer >= 1")
+    at_least("--keep-last", keep_last, 1)
+    if keep_every is not None:
+        at_least("--keep-every", keep_every, 1)
     published = _published(run)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []

@@ -405,27 +405,26 @@ class InhibitionConfig(Section):
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
+        is_regulariser = self.method != "none" and self.parts[1] == "regulariser"
+        is_weighted = self.strength is not None or self.coefficient is not None
         if self.method == "none":
             for key in ("retrieval", "mechanism"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
-            self._weigh(None, None)
-        elif self.parts[1] != "regulariser":
-            if self.strength is not None:
-                raise ValueError(
-                    f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
-                    " give null"
-                )
-            self._weigh(None, None)
-        elif self.strength is not None and self.coefficient is not None:
+        elif not is_regulariser and self.strength is not None:
+            raise ValueError(
+                f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
+                " give null"
+            )
+        elif is_regulariser and self.strength is not None and self.coefficient is not None:
             raise ValueError(
                 f"inhibition.strength: got {self.strength:g} and inhibition.coefficient {self.coefficient:g}, allowed:"
                 " one of the two"
             )
-        elif self.strength is None and self.coefficient is None:
-            if "strength" in self.model_fields_set:
-                raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
-            self._weigh(DEFAULT_STRENGTH, None)
+        elif is_regulariser and not is_weighted and "strength" in self.model_fields_set:
+            raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
+        if not is_regulariser or not is_weighted:  # so that equal runs have equal configurations, in spite of `frozen`
+            self.__dict__.update(strength=DEFAULT_STRENGTH if is_regulariser else None, coefficient=None)
         if self.method != "none" and self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
             raise ValueError(
                 "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
@@ -441,10 +440,6 @@ class InhibitionConfig(Section):
             if len(set(self.layers)) != len(self.layers):
                 raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
         return self
-
-    def _weigh(self, strength: float | None, coefficient: float | None) -> None:
-        """Fill in what follows from the other keys, so that equal runs have equal configurations."""
-        self.__dict__.update(strength=strength, coefficient=coefficient)  # in spite of `frozen`
 
     def in_steps(self, key: str, steps: int) -> int | None:
         """Return the value of `start`, `warmup`, `decay` or `end` in steps, in a run of this many steps; None: not

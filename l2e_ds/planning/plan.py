@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from l2e_ds.checkpoint.manager import is_due
+from l2e_ds.console import at_least
 from l2e_ds.engine.configuration import less_memory
 from l2e_ds.errors import ConfigError
 from l2e_ds.planning.memory import GIB, accumulation_of, checkpoint_bytes, largest_micro_batch, memory, model_states
@@ -43,8 +44,7 @@ def find_gpu(name: str) -> tuple[str, Gpu]:
 def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, mfu: float) -> str:
     """Return what `l2e-ds plan` prints. mfu: the share of the peak that a step reaches. Raises ConfigError."""
     name, gpu = find_gpu(gpu_name)
-    if gpus < 1:
-        raise ConfigError(f"--gpus: got {gpus}, allowed: an integer >= 1")
+    at_least("--gpus", gpus, 1)
     if not 0 < mfu <= 1:
         raise ConfigError(f"--mfu: got {mfu:g}, allowed: above 0, at most 1")
     plan = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)

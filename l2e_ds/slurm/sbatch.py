@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2e_ds.config.sections import slurm_seconds
+from l2e_ds.console import at_least
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.provenance import commit_and_changes, difference, versions
@@ -130,11 +131,8 @@ def plain(name: str) -> str:
 
 def resources_of(arguments: argparse.Namespace) -> Resources:
     """Check the options and return them. Raises ConfigError naming the option, what was given and what is allowed."""
-    gpus, tasks = arguments.gpus_per_node, arguments.tasks_per_node
-    if arguments.nodes < 1:
-        raise ConfigError(f"--nodes: got {arguments.nodes}, allowed: an integer >= 1")
-    if gpus < 0:
-        raise ConfigError(f"--gpus-per-node: got {gpus}, allowed: an integer >= 0")
+    at_least("--nodes", arguments.nodes, 1)
+    gpus, tasks = at_least("--gpus-per-node", arguments.gpus_per_node, 0), arguments.tasks_per_node
     if gpus and tasks is not None:
         raise ConfigError("--tasks-per-node: is for --gpus-per-node 0; with GPUs there is one rank a GPU")
     if not gpus and (tasks is None or tasks < 1):

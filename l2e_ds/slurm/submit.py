@@ -19,7 +19,7 @@ from pathlib import Path
 
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.errors import ConfigError
+from l2e_ds.console import at_least
 from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import Resources
 from l2e_ds.system.process import quiet_libraries
@@ -37,8 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from l2e_ds.training.preflight import preflight  # only now: it imports torch, which --help must not wait for
 
     resources = sbatch.resources_of(arguments)
-    if arguments.restarts < 0:
-        raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
+    at_least("--restarts", arguments.restarts, 0)
     if not arguments.dry_run:
         sbatch.check_sbatch("submit")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
