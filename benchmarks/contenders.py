@@ -313,6 +313,7 @@ def measure(spec: dict) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Measure one contender on one rank, and return the exit code."""
     from l2e_ds.distributed.watchdog import is_lost_contact
     from l2e_ds.system.process import quiet_libraries
 

@@ -70,6 +70,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         ]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Detach the inhibitor."""
         self.detach()
 
     def detach(self) -> None:
@@ -110,6 +111,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     # --- every step ----------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Update moments and thresholds."""
         if self.inhibitor is not None:
             self.inhibitor.step(applied=not getattr(optimizer, "step_was_skipped", False))
 

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train as a launcher's command line says, and return the exit code."""
     open_streams()
     parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)

@@ -133,6 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Run one of the three commands. Raises ConfigError or CheckpointError."""
     if arguments.checkpoint_verb == "list":
         return list_checkpoints(arguments.run)
     if arguments.checkpoint_verb == "verify":

@@ -36,6 +36,7 @@ def _seconds(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the doctor of a launcher's command line, and return the exit code."""
     parser = CommandParser(prog="l2e-ds doctor", description=str(__doc__).splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))

@@ -36,6 +36,7 @@ class Report:
         self.is_silent = False
 
     def add(self, findings: Iterable[Finding]) -> None:
+        """Add findings, each printed as it is made."""
         for finding in findings:
             self.findings.append(finding)
             if not self.is_silent:

@@ -1,7 +1,4 @@
-"""What `l2e-ds doctor` finds out about one host: packages, devices, folders, the hub.
-
-Only the standard library is imported at the top.
-"""
+"""What `l2e-ds doctor` finds out about one host. Only the standard library is imported at the top."""
 
 from __future__ import annotations
 

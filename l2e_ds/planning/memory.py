@@ -144,6 +144,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Return the peak in bytes."""
         return sum(vars(self).values())
 
 

@@ -245,4 +245,5 @@ def _duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
+    """Print a line of `l2e-ds study` on stderr."""
     console.say(f"l2e-ds study: {line}")

@@ -62,6 +62,7 @@ class End:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Supervise the run of a command line, and return its exit code."""
     console.open_streams()
     words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
     parser = console.CommandParser(
@@ -238,4 +239,5 @@ def be_alone(directory: Path) -> None:
 
 
 def say(line: str) -> None:
+    """Print a line of the supervisor on stderr."""
     console.say(f"l2e-ds: {line}")
