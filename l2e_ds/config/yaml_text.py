@@ -57,12 +57,15 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
-_CORE = (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))  # None: any other tag, an error
+_CORE = (
+    None,
+    *(_TAG + name for name in ("null", "bool", "float", "str", "seq")),
+)  # None stands for any other tag, which is an error
 _Loader.yaml_constructors = {
     **{tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _CORE},
     _TAG + "int": _integer,
     _TAG + "map": _mapping,
-    _TAG + "merge": yaml.SafeLoader.construct_yaml_str,  # a `<<` that is not a key
+    _TAG + "merge": yaml.SafeLoader.construct_yaml_str,  # a `<<` that is not a merge key
 }
 
 
