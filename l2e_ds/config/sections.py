@@ -445,9 +445,8 @@ class InhibitionConfig(Section):
         """Return the value of `start`, `warmup`, `decay` or `end` in steps, in a run of this many steps; None: not
         given."""
         value: float | None = getattr(self, key)
-        return (
-            int(value * steps + 1e-6) if isinstance(value, float) else value
-        )  # so that shares that sum to 1 fit the run
+        # 1e-6, so that shares that sum to 1 fit the run
+        return int(value * steps + 1e-6) if isinstance(value, float) else value
 
     @property
     def parts(self) -> tuple[Retrieval, Mechanism]:

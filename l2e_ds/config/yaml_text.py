@@ -57,10 +57,8 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
-_CORE = (
-    None,
-    *(_TAG + name for name in ("null", "bool", "float", "str", "seq")),
-)  # None stands for any other tag, which is an error
+# None stands for any other tag, which is an error
+_CORE = (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))
 _Loader.yaml_constructors = {
     **{tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _CORE},
     _TAG + "int": _integer,
