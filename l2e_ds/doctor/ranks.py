@@ -173,10 +173,11 @@ def why_no_all_reduce(error: Exception, launch: Launch, shown: Sequence[Finding]
     from l2e_ds.distributed.watchdog import is_lost_contact
 
     backend, fix = "NCCL" if os.environ.get("DS_ACCELERATOR") == "cuda" else "GLOO", ""
-    may_connect_late = backend == "NCCL" and is_lost_contact(error)
+    # NCCL connects at the first collective, after the group was made
+    had_met = torch.distributed.is_initialized() and not (backend == "NCCL" and is_lost_contact(error))
     if any(finding.state == "missing" for finding in shown):
         fix = "first fix what is missing above"
-    elif launch.size > 1 and (may_connect_late or not torch.distributed.is_initialized()):  # the network's matter
+    elif launch.size > 1 and not had_met and "MPI" not in str(error):  # mpi4py says itself that it lacks MPI
         address = os.environ.get("MASTER_ADDR", "rank 0's address")
         fix = f"export {backend}_SOCKET_IFNAME=INTERFACE   (the one between the hosts: ip route get {address})"
         if address.startswith("127.") or address == "localhost":
