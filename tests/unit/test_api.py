@@ -24,6 +24,13 @@ def test_the_package_itself_imports_nothing():
     assert done.stdout.strip() == "['l2e_ds']"
 
 
+def test_help_of_plan_needs_no_torch():
+    code = "import contextlib, sys\nfrom l2e_ds.cli import main\nwith contextlib.suppress(SystemExit):\n"
+    code += "    main(['plan', '--help'])\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--gpus" in done.stdout and done.stdout.splitlines()[-1] == "False"
+
+
 def test_every_name_is_there():
     for name in l2e_ds.__all__:
         assert getattr(l2e_ds, name) is not None
