@@ -201,13 +201,13 @@ class Benchmark:
     def run_undisturbed(self) -> None:
         """Train the undisturbed run, and take its metrics as the reference. Raises L2EError."""
         directory, log = self.output / "undisturbed", self.output / "undisturbed.log"
-        one = WatchedRun(directory, log, {})
+        run = WatchedRun(directory, log, {})
         try:
-            one.start(self.command(directory))
-            assert one.process is not None
-            code = one.process.wait()
+            run.start(self.command(directory))
+            assert run.process is not None
+            code = run.process.wait()
         finally:
-            one.end()
+            run.end()
         if code != 0:
             raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
         self.reference = read_reference(directory, self.steps)
@@ -220,25 +220,25 @@ class Benchmark:
     @contextmanager
     def watched(self, name: str, directory: Path) -> Iterator[WatchedRun]:
         """Yield a run to disturb; no process of it outlives the block."""
-        one, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
+        run, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
         try:
-            yield one
+            yield run
         except RunLost as lost:
             say(f"LOST: {lost}")
             if len(self.faults) == before or self.faults[-1].resumed is not None:
                 self.faults.append(
-                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=one.step)
+                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=run.step)
                 )
             self.faults[-1].lost = str(lost)
         finally:
-            one.end()
-        self.judge(one, self.faults[before:])
+            run.end()
+        self.judge(run, self.faults[before:])
 
-    def judge(self, one: WatchedRun, faults: Sequence[Fault]) -> None:
+    def judge(self, run: WatchedRun, faults: Sequence[Fault]) -> None:
         """Note what each fault did: lines that were written between two faults belong to the resume after the first."""
-        ends = [fault.first_start for fault in faults[1:]] + [len(one.starts)]
+        ends = [fault.first_start for fault in faults[1:]] + [len(run.starts)]
         for fault, end in zip(faults, ends, strict=True):
-            starts = one.starts[fault.first_start : end]
+            starts = run.starts[fault.first_start : end]
             fault.compared = sum(start.compared for start in starts)
             fault.wrong = [problem for start in starts for problem in start.wrong]
             if fault.kind in ON_DISK:
@@ -258,34 +258,34 @@ class Benchmark:
             "hang": self.stop_a_rank,
         }
         directory = self.output / "disturbed"
-        with self.watched("disturbed", directory) as one:
+        with self.watched("disturbed", directory) as run:
             words = [f"training.timeout={TIMEOUT}"]
-            one.start(self.command(directory, *words, restarts=100 * len(kinds)))
+            run.start(self.command(directory, *words, restarts=100 * len(kinds)))
             try:
                 for kind in kinds:
-                    one.wait(one.goes_on, "for a first step")
-                    fault = self.new_fault(one, kind)
-                    actions.get(kind, self.damage_the_newest)(one, fault)
-                    self.see_it_go_on(one, fault)
-                one.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
+                    run.wait(run.goes_on, "for a first step")
+                    fault = self.new_fault(run, kind)
+                    actions.get(kind, self.damage_the_newest)(run, fault)
+                    self.see_it_resume(run, fault)
+                run.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
             except RunEnded:
                 self.ends_differ = self.compare_ends(directory)
 
-    def new_fault(self, one: WatchedRun, kind: str) -> Fault:
+    def new_fault(self, run: WatchedRun, kind: str) -> Fault:
         """Return a fault that is about to be injected."""
-        return Fault(len(self.faults) + 1, kind, step=one.step, first_start=len(one.starts))
+        return Fault(len(self.faults) + 1, kind, step=run.step, first_start=len(run.starts))
 
-    def see_it_go_on(self, one: WatchedRun, fault: Fault) -> None:
+    def see_it_resume(self, run: WatchedRun, fault: Fault) -> None:
         """Wait for the first new step after a fault, and note it. Raises RunLost."""
         self.faults.append(fault)
-        before = one.starts[fault.first_start - 1]
+        before = run.starts[fault.first_start - 1]
         last = fault.first_start + STARTS_OF.get(fault.kind, 1)
-        one.wait(lambda: len(one.starts) >= last and one.goes_on(), "for a new step")
-        start = one.starts[-1]
+        run.wait(lambda: len(run.starts) >= last and run.goes_on(), "for a new step")
+        start = run.starts[-1]
         assert start.first_step_at is not None
         fault.step, fault.resumed = before.last_step, start.resumed
         fault.redone = fault.step - start.resumed
-        fault.starts = len(one.starts) - fault.first_start
+        fault.starts = len(run.starts) - fault.first_start
         fault.restart_seconds = round(start.first_step_at - start.at, 2)
         fault.outage_seconds = round(start.first_step_at - fault.at, 2)
         say(
@@ -297,88 +297,88 @@ class Benchmark:
 
     # --- faults of processes and files ---------------------------------------------------------------------------
 
-    def wait_some_steps(self, one: WatchedRun) -> None:
+    def wait_some_steps(self, run: WatchedRun) -> None:
         """Wait for a random number of steps after the newest resume."""
         steps = self.random.randint(0, EVERY * 5 // 4)
-        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + 1 + steps, f"for {steps} steps")
+        run.wait(lambda: run.goes_on() and run.step >= run.starts[-1].resumed + 1 + steps, f"for {steps} steps")
 
-    def compare_some_steps(self, one: WatchedRun) -> None:
+    def compare_some_steps(self, run: WatchedRun) -> None:
         """Wait until some steps after the newest resume have been compared."""
-        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + EVERY, f"for {EVERY} steps")
+        run.wait(lambda: run.goes_on() and run.step >= run.starts[-1].resumed + EVERY, f"for {EVERY} steps")
 
-    def choose_victims(self, one: WatchedRun) -> tuple[str, list[psutil.Process]]:
+    def choose_victims(self, run: WatchedRun) -> tuple[str, list[psutil.Process]]:
         """Return the name and the processes of one rank, or of all."""
         ranks: dict[int, psutil.Process] = {}
 
         def all_found() -> bool:
-            ranks.update(one.ranks())
+            ranks.update(run.ranks())
             return len(ranks) == self.ranks
 
-        one.wait(all_found, "for the processes of all ranks")
+        run.wait(all_found, "for the processes of all ranks")
         if self.random.random() < 0.5:
             return "all ranks", list(ranks.values())
         chosen = self.random.randrange(self.ranks)
         return f"rank {chosen}", [ranks[chosen]]
 
-    def kill_in_a_step(self, one: WatchedRun, fault: Fault) -> None:
+    def kill_in_a_step(self, run: WatchedRun, fault: Fault) -> None:
         """Kill one rank or all in the middle of a step."""
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
         fault.at, fault.detail = time.time(), f"SIGKILL to {name}"
         kill(victims)
 
-    def kill_in_a_save(self, one: WatchedRun, fault: Fault) -> None:
+    def kill_in_a_save(self, run: WatchedRun, fault: Fault) -> None:
         """Kill one rank or all while a checkpoint is being written."""
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         while True:
-            one.wait(one.is_saving, "for a checkpoint to be written")
+            run.wait(run.is_saving, "for a checkpoint to be written")
             seen = time.time()
             time.sleep(self.random.uniform(0, self.save_seconds))
-            if one.is_saving():  # else it was published before
+            if run.is_saving():  # else it was published before
                 break
         fault.at = time.time()
         kill(victims)
         fault.detail = f"SIGKILL to {name} {fault.at - seen:.3f} s after the save was seen to begin"
 
-    def damage_the_newest(self, one: WatchedRun, fault: Fault) -> None:
+    def damage_the_newest(self, run: WatchedRun, fault: Fault) -> None:
         """Kill all ranks, so that none publishes another checkpoint meanwhile, and damage the newest checkpoint."""
-        self.wait_some_steps(one)
-        one.wait(lambda: len(one.good()) >= 2, "for a second good checkpoint")
-        victims = list(one.ranks().values())
+        self.wait_some_steps(run)
+        run.wait(lambda: len(run.good()) >= 2, "for a second good checkpoint")
+        victims = list(run.ranks().values())
         fault.at = time.time()
         kill(victims)
-        checkpoint = one.good()[-1]
+        checkpoint = run.good()[-1]
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
         shards = [path for path in files if path.name.endswith("_states.pt")]
         file = self.random.choice(self.random.choice([shards, files]))
         what = damage(file, fault.kind, self.random)
-        one.note_damage(checkpoint)
+        run.note_damage(checkpoint)
         fault.detail = f"SIGKILL to all ranks; {checkpoint.name}/{file.name}: {what}"
 
-    def kill_the_launch(self, one: WatchedRun, fault: Fault) -> None:
+    def kill_the_launch(self, run: WatchedRun, fault: Fault) -> None:
         """Kill the launcher and all ranks."""
-        self.wait_some_steps(one)
+        self.wait_some_steps(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
-        victims = one.processes()
+        victims = run.processes()
         fault.at, fault.detail = time.time(), f"SIGKILL to launcher and ranks, {len(victims)} processes"
         kill(victims)
 
-    def kill_while_resuming(self, one: WatchedRun, fault: Fault) -> None:
+    def kill_while_resuming(self, run: WatchedRun, fault: Fault) -> None:
         """Kill a rank or all, then the launcher and all ranks while they resume."""
-        self.kill_in_a_step(one, fault)
-        one.wait(lambda: len(one.starts) > fault.first_start, "for a restart")
-        known = [one.restart_seconds for one in self.faults if one.restart_seconds is not None]
+        self.kill_in_a_step(run, fault)
+        run.wait(lambda: len(run.starts) > fault.first_start, "for a restart")
+        known = [done.restart_seconds for done in self.faults if done.restart_seconds is not None]
         delay = self.random.uniform(0.5, statistics.median(known) if known else 8.0)
         time.sleep(delay)
-        kill(one.processes())
+        kill(run.processes())
         fault.detail += f"; SIGKILL to launcher and ranks {delay:.2f} s after the restart"
 
-    def stop_a_rank(self, one: WatchedRun, fault: Fault) -> None:
+    def stop_a_rank(self, run: WatchedRun, fault: Fault) -> None:
         """Suspend one rank or all."""
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         fault.at, fault.detail = time.time(), f"SIGSTOP to {name}"
         for victim in victims:
             victim.send_signal(signal.SIGSTOP)
@@ -400,51 +400,51 @@ class Benchmark:
             self.impossible |= dict.fromkeys(kinds, "needs a small file system, which only root can mount")
             return
         try:
-            with self.watched("small disk", disk / "run") as one:
+            with self.watched("small disk", disk / "run") as run:
                 for kind in kinds:
-                    self.fill_the_disk(one, disk, kind)
+                    self.fill_the_disk(run, disk, kind)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    def fill_the_disk(self, one: WatchedRun, disk: Path, kind: str) -> None:
+    def fill_the_disk(self, run: WatchedRun, disk: Path, kind: str) -> None:
         """Start the run, fill its disk, and make room again."""
         words = [f"training.timeout={TIMEOUT}", f"checkpoint.on_error={kind.split(', ')[1]}"]
         command = self.command(disk / "run", *words, restarts=3)
-        count = len(one.starts)
-        one.start(command)
-        one.wait(lambda: len(one.starts) > count and one.goes_on(), "for a first step")
-        one.wait(one.newest_good, "for a first checkpoint")
-        fault = self.new_fault(one, kind)
-        self.wait_some_steps(one)
+        count = len(run.starts)
+        run.start(command)
+        run.wait(lambda: len(run.starts) > count and run.goes_on(), "for a first step")
+        run.wait(run.newest_good, "for a first checkpoint")
+        fault = self.new_fault(run, kind)
+        self.wait_some_steps(run)
         fault.at = time.time()
         filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
         if kind == STOP:
-            code = one.wait_for_end()
+            code = run.wait_for_end()
             if code != SaveError.exit_code:
-                raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(one.tail())}")
+                raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(run.tail())}")
             filler.unlink()
             fault.detail = f"ended with exit code {code}; room made, same command again"
             fault.at = time.time()
-            one.start(command)
+            run.start(command)
         else:
             warning = "(checkpoint.on_error)"
-            warnings = one.said().count(warning)
-            one.wait(lambda: one.said().count(warning) > warnings, "for a checkpoint that cannot be written")
-            good, step = one.newest_good(), one.step
+            warnings = run.said().count(warning)
+            run.wait(lambda: run.said().count(warning) > warnings, "for a checkpoint that cannot be written")
+            good, step = run.newest_good(), run.step
             filler.unlink()
-            one.wait(lambda: one.newest_good() > good, "for a checkpoint after room was made")
+            run.wait(lambda: run.newest_good() > good, "for a checkpoint after room was made")
             fault.detail = f"full until step {step}, newest checkpoint {good} until then; "
-            self.wait_some_steps(one)
-            name, victims = self.choose_victims(one)
+            self.wait_some_steps(run)
+            name, victims = self.choose_victims(run)
             fault.at = time.time()
             fault.detail += f"then SIGKILL to {name}"
             kill(victims)
-        self.see_it_go_on(one, fault)
-        self.compare_some_steps(one)
-        one.end()
+        self.see_it_resume(run, fault)
+        self.compare_some_steps(run)
+        run.end()
 
     # --- a node of SLURM -----------------------------------------------------------------------------------------
 
@@ -467,16 +467,16 @@ class Benchmark:
             if done.returncode or not found:
                 raise L2EError(f"l2e-ds submit: exit code {done.returncode}: {done.stdout}{done.stderr}")
             job = found[1]
-            with self.watched("slurm", directory) as one:
-                one.log = directory / "submit-1" / f"slurm-{job}.log"
+            with self.watched("slurm", directory) as run:
+                run.log = directory / "submit-1" / f"slurm-{job}.log"
                 try:
                     for _kind in kinds:
-                        self.kill_a_node(one, job, environment)
+                        self.kill_a_node(run, job, environment)
                 finally:
                     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=environment, capture_output=True)
                     subprocess.run(["scancel", job], env=environment, capture_output=True)
 
-    def kill_a_node(self, one: WatchedRun, job: str, environment: dict[str, str]) -> None:
+    def kill_a_node(self, run: WatchedRun, job: str, environment: dict[str, str]) -> None:
         """Kill a node of the job, and bring it back once SLURM has requeued the job."""
 
         def shown(key: str) -> str:
@@ -484,29 +484,29 @@ class Benchmark:
             answer = subprocess.run(show, env=environment, capture_output=True, text=True).stdout
             return dict(re.findall(r"(\w+)=(\S+)", answer)).get(key, "")
 
-        one.wait(one.goes_on, "for a first step")
-        fault, times = self.new_fault(one, NODE), int(shown("Restarts"))
-        self.wait_some_steps(one)
+        run.wait(run.goes_on, "for a first step")
+        fault, times = self.new_fault(run, NODE), int(shown("Restarts"))
+        self.wait_some_steps(run)
         node = ("n2", "n1")[times % 2]
         fault.at = time.time()
         killed = virtual_slurm.kill_node(environment, node)
         fault.detail = f"SIGKILL to {len(killed)} processes of node {node}" + (
             ", where the batch script runs" if node == "n1" else ""
         )
-        one.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
-        one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
+        run.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
+        run.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
         virtual_slurm.bring_back_node(environment, node)
-        one.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
+        run.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
         # SLURM delays a requeued job by two minutes; here it starts sooner, but not at once: with 22.05, a job that
         # starts in the second in which its node came back is given one node too few, and its srun waits for ever.
         time.sleep(5)
         update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
         subprocess.run(update, env=environment, check=True, capture_output=True)
         fault.detail += "; requeued by SLURM"
-        count = len(one.starts)
-        one.wait(lambda: len(one.starts) > count, "for the job to start again")
-        self.see_it_go_on(one, fault)
-        self.compare_some_steps(one)
+        count = len(run.starts)
+        run.wait(lambda: len(run.starts) > count, "for the job to start again")
+        self.see_it_resume(run, fault)
+        self.compare_some_steps(run)
 
     # --- results -------------------------------------------------------------------------------------------------
 
