@@ -62,7 +62,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpt-neox", type=Path, metavar="DIR", help="a checkout, its requirements installed")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="new or empty")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="write the tables there, too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,11 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir()
         results[name] = measurements[name](arguments, folder)
         shutil.rmtree(folder)  # gigabytes
-    table = page(about, results)
-    if arguments.page is not None:
-        arguments.page.parent.mkdir(parents=True, exist_ok=True)
-        arguments.page.write_text(table, encoding="utf-8")
-    publish(output, "data", {**about, **results}, table)
+    publish(output, "data", {**about, **results}, page(about, results))
     return 0
 
 
