@@ -60,7 +60,7 @@ def why_not() -> str | None:
     if not all(shutil.which(program) for program in PROGRAMS):
         return "SLURM is not installed; on Debian: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
-        return "a SLURM of our own is started as root"
+        return "only root can start a SLURM here"
     return None
 
 

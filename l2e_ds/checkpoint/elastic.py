@@ -177,7 +177,7 @@ def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int) -> None:
-    """Have the optimizer make its moments, and set its count of steps. Raises CheckpointError where it is no Adam.
+    """Have the optimizer make its moments, and set its count of steps. Raises CheckpointError if it is no Adam.
 
     An optimizer makes its moments, in its own form, at its first step: let it take one with gradients of zero at a
     rate of zero.

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's shards plus one small state of ours, published only when complete.
+"""Save, find and load checkpoints: DeepSpeed's shards plus a small state of l2e-ds, published only when complete.
 
     checkpoints/
       latest                         name of the newest checkpoint

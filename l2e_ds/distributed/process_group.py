@@ -78,7 +78,7 @@ def _allow_open_files() -> None:
 
 
 def _local_device(on_gpu: bool) -> torch.device | None:
-    """Return this rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
+    """Make this rank's device the current one and return it, or None if the local rank is not known yet (mpirun)."""
     if not on_gpu or "LOCAL_RANK" not in os.environ:
         return None
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings one after another; return 1 where a run could not start, else 0."""
+    """Print the findings one after another; return 1 if a run could not start, else 0."""
     report, imports = Report(), list(check_imports())
     if any(finding.name == "torch" for finding in imports):  # then there are no ranks that could meet
         report.add(check_host(arguments.directory, imports))

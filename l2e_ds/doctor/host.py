@@ -93,7 +93,7 @@ def check_builds() -> Iterator[Finding]:
 
 
 def check_accelerator() -> Iterator[Finding]:
-    """Name the GPUs, or the CPU; and say where a GPU would not be used."""
+    """Name the GPUs or the CPU, and find GPUs that the run would not use."""
     import psutil
     import torch
     from deepspeed.accelerator import get_accelerator

@@ -40,7 +40,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name for readers, in lower case where it begins with a word."""
+        """The name for readers, in lower case if it begins with a word."""
         return self.label or self.key.rpartition("/")[2].replace("_", " ")
 
 
@@ -337,7 +337,7 @@ def find(kind: str, key: str) -> Metric | None:
 
 
 def described(kind: str, key: str) -> Metric:
-    """Return the entry that describes this key of a line of this kind. Raises KeyError where there is none."""
+    """Return the entry that describes this key of a line of this kind. Raises KeyError if there is none."""
     metric = find(kind, key)
     if metric is None:
         raise KeyError(f"kind: {kind}, {key}: is not in the table of metrics (l2e_ds/run_directory/metric_table.py)")

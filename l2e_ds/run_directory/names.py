@@ -36,6 +36,6 @@ def published_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def newest_step(run_directory: Path) -> int:
-    """Return the step of the newest checkpoint that has a manifest, or 0 where there is none."""
+    """Return the step of the newest checkpoint that has a manifest, or 0 if there is none."""
     finished = (path for path in published_checkpoints(run_directory) if (path / MANIFEST).exists())
     return max(map(step_of, finished), default=0)

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(run: Sequence[str], restarts: str | None, launcher: Sequence[str]) -> int:
-    """Run the supervisor and requeue this job where that is due; return the supervisor's exit code.
+    """Run the supervisor and requeue this job if that is due; return the supervisor's exit code.
 
     run: `RUN.yaml` and overrides; restarts: as of l2e_ds.supervise. Raises ConfigError if the address of the first
     node cannot be found.

@@ -70,6 +70,6 @@ def identity(path: Path) -> list[str | int]:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of a library's error message, to stand at the end of one of ours."""
+    """Return the first line of a library's error message, to be the end of an error's line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -27,7 +27,7 @@ def process_memory(name: str) -> int:
     """Return bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no
     file's).
 
-    Raises L2EError where the system does not tell it.
+    Raises L2EError if the system does not report it.
     """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):

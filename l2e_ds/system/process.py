@@ -18,7 +18,7 @@ from l2e_ds.system.signals import ASK_TO_STOP
 
 
 def quiet_libraries() -> None:
-    """Keep the terminal for our own lines; warnings and errors still come through."""
+    """Silence what libraries print, except warnings and errors."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

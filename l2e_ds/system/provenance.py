@@ -23,7 +23,7 @@ def commit_and_changes() -> tuple[str | None, list[str]]:
 
 
 def difference() -> str:
-    """Return `git diff HEAD` of that checkout. Raises OSError or SubprocessError where there is none."""
+    """Return `git diff HEAD` of that checkout. Raises OSError or SubprocessError if there is no checkout."""
     return _git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
 
 
@@ -45,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Return the processor's name, or its architecture where the system does not tell the name."""
+    """Return the processor's name, or its architecture if the system does not give the name."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
