@@ -1,7 +1,7 @@
-"""What can be measured from a checkout: `python -m benchmarks NAME`. Not part of the installed package."""
+"""Benchmarks, run from a checkout by `python -m benchmarks NAME`. Not part of the installed package."""
 
 NAMES = {
-    "overhead": ("benchmarks.overhead", "what a step costs more with inhibition"),
+    "overhead": ("benchmarks.overhead", "what inhibition adds to the time of a step"),
     "scaling": (
         "benchmarks.scaling",
         "how the cost of inhibition grows with neurons, tokens, layers and ranks",
@@ -21,4 +21,4 @@ NAMES = {
         "tokens/s and memory against the Hugging Face Trainer and a minimal DeepSpeed loop",
     ),
 }
-"""By name: the module, which has `add_arguments` and `run`, and one line of help."""
+"""The module of each benchmark, which has `add_arguments` and `run`, and one line of help."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME`: measure on this machine what the documentation says of speed, memory and reliability."""
+"""`python -m benchmarks NAME`: measure the speed, memory or reliability that the documentation reports."""
 
 from __future__ import annotations
 

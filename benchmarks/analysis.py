@@ -1,9 +1,9 @@
 """`python -m benchmarks analysis`: what `l2e-ds analyze` costs beside the forward passes that it needs, and its memory.
 
-Of a network in Pythia's shape with random weights, all layers, on random texts of twelve features. Alternately, in one
-process: the texts through the network alone; the first pass; the second. Then whole analyses, tables and intervals
-included, of a quarter of the texts and of all: seconds, and the peak of memory that is not a file's (RssAnon), whose
-growth shows what depends on the number of texts.
+It analyses all layers of a network of Pythia's shape with random weights, on random texts of twelve features. In one
+process three parts alternate: the forward passes alone, the first pass of the analysis, and the second. Then whole
+analyses follow, with tables and intervals, of a quarter of the texts and of all: seconds, and the peak of memory that
+is not a file's (RssAnon), whose growth shows what depends on the number of texts.
 
 Shapes: T tokens a text, N neurons of a layer, F features.
 """
@@ -17,13 +17,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
+from benchmarks.about import (
+    add_output,
+    circumstances,
+    device_name,
+    heading,
+    median_and_spread,
+    new_folder,
+    publish,
+    say,
+    seconds_of,
+)
 from l2e_ds.analysis import PACKAGES
 from l2e_ds.analysis.collect import Shown
 from l2e_ds.console import at_least, markdown
@@ -34,7 +45,7 @@ from l2e_ds.system.memory import process_memory
 FEATURES = 12
 POLL = 0.02  # seconds
 SHOWN = [Shown(0, neuron, -1.0, 10.0) for neuron in range(FEATURES)]
-"""As many distributions as an analysis counts; of no particular neurons."""
+"""As many distributions as an analysis counts, of arbitrary neurons."""
 NUMBERS = ("texts", "sequence_length", "batch", "round_texts", "rounds")
 
 
@@ -45,12 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
     parser.add_argument("--round-texts", type=int, default=16, metavar="N", help="of a round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="alternations (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: analysis.json and analysis.md")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    add_output(parser, "analysis")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError. Under a launcher rank 0 measures alone."""
+    """Measure, print and write the page; return exit code 0. Raises ConfigError.
+
+    Under a launcher rank 0 measures alone.
+    """
     from l2e_ds.config.sections import ModelConfig
     from l2e_ds.models.network import build_network
     from l2e_ds.models.pythia import check_sizes, network_config
@@ -62,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_sizes("--model", [arguments.model])
     for name in NUMBERS:
         at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
-    least = 4 * 5 * FEATURES  # a quarter of them: five of each feature, which a probe is fitted and tested on
+    least = 4 * 5 * FEATURES  # so that a quarter of them has five of each feature, for fitting and testing a probe
     at_least("--texts", arguments.texts, least)
     quiet_libraries()
     about = circumstances("torch", "transformers", "numpy", "scipy", "pandas")
@@ -72,19 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
     config = ModelConfig(name=arguments.model)
     network = build_network(config, network_config(config, arguments.sequence_length), 1234, None)
     results = about | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "options": {name: getattr(arguments, name) for name in ("model", *NUMBERS)},
         **measure(network, arguments, device),
     }
-    table = page(results)
-    if arguments.output is not None:
-        write_results(arguments.output, "analysis", results, table)
-    print(table, flush=True)
+    publish(arguments.output, "analysis", results, page(results))
     return 0
 
 
 def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
+    """Return the seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
     from l2e_ds.analysis.collect import Texts, collect_activations, count_scores
     from l2e_ds.analysis.load import LoadedModel
     from l2e_ds.analysis.tables import LayerOwn
@@ -109,7 +119,7 @@ def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -
     for number in range(arguments.rounds + 1):
         for name, part in parts.items():
             with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet():
-                seconds = _timed(part, Path(folder), device)
+                seconds = seconds_of(partial(part, Path(folder)), device)
             if number:  # the first warms up
                 rounds[name].append(seconds)
     wholes = []
@@ -129,7 +139,7 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet(), _Peak() as peak:
-        forward = _timed(lambda _: run_plain(model, texts), Path(folder), device)
+        forward = seconds_of(lambda: run_plain(model, texts), device)
         begin = time.perf_counter()
         layers = collect_activations(model, texts, Path(folder))
         seconds["first"] = time.perf_counter() - begin
@@ -151,21 +161,13 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
 
 
 def run_plain(model: Any, texts: Any) -> None:
-    """The texts through the network, and nothing else."""
+    """Run the texts through the network, and nothing else."""
     for rows in texts:
         model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
 
 
-def _timed(action: Callable[[Path], object], folder: Path, device: torch.device) -> float:
-    begin = time.perf_counter()
-    action(folder)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
-
-
 class _Peak:
-    """The most memory, in bytes, that this process held beside files while it was open."""
+    """Measures the most memory, in bytes, that this process holds beside files while it is open."""
 
     def __enter__(self) -> _Peak:
         self.before = self.most = process_memory("RssAnon")
@@ -185,13 +187,13 @@ class _Peak:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars."""
+    """Discard standard error, and so progress bars."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 
 
 def page(results: dict[str, Any]) -> str:
-    """Markdown."""
+    """Return the page."""
     options, rounds = results["options"], results["rounds"]
     command = "python -m benchmarks analysis " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in options.items())
     extra = [

@@ -1,8 +1,8 @@
-"""What `python -m benchmarks throughput` compares. Each contender trains the same network on the same batches.
+"""Train the contenders of `python -m benchmarks throughput`: the same network on the same batches.
 
-On every rank a process of its own: `python -m benchmarks.contenders SPEC.json RESULT.json`, with the launcher's
-variables. DeepSpeed, accelerate and torch keep state as long as their process lives, and the peak of the memory that
-the system reports never falls. B: sequences of a micro-batch, T: tokens of a sequence.
+Each has a process of its own on every rank, `python -m benchmarks.contenders SPEC.json RESULT.json`, with the
+launcher's variables: DeepSpeed, accelerate and torch keep state as long as their process lives, and the peak memory
+that the system reports never falls. B: sequences of a micro-batch, T: tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.about import device_name
 from l2e_ds.config.batch import BatchArithmetic
 from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import RunConfig
@@ -48,34 +49,35 @@ OURS, PLAIN, HUGGING_FACE, MINIMAL = (
     "minimal DeepSpeed loop",
 )
 WARMUP = 2
-"""Steps before those that are counted: allocations, first imports."""
+"""Steps before those that are counted, which allocate memory and import modules."""
 LOG_EVERY = 10
-"""Steps between two reports of the loss, the first step's apart; the default of `logging.every`."""
+"""Steps between two reports of the loss, after the first step's; the default of `logging.every`."""
 FAILED, LOST_CONTACT = 1, 76
-"""Exit codes beside L2EError's own. The second: another rank has failed, and its words matter more."""
+"""Exit codes beside L2EError's own. The second: another rank has failed, whose message matters more."""
 SEED = 1234
 TIMEOUT = 10.0  # minutes
 
 
 @dataclass
 class Work:
-    """One contender's training, and what it notes."""
+    """Holds one contender's training, and what it measures."""
 
     config: RunConfig
-    ds: dict  # what DeepSpeed is given
+    ds: dict  # the configuration of DeepSpeed
     batch: BatchArithmetic
     network: Any
     dataset: TokenDataset
     device: torch.device
     folder: Path
-    marks: list[float] = field(default_factory=list)  # seconds: before the first step, after each
-    losses: list[float] = field(default_factory=list)  # of the first step's batch, all ranks: before, after training
+    marks: list[float] = field(default_factory=list)  # times in seconds, before the first step and after each
+    # losses of the first step's batch on all ranks, before and after training
+    losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
 
     def mark(self) -> None:
-        """Call before the first step, and after each before anything is logged.
+        """Note the time. Call it before the first step, and after each step before anything is logged.
 
-        The device is waited for at both ends of the counted steps only: in between, a loop may run ahead of it.
+        It waits for the device at both ends of the counted steps only: in between, a loop may run ahead of it.
         """
         if self.device.type == "cuda" and len(self.marks) in (WARMUP, self.config.training.steps):
             torch.cuda.synchronize(self.device)
@@ -88,6 +90,7 @@ class Work:
 
 
 def train_ours(work: Work) -> None:
+    """Train with l2e-ds."""
     from l2e_ds.training.trainer import Trainer
 
     data = [PreparedData(work.dataset)]
@@ -107,7 +110,7 @@ def train_ours(work: Work) -> None:
 
 
 def train_hugging_face(work: Work) -> None:
-    """The Trainer as its users call it: the network's own loss, the Trainer's defaults, no trackers."""
+    """Train with the Trainer as its users call it: the network's own loss, the Trainer's defaults, no trackers."""
     from deepspeed.runtime.engine import DeepSpeedEngine
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -148,7 +151,7 @@ def train_hugging_face(work: Work) -> None:
         fp16=training.precision == "fp16",
         use_cpu=work.device.type == "cpu",
         train_sampling_strategy="sequential",
-        remove_unused_columns=False,  # it would take shift_labels for one
+        remove_unused_columns=False,  # it would remove shift_labels
         logging_steps=LOG_EVERY,
         logging_first_step=True,
         save_strategy="no",
@@ -160,7 +163,7 @@ def train_hugging_face(work: Work) -> None:
 
 
 def train_minimal(work: Work) -> None:
-    """What one writes by hand: deepspeed.initialize, a DataLoader, forward, backward, step, now and then a print."""
+    """Train with a loop as one writes by hand: deepspeed.initialize, a DataLoader, forward, backward, step, a print."""
     import deepspeed
     from torch.utils.data import DataLoader, DistributedSampler
 
@@ -208,10 +211,10 @@ CONTENDERS: dict[str, Callable[[Work], None]] = {
 
 
 class Examples(torch.utils.data.Dataset):
-    """Sequences as transformers' causal language models take them.
+    """Holds sequences as transformers' causal language models take them.
 
-    With `labels` alone they train on T-1 of T targets, since the last one's would be token T+1: `shift_labels` are all
-    T. `labels` must be there beside them, and are not looked at.
+    With `labels` alone they train on T-1 of T targets, since the last target would be token T+1: `shift_labels` are all
+    T. `labels` must be there too, but are not used.
     """
 
     def __init__(self, dataset: TokenDataset) -> None:
@@ -226,7 +229,8 @@ class Examples(torch.utils.data.Dataset):
 
 
 def plain_network(work: Work) -> Any:
-    """transformers' own, whatever `build_network` may have changed in ours, with the same first weights."""
+    """Return the network as transformers builds it, without the changes of `build_network`, with the same first
+    weights."""
     from transformers import AutoModelForCausalLM
 
     model, seed = work.config.model, work.config.training.seed
@@ -239,9 +243,9 @@ def plain_network(work: Work) -> Any:
 
 
 def named_optimizer(work: Work) -> dict:
-    """Return the JSON; where it offloads the optimizer and names none, with the AdamW that DeepSpeed then has for CPUs.
+    """Return the JSON. If it offloads the optimizer and names none, add the AdamW that DeepSpeed then uses on CPUs.
 
-    (Of an optimizer that the JSON names, the Hugging Face Trainer lets biases and norms decay, too.)
+    (With an optimizer that the JSON names, the Hugging Face Trainer applies weight decay to biases and norms, too.)
     """
     ds: dict = json.loads(json.dumps(work.ds))
     offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
@@ -253,7 +257,7 @@ def named_optimizer(work: Work) -> dict:
 
 
 def make_dataset(sequences: int, length: int, vocabulary: int) -> TokenDataset:
-    """Packed text of sorts: a random walk over the vocabulary, so that there is something to learn."""
+    """Return artificial packed text: a random walk over the vocabulary, so that there is something to learn."""
     steps = np.random.default_rng(SEED).integers(-2, 3, sequences * length + 1)
     tokens = (np.cumsum(steps) % vocabulary).astype(np.int32)
     return TokenDataset(tokens, 0, len(tokens), length, vocabulary, "random walk")
@@ -261,7 +265,7 @@ def make_dataset(sequences: int, length: int, vocabulary: int) -> TokenDataset:
 
 @torch.no_grad()
 def loss_of_first_batch(work: Work, engine: Any) -> float:
-    """Mean cross-entropy over all ranks, of the first micro-batch of the first step; computed alike for all."""
+    """Return the mean cross-entropy over all ranks of the first micro-batch of the first step. Collective."""
     first = collectives.rank() * work.batch.micro_batch
     rows = torch.from_numpy(work.dataset.batch(np.arange(first, first + work.batch.micro_batch))).to(work.device)
     engine.eval()
@@ -271,6 +275,7 @@ def loss_of_first_batch(work: Work, engine: Any) -> float:
 
 
 def mean_of_ranks(value: Tensor) -> float:
+    """Return the mean of a number over the ranks. Collective."""
     return collectives.all_reduce_sum(value.double()).item() / collectives.size()
 
 
@@ -298,7 +303,7 @@ def measure(spec: dict) -> dict[str, Any]:
         "peak_memory_bytes": work.peak_bytes,
         "before_building_bytes": libraries,
         "precision": config.training.precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "peak_tflops": gpus.peak_tflops(device, config.logging.peak_tflops),
         "flops_per_token": counts.flops_per_token(
@@ -308,6 +313,7 @@ def measure(spec: dict) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Measure one contender on one rank, and return the exit code."""
     from l2e_ds.distributed.watchdog import is_lost_contact
     from l2e_ds.system.process import quiet_libraries
 
@@ -327,7 +333,7 @@ def main() -> int:
 
 
 def _end_with_parent() -> None:
-    """The pipe of standard input closes when the process that measures is gone, however it went."""
+    """End this process when the pipe of standard input closes, as it does when the process that measures is gone."""
     sys.stdin.buffer.read()
     os._exit(FAILED)
 
@@ -336,4 +342,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # other ranks, or threads of a library, could hold up an ordinary end
+    os._exit(code)  # other ranks, or threads of a library, could delay an ordinary exit

@@ -1,9 +1,9 @@
 """`python -m benchmarks data`: how fast text becomes tokens and tokens become batches.
 
-Asks, each in its own table: tokens/s of `l2e-ds tokenize` against `datasets.map` with a plain writer (and GPT-NeoX's
-tool, given a checkout), alternately on the same text, tokenizer and number of processes; peak memory against the size
-of the text; sequences/s of random access; seconds to open and to seek in up to 300 B tokens; the share of a step of
-pythia-70m that waits for data.
+Each measurement has its own table: tokens/s of `l2e-ds tokenize` against `datasets.map` with a plain writer (and
+GPT-NeoX's tool, given a checkout), alternately on the same text, tokenizer and number of processes; peak memory against
+the size of the text; sequences/s of random access; seconds to open and to seek in up to 300 B tokens; the share of a
+step of pythia-70m that waits for data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import yaml
 
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
+from benchmarks.about import circumstances, heading, median_and_spread, new_folder, publish, say
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.console import at_least, markdown
 from l2e_ds.data.dataset import TokenDataset
@@ -45,12 +45,12 @@ WIDTH = 2049
 SIZES = (10**6, 10**8, 10**10, 3 * 10**11)
 """Tokens of the sets that are opened; the largest has an index of 2.9 GB and a sparse .bin."""
 SEEK = 100_000
-"""The step that is sought."""
+"""The step to seek."""
 READ = 1 << 28
 """Tokens of the set that is read at random."""
 STEPS = 10
 SKIPPED = 2
-"""Steps that are not counted: the first batches are read while nothing is computed yet."""
+"""Steps that are not counted: their batches are read before anything is computed."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpt-neox", type=Path, metavar="DIR", help="a checkout, its requirements installed")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--output", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="new or empty")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="write the tables there, too")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError, and L2EError where a tool fails or tools do not give the same tokens."""
+    """Measure, print and write the page; return exit code 0.
+
+    Raises ConfigError, and L2EError if a tool fails or tools do not give the same tokens.
+    """
     for name in ("processes", "rounds", "repeat"):
         at_least(f"--{name}", getattr(arguments, name), 1)
     for path in (*arguments.text, arguments.tokenizer):
@@ -92,12 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
         folder.mkdir()
         results[name] = measurements[name](arguments, folder)
         shutil.rmtree(folder)  # gigabytes
-    table = page(about, results)
-    write_results(output, "data", {**about, **results}, table)
-    if arguments.page is not None:
-        arguments.page.parent.mkdir(parents=True, exist_ok=True)
-        arguments.page.write_text(table, encoding="utf-8")
-    print(table)
+    publish(output, "data", {**about, **results}, page(about, results))
     return 0
 
 
@@ -105,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure_tokenize(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Whole processes, from start to finished files, in changing order; all must give the same tokens."""
+    """Return the seconds of whole processes, in changing order. Raises L2EError if they do not give the same tokens."""
     text = [path.absolute() for path in arguments.text] * arguments.repeat
     joined = folder / "text.jsonl"
     with joined.open("wb") as file:
@@ -174,9 +171,8 @@ def _call(command: list[str], folder: Path, watch: Callable[[int], None] | None 
 
 
 def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Return peak of the resident memory of all processes of `l2e-ds tokenize`, sampled, for 1, 2, 4 and 8 times the
-    text.
-    """
+    """Return the peak resident memory of all processes of `l2e-ds tokenize`, sampled, for 1, 2, 4 and 8 times the
+    text."""
     rows = []
     text = folder / "text.jsonl"
     for times in (1, 2, 4, 8):
@@ -207,7 +203,7 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def write_set(prefix: Path, tokens: int, sparse: bool) -> None:
-    """A set of sequences of WIDTH tokens, uint16: zeros in a sparse file, or random ids."""
+    """Write a set of sequences of WIDTH tokens (uint16): zeros in a sparse file, or random ids."""
     sequences = tokens // WIDTH
     with Path(f"{prefix}.bin").open("wb") as file:
         if sparse:
@@ -245,7 +241,7 @@ def _dataset(prefix: Path) -> TokenDataset:
 
 
 def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
-    """Return sequences/s in batches of 1,024 at random places of a set in the page cache; alternately."""
+    """Return sequences/s of alternating readers, in batches of 1,024 at random places of a set in the page cache."""
     prefix = folder / "set"
     write_set(prefix, READ, sparse=False)
     dataset = _dataset(prefix)
@@ -272,7 +268,7 @@ def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def open_and_seek(prefix: str) -> dict[str, float]:
-    """In a process of its own: seconds to open a set, and to read the first and a late batch; memory that came."""
+    """Return seconds to open a set and to read the first and a late batch, and the memory added; in a new process."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
     dataset = _dataset(Path(prefix))
@@ -287,7 +283,7 @@ def open_and_seek(prefix: str) -> dict[str, float]:
 
 
 def measure_open(arguments: argparse.Namespace, folder: Path) -> dict:
-    """For sets of several sizes, not in the page cache: opening, and the first micro-batch of two steps."""
+    """Return the medians of `open_and_seek` for sets of several sizes that are not in the page cache."""
     rows = []
     for tokens in SIZES:
         prefix = folder / f"{tokens}"
@@ -307,8 +303,11 @@ def measure_open(arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
-    """pythia-70m, sequences of 2,048 tokens, on this machine's device: from token files, and from a stream; and how
-    many tokens/s a stream gives, since so few steps may be served by what was read ahead."""
+    """Return the share of pythia-70m's steps that waits for data, from token files and from a stream.
+
+    Sequences have 2,048 tokens. Also return the tokens/s of a stream, since what was read ahead may suffice for so few
+    steps.
+    """
     text = folder / "text.jsonl"
     text.write_bytes(b"".join(path.read_bytes() for path in arguments.text))
     _call([*_ours(arguments, text, folder)[0]], folder)
@@ -339,7 +338,7 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
         source="jsonl", path=str(text), streaming=True, tokenizer=str(arguments.tokenizer), held_out=0.0
     )
     stream = TokenStream(config, load_tokenizer(str(arguments.tokenizer)), 2048, seed=1, workers=1)
-    stream.take(256)  # until it no longer gives what was read ahead
+    stream.take(256)  # what was read ahead
     supply = []
     for _ in range(3 * arguments.rounds):
         begin = time.perf_counter()
@@ -354,7 +353,7 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
 
 
 def page(about: dict[str, Any], results: dict[str, Any]) -> str:
-    """Markdown: a table for each part that was measured."""
+    """Return the page: a table for each part that was measured."""
     parts = [heading("Data", "python -m benchmarks data", about)]
     parts += [table for name, table in _tables(about, results) if name in results]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What `l2e-ds tokenize` is measured against: `datasets.map` with the same tokenizer, and a plain writer of .bin.
+"""Tokenise with `datasets.map` and a plain writer of .bin, which `l2e-ds tokenize` is compared with.
 
 usage: python -m benchmarks.datasets_map TOKENIZER.json PROCESSES OUTPUT.bin CACHE FILE.jsonl...
 """
@@ -12,6 +12,7 @@ import numpy as np
 
 
 def main(tokenizer_file: str, processes: str, output: str, cache: str, *files: str) -> None:
+    """Tokenise JSON Lines files with so many processes, and write their tokens (uint16) to `output`."""
     from datasets import load_dataset
 
     from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer

@@ -1,8 +1,8 @@
 """`python -m benchmarks memory`: what inhibition adds to the memory of a step, by the number of tokens.
 
-Of a network in Pythia's shape, without DeepSpeed: what autograd keeps for backward, and the peak of all allocations of
-a forward and backward pass, each against the same without inhibition. On GPUs the peak is the allocator's; on CPUs
-torch.profiler's, which notes every allocation.
+For a network of Pythia's shape, without DeepSpeed, it measures what autograd keeps for backward, and the peak of all
+allocations of a forward and backward pass, with and without inhibition. On GPUs the peak is the allocator's; on CPUs
+torch.profiler's, which records every allocation.
 
 Shapes: B sequences of a micro-batch, T tokens a sequence, N neurons of a layer.
 """
@@ -13,13 +13,12 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.about import circumstances, heading, new_folder, write_results
+from benchmarks.about import add_output, circumstances, device_name, heading, new_folder, publish
 from benchmarks.overhead import NONE, VARIANTS
 from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import launch
@@ -27,7 +26,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor
 
 PASSES = 3
-"""The last is measured: the first has no history, and the self-test is over after the second."""
+"""Passes, of which the last is measured: the first has no history, and the self-test ends after the second."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", default=[4, 8, 16], metavar="B", help="sequences (default: 4 8 16)"
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: memory.json and memory.md")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    add_output(parser, "memory")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError. Under a launcher rank 0 measures alone: other ranks' memory is the same."""
+    """Measure, print and write the page; return exit code 0. Raises ConfigError.
+
+    Under a launcher rank 0 measures alone: other ranks' memory is the same.
+    """
     from l2e_ds.config.sections import ModelConfig
     from l2e_ds.models.pythia import check_sizes
     from l2e_ds.system.process import quiet_libraries
@@ -72,23 +73,18 @@ def run(arguments: argparse.Namespace) -> int:
         for variant in (NONE, *VARIANTS)
     }
     results = about | {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "model": arguments.model,
         "vocabulary": arguments.vocabulary,
         "tokens": [size * arguments.sequence_length for size in arguments.micro_batches],
         "found": found,
     }
-    table = page(results)
-    if arguments.output is not None:
-        write_results(arguments.output, "memory", results, table)
-    print(table, flush=True)
+    publish(arguments.output, "memory", results, page(results))
     return 0
 
 
 def measure(model: Any, variant: str, sequences: int, length: int, device: torch.device) -> dict[str, int]:
-    """Return bytes: `state` that the inhibitor holds, `kept` for backward, `peak` of a pass above what was held before
-    it.
-    """
+    """Return bytes: `state` of the inhibitor, `kept` for backward, `peak` of a pass above what was held before it."""
     from l2e_ds.models.network import build_network
     from l2e_ds.models.pythia import network_config
     from l2e_ds.models.sites import neuron_sites
@@ -114,7 +110,7 @@ def measure(model: Any, variant: str, sequences: int, length: int, device: torch
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -129,7 +125,7 @@ def measure(model: Any, variant: str, sequences: int, length: int, device: torch
 
 
 def _state_bytes(inhibitor: Inhibitor | None) -> int:
-    """Of the packed sums, what a checkpoint holds, and the float32 constants of a step."""
+    """Return the bytes of the packed sums, of what a checkpoint holds, and of the float32 constants of a step."""
     if inhibitor is None:
         return 0
     held = [inhibitor._packed, *inhibitor.state_dict().values()]
@@ -139,7 +135,7 @@ def _state_bytes(inhibitor: Inhibitor | None) -> int:
 
 
 def _peak(forward: Any, device: torch.device) -> int:
-    """Of one forward and backward pass, above what was allocated before."""
+    """Return the peak in bytes of one forward and backward pass, above what was allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -161,7 +157,7 @@ def _peak(forward: Any, device: torch.device) -> int:
 
 @contextmanager
 def _without_stderr() -> Iterator[None]:
-    """The profiler's C++ side announces itself there, whatever it is told."""
+    """Discard what is written to standard error: the profiler's C++ part always prints there."""
     saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
@@ -181,7 +177,7 @@ def per_token(results: dict[str, Any], variant: str, what: str) -> float:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Markdown: added bytes by variant and number of tokens."""
+    """Return the page: added bytes by variant and number of tokens."""
     devices = "CPUs" if results["device"] == "cpu" else results["device"]
     command = f"python -m benchmarks memory --model {results['model']}"
     parts = [

@@ -1,8 +1,9 @@
-"""`python -m benchmarks overhead`: what a step costs more with inhibition.
+"""`python -m benchmarks overhead`: what inhibition adds to the time of a step.
 
-Two measurements of each variant, alternating with no inhibition. The operation: forward and backward of one hooked
-layer's activation, and what follows once a step; its milliseconds, divided by a step's, are sharp where whole steps
-scatter. The whole step: one trainer whose hooks are changed from step to step. Runs alone, and under any launcher
+Each variant is measured twice, alternating with no inhibition. The operation: forward and backward of one hooked
+layer's activation, and what follows once a step; its milliseconds, divided by a step's, are precise where the times of
+whole steps scatter. The whole step: one trainer whose hooks are changed from step to step. Runs alone, and under any
+launcher
 (`deepspeed --module benchmarks overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
 
 Shapes: B sequences of a micro-batch, T tokens a sequence, M = B * T, N neurons of a layer.
@@ -14,8 +15,7 @@ import argparse
 import math
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -26,22 +26,31 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import throughput
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
-from l2e_ds.console import markdown
+from benchmarks.about import (
+    add_output,
+    circumstances,
+    device_name,
+    heading,
+    median_and_spread,
+    new_folder,
+    publish,
+    say,
+    seconds_of,
+)
+from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, reported_once
-from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 
 VARIANTS: dict[str, Settings] = {
-    "L2E": Settings(),  # as runs have it: in one pass where that pays
+    "L2E": Settings(),  # as runs do: in one pass where that is faster
     "L2E, plain operations": Settings(fused=False),
     "L2E, reduce: forward": Settings(reduce="forward"),
     "MEmeL": Settings(retrieval="top-k", mechanism="reverse-deactivation"),
 }
 NONE = "none"
 WIDE = 10_240  # neurons of a layer of Pythia 2.8B
-WARMUP = 3  # of every variant: history, the self-test, compilation
+WARMUP = 3  # rounds of every variant that are not counted: history, the self-test, compilation
 PER_STEP = 5  # rounds of the operation for one whole step
 
 DEFAULTS: dict[str, Any] = {
@@ -72,13 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default = DEFAULTS[name]
         help = f"{about} (default: {default})"
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=help)
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: overhead.json and overhead.md")
+    add_output(parser, "overhead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a run file's section model")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError."""
+    """Measure, print and write the page; return exit code 0. Raises ConfigError."""
     return reported_once(lambda launch: _run(arguments, launch))
 
 
@@ -92,8 +100,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     sizes = ["70m", "410m", "1b", "2.8b"] if on_gpu else ["14m", "31m", "70m"]
     arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
-    if arguments.wide_tokens < 0:
-        raise ConfigError(f"--wide-tokens: got {arguments.wide_tokens}, allowed: an integer >= 0")
+    at_least("--wide-tokens", arguments.wide_tokens, 0)
     contents = {name: throughput.run_file(arguments, name, launch.size) for name in throughput.models_of(arguments)}
     throughput.check(arguments, contents, launch.size)
     runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}
@@ -107,7 +114,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     precision = next(iter(runs.values()))[0].training.precision
     results = about | {
         "ranks": launch.size,
-        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "options": {name: getattr(arguments, name) for name in DEFAULTS}
@@ -122,10 +129,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         results["wide"] = measure_operation(arguments.wide_tokens, WIDE, dtype, device, operation_rounds)
         results["wide"] |= {"top_k": time_top_k(arguments.wide_tokens, WIDE, device, operation_rounds)}
     if collectives.is_main():
-        table = page(results)
-        if arguments.output is not None:
-            write_results(arguments.output, "overhead", results, table)
-        print(table, flush=True)
+        publish(arguments.output, "overhead", results, page(results))
     process_group.leave()
 
 
@@ -133,7 +137,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 class _Activation(nn.Module):
-    """Where one layer's neurons are."""
+    """Holds the activation of one layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +145,7 @@ class _Activation(nn.Module):
 
 
 def hooked(modules: Sequence[nn.Module], neurons: int, settings: Settings, device: torch.device) -> Inhibitor:
-    """On one layer for each module, whose `act` is a GELU."""
+    """Return an attached inhibitor of one layer for each module, whose `act` is a GELU."""
     sites = [NeuronSite(index, module, "act", "activation", neurons, "gelu") for index, module in enumerate(modules)]
     inhibitor = Inhibitor(sites, settings, device)
     inhibitor.attach()
@@ -149,7 +153,7 @@ def hooked(modules: Sequence[nn.Module], neurons: int, settings: Settings, devic
 
 
 def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of `Inhibitor.step` on this rank, with so many hooked layers of [M, N] float32."""
+    """Return milliseconds of `Inhibitor.step` on this rank, with so many hooked layers of [M, N] float32."""
     modules = [_Activation() for _ in range(layers)]
     inhibitor, times = hooked(modules, neurons, VARIANTS["L2E"], device), []
     x, incoming = (torch.randn(1, tokens, neurons, device=device) for _ in range(2))
@@ -157,7 +161,7 @@ def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rou
     x.requires_grad_()
     for index in range(WARMUP + rounds):
         _pass(modules, inhibitor, x, incoming, scale)
-        took = milliseconds(inhibitor.step, device)
+        took = 1e3 * seconds_of(inhibitor.step, device)
         if index >= WARMUP:
             times.append(took)
     return times
@@ -166,11 +170,11 @@ def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rou
 def measure_operation(
     tokens: int, neurons: int, dtype: torch.dtype, device: torch.device, rounds: int
 ) -> dict[str, Any]:
-    """Milliseconds of forward and backward of GELU on [M, N] (`passes`) and of `Inhibitor.step` (`steps`), by variant.
+    """Return milliseconds of forward and backward of GELU on [M, N] (`passes`) and of `Inhibitor.step` (`steps`).
 
-    The variants alternate round by round; lists have an entry for each.
+    Both are lists by variant, with an entry for each round; the variants alternate round by round.
     """
-    torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
+    torch.compiler.reset()  # after eight shapes torch.compile would run uncompiled
     x = torch.randn(1, tokens, neurons, dtype=dtype, device=device, requires_grad=True)
     incoming = torch.randn(tokens, neurons, device=device).to(dtype).view_as(x)
     modules = {name: _Activation() for name in (NONE, *VARIANTS)}
@@ -181,8 +185,8 @@ def measure_operation(
     for index in range(WARMUP + rounds):
         for name, module in modules.items():
             used, x.grad = inhibitors.get(name), None
-            took = milliseconds(partial(_pass, [module], used, x, incoming, scale), device)
-            after = 0.0 if used is None else milliseconds(used.step, device)
+            took = 1e3 * seconds_of(partial(_pass, [module], used, x, incoming, scale), device)
+            after = 0.0 if used is None else 1e3 * seconds_of(used.step, device)
             if index >= WARMUP:
                 passes[name].append(took)
                 if used is not None:
@@ -193,7 +197,7 @@ def measure_operation(
 def _pass(
     modules: Sequence[nn.Module], inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, scale: Tensor
 ) -> None:
-    """Forward and backward. scale: [], what the LM loss is in training: where hooks note the scale of the gradient."""
+    """Run forward and backward. scale: [] in place of the LM loss, at which hooks note the scale of the gradient."""
     outputs = [module.act(x) for module in modules]  # type: ignore[operator]
     root = scale if inhibitor is None else inhibitor.attach_loss(scale)  # last: then its gradient comes first
     torch.autograd.backward([root, *outputs], [torch.ones_like(root), *[incoming] * len(outputs)])
@@ -201,23 +205,10 @@ def _pass(
 
 @torch.no_grad()
 def time_top_k(tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of `torch.topk` alone, of 2 % of float32 scores [M, N]: what MEmeL cannot do without."""
+    """Return milliseconds of `torch.topk` alone, of 2 % of float32 scores [M, N], which MEmeL needs."""
     scores = torch.rand(tokens, neurons, device=device)
     k = math.ceil(VARIANTS["MEmeL"].target_share * neurons)
-    return [milliseconds(lambda: scores.topk(k, dim=1), device) for _ in range(rounds)]
-
-
-def milliseconds(action: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
-    begin = time.perf_counter()
-    action()
-    _wait(device)
-    return 1e3 * (time.perf_counter() - begin)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return [1e3 * seconds_of(lambda: scores.topk(k, dim=1), device) for _ in range(rounds)]
 
 
 # --- the whole step ----------------------------------------------------------------------------------------------
@@ -226,9 +217,10 @@ def _wait(device: torch.device) -> None:
 def measure_model(
     name: str, resolved: tuple[Any, dict, Any], rounds: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """`operation` as `measure_operation` at the model's shape; `step_seconds` by variant; `layers`: hooked ones.
+    """Measure one model; every rank takes its steps, each has its own times. Collective.
 
-    Collective: every rank takes its steps, each has its own times.
+    Returns `operation`, from `measure_operation` at the model's shape, `step_seconds` by variant, and `layers`, the
+    number of hooked layers.
     """
     from benchmarks.contenders import make_dataset
     from l2e_ds.data import PreparedData
@@ -255,7 +247,7 @@ def measure_model(
                 for variant in seconds:
                     trainer.inhibitor = inhibitors.get(variant)
                     with trainer.inhibitor or nullcontext():
-                        took = milliseconds(trainer.train_step, device) / 1e3
+                        took = seconds_of(trainer.train_step, device)
                     if index >= WARMUP:
                         seconds[variant].append(took)
             trainer.inhibitor = None
@@ -268,7 +260,7 @@ def measure_model(
 
 
 def added(operation: dict[str, Any], variant: str) -> list[float]:
-    """Milliseconds that a variant adds to forward and backward of a layer, round by round."""
+    """Return the milliseconds that a variant adds to forward and backward of a layer, round by round."""
     return [
         with_it - without
         for with_it, without in zip(operation["passes"][variant], operation["passes"][NONE], strict=True)
@@ -276,29 +268,30 @@ def added(operation: dict[str, Any], variant: str) -> list[float]:
 
 
 def cost_of_step(found: dict[str, Any], variant: str) -> float:
-    """Percent of a step, from the medians of the operation: its layers' passes and what follows once a step."""
+    """Return the percentage of a step that the layers' passes and what follows once a step take, from the medians."""
     operation = found["operation"]
     once = statistics.median(operation["steps"][variant])
     more = found["layers"] * (statistics.median(added(operation, variant)) + once)
     return more / (10 * statistics.median(found["step_seconds"][NONE]))
 
 
-def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the median that needs no assumption about the distribution: between two order statistics.
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Return a 95 % interval of the median, between two order statistics, that needs no assumption about the
+    distribution.
 
     Their ranks are those of the binomial distribution's tails (Conover 1999, section 3.2); with fewer than six values
     it is the whole range.
     """
     ordered, count, tail = sorted(values), len(values), 0.0
     rank = 0
-    while rank < count // 2 and (tail := tail + math.comb(count, rank) / 2**count) <= (1 - confidence) / 2:
+    while rank < count // 2 and (tail := tail + math.comb(count, rank) / 2**count) <= 0.025:
         rank += 1
     rank = max(rank, 1)
     return ordered[rank - 1], ordered[count - rank]
 
 
 def page(results: dict[str, Any]) -> str:
-    """Markdown: a table for each model, and one for the wide layer."""
+    """Return the page: a table for each model, and one for the wide layer."""
     options = results["options"]
     words = [
         f"--{name.replace('_', '-')} {options[name]}"
@@ -344,7 +337,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def _wide_table(operation: dict[str, Any]) -> str:
-    """Return the layer of a 2.8B model: MEmeL's overhead over each."""
+    """Return the table of a layer of a 2.8B model, with MEmeL's overhead over each variant's."""
     memel = added(operation, "MEmeL")
     rows = []
     for variant in VARIANTS:

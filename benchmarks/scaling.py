@@ -1,8 +1,8 @@
 """`python -m benchmarks scaling`: how the cost of inhibition grows with neurons, tokens, layers and ranks.
 
-The operation is that of `bench overhead`, at many shapes. Between ranks: the one all-reduce a step of the packed sums,
-against one of as many bytes as the gradients have. Alone it starts its own ranks on this machine's CPUs (gloo); under
-a launcher it takes that launcher's.
+The operation is that of `python -m benchmarks overhead`, at many shapes. Between ranks it compares the one all-reduce a
+step of the packed sums with one of as many bytes as the gradients have. Alone it starts its own ranks on this machine's
+CPUs (gloo); under a launcher it uses that launcher's.
 
 Shapes: M tokens of a micro-batch, N neurons of a layer, L hooked layers, R ranks.
 """
@@ -14,13 +14,21 @@ import multiprocessing
 import os
 import statistics
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import overhead
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, write_results
+from benchmarks.about import (
+    add_output,
+    circumstances,
+    device_name,
+    heading,
+    median_and_spread,
+    new_folder,
+    publish,
+    seconds_of,
+)
 from l2e_ds.console import markdown
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port, reported_once
@@ -51,12 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Pythia sizes whose all-reduces are compared (default: 14m to 12b)",
     )
     parser.add_argument("--rounds", type=int, default=30, metavar="N", help="alternations (default: 30)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: scaling.json and scaling.md")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    add_output(parser, "scaling")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError; L2EError where a rank fails."""
+    """Measure, print and write the page; return exit code 0. Raises ConfigError; L2EError if a rank fails."""
     return reported_once(lambda launch: _run(arguments, launch))
 
 
@@ -88,8 +95,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         "neurons": [(FIXED_TOKENS, neurons) for neurons in arguments.neurons],
         "tokens": [(tokens, FIXED_NEURONS) for tokens in arguments.tokens],
     }
-    results = about | {  # of every rank, since a step reduces over them
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    results = about | {  # measured on every rank, since a step reduces over them
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         **{
@@ -104,10 +111,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         "all_reduce": traffic,
     }
     if launch.rank == 0:
-        table = page(results)
-        if arguments.output is not None:
-            write_results(arguments.output, "scaling", results, table)
-        print(table, flush=True)
+        publish(arguments.output, "scaling", results, page(results))
     if launch.size > 1:
         process_group.leave()
 
@@ -116,7 +120,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def sizes_of(model: str) -> dict[str, int]:
-    """Return bytes of the packed sums of `mid-2` (float64) and of the gradients in float32; neurons of a layer."""
+    """Return the bytes of the packed sums of `mid-2` (float64) and of the float32 gradients, and the neurons of a
+    layer."""
     from l2e_ds.config.sections import ModelConfig
     from l2e_ds.models.counts import parameter_counts
     from l2e_ds.models.families import neurons_of
@@ -134,7 +139,8 @@ def sizes_of(model: str) -> dict[str, int]:
 
 
 def time_all_reduces(sizes: list[dict[str, int]], rounds: int, device: torch.device) -> list[dict[str, list[float]]]:
-    """Milliseconds of both all-reduces of each size, alternating; the same on every rank: the slowest's. Collective."""
+    """Return milliseconds of both all-reduces of each size, alternating: the slowest rank's, on every rank.
+    Collective."""
     found = []
     for size in sizes:
         tensors = {
@@ -145,7 +151,7 @@ def time_all_reduces(sizes: list[dict[str, int]], rounds: int, device: torch.dev
         for index in range(2 + rounds):
             for name, tensor in tensors.items():
                 collectives.agree(None)  # all begin together
-                took = overhead.milliseconds(partial(collectives.all_reduce_sum, tensor), device)
+                took = 1e3 * seconds_of(partial(collectives.all_reduce_sum, tensor), device)
                 if index >= 2:
                     times[name].append(max(collectives.all_gather_objects(took)))
         found.append(times)
@@ -153,7 +159,7 @@ def time_all_reduces(sizes: list[dict[str, int]], rounds: int, device: torch.dev
 
 
 def on_own_ranks(ranks: int, sizes: list[dict[str, int]], rounds: int) -> list[dict[str, list[float]]]:
-    """`time_all_reduces` in R processes of this machine (gloo, one thread each). Raises L2EError."""
+    """Return `time_all_reduces` of R processes on this machine (gloo, one thread each). Raises L2EError."""
     context = multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
     port = free_port()
@@ -185,7 +191,7 @@ def _rank(rank: int, ranks: int, port: int, sizes: list[dict[str, int]], rounds:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Markdown: a table for each question."""
+    """Return the page: a table for each question."""
     devices = "CPUs" if results["device"] == "cpu" else results["device"]
     parts = [
         heading("How inhibition scales", f"python -m benchmarks scaling --rounds {results['rounds']}", results),
@@ -205,7 +211,7 @@ def page(results: dict[str, Any]) -> str:
         parts.append(f"## {name.capitalize()}\n\n{markdown(heads, rows)}")
     rows = [[str(layers), median_and_spread(times, 3)] for layers, times in results["layers"].items()]
     parts.append(
-        "## Layers\n\nOnce a step, moments and thresholds move.\n\n"
+        "## Layers\n\nOnce a step, moments and thresholds are updated.\n\n"
         + markdown(["hooked layers", "Inhibitor.step, ms"], rows)
     )
     rows = [
@@ -225,7 +231,7 @@ def page(results: dict[str, Any]) -> str:
             both = [median_and_spread(times[name]) for name in ("packed", "gradients")]
             rows.append([str(ranks), model, *both, f"{ratio:.1f}" if int(ranks) > 1 else "nothing is sent"])
     parts.append(
-        "## Time between ranks\n\nNothing else goes on meanwhile; in training the packed sums travel behind backward."
+        "## Time between ranks\n\nNothing else runs meanwhile; in training the packed sums travel behind backward."
         f" Gradients of more than {LARGEST // 2**20} MiB are not timed.\n\n"
         + markdown(["ranks", "model", "packed sums, ms", "gradients, ms", "of them, %"], rows)
     )

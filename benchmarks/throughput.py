@@ -1,9 +1,9 @@
-"""`python -m benchmarks throughput`: tokens/s, MFU and peak memory, against what one would use otherwise.
+"""`python -m benchmarks throughput`: tokens/s, MFU and peak memory, against the alternatives.
 
 l2e-ds, the Hugging Face Trainer and a hand-written minimal DeepSpeed loop train the same network from the same weights
-with the same DeepSpeed JSON on the same batches: alternately, each a round in processes of its own, and the ratios are
-taken round by round. What does not compute the same losses is not compared. Runs alone, and under any launcher
-(`deepspeed --module benchmarks throughput ...`, torchrun, srun, mpirun); rank 0 prints and writes.
+with the same DeepSpeed JSON on the same batches. They alternate, each with processes of its own in every round, and the
+ratios are taken round by round. Contenders that do not compute the same losses are not compared. Runs alone, and under
+any launcher (`deepspeed --module benchmarks throughput ...`, torchrun, srun, mpirun); rank 0 prints and writes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, say, write_results
+from benchmarks.about import add_output, circumstances, heading, median_and_spread, new_folder, publish, say
 from benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
 from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import collectives, process_group
@@ -42,14 +42,14 @@ DEFAULTS: dict[str, Any] = {
 }
 PRECISIONS, METHODS = ("auto", "fp32", "bf16", "fp16"), ("l2e", "memel", "none")
 SECTIONS = ("model", "optimizer", "inhibition")
-"""Of a run file, those whose keys may be overridden; `logging.peak_tflops` may, too."""
+"""Sections of a run file whose keys may be overridden; `logging.peak_tflops` may be, too."""
 FIXED = ["model.name", "model.pretrained", "model.revision", "inhibition.method"]
 FIXED += ["optimizer.warmup", "optimizer.schedule_steps", "optimizer.final_ratio"]
-"""Except these: options decide them, or the contenders must not differ in them."""
+"""Keys that may not be: options decide them, or the contenders must not differ in them."""
 FIRST_LOSS = {"fp32": 5e-4, "bf16": 1e-2, "fp16": 1e-2}
-"""By how much, in nats, the losses of the first step may differ."""
+"""Nats by which the losses of the first step may differ."""
 LAST_LOSS = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
-"""By what share the losses after training may: rounding grows from step to step."""
+"""Share by which the losses after training may differ: rounding errors grow from step to step."""
 POLL = 0.5  # seconds
 GRACE = 10.0  # seconds between the first failing rank and the end of the others
 
@@ -70,15 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("deepspeed", "DeepSpeed JSON of all contenders", metavar="FILE.json")
     option("precision", ", ".join(PRECISIONS), metavar="NAME")
     option("method", f"of l2e-ds: {', '.join(METHODS)}", metavar="NAME")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="new or empty: throughput.json and throughput.md")
+    add_output(parser, "throughput")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"of a run file's sections {', '.join(SECTIONS)}"
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0. Raises ConfigError for options; L2EError where a contender fails or computes something else."""
+    """Measure, print and write the page; return exit code 0.
+
+    Raises ConfigError for options; L2EError if a contender fails or computes something else.
+    """
     return reported_once(lambda launch: _run(arguments, launch))
 
 
@@ -86,7 +88,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     from l2e_ds.system.process import quiet_libraries
 
     given = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # here: the GPU's memory is for those that are measured
+    os.environ["DS_ACCELERATOR"] = "cpu"  # for this process: the GPU's memory is for those that are measured
     quiet_libraries()
     contents = {name: run_file(arguments, name, launch.size) for name in models_of(arguments)}
     check(arguments, contents, launch.size)
@@ -110,10 +112,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         for name, content in contents.items():
             results["models"][name] = measure_model(name, content, arguments.rounds, environment, Path(folder))
     if collectives.is_main():
-        table = page(results)
-        if arguments.output is not None:
-            write_results(arguments.output, "throughput", results, table)
-        print(table, flush=True)
+        publish(arguments.output, "throughput", results, page(results))
     process_group.leave()
 
 
@@ -121,16 +120,17 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
 
 def models_of(arguments: argparse.Namespace) -> list[str]:
+    """Return the names of --models."""
     return [word for word in arguments.models if "=" not in word]
 
 
 def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """Also those that follow the names of --models."""
+    """Return the overrides, with those that follow the names of --models."""
     return [*arguments.overrides, *(word for word in arguments.models if "=" in word)]
 
 
 def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) -> None:
-    """Everything that needs no look at the device. Raises ConfigError."""
+    """Check all options that can be checked without the device. Raises ConfigError."""
     from l2e_ds.config.reading import find_file, run_config_from_dict
     from l2e_ds.engine.configuration import resolve
     from l2e_ds.models.pythia import PYTHIA, check_sizes, network_config
@@ -193,24 +193,22 @@ def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str,
 
 
 def child_environment(launcher: str, local_rank: int, accelerator: str | None) -> dict[str, str]:
-    """Return what a contender's process on this rank is told, but for the port. Collective."""
-
+    """Return the environment of a contender's process on this rank, without the port. Collective."""
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     if accelerator is not None:
         environment["DS_ACCELERATOR"] = accelerator
-    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own rendezvous is behind another port
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's own rendezvous has another port
     place = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "LOCAL_RANK": local_rank}
     for name, number in place.items():
         environment[name] = str(number)
-    if launcher == "srun":  # `join` has more to do there, and finds all of it again
+    if launcher == "srun":  # there `join` finds the variables itself, and sets more
         environment = {name: value for name, value in environment.items() if name not in place}
-    environment["OMP_NUM_THREADS"] = str(threads_of_rank())  # launchers say 1, and not all of them
+    environment["OMP_NUM_THREADS"] = str(threads_of_rank())  # some launchers set 1
     return environment
 
 
 def threads_of_rank() -> int:
     """Return this rank's share of the cores that it may use. Collective."""
-
     mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
     return max(1, len(mine[1]) // collectives.all_gather_objects(mine).count(mine))
 
@@ -220,9 +218,8 @@ def measure_model(
 ) -> dict[str, Any]:
     """Return every measurement of one model; the order of contenders changes from round to round. Collective.
 
-    Raises L2EError where one fails, or where two do not compute the same.
+    Raises L2EError if one fails, or if two do not compute the same.
     """
-
     is_plain = content["inhibition"]["method"] == "none"
     names = [name for name in CONTENDERS if not (name == PLAIN and is_plain)]
     tokens_per_step = content["training"]["global_batch"] * content["data"]["sequence_length"]
@@ -251,7 +248,7 @@ def measure_model(
 
 
 def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[dict[str, Any]]:
-    """Return what each rank's process measured. Collective: where one fails, all are ended. Raises L2EError."""
+    """Return what each rank's process measured. If one fails, all are ended. Collective. Raises L2EError."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     run = spec["run"] | {"training": spec["run"]["training"] | {"run_directory": str(folder / "run")}}
@@ -273,11 +270,11 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
         child.stdin.close()
     problem = None
     if child.returncode != 0:
-        said = paths[2].read_text(encoding="utf-8", errors="replace").splitlines() or ["it said nothing"]
+        said = paths[2].read_text(encoding="utf-8", errors="replace").splitlines() or ["it printed nothing"]
         is_our_word = child.returncode == L2EError.exit_code
         how = f"signal {-child.returncode}" if child.returncode < 0 else "failed"  # 9: perhaps for want of memory
         words = said[-1] if is_our_word else "\n".join([f"{how}:", *said[-30:]])
-        # first what a contender itself refused, last the ranks that only lost another one, or were ended here
+        # first the error that a contender itself reports, last ranks that only lost another one, or were ended here
         order = 0 if is_our_word else 2 if was_running or child.returncode == LOST_CONTACT else 1
         problem = (order, f"bench: {spec['contender']}, rank {collectives.rank()}: {words}")
     result = None if problem else json.loads(paths[1].read_text(encoding="utf-8"))
@@ -291,7 +288,7 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
 
 
 def _wait_for_all(child: subprocess.Popen) -> None:
-    """Until every rank's has ended, or some seconds after the first that failed. Collective."""
+    """Wait until every rank's process has ended, or some seconds after the first that failed. Collective."""
     failed_at: float | None = None
     while True:
         code = child.poll()
@@ -306,7 +303,7 @@ def _wait_for_all(child: subprocess.Popen) -> None:
 
 
 def combine(ranks: list[dict[str, Any]], counted_tokens: int) -> dict[str, Any]:
-    """Return one measurement of what its ranks saw: the time of the slowest, the memory of the largest."""
+    """Return one measurement from those of its ranks: the time of the slowest, the memory of the largest."""
     slowest = max(ranks, key=lambda rank: rank["seconds"])
     largest = max(ranks, key=lambda rank: rank["peak_memory_bytes"])
     speed = counted_tokens / slowest["seconds"]
@@ -319,7 +316,7 @@ def combine(ranks: list[dict[str, Any]], counted_tokens: int) -> dict[str, Any]:
 
 
 def refuse_differences(model: str, found: dict[str, dict[str, Any]]) -> None:
-    """Raises L2EError where the losses show that contenders did not compute the same."""
+    """Raise L2EError if the losses show that contenders did not compute the same."""
     (first, reference), *others = found.items()
     precision = reference["precision"]
     for name, one in others:
@@ -328,7 +325,7 @@ def refuse_differences(model: str, found: dict[str, dict[str, Any]]) -> None:
             "last": LAST_LOSS[precision] * reference["last_loss"],
         }.items():
             mine, theirs = reference[f"{when}_loss"], one[f"{when}_loss"]
-            if not abs(mine - theirs) <= allowed:  # also where one is not a number
+            if not abs(mine - theirs) <= allowed:  # also if one is not a number
                 error = L2EError(
                     f"bench: {model}: not the same is computed: {when} loss {mine:.5f} of {first}, {theirs:.5f} of"
                     f" {name}; in {precision} {allowed:.2g} may lie between them"
@@ -341,7 +338,7 @@ def refuse_differences(model: str, found: dict[str, dict[str, Any]]) -> None:
 
 
 def page(results: dict[str, Any]) -> str:
-    """Markdown: a table for each model."""
+    """Return the page: a table for each model."""
     parts = [heading("Throughput", command_line(results), results), _explanation(results)]
     for model, found in results["models"].items():
         parts.append(f"## {model}\n\n{_table(found)}")
@@ -355,7 +352,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def command_line(results: dict[str, Any]) -> str:
-    """With the options that are not the defaults."""
+    """Return the command, with the options that are not the defaults."""
     words = ["python -m benchmarks throughput", *results["options"]["overrides"]]
     for name, default in DEFAULTS.items():
         given = results["options"][name]

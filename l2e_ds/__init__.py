@@ -1,6 +1,6 @@
 """Pretrain language models while inhibiting their most monosemantic neurons (L2E), on DeepSpeed."""
 
-TYPE_CHECKING = False  # typing's, which would cost an import: `l2e-ds doctor` starts with this file
+TYPE_CHECKING = False  # stands for typing's, whose import would cost time: every command starts with this file
 if TYPE_CHECKING:
     from l2e_ds.hf_trainer import InhibitionCallback
     from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings

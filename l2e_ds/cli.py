@@ -16,7 +16,7 @@ from l2e_ds.system.process import leave_process
 
 @dataclass(frozen=True)
 class Verb:
-    """One command: the module that has its `add_arguments` and `run`, and one line of help.
+    """Holds one command: the module that has its `add_arguments` and `run`, and one line of help.
 
     takes_sbatch_options: whether words after `--` are options of sbatch, which `run` finds in `arguments.for_sbatch`.
     """
@@ -29,19 +29,19 @@ class Verb:
 VERBS = {
     "train": Verb("l2e_ds.train", "pretrain as a run file says"),
     "plan": Verb("l2e_ds.planning.command", "memory, time and traffic of a run on GPUs one does not have"),
-    "evaluate": Verb("l2e_ds.evaluation.evaluate", "figures on tasks of lm-evaluation-harness"),
+    "evaluate": Verb("l2e_ds.evaluation.evaluate", "results on tasks of lm-evaluation-harness"),
     "export": Verb("l2e_ds.export.export", "write a model that transformers loads"),
     "analyze": Verb("l2e_ds.analysis.analyze", "how monosemantic a model's neurons are: tables and figures"),
-    "neuron": Verb("l2e_ds.analysis.neuron", "what one neuron answers to: a page"),
+    "neuron": Verb("l2e_ds.analysis.neuron", "what one neuron responds to: a page"),
     "report": Verb("l2e_ds.report.command", "one page of runs and studies: curves, tables, warnings"),
-    "summary": Verb("l2e_ds.report.summary", "print a run's first and last figures"),
+    "summary": Verb("l2e_ds.report.summary", "print a run's first and last metrics"),
     "tokenize": Verb("l2e_ds.data.commands", "text to token files (.bin/.idx)"),
     "tokenizer": Verb("l2e_ds.data.tokenizer_command", "train a tokenizer"),
     "checkpoint": Verb("l2e_ds.checkpoint.commands", "list, verify or remove a run's checkpoints"),
     "data": Verb("l2e_ds.data.inspect", "verify token files, show what a model sees at a step"),
-    "doctor": Verb("l2e_ds.doctor.command", "what this machine and launcher offer a run, and what mends the rest"),
+    "doctor": Verb("l2e_ds.doctor.command", "what this machine and launcher offer a run, and what fixes the rest"),
     "accept": Verb("l2e_ds.acceptance.command", "whether this machine computes the right numbers, and how fast"),
-    "submit": Verb("l2e_ds.slurm.submit", "give a run to SLURM", takes_sbatch_options=True),
+    "submit": Verb("l2e_ds.slurm.submit", "submit a run to SLURM", takes_sbatch_options=True),
     "study": Verb("l2e_ds.study.command", "a grid of runs: run, resume, collect", takes_sbatch_options=True),
 }
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The console script `l2e-ds`."""
+    """Run the console script `l2e-ds`."""
     leave_process(main())
 
 

@@ -1,6 +1,6 @@
-"""What the user types and reads.
+"""Read what the user types and print what the user reads.
 
-Lines go to stderr; a terminal that is gone, a closed pipe or a full disk behind it must not end a run.
+Messages go to stderr; a terminal that is gone, a closed pipe or a full disk behind it must not end a run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from l2e_ds.errors import ConfigError, L2EError
 
 READER_IS_GONE = 141
-"""The exit code then, as a shell tells of what SIGPIPE ended."""
+"""The exit code when nobody reads standard output any more: what a shell reports of a process that SIGPIPE ended."""
 
 
 def reader_is_gone() -> bool:
@@ -36,8 +36,8 @@ def open_streams() -> None:
     Else files of the run would get their numbers, and with them what libraries print. Commands begin with this.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:  # Python's word for a closed one
-            stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (for good)
+        if getattr(sys, name) is None:  # Python's sign of a closed stream
+            stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (stays open)
             os.dup2(stream.fileno(), number)
             os.set_inheritable(number, True)
             setattr(sys, name, stream)
@@ -56,7 +56,7 @@ def flush_streams() -> None:
 
 
 def _drop(stream: TextIO) -> None:
-    """What is in its buffer, or written from now on, goes nowhere."""
+    """Discard what is in the buffer of a stream, and what is written to it from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -73,7 +73,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
-    """Label and value of each row on a line, all values below each other."""
+    """Return the label and value of each row on a line, with all values below each other."""
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
 
@@ -84,7 +84,7 @@ def _cell(text: str) -> str:
 
 
 def at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
-    """Return the value of an option. Raises ConfigError where it is out of range."""
+    """Return the value of an option. Raises ConfigError if it is out of range."""
     if value < least or (at_most is not None and value > at_most):
         limit = "" if at_most is None or value < least else f" and <= {at_most}"
         raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
@@ -92,7 +92,10 @@ def at_least(option: str, value: int, least: int, at_most: int | None = None) ->
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Takes no option by its first letters: a mistyped one must not be another. Its sub-commands are parsed alike."""
+    """Parses arguments without abbreviations, so that a mistyped option is never taken for another one.
+
+    Its sub-commands are parsed alike.
+    """
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -116,7 +119,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def exit_code_of(action: Callable[[], int]) -> int:
-    """Do what a command does and return its exit code; of errors that the user can mend, print one line on stderr."""
+    """Run a command and return its exit code; for an error that the user can fix, print one line on stderr."""
     try:
         return action()
     except L2EError as error:
@@ -131,6 +134,6 @@ def exit_code_of(action: Callable[[], int]) -> int:
             raise
         say(f"l2e-ds: error: {error.filename}: {error.strerror}")
         return ConfigError.exit_code
-    except KeyboardInterrupt:  # `train` says more of it, by itself
+    except KeyboardInterrupt:  # `train` handles it itself, with a longer message
         say("l2e-ds: interrupted")
         return 130

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 class L2EError(Exception):
-    """Base of the errors whose message is written for the user: where, what was given, what is allowed.
+    """Base class of the errors whose message is written for the user: where, what was given, what is allowed.
 
     problem: what was given and what is allowed, in one or more parts; a run file's key in the middle of it is a part of
     its own. where: the place at fault, or several from the outer one to the inner one: a file, file:line, a dotted key
@@ -15,7 +15,7 @@ class L2EError(Exception):
 
     exit_code = 2
     on_every_rank = False
-    """Whether all ranks raise it alike, so that rank 0 alone need report it."""
+    """Whether all ranks raise this error alike, so that only rank 0 need report it."""
 
     def __init__(self, *problem: str, where: str | Sequence[str] = ()) -> None:
         super().__init__(*problem)
@@ -23,11 +23,11 @@ class L2EError(Exception):
 
     @property
     def problem(self) -> str:
-        """The message without its place."""
+        """The message without `where`."""
         return "".join(self.args)
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Say another name in place of each of these keys, in `where` and in the problem; an empty one is left out."""
+        """Replace each of these keys by another name, in `where` and in the problem; an empty name leaves it out."""
         self.where = tuple(names.get(place, place) for place in self.where)
         self.args = tuple(names.get(part, part) for part in self.args)
 
@@ -46,7 +46,7 @@ class DataError(L2EError):
 
 
 class WorkerError(L2EError):
-    """A worker process was killed, perhaps for want of memory. No input is wrong: the same command goes on."""
+    """A worker process was killed, perhaps because memory ran out. No input is wrong: the same command resumes."""
 
     exit_code = 1
 
@@ -78,11 +78,11 @@ class SelfTestError(L2EError):
 
 
 class CompileError(L2EError):
-    """torch.compile or Triton cannot compile here, for want of a compiler or for a fault of theirs."""
+    """torch.compile or Triton cannot compile here: a compiler is missing, or fails."""
 
 
 class TrainingError(L2EError):
-    """The run cannot go on, e.g. too many non-finite steps in a row."""
+    """The run cannot continue, e.g. after too many non-finite steps in a row."""
 
     exit_code = 3
     on_every_rank = True
@@ -95,7 +95,7 @@ class OutOfMemory(L2EError):
 
 
 class Interrupted(L2EError):
-    """The run was asked to stop (signal, time limit, stop file) and can be gone on with. EX_TEMPFAIL of sysexits.h."""
+    """The run was asked to stop (signal, time limit, stop file) and can be resumed. EX_TEMPFAIL of sysexits.h."""
 
     exit_code = 75
     on_every_rank = True

@@ -1,4 +1,4 @@
-"""Inhibition in the Hugging Face Trainer, without a subclass of it:
+"""Inhibit in the Hugging Face Trainer, without a subclass of it:
 
     Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(strength=0.2, start=0.3, warmup=0.2)])
 
@@ -34,14 +34,14 @@ IGNORED = -100  # a label that is not predicted, in transformers
 
 
 class InhibitionCallback(TrainerCallback, ExportableState):
-    """Trains with inhibition. Evaluation is untouched, and the model is as it was when training has ended.
+    """Trains with inhibition. Evaluation is untouched, and after training the model has no hooks left.
 
     Logs gain `Inhibitor.metrics` of the newest step. Moments and thresholds are saved within the checkpoint's
     trainer_state.json and resumed with it.
     """
 
     def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
-        """layers: as `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
+        """Check the settings. layers: as for `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
         self.layers, self.settings = layers, Settings(**settings)
         self.inhibitor: Inhibitor | None = None  # while the Trainer trains
         self._handles: list[Any] = []
@@ -50,7 +50,10 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     # --- on and off ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """The model is wrapped by now, and a checkpoint's weights are loaded. Raises ConfigError, CheckpointError."""
+        """Attach the inhibitor to the model, which the Trainer has wrapped and given a checkpoint's weights by now.
+
+        Raises ConfigError, CheckpointError.
+        """
         self.detach()  # left over from a training that failed
         if args.n_gpu > 1:
             raise ConfigError(
@@ -67,10 +70,11 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         ]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Detach the inhibitor."""
         self.detach()
 
     def detach(self) -> None:
-        """Leave the model as it was; to be called after an exception or Ctrl-C, which the Trainer does not tell."""
+        """Remove all hooks from the model. Call it after an exception or Ctrl-C, which the Trainer does not report."""
         while self._handles:
             self._handles.pop().remove()
         if self.inhibitor is not None:
@@ -78,13 +82,13 @@ class InhibitionCallback(TrainerCallback, ExportableState):
 
     # --- every micro-batch ---------------------------------------------------------------------------------------
 
-    # A graph, traced once, would not see what these note and change.
+    # A compiled graph, traced once, would not run what these two note and change.
     @torch.compiler.disable
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.inhibitor is not None and model.training:
             mask = kwargs.get("attention_mask")
             is_padded = mask is not None and mask.dim() == 2 and not bool(mask.all())
-            self.inhibitor.set_token_mask(mask if is_padded else None)  # without one the pass is faster
+            self.inhibitor.set_token_mask(mask if is_padded else None)  # without a mask the pass is faster
 
     @torch.compiler.disable
     def _after_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -107,12 +111,13 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     # --- every step ----------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        """Update moments and thresholds."""
         if self.inhibitor is not None:
             self.inhibitor.step(applied=not getattr(optimizer, "step_was_skipped", False))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Later callbacks see what is added here; the Trainer's history was written before."""
-        if self.inhibitor is not None and logs is not None and "loss" in logs:  # not an evaluation's, nor the end's
+        """Add inhibition's metrics for later callbacks, and to the Trainer's history, which was written before."""
+        if self.inhibitor is not None and logs is not None and "loss" in logs:  # a log of training
             values = self.inhibitor.metrics()
             logs |= values
             state.log_history[-1] |= values
@@ -120,15 +125,14 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into trainer_state.json: what makes such a callback, and
-        `Inhibitor.state_dict`.
-        """
+        """Return what the Trainer writes into trainer_state.json: this callback's arguments and
+        `Inhibitor.state_dict`."""
         statistics = None if self.inhibitor is None else _encode(self.inhibitor.state_dict())
         arguments = {"layers": self.layers, **asdict(self.settings)}
         return {"args": arguments, "attributes": {}, "statistics": statistics, "run_steps": self._run_steps}
 
     def _compare(self, of_checkpoint: dict[str, Any], run_steps: int) -> None:
-        """Warn where the checkpoint was trained in another way. of_checkpoint: of `state`."""
+        """Warn where the checkpoint was trained in another way. of_checkpoint: what `state` returned then."""
 
         def resolved(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
             given = {key: settings[key] for key in _SCHEDULE if settings.get(key) is not None}
@@ -146,7 +150,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
 
     def _resume(self, state: Any) -> None:
         name = type(self).__name__
-        of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer, saving, takes it to be there
+        of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer expects this entry when it saves
         if state.global_step == 0:
             return
         self._compare(of_checkpoint, state.max_steps)
@@ -168,14 +172,14 @@ def _encode(state: dict[str, Tensor]) -> str:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    """Return the loss where the Trainer finds it: in a dictionary by its name, in a tuple first."""
+    """Return the loss where the Trainer looks for it: by its name in a dictionary, in first place in a tuple."""
     loss = output.get("loss") if isinstance(output, dict) else output[0]
     return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
 
 def _weight(kwargs: dict[str, Any]) -> Tensor | float:
-    """[] share that a micro-batch's predicted tokens have of the step's, as the Trainer counts them; 1 where the loss
-    is the micro-batch's mean. kwargs: of the model's forward."""
+    """Return the share ([]) that a micro-batch's predicted tokens have of the step's, as the Trainer counts them; 1
+    where the loss is the micro-batch's mean. kwargs: of the model's forward."""
     tokens = kwargs.get("num_items_in_batch")
     if tokens is None:
         return 1.0

@@ -18,8 +18,8 @@ from l2e_ds.run_directory import names
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 
-# Exit codes of the system's errors that the user can mend, or that end a run for good.
-_OF_THE_SYSTEM = {
+# Exit codes for errors of the system that the user can fix, or that end a run for good.
+_SYSTEM_ERRORS = {
     errno.ENOSPC: SaveError.exit_code,
     errno.EDQUOT: SaveError.exit_code,
     errno.ENAMETOOLONG: ConfigError.exit_code,
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Train as a launcher's command line says, and return the exit code."""
     open_streams()
     parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Train, or print what would be trained, and return the exit code; one line on stderr says why it is not 0.
 
-    2: the user can mend it; 3: the run cannot go on; 75: it was asked to stop, and the same command goes on.
+    2: the user can fix it; 3: the run cannot continue; 75: it was asked to stop, and the same command resumes it.
     """
-    preemption.listen()  # before the imports below: a signal that comes in their seconds is heard, too
+    preemption.listen()  # before the slow imports below: a signal during them is noted, too
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         # an evaluation's tensors are not those of a step: without it a GPU's memory is cut into pieces between them
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     rank = 0
     try:
         quiet_libraries()
-        from l2e_ds.training.preflight import describe, preflight  # only now: Ctrl-C in its seconds is one line, too
+        # only now: Ctrl-C during this slow import is one line, too
+        from l2e_ds.training.preflight import describe, preflight
 
         launch = find_launch()
         rank = launch.rank
@@ -77,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         preemption.honoured()
         _note_exit_code(stopped.exit_code)
         if rank == 0:
-            say(f"l2e-ds: stopped: {stopped}; start again to go on")
+            say(f"l2e-ds: stopped: {stopped}; start again to resume")
         return stopped.exit_code
     except L2EError as error:
         if rank == 0 or not error.on_every_rank:
@@ -93,8 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and reader_is_gone():
             return READER_IS_GONE
-        if isinstance(error, OSError) and error.errno in _OF_THE_SYSTEM:
-            where, code = error.filename or "a file of the run", _OF_THE_SYSTEM[error.errno]
+        if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+            where, code = error.filename or "a file of the run", _SYSTEM_ERRORS[error.errno]
             _note_exit_code(code)
             say(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}")
             if code == ConfigError.exit_code and collectives.size() == 1:
@@ -118,7 +120,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _note_exit_code(code: int) -> None:
-    """Tell l2e_ds.supervise, which may only see the launcher's code: torchrun ends with 1, whatever its ranks said."""
+    """Tell l2e_ds.supervise this rank's exit code; of the launcher it may see only 1, whatever its ranks ended with."""
     noted = Path(os.environ.get(names.EXIT_FILE, ""))
     if noted.is_file():  # not on other hosts
         with noted.open("a", encoding="utf-8") as file:

@@ -1,1 +1,1 @@
-"""Faults that are injected into real runs, and what they must not cost."""
+"""Inject faults into real runs, and check that they cost no more than they may."""

@@ -1,9 +1,9 @@
-"""`python -m benchmarks faults`: does a run survive, and is it still the same run?
+"""`python -m benchmarks faults`: whether a run survives faults, and is still the same run.
 
-A small run is made once without disturbance. Then it is made again through the real launcher and supervisor, and a
-fault is injected after another: each at a random moment, each followed by an automatic resume whose every line of
-metrics must equal the undisturbed run's of the same step to the bit. At the end so must the weights and the state of
-the optimizer.
+A small run is trained once without disturbance. Then it is trained again through the real launcher and supervisor while
+one fault after another is injected, each at a random moment. After each the run resumes by itself; every line of its
+metrics must be bit-identical to the undisturbed run's of the same step, and so must the weights and the state of the
+optimizer at the end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import random
 import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -32,7 +31,7 @@ import yaml
 from benchmarks.about import new_folder, say
 from benchmarks.reliability import virtual_slurm
 from benchmarks.reliability.watched_run import RunEnded, RunLost, WatchedRun, read_reference
-from l2e_ds.console import at_least
+from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import launch
 from l2e_ds.errors import ConfigError, L2EError, SaveError
 from l2e_ds.system.provenance import machine, versions
@@ -40,16 +39,15 @@ from l2e_ds.system.provenance import machine, versions
 EVERY = 20
 """Steps between checkpoints."""
 KEPT = 3
-"""Checkpoints that stay."""
+"""Checkpoints that are kept."""
 TIMEOUT = 0.5
 """`training.timeout` in minutes."""
 DISK_MEGABYTES = 24
 GONE_WITHIN = 60.0
-"""Seconds after which a killed process that is still there is an error."""
+"""Seconds within which a killed process must be gone."""
 PACKAGES = ("torch", "deepspeed", "transformers")
 MARKERS = ("<!-- begin: python -m benchmarks faults -->", "<!-- end: python -m benchmarks faults -->")
 
-# kind -> how many of a hundred, what is done; with fewer faults than kinds, the first ones
 KINDS: dict[str, tuple[int, str]] = {
     "step": (30, "SIGKILL in the middle of a step, of one rank or of all"),
     "save": (24, "SIGKILL while a checkpoint is being written, of one rank or of all"),
@@ -64,30 +62,32 @@ KINDS: dict[str, tuple[int, str]] = {
     "hang": (2, f"SIGSTOP of a rank: no sign of life for `training.timeout` ({TIMEOUT} minutes here)"),
     "node": (2, "SLURM: SIGKILL of a node's slurmd and of everything on it"),
 }
+"""For each kind of fault, how many of a hundred are of this kind, and what is done. With fewer faults than kinds, the
+first kinds are injected."""
 STOP, CONTINUE, NODE = "disk, stop", "disk, continue", "node"
 ON_DISK = (STOP, CONTINUE)
 STARTS_OF = {"resume": 2}
-"""Restarts that belong to a fault, where they are not 1."""
+"""Restarts that belong to a fault, if not 1."""
 
 
 @dataclass
 class Fault:
-    """One injected fault, and what became of the run."""
+    """Holds one injected fault, and what became of the run."""
 
     number: int
     kind: str
     detail: str = ""
-    step: int = 0  # the last one before the fault
+    step: int = 0  # the last step before the fault
     at: float = 0.0
-    resumed: int | None = None  # step of the checkpoint from which it went on
-    redone: int | None = None  # steps
+    resumed: int | None = None  # step of the checkpoint from which the run resumed
+    redone: int | None = None  # steps that were computed again
     restart_seconds: float | None = None  # from the start of the launcher to the first new step
     outage_seconds: float | None = None  # from the fault to the first new step
-    first_start: int = 0  # of the run's starts, the first after the fault
-    starts: int = 0  # until it went on
+    first_start: int = 0  # index of the run's first start after the fault
+    starts: int = 0  # starts until it resumed
     compared: int = 0  # lines written after the resume and compared with the undisturbed run's
     wrong: list[str] = field(default_factory=list)  # where they differ
-    lost: str | None = None  # why the run did not go on
+    lost: str | None = None  # why the run did not resume
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 if every fault was injected or could not be on this machine, no run was lost and no resume was
-    wrong; else 1. Raises ConfigError."""
+    """Inject the faults, print and write the table, and return the exit code. Raises ConfigError.
+
+    It is 0 if every fault that this machine allows was injected, no run was lost and no resume was wrong; else 1.
+    """
     for name, least in (("faults", 1), ("ranks", 2)):
         at_least(f"--{name}", getattr(arguments, name), least)
     page = arguments.page
@@ -116,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     output = new_folder("--output", arguments.output)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # nothing of ours may outlive us
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the runs, too
     benchmark = Benchmark(output, arguments.faults, arguments.seed, arguments.ranks)
     benchmark.measure()
     table = benchmark.table()
@@ -132,35 +134,35 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan(faults: int, generator: random.Random) -> list[str]:
-    """Kinds in the order in which they are injected: in their shares, each at least once where there are enough."""
+    """Return kinds in the order in which they are injected: in their shares, each at least once if there are enough."""
     if faults <= len(KINDS):
         chosen = list(KINDS)[:faults]
     else:
         chosen = list(KINDS)
-        while len(chosen) < faults:  # the kind that lags most behind its share
+        while len(chosen) < faults:  # the kind that is furthest below its share
             chosen.append(min(KINDS, key=lambda kind: (chosen.count(kind) + 0.5) / KINDS[kind][0]))
     generator.shuffle(chosen)
     return chosen
 
 
 class Benchmark:
-    """output: the folder of everything that is written. ranks: of every run."""
+    """Injects faults into small runs. output: the folder of all that is written; ranks: of every run."""
 
     def __init__(self, output: Path, faults: int, seed: int, ranks: int) -> None:
         self.output, self.ranks, self.seed = output, ranks, seed
         self.random = random.Random(seed)
         self.kinds = plan(faults, self.random)
-        self.steps = 6 * EVERY + EVERY // 2 * len(self.kinds)  # most faults throw the run back to where it was
+        self.steps = 6 * EVERY + EVERY // 2 * len(self.kinds)  # most faults set the run back by some steps
         self.faults: list[Fault] = []
-        self.impossible: dict[str, str] = {}  # kind -> why it cannot be injected here
+        self.impossible: dict[str, str] = {}  # why each kind cannot be injected here
         self.unasked: list[str] = []  # restarts that no fault explains
-        self.ends_differ: str | None = "the run did not come to its end"
+        self.ends_differ: str | None = "the run did not reach its end"
         self.reference: dict[int, dict] = {}
         self.save_seconds = self.step_seconds = 0.1
         self.began, self.load = time.time(), os.getloadavg()[0]
 
     def measure(self) -> None:
-        """Everything; takes 10 to 25 seconds a fault. Raises L2EError where the undisturbed run fails."""
+        """Make all runs, which takes 10 to 25 seconds a fault. Raises L2EError if the undisturbed run fails."""
         self.write_run_file()
         say(f"the undisturbed run: {self.steps} steps on {self.ranks} ranks")
         self.run_undisturbed()
@@ -175,6 +177,7 @@ class Benchmark:
     # --- the runs ------------------------------------------------------------------------------------------------
 
     def write_run_file(self) -> None:
+        """Write the run file of all runs."""
         data = {"source": "stdlib", "train_tokenizer": 320, "max_documents": 40, "max_tokens": 100_000}
         training = {"steps": self.steps, "global_batch": 4 * self.ranks, "micro_batch": 2, "precision": "fp32"}
         content = {
@@ -189,21 +192,22 @@ class Benchmark:
         (self.output / "run.yaml").write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
     def command(self, directory: Path, *words: str, restarts: int = 0) -> list[str]:
-        """Return the supervisor over the deepspeed launcher."""
+        """Return the command line of the supervisor with the deepspeed launcher."""
         supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
         run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
         launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(launch.free_port())]
         return [*supervisor, *run, "--", *launcher, "--log_level", "error", "--module", "l2e_ds.train"]
 
     def run_undisturbed(self) -> None:
+        """Train the undisturbed run, and take its metrics as the reference. Raises L2EError."""
         directory, log = self.output / "undisturbed", self.output / "undisturbed.log"
-        one = WatchedRun(directory, log, {})
+        run = WatchedRun(directory, log, {})
         try:
-            one.start(self.command(directory))
-            assert one.process is not None
-            code = one.process.wait()
+            run.start(self.command(directory))
+            assert run.process is not None
+            code = run.process.wait()
         finally:
-            one.end()
+            run.end()
         if code != 0:
             raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
         self.reference = read_reference(directory, self.steps)
@@ -211,41 +215,41 @@ class Benchmark:
         saves = [line["published_seconds"] for line in lines if line["kind"] == "checkpoint"]
         self.save_seconds = statistics.median(saves)
         self.step_seconds = statistics.median(line["step_seconds"] for line in lines if line["kind"] == "train")
-        say(f"{1 / self.step_seconds:.1f} steps/s; a checkpoint counts after {self.save_seconds:.2f} s")
+        say(f"{1 / self.step_seconds:.1f} steps/s; a checkpoint is published after {self.save_seconds:.2f} s")
 
     @contextmanager
     def watched(self, name: str, directory: Path) -> Iterator[WatchedRun]:
-        """A run to be disturbed; nothing of it outlives the block."""
-        one, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
+        """Yield a run to disturb; no process of it outlives the block."""
+        run, before = WatchedRun(directory, self.output / f"{name}.log", self.reference), len(self.faults)
         try:
-            yield one
+            yield run
         except RunLost as lost:
             say(f"LOST: {lost}")
             if len(self.faults) == before or self.faults[-1].resumed is not None:
                 self.faults.append(
-                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=one.step)
+                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=run.step)
                 )
             self.faults[-1].lost = str(lost)
         finally:
-            one.end()
-        self.judge(one, self.faults[before:])
+            run.end()
+        self.judge(run, self.faults[before:])
 
-    def judge(self, one: WatchedRun, faults: Sequence[Fault]) -> None:
-        """Every line that was written between two faults belongs to the resume after the first of them."""
-        ends = [fault.first_start for fault in faults[1:]] + [len(one.starts)]
+    def judge(self, run: WatchedRun, faults: Sequence[Fault]) -> None:
+        """Note what each fault did: lines that were written between two faults belong to the resume after the first."""
+        ends = [fault.first_start for fault in faults[1:]] + [len(run.starts)]
         for fault, end in zip(faults, ends, strict=True):
-            starts = one.starts[fault.first_start : end]
+            starts = run.starts[fault.first_start : end]
             fault.compared = sum(start.compared for start in starts)
             fault.wrong = [problem for start in starts for problem in start.wrong]
             if fault.kind in ON_DISK:
-                starts = starts[: fault.starts]  # the benchmark itself makes the next one
+                starts = starts[: fault.starts]  # the benchmark itself makes the next start
             asked = STARTS_OF.get(fault.kind, 1)
             if not fault.lost and fault.kind != NODE and len(starts) > asked:
                 said = [line for start in starts[asked - 1 : -1] for line in start.said]
                 self.unasked.append(f"after fault {fault.number}: {' / '.join(said)[-500:]}")
 
     def disturb(self, kinds: Sequence[str]) -> None:
-        """All that takes nothing but processes and files, on one run; then that goes on to its end."""
+        """Inject all faults that need only processes and files into one run, which then continues to its end."""
         actions: dict[str, Callable[[WatchedRun, Fault], None]] = {
             "step": self.kill_in_a_step,
             "save": self.kill_in_a_save,
@@ -254,37 +258,38 @@ class Benchmark:
             "hang": self.stop_a_rank,
         }
         directory = self.output / "disturbed"
-        with self.watched("disturbed", directory) as one:
+        with self.watched("disturbed", directory) as run:
             words = [f"training.timeout={TIMEOUT}"]
-            one.start(self.command(directory, *words, restarts=100 * len(kinds)))
+            run.start(self.command(directory, *words, restarts=100 * len(kinds)))
             try:
                 for kind in kinds:
-                    one.wait(one.goes_on, "for a first step")
-                    fault = self.new_fault(one, kind)
-                    actions.get(kind, self.damage_the_newest)(one, fault)
-                    self.see_it_go_on(one, fault)
-                one.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
+                    run.wait(run.goes_on, "for a first step")
+                    fault = self.new_fault(run, kind)
+                    actions.get(kind, self.damage_the_newest)(run, fault)
+                    self.see_it_resume(run, fault)
+                run.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
             except RunEnded:
                 self.ends_differ = self.compare_ends(directory)
 
-    def new_fault(self, one: WatchedRun, kind: str) -> Fault:
-        return Fault(len(self.faults) + 1, kind, step=one.step, first_start=len(one.starts))
+    def new_fault(self, run: WatchedRun, kind: str) -> Fault:
+        """Return a fault that is about to be injected."""
+        return Fault(len(self.faults) + 1, kind, step=run.step, first_start=len(run.starts))
 
-    def see_it_go_on(self, one: WatchedRun, fault: Fault) -> None:
-        """Wait for the first new step. Raises RunLost."""
+    def see_it_resume(self, run: WatchedRun, fault: Fault) -> None:
+        """Wait for the first new step after a fault, and note it. Raises RunLost."""
         self.faults.append(fault)
-        before = one.starts[fault.first_start - 1]
+        before = run.starts[fault.first_start - 1]
         last = fault.first_start + STARTS_OF.get(fault.kind, 1)
-        one.wait(lambda: len(one.starts) >= last and one.goes_on(), "for a new step")
-        start = one.starts[-1]
+        run.wait(lambda: len(run.starts) >= last and run.goes_on(), "for a new step")
+        start = run.starts[-1]
         assert start.first_step_at is not None
         fault.step, fault.resumed = before.last_step, start.resumed
         fault.redone = fault.step - start.resumed
-        fault.starts = len(one.starts) - fault.first_start
+        fault.starts = len(run.starts) - fault.first_start
         fault.restart_seconds = round(start.first_step_at - start.at, 2)
         fault.outage_seconds = round(start.first_step_at - fault.at, 2)
         say(
-            f"[{fault.number}/{len(self.kinds)}] {fault.kind}: {fault.detail}; at step {fault.step}, went on from"
+            f"[{fault.number}/{len(self.kinds)}] {fault.kind}: {fault.detail}; at step {fault.step}, resumed from"
             f" {fault.resumed}, {fault.redone} redone, new step {fault.restart_seconds:.1f} s after the restart"
             + (f"; WRONG: {start.wrong[0]}" if start.wrong else "")
         )
@@ -292,81 +297,88 @@ class Benchmark:
 
     # --- faults of processes and files ---------------------------------------------------------------------------
 
-    def wait_some_steps(self, one: WatchedRun) -> None:
+    def wait_some_steps(self, run: WatchedRun) -> None:
+        """Wait for a random number of steps after the newest resume."""
         steps = self.random.randint(0, EVERY * 5 // 4)
-        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + 1 + steps, f"for {steps} steps")
+        run.wait(lambda: run.goes_on() and run.step >= run.starts[-1].resumed + 1 + steps, f"for {steps} steps")
 
-    def compare_some_steps(self, one: WatchedRun) -> None:
-        one.wait(lambda: one.goes_on() and one.step >= one.starts[-1].resumed + EVERY, f"for {EVERY} steps")
+    def compare_some_steps(self, run: WatchedRun) -> None:
+        """Wait until some steps after the newest resume have been compared."""
+        run.wait(lambda: run.goes_on() and run.step >= run.starts[-1].resumed + EVERY, f"for {EVERY} steps")
 
-    def choose_victims(self, one: WatchedRun) -> tuple[str, list[psutil.Process]]:
-        """Return one rank, or all."""
+    def choose_victims(self, run: WatchedRun) -> tuple[str, list[psutil.Process]]:
+        """Return the name and the processes of one rank, or of all."""
         ranks: dict[int, psutil.Process] = {}
 
         def all_found() -> bool:
-            ranks.update(one.ranks())
+            ranks.update(run.ranks())
             return len(ranks) == self.ranks
 
-        one.wait(all_found, "for the processes of all ranks")
+        run.wait(all_found, "for the processes of all ranks")
         if self.random.random() < 0.5:
             return "all ranks", list(ranks.values())
         chosen = self.random.randrange(self.ranks)
         return f"rank {chosen}", [ranks[chosen]]
 
-    def kill_in_a_step(self, one: WatchedRun, fault: Fault) -> None:
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+    def kill_in_a_step(self, run: WatchedRun, fault: Fault) -> None:
+        """Kill one rank or all in the middle of a step."""
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
         fault.at, fault.detail = time.time(), f"SIGKILL to {name}"
         kill(victims)
 
-    def kill_in_a_save(self, one: WatchedRun, fault: Fault) -> None:
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+    def kill_in_a_save(self, run: WatchedRun, fault: Fault) -> None:
+        """Kill one rank or all while a checkpoint is being written."""
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         while True:
-            one.wait(one.is_saving, "for a checkpoint to be written")
+            run.wait(run.is_saving, "for a checkpoint to be written")
             seen = time.time()
             time.sleep(self.random.uniform(0, self.save_seconds))
-            if one.is_saving():  # else it was quicker this time
+            if run.is_saving():  # else it was published before
                 break
         fault.at = time.time()
         kill(victims)
         fault.detail = f"SIGKILL to {name} {fault.at - seen:.3f} s after the save was seen to begin"
 
-    def damage_the_newest(self, one: WatchedRun, fault: Fault) -> None:
-        """Of all ranks, so that nobody publishes another checkpoint meanwhile."""
-        self.wait_some_steps(one)
-        one.wait(lambda: len(one.good()) >= 2, "for a second good checkpoint")
-        victims = list(one.ranks().values())
+    def damage_the_newest(self, run: WatchedRun, fault: Fault) -> None:
+        """Kill all ranks, so that none publishes another checkpoint meanwhile, and damage the newest checkpoint."""
+        self.wait_some_steps(run)
+        run.wait(lambda: len(run.good()) >= 2, "for a second good checkpoint")
+        victims = list(run.ranks().values())
         fault.at = time.time()
         kill(victims)
-        checkpoint = one.good()[-1]
+        checkpoint = run.good()[-1]
         files = sorted(path for path in checkpoint.iterdir() if path.is_file())
         shards = [path for path in files if path.name.endswith("_states.pt")]
         file = self.random.choice(self.random.choice([shards, files]))
         what = damage(file, fault.kind, self.random)
-        one.note_damage(checkpoint)
+        run.note_damage(checkpoint)
         fault.detail = f"SIGKILL to all ranks; {checkpoint.name}/{file.name}: {what}"
 
-    def kill_the_launch(self, one: WatchedRun, fault: Fault) -> None:
-        self.wait_some_steps(one)
+    def kill_the_launch(self, run: WatchedRun, fault: Fault) -> None:
+        """Kill the launcher and all ranks."""
+        self.wait_some_steps(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
-        victims = one.processes()
+        victims = run.processes()
         fault.at, fault.detail = time.time(), f"SIGKILL to launcher and ranks, {len(victims)} processes"
         kill(victims)
 
-    def kill_while_resuming(self, one: WatchedRun, fault: Fault) -> None:
-        self.kill_in_a_step(one, fault)
-        one.wait(lambda: len(one.starts) > fault.first_start, "for a restart")
-        known = [one.restart_seconds for one in self.faults if one.restart_seconds is not None]
+    def kill_while_resuming(self, run: WatchedRun, fault: Fault) -> None:
+        """Kill a rank or all, then the launcher and all ranks while they resume."""
+        self.kill_in_a_step(run, fault)
+        run.wait(lambda: len(run.starts) > fault.first_start, "for a restart")
+        known = [done.restart_seconds for done in self.faults if done.restart_seconds is not None]
         delay = self.random.uniform(0.5, statistics.median(known) if known else 8.0)
         time.sleep(delay)
-        kill(one.processes())
+        kill(run.processes())
         fault.detail += f"; SIGKILL to launcher and ranks {delay:.2f} s after the restart"
 
-    def stop_a_rank(self, one: WatchedRun, fault: Fault) -> None:
-        self.wait_some_steps(one)
-        name, victims = self.choose_victims(one)
+    def stop_a_rank(self, run: WatchedRun, fault: Fault) -> None:
+        """Suspend one rank or all."""
+        self.wait_some_steps(run)
+        name, victims = self.choose_victims(run)
         fault.at, fault.detail = time.time(), f"SIGSTOP to {name}"
         for victim in victims:
             victim.send_signal(signal.SIGSTOP)
@@ -374,6 +386,7 @@ class Benchmark:
     # --- a full disk ---------------------------------------------------------------------------------------------
 
     def disturb_by_a_full_disk(self, kinds: Sequence[str]) -> None:
+        """Inject full disks into a run on a small file system, which only root can mount."""
         disk = self.output / "small disk"
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MEGABYTES}m", "tmpfs", str(disk)]
@@ -387,56 +400,56 @@ class Benchmark:
             self.impossible |= dict.fromkeys(kinds, "needs a small file system, which only root can mount")
             return
         try:
-            with self.watched("small disk", disk / "run") as one:
+            with self.watched("small disk", disk / "run") as run:
                 for kind in kinds:
-                    self.fill_the_disk(one, disk, kind)
+                    self.fill_the_disk(run, disk, kind)
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
 
-    def fill_the_disk(self, one: WatchedRun, disk: Path, kind: str) -> None:
+    def fill_the_disk(self, run: WatchedRun, disk: Path, kind: str) -> None:
+        """Start the run, fill its disk, and make room again."""
         words = [f"training.timeout={TIMEOUT}", f"checkpoint.on_error={kind.split(', ')[1]}"]
         command = self.command(disk / "run", *words, restarts=3)
-        count = len(one.starts)
-        one.start(command)
-        one.wait(lambda: len(one.starts) > count and one.goes_on(), "for a first step")
-        one.wait(one.newest_good, "for a first checkpoint")
-        fault = self.new_fault(one, kind)
-        self.wait_some_steps(one)
+        count = len(run.starts)
+        run.start(command)
+        run.wait(lambda: len(run.starts) > count and run.goes_on(), "for a first step")
+        run.wait(run.newest_good, "for a first checkpoint")
+        fault = self.new_fault(run, kind)
+        self.wait_some_steps(run)
         fault.at = time.time()
         filler = disk / "filler"
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
         if kind == STOP:
-            code = one.wait_for_end()
+            code = run.wait_for_end()
             if code != SaveError.exit_code:
-                raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(one.tail())}")
+                raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(run.tail())}")
             filler.unlink()
             fault.detail = f"ended with exit code {code}; room made, same command again"
             fault.at = time.time()
-            one.start(command)
+            run.start(command)
         else:
-            said = len(re.findall(r"training goes on \(checkpoint.on_error\)", one.said()))
-            one.wait(
-                lambda: len(re.findall(r"training goes on \(checkpoint.on_error\)", one.said())) > said,
-                "for a checkpoint that cannot be written",
-            )
-            good, step = one.newest_good(), one.step
+            warning = "(checkpoint.on_error)"
+            warnings = run.said().count(warning)
+            run.wait(lambda: run.said().count(warning) > warnings, "for a checkpoint that cannot be written")
+            good, step = run.newest_good(), run.step
             filler.unlink()
-            one.wait(lambda: one.newest_good() > good, "for a checkpoint after room was made")
+            run.wait(lambda: run.newest_good() > good, "for a checkpoint after room was made")
             fault.detail = f"full until step {step}, newest checkpoint {good} until then; "
-            self.wait_some_steps(one)
-            name, victims = self.choose_victims(one)
+            self.wait_some_steps(run)
+            name, victims = self.choose_victims(run)
             fault.at = time.time()
             fault.detail += f"then SIGKILL to {name}"
             kill(victims)
-        self.see_it_go_on(one, fault)
-        self.compare_some_steps(one)
-        one.end()
+        self.see_it_resume(run, fault)
+        self.compare_some_steps(run)
+        run.end()
 
     # --- a node of SLURM -----------------------------------------------------------------------------------------
 
     def disturb_under_slurm(self, kinds: Sequence[str]) -> None:
+        """Kill nodes of a SLURM of two nodes under a run."""
         problem = virtual_slurm.why_not()
         if problem is None and self.ranks % 2:
             problem = "needs an even number of ranks, for two nodes"
@@ -454,49 +467,51 @@ class Benchmark:
             if done.returncode or not found:
                 raise L2EError(f"l2e-ds submit: exit code {done.returncode}: {done.stdout}{done.stderr}")
             job = found[1]
-            with self.watched("slurm", directory) as one:
-                one.log = directory / "submit-1" / f"slurm-{job}.log"
+            with self.watched("slurm", directory) as run:
+                run.log = directory / "submit-1" / f"slurm-{job}.log"
                 try:
                     for _kind in kinds:
-                        self.kill_a_node(one, job, environment)
+                        self.kill_a_node(run, job, environment)
                 finally:
                     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=environment, capture_output=True)
                     subprocess.run(["scancel", job], env=environment, capture_output=True)
 
-    def kill_a_node(self, one: WatchedRun, job: str, environment: dict[str, str]) -> None:
+    def kill_a_node(self, run: WatchedRun, job: str, environment: dict[str, str]) -> None:
+        """Kill a node of the job, and bring it back once SLURM has requeued the job."""
+
         def shown(key: str) -> str:
             show = ["scontrol", "show", "job", job, "--oneliner"]
             answer = subprocess.run(show, env=environment, capture_output=True, text=True).stdout
             return dict(re.findall(r"(\w+)=(\S+)", answer)).get(key, "")
 
-        one.wait(one.goes_on, "for a first step")
-        fault, times = self.new_fault(one, NODE), int(shown("Restarts"))
-        self.wait_some_steps(one)
+        run.wait(run.goes_on, "for a first step")
+        fault, times = self.new_fault(run, NODE), int(shown("Restarts"))
+        self.wait_some_steps(run)
         node = ("n2", "n1")[times % 2]
         fault.at = time.time()
         killed = virtual_slurm.kill_node(environment, node)
         fault.detail = f"SIGKILL to {len(killed)} processes of node {node}" + (
             ", where the batch script runs" if node == "n1" else ""
         )
-        one.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
-        one.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
+        run.wait(lambda: int(shown("Restarts") or 0) > times, "for SLURM to requeue the job")
+        run.wait(lambda: shown("JobState") == "PENDING", "for the job to be pending")
         virtual_slurm.bring_back_node(environment, node)
-        one.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
-        # SLURM lets a requeued job wait for two minutes. Not at once: seen with 22.05, a job that starts again in the
-        # second in which its node came back is given one node too few, and its srun waits for ever.
+        run.wait(lambda: len(virtual_slurm.ready_nodes(environment)) == 2, "for both nodes to be ready")
+        # SLURM delays a requeued job by two minutes; here it starts sooner, but not at once: with 22.05, a job that
+        # starts in the second in which its node came back is given one node too few, and its srun waits for ever.
         time.sleep(5)
         update = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
         subprocess.run(update, env=environment, check=True, capture_output=True)
         fault.detail += "; requeued by SLURM"
-        count = len(one.starts)
-        one.wait(lambda: len(one.starts) > count, "for the job to start again")
-        self.see_it_go_on(one, fault)
-        self.compare_some_steps(one)
+        count = len(run.starts)
+        run.wait(lambda: len(run.starts) > count, "for the job to start again")
+        self.see_it_resume(run, fault)
+        self.compare_some_steps(run)
 
     # --- results -------------------------------------------------------------------------------------------------
 
     def compare_ends(self, directory: Path) -> str | None:
-        """In what the last checkpoints and the metrics of disturbed and undisturbed run differ, or None."""
+        """Return in what the last checkpoints or the metrics of both runs differ, or None."""
         from safetensors.torch import load_file
 
         from l2e_ds.run_directory.manifest import verify
@@ -524,13 +539,14 @@ class Benchmark:
         return None
 
     def passed(self) -> bool:
+        """Return whether every fault was injected, no run was lost, and no number was wrong."""
         injected = [fault for fault in self.faults if fault.kind in KINDS]
         expected = [kind for kind in self.kinds if kind not in self.impossible]
         fine = not any(fault.lost or fault.wrong for fault in self.faults)
         return fine and len(injected) == len(expected) and self.ends_differ is None
 
     def record(self) -> dict[str, Any]:
-        """Everything, for faults.json."""
+        """Return the content of faults.json."""
         about = {
             "command": self.command_line(),
             "date": self.date(),
@@ -551,32 +567,35 @@ class Benchmark:
         return {**about, **numbers, **results, "faults": [asdict(fault) for fault in self.faults]}
 
     def keep_record(self) -> None:
+        """Write faults.json."""
         (self.output / "faults.json").write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
 
     def command_line(self) -> str:
-        words = ["l2e-ds", "bench", "faults", "--faults", str(len(self.kinds)), "--seed", str(self.seed)]
-        return shlex.join([*words, "--ranks", str(self.ranks)])
+        """Return the command that makes these runs."""
+        return f"python -m benchmarks faults --faults {len(self.kinds)} --seed {self.seed} --ranks {self.ranks}"
 
     def date(self) -> str:
+        """Return the day on which the measurement began."""
         return time.strftime("%Y-%m-%d", time.localtime(self.began))
 
     def table(self) -> str:
-        """Markdown."""
+        """Return the results as Markdown."""
         heads = ["fault", "injected", "lost", "wrong", "lines compared", "most steps redone"]
         heads += ["restart to first new step: median", "max", "fault to first new step: median"]
-        rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-        for kind, (_, what) in KINDS.items():
-            rows.append([what, *cells([fault for fault in self.faults if fault.kind == kind])])
+        rows = [
+            [what, *cells([fault for fault in self.faults if fault.kind == kind])] for kind, (_, what) in KINDS.items()
+        ]
         rows.append(["**all**", *(f"**{cell}**" if cell else "" for cell in cells(self.faults))])
-        text = [f"| {' | '.join(row)} |" for row in rows]
+        text = [markdown(heads, rows).rstrip()]
         for problem, kinds in group(self.impossible).items():
             text += [
                 "",
                 f"**Not injected on this machine** ({'; '.join(KINDS[kind][1] for kind in kinds)}): {problem}.",
             ]
-        missing = len(self.kinds) - len(self.impossible_kinds()) - len([f for f in self.faults if f.kind in KINDS])
+        expected = [kind for kind in self.kinds if kind not in self.impossible]
+        missing = len(expected) - len([fault for fault in self.faults if fault.kind in KINDS])
         if missing:
-            text += ["", f"**{missing} more faults were planned, but not injected: the run was over before.**"]
+            text += ["", f"**{missing} more faults were planned, but not injected: the run ended before.**"]
         end = (
             "equal to the bit (weights, optimizer, moments, thresholds, random states, every line of metrics)"
             if self.ends_differ is None
@@ -588,20 +607,17 @@ class Benchmark:
             f"* End of the run that was disturbed, and of the one that was not, at step {self.steps}: {end}.",
             f"* Restarts that no fault explains: {len(self.unasked)}.",
             f"* Every run: {self.ranks} ranks, a checkpoint every {EVERY} steps, the newest {KEPT} kept,"
-            f" {1 / self.step_seconds:.0f} steps/s undisturbed; a checkpoint counts {self.save_seconds:.2f} s after it"
-            " was begun (medians).",
+            f" {1 / self.step_seconds:.0f} steps/s undisturbed; a checkpoint is published"
+            f" {self.save_seconds:.2f} s after it was begun (medians).",
             f"* `{self.command_line()}` on {self.date()}, {(time.time() - self.began) / 60:.0f} minutes; {machine()};"
             f" load average before it, from other work: {self.load:.1f}.",
             "* " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".",
         ]
         return "\n".join(text) + "\n"
 
-    def impossible_kinds(self) -> list[str]:
-        return [kind for kind in self.kinds if kind in self.impossible]
-
 
 def cells(faults: Sequence[Fault]) -> list[str]:
-    """Return a row of the table, without its name."""
+    """Return a row of the table, without its first cell."""
     if not faults:
         return ["0", *[""] * 7]
 
@@ -623,7 +639,7 @@ def cells(faults: Sequence[Fault]) -> list[str]:
 
 
 def group(reasons: dict[str, str]) -> dict[str, list[str]]:
-    """Reason -> kinds."""
+    """Return the kinds by the reason for which they cannot be injected."""
     grouped: dict[str, list[str]] = {}
     for kind, reason in reasons.items():
         grouped.setdefault(reason, []).append(kind)
@@ -631,7 +647,7 @@ def group(reasons: dict[str, str]) -> dict[str, list[str]]:
 
 
 def damage(file: Path, how: str, generator: random.Random) -> str:
-    """Damage a file; says what was done."""
+    """Damage a file, and return what was done. how: a kind of `KINDS`."""
     size = file.stat().st_size
     if how == "missing":
         file.unlink()
@@ -654,7 +670,7 @@ def damage(file: Path, how: str, generator: random.Random) -> str:
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
-    """SIGKILL to all at once; returns when none of them can write any more."""
+    """Kill all processes at once, and wait until none of them can write any more. Raises RunLost."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -688,7 +704,7 @@ def tensors_of_shard(shard: Path) -> dict[str, Any]:
 
 
 def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
-    """Return whether there are any, under the same names, equal to the bit."""
+    """Return whether there are tensors, with the same names, and all are bit-identical."""
     import torch
 
     return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)

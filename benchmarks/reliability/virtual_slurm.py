@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd, for tests and measurements."""
+"""Start a real SLURM of two nodes on this machine (munged, slurmctld, two slurmd), for tests and measurements."""
 
 from __future__ import annotations
 
@@ -56,19 +56,19 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 
 
 def why_not() -> str | None:
-    """Return what keeps a SLURM from being started here, or None."""
+    """Return what prevents a SLURM from being started here, or None."""
     if not all(shutil.which(program) for program in PROGRAMS):
         return "SLURM is not installed; on Debian: apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
-        return "a SLURM of our own is started as root"
+        return "only root can start a SLURM here"
     return None
 
 
 @contextmanager
 def virtual_slurm() -> Iterator[dict[str, str]]:
-    """The environment in which srun, sbatch and scontrol reach the cluster; nothing of it outlives the block.
+    """Yield the environment in which srun, sbatch and scontrol reach the cluster; none of it outlives the block.
 
-    Raises L2EError where it does not start.
+    Raises L2EError if it does not start.
     """
     folder = Path(tempfile.mkdtemp(prefix="l2e-slurm-", dir="/tmp"))  # a socket's path is limited to 108 bytes
     try:
@@ -96,15 +96,15 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
 
 
 def bring_back_node(environment: dict[str, str], name: str) -> None:
-    """Its slurmd again, after `kill_node` and once SLURM has missed it. Raises L2EError."""
-    # SLURM 22.05 may still take the requeued job to be completing there; an administrator mends that in this way
+    """Start a node's slurmd again, after `kill_node` and once SLURM has missed it. Raises L2EError."""
+    # SLURM 22.05 may still consider the requeued job to be completing there; an administrator fixes that in this way
     down = ["scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=killed"]
     subprocess.run(down, env=environment, check=True, capture_output=True)
     _start(["slurmd", "-N", name], environment)
 
 
 def kill_node(environment: dict[str, str], name: str) -> list[str]:
-    """SIGKILL to slurmd and to everything that it started, as when the power fails (but sockets are closed).
+    """Send SIGKILL to slurmd and to all that it started, as when the power fails (but sockets are closed).
 
     Returns the names of the killed processes.
     """
@@ -122,7 +122,7 @@ def kill_node(environment: dict[str, str], name: str) -> list[str]:
         except psutil.Error:
             continue
     # power fails for all at once: a slurmstepd that outlived the batch script by an instant would still report its end,
-    # and SLURM would take the job for failed instead of robbed of its node
+    # and SLURM would consider the job failed, instead of without its node
     for process in sorted(doomed.values(), key=lambda process: not _is_daemon(process)):
         with contextlib.suppress(psutil.Error):
             process.suspend()
@@ -144,14 +144,14 @@ def _is_daemon(process: psutil.Process) -> bool:
 
 
 def daemon_logs(environment: dict[str, str]) -> str:
-    """Return the ends of what the daemons wrote."""
+    """Return the ends of the daemons' logs."""
     return "\n".join(
         file.read_text()[-1500:] for file in sorted(Path(environment["SLURM_CONF"]).parent.glob("slurm*.log"))
     )
 
 
 def _stop(folder: Path) -> None:
-    """The daemons, and what they leave running: slurmstepd, jobs that were not waited for, slurmctld's own helper."""
+    """End the daemons, and what they leave running: slurmstepd, unfinished jobs, slurmctld's own helper."""
     daemons = []
     for file in folder.glob("*.pid"):
         with contextlib.suppress(ValueError, psutil.Error):
@@ -198,7 +198,7 @@ def _start(daemon: list[str], environment: dict[str, str]) -> None:
 
 
 def ready_nodes(environment: dict[str, str]) -> set[str]:
-    """Return the names of those that answer and take jobs.
+    """Return the names of the nodes that respond and take jobs.
 
     Idle ones are not enough: SLURM 22.05 may list a node for minutes as `mixed` after the job on it is gone.
     """

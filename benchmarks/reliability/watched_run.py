@@ -1,6 +1,6 @@
-"""A run in the background whose every start and every line of metrics is seen, and compared with the undisturbed run.
+"""Watch a run in the background: every start, and every line of metrics, which is compared with the undisturbed run's.
 
-A start: one launch of the ranks by the supervisor. `metrics.jsonl` is cut at every resume, so it is read as it grows.
+A start is one launch of the ranks by the supervisor. `metrics.jsonl` is cut at every resume, so it is read as it grows.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from l2e_ds.errors import L2EError
 from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
 
 TIMINGS = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu", "peak_memory_gib")
-"""Keys of a metrics line that tell of the machine, not of the run."""
+"""Keys of a metrics line that depend on the machine, not on the run."""
 PATIENCE = 600.0
 """Seconds without a first new step after which a run counts as lost."""
 POLL = 0.004
 
 
 class RunLost(Exception):
-    """The run did not go on."""
+    """The run did not continue."""
 
 
 class RunEnded(Exception):
@@ -37,11 +37,11 @@ class RunEnded(Exception):
 
 @dataclass
 class Start:
-    """One launch of the ranks, and what came of it."""
+    """Holds one launch of the ranks, and what came of it."""
 
     at: float  # seconds since the epoch, as all times here
-    resumed: int = 0  # step of the checkpoint that it went on from; 0: began afresh
-    newest_good: int | None = None  # of the checkpoints that were there when it said so
+    resumed: int = 0  # step of the checkpoint that it resumed from; 0: none
+    newest_good: int | None = None  # step of the newest good checkpoint at that time
     first_step_at: float | None = None
     last_step: int = 0
     compared: int = 0  # lines
@@ -50,7 +50,7 @@ class Start:
 
 
 class WatchedRun:
-    """directory: the run's. log: where supervisor and ranks write. reference: lines by step (`comparable`)."""
+    """Watches a run. log: where supervisor and ranks write; reference: the undisturbed lines by step (`comparable`)."""
 
     def __init__(self, directory: Path, log: Path, reference: dict[int, dict]) -> None:
         self.directory, self.log, self.reference = directory, log, reference
@@ -64,7 +64,7 @@ class WatchedRun:
     # --- processes -----------------------------------------------------------------------------------------------
 
     def start(self, command: Sequence[str]) -> None:
-        """The supervisor, in the background. (SLURM starts its own; then there is no `process`.)"""
+        """Start the supervisor in the background. (SLURM starts its own; then there is no `process`.)"""
         with self.log.open("ab") as file:
             self.process = psutil.Popen(
                 command,
@@ -75,7 +75,7 @@ class WatchedRun:
             )
 
     def processes(self) -> list[psutil.Process]:
-        """Return all that the supervisor started: launcher, its helpers, ranks."""
+        """Return all processes that the supervisor started: launcher, its helpers, ranks."""
         found = []
         with contextlib.suppress(psutil.Error):
             for process in self.process.children(recursive=True) if self.process else []:
@@ -95,7 +95,7 @@ class WatchedRun:
         return found
 
     def end(self) -> None:
-        """Kill whatever is left."""
+        """Kill all that is left of the run."""
         if self.process is None:
             return
         for process in [*self.processes(), self.process]:
@@ -103,14 +103,14 @@ class WatchedRun:
                 process.kill()
         self.process.wait()
 
-    def wait_for_end(self, seconds: float = PATIENCE) -> int:
-        """Return the supervisor's exit code. Raises RunLost."""
+    def wait_for_end(self) -> int:
+        """Wait for the supervisor and return its exit code. Raises RunLost."""
         assert self.process is not None
-        deadline = time.time() + seconds
+        deadline = time.time() + PATIENCE
         while self.process.poll() is None:
             self.poll()
             if time.time() > deadline:
-                raise RunLost(f"waited {seconds:.0f} s for its end: {' / '.join(self.tail())}")
+                raise RunLost(f"waited {PATIENCE:.0f} s for its end: {' / '.join(self.tail())}")
             time.sleep(POLL)
         self.poll()
         return self.process.returncode
@@ -118,14 +118,17 @@ class WatchedRun:
     # --- watching ------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """Take in what has been written meanwhile: what a start said comes before the lines that it wrote."""
+        """Read what has been written meanwhile: what a start printed comes before the lines that it wrote."""
         lines = self._new_metrics()
         self._read_log()
         for line in lines:
-            self._take(line)
+            self._compare_line(line)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
-        """Raises RunLost where it does not come about in time; RunEnded, RunLost where the run ends instead."""
+        """Wait for a condition. Raises RunLost if it takes too long, or RunEnded or RunLost if the run ends instead.
+
+        what: the end of "waited N s ...".
+        """
         deadline = time.time() + seconds
         while True:
             self.poll()
@@ -148,13 +151,15 @@ class WatchedRun:
 
     @property
     def step(self) -> int:
+        """Return the last step of the newest start."""
         return self.starts[-1].last_step if self.starts else 0
 
     def tail(self) -> list[str]:
-        """Return the last things of note that were said."""
+        """Return the last errors and warnings of the newest start."""
         return self.starts[-1].said[-3:] if self.starts else self.log.read_text(errors="replace").splitlines()[-3:]
 
     def said(self) -> str:
+        """Return the whole log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def _new_metrics(self) -> list[dict]:
@@ -170,30 +175,30 @@ class WatchedRun:
             return []
         whole = content[: content.rfind(b"\n") + 1]
         self._metrics_read += len(whole)
-        new = [raw for raw in whole.splitlines() if raw not in self._seen]  # timings make a line unlike all others
+        new = [raw for raw in whole.splitlines() if raw not in self._seen]  # timings make each line unique
         self._seen.update(new)
         return [line for line in map(json.loads, new) if line["kind"] == "train"]
 
-    def _take(self, line: dict) -> None:
+    def _compare_line(self, line: dict) -> None:
         start = self.starts[-1]
-        self._stepped(start, line["step"])
+        self._note_step(start, line["step"])
         start.compared += 1
         problem = difference(line, self.reference)
         if problem:
             start.wrong.append(problem)
 
-    def _stepped(self, start: Start, step: int) -> None:
+    def _note_step(self, start: Start, step: int) -> None:
         start.last_step = max(start.last_step, step)
         if start.first_step_at is None:
             start.first_step_at = time.time()
-            if start.newest_good is None:  # it did not say that it resumed
+            if start.newest_good is None:  # it did not print that it resumed
                 self._resumed_from(start, 0)
 
     def _resumed_from(self, start: Start, step: int) -> None:
         start.resumed, start.last_step = step, max(start.last_step, step)
         start.newest_good = self.newest_good()
         if start.newest_good != step:
-            start.wrong.append(f"went on from step {step}, the newest good checkpoint is of {start.newest_good}")
+            start.wrong.append(f"resumed from step {step}, the newest good checkpoint is of {start.newest_good}")
 
     def _read_log(self) -> None:
         try:
@@ -208,28 +213,29 @@ class WatchedRun:
             if re.match(r"l2e-ds: start \d+ of at most", line):
                 self.starts.append(Start(time.time()))
             elif self.starts:
-                self._heard(self.starts[-1], line)
+                self._read_log_line(self.starts[-1], line)
 
-    def _heard(self, start: Start, line: str) -> None:
+    def _read_log_line(self, start: Start, line: str) -> None:
         if line.startswith("resumed from "):
             self._resumed_from(start, step_of(Path(line.removeprefix("resumed from "))))
-        elif step := re.match(r"step (\d+)/", line):  # where the disk is full, this line is all there is
-            self._stepped(start, int(step[1]))
+        elif step := re.match(r"step (\d+)/", line):  # if the disk is full, there is only this line
+            self._note_step(start, int(step[1]))
         elif line.startswith("l2e-ds: "):
             start.said.append(line.removeprefix("l2e-ds: "))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def good(self) -> list[Path]:
-        """Published checkpoints, oldest first, without those that the benchmark has damaged."""
+        """Return the published checkpoints, oldest first, without those that the benchmark has damaged."""
         return [path for path in published_checkpoints(self.directory) if _identity(path) not in self._damaged]
 
     def newest_good(self) -> int:
+        """Return the step of the newest undamaged checkpoint, or 0."""
         good = self.good()
         return step_of(good[-1]) if good else 0
 
     def is_saving(self) -> bool:
-        """Return whether a checkpoint is being written that does not count yet."""
+        """Return whether a checkpoint is being written that is not published yet."""
         for path in (self.directory / "checkpoints").glob("step*.tmp"):
             with contextlib.suppress(OSError):
                 # an older one is what a kill has left; the next save removes it
@@ -238,11 +244,12 @@ class WatchedRun:
         return False
 
     def note_damage(self, checkpoint: Path) -> None:
+        """Note that the benchmark has damaged a checkpoint."""
         self._damaged.add(_identity(checkpoint))
 
 
 def _identity(folder: Path) -> tuple[str, int, int]:
-    """Tells a folder from a later one of the same name."""
+    """Return what distinguishes a folder from a later one of the same name."""
     try:
         found = folder.stat()
     except OSError:  # pruned meanwhile
@@ -251,12 +258,12 @@ def _identity(folder: Path) -> tuple[str, int, int]:
 
 
 def comparable(line: dict) -> dict:
-    """Return what must be the same to the bit in every run of the same configuration."""
+    """Return the part of a line that must be bit-identical in every run of the same configuration."""
     return {key: value for key, value in line.items() if key not in TIMINGS}
 
 
 def difference(line: dict, reference: dict[int, dict]) -> str | None:
-    """In what a line differs from the undisturbed run's of the same step, or None."""
+    """Return in what a line differs from the undisturbed run's of the same step, or None."""
     here, there = comparable(line), reference.get(line["step"], {})
     for key in sorted(here.keys() | there.keys()):
         if here.get(key) != there.get(key):
@@ -265,7 +272,7 @@ def difference(line: dict, reference: dict[int, dict]) -> str | None:
 
 
 def read_reference(run: Path, steps: int) -> dict[int, dict]:
-    """Return lines by step of a run that nobody disturbed. Raises L2EError where it is not complete."""
+    """Return the lines of the undisturbed run by step. Raises L2EError if it is not complete."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found = [comparable(line) for line in lines if line["kind"] == "train"]
     if [line["step"] for line in found] != list(range(1, steps + 1)):

@@ -1,4 +1,4 @@
-"""In what a run file differs from the one that a checkpoint was written with, and what of this makes it another run."""
+"""Find out in what a run file differs from a checkpoint's, and which differences make it another run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
 from l2e_ds.engine.engine import learning_rate
 from l2e_ds.errors import CheckpointError
 
-# A run that goes on may also become longer, where its schedule stays, and compute the same in another way.
+# A resumed run may also become longer, where its schedule stays, and compute the same in another way.
 MAY_CHANGE = (
     *DECIDES_NO_FIGURE,
     *("training.steps", "optimizer.schedule_steps"),
@@ -24,8 +24,11 @@ MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
-    """Return what a checkpoint's state.json has under `config`. Of another version's, keys that this one lacks are left
-    out, and those that are new since have their defaults. Raises ConfigError; `where` begins its line."""
+    """Return the run file that a checkpoint's state.json has under `config`.
+
+    If another version wrote it, keys that this version lacks are left out, and new keys have their defaults. Raises
+    ConfigError; `where` begins its line.
+    """
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
         name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
@@ -36,14 +39,16 @@ def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
 
 
 def _known_names(section: Any) -> set[str]:
-    """Return keys of a section, with those that a key had before."""
+    """Return the keys of a section, with the names that they had in earlier versions."""
     old = (field.validation_alias for field in section.model_fields.values())
     return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
 
 
 class Changes:
-    """From the configuration in a checkpoint to that of the run that goes on from it; applied: optimizer steps that the
-    checkpoint has seen."""
+    """Holds the changes from the run file in a checkpoint to that of the run which resumes from it.
+
+    applied: the optimizer steps that the checkpoint has seen.
+    """
 
     def __init__(self, old: RunConfig, new: RunConfig, applied: int) -> None:
         self.old, self.new, self.applied = with_absolute_paths(old), with_absolute_paths(new), applied
@@ -52,15 +57,15 @@ class Changes:
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
 
     def lines(self) -> list[str]:
-        """Return every changed key as `section.key: old -> new`, and the learning rate where that changes."""
+        """Return every changed key as `section.key: old -> new`, and the learning rate if it changes."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":
-            texts[key] += " (figures change a little with ranks x micro-batch: docs/method.md, 5.2)"
+            texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2)"
         return [*texts.values(), *self._rates()]
 
     def refuse(self, checkpoint: Path) -> None:
-        """Raises CheckpointError where a key decides figures and is not in `training.allow_changes`."""
+        """Raise CheckpointError if a changed key decides the results and is not in `training.allow_changes`."""
         found = {
             key: text
             for key, text in self._texts.items()
@@ -89,7 +94,7 @@ class Changes:
             )
 
     def other_inhibition(self) -> bool:
-        """Return whether inhibition is another one: more than its schedule in another way of writing."""
+        """Return whether inhibition differs in more than how its schedule is written."""
         before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
         same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
         return before != now or any(
@@ -97,8 +102,10 @@ class Changes:
         )
 
     def _has_moved(self, key: str) -> bool:
-        """Return whether nothing is left where the checkpoint's run read this. Whether the same is read now, the data's
-        fingerprint tells, which the checkpoint holds too."""
+        """Return whether nothing is left where the checkpoint's run read this.
+
+        Whether the run reads the same now is checked by the data's fingerprint, which the checkpoint holds too.
+        """
         old = flat(self.old)[key]
         paths = [old] if isinstance(old, str) else old or []
         return bool(paths) and all(Path(path).is_absolute() and not Path(path).exists() for path in paths)
@@ -118,7 +125,7 @@ def _schedule_steps(config: RunConfig) -> int:
 
 
 def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
-    """Return the schedule's keys in steps; `end` where a decay leads to it."""
+    """Return the keys of inhibition's schedule in steps; `end` is there if a decay leads to it."""
     section, steps = config.inhibition, config.training.steps
     if section.method == "none":
         return {}
@@ -127,7 +134,8 @@ def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
 
 
 def _difference(old: Any, new: Any) -> str:
-    """Return old and new value; of `data.sets` of equal length only what differs, as `position.key: old -> new`."""
+    """Return the old and the new value; of `data.sets` of equal length only what differs, as `position.key: old ->
+    new`."""
     if not (
         isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new and isinstance(new[0], dict)
     ):

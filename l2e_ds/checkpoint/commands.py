@@ -1,4 +1,4 @@
-"""`l2e-ds checkpoint list | verify | prune RUN`: what a run has saved, whether it is undamaged, what may go."""
+"""`l2e-ds checkpoint list | verify | prune RUN`: list, verify or remove what a run has saved."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state, remove_checkpoint
+from l2e_ds.console import at_least
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
@@ -21,7 +22,7 @@ def _published(run: Path) -> list[Path]:
 
 
 def list_checkpoints(run: Path) -> int:
-    """Print steps, sizes, ranks and what is wrong with them by name and size. Raises CheckpointError."""
+    """Print a run's checkpoints and what names and sizes show to be wrong with them. Raises CheckpointError."""
     rows = [("step", "written", "GB", "ranks", "ZeRO", "state")]
     for path in _published(run):
         files, problem = read_manifest(path), check_files(path)
@@ -35,8 +36,8 @@ def list_checkpoints(run: Path) -> int:
                 problem = str(error)
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
         rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
-    rows += [(path.name, "", "", "", "", "set aside: a resume passed over it") for path in _set_aside(run)]
-    rows += [(path.name, "", "", "", "", "not finished") for path in _unfinished(run)]
+    rows += [(path.name, "", "", "", "", "set aside: a resume passed over it") for path in _folders(run, ".damaged")]
+    rows += [(path.name, "", "", "", "", "not finished") for path in _folders(run, ".tmp")]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         print("  ".join([*(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
@@ -44,8 +45,10 @@ def list_checkpoints(run: Path) -> int:
 
 
 def verify_checkpoints(run: Path, step: int | None) -> int:
-    """Read every byte of a run's checkpoints (or of one) and print what is wrong. Raises CheckpointError if anything
-    is."""
+    """Read every byte of a run's checkpoints (or of one) and print what is wrong.
+
+    Raises CheckpointError if anything is wrong.
+    """
     if is_checkpoint(run) and run.is_dir():
         if step is not None:
             raise CheckpointError(f"--step: goes with a run directory, {run} is a checkpoint")
@@ -70,14 +73,15 @@ def verify_checkpoints(run: Path, step: int | None) -> int:
 def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
     """Remove all but the newest `keep_last` undamaged ones and those whose step is a multiple of `keep_every`.
 
-    Raises CheckpointError; then nothing was removed."""
-    for name, value in (("--keep-last", keep_last), ("--keep-every", keep_every)):
-        if value is not None and value < 1:
-            raise CheckpointError(f"{name}: got {value}, allowed: an integer >= 1")
+    Raises ConfigError or CheckpointError, before anything is removed.
+    """
+    at_least("--keep-last", keep_last, 1)
+    if keep_every is not None:
+        at_least("--keep-every", keep_every, 1)
     published = _published(run)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []
-    for path in reversed(good):  # what is kept must be worth keeping: its every byte is looked at
+    for path in reversed(good):  # every byte of what is kept is verified: it must be worth keeping
         if len(kept) == keep_last:
             break
         problem = verify(path)
@@ -89,8 +93,8 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run
         raise CheckpointError(f"{run}: has no undamaged checkpoint; nothing is removed")
     if keep_every:
         kept += [path for path in good if step_of(path) % keep_every == 0]
-    doomed = [path for path in published if path not in kept] + _set_aside(run)
-    doomed += _unfinished(run) if _is_idle(run) else []
+    doomed = [path for path in published if path not in kept] + _folders(run, ".damaged")
+    doomed += _folders(run, ".tmp") if _is_idle(run) else []
     for path in doomed:
         print(f"{'would remove' if dry_run else 'removed'} {path.name}")
         if not dry_run:
@@ -99,16 +103,12 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run
     return 0
 
 
-def _set_aside(run: Path) -> list[Path]:
-    return sorted(path for path in (run / "checkpoints").glob("step*.damaged") if path.is_dir())
-
-
-def _unfinished(run: Path) -> list[Path]:
-    return sorted(path for path in (run / "checkpoints").glob("step*.tmp") if path.is_dir())
+def _folders(run: Path, suffix: str) -> list[Path]:
+    return sorted(path for path in (run / "checkpoints").glob(f"step*{suffix}") if path.is_dir())
 
 
 def _is_idle(run: Path) -> bool:
-    """Return whether no run is writing here, to whom an unfinished checkpoint would belong."""
+    """Return whether no run is writing here, to which an unfinished checkpoint would belong."""
     lock = RunLock(run)
     try:
         lock.acquire()
@@ -133,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-
+    """Run one of the three commands. Raises ConfigError or CheckpointError."""
     if arguments.checkpoint_verb == "list":
         return list_checkpoints(arguments.run)
     if arguments.checkpoint_verb == "verify":

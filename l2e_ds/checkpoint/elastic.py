@@ -1,4 +1,4 @@
-"""Elastic resume: a checkpoint of any number of ranks and ZeRO stage, into an engine of any other.
+"""Load a checkpoint of any number of ranks and ZeRO stage into an engine of any other: elastic resume.
 
 The shards are mapped, not read; each rank copies just the elements that it holds, parameter by parameter, into its
 float32 master weights and Adam moments, and DeepSpeed makes the low-precision weights of them. Nothing is written, and
@@ -36,23 +36,26 @@ def layout(engine: Any) -> dict[str, Any]:
 
 
 def loss_scaler_state(engine: Any) -> dict[str, Any]:
-    """fp16's loss scale and its counters, as plain numbers; empty in other precisions."""
+    """Return the loss scale of fp16 and its counters, as plain numbers; empty in other precisions."""
     scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
     return {name: getattr(scaler, name) for name in LOSS_SCALER if hasattr(scaler, name)}
 
 
 class ElasticLoad:
-    """Brings master weights, low-precision weights, Adam's moments and step count and fp16's loss scale into an engine.
+    """Loads master weights, low-precision weights, Adam's moments and step count and fp16's loss scale into an engine.
 
-    Two steps, after each of which the ranks must agree: in the first a rank works by itself and may fail alone.
-    Hyper-parameters stay the engine's own, group by group.
+    It takes two steps, after each of which the ranks must agree: in the first a rank works by itself and may fail
+    alone. Hyper-parameters stay the engine's own, group by group.
     """
 
     def __init__(
         self, checkpoint: Path, engine: Any, zero_stage: int, applied_steps: int, loss_scaler: dict[str, Any]
     ) -> None:
-        """zero_stage, applied_steps, loss_scaler: of the checkpoint; its optimizer steps that changed the weights, and
-        what `loss_scaler_state` returned when it was written."""
+        """Hold what to load, and into what.
+
+        zero_stage, applied_steps, loss_scaler: the checkpoint's stage, its optimizer steps that changed the weights,
+        and what `loss_scaler_state` returned when it was written.
+        """
         self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, zero_stage
         self.applied_steps, self.loss_scaler = applied_steps, loss_scaler
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
@@ -90,11 +93,14 @@ class ElasticLoad:
             setattr(self.engine.optimizer.loss_scaler, attribute, value)
 
     def spread_and_check(self) -> None:
-        """The low-precision weights from the master weights; then rank 0 compares what all ranks hold, gathered by
-        DeepSpeed's own functions, with the shards. Collective. Raises CheckpointError where they differ."""
+        """Compute the low-precision weights from the master weights, and compare all of them with the shards.
+
+        Rank 0 compares, with what DeepSpeed's own functions gather from all ranks. Collective. Raises CheckpointError
+        where they differ.
+        """
         import deepspeed
 
-        _spread(self.engine)
+        _make_low_precision_weights(self.engine)
         wrong = []
         for name, parameter in self.parameters.items():
             heartbeat.beat()
@@ -129,14 +135,8 @@ def _refuse_unsupported(checkpoint: Path, engine: Any, zero_stage: int) -> None:
         )
     if getattr(engine.optimizer, "round_robin_gradients", False):
         raise CheckpointError(
-            f"{checkpoint}: goes on with another number of ranks or ZeRO stage only without round_robin_gradients"
+            f"{checkpoint}: resumes on another number of ranks or ZeRO stage only without round_robin_gradients"
         )
-
-
-# --- the checkpoint's side ---------------------------------------------------------------------------------------
-
-
-# --- the engine's side -------------------------------------------------------------------------------------------
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -152,13 +152,14 @@ def _master_weights(engine: Any) -> list[Tensor]:
     """Return the tensors that this rank's Adam works on."""
     wrapper = engine.optimizer
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(wrapper, name):  # of stage 3, of 1 and 2, of stage 1 in bf16
+        if hasattr(wrapper, name):  # names in stage 3, in 1 and 2, in 1 with bf16
             return list(getattr(wrapper, name))
     return [parameter for group in wrapper.param_groups for parameter in group["params"]]
 
 
 def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, Piece]]:
-    """Which elements of which parameter this rank holds, and where in `_master_weights`."""
+    """Yield the pieces of parameters that this rank holds, with the name of each; `flat` is the place in
+    `_master_weights`."""
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     whole = {parameter: place for place, parameter in enumerate(_master_weights(engine))} if stage == 0 else {}
     for name, parameter in parameters.items():
@@ -176,11 +177,14 @@ def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int) -> None:
-    """An optimizer makes its moments, in its own form, at its first step: let it take one with gradients of zero at a
-    rate of zero, and set its count of steps."""
+    """Have the optimizer make its moments, and set its count of steps. Raises CheckpointError if it is no Adam.
+
+    An optimizer makes its moments, in its own form, at its first step: let it take one with gradients of zero at a
+    rate of zero.
+    """
     wrapper, adam = engine.optimizer, _adam(engine.optimizer)
     stage_3 = engine.zero_optimization_stage() == 3
-    lent = [flat for flat in flats if flat.grad is None]  # offloading keeps gradients of its own
+    lent = [flat for flat in flats if flat.grad is None]  # with offload there are gradients already
     rates = [group["lr"] for group in adam.param_groups]
     for flat in lent:
         flat.grad = torch.zeros_like(flat)
@@ -201,7 +205,7 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
         state = adam.state[flat]
         if set(state) - {"step"} != set(MOMENTS):
             raise CheckpointError(
-                f"{checkpoint}: goes on with another number of ranks or ZeRO stage only with optimizers that keep"
+                f"{checkpoint}: resumes on another number of ranks or ZeRO stage only with optimizers that keep"
                 f" {' and '.join(MOMENTS)} (Adam, AdamW); got {type(adam).__name__}"
             )
         if isinstance(state.get("step"), Tensor):
@@ -210,8 +214,8 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
             state["step"] = steps
 
 
-def _spread(engine: Any) -> None:
-    """The low-precision weights from the master weights, and what DeepSpeed's own functions look them up by."""
+def _make_low_precision_weights(engine: Any) -> None:
+    """Compute the low-precision weights from the master weights, and what DeepSpeed's own functions find them by."""
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 3:
         wrapper.checkpoint_event_prologue()

@@ -1,4 +1,4 @@
-"""Checkpoints: DeepSpeed's shards plus one small state of ours, published only when complete.
+"""Save, find and load checkpoints: DeepSpeed's shards plus a small state of l2e-ds, published only when complete.
 
     checkpoints/
       latest                         name of the newest checkpoint
@@ -10,9 +10,9 @@
         manifest.json                every file with its size and checksum; written last
 
 DeepSpeed writes `latest` before the other ranks' shards are on disk (docs/deepspeed.md, row 5), so we
-publish: all files into `stepN.tmp`; each rank brings its own to the disk and computes their checksums, in the
-background while training goes on; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
-Whether that has happened is agreed by all ranks once a step (`advance`).
+publish: all files into `stepN.tmp`; each rank flushes its own to the disk and computes their checksums, in the
+background while training continues; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
+All ranks agree once a step whether that has happened (`advance`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ ELASTIC = ("ranks", "zero_stage")
 
 @dataclass(frozen=True)
 class Identity:
-    """What must not change between a checkpoint and the run that goes on from it, but for ELASTIC."""
+    """Holds what must not change between a checkpoint and the run that resumes from it, except ELASTIC."""
 
     ranks: int
     zero_stage: int
@@ -66,7 +67,8 @@ class Identity:
 
 
 def is_due(step: int, last: int, every: int, early: bool) -> bool:
-    """Return whether a checkpoint is due after `step` steps: the end, every N, and Pythia's 0, 1, 2, 4 ... 512."""
+    """Return whether a checkpoint is due after `step` steps: at the end, every N, and early as Pythia (0, 1, 2, 4 ...
+    512)."""
     if step == last or (every and step % every == 0 and step > 0):
         return True
     return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
@@ -74,7 +76,7 @@ def is_due(step: int, last: int, every: int, early: bool) -> bool:
 
 @dataclass(frozen=True)
 class Published:
-    """What a save cost: the time that training stood still, the time until it counted, its size."""
+    """Holds what a save cost: the seconds that training stood still, the seconds until it was published, its bytes."""
 
     step: int
     blocked_seconds: float
@@ -84,7 +86,7 @@ class Published:
 
 @dataclass
 class _Pending:
-    """A checkpoint that is written, but does not count yet."""
+    """Holds a checkpoint that is written, but not published yet."""
 
     step: int
     final: Path
@@ -101,18 +103,18 @@ class CheckpointManager:
         self.directory = run_directory / "checkpoints"
         self.keep_last = keep_last
         self.resume_from: Path | None = None
-        """Set by `open_checkpoints`."""
+        """The checkpoint that the run resumes from; set by `open_checkpoints`."""
         self._pending: _Pending | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     # --- finding -------------------------------------------------------------------------------------------------
 
     def published(self) -> list[Path]:
-        """Return checkpoints under their final name, oldest first, good or not."""
+        """Return the checkpoints under their final names, oldest first, undamaged or not."""
         return published_checkpoints(self.directory.parent)
 
     def complete(self) -> list[Path]:
-        """Published checkpoints with every file of their manifest, oldest first. Says which ones are left out."""
+        """Return the published checkpoints that have every file of their manifest, oldest first; print the others."""
         found = []
         for path in self.published():
             problem = manifest.check_files(path)
@@ -123,10 +125,10 @@ class CheckpointManager:
         return found
 
     def find(self, resume: str) -> Path | None:
-        """Return the checkpoint that `training.resume` means, or None for a fresh start: the newest whose every byte is
-        as it was written.
+        """Return the checkpoint that `training.resume` means, or None for a fresh start.
 
-        Collective; the ranks share the reading. Raises CheckpointError on every rank.
+        It is the newest whose every byte is as it was written. Collective; the ranks share the reading. Raises
+        CheckpointError on every rank.
         """
         candidates: list[Path] | L2EError = []
         if collectives.is_main():
@@ -151,7 +153,8 @@ class CheckpointManager:
         return None
 
     def _candidates(self, resume: str) -> list[Path]:
-        """Oldest first; which of them are good is not looked at here."""
+        """Return the checkpoints that `training.resume` allows, oldest first, undamaged or not. Raises
+        CheckpointError."""
         own = self.published()
         if resume == "never" and own:
             raise CheckpointError(
@@ -187,7 +190,7 @@ class CheckpointManager:
     def save(
         self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
     ) -> None:
-        """Write a checkpoint and begin to publish it; collective. `advance` carries on.
+        """Write a checkpoint and begin to publish it, which `advance` completes. Collective.
 
         Raises SaveError on every rank if any rank failed; what was written is then removed.
         """
@@ -205,7 +208,7 @@ class CheckpointManager:
 
         def write() -> None:
             with _noting_failed_writes(engine) as failed:
-                # everything of ours under one key: others would overwrite the engine's own (docs/deepspeed.md, row 7)
+                # all of our state under one key: other keys could overwrite the engine's (docs/deepspeed.md, row 7)
                 engine.save_checkpoint(
                     str(self.directory),
                     tag=temporary.name,
@@ -214,7 +217,7 @@ class CheckpointManager:
                 )
             if failed:
                 raise failed[0]
-            # not by `save_file`, which lets nobody but the owner read, whatever the umask
+            # not by `save_file`, which lets only the owner read, whatever the umask
             (temporary / f"rng-rank{collectives.rank():05d}.safetensors").write_bytes(save(rng_state(engine.device)))
             if collectives.is_main():
                 if inhibitor is not None:
@@ -231,7 +234,7 @@ class CheckpointManager:
         self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
 
     def advance(self, until_done: bool = False) -> Published | None:
-        """Collective: see how far the pending checkpoint is; returns it when it has just been published.
+        """Look how far the pending checkpoint is, and return what it cost once it has been published. Collective.
 
         Raises SaveError on every rank if any rank failed; what was written is then removed.
         """
@@ -246,7 +249,8 @@ class CheckpointManager:
             if pending.entries is None:
                 parts = collectives.all_gather_objects(pending.task.result())
                 pending.entries = {name: entry for part in parts for name, entry in part.items()}
-                pending.task = self._background.submit(self._publish, pending) if collectives.is_main() else _done()
+                publish = partial(self._publish, pending) if collectives.is_main() else lambda: None
+                pending.task = self._background.submit(publish)
                 continue
             self._pending = None
             size = sum(int(entry["bytes"]) for entry in pending.entries.values())
@@ -255,17 +259,17 @@ class CheckpointManager:
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank has still to do its part of what `advance` waits for."""
+        """Whether this rank has yet to do its part of what `advance` waits for."""
         return self._pending is not None and not self._pending.task.done()
 
     def close(self) -> None:
-        """Wait until the background thread has ended what it had begun, at most a minute."""
+        """Wait until the background thread has finished what it began, at most a minute."""
         self._background.shutdown(wait=False, cancel_futures=True)
         if self._pending is not None:
             wait([self._pending.task], timeout=60)
 
     def _publish(self, pending: _Pending) -> None:
-        """Rank 0, in the background: from here on the checkpoint counts."""
+        """Write the manifest and give the checkpoint its final name: on rank 0, in the background. Raises SaveError."""
         assert pending.entries is not None
         final, temporary = pending.final, pending.final.with_suffix(".tmp")
         unseen = [name for name in pending.entries if not (temporary / name).is_file()]
@@ -279,7 +283,7 @@ class CheckpointManager:
         temporary.rename(final)
         try:
             self._tidy_up(final)
-        except OSError as error:  # the checkpoint counts all the same
+        except OSError as error:  # the checkpoint is published all the same
             say(f"l2e-ds: warning: {self.directory}: {error.strerror}")
 
     def _tidy_up(self, newest: Path) -> None:
@@ -291,20 +295,20 @@ class CheckpointManager:
         fsync_path(self.directory)
         published = self.published()
         for path in published:
-            if path > newest:  # this run went on from one before it, which it does only where this one is damaged
+            if path > newest:  # this run resumed from an older one, which it does only if this one is damaged
                 _remove_tree(path.with_suffix(".damaged"))
                 path.rename(path.with_suffix(".damaged"))
         if self.keep_last is not None:
             good = [path for path in published if path <= newest and manifest.check_files(path) is None]
             kept = good[-self.keep_last :]
             for path in published:
-                if kept and path < kept[0]:  # never what only seems damaged: a reading error passes
+                if kept and path < kept[0]:  # never one that only seems damaged: a reading error may pass
                     remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
-        """Collective: if any rank failed, remove what was written and raise on all."""
+        """Remove what was written and raise SaveError on all ranks, if any failed. Collective."""
         if isinstance(error, RuntimeError) and shutil.disk_usage(self.directory).free < 1 << 20:
-            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch's writer does not say it
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # torch's writer does not report it
         reason = None if error is None else f"rank {collectives.rank()}: {_in_one_line(error)}"
         reasons = [found for found in collectives.all_gather_objects(reason) if found is not None]
         if not reasons:
@@ -321,11 +325,12 @@ class CheckpointManager:
 
     @staticmethod
     def load(path: Path, engine: Any, inhibitor: Inhibitor | None, identity: Identity) -> TrainState:
-        """Bring engine, inhibitor and this rank's random states to where the checkpoint was. Collective.
+        """Load a checkpoint into engine, inhibitor and this rank's random states. Collective.
 
-        The same ranks and ZeRO stage go on to the bit. Others get the same weights, moments, tau and global batches; on
-        another number of ranks each rank's random states start anew from (seed, step, rank): nothing in Pythia or the
-        method draws from them in training.
+        With the same ranks and ZeRO stage the run is bit-identical to one that never stopped. Others get the same
+        weights, moments, tau and global batches; on another number of ranks each rank's random states start anew from
+        (seed, step, rank): nothing in Pythia or the method draws from them in training.
+
         Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
         """
         content = read_state(path)
@@ -349,18 +354,15 @@ class CheckpointManager:
 
         _together(load_ours, path)
         if elastic and collectives.is_main():
-            before, after = (
-                f"{ranks} rank{'s' * (ranks != 1)}, ZeRO {stage}"
-                for ranks, stage in zip((saved["ranks"], identity.ranks), stages, strict=True)
-            )
-            say(f"resumed elastically: {before} -> {after}")
+            before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, asdict(identity)))
+            say(f"resumed elastically: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
         return state
 
     @staticmethod
     def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
         own = hyper_parameters(engine)
         loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-        set_hyper_parameters(engine, own)  # the run file's, which the user may have changed
+        set_hyper_parameters(engine, own)  # those of the run file, which the user may have changed
         if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
             raise CheckpointError(f"{path}: DeepSpeed did not load it")
 
@@ -380,7 +382,7 @@ class CheckpointManager:
 
 
 def _together(action: Callable[[], Any], path: Path) -> None:
-    """Run on every rank; if it failed on any, raise on all."""
+    """Run an action on every rank; if it fails on any, raise on all. Collective."""
     error = _error_of(action)
     if error is not None and not isinstance(error, L2EError):
         error = CheckpointError(f"{path}: rank {collectives.rank()}: {_in_one_line(error)}")
@@ -388,17 +390,18 @@ def _together(action: Callable[[], Any], path: Path) -> None:
 
 
 def check_identity(path: Path, saved: dict, current: dict) -> None:
-    """Raises CheckpointError naming the first thing in which checkpoint and run differ."""
+    """Compare a checkpoint with a run. Raises CheckpointError, naming the first thing in which they differ."""
     for key, value in current.items():
         if key not in ELASTIC and saved.get(key) != value:
             raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
 
 
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
-    """Return the checkpoints of a run, and in `resume_from` the one to go on from, if any. Collective.
+    """Return the manager of a run's checkpoints; its `resume_from` is the one to resume from, if any. Collective.
 
-    Raises CheckpointError where that is not to be had, or where the run would become another one: what begins at
-    another run's checkpoint may have values of its own."""
+    Raises CheckpointError where there is no such checkpoint, or where the run would become another one: a run that
+    begins at another run's checkpoint may have values of its own.
+    """
     checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
     path = checkpoints.resume_from = checkpoints.find(config.training.resume)
     if path is not None and checkpoints.is_own(path):
@@ -407,13 +410,16 @@ def open_checkpoints(config: RunConfig) -> CheckpointManager:
 
 
 def changes_since(path: Path, config: RunConfig) -> Changes:
-    """Raises CheckpointError, and ConfigError for a broken configuration in state.json."""
+    """Return in what a run file differs from the one that a checkpoint was written with.
+
+    Raises CheckpointError, and ConfigError for a broken configuration in state.json.
+    """
     content = read_state(path)
     return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
 
 
 def verify_together(path: Path) -> str | None:
-    """Collective: what is wrong with a checkpoint, or None; each rank reads its share of the files."""
+    """Return what is wrong with a checkpoint, or None; each rank reads its share of the files. Collective."""
     problem = collectives.main_decides(manifest.check_files(path) if collectives.is_main() else None)
     if problem is not None:
         return problem
@@ -423,9 +429,10 @@ def verify_together(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
-    """DeepSpeed writes between barriers: a rank that cannot write must still meet the others there.
+    """Yield a list of the errors of DeepSpeed's writes, which do not raise meanwhile.
 
-    Its recovery scripts, which rank 0 would copy beside the checkpoints, are left out: `l2e-ds export` does their work.
+    DeepSpeed writes between barriers: a rank that cannot write must still meet the others there. Its recovery scripts,
+    which rank 0 would copy beside the checkpoints, are left out: `l2e-ds export` does their work.
     """
     failed: list[Exception] = []
     write = engine.checkpoint_engine.save
@@ -447,23 +454,17 @@ def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, first its name and then its files, so that none is ever found half removed."""
     doomed = checkpoint.with_suffix(".removed.tmp")
-    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it
         checkpoint.rename(doomed)
     _remove_tree(doomed)
 
 
 def _remove_tree(path: Path) -> None:
-    """Also a link to a folder elsewhere, which stays there; `checkpoint prune` and a run may both be at it."""
+    """Remove a folder, or a link to one elsewhere, which stays; another process may be removing the same."""
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _done() -> Future:
-    future: Future = Future()
-    future.set_result(None)
-    return future
 
 
 def _error_of(action: Callable[[], Any]) -> Exception | None:

@@ -1,4 +1,4 @@
-"""Reads the optimizer states that other ranks of another ZeRO partition have written."""
+"""Read the optimizer states that the ranks of any ZeRO partition have written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """`count` elements of a parameter, from its element `start` on, lie in flat tensor `flat` from `offset` on."""
+    """Says that `count` elements of a parameter, from element `start` on, lie in flat tensor `flat` from `offset`
+    on."""
 
     start: int
     count: int
@@ -24,32 +25,36 @@ class Piece:
 
 
 class Shards:
-    """Any range of any parameter's master weights ("fp32") and Adam moments, from DeepSpeed's shards of any stage."""
+    """Reads any range of a parameter's master weights ("fp32") and Adam moments from DeepSpeed's shards of any
+    stage."""
 
     def __init__(self, checkpoint: Path, names: list[str]) -> None:
-        """names: of the parameters in the optimizer's order, which ZeRO-0 does not write down."""
+        """Map the shards of a checkpoint. names: the parameters in the optimizer's order, which ZeRO-0 does not
+        record."""
+        self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.flats: list[dict[str, Tensor]] = []
         files = sorted(checkpoint.glob("*_optim_states.pt"), key=_rank_of)
-        states = [_read(file)["optimizer_state_dict"] for file in files]
+        states = [read_shard(file)["optimizer_state_dict"] for file in files]
         if not states:
-            self._map_whole(_read(checkpoint / "mp_rank_00_model_states.pt"), names)
+            self._map_whole(read_shard(checkpoint / "mp_rank_00_model_states.pt"), names)
         elif "fp32_flat_groups" in states[0]:
-            shapes = _read(checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+            shapes = read_shard(checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
             self._map_stage_3(states, shapes)
         else:
-            shapes = _read(checkpoint / "mp_rank_00_model_states.pt")["param_shapes"]
+            shapes = read_shard(checkpoint / "mp_rank_00_model_states.pt")["param_shapes"]
             self._map_stages_1_and_2(states, shapes)
 
     def sizes(self) -> dict[str, int]:
-        """Elements of every parameter, padding left out."""
+        """Return the number of elements of every parameter, without padding."""
         return {name: sum(piece.count for piece in pieces) for name, pieces in self.pieces.items()}
 
     def has_moments(self) -> bool:
+        """Return whether all shards hold Adam's moments."""
         return all(key in flat for flat in self.flats for key in MOMENTS)
 
     def read(self, name: str, key: str, start: int, count: int) -> Tensor:
-        """`count` elements of a parameter, flattened, from element `start` on: [count] float32 on the CPU."""
+        """Return `count` elements of a flattened parameter from element `start` on: [count] float32 on the CPU."""
         found = torch.empty(count)
         for piece in self.pieces[name]:
             low, high = max(start, piece.start), min(start + count, piece.start + piece.count)
@@ -63,15 +68,18 @@ class Shards:
         return len(self.flats) - 1
 
     def _map_whole(self, model: dict[str, Any], names: list[str]) -> None:
-        """ZeRO-0 in float32: every parameter is whole; the state's keys are places in the optimizer's order."""
+        """Map ZeRO-0 in float32: every parameter is whole; the state's keys are places in the optimizer's order."""
         states = model["optimizer"]["state"]
         for place, name in enumerate(names):
             weights = model["module"][name]
+            self.shapes[name] = weights.shape
             self.pieces[name] = [Piece(0, weights.numel(), self._add(weights, states.get(place, {})), 0)]
 
     def _map_stages_1_and_2(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """A group's parameters one after another, cut into one part a rank; the last rank's lacks the padding."""
+        """Map a group's parameters, which follow each other and are cut into one part a rank; the last lacks the
+        padding."""
         for group, group_shapes in enumerate(shapes):
+            self.shapes |= group_shapes
             parts = [state["single_partition_of_fp32_groups"][group] for state in states]
             first = len(self.flats)
             for part, state in zip(parts, states, strict=True):
@@ -84,7 +92,10 @@ class Shards:
                 begin += shape.numel() + padding
 
     def _map_stage_3(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """Each parameter is cut into one part a rank, the last ones padded; a rank's parts lie one after another."""
+        """Map parameters that are each cut into one part a rank, the last ones padded; a rank's parts follow each
+        other."""
+        for group_shapes in shapes:
+            self.shapes |= group_shapes
         for rank, state in enumerate(states):
             moments = state["optimizer_state_dict"]["state"]
             for group, (flat, group_shapes) in enumerate(zip(state["fp32_flat_groups"], shapes, strict=True)):
@@ -96,8 +107,11 @@ class Shards:
                     offset += part
 
 
-def _read(shard: Path) -> dict[str, Any]:
-    """Return a shard of ours, listed in its manifest; mapped, so that only what is used is read from the disk."""
+def read_shard(shard: Path) -> dict[str, Any]:
+    """Return the content of a shard, which must be listed in its manifest: it is a pickle of more than tensors.
+
+    Its tensors are mapped, so that only what is used is read from the disk.
+    """
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
 
 
@@ -107,7 +121,8 @@ def _rank_of(shard: Path) -> int:
 
 
 def _cut(begin: int, numel: int, part: int, first: int) -> Iterator[Piece]:
-    """Pieces of elements [begin, begin + numel) of a sequence; flats first, first + 1 ... hold `part` of it each."""
+    """Yield the pieces of elements [begin, begin + numel) of a sequence of which flats first, first + 1 ... hold `part`
+    each."""
     start = 0
     while start < numel:
         flat, offset = divmod(begin + start, part)
@@ -117,6 +132,6 @@ def _cut(begin: int, numel: int, part: int, first: int) -> Iterator[Piece]:
 
 
 def own_range(numel: int, part: int, rank: int) -> tuple[int, int]:
-    """Start and count of a rank's part of a parameter under ZeRO-3; count 0 where only padding is left."""
+    """Return start and count of a rank's part of a parameter under ZeRO-3; count is 0 where only padding is left."""
     start = min(rank * part, numel)
     return start, min(part, numel - start)

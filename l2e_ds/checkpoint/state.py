@@ -1,4 +1,4 @@
-"""What a run must remember beside weights, optimizer and the method's statistics."""
+"""Hold what a run must remember beside weights, optimizer and the method's statistics."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from torch import Tensor
 
 @dataclass
 class TrainState:
-    """step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
+    """Holds where training is.
+
+    step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
     tokens: consumed in training; evaluated, evaluated_on_tasks: steps of the newest finished evaluations; streams:
-    where each set that is a stream stands, by name (on rank 0); guard: what `guard.judged` remembers."""
+    the position of each set that is a stream, by name (on rank 0); guard: what `guard.judged` remembers.
+    """
 
     step: int = 0
     applied: int = 0
@@ -44,7 +47,8 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Undo of `rng_state`; a device's state is left alone where the checkpoint has none (CPU to GPU)."""
+    """Set the random states that `rng_state` returned; a device's is left alone if there is none for it (CPU to
+    GPU)."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     position, numpy_gauss, cached = state["numpy_rest"].tolist()
@@ -55,12 +59,12 @@ def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Different streams a rank; nothing that decides the global batch or the first weights draws from them."""
+    """Seed this rank's random states, each rank with another seed; neither batches nor first weights draw from them."""
     random.seed(seed + rank)
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
 
 
 def reseed(seed: int, step: int, rank: int) -> None:
-    """Streams of their own for a rank that goes on at `step` without the states of a rank before it."""
+    """Seed this rank's random states where it resumes at `step` without the saved states of a rank."""
     seed_everything(int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0]), 0)

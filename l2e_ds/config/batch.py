@@ -1,4 +1,4 @@
-"""How a global batch is cut into ranks, accumulation steps and micro-batches."""
+"""Divide a global batch into ranks, accumulation steps and micro-batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l2e_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchArithmetic:
-    """global_batch = micro_batch * ranks * accumulation (sequences); tokens = global_batch * sequence_length."""
+    """Holds global_batch = micro_batch * ranks * accumulation (sequences) and tokens_per_step, that times T."""
 
     global_batch: int
     micro_batch: int
@@ -27,9 +27,10 @@ class BatchArithmetic:
 
 
 def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
-    """With `micro_batch: auto`, until it is found, of micro-batch 1, which fits every number of accumulation steps.
+    """Return how a run's global batch is divided among so many ranks.
 
-    Raises ConfigError where no whole number of accumulation steps gives the global batch.
+    `micro_batch: auto` counts as 1 until it is found, which fits every number of accumulation steps. Raises ConfigError
+    if no whole number of accumulation steps gives the global batch.
     """
     batch, micro = config.training.global_batch, config.training.micro_batch
     if micro == "auto":
@@ -57,6 +58,6 @@ def divisors(number: int) -> list[int]:
 
 
 def abbreviate(numbers: Sequence[int]) -> str:
-    """For a line of text: all of up to eight, of more the first and last ones."""
+    """Return up to eight numbers as text, of more the first and last ones."""
     shown = [str(n) for n in numbers]
     return ", ".join(shown if len(shown) <= 8 else [*shown[:4], "...", *shown[-3:]])

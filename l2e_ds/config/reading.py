@@ -1,4 +1,4 @@
-"""Reads run files and overrides. Unknown keys and wrong values are refused with their dotted path."""
+"""Read run files and overrides. Unknown keys and wrong values are refused with their dotted path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _is_frozen(path: Path) -> bool:
-    """Return whether this is the `config.yaml` of a run directory, and no run file of the user's with that name."""
+    """Return whether this is the `config.yaml` of a run directory, not a user's run file of that name."""
     beside = path.parent
     return path.name == "config.yaml" and (
         (beside / "deepspeed.json").is_file() or any(beside.glob("checkpoints/step????????"))
@@ -80,12 +80,12 @@ def _with_absolute_path(part: Source) -> Source:
 
 
 def _absolute_if_there(name: str | None) -> str | None:
-    """Of a file, a folder or a name of the hub."""
+    """Return the absolute path of a file or folder that exists, and any other name, as of the hub, unchanged."""
     return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
 
 
 def run_config_from_dict(raw: dict, where: str) -> RunConfig:
-    """Check a nested mapping. `where` begins the error's line. Raises ConfigError."""
+    """Return a nested mapping as a run file. `where` begins an error's line. Raises ConfigError."""
     return checked(RunConfig, raw, where)
 
 
@@ -98,7 +98,7 @@ def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str]
         return kind.model_validate(raw)
     except ValidationError as error:
         problems: dict[str, list[Any]] = {}
-        # a misspelt key first, which is often why another is missing
+        # a misspelt key comes first: it is often why another one is missing
         for problem in sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden"):
             problems.setdefault(_dotted_key(kind, problem["loc"]), []).append(problem)
         key, alike = next(iter(problems.items()))
@@ -117,10 +117,10 @@ def _apply_override(raw: dict, override: str) -> None:
 
 
 def split_override(override: str) -> tuple[str, str, Any]:
-    """Section, key and value of `section.key=value`. Raises ConfigError.
+    """Return section, key and value of `section.key=value`. Raises ConfigError.
 
-    The value of a key that takes text is taken as it stands; but `null`, or none, unsets an optional key, and brackets
-    make a list where the key takes one. Of other keys it is YAML.
+    The value of a key that takes text is taken literally, except that `null` or nothing unsets an optional key, and
+    brackets make a list where the key takes one. The value of any other key is read as YAML.
     """
     key, separator, value = override.partition("=")
     path = key.strip().split(".")
@@ -138,7 +138,7 @@ def takes_text(key: str) -> bool:
 
 
 def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
-    """Return what a key takes, each of a union; nothing for an unknown key."""
+    """Return the types that a key takes, those of a union one by one; none for an unknown key."""
     kind = _section_of(RunConfig, section)
     if kind is None or key not in kind.model_fields:
         return ()
@@ -147,8 +147,10 @@ def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
 
 
 def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
-    """`section.key` of a pydantic location, without the names of union branches or positions in a list; of one of
-    several sections their position too (`data.sets.I.key`)."""
+    """Return the `section.key` of a pydantic location, without the names of union branches or positions in a list.
+
+    The key of one of several sections contains its position (`data.sets.I.key`).
+    """
     parts: list[str] = []
     section: type[Section] | None = kind
     for part in location:
@@ -161,7 +163,7 @@ def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
 
 
 def _section_of(kind: type[Section], key: str) -> type[Section] | None:
-    """Return what a key holds: a section, several of them, or None: plain values."""
+    """Return the kind of section, or of several sections, that a key holds, or None if it holds plain values."""
     waiting = [kind.model_fields[key].annotation] if key in kind.model_fields else []
     while waiting:
         found: Any = waiting.pop()
@@ -172,9 +174,8 @@ def _section_of(kind: type[Section], key: str) -> type[Section] | None:
 
 
 def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
-    """Return one line for what is wrong with one key: what was given, what is allowed (in a union: any of its
-    branches).
-    """
+    """Return one line that says what is wrong with one key: what was given, what is allowed (in a union: any
+    branch)."""
     problems = [problem for problem in problems if problem["type"] == "path"] or problems
     first = problems[0]
     if first["type"] == "extra_forbidden":
@@ -207,7 +208,7 @@ def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
 
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:
-    """Return a file named in a run file: as given, beside that file, or in this repository (`ds_configs/...`)."""
+    """Return the file that a run file names: as given, beside that file, or in this repository (`ds_configs/...`)."""
     candidates = [Path(os.path.expandvars(name)).expanduser()]
     if not candidates[0].is_absolute():
         candidates += [Path(beside).parent / name] if beside else []

@@ -1,8 +1,8 @@
-"""One run file (YAML) becomes one frozen, fully checked `RunConfig`.
+"""Define the sections of a run file: one run file (YAML) becomes one frozen, fully checked `RunConfig`.
 
 Unknown keys, wrong types and values out of range are refused with the key's dotted path; nothing is dropped
 or converted silently. What depends on the number of ranks (`batch_arithmetic`) and on the DeepSpeed JSON
-(`l2e_ds.engine.configuration`) is checked beside this, also before any process group is made.
+(`l2e_ds.engine.configuration`) is checked elsewhere, also before any process group is made.
 """
 
 from __future__ import annotations
@@ -37,21 +37,25 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
     "memel": ("top-k", "reverse-deactivation"),
 }
 
-# Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what: they decide its
-# times, and its figures to rounding only (of the projected loss, whose projection is that of a micro-batch, to a little
-# more: docs/method.md, 5.2). What else a DeepSpeed JSON can set is under `optimizer` and `training` too.
+# Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what. They change its
+# times, and its results by rounding only (with the projected loss, whose projection is that of a micro-batch, by a
+# little more: docs/method.md, 5.2). Whatever else a DeepSpeed JSON can set has a key in `optimizer` or `training`.
 DECIDES_NO_FIGURE = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
     *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
 )
 
-DEFAULT_STRENGTH = 0.2  # of a regulariser
+DEFAULT_STRENGTH = 0.2
+"""The strength of a regulariser that has neither a strength nor a coefficient."""
 
-SMALLEST_SHARE = 1e-6  # of a mixture that a set may have; the schedule's block is as long as its inverse
+SMALLEST_SHARE = 1e-6
+"""The smallest share of a mixture that a set may have; the schedule's block is as long as its inverse."""
 
 
 class Section(BaseModel):
+    """Base class of the sections: frozen, strict, without unknown keys."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -66,7 +70,7 @@ Checked = TypeVar("Checked", bound=Section)
 
 
 def _expand(path: str) -> str:
-    """With the values of `~` and `$VARIABLE`. Raises PydanticCustomError where there is none."""
+    """Return a path with the values of `~` and `$VARIABLE` in it. Raises PydanticCustomError if there is no value."""
     unset = next((name for name in re.findall(r"\$\{?(\w+)", path) if name not in os.environ), None)
     if unset is not None:
         raise PydanticCustomError("path", "the environment variable {name} is not set", {"name": unset})
@@ -79,11 +83,11 @@ def _expand(path: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_expand)]
-"""A file or folder; where a key may also hold a name of the hub, that has no `~` and no `$`."""
+"""A file or folder. Some such keys may also hold a name of the hub, which never contains `~` or `$`."""
 
 
 class ModelConfig(Section):
-    """Which network, and where its first weights come from."""
+    """The network, and where its first weights come from."""
 
     name: str | None = None
     """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
@@ -122,7 +126,7 @@ class ModelConfig(Section):
 
 
 class SourceConfig(Section):
-    """Where text or tokens come from."""
+    """The source of text or tokens."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
     """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
@@ -145,10 +149,10 @@ class SourceConfig(Section):
     max_documents: int | None = Field(None, gt=0)
     """Take only the first documents."""
     max_tokens: int | None = Field(None, gt=0)
-    """Stop tokenising after so many tokens."""
+    """Stop tokenising after this many tokens."""
 
     def check_source(self, where: str) -> None:
-        """Raises ValueError where the keys do not go together. `where`: the dotted key of this section."""
+        """Raise ValueError if the keys do not go together. where: the dotted key of this section."""
         if self.source is None:
             raise ValueError(f"{where}.source: is required")
         if self.source == "stdlib":
@@ -179,15 +183,15 @@ class SetConfig(SourceConfig):
     """One set of a mixture (docs/data.md)."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    """Stands in the metrics (`tokens/NAME`) and, with the seed, decides the set's order."""
+    """Name of the set in the metrics (`tokens/NAME`); with the seed, it decides the set's order."""
     weight: float = Field(gt=0)
     """Share of the training sequences that come from this set, over the sum of all weights."""
     held_out: float | None = Field(None, ge=0, lt=1)
-    """As `data.held_out`, for this set. Default: that."""
+    """As `data.held_out`, for this set. Default: `data.held_out`."""
 
 
 class DataConfig(SourceConfig):
-    """Where the text comes from and how it becomes sequences of tokens."""
+    """The source of the text, and how it becomes sequences of tokens."""
 
     sets: list[SetConfig] | None = Field(None, min_length=1)
     """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
@@ -199,12 +203,12 @@ class DataConfig(SourceConfig):
     """Tokens a sequence, T."""
     held_out: float = Field(0.01, ge=0, lt=1)
     """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones. Where
-    every prefix of `indexed` has a PREFIX_held_out (`l2e-ds tokenize --held-out`), any share above 0 means all of
-    that, and nothing of PREFIX."""
+    every prefix of `indexed` has a PREFIX_held_out (`l2e-ds tokenize --held-out`), any share above 0 means all
+    of that, and nothing of PREFIX."""
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: sequences in the order of the file (the preshuffled Pile)."""
     cache: LocalPath | None = None
-    """Where tokenised data is kept. Default: `data/` in the run directory."""
+    """The folder of tokenised data. Default: `data/` in the run directory."""
     workers: int | None = Field(None, gt=0)
     """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
 
@@ -251,7 +255,7 @@ class DataConfig(SourceConfig):
                 raise ValueError(f"data.tokenizer is required with {where}.source: {part.source}")
 
     def parts(self) -> list[tuple[str, float, DataConfig]]:
-        """Name, weight and configuration of each set; without `sets` it is one, whose name is empty."""
+        """Return name, weight and configuration of each set; without `sets` one set with an empty name."""
         if self.sets is None:
             return [("", 1.0, self)]
         keys = SourceConfig.model_fields
@@ -296,11 +300,11 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How long, in which batches, in which precision."""
+    """The length of the run, its batches and its precision."""
 
     run_directory: LocalPath = ""
-    """Where everything of this run goes. Default: `runs/` and the run file's name. The `config.yaml` in a run directory
-    belongs to that, wherever it was moved."""
+    """The folder that all files of this run are written to. Default: `runs/` and the run file's name. The `config.yaml`
+    in a run directory belongs to that directory, even if it was moved."""
     steps: int = Field(gt=0)
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
@@ -311,27 +315,27 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
-    """Decides the first weights and the order of the data, alike on any number of ranks."""
+    """Decides the first weights and the order of the data, independently of the number of ranks."""
     deterministic: bool = False
     """Take steps with deterministic algorithms only. Without it, a run on GPUs that is repeated or resumed is the same
     up to rounding: attention's backward adds in an order that changes. With it, it is the same bit for bit on the same
     GPUs and packages, and steps take longer. On CPUs every run is deterministic."""
     resume: LocalPath = "auto"
-    """`auto`: go on from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
+    """`auto`: resume from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
     one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
-    checkpoints of its own, go on from those."""
+    checkpoints of its own, resume from those."""
     allow_changes: list[str] = []
-    """Keys that decide figures, e.g. `[optimizer.peak_learning_rate]`, and may differ from the checkpoint's where a run
-    goes on. It is refused where others do (docs/checkpoints.md)."""
+    """Keys that decide the results, e.g. `[optimizer.peak_learning_rate]`, and may differ from the checkpoint's when a
+    run resumes. A run in which others differ is refused (docs/checkpoints.md)."""
     evaluate_every: int = Field(1000, ge=0)
     """Steps between held-out evaluations (also at the start and the end); 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences an evaluation reads."""
     max_skipped_steps: int = Field(20, gt=0)
-    """Stop with an error after so many non-finite steps in a row."""
+    """Stop with an error after this many non-finite steps in a row."""
     time_limit: float | None = Field(None, gt=0)
     """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
-    and stops with exit code 75, as after a signal; saving comes on top. The same command goes on."""
+    and stops with exit code 75, as after a signal; saving comes on top. The same command resumes it."""
     timeout: float = Field(30, gt=0)
     """Minutes (or a time, as above) without progress after which a run ends with an error that names the rank, to be
     restarted. Must be longer than a step, and than writing or loading a checkpoint takes."""
@@ -375,7 +379,7 @@ class InhibitionConfig(Section):
     power: Literal[0, 1, 2] = 1
     """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"
-    """Where neurons are inhibited (with `none`: observed at evaluation)."""
+    """Layers whose neurons are inhibited (with `none`: observed at evaluation)."""
     target_share: float = Field(0.02, gt=0, lt=1)
     """Share of (token, neuron) pairs to select."""
     strength: float | None = Field(None, ge=0)
@@ -399,32 +403,32 @@ class InhibitionConfig(Section):
     """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
     `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
     guard: Literal["warn", "stop", "off"] = "warn"
-    """After a held-out evaluation that finds a layer shrunk, grown or more monosemantic for inhibition: say so, or also
-    save and end the run with exit code 3. Compares with as many layers that are not inhibited, but with `off`."""
+    """After a held-out evaluation in which a layer has shrunk, grown or become more monosemantic because of inhibition:
+    print a warning, or also save and end the run with exit code 3. It compares with as many layers that are not
+    inhibited; with `off` it compares nothing."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
+        is_regulariser = self.method != "none" and self.parts[1] == "regulariser"
+        is_weighted = self.strength is not None or self.coefficient is not None
         if self.method == "none":
             for key in ("retrieval", "mechanism"):
                 if getattr(self, key) is not None:
                     raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
-            self._weigh(None, None)
-        elif self.parts[1] != "regulariser":
-            if self.strength is not None:
-                raise ValueError(
-                    f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
-                    " give null"
-                )
-            self._weigh(None, None)
-        elif self.strength is not None and self.coefficient is not None:
+        elif not is_regulariser and self.strength is not None:
+            raise ValueError(
+                f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
+                " give null"
+            )
+        elif is_regulariser and self.strength is not None and self.coefficient is not None:
             raise ValueError(
                 f"inhibition.strength: got {self.strength:g} and inhibition.coefficient {self.coefficient:g}, allowed:"
                 " one of the two"
             )
-        elif self.strength is None and self.coefficient is None:
-            if "strength" in self.model_fields_set:
-                raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
-            self._weigh(DEFAULT_STRENGTH, None)
+        elif is_regulariser and not is_weighted and "strength" in self.model_fields_set:
+            raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
+        if not is_regulariser or not is_weighted:  # so that equal runs have equal configurations, in spite of `frozen`
+            self.__dict__.update(strength=DEFAULT_STRENGTH if is_regulariser else None, coefficient=None)
         if self.method != "none" and self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
             raise ValueError(
                 "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
@@ -441,76 +445,75 @@ class InhibitionConfig(Section):
                 raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
         return self
 
-    def _weigh(self, strength: float | None, coefficient: float | None) -> None:
-        """Fill in what follows from the other keys, so that equal runs have equal configurations."""
-        self.__dict__.update(strength=strength, coefficient=coefficient)  # past `frozen`
-
     def in_steps(self, key: str, steps: int) -> int | None:
-        """Value of `start`, `warmup`, `decay` or `end` in a run of so many steps; None: not given."""
+        """Return the value of `start`, `warmup`, `decay` or `end` in steps, in a run of this many steps; None: not
+        given."""
         value: float | None = getattr(self, key)
-        return int(value * steps + 1e-6) if isinstance(value, float) else value  # shares of a sum of 1 fit in
+        # 1e-6, so that shares that sum to 1 fit the run
+        return int(value * steps + 1e-6) if isinstance(value, float) else value
 
     @property
     def parts(self) -> tuple[Retrieval, Mechanism]:
-        """Retrieval and mechanism after the overrides."""
+        """The retrieval and the mechanism, after the overrides."""
         retrieval, mechanism = METHODS[self.method]
         return self.retrieval or retrieval, self.mechanism or mechanism
 
 
 class DeepSpeedConfig(Section):
-    """The engine."""
+    """The configuration of DeepSpeed."""
 
     config: LocalPath = "ds_configs/zero1.json"
     """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: int = Field(1000, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     early: bool = False
-    """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
+    """Also write checkpoints at steps 0, 1, 2, 4 ... 512, as Pythia did."""
     keep_last: int | None = Field(None, gt=0)
-    """Delete all but the newest so many. Default: keep all."""
+    """Keep only this many of the newest checkpoints. Default: keep all."""
     on_error: Literal["stop", "continue"] = "stop"
-    """Where a checkpoint cannot be written (a full disk): end the run, or say so, train on and try again when the next
-    is due. The last good checkpoint stays in any case; the last checkpoint of a run must succeed."""
+    """What to do if a checkpoint cannot be written (a full disk): end the run, or print a warning, continue and try
+    again when the next is due. The last good checkpoint stays in any case; the last checkpoint of a run must
+    succeed."""
 
 
 class LoggingConfig(Section):
-    """What is written beside `metrics.jsonl`, and how often."""
+    """What is logged, and how often."""
 
     every: int = Field(10, gt=0)
     """Steps between lines of metrics (means over those steps)."""
     progress: bool = True
-    """Progress bar on rank 0."""
+    """Show a progress bar on rank 0."""
     tensorboard: bool = False
-    """Also to TensorBoard, in `tensorboard/` of the run directory."""
+    """Also log to TensorBoard, in `tensorboard/` of the run directory."""
     csv: bool = False
-    """Also to CSV files, in `csv/` of the run directory, one for each metric."""
+    """Also log to CSV files, in `csv/` of the run directory, one for each metric."""
     wandb_project: str | None = None
-    """Also to this project of Weights & Biases: one run there, whatever number of starts it takes; files in the run
+    """Also log to this project of Weights & Biases, as one run for any number of starts; its files are in the run
     directory."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
 
 
 class EvaluationConfig(Section):
-    """Tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
+    """Evaluation on tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations on tasks (also at the start and the end); 0: never."""
     tasks: list[str] = []
     """Tasks and groups by the harness's names, or `paper`: those of the paper."""
     num_fewshot: int | list[int] | None = None
-    """Examples in each prompt; of a list each in turn. Default: each task's own number."""
+    """Examples in each prompt; with a list, each number in turn. Default: each task's own number."""
     include_path: list[LocalPath] = []
     """Folders of task files of your own, for other tasks or a machine without a hub."""
     limit: int | None = Field(None, gt=0)
     """Take only the first documents of each task."""
     batch_size: int | None = Field(None, gt=0)
-    """Requests that a rank answers at once. Default: `training.micro_batch`."""
+    """Requests that a rank computes at once. Default: `training.micro_batch`."""
 
     @model_validator(mode="after")
     def _tasks_and_shots(self) -> EvaluationConfig:
@@ -525,14 +528,14 @@ class EvaluationConfig(Section):
 
     @property
     def shots(self) -> list[int] | list[None]:
-        """`num_fewshot` as a list."""
+        """The value of `num_fewshot` as a list."""
         if self.num_fewshot is None:
             return [None]
         return self.num_fewshot if isinstance(self.num_fewshot, list) else [self.num_fewshot]
 
 
 class RunConfig(Section):
-    """Everything that a run is; `dump` gives it back as YAML."""
+    """Everything that defines a run; `dump` returns it as YAML."""
 
     model: ModelConfig
     data: DataConfig
@@ -583,7 +586,8 @@ class RunConfig(Section):
 
 
 def slurm_seconds(limit: str) -> int | None:
-    """Of a time as sbatch takes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. None: it is none."""
+    """Return the seconds of a time as sbatch takes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S), or None for another
+    text."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if match is None:
         return None
@@ -596,14 +600,8 @@ def slurm_seconds(limit: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-# --- batch arithmetic -------------------------------------------------------------------------------------------
-
-
-# --- reading ----------------------------------------------------------------------------------------------------
-
-
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> JSON-able value."""
+    """Return the values of all keys, as JSON, by their dotted names."""
     return {
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()

@@ -1,4 +1,4 @@
-"""Reads and writes YAML as people mean it: the core schema of YAML 1.2, and no key twice."""
+"""Read and write YAML by the core schema of version 1.2, without repeated keys."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from l2e_ds.errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """The core schema of YAML 1.2 (`0100` is 100, `no`, `24:00:00` and dates are text), with merge keys and with `_`
-    between digits. A key given twice is an error."""
+    """Reads the core schema of YAML 1.2 (`0100` is 100, `no`, `24:00:00` and dates are text), with merge keys and with
+    `_` between digits. A key given twice is an error."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -26,7 +26,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read as text."""
+    """Quotes text that either version of YAML would read as something else."""
 
 
 _TAG = "tag:yaml.org,2002:"
@@ -57,17 +57,18 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
     return loader.construct_mapping(node, deep=True)
 
 
-_CORE = (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))  # None: any other tag, an error
+# None stands for any other tag, which is an error
+_CORE = (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))
 _Loader.yaml_constructors = {
     **{tag: construct for tag, construct in yaml.SafeLoader.yaml_constructors.items() if tag in _CORE},
     _TAG + "int": _integer,
     _TAG + "map": _mapping,
-    _TAG + "merge": yaml.SafeLoader.construct_yaml_str,  # `<<` that is no key
+    _TAG + "merge": yaml.SafeLoader.construct_yaml_str,  # a `<<` that is not a merge key
 }
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Raises ConfigError; `where` begins its line."""
+    """Return the value of a YAML text. Raises ConfigError; `where` begins its line."""
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
@@ -80,12 +81,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """As `read_yaml` reads it back."""
+    """Return a value as YAML, which `read_yaml` reads back to the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=None)
 
 
 def read_yaml(path: Path) -> Any:
-    """Raises ConfigError naming the file, and the line of a mistake."""
+    """Return the value of a YAML file. Raises ConfigError, naming the file and the line of a mistake."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Ranks, and the few collectives that this project calls itself. R is the number of ranks."""
+"""Ranks, and the few collectives that this project calls itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from torch import Tensor
 from l2e_ds.distributed.heartbeat import beat, doing, progress
 from l2e_ds.errors import L2EError
 
-_patience = timedelta(minutes=30)  # of collectives; set by `open_control_group`
-_control: Any = None  # gloo group of all ranks for decisions: they wait for no GPU and mix with no gradient
+_patience = timedelta(minutes=30)  # timeout of the collectives; set by `open_control_group`
+_control: Any = None  # gloo group of all ranks, for decisions that wait for no GPU and mix with no gradient
 
 
 # --- ranks and collectives ---------------------------------------------------------------------------------------
 
 
 def rank() -> int:
+    """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def size(group: Any = None) -> int:
+    """Return the number of ranks of a group (default: all); 1 without a process group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
@@ -37,15 +39,20 @@ def is_main() -> bool:
 
 
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
-    """Return sum over the ranks of `group` (default: all), in place; any shape and dtype that the backend takes."""
+    """Sum a tensor over the ranks of `group` (default: all), in place, and return it.
+
+    It may have any shape and dtype that the backend takes. Collective.
+    """
     if size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], None]:
-    """`all_reduce_sum` that goes on while this rank computes; the returned function waits, on a GPU without the host.
-    Until then nobody may touch the tensor."""
+    """Begin an `all_reduce_sum` that proceeds while this rank computes, and return a function that waits for it.
+
+    On a GPU only the device waits, not the host. Until then nothing may read or write the tensor. Collective.
+    """
     if size(group) == 1:
         return lambda: None
     work = dist.all_reduce(tensor, group=group, async_op=True)
@@ -57,10 +64,9 @@ def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], None
 
 
 def ask_all(*flags: bool) -> Callable[[], list[bool]]:
-    """Begin to ask which flags any rank holds up; the returned function waits for the answer.
+    """Begin to find out which flags are true on any rank, and return a function that waits for the answer. Collective.
 
-    Hosts talk to each other meanwhile, beside what the GPUs do: at a thousand ranks the answer takes longer than a step
-    may lose.
+    The hosts communicate while the GPUs compute: at a thousand ranks the answer takes longer than a step may lose.
     """
     box = torch.tensor(flags, dtype=torch.int32)
     work = dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_control, async_op=True) if size() > 1 else None
@@ -74,12 +80,12 @@ def ask_all(*flags: bool) -> Callable[[], list[bool]]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Return whether any rank says True; waits for all."""
+    """Return whether the flag is true on any rank. Collective."""
     return ask_all(flag)()[0]
 
 
 def main_decides(value: Any) -> Any:
-    """Return Rank 0's (picklable, small) value, on every rank."""
+    """Return rank 0's value (picklable, small) on every rank. Collective."""
     box = [value]
     if size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
@@ -88,10 +94,10 @@ def main_decides(value: Any) -> Any:
 
 
 def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: None) -> Any:
-    """Rank 0 does `action` while the others wait, however long it takes: they meet in a small collective every second,
-    so that no timeout ends a long piece of work. Returns the result on rank 0 and None elsewhere.
+    """Run `action` on rank 0 while the others wait, and return its result on rank 0 and None elsewhere. Collective.
 
-    tick: called each second on every rank; may raise, on all ranks alike, which gives the work up.
+    It may take any time: the ranks meet in a small collective every second, so that no timeout ends a long action.
+    tick: called each second on every rank; it may raise, on all ranks alike, which abandons the action.
     Raises what the action raised: on rank 0 itself, on the others as L2EError.
     """
     outcome: dict[str, Any] = {}
@@ -117,7 +123,7 @@ def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: Non
 
 
 def agree(error: L2EError | None) -> None:
-    """Collective: raise on every rank if any rank brings an error, so that all end together with its message."""
+    """Raise on every rank if any rank brings an error, so that all end together with its message. Collective."""
     errors = all_gather_objects(error)
     first: L2EError | None = error or next((e for e in errors if e is not None), None)
     if first is not None:
@@ -126,9 +132,9 @@ def agree(error: L2EError | None) -> None:
 
 
 def all_work(action: Callable[[], Any]) -> Any:
-    """Do `action` on every rank and return its own result.
+    """Run `action` on every rank and return this rank's result.
 
-    What one of them raises as an L2EError, all do. Collective.
+    If one raises an L2EError, all do. Collective.
     """
     result, error = None, None
     try:
@@ -140,14 +146,14 @@ def all_work(action: Callable[[], Any]) -> Any:
 
 
 def open_control_group(patience: timedelta) -> None:
-    """Make the group that decisions of all ranks go through. Collective. patience: timeout of its collectives."""
+    """Make the group that the ranks decide in. patience: timeout of its collectives. Collective."""
     global _control, _patience
     _patience = patience
     _control = new_group()
 
 
 def forget_control_group() -> None:
-    """Drop the group that decisions go through; whoever takes the process groups down calls it."""
+    """Drop the group that the ranks decide in; called before the process groups are destroyed."""
     global _control
     _control = None
 
@@ -161,9 +167,9 @@ def new_group() -> Any:
 
 
 def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
-    """Return Rank 0's array (int32 of this shape) on every rank of a `new_group`; or its error, raised on every rank.
+    """Return rank 0's array (int32 of this shape) on every rank of a `new_group`, or raise rank 0's error on all.
 
-    Collective over the group. array: None elsewhere.
+    array: None on the other ranks. Collective over the group.
     """
     failed = torch.tensor([isinstance(array, L2EError)])
     if group is not None:
@@ -182,7 +188,7 @@ def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group
 
 
 def all_gather_objects(value: Any) -> list[Any]:
-    """Return every rank's (picklable, small) value, in the order of ranks."""
+    """Return every rank's value (picklable, small), in the order of ranks. Collective."""
     values: list[Any] = [value]
     if size() > 1:
         values = [None] * size()

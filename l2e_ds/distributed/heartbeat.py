@@ -1,4 +1,4 @@
-"""What this rank's main thread is doing, and when it last moved on; the watchdog reads it."""
+"""Note what this rank's main thread is doing and when it last made progress; the watchdog reads it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _progressed = time.monotonic()
 
 
 def progress(doing: str) -> None:
-    """This rank's main thread moves on; `doing` in a few words, for the case that it does not come back."""
+    """Note that the main thread makes progress. doing: what it does next, in a few words, in case it never returns."""
     global _doing, _progressed
     _doing, _progressed = doing, time.monotonic()
 
 
 def beat() -> None:
-    """This rank moves on with what it is doing; from any thread."""
+    """Note that this rank makes progress with what it is doing. Any thread may call it."""
     global _progressed
     _progressed = time.monotonic()
 
@@ -27,6 +27,7 @@ def excuse(seconds: float) -> None:
 
 
 def doing() -> str:
+    """Return what the main thread is doing."""
     return _doing
 
 

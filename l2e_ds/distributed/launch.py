@@ -1,4 +1,4 @@
-"""Where a launcher put this process: its rank, the number of ranks, and where they meet."""
+"""Find out where a launcher put this process: its rank, the number of ranks, and where they meet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l2e_ds.errors import ConfigError, L2EError
 
 @dataclass(frozen=True)
 class Launch:
-    """Where this process stands: its rank among `size`, its place on the node, and who said so."""
+    """Holds this process's rank among `size`, its local rank on the node, and the launcher that said so."""
 
     launcher: str
     rank: int
@@ -23,7 +23,7 @@ class Launch:
 
 
 def find_launch(environment: dict[str, str] | None = None) -> Launch:
-    """Read the launcher's variables; touches no network. Raises ConfigError where they contradict each other."""
+    """Read the launcher's variables, without touching the network. Raises ConfigError if they contradict each other."""
     env = dict(os.environ) if environment is None else environment
 
     def read(*names: str) -> list[int]:
@@ -48,7 +48,7 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         rank, size = read("PMI_RANK", "PMI_SIZE")
         launch = Launch("mpirun", rank, size, int(env.get("MPI_LOCALRANKID", rank)))
     elif "PMIX_RANK" in env:
-        # one of several tasks that would each take themselves for the only one (docs/deepspeed.md, row 10)
+        # several such tasks would each consider themselves the only one (docs/deepspeed.md, row 10)
         raise ConfigError(
             "launcher: PMIX_RANK is set, but the number of ranks is not; set RANK, WORLD_SIZE, LOCAL_RANK"
         )
@@ -71,14 +71,15 @@ def free_port() -> int:
 
 
 def reported_once(action: Callable[[Launch], None]) -> int:
-    """Do `action` on every rank; what all of them raise alike only rank 0 raises. Returns the exit code."""
+    """Run `action` on every rank and return the exit code; an error that all ranks raise alike is raised on rank 0
+    only."""
     launch = find_launch()
     try:
         action(launch)
     except L2EError as error:
         if launch.rank == 0 or not error.on_every_rank:
             raise
-        time.sleep(1.0)  # a launcher ends all when one has ended: rank 0 says why before
+        time.sleep(1.0)  # a launcher ends all ranks when one has ended: rank 0 must print its error before
         return error.exit_code
     return 0
 
@@ -107,15 +108,15 @@ def rendezvous_port(environment: Mapping[str, str]) -> int:
     """Return a port that every task of this job step computes alike, and other steps and jobs on the node do not.
 
     Jobs on one node have ids close to each other, steps count from 0: all pairs of up to 220 neighbouring jobs with
-    up to 100 steps each get ports of their own. Below 32768, where Linux takes the ports of outgoing connections.
-    A port that something else holds ends the step; the supervisor's next one has another id, and so another port.
+    up to 100 steps each get ports of their own. Ports are below 32768, where Linux begins to take those of outgoing
+    connections. If something else holds the port, the step ends; the supervisor's next step has another id and port.
     """
     job, step = int(environment.get("SLURM_JOB_ID", 0)), environment["SLURM_STEP_ID"]
     return 10_000 + (job * 101 + (int(step) if step.isdigit() else 0)) % 22_501
 
 
 def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what a launcher around this process tells its ranks."""
+    """Return the environment without the variables by which a launcher addresses its ranks."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {
         name: value

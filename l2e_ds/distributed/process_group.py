@@ -1,4 +1,4 @@
-"""Joins the process group that a launcher asks for, and takes it down again.
+"""Join the process group that a launcher asks for, and take it down again.
 
 `join` works under the deepspeed launcher and torchrun (RANK ...), srun (SLURM_...), mpirun (mpi4py, through DeepSpeed)
 and alone.
@@ -41,16 +41,16 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     elif launch.launcher == "alone":
         os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
-        os.environ.update(variables)  # else mpi4py finds them, and an address that may be of the wrong network
+        os.environ.update(variables)  # else mpi4py sets them, with an address that may belong to the wrong network
         os.environ.setdefault("MASTER_PORT", "29500")
     device = _local_device(on_gpu)
-    patience = timedelta(minutes=timeout_minutes + 1)  # the watchdog, which can name the lost rank, comes first
+    patience = timedelta(minutes=timeout_minutes + 1)  # longer than the watchdog, which can name the lost rank
     _name_gloo_interface()
     _allow_open_files()
     # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
     # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints progress
         deepspeed.init_distributed(
             dist_backend="nccl" if on_gpu else "gloo",
             auto_mpi_discovery=launch.launcher == "mpirun",
@@ -87,7 +87,7 @@ def check_own_gpus(places: Sequence[tuple[str, str, str]]) -> None:
 
 
 def _allow_open_files() -> None:
-    """Gloo opens a socket for each other rank; the usual soft limit is 1024 files."""
+    """Raise the limit of open files: gloo opens a socket for each other rank, and the usual soft limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):
@@ -95,7 +95,7 @@ def _allow_open_files() -> None:
 
 
 def _local_device(on_gpu: bool) -> torch.device | None:
-    """Return this rank's device, made the current one; None where the local rank is not known yet (mpirun)."""
+    """Make this rank's device the current one and return it, or None if the local rank is not known yet (mpirun)."""
     if not on_gpu or "LOCAL_RANK" not in os.environ:
         return None
     if torch.cuda.device_count() == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
@@ -108,8 +108,10 @@ def _local_device(on_gpu: bool) -> torch.device | None:
 
 
 def _name_gloo_interface() -> None:
-    """Gloo listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host; the
-    interface that leads to rank 0 is right. GLOO_SOCKET_IFNAME, if set, is the user's word."""
+    """Tell gloo to listen on the interface that leads to rank 0, unless the user has set GLOO_SOCKET_IFNAME.
+
+    By itself it listens where the host's own name leads, which is often 127.0.1.1 and reached by no other host.
+    """
     if "GLOO_SOCKET_IFNAME" in os.environ or "MASTER_ADDR" not in os.environ:
         return
     import psutil
@@ -121,7 +123,8 @@ def _name_gloo_interface() -> None:
         and ipaddress.ip_address(here).is_loopback
         and not master.startswith(("127.", "localhost", "::1"))
     ):
-        here = _address_towards("192.0.2.1")  # a name of this very host; nobody has that address: the default route
+        # MASTER_ADDR names this host: take the default route, to an address that nobody has
+        here = _address_towards("192.0.2.1")
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address == here for entry in addresses):
             os.environ["GLOO_SOCKET_IFNAME"] = name
@@ -129,7 +132,7 @@ def _name_gloo_interface() -> None:
 
 
 def _address_towards(host: str) -> str | None:
-    """Return this host's own address on the way to another; None where there is no way."""
+    """Return this host's own address on the way to another, or None if there is no way."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -140,7 +143,7 @@ def _address_towards(host: str) -> str | None:
 
 
 def leave() -> None:
-    """Take the process groups down, if there are any."""
+    """Destroy the process groups, if there are any."""
     collectives.forget_control_group()
     if dist.is_initialized():
         dist.destroy_process_group()

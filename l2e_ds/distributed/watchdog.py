@@ -1,9 +1,9 @@
-"""Says which rank is lost, and ends a run that no longer moves.
+"""Say which rank is lost, and end a run that makes no progress.
 
 A thread on every rank tells a small store, held by rank 0, what its main thread is doing. Ranks 0 and 1 read it: a
 rank that falls silent was killed, stopped or cut off. A main thread that has made no progress for `training.timeout`
 ends its process, so that the launcher can start again; without this, ranks wait in a collective for one that will
-never come. R: number of ranks.
+never come.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _LOST_CONTACT = re.compile(r"connection|timed? ?out|peer|socket|gloo|nccl", re.I
 
 
 class Watchdog:
-    """Runs between `__enter__` and `__exit__`; knows of the other ranks from `meet` on."""
+    """Watches this rank between `__enter__` and `__exit__`, and the other ranks from `meet` on."""
 
     def __init__(self, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
         self.also: Callable[[], None] = lambda: None
-        """Done at every interval, e.g. a sign of life for others."""
-        self._reports: dict[int, dict[str, Any]] = {}  # newest of every rank
-        self._changed: dict[int, float] = {}  # when it last changed, by this rank's clock
-        self._missed: set[int] = set()  # reported as silent
+        """Called at every interval, e.g. to give others a sign of life."""
+        self._reports: dict[int, dict[str, Any]] = {}  # the newest report of every rank
+        self._changed: dict[int, float] = {}  # when each report last changed, by this rank's clock
+        self._missed: set[int] = set()  # ranks that were reported as silent
         self._store: Any = None
         self._beats = 0
         self._over = threading.Event()
@@ -56,7 +56,7 @@ class Watchdog:
         return self
 
     def meet(self) -> None:
-        """Collective: from now on ranks know of each other."""
+        """Begin to exchange reports with the other ranks. Collective."""
         if collectives.size() > 1:
             store = _make_store()
             # every rank's first report is known, and in the store, before any rank can be lost
@@ -71,14 +71,14 @@ class Watchdog:
         self._thread.join(timeout=2 * INTERVAL)
 
     def _name_the_lost(self) -> None:
-        """Wait until it shows which ranks are gone, and say so."""
+        """Wait until it is known which ranks are gone, and print it."""
         deadline = time.monotonic() + SILENT + 2 * INTERVAL
         while self._reads and not self._missed and time.monotonic() < deadline:
             time.sleep(0.1)
 
     @property
     def _reads(self) -> bool:
-        """Ranks 0 and 1 read and speak: rank 1 for the case that rank 0 is the lost one."""
+        """Whether this rank reads the reports: 0 does, and 1 in case rank 0 is the lost one."""
         return self._store is not None and collectives.rank() <= 1
 
     @property
@@ -90,7 +90,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._is_over():
             for part in (self.also, self._report, self._look):
-                with contextlib.suppress(Exception):  # none of them may keep the last one from its work
+                with contextlib.suppress(Exception):  # no failure of one may prevent the others or the check below
                     part()
             if heartbeat.idle_seconds() > self.timeout:
                 try:
@@ -99,7 +99,10 @@ class Watchdog:
                     os._exit(EXIT_CODE)
 
     def _is_over(self) -> bool:
-        """Wait for an interval. If that takes longer this process was suspended, and the others perhaps with it."""
+        """Wait for an interval and return whether the watch is over.
+
+        If that takes longer, this process was suspended, and perhaps the others with it: the time does not count.
+        """
         begin = time.monotonic()
         over = self._over.wait(INTERVAL)
         late = max(0.0, time.monotonic() - begin - INTERVAL)
@@ -134,8 +137,8 @@ class Watchdog:
         try:
             found = self._store.multi_get([str(rank) for rank in self._reports])
         except Exception:
-            return  # then rank 0's report does not change either
-        self._changed[0] = now if collectives.rank() else self._changed[0]  # the store is rank 0's: it answered
+            return  # then rank 0's report does not change either, which shows below
+        self._changed[0] = now if collectives.rank() else self._changed[0]  # rank 0 holds the store, which answered
         for rank, raw in zip(self._reports, found, strict=True):
             report = json.loads(raw)
             if report != self._reports[rank]:
@@ -178,7 +181,7 @@ class Watchdog:
 
 
 def is_lost_contact(error: BaseException | None) -> bool:
-    """Return whether a collective failed because a rank is gone; backends say so in their own words."""
+    """Return whether a collective failed because a rank is gone, which each backend words in its own way."""
     known = isinstance(error, RuntimeError) and collectives.size() > 1
     return known and _LOST_CONTACT.search(str(error)) is not None
 

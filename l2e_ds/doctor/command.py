@@ -1,4 +1,4 @@
-"""`l2e-ds doctor`: what this machine and this launch offer a run, and the line that mends what is missing.
+"""`l2e-ds doctor`: what this machine and this launch offer a run, and the line that fixes what is missing.
 
 Also `python -m l2e_ds.doctor`, alone or under a launcher as `l2e_ds.train`. Exit code 0 where a run can start, 1 where
 something it cannot do without is missing. Only the standard library is imported at the top: it must run where the rest
@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l2e_ds.console import CommandParser
-from l2e_ds.doctor import host
-from l2e_ds.doctor.finding import Finding, checked, conclude
+from l2e_ds.distributed.launch import find_launch
+from l2e_ds.doctor.finding import Finding, Report
+from l2e_ds.doctor.host import check_host, check_imports
 from l2e_ds.doctor.ranks import meet_to_compare, why_no_all_reduce
 from l2e_ds.errors import ConfigError
-
-if TYPE_CHECKING:
-    from l2e_ds.distributed.launch import Launch
+from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,65 +36,35 @@ def _seconds(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the doctor of a launcher's command line, and return the exit code."""
     parser = CommandParser(prog="l2e-ds doctor", description=str(__doc__).splitlines()[0])
     add_arguments(parser)
     return run(parser.parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the findings one after another; 1 where a run could not start, else 0."""
-    imports = checked("imports", host.check_imports)
+    """Print the findings one after another; return 1 if a run could not start, else 0."""
+    report, imports = Report(), list(check_imports())
     if any(finding.name == "torch" for finding in imports):  # then there are no ranks that could meet
-        return conclude(_look(imports, None, arguments.directory, show=True))
-
-    from l2e_ds.distributed.launch import find_launch  # with torch, which may be missing
-
+        report.add(check_host(arguments.directory, imports))
+        return report.conclude()
+    if not imports:
+        quiet_libraries()
     try:
         launch = find_launch()
-    except ConfigError as error:  # then nobody knows which process should speak for all
+    except ConfigError as error:  # then it is not known which process is rank 0
         print(Finding("missing", "launcher", str(error)), flush=True)
         return 1
-    found = []
+    report.is_silent = launch.rank != 0
+    size = "a group of one" if launch.size == 1 else f"{launch.size} ranks"
+    report.add([Finding("ok", "launcher", f"{launch.launcher}: {size}")])
     if launch.local_rank == 0:  # what is true of a host is looked at once
-        found = _look(imports, launch, arguments.directory, show=launch.rank == 0)
+        report.add(check_host(arguments.directory, imports))
     try:
-        return meet_to_compare(launch, found, arguments)
+        return meet_to_compare(launch, report, arguments)
     except Exception as error:  # the others may wait for this rank for ever: the launcher must end them
-        failed = why_no_all_reduce(error, launch, found)
-        print(failed, flush=True)
+        report.is_silent = False
+        report.add([why_no_all_reduce(error, launch, report.findings)])
         if launch.rank == 0:
-            conclude([*found, failed])
+            report.conclude()
         os._exit(1)
-
-
-def _look(imports: list[Finding], launch: Launch | None, directory: Path, show: bool) -> list[Finding]:
-    """Return the findings about this host, each shown as it is made."""
-    needs_mpi = launch is not None and launch.launcher == "mpirun" and "MASTER_ADDR" not in os.environ
-    started = []
-    if launch is not None:
-        size = "a group of one" if launch.size == 1 else f"{launch.size} ranks"
-        started.append(Finding("ok", "launcher", f"{launch.launcher}: {size}"))
-    checks: list[tuple[str, Callable[[], list[Finding]]]] = [
-        ("launcher", lambda: started),
-        ("versions", host.check_versions),
-        ("imports", lambda: imports),
-        ("accelerator", host.check_accelerator),
-        ("backend", host.check_backend),
-        ("compiler", host.check_compiler),
-        ("mpi", lambda: host.check_mpi(needs_mpi)),
-        ("slurm", host.check_slurm),
-        ("ssh", host.check_ssh),
-        ("directory", lambda: host.check_directory(directory)),
-        ("hub", host.check_hub),
-        ("memory", host.check_shared_memory),
-        ("limits", host.check_limits),
-    ]
-    found = []
-    for name, check in checks:
-        if imports and name in ("accelerator", "backend", "compiler"):  # which ask torch and DeepSpeed
-            continue
-        for finding in checked(name, check):
-            found.append(finding)
-            if show:
-                print(finding, flush=True)
-    return found

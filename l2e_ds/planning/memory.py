@@ -1,4 +1,4 @@
-"""Memory of a training step on one rank, by what holds it."""
+"""Predict the memory of a training step on one rank, by what holds it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SUB_GROUP = 1_000_000_000  # elements; its default of sub_group_size
 
 @dataclass(frozen=True)
 class States:
-    """Model states of one GPU, and on its host where offloaded; bytes.
+    """Holds the bytes of the model states of one GPU, and of its host where they are offloaded.
 
     gradients: as they are when backward ends; held: of these, what stays allocated after the step; buffers: DeepSpeed's
     own, held through forward and backward; gathered: ZeRO-3's full parameters; reducing, stepping: what comes on top
@@ -127,16 +127,17 @@ def logits_bytes(work: Work, micro_batch: int) -> float:
 
 
 def inhibition_state_bytes(work: Work) -> float:
-    """Moments (mean, m2), faded selections (float64) and frozen mean, variance and rate (float32) of a layer's N
-    neurons, the packed sums (float64; NeuronHook.buffer_size) and a micro-batch's sums for the projection (float64)."""
+    """Return the bytes of inhibition's state. Of each layer's N neurons: moments (mean, m2) and faded selections
+    (float64), frozen mean, variance and rate (float32), the packed sums (float64; NeuronHook.buffer_size) and a
+    micro-batch's sums for the projection (float64)."""
     projection = (1 + 4 * work.neurons) * 8
     return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8 + projection)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one GPU by part; `total` is the peak. step: what reducing gradients or the optimizer's step needs beyond
-    forward and backward."""
+    """Holds the bytes of one GPU by part; `total` is the peak. step: what reducing gradients or the optimizer's step
+    needs beyond forward and backward."""
 
     weights: float
     gradients: float
@@ -149,6 +150,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Return the peak in bytes."""
         return sum(vars(self).values())
 
 
@@ -182,11 +184,12 @@ def memory(work: Work, ranks: int, micro_batch: int, accumulation: int) -> Memor
 
 
 def accumulation_of(global_batch: int, ranks: int, micro_batch: int) -> int:
+    """Return the number of micro-batches that a rank computes in a step."""
     return global_batch // (micro_batch * ranks)
 
 
 def largest_micro_batch(work: Work, ranks: int, global_batch: int, usable: float) -> int | None:
-    """Return the largest that divides the sequences of a rank and needs at most `usable` bytes, or None."""
+    """Return the largest micro-batch that divides the sequences of a rank and needs at most `usable` bytes, or None."""
     for micro_batch in reversed(divisors(global_batch // ranks)):
         if memory(work, ranks, micro_batch, accumulation_of(global_batch, ranks, micro_batch)).total <= usable:
             return micro_batch

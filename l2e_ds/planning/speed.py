@@ -1,4 +1,4 @@
-"""Traffic and computation of a training step on given GPUs."""
+"""Predict traffic and computation of a training step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from l2e_ds.planning.work import Work
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one GPU sends in a step, bytes."""
+    """Holds the bytes that one GPU sends in a step."""
 
     gradients: float
     weights: float
@@ -37,7 +37,8 @@ def inhibition_payload(work: Work, accumulation: int) -> int:
 
 
 def traffic(work: Work, ranks: int, accumulation: int) -> Traffic:
-    """ZeRO, section 7: stages 0 to 2 reduce gradients, stage 3 also gathers weights in forward and in backward.
+    """Return what one GPU sends in a step. Stages 0 to 2 reduce gradients, stage 3 also gathers weights in forward and
+    in backward (ZeRO, section 7).
 
     As DeepSpeed does it: gradients in the network's precision unless the JSON says otherwise (engine.py,
     communication_data_type); stages 1 and 2 all-reduce whole buckets (`use_multi_rank_bucket_allreduce`), stage 2 and 3

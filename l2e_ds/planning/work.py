@@ -1,4 +1,4 @@
-"""The sizes of a run that memory and time follow from."""
+"""Read from a run the sizes that memory and time follow from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE, and the 
 
 @dataclass(frozen=True)
 class Work:
-    """What the formulae need to know of a resolved run; sizes in elements, those of an element in bytes.
+    """Holds what the formulae need to know of a resolved run; sizes in elements, those of an element in bytes.
 
     embedding: V h; element: of a weight in the network; accumulator: of an accumulated gradient; communication: of one
     that is reduced; hooked: indices of the layers with a hook, empty with `method: none`.
@@ -52,8 +52,11 @@ class Work:
 
 
 def work_of(plan: Plan) -> Work:
-    """Raises ConfigError where the DeepSpeed JSON names an optimizer other than Adam, or the network is none of
-    Pythia's family, whose activations the formulae count."""
+    """Return the sizes of a resolved run.
+
+    Raises ConfigError where the DeepSpeed JSON names an optimizer other than Adam, or the network is not of Pythia's
+    family, whose activations the formulae count.
+    """
     from deepspeed.runtime.config import DtypeEnum
 
     config, network, ds = plan.config, plan.network, plan.ds

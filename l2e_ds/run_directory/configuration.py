@@ -1,5 +1,4 @@
-"""What the files of a run directory or a study say, checked: config.yaml and study.json. A mistake in them is found
-here, and not where a figure is used. (metrics.jsonl: l2e_ds/run_directory/metrics.py.)"""
+"""Read and check the config.yaml of a run directory, so that a mistake in it is found before a value is used."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from l2e_ds.errors import ConfigError, DataError
 
 
 def check_folder(path: Path) -> None:
-    """Raises DataError."""
+    """Raise DataError if there is no such folder."""
     if not os.path.exists(path):
         raise DataError(f"{path}: there is no such folder")
     if not os.path.isdir(path):
@@ -20,7 +19,7 @@ def check_folder(path: Path) -> None:
 
 
 def read_config(directory: Path) -> RunConfig:
-    """Return keys that the run's version did not have yet have their defaults. Raises DataError."""
+    """Return the configuration of a run. Keys that its version did not have have their defaults. Raises DataError."""
     try:
         return load_run_config(directory / "config.yaml")
     except ConfigError as error:

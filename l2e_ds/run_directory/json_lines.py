@@ -1,4 +1,4 @@
-"""Reading the JSON Lines files of a run directory, to which another process may be appending."""
+"""Read the JSON Lines files of a run directory, to which another process may be appending."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BROKEN = object()
 
 
 class Line(NamedTuple):
-    """number: counted from 1; raw: its bytes without the end; value: what it says, or BROKEN."""
+    """Holds one line. number: counted from 1; raw: its bytes without the end; value: its JSON value, or BROKEN."""
 
     number: int
     raw: bytes
@@ -20,8 +20,10 @@ class Line(NamedTuple):
 
 
 def json_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines that are not empty. A last line without an end that is not JSON is still being written, or was
-    cut off by a kill, and does not count. Raises OSError."""
+    """Yield the lines that are not empty. Raises OSError.
+
+    A last line without an end that is not JSON is still being written, or was cut off by a kill: it is left out.
+    """
     lines = path.read_bytes().split(b"\n")
     for number, raw in enumerate(lines, start=1):
         try:

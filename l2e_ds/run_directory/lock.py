@@ -1,4 +1,4 @@
-"""One run at a time writes to a run directory.
+"""Ensure that one run at a time writes to a run directory.
 
 Rank 0 holds a POSIX lock on the file `lock` (which ends with the process, and which child processes do not inherit)
 and touches the file every few seconds, for file systems on which other hosts do not see locks.
@@ -19,18 +19,19 @@ NAME = "lock"
 RENEWED_EVERY = 5.0
 """Seconds between signs of life."""
 WATCHED_FOR = 3 * RENEWED_EVERY
-"""Seconds for which the lock of another host is looked at before it is taken for a dead run's."""
+"""Seconds for which the lock of another host is watched before its run is considered dead."""
 
 
 class RunLock:
-    """Of one run directory; `acquire` before anything is written there."""
+    """The lock of one run directory; `acquire` it before anything is written there."""
 
     def __init__(self, run_directory: Path) -> None:
         self.path = run_directory / NAME
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Raises ConfigError where another run, here or on another host, is alive, or the file cannot be made."""
+        """Take the lock. Raises ConfigError if another run, here or on another host, is alive, or the file cannot be
+        made."""
         try:
             self._acquire()
         except OSError as error:
@@ -40,7 +41,7 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            trusted = [None, socket.gethostname()]  # hosts whose locks would have been seen
+            trusted = [None, socket.gethostname()]  # hosts whose locks this one would have seen
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
@@ -48,7 +49,7 @@ class RunLock:
                 os.close(descriptor)
                 raise self._refusal(holder) from None
             except OSError:
-                trusted = [None]  # a file system without locks (Lustre without -o flock): signs of life must do
+                trusted = [None]  # a file system without locks (Lustre without -o flock): only signs of life remain
             if not self._is_current(descriptor):  # removed by its holder between our open and our lock
                 os.close(descriptor)
                 continue
@@ -62,12 +63,13 @@ class RunLock:
         os.pwrite(self._descriptor, json.dumps(content).encode(), 0)
 
     def renew(self) -> None:
-        """A sign of life; from any thread."""
+        """Touch the file, as a sign of life. Any thread may call it."""
         descriptor = self._descriptor
         if descriptor is not None:
             os.utime(descriptor)
 
     def release(self) -> None:
+        """Give the lock back and remove the file, if it was taken."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             self.path.unlink(missing_ok=True)
@@ -80,7 +82,7 @@ class RunLock:
             return False
 
     def _is_renewed(self, descriptor: int) -> bool:
-        """Return whether somebody touches the file while we look."""
+        """Return whether another process touches the file while this one watches."""
         before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCHED_FOR
         while time.monotonic() < deadline:
             time.sleep(1)
@@ -97,8 +99,12 @@ class RunLock:
             return {}
 
     def _refusal(self, holder: dict) -> ConfigError:
-        who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
         return ConfigError(
-            f"training.run_directory: another run is writing to {self.path.parent} ({who}); wait for it, stop it"
-            " or choose another folder"
+            f"training.run_directory: another run is writing to {self.path.parent} ({described(holder)}); wait for it,"
+            " stop it or choose another folder"
         )
+
+
+def described(holder: dict) -> str:
+    """Return what a lock's file says of the process that holds it."""
+    return f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"

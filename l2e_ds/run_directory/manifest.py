@@ -1,8 +1,8 @@
-"""What a complete checkpoint consists of: every file with its size and SHA-256, in a manifest that is written last.
+"""List the files of a complete checkpoint with sizes and SHA-256, in a manifest that is written last.
 
 A checkpoint without a manifest was not finished; one that differs from its manifest was damaged later. DeepSpeed's
-shards are pickles: nothing in a folder is read as one before `verify` found every file as it was written, and no file
-beside them. (That tells damage, not malice: whoever can write the folder can write the manifest too.)
+shards are pickles: none is read before `verify` has found every file as it was written, and no file beside them. (That
+proves the absence of damage, not of malice: whoever can write the folder can write the manifest too.)
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Entries = dict[str, dict[str, int | str]]
 
 
 def sha256(path: Path) -> str:
-    """64 hex digits; as `sha256sum` prints. Raises OSError."""
+    """Return the 64 hex digits that `sha256sum` prints. Raises OSError."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -46,7 +46,7 @@ def files_of_rank(folder: Path, rank: int) -> list[Path]:
 
 
 def secure(folder: Path, paths: Iterable[Path]) -> Entries:
-    """Bring files to the disk for good and describe them. Raises OSError."""
+    """Flush files to the disk and return their entries in the manifest. Raises OSError."""
     entries: Entries = {}
     for path in paths:
         fsync_path(path)
@@ -55,7 +55,7 @@ def secure(folder: Path, paths: Iterable[Path]) -> Entries:
 
 
 def write_manifest(folder: Path, entries: Entries) -> None:
-    """Raises OSError."""
+    """Write the manifest of a folder and flush it to the disk. Raises OSError."""
     path = folder / MANIFEST
     path.write_text(json.dumps({"files": dict(sorted(entries.items()))}, indent=1) + "\n", encoding="utf-8")
     fsync_path(path)
@@ -107,8 +107,9 @@ def check_files(folder: Path) -> str | None:
 
 
 def check_contents(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what is wrong with the content of every `parts`-th file (largest first, so that shares are alike), or
-    None.
+    """Return what is wrong with the content of every `parts`-th file, or None.
+
+    The largest come first, so that the shares of several readers are alike.
     """
     files = read_manifest(folder)
     if isinstance(files, str):

@@ -1,4 +1,4 @@
-"""The table of metrics: every key of metrics.jsonl with its unit, its reduction and where it comes from.
+"""Describe every key of metrics.jsonl in a table: its unit, its reduction and where it comes from.
 
 To add a metric, write its value and add one entry here: docs/metrics.md is made from the entries, `read_lines` checks
 lines by them, the report takes its labels and units from them, and the tests refuse a line with a key that has none.
@@ -14,17 +14,17 @@ from functools import cache
 from typing import Literal
 
 Reduction = Literal["mean", "sum", "newest", "so far", ""]
-"""Over the steps since the line before; "so far": since the run began; "": there is nothing to reduce."""
+"""How the steps since the line before are reduced; "so far": since the run began; "": there is nothing to reduce."""
 
 Type = Literal["number", "count", "text", "mapping", "any"]
-"""A number may be null, where it was not finite; a count is a whole number from 0 on."""
+"""The type of a value. A number may be null, where it was not finite; a count is a whole number from 0 on."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One key, or one pattern of keys, of the lines of a kind.
+    """Describes one key, or one pattern of keys, of the lines of a kind.
 
-    In `key`, layerI stands for the layer I, NAME for a set of `data.sets`, and TASK/N-shot/METRIC for a figure of an
+    In `key`, layerI stands for the layer I, NAME for a set of `data.sets`, and TASK/N-shot/METRIC for a result of an
     evaluation task. `label` is its name in the report (default: the last part of the key); a line without a `needed`
     key is refused by `read_lines`.
     """
@@ -40,13 +40,14 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The name for readers, in lower case where it begins with a word."""
+        """The name for readers, in lower case if it begins with a word."""
         return self.label or self.key.rpartition("/")[2].replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """The lines of one kind. `when` says when they are written, `note` what else must be known to read them."""
+    """Describes the lines of one kind. `when` says when they are written, `note` what else one must know to read
+    them."""
 
     when: str
     metrics: tuple[Metric, ...]
@@ -279,7 +280,7 @@ KINDS: dict[str, Kind] = {
             Metric("text", "", "what was seen, in words", type="text", needed=True),
             Metric("advice", "", "what to do, in words", type="text", needed=True),
         ),
-        "Figures are compared with the reference, the newest evaluation before inhibition began (where a run's"
+        "Values are compared with the reference, the newest evaluation before inhibition began (where a run's"
         " checkpoint knows of none: the first one after resuming).",
     ),
     "start": Kind(
@@ -304,7 +305,7 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "changes",
                 "",
-                "what the run file says otherwise than when the checkpoint was written",
+                "how the run file differs from the one that the checkpoint was written with",
                 type="any",
             ),
         ),
@@ -336,7 +337,7 @@ def find(kind: str, key: str) -> Metric | None:
 
 
 def described(kind: str, key: str) -> Metric:
-    """Return the entry that describes this key of a line of this kind. Raises KeyError where there is none."""
+    """Return the entry that describes this key of a line of this kind. Raises KeyError if there is none."""
     metric = find(kind, key)
     if metric is None:
         raise KeyError(f"kind: {kind}, {key}: is not in the table of metrics (l2e_ds/run_directory/metric_table.py)")

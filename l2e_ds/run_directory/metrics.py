@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl, also of a run that goes on. What each key means stands in metric_table.py.
+"""Read metrics.jsonl, also of a run that is still writing it. metric_table.py says what each key means.
 
 A last line that is still being written does not count. Imports nothing heavy.
 """
@@ -18,8 +18,8 @@ from l2e_ds.system.files import write_whole
 
 FILE = "metrics.jsonl"
 _READ = ("start", "train", "evaluation", "guard")  # the kinds of lines that report, summary and study take in
-_MOST = 2**63
-_LARGEST = 1e38  # near float32's; of larger ones a chart's and a mean's arithmetic could overflow
+_MOST = 2**63  # of a count
+_LARGEST = 1e38  # near float32's: the arithmetic of charts and means could overflow with larger numbers
 _CHECKS: dict[Type, tuple[Callable[[Any], bool], str]] = {
     "number": (lambda value: type(value) in (int, float, type(None)), "a number or null"),
     "count": (lambda value: type(value) is int and 0 <= value < _MOST, "a whole number"),
@@ -30,7 +30,7 @@ _CHECKS: dict[Type, tuple[Callable[[Any], bool], str]] = {
 
 
 def read_metrics(path: Path, kind: str) -> list[dict]:
-    """Return the lines of one kind, in order. Raises DataError for a line that is none of a run's, and OSError."""
+    """Return the lines of one kind, in order. Raises DataError for a line that no run writes, and OSError."""
     found = []
     for place, line in _lines(path):
         if line["kind"] == kind:
@@ -43,7 +43,7 @@ def read_metrics(path: Path, kind: str) -> list[dict]:
 def read_lines(directory: Path) -> list[dict[str, Any]]:
     """Return a run's lines of the kinds start, train, evaluation and guard, in order, checked.
 
-    A figure that is not finite, or beyond what float32 holds, is None. Raises DataError naming file and line, and
+    A number that is not finite, or beyond what float32 holds, is None. Raises DataError naming file and line, and
     OSError.
     """
     path = directory / FILE
@@ -64,9 +64,9 @@ def _broken(path: Path, place: int) -> DataError:
 
 
 def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the line with None for figures that are not finite.
+    """Return the line with None for numbers that are not finite.
 
-    Raises DataError; a key that the table does not have, of an older or a changed run, is taken for a number.
+    A key that the table lacks, as in the lines of an older version, must hold a number. Raises DataError.
     """
     kind = line["kind"]
     for metric in KINDS[kind].metrics:
@@ -84,14 +84,15 @@ def _checked(line: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """None for a number that no chart and no mean can take."""
+    """Return a value, but None for a number that no chart and no mean can take."""
     return None if isinstance(value, int | float) and not abs(value) <= _LARGEST else value
 
 
-# --- what they say -----------------------------------------------------------------------------------------------
+# --- values in the lines -----------------------------------------------------------------------------------------
 
 
 def of_kind(lines: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Return the lines of one kind."""
     return [line for line in lines if line["kind"] == kind]
 
 
@@ -109,28 +110,28 @@ def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any
 
 
 def last_tenth(lines: Sequence[dict]) -> list[dict]:
-    """Of the steps so far."""
+    """Return the lines of the last tenth of the steps so far."""
     return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
 
 
 def layer_key(layer: int, name: str) -> str:
-    """Of one of `inhibition.layers`."""
+    """Return the key of a metric of one of `inhibition.layers`."""
     return f"layer{layer}/{name}"
 
 
 def comparison_key(layer: int, name: str) -> str:
-    """Of a layer that is none of them; no mean over `layers/NAME` takes it in."""
+    """Return the key of a metric of a comparison layer, which no mean over `layers/NAME` includes."""
     return f"comparison_layer{layer}/{name}"
 
 
 def layers_of(lines: Iterable[Mapping[str, Any]], key: Callable[[int, str], str] = layer_key) -> list[int]:
-    """Return those that the lines have figures of under such keys."""
+    """Return the layers of which the lines have metrics under such keys, in order."""
     begin = key(0, "").partition("0/")[0]
     return sorted({int(found[1]) for line in lines for name in line if (found := re.match(rf"{begin}(\d+)/", name))})
 
 
 def number(line: Mapping[str, Any], key: str) -> float | None:
-    """None where the line has no such number. Of `layers/NAME` the mean over its layers."""
+    """Return a number of a line, or None if it has none. `layers/NAME` is the mean over its layers."""
     if key.startswith("layers/"):
         ending = key.removeprefix("layers")
         own = (name for name in line if name.startswith("layer") and name.endswith(ending))
@@ -140,21 +141,24 @@ def number(line: Mapping[str, Any], key: str) -> float | None:
 
 
 def numbers(lines: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """Of the lines that have one."""
+    """Return the numbers under a key, of those lines that have one."""
     return [value for line in lines if (value := number(line, key)) is not None]
 
 
 def mean(values: Iterable[float]) -> float | None:
+    """Return the mean, or None of no values."""
     found = list(values)
     return sum(found) / len(found) if found else None
 
 
 def first_and_last(lines: Sequence[dict], key: str) -> tuple[float | None, float | None]:
+    """Return the numbers under a key in the first and the last line, or None for each that is not there."""
     return (number(lines[0], key), number(lines[-1], key)) if lines else (None, None)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Forget what a run wrote after the checkpoint that it goes on from, and a line cut off by a kill."""
+    """Remove what a run wrote after the checkpoint that it resumes from, and a line cut off by a kill. Raises
+    OSError."""
     if not path.exists():
         return
     kept = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-MANIFEST = "manifest.json"  # of a checkpoint: written last, so that one without it is unfinished
-EXIT_FILE = "L2E_DS_EXIT_FILE"  # variable that names the file in which ranks note the exit codes that they chose
+MANIFEST = "manifest.json"
+"""The file of a checkpoint that is written last: a checkpoint without it is unfinished."""
+EXIT_FILE = "L2E_DS_EXIT_FILE"
+"""The environment variable that names the file in which ranks note their exit codes."""
 _CHECKPOINT = re.compile(r"step(\d{8})")
 
 
@@ -34,6 +36,6 @@ def published_checkpoints(run_directory: Path) -> list[Path]:
 
 
 def newest_step(run_directory: Path) -> int:
-    """Return the step of the newest checkpoint that has a manifest, or 0 where there is none."""
+    """Return the step of the newest checkpoint that has a manifest, or 0 if there is none."""
     finished = (path for path in published_checkpoints(run_directory) if (path / MANIFEST).exists())
     return max(map(step_of, finished), default=0)

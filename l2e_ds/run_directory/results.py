@@ -1,14 +1,13 @@
-"""What a model reached on evaluation tasks: `evaluations.jsonl` of a run directory, one evaluation a line.
+"""Read and write the results of evaluation tasks: `evaluations.jsonl` of a run directory, one evaluation a line.
 
     {"step": 150, "tokens": 655360, "time": "2026-11-25T09:00:00Z", "seconds": 12.3, "ranks": 2, "precision": "fp32",
      "asked": {"tasks": ["arc_easy"], "num_fewshot": 0}, "limit": null, "versions": {"lm_eval": "0.4.13", ...},
      "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "cut": 0, "version": 1.0, "part_of": null,
                             "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
 
-`part_of` names the group (mmlu) that a task's figures are in too; a group's `samples` are those of its parts. `limit`
-is the number of documents a task was cut to, `cut` of how many of its documents the prompt did not fit the model's
-context and was cut from the left; `value` is null where it is not finite. `step` and `tokens` are null where
-the model does not say them.
+`part_of` names the group (mmlu) that includes a task; a group's `samples` are those of its parts. `limit` is the number
+of documents a task was cut to; `cut` counts the documents whose prompt did not fit the model's context and was cut from
+the left; `value` is null where it is not finite. `step` and `tokens` are null if the model does not say them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ FILE = "evaluations.jsonl"
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task at one step. stderr: of the mean over the task's documents; None where there is none."""
+    """Holds one metric of one task at one step. stderr: of the mean over the task's documents, if there is one."""
 
     step: int | None
     task: str
@@ -45,11 +44,10 @@ class TaskResult:
 
 
 def read_results(run: Path) -> list[TaskResult]:
-    """Return every metric of every task, ordered by step.
+    """Return every metric of every task, ordered by step; of a task that was evaluated twice the newest.
 
-    Of one that was evaluated twice the newest. Empty without a file.
-
-    A line that was cut off, or is still being written, does not count. Raises DataError for one that is no evaluation.
+    The list is empty without a file. A line that was cut off, or is still being written, does not count. Raises
+    DataError for a line that is no evaluation.
     """
     path = run / FILE
     if not path.is_file():
@@ -68,31 +66,32 @@ def read_results(run: Path) -> list[TaskResult]:
 
 
 def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
-    """Of one line."""
+    """Return the results of one line. Raises AttributeError, KeyError, TypeError or ValueError if it is no
+    evaluation."""
     return [
         TaskResult(
-            evaluation["step"],
-            name,
-            task["num_fewshot"],
-            metric,
-            float(figure["value"]),
-            None if figure["stderr"] is None else float(figure["stderr"]),
-            figure["higher_is_better"],
-            task["samples"],
-            task["part_of"],
-            evaluation["limit"],
-            task.get("cut", 0),  # lines of 0.1.0 before it was counted have none
+            step=evaluation["step"],
+            task=name,
+            num_fewshot=task["num_fewshot"],
+            metric=metric,
+            value=float(result["value"]),
+            stderr=None if result["stderr"] is None else float(result["stderr"]),
+            higher_is_better=result["higher_is_better"],
+            samples=task["samples"],
+            part_of=task["part_of"],
+            limit=evaluation["limit"],
+            cut=task.get("cut", 0),  # older lines have none
         )
         for name, task in evaluation["tasks"].items()
-        for metric, figure in task["metrics"].items()
-        if figure["value"] is not None
+        for metric, result in task["metrics"].items()
+        if result["value"] is not None
     ]
 
 
 def about(
     step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
 ) -> dict[str, Any]:
-    """Return what a line says beside the figures themselves. tasks, num_fewshot: as they were asked for."""
+    """Return what a line says beside the results. tasks, num_fewshot: as they were asked for."""
     time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
     common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
@@ -100,7 +99,7 @@ def about(
 
 
 def append_result(path: Path, evaluation: dict[str, Any]) -> None:
-    """One line more, in a file or in that of a run directory. Raises OSError."""
+    """Append one line to a file, or to the one of a run directory. Raises OSError."""
     with (path / FILE if path.is_dir() else path).open("ab+") as file:
         end = file.tell()
         file.seek(max(0, end - 1))

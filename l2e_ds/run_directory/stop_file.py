@@ -1,6 +1,6 @@
-"""The file `stop` in a run directory, which asks the run to save and end.
+"""Write and read the file `stop` in a run directory, which asks the run to save and end.
 
-Anybody may write it. A supervisor writes it too, with the word `restart` in it where it is to start the run again.
+Anybody may write it. A supervisor also does, with the word `restart` in it if it will start the run again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ _RESTART = "restart\n"
 
 
 def stop_file(run_directory: Path) -> Path:
+    """Return the path of the file."""
     return run_directory / "stop"
 
 
 def ask_to_stop(run_directory: Path) -> None:
-    """Ask the run to stop for good. Say where that cannot be written."""
+    """Ask the run to stop for good; print a line if the file cannot be written."""
     _write(run_directory, "")
 
 
@@ -51,7 +52,7 @@ def remove(run_directory: Path) -> None:
 
 
 def honour(run_directory: Path) -> None:
-    """Remove the file after the run has done as asked. Say where that fails: the run is over all the same."""
+    """Remove the file after the run has stopped; print a line if that fails: the run is over all the same."""
     try:
         remove(run_directory)
     except ConfigError as error:

@@ -1,1 +1,1 @@
-"""Jobs of SLURM: `l2e-ds submit`, and what its batch scripts run."""
+"""Submit runs to SLURM, and run them in its jobs."""

@@ -1,10 +1,10 @@
-"""What the batch scripts of SLURM run, once a job, on its first node.
+"""Run and requeue a job of SLURM: batch scripts call this once, on the first node.
 
     python -m l2e_ds.slurm [--restarts N] RUN.yaml [section.key=value ...] -- srun ... python -m l2e_ds.train
     python -m l2e_ds.slurm [--restarts N] --list LIST -- srun ... python -m l2e_ds.train      (a task of an array job)
 
-Runs the supervisor (l2e_ds.supervise), then decides whether SLURM is to start this job again: docs/slurm.md has
-the table. A line of LIST is `RUN.yaml [section.key=value ...]`; array task k takes the k-th one, counted from 0.
+It runs the supervisor (l2e_ds.supervise), then decides whether SLURM is to start this job again: docs/slurm.md has the
+table. A line of LIST is `RUN.yaml [section.key=value ...]`; array task k takes the k-th one, counted from 0.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PROBE_SECONDS = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the supervisor's exit code.
+    """Run the supervisor and return its exit code; the job may be requeued by then.
 
-    The job may be requeued by then. One line on stderr for what the user can mend.
+    An error that the user can fix is one line on stderr.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(run: Sequence[str], restarts: str | None, launcher: Sequence[str]) -> int:
-    """Run the supervisor and requeue this job where that is due; return the supervisor's exit code.
+    """Run the supervisor and requeue this job if that is due; return the supervisor's exit code.
 
-    run: `RUN.yaml` and overrides; restarts: as of l2e_ds.supervise. Raises ConfigError where the address of the first
-    node is not to be had.
+    run: `RUN.yaml` and overrides; restarts: as of l2e_ds.supervise. Raises ConfigError if the address of the first
+    node cannot be found.
     """
     prepare_environment()
     step = _newest_step(run)
@@ -57,14 +57,14 @@ def train(run: Sequence[str], restarts: str | None, launcher: Sequence[str]) -> 
     code = supervisor.main([*options, *run, "--", *launcher])
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # requeueing a job sends SIGTERM to its batch script, which is this
-    # a run that breaks whenever it is to stop must not come back for ever
+    # a run that fails whenever it is to stop must not be requeued for ever: it must have new checkpoints
     broke_stopping = bool(signals.received) and not signals.are_impatient() and _newest_step(run) > step
     requeue_if_due(code, broke_stopping)
     return code
 
 
 def _newest_step(run: Sequence[str]) -> int:
-    """Of the newest checkpoint; 0 also where the run file is wrong, which the supervisor says."""
+    """Return the step of the newest checkpoint; 0 also if the run file is wrong, which the supervisor reports."""
     try:
         return names.newest_step(Path(load_run_config(run[0], run[1:]).training.run_directory))
     except ConfigError:
@@ -88,15 +88,15 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def prepare_environment() -> None:
     """Set for srun what it does not find out by itself, and drop what the submitting shell left over.
 
-    Raises ConfigError where the first node's address is not to be had.
+    Raises ConfigError if the address of the first node cannot be found.
     """
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
     for name in [name for name in os.environ if name.startswith("SLURM_STEP")]:
-        del os.environ[name]  # sbatch called within a step hands that step's variables on
+        del os.environ[name]  # sbatch called within a step passes that step's variables on
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ.setdefault("SRUN_CPUS_PER_TASK", os.environ["SLURM_CPUS_PER_TASK"])  # not inherited since 22.05
-    # once here instead of once a rank: a thousand ranks that ask slurmctld at the same moment are a burden to it
+    # once here instead of once a rank: a thousand ranks that ask slurmctld at the same moment overload it
     os.environ.setdefault("MASTER_ADDR", first_host())
 
 
@@ -104,7 +104,7 @@ def prepare_environment() -> None:
 
 
 def list_entry(path: Path, task: int) -> list[str]:
-    """`RUN.yaml` and overrides of array task `task`. Words are split as a shell does, but nothing is expanded or run.
+    """Return `RUN.yaml` and overrides of array task `task`. Words are split as by a shell, but not expanded or run.
 
     Raises ConfigError (file and line) for a line that cannot be read, and for two lines that write to one directory.
     """
@@ -152,14 +152,13 @@ def entry_of_this_task(path: Path) -> list[str]:
 
 
 def requeue_if_due(code: int, broke_stopping: bool) -> None:
-    """`scontrol requeue` this job if the run stopped on request, or broke on its way there, or because a node no longer
-    answers.
+    """Requeue this job if the run stopped on request, failed while it was to stop, or lost a node.
 
-    broke_stopping: whether the batch script was asked to stop the run, which was then not restarted within this job,
-    and new checkpoints came of this start.
+    broke_stopping: whether the batch script was asked to stop the run, which failed and was not restarted within this
+    job, and has new checkpoints from this start.
 
-    Not when the user cancelled the job (requeueing would bring it back to life), and not when SLURM has requeued it
-    already. Says in one line what it did and why.
+    The job is not requeued if the user cancelled it (that would bring it back to life), or if SLURM has requeued it
+    already. One line on stderr says what was done and why.
     """
     job = job_name_for_scontrol(os.environ)
     if code == Interrupted.exit_code:
@@ -181,7 +180,7 @@ def requeue_if_due(code: int, broke_stopping: bool) -> None:
         _scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip()
-        _say(f"{reason}, but job {job} could not be requeued ({detail}); submit it again to go on")
+        _say(f"{reason}, but job {job} could not be requeued ({detail}); submit it again to resume")
 
 
 def job_name_for_scontrol(environment: Mapping[str, str]) -> str:
@@ -192,14 +191,14 @@ def job_name_for_scontrol(environment: Mapping[str, str]) -> str:
 
 
 def job_state(job: str) -> tuple[str, str]:
-    """State and reason. A job that is being ended is COMPLETING whatever ended it; Reason tells a time limit apart."""
+    """Return state and reason. A job that is ending is COMPLETING for any cause; only Reason shows a time limit."""
     shown = _scontrol("show", "job", job, "--oneliner")
     found = dict(re.findall(r"\b(JobState|Reason)=(\S+)", shown))
     return found.get("JobState", "unknown"), found.get("Reason", "unknown")
 
 
 def nodes_answer() -> bool:
-    """Return whether every node of the job can still start a task. Until SLURM itself notices may take minutes."""
+    """Return whether every node of the job can still start a task. SLURM itself may take minutes to notice."""
     nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
     command = ["srun", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "true"]
     try:

@@ -1,4 +1,4 @@
-"""Resources, batch-script headers and the frozen record of a submission, for `submit` and `study --slurm`."""
+"""Write and queue batch scripts, with a frozen record of each submission, for `submit` and `study --slurm`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from l2e_ds.config.sections import slurm_seconds
+from l2e_ds.console import at_least
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.provenance import commit_and_changes, difference, versions
@@ -30,7 +31,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "num
 
 @dataclass(frozen=True)
 class Resources:
-    """What the job asks SLURM for. time: as SLURM writes it; signal_seconds: before its end, to stop and save."""
+    """Holds what the job asks SLURM for. time: as SLURM writes it; signal_seconds: the part of it to stop and save
+    in."""
 
     nodes: int
     gpus_per_node: int
@@ -45,11 +47,12 @@ class Resources:
 
     @property
     def ranks(self) -> int:
+        """Return the number of ranks of the job."""
         return self.nodes * self.tasks_per_node
 
 
 def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> None:
-    """What `resources_of` reads, and --restarts."""
+    """Add the options that `resources_of` reads, and --restarts."""
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, required=required, metavar="G", help="one rank a GPU; 0: on CPUs")
     parser.add_argument("--tasks-per-node", type=int, metavar="T", help="ranks a node, with --gpus-per-node 0")
@@ -68,7 +71,7 @@ def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> N
 def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]:
     """Return the `#SBATCH` lines.
 
-    name: of the job, where it was given none; log: in `folder`, a pattern of sbatch's.
+    name: of the job, if no --job-name was given; log: the name of a file in `folder`, a pattern of sbatch's.
     """
     options = {
         "job-name": resources.job_name or plain(name),
@@ -91,7 +94,7 @@ def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]
 
 
 def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
-    """Return a batch script that runs this command of Python's with the launcher of ranks after `--`.
+    """Return a batch script that runs these arguments of Python, with the launcher of ranks after `--`.
 
     options: the `#SBATCH` lines. Values are quoted as a shell does, which is also how sbatch reads those lines.
     """
@@ -109,29 +112,27 @@ def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
 
 
 def check_sbatch(where: str) -> None:
-    """Raises ConfigError where nothing can be submitted from here."""
+    """Check that jobs can be submitted from here. Raises ConfigError."""
     if shutil.which("sbatch") is None:
         raise ConfigError(f"{where}: sbatch is not on PATH; submit where SLURM is installed, or use --dry-run")
 
 
 def check_log_folder(where: str, directory: Path) -> None:
-    """Raises ConfigError for a folder that cannot be named in a batch script, or below which no log can be."""
+    """Check that a batch script can name a folder and write logs below it. Raises ConfigError."""
     refuse_control_characters(where, str(directory))
     if "\\" in str(directory.absolute()):  # turns off the replacement of %A and %j in the logs' names
         raise ConfigError(f"{where}: got {str(directory)!r}; SLURM cannot write a log below a backslash")
 
 
 def plain(name: str) -> str:
+    """Return a name of letters, digits and _ . - only."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("_.-") or "l2e-ds"
 
 
 def resources_of(arguments: argparse.Namespace) -> Resources:
-    """Checked. Raises ConfigError naming the option, what was given and what is allowed."""
-    gpus, tasks = arguments.gpus_per_node, arguments.tasks_per_node
-    if arguments.nodes < 1:
-        raise ConfigError(f"--nodes: got {arguments.nodes}, allowed: an integer >= 1")
-    if gpus < 0:
-        raise ConfigError(f"--gpus-per-node: got {gpus}, allowed: an integer >= 0")
+    """Check the options and return them. Raises ConfigError naming the option, what was given and what is allowed."""
+    at_least("--nodes", arguments.nodes, 1)
+    gpus, tasks = at_least("--gpus-per-node", arguments.gpus_per_node, 0), arguments.tasks_per_node
     if gpus and tasks is not None:
         raise ConfigError("--tasks-per-node: is for --gpus-per-node 0; with GPUs there is one rank a GPU")
     if not gpus and (tasks is None or tasks < 1):
@@ -158,29 +159,30 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
     if extra and not extra[0].startswith("-"):
         raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
     return Resources(
-        arguments.nodes,
-        gpus,
-        gpus or tasks,
-        arguments.time,
-        arguments.signal_seconds,
-        arguments.job_name,
-        arguments.partition,
-        arguments.account,
-        arguments.qos,
-        extra,
+        nodes=arguments.nodes,
+        gpus_per_node=gpus,
+        tasks_per_node=gpus or tasks,
+        time=arguments.time,
+        signal_seconds=arguments.signal_seconds,
+        job_name=arguments.job_name,
+        partition=arguments.partition,
+        account=arguments.account,
+        qos=arguments.qos,
+        extra=extra,
     )
 
 
 def refuse_control_characters(where: str, text: str) -> None:
+    """Raise ConfigError for a text that cannot stand in a batch script."""
     if not text.isprintable():
         raise ConfigError(f"{where}: got {text!r}, which cannot stand in a batch script; allowed: printable characters")
 
 
 @contextlib.contextmanager
 def submission(directory: Path, name: str) -> Iterator[Path]:
-    """Make the first of the folders NAME-1, NAME-2 ... that is not there yet, for what is submitted.
+    """Make and yield the first of the folders NAME-1, NAME-2 ... that does not exist, for what is submitted.
 
-    After an error, when nothing was queued, it is removed again, with the folders above that were made for it. Raises
+    After an error, when nothing was queued, it is removed again, with the parent folders that were made for it. Raises
     ConfigError.
     """
     new = [path for path in (directory, *directory.parents) if not path.exists()]
@@ -204,7 +206,7 @@ def submission(directory: Path, name: str) -> Iterator[Path]:
 
 
 def record_code(folder: Path, words: Sequence[str], resources: Resources) -> None:
-    """code.json, and code.diff where there is a difference. words: of the command line."""
+    """Write code.json, and code.diff if files were changed. words: of the command line. Raises ConfigError."""
     commit, status = commit_and_changes()
     code = {
         "command": ["l2e-ds", *words],
@@ -215,7 +217,7 @@ def record_code(folder: Path, words: Sequence[str], resources: Resources) -> Non
     }
     text = without_secrets(json.dumps(code, indent=2), "the command line")
     (folder / "code.json").write_text(text + "\n", encoding="utf-8")
-    changes = difference() if status else ""  # of untracked files there is none
+    changes = difference() if status else ""  # untracked files have none
     if changes:
         for _, value in _secrets(os.environ):
             changes = changes.replace(value, "[left out: value of an environment variable]")
@@ -231,9 +233,9 @@ def _secrets(environment: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def without_secrets(text: str, where: str) -> str:
-    """Return the text itself.
+    """Return a text, after checking that no value of a variable such as HF_TOKEN or WANDB_API_KEY is in it.
 
-    Raises ConfigError if the value of a variable such as HF_TOKEN or WANDB_API_KEY is in it.
+    Raises ConfigError.
     """
     for name, value in _secrets(os.environ):
         if value in text:
@@ -242,7 +244,7 @@ def without_secrets(text: str, where: str) -> str:
 
 
 def queue(path: Path, text: str) -> str:
-    """Write a batch script, queue it and return the job's id. Raises ConfigError where sbatch refuses it."""
+    """Write a batch script, queue it and return the job's id. Raises ConfigError if sbatch refuses it."""
     path.write_text(without_secrets(text, path.name), encoding="utf-8")
     command = ["sbatch", "--parsable", str(path)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """`l2e-ds submit RUN.yaml [section.key=value ...] --gpus-per-node G --time HH:MM:SS [...] [-- options of sbatch]`.
 
-Checks the run, freezes it in a folder `submit-N` of its run directory, and gives the script in there to sbatch:
+Checks the run, freezes it in a folder `submit-N` of its run directory, and submits the script in there with sbatch:
 
     submit-1/
       submit.sbatch     readable; `sbatch submit.sbatch` starts the same again
@@ -19,38 +19,29 @@ from pathlib import Path
 
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.errors import ConfigError
+from l2e_ds.console import at_least
 from l2e_ds.slurm import sbatch
-from l2e_ds.slurm.sbatch import (
-    Resources,
-    add_resource_arguments,
-    header,
-    record_code,
-    refuse_control_characters,
-    resources_of,
-    without_secrets,
-)
+from l2e_ds.slurm.sbatch import Resources
 from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
-    add_resource_arguments(parser, required=True)
+    sbatch.add_resource_arguments(parser, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 when the job is queued. Raises ConfigError or DataError for what the user can mend."""
-    from l2e_ds.training.preflight import preflight  # with torch, for which --help does not wait
+    """Submit a run and return exit code 0 when its job is queued. Raises ConfigError or DataError."""
+    from l2e_ds.training.preflight import preflight  # only now: it imports torch, which --help must not wait for
 
-    resources = resources_of(arguments)
-    if arguments.restarts < 0:
-        raise ConfigError(f"--restarts: got {arguments.restarts}, allowed: an integer >= 0")
+    resources = sbatch.resources_of(arguments)
+    at_least("--restarts", arguments.restarts, 0)
     if not arguments.dry_run:
         sbatch.check_sbatch("submit")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
-        refuse_control_characters("submit", word)
+        sbatch.refuse_control_characters("submit", word)
     quiet_libraries()
     config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
     # `auto` is for the node that runs it to decide, not for this one
@@ -61,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     sbatch.check_log_folder("training.run_directory", directory)
     if arguments.dry_run:
         folder = directory / f"submit-{len(list(directory.glob('submit-*'))) + 1}"
-        print(without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
+        print(sbatch.without_secrets(script(folder, resources, arguments.restarts), "the script"), end="")
         return 0
 
     with sbatch.submission(directory, "submit") as folder:
@@ -75,21 +66,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def script(folder: Path, resources: Resources, restarts: int) -> str:
-    """Return the batch script of a submission, by its folder."""
+    """Return the batch script of the submission in this folder."""
     number = folder.name.removeprefix("submit-")
     return sbatch.script(
-        f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to go on with it.",
-        header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
+        f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to resume it.",
+        sbatch.header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
         ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
     )
 
 
 def _freeze(folder: Path, config: RunConfig, arguments: argparse.Namespace, resources: Resources) -> None:
-    """Write what is run, and by which code, beside the script."""
+    """Write the run file, and a record of the code, beside the script. Raises ConfigError."""
     source = find_file(config.deepspeed.config, arguments.run_file)
     assert source is not None  # preflight has read it
     json_path, run_path = folder / "deepspeed.json", folder / "run.yaml"
-    json_path.write_text(without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
+    json_path.write_text(sbatch.without_secrets(source.read_text(encoding="utf-8"), source.name), encoding="utf-8")
     frozen = config.replace("deepspeed", config=str(json_path))
-    run_path.write_text(without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
-    record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)
+    run_path.write_text(sbatch.without_secrets(frozen.dump(), "the run file"), encoding="utf-8")
+    sbatch.record_code(folder, ["submit", arguments.run_file, *arguments.overrides], resources)

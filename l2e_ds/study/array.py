@@ -1,4 +1,4 @@
-"""`l2e-ds study ... --slurm`: the runs that are not done as an array job, one task a run.
+"""`l2e-ds study ... --slurm`: submit the runs that are not done as an array job, one task a run.
 
 slurm-1/
   study.sbatch      readable; `sbatch study.sbatch` starts the same again
@@ -21,22 +21,17 @@ from pathlib import Path
 
 from l2e_ds.errors import ConfigError
 from l2e_ds.slurm import sbatch
-from l2e_ds.slurm.sbatch import (
-    Resources,
-    header,
-    record_code,
-    refuse_control_characters,
-)
+from l2e_ds.slurm.sbatch import Resources
 from l2e_ds.study.state import config_file
 
 FOLDER = "slurm"
 
 
 def submit(directory: Path, names: Sequence[str], resources: Resources, restarts: int, words: Sequence[str]) -> None:
-    """Queue the runs of these names, where `check` found nothing wrong. words: of the command line. Raises ConfigError
-    where sbatch refuses."""
+    """Queue the runs of these names, after `check`. words: of the command line. Raises ConfigError if sbatch
+    refuses."""
     with sbatch.submission(directory, FOLDER) as folder:
-        record_code(folder, words, resources)
+        sbatch.record_code(folder, words, resources)
         lines = [shlex.quote(str(config_file(directory, name))) for name in names]
         (folder / "list").write_text("\n".join(lines) + "\n", encoding="utf-8")
         path = folder / "study.sbatch"
@@ -49,24 +44,24 @@ def submit(directory: Path, names: Sequence[str], resources: Resources, restarts
 
 def script(folder: Path, tasks: int, resources: Resources, restarts: int) -> str:
     """Return the batch script of an array job."""
-    options = header(resources, folder.absolute().parent.name, folder, "slurm-%A_%a.log")
+    options = sbatch.header(resources, folder.absolute().parent.name, folder, "slurm-%A_%a.log")
     return sbatch.script(
-        "Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to go on with them.",
+        "Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to resume them.",
         [f"#SBATCH --array=0-{tasks - 1}", *options],
         ["-m", "l2e_ds.study.array_task", "--restarts", str(restarts), str(folder / "list")],
     )
 
 
 def check(directory: Path, words: Sequence[str]) -> None:
-    """Raises ConfigError where nothing can be submitted from here."""
+    """Check that a study can be submitted from here. Raises ConfigError."""
     sbatch.check_sbatch("--slurm")
     for word in (*words, os.getcwd(), sys.executable):
-        refuse_control_characters("--slurm", word)
+        sbatch.refuse_control_characters("--slurm", word)
     sbatch.check_log_folder("directory", directory)
 
 
 def refuse_queued(directory: Path) -> None:
-    """Raises ConfigError where tasks of an earlier submission are still queued or running."""
+    """Raise ConfigError if tasks of an earlier submission are still queued or running."""
     if shutil.which("squeue") is None:
         return
     for path in sorted(directory.glob(f"{FOLDER}-*/job")):

@@ -1,9 +1,9 @@
-"""What a task of a study's array job runs, on its first node:
+"""Run one task of a study's array job, on its first node:
 
     python -m l2e_ds.study.array_task [--restarts N] STUDY/slurm-1/list -- srun ... python -m l2e_ds.train
 
-Trains the run of this task's line as any array task (l2e_ds.slurm: signals, restarts, requeueing), then evaluates it
-by the same srun, then brings results.csv up to date.
+It trains the run of this task's line as any array task (l2e_ds.slurm: signals, restarts, requeueing), then evaluates it
+by the same srun, then updates results.csv.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from l2e_ds.slurm import job
 from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
-from l2e_ds.study.state import asked_evaluations, state_of
+from l2e_ds.study.state import read_index, state_of
 from l2e_ds.system import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes as of l2e_ds.slurm; the job may be requeued by then."""
+    """Run the task and return its exit code, as of l2e_ds.slurm; the job may be requeued by then."""
     words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
     parser = CommandParser(prog="python -m l2e_ds.study.array_task", description=__doc__)
     parser.add_argument("--restarts", metavar="N", default="3")
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         entry = job.entry_of_this_task(arguments.list)
         training = load_run_config(entry[0]).training
         study, run = arguments.list.parent.parent, Path(training.run_directory)
-        evaluations = asked_evaluations(study)
+        evaluations = read_index(study).evaluate
         if not state_of(run, training.steps, evaluations).trained:
             code = job.train(entry, arguments.restarts, launcher)
             if code != 0:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:
-    """Evaluate one after another, by the launcher of training. Stopped on request, the job is requeued."""
+    """Make the evaluations in turn, by the launcher of training. If it is asked to stop, the job is requeued."""
     job.prepare_environment()
     signals.listen((signal.SIGUSR1, signal.SIGTERM))
     for evaluation in evaluations:
@@ -68,7 +68,7 @@ def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[s
 
 
 def _write_results(study: Path) -> None:
-    """Tasks that end together may write over one another: until what is written is how it is."""
+    """Write results.csv until it is up to date: tasks that end together may overwrite each other's."""
     table = None
     while table is None or not collect(study).equals(table):
         table = collect(study)

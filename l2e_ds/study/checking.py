@@ -1,4 +1,4 @@
-"""A study's runs, checked before anything starts, and written down in its folder."""
+"""Check a study's runs before anything starts, and write them to its folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.run_directory.lock import RunLock
+from l2e_ds.run_directory.lock import RunLock, described
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
 from l2e_ds.study.state import config_file, read_index, run_directory
 from l2e_ds.system.files import write_whole
@@ -19,26 +19,30 @@ from l2e_ds.training.preflight import Plan, preflight, resolve_run
 
 
 class StudyLock(RunLock):
-    """One `l2e-ds study` at a time works in a study's folder. where: the folder was given, to begin an error's line."""
+    """Ensures that one `l2e-ds study` at a time works in a study's folder.
+
+    where: what gave the folder, to begin an error's line.
+    """
 
     def __init__(self, directory: Path, where: str = "directory") -> None:
         super().__init__(directory)
         self.where = where
 
     def acquire(self) -> None:
-        """Raises ConfigError where another study is at work, or the folder cannot be written."""
+        """Take the lock. Raises ConfigError if another study is at work, or the folder cannot be written."""
         try:
             self._acquire()
         except OSError as error:
             raise ConfigError(f"{self.where}: cannot write {self.path}: {error.strerror or error}") from None
 
     def _refusal(self, holder: dict) -> ConfigError:
-        who = f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
-        return ConfigError(f"{self.path.parent}: another l2e-ds study works here ({who}); wait for it or stop it")
+        return ConfigError(
+            f"{self.path.parent}: another l2e-ds study works here ({described(holder)}); wait for it or stop it"
+        )
 
 
 def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
-    """Return every run, completely checked as `l2e-ds train` does before it starts.
+    """Check every run as `l2e-ds train` does before it starts, and return the resolved runs by name.
 
     Raises ConfigError or DataError naming the run, and where the key that is wrong was given.
     """
@@ -49,15 +53,15 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
         try:
             asked = load_run_config(_base(run), [*run.overrides, *own])
             words = (_base(run), [*run.overrides, *own], ranks)
-            # data and machine are looked at once for all runs that only train otherwise
+            # data and machine are checked once for all runs that differ only in how they train
             needs = json.dumps([asked.model_dump(mode="json", exclude={"inhibition", "optimizer", "training"})])
             needs += f"{asked.training.precision} {asked.training.resume}"
             plan = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
-            raise type(error)(_traced(str(error), run)) from None
-        plans[run.name] = replace(plan, config=_settled(plan.config, asked, study.directory))
-    _refuse_twins(study, plans)
+            raise type(error)(_with_source(str(error), run)) from None
+        plans[run.name] = replace(plan, config=_as_started(plan.config, asked, study.directory))
+    _refuse_duplicates(study, plans)
     return plans
 
 
@@ -68,10 +72,10 @@ def _base(run: StudyRun) -> Path:
     return found
 
 
-def _traced(line: str, run: StudyRun) -> str:
-    """Return an error's line, beginning with where the study gives the first key of its own that it names.
+def _with_source(line: str, run: StudyRun) -> str:
+    """Return an error's line, beginning with the place where the study gives the key that the line names.
 
-    A key that the study does not give is the base's.
+    The first such key counts; a key that the study does not give is the base's.
     """
     said = line.removeprefix(f"{find_file(run.base)}: ")
     for override in run.overrides:
@@ -82,9 +86,10 @@ def _traced(line: str, run: StudyRun) -> str:
     return f"{run.name}: {line}" if own is None else f"{run.sources[own]}: {run.name}: {said}"
 
 
-def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
-    """Return what is started: with the precision that was asked for, for the device that runs it to decide, and with
-    one cache for all runs.
+def _as_started(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
+    """Return the configuration to start: with the precision that was asked for, and one cache for all runs.
+
+    The device that runs it resolves the precision.
     """
     config = config.replace("training", precision=asked.training.precision)
     if config.data.cache is None:
@@ -92,7 +97,7 @@ def _settled(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
     return config
 
 
-def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
+def _refuse_duplicates(study: Study, plans: dict[str, Plan]) -> None:
     seen: dict[str, str] = {}
     for run in study.runs:
         content = json.dumps(flat(plans[run.name].config.replace("training", run_directory="")))
@@ -102,9 +107,9 @@ def _refuse_twins(study: Study, plans: dict[str, Plan]) -> None:
 
 
 def changes(directory: Path, new: RunConfig) -> list[str]:
-    """Return what a run that was begun would become another by, as `key: old -> new`.
+    """Return the changes that would make a run that has begun another one, as `key: old -> new`.
 
-    It may grow longer where its schedule does not change by that. Raises ConfigError.
+    It may become longer if its schedule stays. Raises ConfigError.
     """
     path = directory / "config.yaml"
     if not path.is_file():
@@ -128,7 +133,7 @@ def _may_change(key: str, old: Any, new: Any) -> bool:
 
 
 def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
-    """Return lines about what is otherwise than at the last call and may be.
+    """Return a line for each change since the last call that is allowed.
 
     Raises ConfigError for a run that has begun and would become another one.
     """
@@ -142,18 +147,19 @@ def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
                 f"{more}; give the same overrides again (they are in {study.directory / FILE}), or another --directory"
             )
     if (study.directory / INDEX).is_file():
-        before = {entry["name"]: entry for entry in read_index(study.directory)["runs"]}
-        now = {entry["name"]: entry for entry in study.index()["runs"]}
-        for name, entry in before.items():
-            if name not in now:
-                lines.append(f"{name} is no longer in the study; what it did stays in {study.directory / 'runs'}")
-            elif [entry.get(key) for key in ("base", "overrides")] != [now[name][key] for key in ("base", "overrides")]:
-                lines.append(f"the configuration of {name} has changed since the last call")
+        now = {run.name: run for run in study.runs}
+        for entry in read_index(study.directory).runs:
+            if entry.name not in now:
+                place = study.directory / "runs"
+                lines.append(f"{entry.name} is no longer in the study; what it did stays in {place}")
+            elif (entry.base, tuple(entry.overrides)) != (now[entry.name].base, now[entry.name].overrides):
+                lines.append(f"the configuration of {entry.name} has changed since the last call")
     return lines
 
 
 def write_study(study: Study, plans: dict[str, Plan]) -> None:
-    """Raises ConfigError where the folder cannot be written."""
+    """Write the study file, study.json and the runs' configurations. Raises ConfigError if the folder cannot be
+    written."""
     try:
         for run in study.runs:
             write_whole(config_file(study.directory, run.name), plans[run.name].config.dump())

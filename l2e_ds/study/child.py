@@ -1,4 +1,4 @@
-"""Commands that a study starts: in sessions of their own, and never longer than the study itself."""
+"""Start the commands of a study, in sessions of their own; none outlives the study itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from l2e_ds.study.definition import Evaluation
 
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
-LEAVE_SECONDS = 10.0  # for an evaluation that was told to end
+LEAVE_SECONDS = 10.0  # for an evaluation to end after SIGTERM
 
 
 class Child:
@@ -38,8 +38,10 @@ class Child:
             )
 
     def kill(self) -> None:
-        """End it and all that it started: politely, then by force. For what loses nothing by it. Nothing happens where
-        it has ended by itself, or by the signal that this process was told to stop with."""
+        """End the command and all that it started: by SIGTERM, then by SIGKILL.
+
+        It is for commands that lose nothing by it. Nothing happens to one that has ended already.
+        """
         if self.process.poll() is not None:
             return
         processes: list[psutil.Process] = []
@@ -55,7 +57,7 @@ class Child:
 
 
 def evaluation_words(directory: Path, evaluation: Evaluation) -> list[str]:
-    """Of `l2e-ds`, for one run."""
+    """Return the words of `l2e-ds` that evaluate a run."""
     words = ["evaluate", str(directory), "--tasks", *evaluation.tasks]
     if evaluation.num_fewshot is not None:
         words += ["--num-fewshot", str(evaluation.num_fewshot)]

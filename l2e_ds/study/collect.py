@@ -1,12 +1,12 @@
-"""What a study's runs came to: one line a run, means over seeds, and paired differences to the baseline.
+"""Collect the results of a study: one line a run, means over seeds, and paired differences to the baseline.
 
 Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
-(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then figures. Of metrics.jsonl, of
-the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis` (means
-over the hooked layers); the newest `observed_share`; medians over the lines of training but the first after each start:
-`step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. Of evaluations.jsonl, at the last step:
-`TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its parts. An
-empty cell: there is no such figure (yet).
+(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then results. From metrics.jsonl:
+of the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis`
+(means over the hooked layers); the newest `observed_share`; medians over the lines of training without the first after
+each start: `step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. From evaluations.jsonl, at the last
+step: `TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its
+parts. A cell is empty while there is no such result.
 """
 
 from __future__ import annotations
@@ -22,63 +22,62 @@ import pandas as pd
 
 from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
+from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import FILE as METRICS
 from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
 from l2e_ds.run_directory.results import read_results, results_of
 from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
-from l2e_ds.study.state import answers, asked_evaluations, evaluation_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, evaluation_lines, read_index, state_of, steps_of
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
-SHOWN = {
-    "held_out_loss": ("held-out loss", "{:.4f}"),
-    "top_share_score": ("MS of the top share", "{:.3f}"),
-    "mean_s": ("mean S", "{:.4f}"),
-    "kurtosis": ("kurtosis", "{:.3f}"),
-}
+SHOWN = {"held_out_loss": "{:.4f}", "top_share_score": "{:.3f}", "mean_s": "{:.4f}", "kurtosis": "{:.3f}"}
+"""The metrics of evaluations that the summary shows, with the form of their numbers."""
 
 
 def collect(directory: Path) -> pd.DataFrame:
-    """Return the table of runs of a study, in the order of study.json; runs that go on are read as far as they are.
+    """Return the table of runs of a study, in the order of study.json; unfinished runs are read as far as they are.
 
     Raises ConfigError where there is no study, DataError for a line that is no metrics or no evaluation.
     """
-    index, evaluations = read_index(directory), asked_evaluations(directory)
+    index = read_index(directory)
+    evaluations = index.evaluate
     rows, own, others = [], [], []
-    for entry in index["runs"]:
-        run, steps = directory / entry["directory"], steps_of(directory, entry["name"])
+    for entry in index.runs:
+        run, steps = directory / entry.directory, steps_of(directory, entry.name)
         read_results(run)  # raises for a line that is no evaluation
         state = state_of(run, steps, evaluations)
         rows.append(
             {
-                "run": entry["name"],
-                "combination": ", ".join(entry["levels"].values()) or index["name"],
-                **entry["levels"],
-                "seed": entry["seed"],
-                "baseline": entry["baseline"],
+                "run": entry.name,
+                "combination": ", ".join(entry.levels.values()) or index.name,
+                **entry.levels,
+                "seed": entry.seed,
+                "baseline": entry.baseline,
                 "state": str(state),
                 "step": state.step,
                 **_metrics(read_lines(run) if (run / METRICS).is_file() else []),
             }
         )
         lines = [line for line in evaluation_lines(run) if line.get("step") == steps]
-        own.append(_own_figures(lines, steps, evaluations))
-        others.append(_figures(lines))
-    asked = set().union(*own)  # of these none from elsewhere, which may be of other documents
+        own.append(_wanted_results(lines, steps, evaluations))
+        others.append(_task_results(lines))
+    asked = set().union(*own)  # of these no result from other evaluations, which may have used other documents
     for row, ours, theirs in zip(rows, own, others, strict=True):
         row |= ours | {name: value for name, value in theirs.items() if name not in asked}
     table = pd.DataFrame(rows)
     return table.reindex(
-        columns=[*dict.fromkeys(["run", "combination", *index["factors"], *COLUMNS, *FIGURES, *table.columns])]
+        columns=[*dict.fromkeys(["run", "combination", *index.factors, *COLUMNS, *FIGURES, *table.columns])]
     )
 
 
 def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Return one row a combination, in the table's order, of the runs that have a figure in `column`.
+    """Return one row a combination, in the table's order, from the runs that have a value in `column`.
 
-    runs: how many; mean: over them (seeds). Of the pairs of a run and its baseline: pairs: how many; difference: mean
-    of (run - baseline), and its stderr: standard deviation (n - 1) over the square root of n, NaN for a single pair;
-    relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the baseline itself.
+    runs: their number; mean: over them (seeds); pairs: number of pairs of a run and its baseline; difference: mean of
+    (run - baseline) over the pairs, and its stderr: standard deviation (n - 1) over the square root of n, NaN for a
+    single pair; relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the
+    baseline itself.
     """
     value_of = table.set_index("run")[column].astype(float)
     base = table["baseline"].map(value_of).astype(float)
@@ -106,7 +105,7 @@ def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
 
 
 def write_results(directory: Path, table: pd.DataFrame) -> None:
-    """Raises ConfigError where the folder cannot be written."""
+    """Write results.csv. Raises ConfigError if the folder cannot be written."""
     try:
         write_whole(directory / RESULTS, table.to_csv(index=False))
     except OSError as error:
@@ -114,13 +113,15 @@ def write_results(directory: Path, table: pd.DataFrame) -> None:
 
 
 def figures_of(table: pd.DataFrame) -> list[str]:
-    """Return the columns of evaluations: `TASK/N-shot/METRIC`."""
+    """Return the columns of evaluation tasks: `TASK/N-shot/METRIC`."""
     return [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
 
 
 def summary(table: pd.DataFrame) -> str:
-    """Means over seeds and paired differences, as Markdown; of runs that are trained to their end, at their end, and of
-    pairs that are equally long."""
+    """Return means over seeds and paired differences, as Markdown.
+
+    They are of runs that are trained to their end, at their end, and of pairs of equally many steps.
+    """
     table = table.copy()
     table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
     table.loc[table["evaluated_step"] != table["step"], [*SHOWN]] = math.nan
@@ -129,9 +130,10 @@ def summary(table: pd.DataFrame) -> str:
     metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
-    for name, (label, form) in SHOWN.items():
+    for name, form in SHOWN.items():
         if metrics[name]["runs"].any():
-            heads += [label, "difference"]
+            key = f"layers/{name}" if name in LAYER_MEANS else name
+            heads += [described("evaluation", key).title, "difference"]
             for row, (_, found) in zip(rows, metrics[name].iterrows(), strict=True):
                 row += [_text(found["mean"], form), _plus_minus(found["difference"], found["stderr"], form)]
     if metrics["step_seconds"]["runs"].any():
@@ -147,7 +149,7 @@ def summary(table: pd.DataFrame) -> str:
         if found["runs"]
     ]
     if tasks:
-        parts.append(markdown(["figure", "combination", "runs", "mean", "difference"], tasks))
+        parts.append(markdown(["metric", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
         "Means over seeds, of finished runs; differences to the baseline of the same seed and as many steps, with their"
         " standard error over seeds.\n"
@@ -189,30 +191,30 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     return values | {key: median(given) for key, given in speeds.items() if given}
 
 
-def _own_figures(
+def _wanted_results(
     lines: Sequence[dict[str, Any]], step: int, evaluations: Sequence[Evaluation]
 ) -> dict[str, float | None]:
-    """Return what the study asks for, whoever had it evaluated.
+    """Return the results that the study asks for, whichever command evaluated them.
 
-    Of a task that it asks for twice that of more documents.
+    If it asks for a task twice, those of more documents.
     """
-    figures: dict[str, float | None] = {}
+    values: dict[str, float | None] = {}
     for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
         for line in lines:
             if answers(line, step, evaluation):
-                figures |= _figures([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
-    return figures
+                values |= _task_results([line], without=set(line["asked"]["tasks"]) - set(evaluation.tasks))
+    return values
 
 
-def _figures(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
-    """Of each task that of most documents, of these the newest. without: tasks."""
-    figures: dict[str, float | None] = {}
+def _task_results(lines: Iterable[dict[str, Any]], without: Collection[str] = ()) -> dict[str, float | None]:
+    """Return the results of each task: those of most documents, of these the newest. without: tasks to leave out."""
+    values: dict[str, float | None] = {}
     for line in sorted(lines, key=lambda line: _documents(line.get("limit"))):
         for result in results_of(line):
             if result.part_of is None and result.task not in without:
                 name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
-                figures |= {name: result.value, f"{name}_stderr": result.stderr}
-    return figures
+                values |= {name: result.value, f"{name}_stderr": result.stderr}
+    return values
 
 
 def _documents(limit: int | None) -> float:

@@ -1,4 +1,4 @@
-"""`l2e-ds study STUDY.yaml [section.key=value ...]`: a grid of runs; what is done is skipped, what was cut off goes on.
+"""`l2e-ds study STUDY.yaml [section.key=value ...]`: run what is left of a grid of runs.
 
 Every run's configuration is checked before anything starts. The results are collected at the end of every call:
 results.csv in the study's folder, and a table of means and paired differences. docs/studies.md has the details.
@@ -18,7 +18,7 @@ from l2e_ds.evaluation import check_installed
 from l2e_ds.slurm.sbatch import add_resource_arguments, resources_of
 from l2e_ds.study import array
 from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
-from l2e_ds.study.collect import collect, summary, write_results
+from l2e_ds.study.collect import RESULTS, collect, summary, write_results
 from l2e_ds.study.definition import FILE, INDEX, Study, read_study
 from l2e_ds.study.places import places
 from l2e_ds.study.runner import Runner, say
@@ -49,14 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("on a cluster")
     cluster.add_argument("--slurm", action="store_true", help="as an array job, one task a run; with the options below")
     add_resource_arguments(parser, required=False)
-    # so that without --slurm it is seen which were given
+    # so that without --slurm one sees which of them were given
     defaults = {option: parser.get_default(option) for option in SLURM_ONLY}
     parser.set_defaults(**dict.fromkeys(SLURM_ONLY), slurm_defaults=defaults)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Exit code 0 when all runs are done (or queued); 1 where one failed, 2 where the user can mend it, 75 where it
-    was stopped and can be gone on with. Raises ConfigError or DataError before anything starts."""
+    """Run a study and return the exit code.
+
+    0: all runs are done (or queued); 1: one failed; 2: the user can fix it; 75: it was stopped and can be resumed.
+    Raises ConfigError or DataError before anything starts.
+    """
     _check_options(arguments)
     if arguments.collect:
         return _collect(_directory(arguments))
@@ -103,17 +106,19 @@ def run(arguments: argparse.Namespace) -> int:
         for name, (_, why) in runner.failed.items():
             say(f"{name}: failed: {why}")
         for name in runner.stopped:
-            say(f"{name}: was stopped; the same command goes on")
+            say(f"{name}: was stopped; the same command resumes it")
     return code
 
 
 def _load_tasks(study: Study) -> None:
-    """That the harness has the tasks and their data, before the first run takes its hours; where compute nodes have no
-    hub, they find the data in the cache. Raises ConfigError, DataError."""
+    """Check that the harness has the tasks and their data, before the first run takes its hours.
+
+    Compute nodes without a hub then find the data in the cache. Raises ConfigError, DataError.
+    """
     wanted = {(tuple(part.tasks), tuple(part.include_path)) for part in study.file.evaluate}
     if not wanted:
         return
-    from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
+    from l2e_ds.evaluation.harness import load_tasks  # only now: it imports lm-eval, an extra
 
     for tasks, include_path in sorted(wanted):
         try:
@@ -138,17 +143,14 @@ def describe(study: Study, plans: dict[str, Plan], lines: list[str]) -> str:
     if len(batches) == 1:
         heads, rows = heads[:-1], [row[:-1] for row in rows]
     counts = Counter(str(state) if state.is_done or not state.begun else "begun" for state in states.values())
-    said = [f"study       {study.file.title}", f"folder      {study.directory}", f"base        {_bases(study)}"]
+    bases = ", ".join(dict.fromkeys(run.base for run in study.runs))
+    said = [f"study       {study.file.title}", f"folder      {study.directory}", f"base        {bases}"]
     said += [f"all runs    {' '.join(sorted(common))}"] if common else []
     said += [f"batch       {batch}" for batch in batches if len(batches) == 1]
     said += [f"evaluation  {' '.join(part.tasks)}, {part.num_fewshot}-shot" for part in study.file.evaluate]
     said += [f"runs        {len(rows)}: {', '.join(f'{count} {state}' for state, count in counts.items())}"]
     said += [f"to go       {steps_left:,} steps, {tokens_left:,} tokens"]
     return "\n".join([markdown(heads, rows), *said, *lines])
-
-
-def _bases(study: Study) -> str:
-    return ", ".join(dict.fromkeys(run.base for run in study.runs))
 
 
 def _states(study: Study, plans: dict[str, Plan]) -> dict[str, State]:
@@ -165,7 +167,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if arguments.study.is_dir():
         arguments.study = arguments.study / FILE
     elif (found := find_file(str(arguments.study))) is not None and not arguments.study.is_file():
-        arguments.study = found  # of this package, from another folder
+        arguments.study = found  # a study of the repository, from another folder
     if arguments.directory is not None:
         if not arguments.directory:
             raise ConfigError("--directory: got '', allowed: a folder; . is the current one")
@@ -188,7 +190,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _directory(arguments: argparse.Namespace) -> Path:
-    """Return the study's folder, without a look at the runs."""
+    """Return the study's folder; its runs are not checked."""
     if arguments.directory is not None:
         return arguments.directory
     if arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file():
@@ -205,5 +207,5 @@ def _collect(directory: Path) -> int:
     table = collect(directory)
     write_results(directory, table)
     print(summary(table))
-    print(f"results  {directory / 'results.csv'}", flush=True)
+    print(f"results  {directory / RESULTS}", flush=True)
     return 0

@@ -1,4 +1,4 @@
-"""A study file, and the runs that it stands for: every combination of its factors' levels, with every seed.
+"""Read a study file, and make the runs that it stands for: all combinations of its factors' levels, with every seed.
 
 title: Main comparison
 base: launch/recipes/pythia-70m.yaml     # a run file: as given, beside the study file, or in the repository
@@ -36,16 +36,17 @@ LEVEL = re.compile(r"[A-Za-z0-9_.+-]+")
 KEY = re.compile(r"[a-z_]+\.[a-z_]+")
 LONGEST_NAME = 200  # characters; a file's name may have 255 bytes
 DECIDED = {"training.run_directory": "directory", "training.seed": "seeds"}
-"""Keys of a run that the study decides, and by which of its own."""
-
+"""Keys of a run that the study decides, and the keys of the study that decide them."""
 
 COLUMNS = ("run", "combination", "seed", "baseline", "state", "step", "tokens")
-"""Of the table of runs (collect.py), beside the factors."""
+"""Columns of the table of runs (collect.py), beside the factors and the metrics."""
 LAYER_MEANS = ("top_share_score", "mean_s", "kurtosis")
+"""Metrics of the hooked layers, of which the table has the means."""
 FIGURES = (
     *("evaluated_step", "held_out_loss", *LAYER_MEANS),
     *("observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib"),
 )
+"""Columns of metrics (run_directory/metric_table.py), but for those of tasks."""
 
 
 class Evaluation(Section):
@@ -62,7 +63,7 @@ class Evaluation(Section):
 
 
 class StudyFile(Section):
-    """What stands in the file."""
+    """The keys of a study file (docs/studies.md)."""
 
     title: str = ""
     base: LocalPath | None = None
@@ -77,21 +78,23 @@ class StudyFile(Section):
 
 @dataclass(frozen=True)
 class Level:
-    """One value of a factor: what it sets, by dotted key, and the run file that it takes in the place of `base`."""
+    """Holds one value of a factor: what it sets, by dotted key, and the run file that replaces `base`, if any."""
 
     settings: dict[str, Any]
     base: str | None = None
 
 
 Levels = dict[str, str]
-"""factor -> name of its level."""
+"""The name of the level of each factor."""
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """overrides: of the run file `base`, but for the run directory and the cache; baseline: the name of the run that
-    this one is compared with, None for a baseline and where there is none; sources: dotted key -> where the study
-    gives it, to begin an error's line."""
+    """Holds one run of a study.
+
+    overrides: of the run file `base`, without the run directory and the cache; baseline: the name of the run that this
+    one is compared with, or None; sources: where the study gives each dotted key, to begin an error's line.
+    """
 
     name: str
     levels: Levels
@@ -104,8 +107,11 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Study:
-    """file: with everything found that it names. runs: all combinations with the first seed first, so that a study
-    that is cut off has whole replicates."""
+    """Holds a study.
+
+    file: with the paths of all files that it names. runs: all combinations with the first seed come first, so that a
+    study that is cut off has whole replicates.
+    """
 
     file: StudyFile
     directory: Path
@@ -113,7 +119,7 @@ class Study:
     runs: tuple[StudyRun, ...]
 
     def index(self) -> dict[str, Any]:
-        """JSON-able: what study.json says, to readers that do not know study files."""
+        """Return the content of study.json, for readers that do not know study files."""
         return {
             "title": self.file.title,
             "name": self.directory.absolute().name,
@@ -141,7 +147,9 @@ class Study:
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None = None) -> Study:
-    """overrides: `section.key=value` for all runs, over the file's `set`. directory: in the place of the file's.
+    """Read a study file and make its runs.
+
+    overrides: `section.key=value` for all runs, in addition to the file's `set`. directory: replaces the file's.
 
     Raises ConfigError naming the file and the key, what was given and what is allowed.
     """
@@ -159,17 +167,17 @@ def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None
         directory = path.parent if beside else Path(file.directory or f"studies/{path.stem}")
     try:
         factors = _factors(file, path)
-        _refuse_both(own, factors)
+        _refuse_overridden_factors(own, factors)
         file = file.model_copy(
             update={
                 "title": file.title or path.stem,
                 "directory": "",
-                "base": None if file.base is None else _found(file.base, path, "base"),
+                "base": None if file.base is None else _run_file_name(file.base, path, "base"),
                 "set": _settings(file.set, "set") | own,
-                "factors": {name: _dumped(name, levels) for name, levels in factors.items()},
+                "factors": {name: _as_in_a_file(name, levels) for name, levels in factors.items()},
                 "exclude": [_levels(given, f"exclude.{i}", factors) for i, given in enumerate(file.exclude)],
                 "baseline": None if file.baseline is None else _levels(file.baseline, "baseline", factors),
-                "evaluate": [_with_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
+                "evaluate": [_with_found_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
             }
         )
         return Study(file, directory, factors, _runs(file, factors, sources, path))
@@ -178,7 +186,7 @@ def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None
 
 
 def text_of(value: Any) -> str:
-    """As it stands in an override; also the name of a level that is given by its value."""
+    """Return a value as it stands in an override; also the name of a level that is given by its value."""
     try:
         if isinstance(value, str) and value.isprintable() and parse_yaml(value, "") == value:
             return value
@@ -187,7 +195,7 @@ def text_of(value: Any) -> str:
     return json.dumps(value)
 
 
-# --- what the file says, checked ---------------------------------------------------------------------------------
+# --- checking the file -------------------------------------------------------------------------------------------
 
 
 def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
@@ -216,9 +224,10 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
         if not levels:
             raise ConfigError(f"{where}: got {given!r}, give at least one level")
         factors[name] = levels
-        for key in sorted(
-            {key for level in levels.values() for key in (*level.settings, *(["base"] * bool(level.base)))}
-        ):
+        keys = {key for level in levels.values() for key in level.settings}
+        if any(level.base for level in levels.values()):
+            keys.add("base")
+        for key in sorted(keys):
             if set_by.setdefault(key, name) != name:
                 raise ConfigError(f"{where}: sets {key}, as the factor {set_by[key]} does")
     return factors
@@ -229,7 +238,7 @@ def _level(given: Any, where: str, path: Path) -> Level:
         raise ConfigError(f"{where}: got {given!r}, must be a mapping of dotted keys, e.g. {{inhibition.method: l2e}}")
     base = given.get("base")
     settings = _settings({key: value for key, value in given.items() if key != "base"}, where)
-    return Level(settings, None if base is None else _found(base, path, f"{where}.base"))
+    return Level(settings, None if base is None else _run_file_name(base, path, f"{where}.base"))
 
 
 def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
@@ -251,7 +260,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
+def _refuse_overridden_factors(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
     for name, levels in factors.items():
         for level in levels.values():
             both = next((key for key in level.settings if key in settings), None)
@@ -259,15 +268,15 @@ def _refuse_both(settings: dict[str, Any], factors: dict[str, dict[str, Level]])
                 raise ConfigError(f"override {both}: the factor {name} sets it; change the study file")
 
 
-def _found(base: Any, path: Path, where: str) -> str:
-    """Return a run file, by a name that leads to it from any folder."""
+def _run_file_name(base: Any, path: Path, where: str) -> str:
+    """Return a name of a run file that leads to it from any folder. Raises ConfigError."""
     found = find_file(base, path) if isinstance(base, str) else None
     if found is None:
         raise ConfigError(f"{where}: no such run file: {base}")
     return portable(found)
 
 
-def _with_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
+def _with_found_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
     folders = []
     for name in evaluation.include_path:
         places = [Path(name), path.parent / name, REPOSITORY / name]
@@ -279,7 +288,7 @@ def _with_folders(evaluation: Evaluation, path: Path, where: str) -> Evaluation:
 
 
 def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Level]]) -> Levels:
-    """factor -> level, as texts."""
+    """Return the levels that a mapping of the file names, as texts. Raises ConfigError."""
     levels = {}
     for factor, value in given.items():
         if factor not in factors:
@@ -292,8 +301,8 @@ def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Leve
     return levels
 
 
-def _dumped(name: str, levels: dict[str, Level]) -> Any:
-    """Return a factor as a file has it."""
+def _as_in_a_file(name: str, levels: dict[str, Level]) -> Any:
+    """Return a factor as it stands in a file."""
     if KEY.fullmatch(name) and all(list(level.settings) == [name] for level in levels.values()):
         return [level.settings[name] for level in levels.values()]
     return {text: ({"base": level.base} if level.base else {}) | level.settings for text, level in levels.items()}
@@ -305,7 +314,7 @@ def _dumped(name: str, levels: dict[str, Level]) -> Any:
 def _runs(
     file: StudyFile, factors: dict[str, dict[str, Level]], sources: dict[str, str], path: Path
 ) -> tuple[StudyRun, ...]:
-    """sources: of what all runs have in common; path: of the study file."""
+    """Return the runs. sources: of the keys that all runs share; path: of the study file. Raises ConfigError."""
     if len(set(file.seeds)) < len(file.seeds):
         raise ConfigError(f"seeds: {file.seeds} names a seed twice")
     grid = [dict(zip(factors, names, strict=True)) for names in product(*factors.values())]
@@ -353,8 +362,8 @@ def baseline_of(
 ) -> Levels | None:
     """Return the combination, of those that are run, that this one is compared with; None for a baseline itself.
 
-    It has the baseline's levels and otherwise the same ones. A factor may differ that sets nothing but inhibition,
-    where the baseline was excluded at this combination's level. Raises ConfigError where several would do.
+    It has the baseline's levels, and for the other factors this one's. A factor that sets nothing but inhibition may
+    differ if the baseline was excluded at this combination's level. Raises ConfigError if several fit.
     """
     if baseline.items() <= levels.items():
         return None

@@ -1,4 +1,4 @@
-"""Where runs of a study are computed on this machine: which devices, which launcher."""
+"""Choose the devices and the launcher for the runs of a study on this machine."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from l2e_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run is computed. environment: what differs from this process's."""
+    """Holds where a run is computed. environment: the variables that differ from this process's."""
 
     ranks: int
     environment: Mapping[str, str]
 
     def launcher(self) -> list[str]:
-        """Return the words before a module's name; as launch/deepspeed.sh has them, and for one rank none at all."""
+        """Return the words before a module's name: those of launch/deepspeed.sh, or Python's alone for one rank."""
         if self.ranks == 1:
             return [sys.executable, "-u", "-m"]
         beside = Path(sys.executable).with_name("deepspeed")
-        # given a number, the launcher forgets CUDA_VISIBLE_DEVICES; without one it takes all that are visible
+        # given a number, the launcher ignores CUDA_VISIBLE_DEVICES; without one it takes all visible devices
         count = [] if "CUDA_VISIBLE_DEVICES" in self.environment else ["--num_accelerators", str(self.ranks)]
         program = str(beside) if beside.is_file() else "deepspeed"
         return [program, "--master_port", str(free_port()), "--log_level", "critical", *count, "--module"]
 
 
 def places(devices: int | None, ranks: int | None, environment: Mapping[str, str]) -> list[Place]:
-    """Return one for each run at a time. Raises ConfigError for more devices than there are."""
+    """Return a place for each run at a time. Raises ConfigError for more devices than there are."""
     import torch
 
     if devices is not None and ranks is not None:

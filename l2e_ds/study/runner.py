@@ -1,7 +1,7 @@
-"""Runs a study on this machine: several runs at a time, each with devices of its own.
+"""Run a study on this machine: several runs at a time, each on devices of its own.
 
 A run is trained by the supervisor (l2e_ds.supervise), which restarts it after failures and stops it without losing a
-step, then evaluated. Where this process is killed, its supervisors save and stop.
+step, then evaluated. If this process is killed, its supervisors save and stop.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from l2e_ds.study.state import State, config_file, run_directory, state_of, step
 from l2e_ds.system import signals
 
 POLL = 0.2  # seconds
-LOOK_AGAIN = 2.0  # seconds, at a run directory in which another process works
+LOOK_AGAIN = 2.0  # seconds between two looks at a run directory in which another process works
 STOPPED = Interrupted.exit_code
 
 
 @dataclass
 class Job:
-    """A run and what is under way for it.
+    """Holds a run and the process that works for it.
 
-    doing: "train" or an evaluation's command; done: what it has begun before; log_begins: bytes; waits_since, look_at:
-    while another process works in its directory.
+    doing: "train" or an evaluation's command; done: what was begun before; log_begins: the size of its log in bytes
+    when the process began; waits_since, look_at: times, while another process works in its directory.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Job:
 
 
 class Runner:
-    """directory: the study's. `run` returns when every run is done, has failed, or was stopped."""
+    """Runs a study; `run` returns when every run is done, has failed, or was stopped."""
 
     def __init__(
         self,
@@ -66,29 +66,29 @@ class Runner:
         self.running: list[Job] = []
         self.free = list(where)
         self.failed: dict[str, tuple[int, str]] = {}
-        """name -> exit code, why"""
+        """Exit code and reason, by name."""
         self.stopped: list[str] = []
         self.total, self.places = len(names), len(where)
-        self.seconds: list[float] = []  # of runs that this call began and finished
+        self.seconds: list[float] = []  # durations of the runs that this call began and finished
         self._renew, self._renewed = renew, 0.0
-        self._heeded = 0
+        self._signals_passed = 0
 
     def run(self) -> int:
-        """Exit code: 0; 75 where it was asked to stop; 2 where all that failed can be mended by the user, else 1."""
+        """Run all and return the exit code: 0; 75 if asked to stop; 2 if the user can fix all that failed, else 1."""
         signals.listen()
         try:
             while self.running or (self.waiting and not signals.received):
-                self._heed()
+                self._pass_signals_on()
                 if not signals.received:
-                    self._start_what_can_be()
+                    self._start_waiting()
                 for job in [job for job in self.running if job.child and job.child.process.poll() is not None]:
-                    self._take(job)
+                    self._handle_end(job)
                 if time.monotonic() > self._renewed + RENEWED_EVERY:
                     self._renewed = time.monotonic()
                     self._renew()
                 time.sleep(POLL)
         finally:
-            for job in self.running:  # after an exception of ours
+            for job in self.running:  # after an exception in this process
                 if job.child is not None:
                     job.child.process.terminate()
             signals.stop_listening()
@@ -99,13 +99,13 @@ class Runner:
             return ConfigError.exit_code if codes == {ConfigError.exit_code} else 1
         return STOPPED if self.stopped else 0
 
-    def _heed(self) -> None:
-        """Hand every signal on; the supervisor takes a second one, some seconds later, for impatience."""
-        if len(signals.received) == self._heeded:
+    def _pass_signals_on(self) -> None:
+        """Pass every signal on; the supervisor kills the run after a second one, some seconds later."""
+        if len(signals.received) == self._signals_passed:
             return
-        if not self._heeded:
-            say("asked to stop: the runs under way save and stop; the same command goes on")
-        self._heeded = len(signals.received)
+        if not self._signals_passed:
+            say("asked to stop: the runs under way save and stop; the same command resumes them")
+        self._signals_passed = len(signals.received)
         for job in self.running:
             assert job.child is not None
             if job.doing == "train":
@@ -113,7 +113,7 @@ class Runner:
             else:
                 job.child.kill()
 
-    # --- one run after another -----------------------------------------------------------------------------------
+    # --- one run -------------------------------------------------------------------------------------------------
 
     def _state(self, job: Job) -> State:
         return state_of(run_directory(self.directory, job.name), steps_of(self.directory, job.name), self.evaluations)
@@ -121,7 +121,7 @@ class Runner:
     def _log(self, job: Job) -> Path:
         return self.directory / "logs" / f"{job.name}.log"
 
-    def _start_what_can_be(self) -> None:
+    def _start_waiting(self) -> None:
         for job in list(self.waiting):
             if not self.free:
                 return
@@ -134,10 +134,10 @@ class Runner:
             job.place, job.began, job.began_at_step = self.free.pop(0), time.monotonic(), state.step
             self.running.append(job)
             say(f"{job.name}: begins ({state}); log: {self._log(job)}")
-            self._go_on(job)
+            self._continue(job)
 
     def _is_busy(self, job: Job) -> bool:
-        """Return whether another process writes there: perhaps what a killed study has left, which saves and stops.
+        """Return whether another process writes there: perhaps one that a killed study has left, which saves and stops.
 
         After `training.timeout` the run counts as failed.
         """
@@ -162,8 +162,8 @@ class Runner:
         lock.release()
         return False
 
-    def _go_on(self, job: Job) -> None:
-        """Start what is next for a run, or end with it."""
+    def _continue(self, job: Job) -> None:
+        """Start the next process for a run, or finish the run."""
         assert job.place is not None
         state = self._state(job)
         directory = run_directory(self.directory, job.name)
@@ -180,8 +180,8 @@ class Runner:
             doing = " ".join(["l2e-ds", *words])
             command = [*job.place.launcher(), "l2e_ds.cli", *words]
         if doing in job.done:
-            what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such figures"
-            self._end(job)
+            what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such results"
+            self._free_place(job)
             self._fail(job, 1, f"{'training' if doing == 'train' else doing} {what}; see {self._log(job)}")
             return
         job.done.append(doing)
@@ -190,17 +190,17 @@ class Runner:
         job.log_begins = log.stat().st_size if log.is_file() else 0
         job.child = Child(command, {**without_launcher(os.environ), **job.place.environment}, log)
 
-    def _take(self, job: Job) -> None:
-        """A child has ended."""
+    def _handle_end(self, job: Job) -> None:
+        """Deal with a process that has ended."""
         assert job.child is not None
         code = job.child.process.returncode
         if code == 0:
             if signals.received:
-                self._end(job)
+                self._free_place(job)
                 return
-            self._go_on(job)
+            self._continue(job)
             return
-        self._end(job)
+        self._free_place(job)
         if signals.received:
             return
         if code == STOPPED:
@@ -211,7 +211,7 @@ class Runner:
 
     def _finish(self, job: Job, state: State) -> None:
         seconds = time.monotonic() - job.began
-        self._end(job)
+        self._free_place(job)
         if job.began_at_step == 0:
             self.seconds.append(seconds)
         left = len(self.waiting) + len(self.running)
@@ -221,7 +221,7 @@ class Runner:
             text += f", about {_duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
         say(text)
 
-    def _end(self, job: Job) -> None:
+    def _free_place(self, job: Job) -> None:
         assert job.place is not None
         self.running.remove(job)
         self.free.append(job.place)
@@ -231,7 +231,7 @@ class Runner:
         say(f"{job.name}: failed: {why}")
 
     def _reason(self, job: Job, code: int) -> str:
-        """Return the last error that its log tells of."""
+        """Return the last error in the log of a run."""
         with self._log(job).open("rb") as file:
             file.seek(job.log_begins)
             lines = file.read().decode("utf-8", errors="replace").splitlines()
@@ -245,4 +245,5 @@ def _duration(seconds: float) -> str:
 
 
 def say(line: str) -> None:
+    """Print a line of `l2e-ds study` on stderr."""
     console.say(f"l2e-ds study: {line}")

@@ -1,4 +1,4 @@
-"""What lies in a study's folder, and how far each run is.
+"""Find out how far each run of a study is, from the files in the study's folder.
 
 STUDY/
   study.yaml        the study file, as it was read
@@ -6,7 +6,7 @@ STUDY/
   configs/NAME.yaml the resolved configuration of each run, which is what is started
   runs/NAME/        run directories
   data/             tokenised text, shared by the runs
-  logs/NAME.log     what the run said
+  logs/NAME.log     what the run printed
   results.csv       one line a run
   slurm-1/          by --slurm: batch script, list of runs, code version, logs
 """
@@ -28,14 +28,17 @@ from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.manifest import check_files
 from l2e_ds.run_directory.names import checkpoint_name, newest_step
-from l2e_ds.study.definition import INDEX, Evaluation, StudyFile
+from l2e_ds.study.definition import INDEX, Evaluation
 
 PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 
 
 @dataclass(frozen=True)
 class State:
-    """step: of the newest checkpoint; trained: it is complete and the last one; missing: evaluations to be made yet."""
+    """Holds how far a run is.
+
+    step: of the newest checkpoint; trained: whether the last checkpoint is complete; missing: evaluations still to do.
+    """
 
     begun: bool
     step: int
@@ -45,6 +48,7 @@ class State:
 
     @property
     def is_done(self) -> bool:
+        """Return whether the run is trained and evaluated."""
         return self.trained and not self.missing
 
     def __str__(self) -> str:
@@ -58,31 +62,30 @@ class State:
 
 
 def run_directory(study: Path, name: str) -> Path:
+    """Return the run directory of a run in a study's folder."""
     return study / "runs" / name
 
 
 def config_file(study: Path, name: str) -> Path:
+    """Return the resolved configuration of a run in a study's folder."""
     return study / "configs" / f"{name}.yaml"
 
 
 def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> State:
-    """directory: the run's."""
+    """Return how far a run is. directory: the run's; steps: of the whole run; evaluations: those of the study."""
     trained = check_files(directory / "checkpoints" / checkpoint_name(steps)) is None
-    missing = tuple(evaluation for evaluation in evaluations if not is_evaluated(directory, steps, evaluation))
+    lines = evaluation_lines(directory)
+    missing = tuple(wanted for wanted in evaluations if not any(answers(line, steps, wanted) for line in lines))
     begun = (directory / "config.yaml").is_file()
     return State(begun, newest_step(directory), steps, trained, missing)
 
 
-def is_evaluated(directory: Path, step: int, evaluation: Evaluation) -> bool:
-    """Return whether a line of evaluations.jsonl answers this at this step."""
-    return any(answers(line, step, evaluation) for line in evaluation_lines(directory))
-
-
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
-    """Return whether this line of evaluations.jsonl was asked for all these tasks, with these shots and this limit, at
-    this step, and computed as `l2e-ds evaluate` does it: what was evaluated while training may be in half precision.
+    """Return whether this line of evaluations.jsonl holds what an evaluation of the study asks for.
 
-    A line that does not say what it was asked for answers nothing.
+    It must hold all the tasks, with these shots and this limit, at this step, and be computed as `l2e-ds evaluate`
+    does: evaluations while training may be in half precision. A line that does not say what it was asked for does not
+    count.
     """
     asked = line.get("asked") or {}
     found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
@@ -91,60 +94,58 @@ def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
 
 
 def evaluation_lines(directory: Path) -> list[dict[str, Any]]:
-    """Return what the lines of a run's evaluations.jsonl say, without those that are no mapping; empty where there is
-    no such file."""
+    """Return the mappings in the lines of a run's evaluations.jsonl; none without such a file."""
     path = directory / results.FILE
     return [line.value for line in json_lines(path) if isinstance(line.value, dict)] if path.is_file() else []
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """Of study.json. Raises ConfigError where it is missing or cannot be read."""
-    path = directory / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not all(key in index for key in ("title", "factors", "seeds", "evaluate", "runs")):
-            raise ValueError
-        return index
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
-    except (ValueError, TypeError):
-        raise ConfigError(f"{path}: is no index of a study") from None
-
-
-def asked_evaluations(directory: Path) -> list[Evaluation]:
-    """Of study.json. Raises ConfigError."""
-    return checked(StudyFile, {"evaluate": read_index(directory)["evaluate"]}, str(directory / INDEX)).evaluate
-
-
 def steps_of(directory: Path, name: str) -> int:
-    """That a run of a study is to have. Raises ConfigError."""
+    """Return the number of steps that a run of a study is to have. Raises ConfigError."""
     return load_run_config(config_file(directory, name)).training.steps
 
 
 class Entry(Section, extra="ignore"):
-    """A run of a study, as far as it is used here. baseline: another's name."""
+    """A run in study.json. baseline: the name of the run that it is compared with."""
 
     name: str
     directory: str
     levels: dict[str, str] = Field({})
+    seed: int | None = None
     baseline: str | None = None
+    base: str = ""
+    overrides: list[str] = Field([])
 
 
 class Index(Section, extra="ignore"):
+    """The content of study.json."""
+
     title: str
+    name: str = ""
+    factors: dict[str, list[str]] = Field({})
+    evaluate: list[Evaluation] = Field([])
     runs: list[Entry]
 
 
-def read_study(directory: Path) -> Index:
-    """Raises DataError."""
+def read_index(directory: Path) -> Index:
+    """Return the checked content of study.json. Raises ConfigError."""
     path = directory / INDEX
     try:
-        raw = read_index(directory)
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: is no index of a study")
-        index = checked(Index, raw, str(path))
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; no study was begun in {directory}") from None
+    except ValueError:
+        raw = None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: is no index of a study")
+    index = checked(Index, raw, str(path))
+    if len({entry.name for entry in index.runs}) < len(index.runs):
+        raise ConfigError(f"{path}: runs: two have the same name")
+    return index
+
+
+def read_study(directory: Path) -> Index:
+    """Return what `read_index` returns, for reports. Raises DataError."""
+    try:
+        return read_index(directory)
     except ConfigError as error:
         raise DataError(str(error)) from None
-    if len({entry.name for entry in index.runs}) < len(index.runs):
-        raise DataError(f"{path}: runs: two have the same name")
-    return index

@@ -1,1 +1,1 @@
-"""Starts a run through any launcher, stops it without losing a step, and restarts it after a failure."""
+"""Start a run through any launcher, stop it without losing a step, and restart it after a failure."""

@@ -1,4 +1,4 @@
-"""The launcher's command line, and whether it reaches its hosts."""
+"""Write a launcher's command line, and check that it reaches its hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from l2e_ds.errors import ConfigError
 
 
 def launch_command(launcher: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Return the launcher's words and the run's. Raises ConfigError for a folder that no other host could be told."""
+    """Return the command line of a launcher and a run. Raises ConfigError for a current folder that ssh cannot pass
+    on."""
     if "--force_multi" not in launcher:  # launch/deepspeed.sh gives it exactly when pdsh is used
         return [*launcher, *arguments]
     if re.search(r"[^\w@+=:,./-]", os.getcwd()):
@@ -25,16 +26,20 @@ def launch_command(launcher: Sequence[str], arguments: Sequence[str]) -> list[st
 
 
 def quoted_for_pdsh(word: str) -> str:
-    """DeepSpeed's PDSHRunner hands words to a remote shell: bare, or in double quotes where there is a space (with
-    inner double quotes escaped). Written so that the remote shell gives back exactly `word`; pdsh itself replaces
-    %h, %n and %u."""
+    """Return a word such that the remote shell reads exactly `word`.
+
+    DeepSpeed's PDSHRunner passes words bare, or in double quotes if they contain a space (with inner double quotes
+    escaped), and pdsh itself replaces %h, %n and %u.
+    """
     word = word.replace("%", "%%")
     return re.sub(r"([\\$`])", r"\\\1", word) if " " in word else shlex.quote(word)
 
 
 def check_hosts(launcher: Sequence[str]) -> None:
-    """That ssh reaches the hosts of the deepspeed launcher's hostfile: it looks at the first one only, and ends
-    in a traceback. Raises ConfigError."""
+    """Check that ssh reaches the hosts of the deepspeed launcher's hostfile. Raises ConfigError.
+
+    The launcher checks the first one only, and ends in a traceback.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (("--hostfile", "-H"), ("--include", "-i"), ("--exclude", "-e"), ("--num_nodes",), ("--ssh_port",)):
         parser.add_argument(*names, default="")
@@ -49,12 +54,12 @@ def check_hosts(launcher: Sequence[str]) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--hostfile: {options.hostfile}: {error}") from None
     included = {part.partition(":")[0] for part in options.include.split("@") if part}
-    excluded = options.exclude.split("@")  # without :SLOTS a whole host
+    excluded = options.exclude.split("@")  # a name without :SLOTS excludes the whole host
     hosts = [words[0] for words in lines if words and words[0] not in excluded]
     hosts = [host for host in hosts if not included or host in included]
     hosts = hosts[: int(options.num_nodes)] if options.num_nodes.isdecimal() else hosts
     if not options.force_multi and len(hosts) < 2:
-        return  # the launcher asks no other host
+        return  # the launcher starts nothing on another host
     if shutil.which("ssh") is None:
         raise ConfigError("--hostfile: several hosts need ssh, which is not on PATH")
     command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15"]

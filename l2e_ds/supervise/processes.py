@@ -1,4 +1,4 @@
-"""Finds out whether a run's processes are alive, and ends them."""
+"""Find out whether a run's processes are alive, and end them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from l2e_ds.run_directory.lock import NAME
 
 PR_SET_CHILD_SUBREAPER = 36
 SUSPENDED = 5.0
-"""Seconds between two looks at a run that only a supervisor lets pass that was suspended."""
+"""Seconds between two looks at a run, beyond which the supervisor itself must have been suspended."""
 
 
 class SignsOfLife:
-    """Of a run: rank 0 renews its lock, and its processes on this machine use processor time."""
+    """Watches a run's signs of life: rank 0 renews its lock, and its processes on this machine use processor time."""
 
     def __init__(self, run_directory: Path) -> None:
         self._lock = run_directory / NAME
@@ -29,13 +29,14 @@ class SignsOfLife:
         self._seen_at = self._asked_at = time.monotonic()
 
     def are_missing_for(self, patience: float) -> bool:
-        """Return whether neither was seen for so many seconds; to be asked often.
+        """Return whether no sign was seen for so many seconds. Call it often.
 
-        Never before the lock was renewed a few times: the run may be starting, or its file system may keep no times.
+        It is False until the lock was renewed a few times: the run may be starting, or its file system may not keep
+        times.
         """
         now = time.monotonic()
         if now > self._asked_at + SUSPENDED:
-            self._seen_at += now - self._asked_at  # nobody saw what the run did
+            self._seen_at += now - self._asked_at  # nobody watched the run meanwhile
         self._asked_at = now
         try:
             renewed = self._lock.stat().st_mtime_ns
@@ -54,7 +55,7 @@ class SignsOfLife:
 
 
 def processor_seconds() -> float:
-    """Used by the living processes below this one, since they began."""
+    """Return the processor time that the living descendants of this process have used."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -64,8 +65,10 @@ def processor_seconds() -> float:
 
 
 def leftovers(session: int, run_file: str) -> list[psutil.Process]:
-    """Living processes of the launch: of its session, or of torchrun's own sessions with the run file as an argument.
-    Not what went its own way, such as ssh's master connection."""
+    """Return the living processes of the launch, but not such as ssh's master connection, which went its own way.
+
+    They are in its session, or in sessions of torchrun's own with the run file as an argument.
+    """
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
@@ -78,6 +81,7 @@ def leftovers(session: int, run_file: str) -> list[psutil.Process]:
 
 
 def kill_all() -> None:
+    """Kill the job's steps of SLURM, if there are any, and all descendants of this process."""
     if "SLURM_JOB_ID" in os.environ and shutil.which("squeue"):
         kill_steps(os.environ["SLURM_JOB_ID"])
     for process in psutil.Process().children(recursive=True):
@@ -86,7 +90,8 @@ def kill_all() -> None:
 
 
 def kill_steps(job: str) -> None:
-    """Tasks are no children of srun: with it gone they would stay, and keep what the next step needs."""
+    """Kill the steps of a job of SLURM. Tasks are not children of srun: without it they would stay, and hold
+    resources."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listing = ["squeue", "--steps", f"--jobs={job}", "--noheader", "--format=%i"]
         steps = subprocess.run(listing, capture_output=True, text=True, timeout=60).stdout.split()

@@ -1,4 +1,4 @@
-"""Starts a run through any launcher, stops it without losing a step, and restarts it after a failure:
+"""Start a run through any launcher, stop it without losing a step, and restart it after a failure:
 
     python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ...
 
@@ -37,22 +37,22 @@ from l2e_ds.system import signals
 STOPPED = Interrupted.exit_code
 FINAL = {
     ConfigError.exit_code: "something must be changed first",
-    TrainingError.exit_code: "the run cannot go on",
+    TrainingError.exit_code: "the run cannot continue",
     STOPPED: "stopped as asked",
 }
-"""Exit codes that no restart mends, and what they mean."""
+"""Exit codes after which a restart is useless, and what they mean."""
 POLL = 0.2  # seconds
 ORPHANED_AFTER = 0.5
-"""Seconds after the end of the launcher at which ranks that are still there are asked to stop."""
+"""Seconds after the end of the launcher after which the remaining ranks are asked to stop."""
 
 
 @dataclass(frozen=True)
 class End:
-    """How a launch ended.
+    """Holds how a launch ended.
 
-    code: of the launcher; negative: the signal that killed it. noted: exit codes that ranks on this machine noted (of
-    the launchers torchrun turns all into 1). asked: whether somebody wanted the run to stop. to_restart: whether a
-    supervisor on another host stopped it only to restart it.
+    code: of the launcher; negative: the signal that killed it. noted: exit codes that ranks on this machine noted
+    (torchrun turns all codes into 1). asked: whether somebody wanted the run to stop. to_restart: whether a supervisor
+    on another host stopped it only to restart it.
     """
 
     code: int
@@ -62,6 +62,7 @@ class End:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Supervise the run of a command line, and return its exit code."""
     console.open_streams()
     words, launcher = split_at_dashes(sys.argv[1:] if argv is None else argv)
     parser = console.CommandParser(
@@ -98,7 +99,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
 
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks that lose their launcher become our children
     signals.listen()
-    if requeued:  # what is left of this very job on a node that SLURM lost sight of
+    if requeued:  # ranks of this very job may be left on a node that SLURM lost contact with
         wait_until_free(directory, timeout)
     elif not any(word.startswith("--nnodes") for word in launcher):  # torchrun: other hosts' ranks may be waiting
         be_alone(directory)
@@ -108,7 +109,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
             wait_until_free(directory, timeout)
             if signals.received:
                 break
-        # wherever this run was told to begin, by now it has checkpoints of its own
+        # whatever checkpoint this run was to start from, by now it has some of its own
         command = again if (attempt or requeued) and newest_step(directory) else first
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(command)}")
         end = run_once(command, run_file, directory, patience=2 * timeout)
@@ -131,11 +132,11 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
             env={**os.environ, EXIT_FILE: noted.name},
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            # launchers would die of it and leave their ranks; ranks set their own handler
+            # launchers would die of this signal and leave their ranks; ranks set their own handler
             preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN),
         )
         life = SignsOfLife(directory)
-        ended_at: float | None = None  # the launcher
+        ended_at: float | None = None  # when the launcher ended
         asked_at: float | None = None
         killed = to_restart = False
         while launcher.poll() is None or leftovers(launcher.pid, run_file):
@@ -159,7 +160,7 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
                     kill_all()
                     killed = True
             time.sleep(POLL)
-        if asked_at is not None and not signals.are_impatient():  # then ranks on other hosts may still heed it
+        if asked_at is not None and not signals.are_impatient():  # else other hosts must still see the file
             stop_file.honour(directory)
         code = -signal.SIGKILL if killed and launcher.returncode == 0 else launcher.returncode
         asked = bool(signals.received) or stop_file.is_asked_to_stop(directory)
@@ -168,7 +169,7 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
 
 
 def judge(end: End, step: int, steps: int) -> tuple[int, str]:
-    """Return the exit code that says what became of a launch, and why.
+    """Return the exit code for the end of a launch, and why.
 
     step: of the newest checkpoint; steps: of the whole run.
     """
@@ -178,7 +179,7 @@ def judge(end: End, step: int, steps: int) -> tuple[int, str]:
     for final in (code, ConfigError.exit_code, TrainingError.exit_code):
         if final in FINAL and final in (code, *noted):
             return final, FINAL[final]
-    # ranks also leave in agreement when their launcher was killed, which nobody asked for: `deepspeed` then says 0
+    # ranks also leave in agreement when their launcher was killed, which nobody asked for; `deepspeed` then returns 0
     if STOPPED in noted and (asked or code > 0 or -code in signals.ASK_TO_STOP):
         return STOPPED, FINAL[STOPPED]
     if code == 0 and step >= steps:
@@ -192,7 +193,7 @@ def judge(end: End, step: int, steps: int) -> tuple[int, str]:
 
 
 def killed_by(code: int) -> signal.Signals | None:
-    """Return the signal that a launcher's exit code tells of, or None.
+    """Return the signal that a launcher's exit code stands for, or None.
 
     A negative code is the launcher's own end. DeepSpeed's launch.py exits with the code of a rank, and of -9 the system
     keeps the lowest byte, 247. There the smallest signals are left out: 251 to 255 are also exit codes of programs, 255
@@ -205,7 +206,10 @@ def killed_by(code: int) -> signal.Signals | None:
 
 
 def wait_until_free(directory: Path, patience: float) -> None:
-    """Ranks on other hosts, which are not seen from here, may outlive their launcher for as long as they save."""
+    """Wait until no run holds the directory, asking one that does to stop.
+
+    Ranks on other hosts, which are not seen from here, may outlive their launcher while they save.
+    """
     lock, deadline = RunLock(directory), time.monotonic() + patience
     while lock.path.exists() and time.monotonic() < deadline and not signals.received:
         try:
@@ -220,8 +224,10 @@ def wait_until_free(directory: Path, patience: float) -> None:
 
 
 def be_alone(directory: Path) -> None:
-    """Refuse to start beside a living run, which a signal to this process would stop; forget a stop file that was meant
-    for a run that is over. Raises ConfigError."""
+    """Refuse to start beside a living run, which a signal to this process would stop. Raises ConfigError.
+
+    A stop file that was meant for a run that is over is removed.
+    """
     lock = RunLock(directory)
     if not (lock.path.exists() or stop_file.stop_file(directory).exists()):
         return
@@ -233,4 +239,5 @@ def be_alone(directory: Path) -> None:
 
 
 def say(line: str) -> None:
+    """Print a line of the supervisor on stderr."""
     console.say(f"l2e-ds: {line}")

@@ -46,7 +46,7 @@ def is_free(path: Path) -> bool:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` (`is_free`) that takes its name at the end, or is removed after an exception.
+    """Yield a new folder beside `path` (`is_free`) that takes its name at the end, or is removed after an exception.
 
     Raises OSError.
     """
@@ -64,12 +64,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def identity(path: Path) -> list[str | int]:
-    """JSON-able: by which a file of the input is known again: name, bytes, time of its last change in ns."""
+    """Return what a file of the input is recognised by, as JSON: name, bytes, time of its last change in ns."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of a library's message, for the end of one of ours."""
+    """Return the first line of a library's error message, to be the end of an error's line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

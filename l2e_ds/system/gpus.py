@@ -4,59 +4,52 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-# Dense bf16/fp16 peaks in TFLOP/s from the vendors' data sheets (without sparsity).
-PEAK_TFLOPS = {
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "GH200": 989.4,
-    "B200": 2250.0,
-    "A100": 312.0,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "V100": 125.0,
-    "RTX 4090": 165.2,
-}
-
-
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Return peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
-    if given is not None or device.type != "cuda":
-        return given
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name)), None)
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s; peak_fp32: without TF32."""
+    """Holds the data of one GPU.
 
+    cuda_name: the part of CUDA's name for it; memory: GiB as CUDA reports it; peak: dense bf16/fp16 TFLOP/s (without
+    sparsity); peak_fp32: without TF32.
+    """
+
+    cuda_name: str
     memory: float
     peak: float
     peak_fp32: float
     bf16: bool = True
 
 
-# Vendors' data sheets.
 GPUS = {
-    "B200": Gpu(178, PEAK_TFLOPS["B200"], 75),
-    "GH200": Gpu(94, PEAK_TFLOPS["GH200"], 67),
-    "H200": Gpu(139, PEAK_TFLOPS["H200"], 67),
-    "H100": Gpu(79, PEAK_TFLOPS["H100"], 67),
-    "H100-80GB": Gpu(79, PEAK_TFLOPS["H100"], 67),
-    "H100-NVL": Gpu(93, PEAK_TFLOPS["H100 NVL"], 60),
-    "H100-PCIe": Gpu(79, PEAK_TFLOPS["H100 PCIe"], 51),
-    "A100-80GB": Gpu(79, PEAK_TFLOPS["A100"], 19.5),
-    "A100-40GB": Gpu(39, PEAK_TFLOPS["A100"], 19.5),
-    "V100-32GB": Gpu(31.7, PEAK_TFLOPS["V100"], 15.7, bf16=False),
-    "V100-16GB": Gpu(15.8, PEAK_TFLOPS["V100"], 15.7, bf16=False),
-    "L40S": Gpu(44.5, PEAK_TFLOPS["L40S"], 91.6),
-    "A10": Gpu(22, PEAK_TFLOPS["A10"], 31.2),
-    "L4": Gpu(22, PEAK_TFLOPS["L4"], 30.3),
-    "RTX-4090": Gpu(23.5, PEAK_TFLOPS["RTX 4090"], 82.6),
+    "B200": Gpu("B200", 178, 2250.0, 75),
+    "GH200": Gpu("GH200", 94, 989.4, 67),
+    "H200": Gpu("H200", 139, 989.4, 67),
+    "H100": Gpu("H100", 79, 989.4, 67),
+    "H100-80GB": Gpu("H100", 79, 989.4, 67),
+    "H100-NVL": Gpu("H100 NVL", 93, 835.0, 60),
+    "H100-PCIe": Gpu("H100 PCIe", 79, 756.0, 51),
+    "A100-80GB": Gpu("A100", 79, 312.0, 19.5),
+    "A100-40GB": Gpu("A100", 39, 312.0, 19.5),
+    "V100-32GB": Gpu("V100", 31.7, 125.0, 15.7, bf16=False),
+    "V100-16GB": Gpu("V100", 15.8, 125.0, 15.7, bf16=False),
+    "L40S": Gpu("L40S", 44.5, 362.0, 91.6),
+    "A10": Gpu("A10", 22, 125.0, 31.2),
+    "L4": Gpu("L4", 22, 121.0, 30.3),
+    "RTX-4090": Gpu("RTX 4090", 23.5, 165.2, 82.6),
 }
+
+
+def peak_tflops(device: torch.device, given: float | None) -> float | None:
+    """Return the peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
+    if given is not None or device.type != "cuda":
+        return given
+    import torch  # only now: `l2e-ds plan --help` reads the table alone
+
+    name = torch.cuda.get_device_name(device)
+    known = [gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.cuda_name}\b", name)]
+    return max(known, key=lambda gpu: len(gpu.cuda_name)).peak if known else None  # "H100 PCIe" before "H100"

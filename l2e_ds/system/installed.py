@@ -9,13 +9,14 @@ from l2e_ds.errors import ConfigError
 
 
 def is_installed(package: str) -> bool:
-    """Return whether a package is installed. A folder of its name in the working directory (`wandb/`) is none."""
+    """Return whether a package is installed. A folder of its name in the working directory (`wandb/`) does not
+    count."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def check_extra(extra: str, packages: Sequence[str]) -> None:
-    """Raises ConfigError naming the packages of an extra that are missing."""
+    """Check that the packages of an extra are installed. Raises ConfigError, naming those that are missing."""
     missing = [name for name in packages if not is_installed(name)]
     if missing:
         raise ConfigError(f"the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")

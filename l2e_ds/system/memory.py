@@ -14,7 +14,10 @@ from l2e_ds.errors import L2EError
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Allocated on the GPU; on CPUs the process's resident set. (getrusage would count what its parent had, too.)"""
+    """Return the peak of the memory allocated on the GPU, or on a CPU that of the process's resident set.
+
+    (getrusage would count what its parent had, too.)
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_memory("VmHWM")
@@ -24,7 +27,7 @@ def process_memory(name: str) -> int:
     """Return bytes of this process by a name in /proc/self/status: VmRSS (resident), VmHWM (its peak), RssAnon (no
     file's).
 
-    Raises L2EError where the system does not tell it.
+    Raises L2EError if the system does not report it.
     """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{name}:"):

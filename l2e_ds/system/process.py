@@ -1,4 +1,4 @@
-"""How processes of this project begin and end."""
+"""Begin and end the processes of this project."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from l2e_ds.system.signals import ASK_TO_STOP
 
 
 def quiet_libraries() -> None:
-    """Keep the terminal for our own lines; warnings and errors still come through."""
+    """Silence what libraries print, except warnings and errors."""
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -37,18 +37,18 @@ def quiet_libraries() -> None:
 def leave_process(code: int) -> NoReturn:
     """End this process; after success, or a stop that was asked for, without the destructors of C++ libraries.
 
-    Seen now and then after a finished run on several ranks: "terminate called without an active exception", a thread
-    of a library that outlived its owner, and exit code 250 for a run that was complete and saved.
+    Such a destructor now and then ended a finished run on several ranks with "terminate called without an active
+    exception" (a thread of a library outlived its owner) and exit code 250, though all was saved.
     """
     flush_streams()
     if code not in (0, Interrupted.exit_code):
         sys.exit(code)
-    for child in multiprocessing.active_children():  # of an unfinished data preparation; it would be waited for
+    for child in multiprocessing.active_children():  # of an unfinished data preparation; Python would wait for them
         child.kill()
     atexit._run_exitfuncs()
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
-        mpi.Finalize()  # mpi4py would do so where we no longer come by; mpirun calls it a failure if nobody does
+        mpi.Finalize()  # mpi4py would do so at an exit that is skipped below; else mpirun reports a failure
     flush_streams()
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""By which code, on which machine and with which versions something was made."""
+"""Find out which code, machine and versions of packages made a result."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from pathlib import Path
 import l2e_ds
 from l2e_ds.system.files import REPOSITORY
 
-DIFF = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
-
 
 def commit_and_changes() -> tuple[str | None, list[str]]:
-    """Commit and `git status` lines of the checkout that this package is run from; (None, []) of a copy."""
+    """Return commit and `git status` lines of the checkout that this package runs from; (None, []) if it is a copy."""
     try:
         _git("ls-files", "--error-unmatch", "l2e_ds/__init__.py")  # else some other checkout around an installed copy
         return _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain").splitlines()
@@ -25,8 +23,8 @@ def commit_and_changes() -> tuple[str | None, list[str]]:
 
 
 def difference() -> str:
-    """`git diff HEAD` of that checkout. Raises OSError or SubprocessError where there is none."""
-    return _git(*DIFF)
+    """Return `git diff HEAD` of that checkout. Raises OSError or SubprocessError if there is no checkout."""
+    return _git("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv")
 
 
 def _git(*words: str) -> str:
@@ -47,7 +45,7 @@ def installed_version(package: str) -> str | None:
 
 
 def cpu_name() -> str:
-    """Return the processor's name, or its architecture where the system does not tell the name."""
+    """Return the processor's name, or its architecture if the system does not give the name."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -63,5 +61,5 @@ def machine() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the versions of those that are installed, in this order."""
+    """Return the versions of those packages that are installed, in this order."""
     return {package: version for package in packages if (version := installed_version(package)) is not None}

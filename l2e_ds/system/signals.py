@@ -1,6 +1,6 @@
-"""Signals that ask this process to stop: noted, for it to stop in its own time.
+"""Note the signals that ask this process to stop, so that it can stop at a time of its own.
 
-One list a process, as signal handlers are. Imports nothing heavy.
+There is one list a process, as there is one handler a signal. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 ASK_TO_STOP = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 received: list[tuple[float, signal.Signals]] = []
-"""When (time.monotonic) and which, since `listen`."""
+"""The signals received since `listen`, each with its time (time.monotonic)."""
 _before: dict[signal.Signals, Any] = {}
 
 
@@ -36,7 +36,8 @@ def stop_listening() -> None:
 
 
 def are_impatient() -> bool:
-    """Return whether SIGINT or SIGTERM came again. Two within two seconds are one wish, sent by two ways."""
+    """Return whether SIGINT or SIGTERM came again. Two within two seconds count as one: a terminal and a
+    launcher may both send it."""
     wishes = [when for when, number in received if number in (signal.SIGINT, signal.SIGTERM)]
     return bool(wishes) and wishes[-1] > wishes[0] + 2
 

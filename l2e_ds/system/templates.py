@@ -1,4 +1,4 @@
-"""Text made from a template of Jinja that lies beside the code which computes its values."""
+"""Load the Jinja templates that lie beside the code which computes their values."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 def template(path: Path, **filters: Callable[..., str]) -> Template:
     """Return the template of a file, with filters of the caller's.
 
-    A value that it lacks is an error when it is rendered.
-
-    In a template named *.html, values are escaped unless they are `markupsafe.Markup`.
+    Rendering it without a value that it needs is an error. In a template named *.html, values are escaped unless they
+    are `markupsafe.Markup`.
     """
     environment = Environment(
         loader=FileSystemLoader(path.parent),

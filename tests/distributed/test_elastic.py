@@ -1,4 +1,4 @@
-"""Elastic resume: on other ranks and other ZeRO stages than the checkpoint's, runs go on as if nothing had changed."""
+"""Elastic resume: on other ranks and other ZeRO stages than the checkpoint's, runs resume as if nothing had changed."""
 
 import contextlib
 import io
@@ -123,7 +123,7 @@ def case(file: str, precision: str, origin: str = "", steps: int = LAST, **chang
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[Path]:
-    """A hub cache as downloads would leave it, with tiny weights."""
+    """Write a hub cache as downloads would leave it, with tiny weights."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     repository = Path(os.environ["HF_HOME"], "hub/models--EleutherAI--pythia-14m")
@@ -152,7 +152,7 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
     sources = {source: SOURCES[source] for source, _, _ in going_on}
 
     def launch(ranks: int, cases: dict[str, TrainingCase]) -> None:
-        """These, and of the above what can be trained on so many ranks by now."""
+        """Train these cases, and those of the above that can be trained on so many ranks by now."""
         for name, (own, zero, precision, _) in sources.items():
             if own == ranks and name not in found:
                 cases[name] = case(zero, precision, name, steps=STOP)
@@ -235,7 +235,7 @@ def assert_close(found: dict[str, float], precision: str) -> None:
 
 @pairs
 def test_goes_on_like_the_uninterrupted_run(runs, differences, source, ranks, zero):
-    """Losses, tau, shares, gradient norms and rates of the 10 steps after the resume."""
+    """Losses, tau, shares, gradient norms and rates of the 10 steps after the resume agree."""
     found = differences(runs[label(source, ranks, zero)], runs[SOURCES[source][3]])
     print(label(source, ranks, zero), {key: f"{value:.1e}" for key, value in found.items() if value})
     assert_close(found, SOURCES[source][2])
@@ -250,19 +250,19 @@ def test_sets_of_a_mixture_are_counted_on(runs, metric_lines):
 
 @pytest.mark.full
 def test_from_stage_to_stage_and_back(runs, differences):
-    """Stage 1 on 2 ranks, after step 6 stage 2 on 1, after 9 stage 3 on 4, after 12 stage 1 on 2."""
+    """The chain is stage 1 on 2 ranks, after step 6 stage 2 on 1, after 9 stage 3 on 4, after 12 stage 1 on 2."""
     assert_close(differences(runs["chain1"], runs["straight"]), "fp32")
 
 
 @pytest.mark.full
 def test_from_parameters_in_another_order(runs, differences):
-    """With round_robin_gradients, where DeepSpeed notes the places of the usual order in its shards."""
+    """A checkpoint written with round_robin_gradients resumes: DeepSpeed notes the usual order in its shards."""
     assert_close(differences(runs["from-robin"], runs["straight"]), "fp32")
 
 
 @pytest.mark.full
 def test_half_precision_differs_no_more_than_by_its_rounding(runs, differences):
-    """What the tolerances allow in bf16 another micro-batch does too, without any resume."""
+    """In bf16 another micro-batch alone, without any resume, differs by what the tolerances allow."""
     found = differences(runs["other-order"], runs["straight1-bf16"])
     print({key: f"{value:.1e}" for key, value in found.items() if value})
     assert 0 < found["lm_loss"] <= TOLERANCE["bf16"]["lm_loss"]

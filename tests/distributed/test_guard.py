@@ -109,7 +109,7 @@ def test_stop_saves_and_ends_the_run_for_good(runs, metric_lines):
     (message,) = told
     assert message.startswith("inhibition.guard: layer ") and "\n" not in message
     assert f"; step {step} is saved (inhibition.guard=warn goes on from there); lower " in message
-    assert FINAL[TrainingError.exit_code] == "the run cannot go on"
+    assert FINAL[TrainingError.exit_code] == "the run cannot continue"
 
 
 def test_it_is_silent_where_layers_keep_their_scale(runs, metric_lines):

@@ -1,4 +1,4 @@
-"""Predicted memory and checkpoint sizes (l2e_ds.planning.command) against those of real runs on two ranks."""
+"""Predicted memory and checkpoint sizes (l2e_ds.planning) against those of real runs on two ranks."""
 
 import json
 from pathlib import Path

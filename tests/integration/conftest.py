@@ -21,7 +21,7 @@ Bread, salt, two lemons and a map of the harbour lay on the table. Le chat dort 
 
 @pytest.fixture
 def corpus(tmp_path) -> Path:
-    """Forty text files, each other words in another order."""
+    """Write forty text files with different words in different orders."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for index in range(40):
@@ -62,7 +62,7 @@ def run_file(tmp_path, corpus) -> Path:
 
 @pytest.fixture
 def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
-    """launch(*command, **environment): started in the background; nothing of it outlives the test."""
+    """launch(*command, **environment): starts a command in the background; none of its processes outlives the test."""
     started: list[Launch] = []
 
     def start(*command: object, **environment: str) -> Launch:
@@ -80,7 +80,7 @@ def launch(tmp_path) -> Iterator[Callable[..., Launch]]:
 
 @pytest.fixture
 def launch_ranks(tmp_path) -> Iterator[Callable[..., Ranks]]:
-    """launch_ranks(count, *words): `python WORDS` on so many ranks in the background; none outlives the test."""
+    """launch_ranks(count, *words): starts `python WORDS` on so many ranks in the background; none outlives the test."""
     started: list[Ranks] = []
 
     def start(count: int, *words: object, **variables: str) -> Ranks:

@@ -1,4 +1,4 @@
-"""Starting real runs in the background, watching them, and finding every process that they leave."""
+"""Start real runs in the background, watch them, and find every process that they leave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = 400
 
 
 class Launch:
-    """A started command, forked where it is `python ...`; `log` is what it said."""
+    """A started command, forked if it is `python ...`; `log` is the file of what it prints."""
 
     def __init__(self, log: Path, *command: object, **variables: str) -> None:
         self.log = log
@@ -42,7 +42,7 @@ class Launch:
         return self.log.read_text()
 
     def find(self, *words: str) -> list[psutil.Process]:
-        """Its processes with all these words in their command lines, in the order of their ids."""
+        """Return its processes with all these words in their command lines, in the order of their ids."""
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -63,7 +63,7 @@ class Launch:
         self.find("python")  # remember all that are there
 
     def end(self, timeout: float = PATIENCE) -> int:
-        """Its exit code; nothing that it started may be alive then."""
+        """Wait for its end and return the exit code; no process that it started may be alive then."""
         code = self.process.wait(timeout)
         alive = [p for p in self.seen.values() if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
         assert not alive, f"orphans: {alive}\n{self.said()[-3000:]}"
@@ -90,7 +90,7 @@ class Ranks:
             time.sleep(0.02)
 
     def end(self, timeout: float = PATIENCE) -> list[int]:
-        """The exit codes, in the order of ranks."""
+        """Wait for the end of all and return the exit codes, in the order of ranks."""
         return [process.wait(timeout) for process in self.processes]
 
 

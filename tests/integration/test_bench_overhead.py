@@ -43,7 +43,7 @@ def test_two_ranks(tmp_path):
 
 
 def test_interval_of_the_median():
-    """Of 20 values the 6th and the 15th (Conover's table); of few the whole range."""
+    """The interval of 20 values is from the 6th to the 15th (Conover's table); of few the whole range."""
     assert overhead.median_interval([float(i) for i in range(1, 21)]) == (6.0, 15.0)
     assert overhead.median_interval([3.0, 1.0, 2.0]) == (1.0, 3.0)
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks scaling` and `bench memory` at tiny sizes. Nothing here depends on how fast anything is."""
+"""`python -m benchmarks scaling` and `memory` at tiny sizes. Nothing here depends on how fast anything is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCALING = ("--neurons", "8", "--tokens", "4", "--layers", "1", "2", "--rounds", 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", ["own", "launched"])
 def test_scaling(tmp_path, ranks):
-    """All shapes and ranks; bytes are those of the packed buffer; the table says what the measurements do."""
+    """All shapes and ranks are measured; bytes are those of the packed buffer; the table has the measurements."""
     count = {"own": 1, "launched": 2}[ranks]
     words = ["scaling", *SCALING, "--ranks", "2", "--output", tmp_path / "out"]
     codes, said = finish("-m", "benchmarks", *words, ranks=count)

@@ -119,7 +119,7 @@ def test_a_contender_finds_its_place_not_its_parents_rendezvous(launcher, monkey
     ids=["what it refuses itself", "what breaks it"],
 )
 def test_a_contender_that_fails_ends_all(tmp_path, section, values, said):
-    """It is named, with its reason."""
+    """The error names the contender and its reason."""
     content = {
         "model": {"name": "pythia-14m", "num_layers": 2, "hidden_size": 32, "num_heads": 2, "vocab_size": 64},
         "data": {"source": "indexed", "path": "none", "sequence_length": 16},

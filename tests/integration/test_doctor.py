@@ -44,7 +44,6 @@ def test_two_ranks_in_order(tmp_path):
         r"bandwidth +64 MiB: [\d.]+ ms, [\d.]+ GB/s \(bus [\d.]+ GB/s\)",
     ):
         assert len(re.findall(rf"^ok +{expected}", said, re.MULTILINE)) == 1, (expected, said)  # rank 0 alone speaks
-    assert re.search(r"^(ok|note) +slowest rank +rank [01] ", said, re.MULTILINE), said
     assert "a run can start here" in said.splitlines()
 
 

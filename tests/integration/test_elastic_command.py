@@ -7,7 +7,7 @@ from tests.tolerances import rounding, selection
 
 
 def train(ranks: int, *arguments: object) -> str:
-    """What the run said."""
+    """Train, and return what the run printed."""
     codes, said = finish("-m", "l2e_ds.train", *arguments, ranks=ranks)
     assert codes == [0] * ranks, said[-6000:]
     return said

@@ -73,7 +73,7 @@ def test_a_raising_rank_is_named_with_its_reason(launch_ranks, run_file):
 
 
 def test_a_second_run_is_refused_and_a_killed_one_makes_room(launch, run_file, tmp_path):
-    """Also: what the environment keeps secret is nowhere in what a run writes or says."""
+    """Secrets of the environment are nowhere in what a run writes or prints."""
     secrets = {name: f"secret-of-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
     first = launch(*ALONE, run_file, *LONG, **secrets)
     first.wait_for(lambda: newest(tmp_path / "run") >= 11)
@@ -164,14 +164,14 @@ def test_a_full_disk_costs_no_good_checkpoint(launch_ranks, run_file, small_disk
 
 
 def catches(process: psutil.Process, number: int) -> bool:
-    """Whether it has a handler for this signal by now."""
+    """Return whether a process has a handler for this signal by now."""
     mask = re.search(r"^SigCgt:\s+(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)[1]
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.full
 def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_path):
-    """The first under the deepspeed launcher, whose ranks import torch after they have begun to listen."""
+    """The first case uses the deepspeed launcher, whose ranks import torch after they have begun to listen."""
     deepspeed = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--log_level", "error"]
     one = launch(*deepspeed, "--module", "l2e_ds.train", run_file, *LONG)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.reliability import faults
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import REPOSITORY
 
 
 @pytest.mark.full

@@ -29,8 +29,8 @@ def content(run: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def starts(launch, *each: tuple[Path, list[str]]) -> list[tuple[int, str]]:
-    """Code and lines of starts one after another in one process, of which only one may train (DeepSpeed); also
-    `copy RUN ELSEWHERE`, which keeps the files' times."""
+    """Return exit code and lines of starts one after another in one process, of which only one may train (DeepSpeed);
+    also `copy RUN ELSEWHERE`, which keeps the files' times."""
     words = json.dumps([(str(folder), [str(word) for word in command]) for folder, command in each])
     one = launch(sys.executable, "-c", STARTS, words)
     assert one.end() == 0, one.said()[-3000:]

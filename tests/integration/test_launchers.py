@@ -110,7 +110,8 @@ def _export_and_generate(run: Path, output: Path) -> None:
 
 
 def _start_from_pretrained(run: Path, weights: Path) -> None:
-    """A run on the exported weights and tokenizer starts at the held-out loss that the first run ended with."""
+    """Check that a run on the exported weights and tokenizer starts at the held-out loss that the first one ended
+    with."""
     overrides = [f"model.{key}=null" for key in ("name", "vocab_size", "num_layers", "hidden_size", "num_heads")]
     overrides += [f"model.pretrained={weights}", "data.train_tokenizer=null", f"data.tokenizer={weights}"]
     overrides += [f"training.run_directory={run}-pretrained", "training.steps=2", "training.global_batch=4"]

@@ -92,7 +92,7 @@ def test_a_folder_is_no_package(monkeypatch, tmp_path):
 
 
 def test_help_without_the_extras(tmp_path):
-    """Commands that need one say so, in one line, when they are to do something."""
+    """Commands that need an extra say so in one line, but only when they run."""
     missing = ("scipy", "matplotlib", "pyarrow")
     code = (
         f"import sys\nfor name in {missing}: sys.modules[name] = None\n"
@@ -125,7 +125,7 @@ def test_help_without_the_extras(tmp_path):
 
 @pytest.mark.parametrize("words", [["summary", "run"], ["train", "run.yaml", "--dry-run"]])
 def test_a_reader_that_has_seen_enough(run_file, tmp_path, words):
-    """`| head -1`: no traceback, and the exit code that a shell gives for SIGPIPE."""
+    """With `| head -1` there is no traceback, and the exit code is what a shell gives for SIGPIPE."""
     write_run(tmp_path / "run")
     reader, writer = os.pipe()
     os.close(reader)
@@ -138,7 +138,7 @@ def test_a_reader_that_has_seen_enough(run_file, tmp_path, words):
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("unshare") is None, reason="a /dev/shm of its own needs root")
 def test_a_full_shared_memory_is_named(tmp_path, corpus):
-    """Worker processes keep their locks there."""
+    """Worker processes keep their locks in shared memory."""
     Tokenizer(WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "words.json"))
     words = [sys.executable, "-m", "l2e_ds.cli", "tokenize", corpus, "--output", tmp_path / "out"]
     words += ["--tokenizer", tmp_path / "words.json", "--workers", "2"]
@@ -156,7 +156,7 @@ def test_a_full_shared_memory_is_named(tmp_path, corpus):
 @pytest.mark.skipif(shutil.which("ssh") is None, reason="no ssh: apt-get install openssh-client")
 @pytest.mark.parametrize("options", [["--force_multi"], []])
 def test_a_host_that_is_not_there(run_file, capsys, tmp_path, options):
-    """One line, exit code 2, and nothing is started."""
+    """The error is one line with exit code 2, and nothing is started."""
     hosts = tmp_path / "hosts"
     hosts.write_text("# ours\none.invalid slots=1\n\ntwo.invalid slots=1\n")
     (tmp_path / "deepspeed").write_text("#!/bin/sh\ntouch started\n")

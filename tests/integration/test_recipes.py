@@ -1,7 +1,5 @@
 """Every recipe and every DeepSpeed configuration of this repository parses, resolves and builds."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import yaml
@@ -12,8 +10,8 @@ from l2e_ds.inhibition import Inhibitor
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.training.building import inhibition_settings
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPES = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
 
 

@@ -1,4 +1,4 @@
-"""`l2e-ds study` with real runs: stopped, killed, gone on with, evaluated, collected; a run that fails alone."""
+"""`l2e-ds study` with real runs: stopped, killed, resumed, evaluated, collected; a run that fails alone."""
 
 from __future__ import annotations
 
@@ -110,5 +110,5 @@ def test_stopped_and_killed_it_is_still_the_same_study(launch, run_file, tmp_pat
 
 
 def saved_before(run) -> int:
-    """The step from which its last start went on."""
+    """Return the step from which the last start resumed."""
     return lines(run, "start")[-1]["step"]

@@ -83,7 +83,7 @@ def supervise(launch, words, launcher, *options: object) -> Launch:
 
 @pytest.mark.full
 def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
-    """A launcher that only has an exit code; what it says is not believed where the run is not finished."""
+    """The launcher here is only an exit code, which does not count while the run is not finished."""
     run = tmp_path / "run"
     for code, expected, starts in ((0, 1, 2), (1, 1, 2), (2, 2, 1), (3, 3, 1), (75, 75, 1), (-9, 137, 2)):
         how = f"kill {code} $$" if code < 0 else f"exit {code}"
@@ -129,7 +129,7 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
 
 @pytest.mark.full
 def test_torchrun_mpirun_and_a_single_process(launch, run_file, tmp_path):
-    """torchrun says 1 whatever its ranks said."""
+    """torchrun returns 1 for any exit code of its ranks."""
     words = [run_file, FOR_EVER, "training.evaluate_every=0", "logging.progress=false"]
     torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "l2e_ds.train"]
     run = tmp_path / "run"

@@ -21,10 +21,9 @@ import psutil
 import pytest
 
 from tests.integration.running import PATIENCE, lines
-from tests.processes import finish
+from tests.processes import REPOSITORY, finish
 from tests.tolerances import rounding
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NEEDED = ("sshd", "ssh", "pdsh", "ip", "unshare", "nsenter")
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 MISSING = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
@@ -36,7 +35,7 @@ pytestmark = [
 
 @dataclass
 class Host:
-    """One made by `hosts`; `init` is the process outside whose end is the host's power failure."""
+    """A host that `hosts` has made; `init` is the process outside whose end is the host's power failure."""
 
     name: str
     namespace: str
@@ -66,7 +65,7 @@ class Host:
         return psutil.Process(self.init.pid).children()[0]
 
     def processes(self) -> list[tuple[psutil.Process, list[str]]]:
-        """What runs here beside sshd, with its words."""
+        """Return the processes here beside sshd, with their command lines."""
         found = []
         for process in self.sshd().children(recursive=True):
             try:
@@ -92,7 +91,7 @@ class Cluster:
     logs: list[Path] = field(default_factory=list)
 
     def launch(self, *arguments: object) -> subprocess.Popen:
-        """launch/deepspeed.sh on the first host: its network, names and files, but a process that we see."""
+        """Start launch/deepspeed.sh on the first host, with its network, names and files, as a child of the test."""
         self.logs.append(self.folder / f"launch{len(self.logs)}.log")
         return subprocess.Popen(
             [
@@ -172,14 +171,14 @@ def cluster(tmp_path) -> Iterator[Cluster]:
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
-    """Until the run has done so many steps."""
+    """Wait until the run has made so many steps."""
     while not any(line["step"] >= step for line in lines(run)):
         assert process.poll() is None, f"ended with {process.returncode} before step {step}"
         time.sleep(0.05)
 
 
 def wait_for_start(run: Path, number: int, process: subprocess.Popen) -> None:
-    """Until the run has begun so many times, and then done a step or two."""
+    """Wait until the run has started so many times, and then made a step or two."""
     while len(lines(run, "start")) < number:
         assert process.poll() is None, f"ended with {process.returncode} before start {number}"
         time.sleep(0.05)
@@ -187,7 +186,7 @@ def wait_for_start(run: Path, number: int, process: subprocess.Popen) -> None:
 
 
 STEPS = 300
-"""Enough that the run still goes on when what is done to it reaches it."""
+"""Enough steps that the run is not finished when it is disturbed."""
 FOR_EVER = "training.steps=1000000"
 ROUNDING = rounding(STEPS, layers=4, tokens=8 * 16)
 

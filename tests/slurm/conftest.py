@@ -11,7 +11,7 @@ from benchmarks.reliability.virtual_slurm import virtual_slurm, why_not
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[dict[str, str]]:
-    """The environment in which srun, sbatch and scontrol reach the cluster."""
+    """Yield the environment in which srun, sbatch and scontrol reach the cluster."""
     problem = why_not()
     if problem is not None:
         pytest.skip(problem)

@@ -1,4 +1,4 @@
-"""Jobs on two nodes of a real SLURM: submitted, stopped, requeued, preempted, cancelled, robbed of a node."""
+"""Jobs on two nodes of a real SLURM: submitted, stopped, requeued, preempted, cancelled, without one of its nodes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ import torch
 import yaml
 
 from benchmarks.reliability.virtual_slurm import bring_back_node, kill_node, ready_nodes
+from tests.processes import REPOSITORY
 from tests.tolerances import rounding
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS = 150
 NOT_REPRODUCIBLE = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "time", "mfu")
 
 
 class Site:
-    """A user's folder on the cluster, with a run file, and what the user does there."""
+    """A user's folder on the cluster, with a run file, and the actions of the user."""
 
     limited = ""
     """The job of a run with a time limit of three minutes."""
@@ -59,7 +59,7 @@ class Site:
         return done.stdout + done.stderr
 
     def submit(self, directory: str, *words: object, code: int = 0) -> str:
-        """The id of a job of two nodes with one rank each."""
+        """Submit a job of two nodes with one rank each; return its id, or what is printed if it is refused."""
         options = ["--nodes", 2, "--gpus-per-node", 0, "--tasks-per-node", 1]
         overrides = ["run.yaml", f"training.run_directory={directory}"]
         said = self.call(sys.executable, "-m", "l2e_ds.cli", "submit", *overrides, *options, *words, code=code)
@@ -69,7 +69,7 @@ class Site:
         return dict(re.findall(r"(\w+)=(\S+)", self.call("scontrol", "show", "job", job, "--oneliner")))
 
     def start_now(self, job: str) -> None:
-        """A requeued job waits two minutes otherwise: SLURM 22.05 loses its way where it starts at once."""
+        """Start a requeued job early, which otherwise waits two minutes; SLURM 22.05 fails if it starts at once."""
         self.wait(lambda: self.show(job)["JobState"] == "PENDING", f"job {job} is requeued")
         time.sleep(2)
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -83,7 +83,7 @@ class Site:
         self.wait(lambda: any(line["step"] >= step for line in self.lines(directory)), f"{directory}: step {step}")
 
     def started(self, directory: str, times: int) -> list[int]:
-        """The steps from which it started, once it has started so many times."""
+        """Return the steps from which the job started, once it has started so many times."""
         self.wait(lambda: len(self.lines(directory, "start")) >= times, f"{directory}: start {times}")
         return [line["step"] for line in self.lines(directory, "start")]
 
@@ -98,7 +98,7 @@ class Site:
             time.sleep(0.2)
 
     def logs(self) -> str:
-        """The ends of what jobs and daemons wrote."""
+        """Return the ends of the logs of jobs and daemons."""
         daemons = Path(self.environment["SLURM_CONF"]).parent.glob("slurm*.log")
         files = [*self.folder.rglob("slurm-*.log"), *daemons]
         known = self.call("sinfo", "-N") + self.call("scontrol", "show", "job")
@@ -123,7 +123,7 @@ def site(slurm, tmp_path_factory) -> Site:
 
 
 def comparable(lines: list[dict]) -> dict[int, dict]:
-    """By step. A step that was done twice must have come to the same."""
+    """Return the lines by step. A step that was trained twice must have the same line."""
     found: dict[int, dict] = {}
     for line in lines:
         numbers = {key: value for key, value in line.items() if key not in NOT_REPRODUCIBLE}
@@ -250,7 +250,7 @@ def test_stopped_requeued_and_preempted_is_the_run_that_never_stopped(site):
 
 @pytest.mark.full
 def test_two_steps_of_one_job_and_a_script_without_a_step(site):
-    """In sbatch itself find_launch sees one process; two steps at once have their own rendezvous."""
+    """In a batch script find_launch sees one process; two steps at once have their own rendezvous."""
     step = "srun --exact --nodes=2 --ntasks=2 --ntasks-per-node=1 python -m l2e_ds.train run.yaml training.steps=2"
     (site.folder / "steps.sbatch").write_text(
         "#!/bin/bash\n"
@@ -272,7 +272,7 @@ def test_two_steps_of_one_job_and_a_script_without_a_step(site):
 
 @pytest.mark.full
 def test_a_run_outlives_its_node(site):
-    """SLURM misses the node and requeues the job, whose next start goes on from the newest checkpoint."""
+    """SLURM misses the node and requeues the job, whose next start resumes from the newest checkpoint."""
     # by the script that users adapt, not by `l2e-ds submit`
     site.environment["L2E_DS_RESTARTS"] = "1"
     options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--time=30:00"]

@@ -4,14 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from l2e_ds.distributed.launch import find_launch
+from tests.processes import REPOSITORY
 from tests.tolerances import rounding
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_srun_makes_the_run_of_one_process(slurm, tmp_path):

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.processes import REPOSITORY
+
 TASK = """
 task: tiny_sums
 dataset_path: json

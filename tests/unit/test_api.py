@@ -1,4 +1,4 @@
-"""What `from l2e_ds import ...` gives: cheap to import, easy to use, and what its documentation shows runs."""
+"""The Python API is cheap to import and easy to use, and the code in its documentation runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/python-api.md"
 
 
 def test_the_package_itself_imports_nothing():
-    """Not torch, which `l2e-ds doctor` must do without, nor any module that bare Python has not."""
+    """The package imports neither torch, which `l2e-ds doctor` must do without, nor any other module."""
     code = "import sys; before = set(sys.modules); import l2e_ds; print(sorted(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['l2e_ds']"
+
+
+def test_help_of_plan_needs_no_torch():
+    code = "import contextlib, sys\nfrom l2e_ds.cli import main\nwith contextlib.suppress(SystemExit):\n"
+    code += "    main(['plan', '--help'])\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--gpus" in done.stdout and done.stdout.splitlines()[-1] == "False"
 
 
 def test_every_name_is_there():
@@ -80,7 +87,7 @@ class Layer(nn.Module):
 
 
 def test_the_device_is_the_models():
-    """And where it is not, one line says so."""
+    """Where it is not allowed, the error is one line."""
     layer = Layer()
     site = NeuronSite(3, layer, "act", "activation", 8)
     assert Inhibitor([site])._packed.device == torch.device("cpu")
@@ -93,7 +100,7 @@ def test_the_device_is_the_models():
 
 
 def test_sites_that_cannot_be():
-    """A kind that is not there, one layer twice (the loss would act twice), one number twice (its figures collide)."""
+    """An unknown kind, a repeated layer (the loss would act twice) or number (its metrics would collide) is refused."""
     layer = Layer()
     with pytest.raises(ValueError, match=r"^NeuronSite\.kind: got 'proj', allowed: activation or projection$"):
         NeuronSite(0, layer, "down", "proj", 8)
@@ -110,7 +117,7 @@ def test_sites_that_cannot_be():
 @pytest.mark.parametrize(("attribute", "kind"), [("act", "activation"), ("down", "projection")])
 @pytest.mark.parametrize("neurons", [4, 16, 7])
 def test_a_wrong_number_of_neurons(attribute, kind, neurons):
-    """Also a divisor or multiple of the right one, which would count other tokens than there are."""
+    """A wrong number of neurons is refused, also a divisor or multiple, which would count a wrong number of tokens."""
     layer = Layer()
     function = "gelu" if kind == "activation" else None
     inhibitor = Inhibitor([NeuronSite(3, layer, attribute, kind, neurons, function)])
@@ -121,7 +128,7 @@ def test_a_wrong_number_of_neurons(attribute, kind, neurons):
 
 
 def test_losses_that_cannot_be_attached():
-    """One line that names attach_loss; nothing was counted."""
+    """The error is one line that names attach_loss; nothing was counted."""
     loss = torch.ones((), requires_grad=True)
     inhibitor = Inhibitor([NeuronSite(0, Layer(), "act", "activation", 8)])
     for given, error, words in (
@@ -139,7 +146,7 @@ def test_losses_that_cannot_be_attached():
 
 
 def test_forward_passes_and_losses_out_of_order():
-    """What a hook keeps of a micro-batch must not be the next one's."""
+    """What a hook keeps of a micro-batch must not leak into the next one."""
     torch.manual_seed(0)
     layer, x = Layer(), torch.randn(2, 64, 4)
     for settings, mask, words in (
@@ -166,7 +173,7 @@ def test_forward_passes_and_losses_out_of_order():
 
 
 def test_weight_of_a_part_of_a_loss():
-    """A loss that is already its share of a larger batch's: the gradient is as of the mean, divided afterwards."""
+    """With a loss that is its share of a larger batch's, the gradient is that of the mean, divided afterwards."""
     gradients = []
     for inside in (False, True):
         torch.manual_seed(0)

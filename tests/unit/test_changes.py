@@ -1,4 +1,4 @@
-"""What a run file may say otherwise than the checkpoint that a run goes on from."""
+"""How a run file may differ from the checkpoint that a run resumes from."""
 
 import re
 from pathlib import Path
@@ -37,7 +37,7 @@ def corpus(tmp_path, monkeypatch) -> None:
 
 
 def config(**keys: object) -> RunConfig:
-    """RUN with other values, by `section__key`."""
+    """Return RUN with other values, by `section__key`."""
     raw = {section: dict(values) for section, values in RUN.items()}
     for name, value in keys.items():
         section, _, key = name.partition("__")
@@ -53,7 +53,7 @@ def refusal(new: RunConfig, old: RunConfig | None = None) -> str:
 
 
 def values(annotation: object) -> list[object]:
-    """Some that a key of this type may have."""
+    """Return some values that a key of this type may have."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     if get_origin(annotation) is list:
@@ -72,7 +72,7 @@ def keys() -> list[str]:
 
 @pytest.mark.parametrize("key", keys())
 def test_a_key_decides_figures_or_may_change(key):
-    """Every key that there is, so that one added later must be thought of."""
+    """The test covers every key, so that a new key must be classified."""
     section, name = key.split(".")
     part = getattr(config(), section)
     value = next(v for v in values(type(part).model_fields[name].annotation) if v != getattr(part, name))
@@ -138,7 +138,7 @@ def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
 
 
 def test_a_longer_run_must_not_move_its_inhibition_unsaid():
-    """Shares of the run, and a decay before its end, move with its length."""
+    """A schedule in shares of the run, and a decay before its end, move with the run's length."""
     schedule = {"inhibition__start": 0.3, "inhibition__decay": 2, "optimizer__schedule_steps": 20}
     old, new = config(**schedule), config(training__steps=40, **schedule)
     assert (
@@ -153,7 +153,7 @@ def test_a_longer_run_must_not_move_its_inhibition_unsaid():
 
 
 def test_text_that_was_moved_is_looked_at_again(tmp_path):
-    """Nothing is left where it was: the fingerprint of what is read now tells whether it is the same."""
+    """Data may have moved if nothing is left at the old place: its fingerprint shows whether it is the same."""
     old, new = config(), config(data__path="moved")
     assert "data.path: " in refusal(new, old)
     (tmp_path / "corpus").rename(tmp_path / "moved")
@@ -172,7 +172,7 @@ def test_the_same_folder_by_another_name_is_the_same(tmp_path, monkeypatch):
 
 
 def test_checkpoints_of_other_versions_are_read():
-    """Keys that they lack have their defaults; keys that there are no more do not count."""
+    """Keys that old configurations lack have their defaults; keys that no longer exist are ignored."""
     saved = config().model_dump(mode="json")
     del saved["training"]["allow_changes"], saved["evaluation"]
     saved["training"]["of_old"], saved["of_old"] = 1, {"key": 2}
@@ -183,7 +183,7 @@ def test_checkpoints_of_other_versions_are_read():
 
 
 def test_inhibition_of_before_there_was_a_strength():
-    """It had a coefficient, also where nothing used it, and its warm-up another name."""
+    """An old configuration had a coefficient, also where nothing used it, and another name for its warm-up."""
     saved = config(inhibition__warmup=3).model_dump(mode="json")
     for key in ("strength", "power", "start", "decay", "end"):
         del saved["inhibition"][key]

@@ -21,7 +21,7 @@ VALID = {
 
 
 def changed(**sections) -> dict:
-    """The valid file with some keys changed; `...` removes a key."""
+    """Return the valid file with some keys changed; `...` removes a key."""
     raw = copy.deepcopy(VALID)
     for section, values in sections.items():
         if not isinstance(values, dict):
@@ -182,7 +182,7 @@ REFUSED = {
 
 
 def sets(*parts: dict, **common) -> dict:
-    """The valid file with `data.sets` in place of a source."""
+    """Return the valid file with `data.sets` in place of a source."""
     return {**VALID, "data": {"tokenizer": "x", "sets": list(parts), **common}}
 
 
@@ -213,7 +213,7 @@ REFUSED |= {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case, tmp_path):
-    """One line: the file, the dotted key, what was given and what is allowed."""
+    """An error is one line: the file, the dotted key, what was given and what is allowed."""
     raw, key, parts = REFUSED[case]
     path = write(tmp_path, raw)
     message = message_of(path)
@@ -226,7 +226,7 @@ def test_refused(case, tmp_path):
 
 
 def test_several_errors_are_counted(tmp_path):
-    """Still one line, which says that there is more."""
+    """Several mistakes are still one line, which says that there are more."""
     message = message_of(write(tmp_path, changed(training={"steps": 0, "seed": -1, "resum": "x"})))
     assert message.endswith("(and 2 more)")
 
@@ -257,7 +257,7 @@ def test_missing_section(section, tmp_path):
     ],
 )
 def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
-    """Syntax errors, keys given twice and tags that would run code: file:line and the reason."""
+    """Syntax errors, repeated keys and tags that would run code are refused with file:line and the reason."""
     path = write(tmp_path, text)
     message = message_of(path)
     assert message.startswith(f"{path}:{line}: ") and part in message
@@ -271,14 +271,14 @@ def test_other_yaml_errors_are_one_line_too(text, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just text\n", "3\n"])
 def test_not_a_mapping(text, tmp_path):
-    """An empty file or one that holds no mapping says what a run file is."""
+    """For an empty file, or one that holds no mapping, the error says what a run file is."""
     path = write(tmp_path, text)
     message = message_of(path)
     assert message.startswith(f"{path}: ") and "model, data" in message
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    """A missing file, a folder, and bytes that are no text."""
+    """A missing file, a folder, and bytes that are no text are refused."""
     assert message_of(tmp_path / "no.yaml") == f"{tmp_path / 'no.yaml'}: No such file or directory"
     assert message_of(tmp_path) == f"{tmp_path}: Is a directory"
     (tmp_path / "latin.yaml").write_bytes(b"model: \xff\xfe")
@@ -287,7 +287,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 @pytest.mark.parametrize("override", ["steps=3", "training.steps", "training.=3", ".steps=3", "a.b.c=1", "", "="])
 def test_override_syntax(override, tmp_path):
-    """An override that is not section.key=value is repeated, with how to write it."""
+    """The error for an override that is not section.key=value repeats it, and says how to write one."""
     message = message_of(write(tmp_path, VALID), (override,))
     assert repr(override) in message and "section.key=value" in message
 
@@ -310,7 +310,7 @@ def test_override_values_are_checked_like_the_file(override, parts, tmp_path):
 
 
 def test_overrides_apply_in_order(tmp_path):
-    """The last one wins; sections that the file lacks may be set."""
+    """The last override of a key counts; sections that the file lacks may be set."""
     config = load_run_config(
         write(tmp_path, VALID),
         [
@@ -355,7 +355,7 @@ def test_what_yaml_1_2_reads_as_text_stays_text(text, tmp_path):
     [("0100", 100), ("0777", 777), ("08", 8), ("0o17", 15), ("0x1F", 31), ("+7", 7), ("20_000", 20_000), ("1_0", 10)],
 )
 def test_integers_are_those_of_yaml_1_2(text, number, tmp_path):
-    """A leading zero makes no octal number, in a file as in an override."""
+    """A number with a leading zero is decimal, in a file and in an override."""
     path = write(tmp_path, yaml.safe_dump(VALID).replace("steps: 10", f"steps: {text}"))
     assert load_run_config(path, [f"training.seed={text}"]).training.steps == number
     assert load_run_config(path, [f"training.seed={text}"]).training.seed == number
@@ -408,7 +408,7 @@ AS_THEY_STAND = [
 
 @pytest.mark.parametrize("text", AS_THEY_STAND)
 def test_text_of_an_override_is_taken_as_it_stands(text, tmp_path):
-    """And what is made of it, the run directory's config.yaml, is read back as the same text, by YAML 1.1 too."""
+    """The dump of such text, in the run directory's config.yaml, is read back as the same text, also by YAML 1.1."""
     keys = ("data.text_key", "logging.wandb_project")
     config = load_run_config(write(tmp_path, VALID), [f"{key}={text}" for key in keys])
     assert {config.data.text_key, config.logging.wandb_project} == {text}
@@ -426,7 +426,7 @@ def test_so_is_that_of_a_path(key, tmp_path):
 
 
 def test_null_and_lists_in_overrides_of_text_keys(tmp_path):
-    """An optional key is unset by `null`, or nothing; one that takes a list takes it in brackets."""
+    """`null` or nothing unsets an optional key; a key that takes a list takes it in brackets."""
     path = write(tmp_path, changed(data={"source": "text", "path": "x"}, logging={"wandb_project": "x"}))
     for value in ("null", ""):
         assert load_run_config(path, [f"logging.wandb_project={value}"]).logging.wandb_project is None
@@ -438,7 +438,7 @@ def test_null_and_lists_in_overrides_of_text_keys(tmp_path):
 
 
 def test_merge_keys(tmp_path):
-    """`<<` takes the keys of another mapping; those of its own come first."""
+    """`<<` takes the keys of another mapping; the mapping's own keys win."""
     content = """
 model: {name: pythia-14m}
 data:
@@ -494,7 +494,7 @@ def test_dump_reads_back_equal(raw, tmp_path):
 
 
 def test_run_directory_default(tmp_path):
-    """`runs/` and the file's name; for a run directory's own config.yaml the directory's name."""
+    """The default is `runs/` and the file's name; for a run directory's own config.yaml the directory's name."""
     assert load_run_config(write(tmp_path, VALID, "study.yaml")).training.run_directory == "runs/study"
     (tmp_path / "old").mkdir()
     assert load_run_config(write(tmp_path / "old", VALID, "config.yaml")).training.run_directory == "runs/old"
@@ -512,7 +512,7 @@ def test_configuration_is_frozen():
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("micro", [1, 2])
 def test_batch_arithmetic(ranks, micro):
-    """global batch = micro-batch * ranks * accumulation, or an error that names both keys."""
+    """The global batch is micro-batch * ranks * accumulation, or the error names both keys."""
     config = run_config_from_dict(changed(training={"micro_batch": micro}, data={"sequence_length": 128}), "here")
     if micro * ranks > 8:
         with pytest.raises(
@@ -536,7 +536,7 @@ def test_batch_arithmetic(ranks, micro):
     ],
 )
 def test_impossible_batches(batch, micro, ranks, allowed):
-    """One line: the key, what was given, and the micro-batches that would do."""
+    """The error is one line: the key, what was given, and the micro-batches that are allowed."""
     config = run_config_from_dict(changed(training={"global_batch": batch, "micro_batch": micro}), "here")
     with pytest.raises(ConfigError) as caught:
         batch_arithmetic(config, ranks)
@@ -567,7 +567,7 @@ def test_micro_batch_is_a_number_or_auto(given, said):
 
 
 def test_find_file(tmp_path):
-    """As given, else beside the run file, else in the repository; else None."""
+    """A file is found as given, else beside the run file, else in the repository."""
     run_file = write(tmp_path, VALID)
     (tmp_path / "mine.json").write_text("{}", encoding="utf-8")
     assert find_file("mine.json", run_file) == (tmp_path / "mine.json").resolve()

@@ -1,4 +1,4 @@
-"""A mistyped option is an error, whatever it begins like, in every command."""
+"""A mistyped option is an error in every command, even if it abbreviates another one."""
 
 import pytest
 

@@ -2,14 +2,13 @@
 
 import re
 import runpy
-from pathlib import Path
 
 import pytest
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.models.pythia import PYTHIA
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
 
@@ -30,7 +29,7 @@ def test_linked_files_exist(page):
 
 
 def test_table_of_recipes():
-    """docs/recipes.md says of each recipe what it says itself."""
+    """docs/recipes.md says of each recipe what the recipe says itself."""
     rows = dict(re.findall(r"^\| `([\w.-]+)\.yaml` \| (.*) \|$", (REPOSITORY / "docs/recipes.md").read_text(), re.M))
     recipes = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
     assert sorted(rows) == [path.stem for path in recipes]

@@ -1,19 +1,19 @@
-"""`l2e-ds doctor` alone: what it finds missing here when something is, and what mends it. Ranks: tests/integration."""
+"""`l2e-ds doctor` on one rank: what it finds missing, and what fixes it. For several ranks see tests/integration."""
 
 import os
 import re
-import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from l2e_ds.doctor import command, host, ranks
-from l2e_ds.doctor.all_reduce import Measurement, Timing
+from l2e_ds.doctor.all_reduce import Timing
 from l2e_ds.doctor.finding import Finding
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SECRET = "hf_neverPrintThisOne"
 
 
@@ -29,14 +29,15 @@ def run_doctor(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def the(findings: list[Finding], name: str, *states: str) -> Finding:
+def the(findings: Iterable[Finding], name: str, *states: str) -> Finding:
+    findings = list(findings)
     found = [finding for finding in findings if finding.name == name and finding.state in (states or ("ok",))]
     assert len(found) == 1, findings
     return found[0]
 
 
 def install(folder: Path, name: str, version: str, *lines: str) -> None:
-    """What pip leaves of a package for importlib.metadata."""
+    """Write what pip leaves of a package for importlib.metadata."""
     info = folder / f"{name}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *lines]))
@@ -53,9 +54,8 @@ def test_a_machine_where_a_run_can_start(tmp_path):
     assert all(re.match(r"(ok|note) +[a-z-]+|  -> \w", line) for line in lines[:-1]), said
     for expected in (
         "launcher +alone",
-        "backend +gloo",
-        "compiler",
-        "ninja",
+        "versions +l2e-ds .*, torch ",
+        "accelerator",
         "all-reduce +a group of one",
         "hub.*a token",
     ):
@@ -75,12 +75,7 @@ def test_a_machine_where_none_can(tmp_path):
         HF_ENDPOINT=f"http://me:{SECRET}@127.0.0.1:9",
     )
     assert code == 1, said
-    for name, mend in {
-        "compiler": "apt-get install g++   (or: dnf install gcc-c++)",
-        "ninja": f"export PATH={Path(sys.executable).parent}:$PATH",
-        "directory": f"mkdir -p '{absent}'",
-    }.items():
-        assert re.search(rf"^(missing|note) +{name} .*\n  -> {re.escape(mend)}$", said, re.MULTILINE), (name, said)
+    assert re.search(rf"^missing +directory .*\n  -> mkdir -p '{re.escape(str(absent))}'$", said, re.MULTILINE), said
     assert re.search(r"^note +hub +127.0.0.1:9 does not answer", said, re.MULTILINE), said
     assert said.splitlines()[-1] == "a run cannot start here; missing: directory"
     assert SECRET not in said
@@ -88,7 +83,7 @@ def test_a_machine_where_none_can(tmp_path):
 
 
 def test_the_standard_library_alone():
-    """Without any package doctor still looks at the rest, and says what is missing."""
+    """Without any package doctor still checks the rest, and says what is missing."""
     done = subprocess.run(
         [sys.executable, "-S", "-m", "l2e_ds.cli", "doctor"],
         env={"PYTHONPATH": str(REPOSITORY), "PATH": os.environ["PATH"]},
@@ -98,7 +93,7 @@ def test_the_standard_library_alone():
     )
     assert done.returncode == 1 and not done.stderr, done.stderr
     assert re.search(r"^missing +torch +not installed\n  -> launch/install.sh", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^ok +open files|^note +open files", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^ok +directory", done.stdout, re.MULTILINE), done.stdout
     assert done.stdout.splitlines()[-1] == "a run cannot start here; missing: torch"
 
 
@@ -113,51 +108,33 @@ def test_a_torch_that_cannot_be_imported(tmp_path):
     assert said.splitlines()[-1] == "a run cannot start here; missing: torch"
 
 
-def test_versions_against_ranges_and_pins(tmp_path, monkeypatch):
+def test_versions_against_the_ranges_of_the_package(tmp_path, monkeypatch):
+    required = ("Requires-Dist: torch>=2.6", "Requires-Dist: nosuch>=1", 'Requires-Dist: never; extra == "test"')
+    install(tmp_path, "l2e_ds", "0.1.0", *required, "Requires-Dist: tqdm")
     install(tmp_path, "torch", "2.5.1")
-    install(tmp_path, "tqdm", "4.66.1")
     monkeypatch.syspath_prepend(tmp_path)
-    findings = host.check_versions()
-    torch = the(findings, "torch", "missing")
-    assert torch.text == "2.5.1, needed: >=2.6"
-    assert re.fullmatch(r"pip install torch==2\.[\d.]+", torch.mend)
-    assert re.fullmatch(r"4\.66\.1, tested with 4\.[\d.]+", the(findings, "tqdm", "note").text)
-    assert "deepspeed 0.19.8" in "".join(finding.text for finding in findings if finding.state == "ok")
-
-
-def test_versions_of_an_installed_package_without_its_repository(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "PINS", tmp_path / "none")
-    required = ("Requires-Python: >=3.99", "Requires-Dist: nosuch>=1", 'Requires-Dist: never; extra == "test"')
-    install(tmp_path, "l2e_ds", "0.1.0", *required)
-    monkeypatch.syspath_prepend(tmp_path)
-    findings = host.check_versions()
-    assert the(findings, "nosuch", "missing").mend == "pip install 'nosuch>=1'"
-    assert the(findings, "python", "missing").text.endswith("needed: >=3.99")
+    findings = list(host.check_versions())
+    assert the(findings, "torch", "missing").text == "2.5.1, needed: >=2.6"
+    assert the(findings, "nosuch", "missing").fix == "pip install 'nosuch>=1'"
+    assert re.search(r"l2e-ds 0\.1\.0 \(code \w{8}\), python 3\.\S+, tqdm 4\.", the(findings, "versions").text)
     assert "never" not in str(findings)
 
 
-def test_folders(tmp_path, monkeypatch):
+def test_folders(tmp_path):
     good = the(host.check_directory(tmp_path), "directory")
-    assert re.search(r"GB free, writes \d+ MB/s \(fsync\)", good.text)
+    assert re.search(r"[\d.]+ GB free", good.text)
+    assert not list(tmp_path.iterdir())
     refused = the(host.check_directory(Path("/proc")), "directory", "missing")  # by root as well
     assert "cannot write to /proc" in refused.text
     strange = the(host.check_directory(tmp_path / "; rm -rf x"), "directory", "missing")
-    assert strange.mend == f"mkdir -p '{tmp_path}/; rm -rf x'"
+    assert strange.fix == f"mkdir -p '{tmp_path}/; rm -rf x'"
 
 
-def test_limits_and_shared_memory(monkeypatch):
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
-        low = the(host.check_limits(), "open files", "note")
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert "at most 512 open files" in low.text
-    assert low.mend.startswith("ulimit -n ")
+def test_little_shared_memory(monkeypatch):
     monkeypatch.setattr(host, "SHARED_MEMORY", 2**60)
     low = the(host.check_shared_memory(), "shared memory", "note")
     assert "/dev/shm" in low.text
-    assert "--shm-size" in low.mend
+    assert "--shm-size" in low.fix
 
 
 def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
@@ -166,52 +143,49 @@ def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
     lock = tmp_path / "cpu_adam/lock"
     lock.parent.mkdir()
     lock.touch()
-    assert not [finding for finding in host.check_compiler() if "cpu_adam" in finding.text]  # somebody builds now
+    assert not list(host.check_builds())  # somebody builds now
     os.utime(lock, (0, 0))
-    (left,) = [finding for finding in host.check_compiler() if "cpu_adam" in finding.text]
-    assert (left.state, left.mend) == ("note", f"rm {lock}")
+    assert the(host.check_builds(), "cpu_adam", "note").fix == f"rm {lock}"
 
 
 def _facts(host: str, **changes) -> dict:
-    fact = {"host": host, "versions": {"torch": "2.13.0"}, "device": "CPU", "gpu": None, "busy": 0.0}
+    fact = {"host": host, "versions": {"torch": "2.13.0"}, "device": "CPU", "gpu": None}
     return {**fact, "cores": 8, "threads": 1, "findings": [], **changes}
 
 
 def test_what_other_hosts_lack_is_said_once():
-    shared, own = Finding("note", "ssh", "no pdsh"), Finding("missing", "compiler", "none", "install it")
-    fine = Finding("ok", "ninja", "1.13")
+    shared, own = Finding("note", "hub", "no answer"), Finding("missing", "directory", "none", "make it")
+    fine = Finding("ok", "accelerator", "none")
     facts = [_facts("a", findings=[shared]), *(_facts(host, findings=[shared, own, fine]) for host in "bcdefg")]
-    assert ranks.other_hosts(facts) == [Finding("missing", "compiler", "b, c, d, e and 2 more: none", "install it")]
+    said = Finding("missing", "directory", "b, c, d, e and 2 more: none", "make it")
+    assert list(ranks.other_hosts(facts)) == [said]
 
 
 def test_hosts_and_versions_that_differ():
     facts = [_facts("a"), _facts("a"), _facts("b"), _facts("b", versions={"torch": "2.12.0"})]
     bad = the(ranks.check_alike(facts), "versions", "missing")
     assert bad.text == "rank 3 (b): torch 2.12.0, the other ranks 2.13.0"
-    assert bad.mend.startswith("pip install torch==2.13.0")
     assert [finding.text for finding in ranks.check_hosts(facts)] == [
         "a: ranks 0, 1; CPU; OMP_NUM_THREADS 1",
         "b: ranks 2, 3; CPU; OMP_NUM_THREADS 1",
     ]
     crowded = ranks.check_hosts([_facts("a", threads=8) for _ in range(4)])
-    assert the(crowded, "host", "note").mend == "export OMP_NUM_THREADS=2   (and at most 8 ranks there)"
-    gpus = [_facts("a", device="GPU", gpu=uuid, busy=busy) for uuid, busy in (("x", 0.0), ("y", 0.5), ("y", 0.5))]
+    assert the(crowded, "host", "note").fix == "export OMP_NUM_THREADS=2   (and at most 8 ranks there)"
+    gpus = [_facts("a", device="GPU", gpu=uuid) for uuid in ("x", "y", "y")]
     assert the(ranks.check_hosts(gpus), "host", "missing").text == "a: 3 ranks on 2 GPUs"
-    assert "(ranks 1, 2)" in the(ranks.check_hosts(gpus), "host", "note").text
 
 
 def test_what_is_said_of_an_all_reduce():
     timings = [Timing(8, 100, 2e-5, 1e-3), Timing(10**9, 10, 1.0, 1.1)]
     facts = [_facts(host) for host in ("a", "a", "b", "b")]
-    measured = [Measurement(timings, speed) for speed in (100.0, 101.0, 99.0, 40.0)]
-    findings = ranks.all_reduce_findings(measured, facts, "gloo")
-    assert the(findings, "all-reduce").text.startswith("the sum of 4 ranks was right 110 times")
-    assert the(findings, "latency").text.strip() == "8 B: 20 us (longest 1,000 us)"
+    measured = [timings] * 4
+    findings = list(ranks.all_reduce_findings(measured, facts, "gloo"))
+    assert the(findings, "all-reduce").text == "the sum of 4 ranks was right 110 times (gloo)"
+    assert the(findings, "latency").text == "8 B: 20 us (longest 1,000 us)"
     assert "1,000.0 ms, 1.00 GB/s (bus 1.50 GB/s)" in the(findings, "bandwidth").text  # 2 (R - 1) / R of 1 GB/s
-    assert the(findings, "slowest rank", "note").text.startswith("rank 3 (b): 40 GFLOP/s, median 100")
-    measured[1] = Measurement([timings[0], Timing(10**9, 10, 1.0, 1.1, right=False)], 100.0)
+    measured[1] = [timings[0], Timing(10**9, 10, 1.0, 1.1, is_right=False)]
     wrong = the(ranks.all_reduce_findings(measured, facts, "nccl"), "all-reduce", "missing")
-    assert wrong.text == "wrong sums at rank 1 (a), sizes 953 MiB (nccl)"
+    assert wrong.text == "wrong sums at rank 1 (a) (nccl)"
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "601"])

@@ -1,4 +1,4 @@
-"""What an error carries: its place and its keys, which a command may call by other names."""
+"""An error carries its place and its keys, which a command may call by other names."""
 
 import pickle
 

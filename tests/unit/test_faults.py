@@ -1,4 +1,4 @@
-"""The benchmark of faults sees what it must see: differing lines, cut files, the wrong checkpoint."""
+"""The benchmark of faults detects differing lines, cut files and the wrong checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_plan_has_every_kind_in_its_share(count):
 
 @pytest.fixture
 def run(tmp_path):
-    """A watched run of which the test writes log and metrics itself."""
+    """Return a watched run whose log and metrics the test writes itself."""
     reference = {step: {"kind": "train", "step": step, "lm_loss": step / 7} for step in range(1, 100)}
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     return WatchedRun(tmp_path / "run", tmp_path / "log", reference)
@@ -51,7 +51,7 @@ def save(run, step):
 
 
 def resume(run, step):
-    """As a restarted run does: cut the metrics, and say where it goes on."""
+    """Cut the metrics, and say from which step the run resumes, as a restarted run does."""
     path = run.directory / "metrics.jsonl"
     kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
     path.with_suffix(".tmp").write_text("".join(kept))
@@ -85,7 +85,7 @@ def test_only_the_newest_good_checkpoint_is_right(run):
     assert run.newest_good() == 40
     resume(run, 20)  # although 40 is there
     run.poll()
-    assert run.starts[-1].wrong == ["went on from step 20, the newest good checkpoint is of 40"]
+    assert run.starts[-1].wrong == ["resumed from step 20, the newest good checkpoint is of 40"]
 
     faults.damage(newest / "a_states.pt", "truncated", random.Random(1))
     run.note_damage(newest)
@@ -96,7 +96,7 @@ def test_only_the_newest_good_checkpoint_is_right(run):
     say(run, "l2e-ds: start 3 of at most 4: ...")  # and begins afresh, without a word
     write(run, [1], mode="w")
     run.poll()
-    assert run.starts[-1].wrong == ["went on from step 0, the newest good checkpoint is of 20"]
+    assert run.starts[-1].wrong == ["resumed from step 0, the newest good checkpoint is of 20"]
 
 
 def test_what_a_kill_left_is_no_save(run):

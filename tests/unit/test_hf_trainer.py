@@ -39,7 +39,7 @@ def network() -> GPTNeoXForCausalLM:
 
 
 def sequences(count: int, padded: bool = False) -> list[dict[str, torch.Tensor]]:
-    """Right-padded to one length, by as many tokens as the sequence's number says."""
+    """Return sequences of one length; if padded, right-padded by different numbers of tokens."""
     rows = []
     for number in range(count):
         tokens = torch.randint(1, VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(number))
@@ -50,7 +50,7 @@ def sequences(count: int, padded: bool = False) -> list[dict[str, torch.Tensor]]
 
 
 class Notes(TrainerCallback):
-    """Every step's gradients, before the optimizer takes them."""
+    """Collects every step's gradients, before the optimizer uses them."""
 
     def __init__(self) -> None:
         self.gradients: list[list[torch.Tensor]] = []
@@ -88,7 +88,7 @@ def trainer(folder, rows, accumulation=1, batch=8, callbacks=(), model=None, **c
 
 
 def train(folder, rows, accumulation=1, **changes) -> tuple[Notes, InhibitionCallback, torch.nn.Module]:
-    """With inhibition of two layers of three; on one rank 8 sequences a step."""
+    """Train with inhibition of two layers of three, with 8 sequences a step on one rank."""
     notes, ours = Notes(), InhibitionCallback([0, 2], **SETTINGS)
     done = trainer(folder, rows, accumulation, callbacks=[ours, notes], **changes)
     done.train()
@@ -105,7 +105,7 @@ def assert_close(ours: Notes, other: Notes) -> None:
 
 
 def plain_loop(rows, batch=8) -> tuple[Notes, Inhibitor]:
-    """The same steps, written out with an `Inhibitor`."""
+    """Train the same steps, written out with an `Inhibitor`."""
     notes, model = Notes(), network().train()
     with Inhibitor(neuron_sites(model, [0, 2]), Settings(**SETTINGS)) as inhibitor:
         for begin in range(0, len(rows), batch):
@@ -123,7 +123,7 @@ def plain_loop(rows, batch=8) -> tuple[Notes, Inhibitor]:
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_as_a_plain_loop(accumulation, tmp_path):
-    """Every step's gradients, and what is remembered in the end, whether the Trainer accumulates or not."""
+    """Every step's gradients and the final state are equal, whether the Trainer accumulates or not."""
     rows = sequences(32)
     expected, inhibitor = plain_loop(rows)
     notes, ours, _ = train(tmp_path, rows, accumulation)
@@ -148,7 +148,8 @@ def test_where_the_model_does_not_take_the_count(tmp_path):
 
 
 def test_padded_batches_as_written_out(tmp_path):
-    """Of micro-batches of many lengths: float64 autograd of sum w_i (cross-entropy + lambda L_MS), padding left out."""
+    """Compare with float64 autograd of sum w_i (cross-entropy + lambda L_MS) over micro-batches of many lengths,
+    without padding."""
     rows = sequences(24, padded=True)
     model = network()
     reference = copy.deepcopy(model).double()
@@ -187,7 +188,7 @@ def test_padded_batches_as_written_out(tmp_path):
 
 
 def test_evaluation_and_logs(tmp_path):
-    """Evaluation counts nothing and changes nothing; lines of training, and only they, gain the step's figures."""
+    """Evaluation counts nothing and changes nothing; only lines of training gain the step's metrics."""
     rows = sequences(32)
     expected = train(tmp_path, rows)[0]
     notes, ours, model = train(tmp_path, rows, eval_strategy="steps", eval_steps=1)
@@ -210,7 +211,7 @@ def test_history_has_the_figures(tmp_path):
 
 @pytest.mark.parametrize("restore", [False, True])
 def test_resumed_is_uninterrupted(restore, tmp_path):
-    """Weights, moments and thresholds to the bit; also where transformers makes the callback anew."""
+    """Weights, moments and thresholds are bit-identical, also if transformers makes the callback anew."""
     rows = sequences(32)
     changes = {"save_strategy": "steps", "save_steps": 2, "learning_rate": 0.02}
     _, whole, model = train(tmp_path / "whole", rows, 2, **changes)
@@ -234,7 +235,8 @@ def test_resumed_is_uninterrupted(restore, tmp_path):
 
 
 def test_resuming_what_does_not_fit(tmp_path, caplog):
-    """Other layers are refused; a checkpoint without the callback's state is begun from, with a warning."""
+    """Other layers are refused; a checkpoint without the callback's state starts the statistics anew, with a
+    warning."""
     rows = sequences(16)
     changes = {"save_strategy": "steps", "save_steps": 1}
     train(tmp_path, rows, **changes)
@@ -253,14 +255,14 @@ def test_resuming_what_does_not_fit(tmp_path, caplog):
 
 
 class Interrupting(TrainerCallback):
-    """Ctrl-C after the first step."""
+    """Acts as Ctrl-C after the first step."""
 
     def on_step_end(self, args, state, control, **_):
         raise KeyboardInterrupt
 
 
 def test_interrupted(tmp_path):
-    """The Trainer does not say that training ended: `detach` leaves the model as it was, and another may begin."""
+    """The Trainer does not report the end of training here: `detach` removes the hooks, and another may begin."""
     ours, model = InhibitionCallback([0, 2], **SETTINGS), network()
     modules = [type(module) for module in model.modules()]
     with pytest.raises(KeyboardInterrupt):

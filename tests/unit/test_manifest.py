@@ -33,7 +33,7 @@ def flip(path):
 
 
 def forge(path):
-    """A manifest that names a file elsewhere."""
+    """Make the manifest name a file outside its folder."""
     content = json.loads((path / "manifest.json").read_text())
     content["files"]["../../x.pt"] = {"bytes": 1, "sha256": "0" * 64}
     (path / "manifest.json").write_text(json.dumps(content))
@@ -80,7 +80,7 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
 
 
 def test_a_checkpoint_under_another_name_is_not_used(tmp_path, capsys):
-    """A copy made for safety is not the checkpoint of a later step, whatever its name says, nor is one kept for it."""
+    """A copy under the name of a later step is not a checkpoint of that step, and `prune` does not keep it."""
     from l2e_ds.cli import main
 
     good = make(tmp_path, 3)
@@ -104,7 +104,7 @@ def test_shares_of_the_ranks_cover_every_file(tmp_path):
 
 
 def test_what_a_resume_passed_over_is_set_aside_and_never_counts_as_kept(tmp_path):
-    """The run went on from step 3, since 9 is damaged, and has now published 5: 5 stays, though 9 is a later step."""
+    """The run resumed from step 3, since 9 is damaged, and has now published 5: 5 stays, though 9 is a later step."""
     make(tmp_path, 3)
     flip(make(tmp_path, 9) / SHARD)
     five = make(tmp_path, 5)

@@ -1,4 +1,4 @@
-"""What this process does with memory that tensors have freed."""
+"""How this process keeps memory that tensors have freed."""
 
 import os
 import platform

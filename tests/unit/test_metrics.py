@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl, also of a run that goes on, and the table that describes its keys.
+"""Read metrics.jsonl, also of a run that is still writing it, and the table that describes its keys.
 
 What is written: tests/distributed/test_runs.py; that all of it is in the table: the fixture `metric_lines`.
 """
@@ -84,7 +84,7 @@ def test_a_key_has_one_entry():
 
 
 def test_inhibitors_statistics_are_described():
-    """Under the names by which `Inhibitor.metrics` and the lines of training have them."""
+    """The table has the names that `Inhibitor.metrics` and the lines of training use."""
     for name in Inhibitor.STATISTICS:
         assert find("train", name if name == "inhibition_loss" else f"layer2/{name}") is not None
 

@@ -7,7 +7,8 @@ from tests.processes import REPOSITORY
 
 
 def test_an_installed_copy_has_every_file_of_the_package(tmp_path):
-    """Templates, tasks, DeepSpeed configurations, recipes and studies, too: a checkout finds them without that."""
+    """An installed copy has templates, tasks, DeepSpeed configurations, recipes and studies, which a checkout finds by
+    itself."""
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     built = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

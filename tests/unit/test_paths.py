@@ -23,7 +23,7 @@ SEVERAL = ("data.path", "evaluation.include_path")
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A home, a folder of run files that is the working directory, and $SCRATCH."""
+    """Make a home, a folder of run files that is the working directory, and $SCRATCH."""
     for folder in ("home", "work/corpus", "scratch"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "work/words.json").touch()
@@ -104,7 +104,7 @@ def test_sets_of_a_mixture_and_names_of_the_hub(home):
 
 @pytest.mark.parametrize("there", ["checkpoints/step00000010", "deepspeed.json"])
 def test_the_configuration_in_a_run_directory_belongs_to_it(home, monkeypatch, there):
-    """Where that was moved, from wherever it is named; not a run file of that name elsewhere."""
+    """A moved run directory is the one that is meant, from any working directory; another config.yaml is a run file."""
     run = home / "work/runs/a"
     run.mkdir(parents=True)
     (run / "config.yaml").write_text(load_run_config("run.yaml", ["training.run_directory=runs/a"]).dump())

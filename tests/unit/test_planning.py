@@ -13,7 +13,7 @@ from l2e_ds.config.sections import ModelConfig
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
-from l2e_ds.planning import command, memory, speed
+from l2e_ds.planning import memory, plan, speed
 from l2e_ds.planning.work import work_of as planned_work
 from l2e_ds.system.gpus import GPUS
 from l2e_ds.training.loss import LossHead
@@ -79,7 +79,7 @@ def test_offloaded_states_leave_the_gpu(run_file, ranks):
 
 
 def test_what_each_precision_and_stage_keeps(run_file):
-    """Bytes a parameter on 4 ranks, written out from DeepSpeed's source (docs/planning.md)."""
+    """Compare with the bytes a parameter on 4 ranks, written out from DeepSpeed's source (docs/planning.md)."""
     expected = {  # weights, gradients, optimizer
         ("zero0", "fp32"): (4, 4, 8),
         ("zero0", "bf16"): (2, 2, 12),
@@ -103,7 +103,8 @@ def test_what_each_precision_and_stage_keeps(run_file):
 
 
 def kept_for_backward(work, checkpointing, settings=None):
-    """Bytes that autograd keeps of a real forward pass and its loss on the CPU, each storage once, without weights."""
+    """Return the bytes that autograd keeps of a real forward pass and its loss on the CPU, each storage once, without
+    weights."""
     overrides = {"vocab_size": work.vocabulary, "num_layers": work.layers, "hidden_size": work.hidden}
     config = ModelConfig(name="pythia-14m", num_heads=work.heads, **overrides)
     network = network_config(config, work.sequence_length)
@@ -172,7 +173,7 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
 @pytest.mark.parametrize("ranks", [1, 6, 64])
 def test_largest_micro_batch_is_the_largest(run_file, gpu, ranks):
     work = work_of(run_file, "model.name=pythia-160m", f"training.global_batch={ranks * 24}", ranks=ranks)
-    usable = GPUS[gpu].memory * memory.GIB * command.USABLE_MEMORY
+    usable = GPUS[gpu].memory * memory.GIB * plan.USABLE_MEMORY
     found = memory.largest_micro_batch(work, ranks, ranks * 24, usable)
 
     def fits(micro_batch):

@@ -1,4 +1,4 @@
-"""Two runs never write to one directory; a dead run's lock is nobody's."""
+"""Two runs never write to one directory; a dead run's lock holds nobody up."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
 
 
 def test_another_host_s_lock_counts_as_long_as_it_is_renewed(tmp_path, monkeypatch):
-    """As on a file system where hosts do not see each other's locks."""
+    """Act as on a file system where hosts do not see each other's locks."""
     monkeypatch.setattr(run_directory_lock, "WATCHED_FOR", 3)
     path = tmp_path / "lock"
     path.write_text(json.dumps({"host": "another", "process": 1, "since": "yesterday"}))

@@ -1,4 +1,4 @@
-"""What a run remembers: random states, and metrics lines that outlived their checkpoint."""
+"""What a run remembers: random states, and lines of metrics that are newer than the checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def draw() -> list:
-    """Numbers from every generator, of every kind that keeps something between calls."""
+    """Return numbers from every generator, of every kind that keeps something between calls."""
     return [
         [random.random() for _ in range(3)],
         [random.gauss(0, 1) for _ in range(3)],
@@ -48,7 +48,7 @@ def test_rng_round_trip(pending, used, tmp_path):
 
 
 def test_taking_the_state_draws_nothing():
-    """`rng_state` leaves every generator where it was."""
+    """`rng_state` does not change any generator."""
     seed_everything(7, rank=1)
     expected = draw()
     seed_everything(7, rank=1)
@@ -57,7 +57,7 @@ def test_taking_the_state_draws_nothing():
 
 
 def test_reseeded_streams_follow_from_seed_step_and_rank():
-    """Any of the three makes other streams, and the same three the same."""
+    """Each of the three arguments changes the random numbers; the same three give the same numbers."""
     drawn = []
     for triple in [(7, 100, 0), (8, 100, 0), (7, 101, 0), (7, 100, 1), (100, 7, 0), (7, 100, 0)]:
         reseed(*triple)
@@ -67,7 +67,7 @@ def test_reseeded_streams_follow_from_seed_step_and_rank():
 
 
 def test_seeds_differ_between_ranks_and_seeds():
-    """Every (seed, rank) has streams of its own, and the same one has the same."""
+    """Every (seed, rank) has random numbers of its own, always the same."""
 
     def drawn(seed: int, rank: int) -> list:
         seed_everything(seed, rank)
@@ -93,7 +93,7 @@ LINES = [
 @pytest.mark.parametrize("step", [0, 9, 10, 20, 25, 30, 1000])
 @pytest.mark.parametrize("end", ["\n", "", '\n{"kind": "train", "st', '\n{"kind": "train"}\n', "\n\n"])
 def test_drop_lines_after(step, end, tmp_path):
-    """Lines up to the step stay as they were; later ones and a last line cut off by a kill go."""
+    """Lines up to the step stay as they were; later ones and a last line cut off by a kill are removed."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in LINES) + end, encoding="utf-8")
     drop_lines_after(path, step)
@@ -104,7 +104,7 @@ def test_drop_lines_after(step, end, tmp_path):
 
 
 def test_drop_lines_without_a_file(tmp_path):
-    """A fresh run has no metrics yet; none are made."""
+    """A fresh run has no metrics yet, and no file is made."""
     drop_lines_after(tmp_path / "metrics.jsonl", 3)
     assert list(tmp_path.iterdir()) == []
 

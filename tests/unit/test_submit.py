@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line of a refusal, which leaves nothing behind."""
+    """Return the one line of a refusal, which leaves no file behind."""
     before = set(os.listdir())
     assert cli.main(["submit", *words]) == 2
     said = capsys.readouterr()
@@ -41,7 +41,7 @@ def refused(capsys, *words: str) -> str:
 
 
 def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
-    """The script is what bash and sbatch read back word for word, whatever the run is called."""
+    """bash and sbatch read every word of the script as it was given, for any name of the run."""
     name = "runs/; rm -rf x '\"$(touch pwned) %j"
     overrides = [f"training.run_directory={name}", "--dry-run", "--qos=high"]
     assert cli.main(["submit", "run.yaml", *overrides, *OPTIONS, "--", "--comment=a b", "--exclusive"]) == 0

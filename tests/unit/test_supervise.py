@@ -1,4 +1,4 @@
-"""What the supervisor makes of exit codes, stop files and silence."""
+"""How the supervisor interprets exit codes, stop files and silence."""
 
 from __future__ import annotations
 

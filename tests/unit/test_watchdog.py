@@ -1,4 +1,4 @@
-"""A run that does not move is ended; one that was suspended is not."""
+"""A run that makes no progress is ended; one that was suspended is not."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ with watchdog.Watchdog(1.5 / 60):
 
 
 def test_time_in_which_a_process_was_suspended_does_not_count():
-    """Nor does it hide a hang after that."""
+    """A suspension does not hide a hang that follows."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", SUSPENDED], stdout=pipe, stderr=pipe, text=True) as process:
         _, status = os.waitpid(process.pid, os.WUNTRACED)

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import warnings
 from functools import cache
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -15,8 +14,8 @@ import pytest
 
 from l2e_ds.analysis import drawing, figures
 from l2e_ds.analysis.figures import write_figures
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SHARES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2]
 LANGUAGES = (
     "Bulgarian",

@@ -38,7 +38,7 @@ def study_file(folder: Path, **changes: object) -> Path:
 
 
 def begun_study(folder: Path, **changes: object) -> tuple[Study, dict[str, Plan]]:
-    """Everything that is written before a run starts; `folder` is the current one."""
+    """Write all that is written before a run starts, and return it; `folder` is the current one."""
     quiet_libraries()
     study = read_study(study_file(folder, **changes))
     plans = plan_runs(study, 1, this_machine=False)

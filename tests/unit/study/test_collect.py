@@ -109,7 +109,7 @@ def test_the_printed_table(table):
 
 
 def test_only_what_is_equally_long_is_compared(table):
-    """As where a study's `training.steps` grew, and evaluation was turned off."""
+    """Runs are compared as if a study's `training.steps` had grown, and evaluation had been turned off."""
     longer = table.assign(step=table["step"].where(table["run"] != "l2e-seed1", 30))
     longer["evaluated_step"] = longer["step"]
     text = summary(longer)

@@ -13,9 +13,9 @@ from l2e_ds import cli
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.places import places
+from tests.processes import REPOSITORY
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SLURM = ["--slurm", "--gpus-per-node", "0", "--tasks-per-node", "2", "--time", "1:00:00"]
 
 
@@ -27,7 +27,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def refused(capsys, *words: str) -> str:
-    """The one line of a refusal, which leaves nothing behind."""
+    """Return the one line of a refusal, which leaves no file behind."""
     before = set(os.listdir())
     assert cli.main(["study", "study.yaml", *words]) == 2
     said = capsys.readouterr()

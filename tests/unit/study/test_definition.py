@@ -109,7 +109,7 @@ def test_recipes_are_named_as_every_checkout_finds_them(here):
 
 @pytest.mark.parametrize("text", ["a: b", "x # y", "1", "yes", "true", "*x", '"x"', "~", "[0]", "two\nlines"])
 def test_texts_reach_the_run_as_they_stand(here, text):
-    """From `set`, from a factor, and after the study was written down and read again."""
+    """A key has the same value from `set`, from a factor, and after the study was written and read again."""
     study = read_study(
         write(here, set={"data.text_key": text}, factors={"logging.wandb_project": [text]}, exclude=[], baseline=None)
     )

@@ -10,8 +10,8 @@ from l2e_ds.data.indexed import IndexedWriter
 from l2e_ds.study.checking import plan_runs
 from l2e_ds.study.definition import read_study
 from l2e_ds.system.process import quiet_libraries
+from tests.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
 # these need text that is made for them: tests/integration/test_evidence.py
 FILES = [path for path in FILES if path.parent.name != "evidence"]
@@ -26,7 +26,7 @@ def test_there_is_one_for_every_table():
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
-    """In the place of the preshuffled Pile: documents of 2,049 tokens."""
+    """Write a set of documents of 2,049 tokens, in place of the preshuffled Pile."""
     prefix = tmp_path_factory.mktemp("pile") / "pile"
     with IndexedWriter(prefix, np.uint16) as writer:
         for document in np.random.default_rng(0).integers(0, 50_000, (64, 2049), dtype=np.uint16):

@@ -9,7 +9,7 @@ from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.checking import plan_runs, refuse_changes
 from l2e_ds.study.definition import Evaluation, read_study
-from l2e_ds.study.state import is_evaluated, state_of
+from l2e_ds.study.state import state_of
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, evaluation, study_file, write_lines
 
 
@@ -34,7 +34,7 @@ def test_states(tmp_path):
 def test_which_figures_an_evaluation_stands_for(tmp_path):
     def done(asked: dict, *lines: dict) -> bool:
         write_lines(tmp_path / "evaluations.jsonl", list(lines))
-        return is_evaluated(tmp_path, 20, Evaluation.model_validate(asked))
+        return not state_of(tmp_path, 20, [Evaluation.model_validate(asked)]).missing
 
     two = evaluation(20, 5, {"piqa": 0.5, "sciq": 0.5})
     assert done({"tasks": ["piqa"], "num_fewshot": 5}, two) and done({"tasks": ["sciq", "piqa"], "num_fewshot": 5}, two)
@@ -56,7 +56,7 @@ def test_which_figures_an_evaluation_stands_for(tmp_path):
     assert done({"tasks": ["piqa"], "num_fewshot": 5}, nameless, two)
     # a line that is being written
     (tmp_path / "evaluations.jsonl").write_text('{"step": 20, "limit"')
-    assert not is_evaluated(tmp_path, 20, Evaluation(tasks=["piqa"]))
+    assert state_of(tmp_path, 20, [Evaluation(tasks=["piqa"])]).missing
 
 
 def change(tmp_path, *overrides: str, **changes: object) -> list[str]:

@@ -1,0 +1,113 @@
+"""What `l2e-ds plan` prints: memory, time and traffic of a run, from formulae alone.
+
+Nothing is built or measured; docs/planning.md says how well each formula was checked.
+
+Sources, by the names that the docstrings of this package use:
+    ZeRO        Rajbhandari et al. 2020, arXiv 1910.02054: model states under data parallelism, stages 1 to 3
+    Korthikanti Korthikanti et al. 2022, arXiv 2205.05198: activations that a transformer layer keeps for backward
+    PaLM        Chowdhery et al. 2022, arXiv 2204.02311, appendix B: FLOPs a token
+    Thakur      Thakur, Rabenseifner and Gropp 2005: ring all-reduce sends 2 (R - 1) / R of the data from each rank
+    DeepSpeed   its 0.19.8 source, for what it keeps beyond the papers; file names in the docstrings
+
+Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, h hidden size, N neurons of a layer, L layers, V
+vocabulary rows, P parameters, R ranks (one a GPU). Sizes are bytes of one GPU unless said otherwise; GiB = 2**30, GB =
+10**9.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from l2e_ds.checkpoint.manager import is_due
+from l2e_ds.console import at_least
+from l2e_ds.engine.configuration import less_memory
+from l2e_ds.errors import ConfigError
+from l2e_ds.planning.memory import GIB, accumulation_of, checkpoint_bytes, largest_micro_batch, memory, model_states
+from l2e_ds.planning.speed import inhibition_payload, step_flops, traffic
+from l2e_ds.planning.work import Work, work_of
+from l2e_ds.system.gpus import GPUS, Gpu
+from l2e_ds.training.preflight import Plan, resolve_run
+
+USABLE_MEMORY = 0.9
+"""Share of a GPU's memory that a run can use, not measured by this project; the rest goes to the CUDA context, NCCL and
+fragmentation."""
+
+
+def find_gpu(name: str) -> tuple[str, Gpu]:
+    """Return the name and the data of a GPU, found by its name in any case. Raises ConfigError, naming those known."""
+    for known, gpu in GPUS.items():
+        if known.lower() == name.lower():
+            return known, gpu
+    raise ConfigError(f"--gpu: got {name!r}, allowed: {', '.join(GPUS)}")
+
+
+def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, mfu: float) -> str:
+    """Return what `l2e-ds plan` prints. mfu: the share of the peak that a step reaches. Raises ConfigError."""
+    name, gpu = find_gpu(gpu_name)
+    at_least("--gpus", gpus, 1)
+    if not 0 < mfu <= 1:
+        raise ConfigError(f"--mfu: got {mfu:g}, allowed: above 0, at most 1")
+    plan = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)
+    if plan.config.training.precision == "bf16" and not gpu.bf16:
+        raise ConfigError(f"training.precision: got bf16, which a {name} does not have; allowed: fp16, fp32")
+    work = work_of(plan)
+    model = plan.config.model.name or plan.config.model.pretrained
+    checkpointing = ", activation checkpointing" if work.checkpointing else ""
+    largest = largest_micro_batch(work, gpus, plan.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
+    peak = gpu.peak_fp32 if work.precision == "fp32" else gpu.peak
+    return "\n".join(
+        [
+            f"{model} ({work.parameters:,} parameters), {work.precision}, ZeRO-{work.stage}{checkpointing}, on {gpus:,}"
+            f" {name}; {plan.batch.global_batch:,} x {work.sequence_length:,} tokens a step",
+            "",
+            *_memory_table(plan, work, largest, gpu),
+            "",
+            *_run_lines(plan, work, largest or plan.batch.micro_batch, mfu * peak * 1e12 * gpus),
+            "",
+            "predicted, not measured (docs/planning.md), under these assumptions:",
+            f"  {mfu:.0%} of {peak:g} TFLOP/s in a step, waiting and communication counted (--mfu)",
+            f"  {USABLE_MEMORY:.0%} of {gpu.memory:g} GiB usable; checkpoints, evaluations and restarts take no time",
+        ]
+    )
+
+
+def _memory_table(plan: Plan, work: Work, largest: int | None, gpu: Gpu) -> list[str]:
+    """Return the table of memory by part, with the run's micro-batch and with the largest that fits, if one does."""
+    gpus, global_batch = plan.batch.ranks, plan.batch.global_batch
+    given = largest or 1 if plan.config.training.micro_batch == "auto" else plan.batch.micro_batch
+    sizes = [given] if largest in (None, given) else [given, largest]
+    columns = [memory(work, gpus, size, accumulation_of(global_batch, gpus, size)) for size in sizes]
+    usable = gpu.memory * USABLE_MEMORY
+    rows = {part: [f"{getattr(column, part) / GIB:.3f}" for column in columns] for part in vars(columns[0])}
+    rows["total"] = [f"{column.total / GIB:.3f}" for column in columns]
+    rows["fits"] = ["yes" if column.total <= usable * GIB else "no" for column in columns]
+    lines = ["GiB a GPU     " + "".join(f"{f'micro-batch {size}':>18}" for size in sizes)]
+    lines += [f"  {name:<12}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in rows.items()]
+    if largest is None:
+        lines.append(f"largest micro-batch: none fits {usable:.1f} GiB; try {less_memory(plan.config, plan.ds)}")
+    else:
+        lines.append(f"largest micro-batch: {largest} (of those that divide {global_batch // gpus} sequences a GPU)")
+    if host := model_states(work, gpus).host:
+        lines.append(f"host memory a GPU: {host / GIB:.3f} GiB of offloaded states")
+    return lines
+
+
+def _run_lines(plan: Plan, work: Work, micro_batch: int, speed: float) -> list[str]:
+    """Return the lines below the table of memory. speed: operations a second of all GPUs."""
+    batch, config = plan.batch, plan.config
+    gpus, steps, tokens = batch.ranks, config.training.steps, batch.tokens_per_step
+    accumulation = accumulation_of(batch.global_batch, gpus, micro_batch)
+    step, size = step_flops(work, batch.global_batch) / speed, checkpoint_bytes(work)
+    gradients = work.parameters * work.communication
+    sent, payload = traffic(work, gpus, accumulation), inhibition_payload(work, accumulation)
+    every, early = config.checkpoint.every, config.checkpoint.early
+    checkpoints = sum(is_due(done, steps, every, early) for done in range(steps + 1))
+    return [
+        f"with micro-batch {micro_batch} and {accumulation} accumulation steps:",
+        f"step          {f'{step:,.2f} s' if step >= 1 else f'{step * 1e3:.3g} ms'}, {tokens / step:,.0f} tokens/s",
+        f"run           {steps:,} steps, {steps * tokens:,} tokens: {steps * step / 86400:,.2f} days,"
+        f" {steps * step * gpus / 3600:,.0f} GPU-hours",
+        f"traffic       a GPU sends in a step: gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B,"
+        f" inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)",
+        f"checkpoint    {size:,.0f} B ({size / GIB:,.2f} GiB); {checkpoints:,} in the run",
+    ]
