@@ -109,6 +109,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         },
         "sizes": sizes,
         "all_reduce": traffic,
+        "between": "the launcher's ranks" if launch.size > 1 else "processes of this machine's CPUs (gloo)",
     }
     if launch.rank == 0:
         publish(arguments.output, "scaling", results, page(results))
@@ -196,7 +197,7 @@ def page(results: dict[str, Any]) -> str:
     parts = [
         heading("How inhibition scales", f"python -m benchmarks scaling --rounds {results['rounds']}", results),
         f"{devices}, {results['threads']} threads, float32; added to forward and backward of one layer's GELU, in"
-        " microseconds and per activation.\n",
+        " milliseconds and in nanoseconds per activation.\n",
     ]
     for name in ("neurons", "tokens"):
         rows = []
@@ -231,7 +232,7 @@ def page(results: dict[str, Any]) -> str:
             both = [median_and_spread(times[name]) for name in ("packed", "gradients")]
             rows.append([str(ranks), model, *both, f"{ratio:.1f}" if int(ranks) > 1 else "nothing is sent"])
     parts.append(
-        "## Time between ranks\n\nNothing else runs meanwhile; in training the packed sums travel behind backward."
+        f"## Time between ranks\n\nBetween {results['between']}. Nothing else runs meanwhile; in training the packed sums travel behind backward."
         f" Gradients of more than {LARGEST // 2**20} MiB are not timed.\n\n"
         + markdown(["ranks", "model", "packed sums, ms", "gradients, ms", "of them, %"], rows)
     )

@@ -8,8 +8,8 @@ import importlib.metadata
 import os
 import shlex
 import shutil
+import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def check_host(directory: Path, imports: list[Finding]) -> Iterator[Finding]:
     """
     checks = {"versions": check_versions(), "imports": iter(imports)}
     if not imports:  # these two ask torch and DeepSpeed
-        checks |= {"accelerator": check_accelerator(), "cpu_adam": check_builds()}
+        checks |= {"accelerator": check_accelerator(), "compiler": check_compiler()}
     checks |= {"directory": check_directory(directory), "hub": check_hub(), "shared memory": check_shared_memory()}
     for name, findings in checks.items():
         try:
@@ -82,14 +82,20 @@ def check_imports() -> Iterator[Finding]:
                 return  # most of the others need it
 
 
-def check_builds() -> Iterator[Finding]:
-    """Find a build of DeepSpeed's cpu_adam that was killed: torch waits for its lock for ever."""
-    from torch.utils.cpp_extension import get_default_build_root
+def check_compiler() -> Iterator[Finding]:
+    """Find what Triton needs on every GPU run that inhibits, and torch.compile on CPUs for large layers."""
+    from deepspeed.accelerator import get_accelerator
 
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("cpu_adam/lock"):
-        if time.time() - lock.stat().st_mtime > 900:  # else a process may be building now
-            text = "a build was left unfinished, and every run with offload to the CPU would wait for it for ever"
-            yield Finding("note", "cpu_adam", text, f"rm {shlex.quote(str(lock))}")
+    on_gpu = get_accelerator().device_name() == "cuda"
+    state = "missing" if on_gpu else "note"
+    who = "Triton needs it for inhibition" if on_gpu else "torch.compile needs it where a layer is large"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
+        yield Finding(
+            state, "compiler", f"no C compiler is found; {who}", "apt-get install g++   (or: dnf install gcc-c++)"
+        )
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        fix = "apt-get install python3-dev   (or: dnf install python3-devel)"
+        yield Finding(state, "compiler", f"Python.h is not there; {who}", fix)
 
 
 def check_accelerator() -> Iterator[Finding]:

@@ -137,15 +137,19 @@ def test_little_shared_memory(monkeypatch):
     assert "--shm-size" in low.fix
 
 
-def test_an_abandoned_build_is_found(tmp_path, monkeypatch):
-    """torch waits for ever for the lock of a build that was killed."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "cpu_adam/lock"
-    lock.parent.mkdir()
-    lock.touch()
-    assert not list(host.check_builds())  # somebody builds now
-    os.utime(lock, (0, 0))
-    assert the(host.check_builds(), "cpu_adam", "note").fix == f"rm {lock}"
+@pytest.mark.parametrize(("device", "state"), [("cpu", "note"), ("cuda", "missing")])
+def test_no_compiler_is_found(tmp_path, monkeypatch, device, state):
+    """Triton compiles a launcher in C at its first use: no GPU run that inhibits can go without."""
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(type(get_accelerator()), "device_name", lambda self: device)
+    assert not list(host.check_compiler())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "g++" in str(the(host.check_compiler(), "compiler", state).fix)
+    monkeypatch.undo()
+    monkeypatch.setattr(type(get_accelerator()), "device_name", lambda self: device)
+    monkeypatch.setattr(host.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in the(host.check_compiler(), "compiler", state).text
 
 
 def _facts(host: str, **changes) -> dict:
