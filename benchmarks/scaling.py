@@ -232,7 +232,8 @@ def page(results: dict[str, Any]) -> str:
             both = [median_and_spread(times[name]) for name in ("packed", "gradients")]
             rows.append([str(ranks), model, *both, f"{ratio:.1f}" if int(ranks) > 1 else "nothing is sent"])
     parts.append(
-        f"## Time between ranks\n\nBetween {results['between']}. Nothing else runs meanwhile; in training the packed sums travel behind backward."
+        f"## Time between ranks\n\nBetween {results['between']}. Nothing else runs meanwhile; in training the packed"
+        " sums travel behind backward."
         f" Gradients of more than {LARGEST // 2**20} MiB are not timed.\n\n"
         + markdown(["ranks", "model", "packed sums, ms", "gradients, ms", "of them, %"], rows)
     )
