@@ -201,6 +201,8 @@ def save_engine_state(trainer: Trainer, file: Path) -> None:
 
     found, wrapper = {}, trainer.engine.optimizer
     adam = getattr(wrapper, "optimizer", wrapper)
+    if trainer.state.applied and hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+        wrapper._lazy_init_hp_params_optimizer_state()  # as DeepSpeed does after its first step: its functions need it
     for name, parameter in trainer.engine.module.named_parameters():
         found[f"{name}/fp32"] = deepspeed.utils.safe_get_full_fp32_param(parameter)
         for key in ("exp_avg", "exp_avg_sq") if trainer.state.applied else ():
