@@ -115,10 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
         error.rename(OPTIONS)
         raise
     except KeyboardInterrupt:
-        raise Interrupted("stopped; the same command goes on from here") from None
+        raise Interrupted("stopped; the same command resumes from here") from None
     except OSError as error:
         folder = _partial(arguments.output)
-        kept = f"; {folder} keeps what is done, and the same command goes on when this is mended"
+        kept = f"; {folder} keeps what is done, and the same command resumes when this is fixed"
         raise DataError(
             f"{error.filename or _prefix(arguments.output)}: {error.strerror or error}"
             f"{kept if (folder / JOURNAL).exists() else ''}"
@@ -174,7 +174,7 @@ def _fill(
     with TokenFiles(folder, parts, dtype, asked) as files:
         if files.goes_on:
             before = files.notes["counts"]
-            say(f"going on from {folder}: {sum(before['tokens'].values()):,} tokens are done")
+            say(f"resuming from {folder}: {sum(before['tokens'].values()):,} tokens are done")
         counts = tokenise(
             config,
             tokenizer.backend_tokenizer.to_str(),

@@ -164,7 +164,7 @@ def check_asked(folder: Path, asked: dict[str, Any]) -> None:
             old, new = _short(before.get(key)), _short(asked.get(key))
             change = f"{key} was {old}, now it is {new}" if old != new else f"{key} changed"
             raise DataError(
-                f"{folder} holds the beginning of other work: {change}; go on with the first command, or remove the"
+                f"{folder} holds the beginning of other work: {change}; resume with the first command, or remove the"
                 " folder to start over"
             )
 

@@ -65,7 +65,7 @@ class WorkerPool(Generic[Item, Result]):
         except BrokenProcessPool:
             self._kill()
             raise WorkerError(
-                f"one of {self.count} worker processes was killed (out of memory?); start again to go on, with fewer"
+                f"one of {self.count} worker processes was killed (out of memory?); start again to resume, with fewer"
                 " workers or more memory"
             ) from None
         finally:

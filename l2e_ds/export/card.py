@@ -82,7 +82,7 @@ def model_card(of: Exported) -> str:
         method=METHODS[config["inhibition"]["method"]],
         weight=_weight(config["inhibition"]),
         schedule=_schedule(config["inhibition"]),
-        figures=[figures for figures in layers if None not in figures],
+        layers=[values for values in layers if None not in values],
         sets=_sets(of),
         start={"train_tokens": None, "versions": None} | start,
         git={"commit": None, "changed": False} | (start.get("git") or {}),

@@ -192,12 +192,12 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path, corpus, toke
         said = process.communicate()[1]
         assert process.returncode == -signal.SIGKILL, said
         assert [path.name for path in (tmp_path / "two").iterdir()] == ["set.partial"]
-        assert ("going on from" in said) == (commits > 2)
+        assert ("resuming from" in said) == (commits > 2)
     position = json.loads(journal.read_text())["position"]
     assert position["file"] == 1 or position["offset"] > 2000
     done = subprocess.run([*command, "2"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stderr
+    assert "resuming from" in done.stderr
     assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
@@ -326,7 +326,7 @@ def test_a_full_disk(tmp_path, corpus, tokenizer, monkeypatch, capsys):
         assert [path.name for path in disk.iterdir()] == ["set.partial"]
         subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
         assert run(*words) == 0
-        assert "going on from" in capsys.readouterr().err
+        assert "resuming from" in capsys.readouterr().err
         assert read(disk / "set") == expected(tokenizer, end=())[0]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
