@@ -135,8 +135,8 @@ def small_disk(tmp_path):
 
 @pytest.mark.full
 def test_a_full_disk_costs_no_good_checkpoint(launch_ranks, run_file, small_disk):
-    """`stop`: one line, exit code 3, the last good checkpoint stays. `continue`: on it goes, and once there is room it
-    saves again."""
+    """`stop`: one line, exit code 3, the last good checkpoint stays. `continue`: it trains on, and once there is room
+    it saves again."""
     run = small_disk / "run"
     words = [run_file, f"training.run_directory={run}", "logging.progress=false", "training.evaluate_every=0"]
     words += ["training.steps=3000", "checkpoint.every=2", "optimizer.schedule_steps=3000"]

@@ -83,7 +83,7 @@ def supervise(launch, words, launcher, *options: object) -> Launch:
 
 @pytest.mark.full
 def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
-    """The launcher here is only an exit code, which does not count while the run is not finished."""
+    """The launcher here is only an exit code; 0 does not count while the run is not finished."""
     run = tmp_path / "run"
     for code, expected, starts in ((0, 1, 2), (1, 1, 2), (2, 2, 1), (3, 3, 1), (75, 75, 1), (-9, 137, 2)):
         how = f"kill {code} $$" if code < 0 else f"exit {code}"
