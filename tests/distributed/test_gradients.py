@@ -21,9 +21,9 @@ def matrix(run_ranks, tmp_path_factory, is_full) -> dict:
 
 def test_matrix_is_whole(matrix, is_full):
     """The full one: stages 0-3, three precisions (not fp16 under stage 0), accumulation 1 and 2, checkpointing off and
-    on; the scale-invariant loss for every stage with and without checkpointing, and the projected one for every stage
-    in two precisions."""
-    assert len(matrix) == ((4 * 3 - 1) * 2 * 2 + 4 * 2 + 4 * 2 * 2 if is_full else 9)
+    on: every three of these values together, which is half of all; the scale-invariant loss for every stage with and
+    without checkpointing, and the projected one for every stage in two precisions."""
+    assert len(matrix) == ((4 * 3 - 1) * 2 + 4 * 2 + 4 * 2 * 2 if is_full else 9)
 
 
 def test_gradients_equal_float64_autograd(matrix):

@@ -1,14 +1,11 @@
 """What a run writes: files with the mode that the umask gives, and the special tokens of its own tokenizer."""
 
 import json
-import os
 import stat
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.processes import finish
 from tests.unit.evaluation.test_exported import END, tokenizer_json
 
 
@@ -18,11 +15,11 @@ def test_of_a_run(run_file, tmp_path, umask):
     end = tokenizer["added_tokens"][0]["id"]
     assert end > 0
     own = [f"data.tokenizer={tmp_path}/tokenizer/tokenizer.json", "data.train_tokenizer=null", "training.steps=2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    start = "runpy.run_module('l2e_ds.cli', run_name='__main__', alter_sys=True)"
+    program = f"import os, runpy; os.umask({umask}); {start}"
     for command in (["train", run_file, *own], ["export", tmp_path / "run", "--output", tmp_path / "model"]):
-        words = [sys.executable, "-m", "l2e_ds.cli", *map(str, command)]
-        done = subprocess.run(words, umask=umask, env=environment, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr[-3000:]
+        codes, said = finish("-c", program, *command)
+        assert codes == [0], said[-3000:]
     for place in ("run", "cache", "model"):
         for path in [tmp_path / place, *(tmp_path / place).rglob("*")]:
             mode = stat.S_IMODE(path.stat().st_mode)

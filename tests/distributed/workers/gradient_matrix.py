@@ -46,9 +46,11 @@ def pairwise():
 
 
 def combinations():
+    """Of the published loss every three values of different choices together, which half of the product has."""
     for stage, precision, micro_batch, checkpointing in itertools.product(range(4), DTYPES, (4, 2), (False, True)):
         if (stage, precision) != (0, "fp16"):  # refused, see test_deepspeed_config
-            yield stage, precision, micro_batch, checkpointing, "published"
+            if (stage + list(DTYPES).index(precision) + (micro_batch == 2) + checkpointing) % 2 == 0:
+                yield stage, precision, micro_batch, checkpointing, "published"
             if (precision, micro_batch) == ("fp32", 4):  # with accumulation `forward` sees other batches
                 yield stage, precision, micro_batch, checkpointing, "scale-invariant"
             if precision != "fp16" and (micro_batch == 2) == checkpointing:

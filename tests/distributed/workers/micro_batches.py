@@ -4,7 +4,7 @@ Each case in a process of its own, as each would be a start of its own:
     auto    a run with `auto` to step 2, and the same command again to step 4
     given   the same run with the number that was found, to step 4
     killed  `find` among 1 and 2, where rank 1's child is killed when it takes micro-batches of 2
-    limited `find` among 1 to 32, below a limit between the peaks of 8 and 16
+    limited `find` among 1 to 8, below a limit between the peaks of 2 and 4
 """
 
 import gc
@@ -69,11 +69,11 @@ def found_by(path: Path) -> dict:
 
 
 def limit_from(output: Path) -> float:
-    """The peak of 1, and eleven times the logits' share of a sequence, which is all but a tenth of it."""
+    """The peak of 1, and twice the logits' share of a sequence, which is all but a tenth of it."""
     found = output / "killed-rank0.json"
     while not found.exists():  # rank 0 may be a moment behind
         time.sleep(0.01)
-    return found_by(found)["measured"]["1"]["peak_bytes"] + 11 * 12 * 128 * 8192
+    return found_by(found)["measured"]["1"]["peak_bytes"] + 2 * 12 * 128 * 8192
 
 
 def case(name: str, output: Path, port: str) -> None:
@@ -89,7 +89,7 @@ def case(name: str, output: Path, port: str) -> None:
     elif name == "killed":
         find(output, name, 4, 1e12)
     else:
-        find(output, name, 64, limit_from(output))
+        find(output, name, 16, limit_from(output))
     sys.stderr.flush()
     os._exit(0)
 

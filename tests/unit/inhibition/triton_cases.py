@@ -70,11 +70,11 @@ def example(tokens: int, neurons: int, dtype: torch.dtype) -> tuple[torch.Tensor
     return x.to(DEVICE, dtype), incoming.to(DEVICE, dtype), FrozenStatistics.of(*constants)
 
 
-@every_shape_and_dtype
-def test_activations_are_those_of_pytorch(dtype, tokens, neurons):
-    """To the last place, far from zero as well."""
-    x, _, statistics = example(tokens, neurons, dtype)
-    x[-1, : neurons // 2] *= 20
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_are_those_of_pytorch(dtype):
+    """To the last place, far from zero as well; of every shape: test_sums_are_those_of_float64."""
+    x, _, statistics = example(7, 24, dtype)
+    x[-1, :12] *= 20
     z, _ = triton_gelu.forward(x, statistics, PUBLISHED)
     assert z.dtype == dtype and z.is_contiguous()
     torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
@@ -85,6 +85,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     """Every sum, of the activations as they were stored."""
     x, _, statistics = example(tokens, neurons, dtype)
     z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
+    torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
     sums = fused.scaled(sums, statistics, PUBLISHED)
     scores = score(z, statistics)
     selected = select_by_threshold(scores, statistics)
@@ -97,7 +98,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     torch.testing.assert_close(sums.score, torch.where(selected, exact, 0.0).sum(0), rtol=1e-5, atol=0)
     log_ratio = torch.where(selected, exact / 5.4, 1.0).log().sum(0)
     torch.testing.assert_close(sums.measure, log_ratio, rtol=1e-5, atol=1e-5)
-    for power in (0, 1, 2):
+    for power in (0, 1, 2) if not INTERPRETED or (tokens, neurons) == (7, 24) else (1,):
         regulariser = Regulariser("projected", power)
         _, sums = triton_gelu.forward(x, statistics, regulariser)
         sums = fused.scaled(sums, statistics, regulariser)
@@ -108,7 +109,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
 @every_regulariser
 def test_loss_is_that_of_plain_operations(regulariser):
     """From the sums alone."""
-    x, _, statistics = example(128, 256, torch.float32)
+    x, _, statistics = example(*((7, 24) if INTERPRETED else (128, 256)), torch.float32)
     z, sums = triton_gelu.forward(x, statistics, regulariser)
     sums = fused.scaled(sums, statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
@@ -247,14 +248,11 @@ def by_kernel(inhibitor: Inhibitor) -> bool:
 @pytest.mark.parametrize(
     ("method", "recompute", "split"),
     [
-        ("published", None, 1),
         ("published", False, 2),
         ("published", True, 2),
         ("scale-invariant", None, 2),
-        ("scale-invariant", False, 2),
         ("projected", False, 2),
-        ("projected", True, 2),
-        ("strength", None, 2),
+        ("strength", None, 1),
     ],
 )
 def test_runs_equal_those_of_plain_operations(method, recompute, split):
