@@ -60,16 +60,12 @@ SHORT_PAIRS = [
 ]
 PAIRS = [
     *SHORT_PAIRS,
-    ("one1", 2, "zero1"),
     ("two0", 1, "zero3"),
-    ("two1", 2, "zero2"),
     ("two1", 4, "groups"),
     ("two2", 1, "zero0"),
-    ("two2", 2, "zero2_offload"),
     ("two3-groups", 2, "zero2"),
     ("two3", 1, "zero3_offload"),
     ("two2-offload", 2, "zero3"),
-    ("two1-bf16", 1, "zero1"),
     ("two1-bf16", 4, "zero3"),
     ("two3-bf16", 1, "zero1"),
     ("two2-fp16", 1, "zero3"),

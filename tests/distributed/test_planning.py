@@ -24,14 +24,12 @@ def case(output, stage, precision, micro_batch=8, accumulation=2, **sections):
 
 CASES = {  # stage, precision, and what else
     "zero0 in one step": (0, "fp32", {"accumulation": 1}),
-    "zero0": (0, "bf16", {}),
     "zero1 with checkpointing": (1, "bf16", {"model": {"activation_checkpointing": True}}),
     "zero1 eager": (1, "fp32", {"model": {"attention": "eager"}}),
     "zero2 without inhibition": (2, "bf16", {"inhibition": {"method": "none"}}),
     "zero2, small vocabulary": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}}),
     "zero2, small vocabulary, fused": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}, "fused": True}),
     "zero2, logits in chunks": (2, "bf16", {"model": {"vocab_size": 4096}}),
-    "zero1, logits in chunks": (1, "fp32", {"model": {"vocab_size": 8192}}),
     "zero3": (3, "bf16", {}),
 }
 

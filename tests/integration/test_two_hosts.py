@@ -177,14 +177,6 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-def wait_for_start(run: Path, number: int, process: subprocess.Popen) -> None:
-    """Wait until the run has started so many times, and then made a step or two."""
-    while len(lines(run, "start")) < number:
-        assert process.poll() is None, f"ended with {process.returncode} before start {number}"
-        time.sleep(0.05)
-    wait_for_step(run, lines(run, "start")[-1]["step"] + 2, process)
-
-
 STEPS = 300
 """Enough steps that the run is not finished when it is disturbed."""
 FOR_EVER = "training.steps=1000000"
@@ -209,7 +201,7 @@ def test_two_hosts(cluster, run_file, tmp_path):
     words = [moved, *overrides, f"training.run_directory={run}"]
 
     _a_signal_stops_both_hosts(cluster, words, run)
-    _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run)
+    _a_lost_launcher_is_restarted(cluster, words, run)
     assert [line["step"] for line in lines(run)] == [line["step"] for line in expected]
     for line, other in zip(lines(run), expected, strict=True):
         assert line["lm_loss"] == pytest.approx(other["lm_loss"], rel=ROUNDING), line["step"]
@@ -232,15 +224,13 @@ def _a_signal_stops_both_hosts(cluster, words, run) -> None:
     assert not (run / "stop").exists()
 
 
-def _a_lost_rank_and_a_lost_launcher_are_restarted(cluster, words, run) -> None:
+def _a_lost_launcher_is_restarted(cluster, words, run) -> None:
     done = lines(run)[-1]["step"]
-    launch = cluster.launch("--restarts", "2", *words)
+    launch = cluster.launch("--restarts", "1", *words)
     wait_for_step(run, done + 2, launch)
-    cluster.hosts[1].rank().kill()
-    wait_for_start(run, 3, launch)
     cluster.hosts[1].launcher().kill()
     assert launch.wait(PATIENCE) == 0, cluster.said()
-    assert "start 3 of at most 3" in cluster.said()
+    assert "start 2 of at most 2" in cluster.said()
     assert cluster.idle()
 
 
