@@ -3,8 +3,7 @@
 Each variant is measured twice, alternating with no inhibition. The operation: forward and backward of one hooked
 layer's activation, and what follows once a step; its milliseconds, divided by a step's, are precise where the times of
 whole steps scatter. The whole step: one trainer whose hooks are changed from step to step. Runs alone, and under any
-launcher
-(`deepspeed --module benchmarks overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
+launcher (`deepspeed --module benchmarks overhead ...`, torchrun, srun, mpirun); rank 0 prints and writes.
 
 Shapes: B sequences of a micro-batch, T tokens a sequence, M = B * T, N neurons of a layer.
 """
@@ -72,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models",
         nargs="+",
         metavar="NAME",
-        help="Pythia sizes (default: 14m, 31m, 70m on CPUs, 70m, 410m, 1b, 2.8b on GPUs)",
+        help="Pythia sizes (default: 14m, 31m, 70m on CPUs, 70m, 410m, 1b on GPUs)",
     )
     for name, about, kind in (
         ("sequence_length", "tokens a sequence", int),
@@ -101,7 +100,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 
     quiet_libraries()
     on_gpu = torch.cuda.is_available()
-    sizes = ["70m", "410m", "1b", "2.8b"] if on_gpu else ["14m", "31m", "70m"]
+    sizes = ["70m", "410m", "1b"] if on_gpu else ["14m", "31m", "70m"]
     arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
     at_least("--wide-tokens", arguments.wide_tokens, 0)

@@ -35,8 +35,10 @@ from l2e_ds.distributed.launch import Launch, free_port, reported_once
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.inhibition.hook import NeuronHook
 
-NEURONS, TOKENS, LAYERS = [512, 1024, 2048, 4096, 10_240], [256, 512, 1024, 2048, 4096], [1, 2, 6, 12, 24]
-FIXED_TOKENS, FIXED_NEURONS = 1024, 2048
+NEURONS, LAYERS = [512, 1024, 2048, 4096, 10_240], [1, 2, 6, 12, 24]
+# on a GPU fewer tokens would measure how fast Python launches kernels
+TOKENS = [4096, 8192, 16_384, 32_768] if torch.cuda.is_available() else [256, 512, 1024, 2048, 4096]
+FIXED_TOKENS, FIXED_NEURONS = 16_384 if torch.cuda.is_available() else 1024, 2048
 LARGEST = 512 * 2**20
 """Bytes of gradients up to which an all-reduce of them is timed."""
 SHOWN = ("L2E", "L2E, plain operations", "MEmeL")

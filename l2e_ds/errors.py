@@ -89,7 +89,7 @@ class TrainingError(L2EError):
 
 
 class OutOfMemory(L2EError):
-    """This rank's device has not enough memory for the run, and will not have it after a restart either."""
+    """This rank's device has too little memory for the run. Its exit code is 1 where earlier steps have fitted."""
 
     exit_code = 3
 

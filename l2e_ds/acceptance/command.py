@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import one_line, write_whole
 
 if TYPE_CHECKING:
@@ -51,10 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
         raise ConfigError(f"--only: got {unknown[0]!r}, allowed: {', '.join(PARTS)}")
-    if arguments.minutes <= 0:
+    if not arguments.minutes > 0:
         raise ConfigError(f"--minutes: got {arguments.minutes:g}, allowed: above 0")
-    if not arguments.output.absolute().parent.is_dir():
-        raise ConfigError(f"--output: no such folder: {arguments.output.parent}")
+    folder = arguments.output.absolute().parent
+    if arguments.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--output: got {arguments.output}, allowed: a file in a folder that can be written to")
     from l2e_ds.system.process import quiet_libraries  # with torch: a mistake above need not wait for it
 
     quiet_libraries()
@@ -88,9 +90,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _outcome(part: str, scale: Scale, folder: Path) -> Outcome:
     """Do one part; what it raises is a failure, with its reason."""
+    import torch
+
     from l2e_ds.acceptance import operations, runs
     from l2e_ds.acceptance.outcome import Outcome
 
+    torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
     parts: dict[str, Callable[[], Outcome]] = {
         "ceilings": lambda: operations.ceilings(scale),
         "activation": lambda: operations.activation(scale),
@@ -105,9 +110,11 @@ def _outcome(part: str, scale: Scale, folder: Path) -> Outcome:
     begin = time.monotonic()
     try:
         outcome = parts[part]()
-    except (L2EError, RuntimeError, OSError) as error:
-        outcome = Outcome(part, False, reason=one_line(error))
+    except Exception as error:  # whatever a machine does wrong, the other parts are to be done
+        outcome = Outcome(part, False, reason=f"{type(error).__name__}: {one_line(error)}")
     outcome.seconds = time.monotonic() - begin
+    if scale.on_gpu:
+        torch.cuda.empty_cache()  # for the runs of the next parts, which are other processes
     return outcome
 
 

@@ -57,11 +57,17 @@ class Scale:
 
     @property
     def dtypes(self) -> list[torch.dtype]:
-        return [torch.float32, torch.bfloat16, torch.float16] if self.on_gpu else [torch.float32, torch.bfloat16]
+        if not self.on_gpu:
+            return [torch.float32, torch.bfloat16]
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return [torch.float32, *([torch.bfloat16] if has_bf16 else []), torch.float16]
 
     def seconds(self, action: Callable[[], Any], repeats: int = 20, rounds: int = 5) -> float:
-        """Return the seconds of one call: the median over rounds of many calls between two events (or clock readings),
-        so that a GPU's launches and synchronisations are not what is measured."""
+        """Return the seconds of one call: the median over rounds of many calls between two events (or clock readings).
+
+        The device is not waited for between the calls; where Python launches more slowly than the device computes, as
+        for small layers, it is the launching that is measured.
+        """
         repeats = repeats if self.on_gpu else 2
         action()
         found = []

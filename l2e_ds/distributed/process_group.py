@@ -12,7 +12,6 @@ import ipaddress
 import os
 import resource
 import socket
-from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -41,8 +40,10 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     elif launch.launcher == "alone":
         os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     elif launch.launcher == "mpirun" and "MASTER_ADDR" in os.environ:
-        os.environ.update(variables)  # else mpi4py sets them, with an address that may belong to the wrong network
+        os.environ.update(variables)
         os.environ.setdefault("MASTER_PORT", "29500")
+    elif launch.launcher == "mpirun":  # mpi4py finds the address of rank 0, which may belong to the wrong network
+        deepspeed.comm.comm.mpi_discovery(verbose=False)
     device = _local_device(on_gpu)
     patience = timedelta(minutes=timeout_minutes + 1)  # longer than the watchdog, which can name the lost rank
     _name_gloo_interface()
@@ -50,40 +51,32 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     # Its shared-memory operation is for inference only, but compiled, loaded and set up in every CPU run; a process
     # that is killed meanwhile leaves others waiting for ever, and its buffers stay in /dev/shm (docs/deepspeed.md).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints progress
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo",
-            auto_mpi_discovery=launch.launcher == "mpirun",
-            distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
-            timeout=patience,
-            verbose=False,
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints progress
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo",
+                auto_mpi_discovery=False,
+                distributed_port=int(os.environ.get("MASTER_PORT", "29500")),
+                timeout=patience,
+                verbose=False,
+            )
+    except RuntimeError as error:
+        if "Duplicate GPU" not in str(error):
+            raise
+        raise ConfigError(
+            f"launcher: two ranks of {socket.gethostname()} have the same GPU; start as many ranks on a host as it has"
+            " GPUs, each seeing all of them or one of its own"
+        ) from error
     # DeepSpeed's own copy of the world group would give up when torch does by default, after 10 minutes of NCCL
     deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=patience)
     collectives.open_control_group(patience)
-    device = device or _local_device(on_gpu) or torch.device("cpu")
+    device = device or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
             f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
             f" the process group says {dist.get_rank()} of {dist.get_world_size()}"
         )
-    if on_gpu:
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-        # parts of one GPU (MIG) differ in the second only
-        instance = f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {device.index}"
-        check_own_gpus(collectives.all_gather_objects((socket.gethostname(), gpu, instance)))
     return device
-
-
-def check_own_gpus(places: Sequence[tuple[str, str, str]]) -> None:
-    """Raise ConfigError where two ranks share a GPU; places: host, GPU and its part, of each rank."""
-    for rank, place in enumerate(places):
-        first = places.index(place)
-        if first < rank:
-            raise ConfigError(
-                f"launcher: ranks {first} and {rank} have the same GPU of {place[0]}; start as many ranks on a host as"
-                " it has GPUs, each seeing all of them or one of its own"
-            )
 
 
 def _allow_open_files() -> None:
@@ -95,8 +88,8 @@ def _allow_open_files() -> None:
 
 
 def _local_device(on_gpu: bool) -> torch.device | None:
-    """Make this rank's device the current one and return it, or None if the local rank is not known yet (mpirun)."""
-    if not on_gpu or "LOCAL_RANK" not in os.environ:
+    """Make this rank's GPU the current one and return it, or None without GPUs."""
+    if not on_gpu:
         return None
     if torch.cuda.device_count() == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
         os.environ["LOCAL_RANK"] = "0"

@@ -83,13 +83,15 @@ def check_imports() -> Iterator[Finding]:
 
 
 def check_compiler() -> Iterator[Finding]:
-    """Find what Triton needs on every GPU run that inhibits, and torch.compile on CPUs for large layers."""
+    """Find what Triton needs on every GPU run, and torch.compile on CPUs for large layers."""
     from deepspeed.accelerator import get_accelerator
 
     on_gpu = get_accelerator().device_name() == "cuda"
     state = "missing" if on_gpu else "note"
-    who = "Triton needs it for inhibition" if on_gpu else "torch.compile needs it where a layer is large"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
+    who = "Triton needs it" if on_gpu else "torch.compile needs it where a layer is large"
+    usual = ["gcc", "clang"] if on_gpu else ["g++"]
+    named = os.environ.get("CC" if on_gpu else "CXX")
+    if not any(shutil.which(name) for name in ([named] if named else usual)):
         yield Finding(
             state, "compiler", f"no C compiler is found; {who}", "apt-get install g++   (or: dnf install gcc-c++)"
         )

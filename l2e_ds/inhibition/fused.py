@@ -169,7 +169,7 @@ _COMPILED = {function: torch.compile(function, dynamic=False) for function in _F
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call the function, compiled. Raises CompileError."""
-    with _explained():
+    with compiling("inhibition.fused", "; inhibition.fused: false goes without"):
         return _COMPILED[function](*arguments)
 
 
@@ -295,13 +295,16 @@ def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
-    """What a compiler says runs over many lines, and it may be missing."""
+def compiling(what: str, otherwise: str = "") -> Iterator[None]:
+    """Raise CompileError, which is one line, in place of what torch.compile raises: that runs over many lines.
+
+    what: begins the line; otherwise: ends it, with what goes without a compiler.
+    """
     try:
         yield
     except (TorchDynamoException, InductorError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CompileError(
-            f"inhibition.fused: torch.compile failed ({reason[:200]}); it needs a C++ compiler (CPU) or Triton (GPU);"
-            " inhibition.fused: false goes without"
+            f"{what}: torch.compile failed ({reason[:200]}); it needs a C++ compiler (CPU) or Triton and a C compiler"
+            f" (GPU){otherwise}"
         ) from error

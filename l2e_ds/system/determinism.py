@@ -8,11 +8,21 @@ from contextlib import contextmanager
 
 import torch
 
+from l2e_ds.errors import ConfigError
+
+WORKSPACES = (":4096:8", ":16:8")
+"""Of cuBLAS, with which its products are deterministic (PyTorch checks it)."""
+
 
 def allow_deterministic_products() -> None:
     """Give cuBLAS a workspace with which its products are deterministic; to be called before this process's first
-    product. A value of the user's is kept."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    product. Raises ConfigError where the user gave it another."""
+    given = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", WORKSPACES[0])
+    if given not in WORKSPACES:
+        raise ConfigError(
+            f"training.deterministic: the variable CUBLAS_WORKSPACE_CONFIG is {given!r}, allowed:"
+            f" {' or '.join(WORKSPACES)}, or none"
+        )
 
 
 @contextmanager
@@ -24,12 +34,12 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled()
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # finds bugs, takes time
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=warns)
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]

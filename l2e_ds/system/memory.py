@@ -51,7 +51,7 @@ def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an exception says that a GPU or this machine has no memory left."""
+    """Return whether an allocator's exception says that a GPU or this machine has no memory left."""
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 

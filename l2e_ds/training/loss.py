@@ -145,7 +145,10 @@ def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tenso
     Writes the gradient of that sum to of_hidden [C, h] and adds it to of_weight [V, h], float32.
     """
     if hidden.is_cuda:
-        losses, gradient = _compiled_logit_gradient()(hidden @ weight.T, targets)
+        from l2e_ds.inhibition.fused import compiling  # with PyTorch's compiler, which CPUs do not need here
+
+        with compiling("LM loss"):
+            losses, gradient = _compiled_logit_gradient()(hidden @ weight.T, targets)
         # the products are added up in float32 where they are made: no copy of [V, h] in half precision
         torch.addmm(of_weight, gradient.T, hidden, out_dtype=torch.float32, out=of_weight)
     else:
@@ -173,8 +176,9 @@ def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_logit_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    # only the last chunk of a micro-batch may be of another size: two shapes, or one of any size
-    return torch.compile(_logit_gradient, fullgraph=True)
+    # Only the last chunk of a micro-batch may be of another size. A function of any size would be chosen by what came
+    # before, which differs in a resumed run.
+    return torch.compile(_logit_gradient, fullgraph=True, dynamic=False)
 
 
 class _ChunkedMean(torch.autograd.Function):

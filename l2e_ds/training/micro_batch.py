@@ -107,6 +107,7 @@ def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
         "global_batch": config.training.global_batch,
         "sequence_length": config.data.sequence_length,
         "precision": config.training.precision,
+        "deterministic": config.training.deterministic,
         "model": config.model.model_dump(mode="json"),
         "inhibition": inhibition,
         "deepspeed": {key: value for key, value in ds.items() if key not in varying},

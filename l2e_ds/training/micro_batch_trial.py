@@ -22,6 +22,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port
 from l2e_ds.errors import WorkerError
+from l2e_ds.system.determinism import allow_deterministic_products, deterministic_algorithms
 from l2e_ds.system.files import one_line
 from l2e_ds.system.memory import is_out_of_memory, process_memory
 from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_signals
@@ -150,9 +151,12 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
         quiet_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)
+        if config.training.deterministic:
+            allow_deterministic_products()
         take = _build(config, ds, network, device)
-        while True:
-            connection.send(take(connection.recv()))
+        with deterministic_algorithms(config.training.deterministic):
+            while True:
+                connection.send(take(connection.recv()))
     except EOFError:
         return
     except Exception as error:

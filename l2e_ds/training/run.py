@@ -16,7 +16,7 @@ from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import less_memory, with_micro_batch
-from l2e_ds.errors import OutOfMemory
+from l2e_ds.errors import L2EError, OutOfMemory
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
@@ -70,36 +70,40 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     heartbeat.progress("loading evaluation tasks")
     tasks = load_task_evaluation(config, data)
     heartbeat.progress("building the model")
-    with (
-        _out_of_memory_in_one_line(plan),
-        Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer,
-    ):
-        if collectives.is_main():
-            # only now: a refused resume must leave the run as it was
-            freeze(plan, directory, data, is_new=trainer.state.step == 0)
-            if record is not None:
-                write_whole(directory / micro_batch.FILE, record)
-        about = record_circumstances(plan, launch, device, data)
-        about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
-        about |= {"changes": trainer.changes} if trainer.changes else {}
-        trainer.metrics.write("start", trainer.state.step, about)
-        trainer.train()
-
-
-@contextmanager
-def _out_of_memory_in_one_line(plan: Plan) -> Iterator[None]:
-    """Raise OutOfMemory, which says what would need less of it, in place of the allocator's error."""
+    trainer, begun = None, 0
     try:
-        yield
+        with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
+            begun = trainer.state.step
+            if collectives.is_main():
+                # only now: a refused resume must leave the run as it was
+                freeze(plan, directory, data, is_new=trainer.state.step == 0)
+                if record is not None:
+                    write_whole(directory / micro_batch.FILE, record)
+            about = record_circumstances(plan, launch, device, data)
+            about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
+            about |= {"changes": trainer.changes} if trainer.changes else {}
+            trainer.metrics.write("start", trainer.state.step, about)
+            trainer.train()
     except Exception as error:
-        if not is_out_of_memory(error):
+        if isinstance(error, L2EError) or not is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise OutOfMemory(
-            f"got {plan.batch.micro_batch}, for which the memory is too small ({reason}); try a smaller one"
-            f" (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}",
-            where="training.micro_batch",
-        ) from error
+        raise _too_little_memory(plan, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
+
+
+def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
+    """Return the error that says, in one line, what would need less memory.
+
+    has_fitted: whether this process has taken steps before; then a restart may help, and the exit code is 1.
+    """
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
+    if has_fitted:
+        problem = f"{plan.batch.micro_batch} has fitted until now, but the memory is used up ({reason}); start again to"
+        shown = OutOfMemory(f"{problem} resume, or try {advice}", where="training.micro_batch")
+        shown.exit_code = 1
+        return shown
+    problem = f"got {plan.batch.micro_batch}, for which the memory is too small ({reason})"
+    return OutOfMemory(f"{problem}; try {advice}", where="training.micro_batch")
 
 
 @contextmanager

@@ -46,8 +46,13 @@ def test_what_does_not_fit_into_the_minutes_is_said(capsys, tmp_path):
     ("words", "said"),
     [
         (["--only", "los"], "--only: got 'los', allowed: ceilings, activation, loss"),
+        (["--output", "."], "--output: got ., allowed: a file"),
+        (["--minutes", "nan"], "--minutes: got nan, allowed: above 0"),
         (["--minutes", "0"], "--minutes: got 0, allowed: above 0"),
-        (["--output", "/nowhere/a.json"], "--output: no such folder: /nowhere"),
+        (
+            ["--output", "/nowhere/a.json"],
+            "--output: got /nowhere/a.json, allowed: a file in a folder that can be written to",
+        ),
     ],
 )
 def test_bad_input(capsys, words, said):
