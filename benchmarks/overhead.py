@@ -14,7 +14,6 @@ import argparse
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks import throughput
 from benchmarks.about import (
@@ -36,10 +34,12 @@ from benchmarks.about import (
     say,
     seconds_of,
 )
+from l2e_ds.acceptance.operations import Layer, hooked, one_pass
+from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.console import at_least, markdown
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, reported_once
-from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.inhibition import Inhibitor, Settings
 
 VARIANTS: dict[str, Settings] = {
     "L2E": Settings(),  # as runs do: in one pass where that is faster
@@ -124,7 +124,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         | {"deepspeed": Path(arguments.deepspeed).name},
         "models": {},
     }
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = DTYPES[precision]
     operation_rounds = PER_STEP * arguments.rounds
     for name, resolved in runs.items():
         results["models"][name] = measure_model(name, resolved, arguments.rounds, dtype, device)
@@ -139,31 +139,15 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 # --- the operation -----------------------------------------------------------------------------------------------
 
 
-class _Activation(nn.Module):
-    """Holds the activation of one layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.act = nn.GELU()
-
-
-def hooked(modules: Sequence[nn.Module], neurons: int, settings: Settings, device: torch.device) -> Inhibitor:
-    """Return an attached inhibitor of one layer for each module, whose `act` is a GELU."""
-    sites = [NeuronSite(index, module, "act", "activation", neurons, "gelu") for index, module in enumerate(modules)]
-    inhibitor = Inhibitor(sites, settings, device)
-    inhibitor.attach()
-    return inhibitor
-
-
 def time_steps(layers: int, tokens: int, neurons: int, device: torch.device, rounds: int) -> list[float]:
     """Return milliseconds of `Inhibitor.step` on this rank, with so many hooked layers of [M, N] float32."""
-    modules = [_Activation() for _ in range(layers)]
+    modules = [Layer() for _ in range(layers)]
     inhibitor, times = hooked(modules, neurons, VARIANTS["L2E"], device), []
     x, incoming = (torch.randn(1, tokens, neurons, device=device) for _ in range(2))
     scale = torch.ones((), device=device, requires_grad=True)
     x.requires_grad_()
     for index in range(WARMUP + rounds):
-        _pass(modules, inhibitor, x, incoming, scale)
+        one_pass(modules, inhibitor, x, incoming, scale)
         took = 1e3 * seconds_of(inhibitor.step, device)
         if index >= WARMUP:
             times.append(took)
@@ -180,7 +164,7 @@ def measure_operation(
     torch.compiler.reset()  # after eight shapes torch.compile would run uncompiled
     x = torch.randn(1, tokens, neurons, dtype=dtype, device=device, requires_grad=True)
     incoming = torch.randn(tokens, neurons, device=device).to(dtype).view_as(x)
-    modules = {name: _Activation() for name in (NONE, *VARIANTS)}
+    modules = {name: Layer() for name in (NONE, *VARIANTS)}
     inhibitors = {name: hooked([modules[name]], neurons, settings, device) for name, settings in VARIANTS.items()}
     scale = torch.ones((), device=device, requires_grad=True)
     passes: dict[str, list[float]] = {name: [] for name in modules}
@@ -188,22 +172,13 @@ def measure_operation(
     for index in range(WARMUP + rounds):
         for name, module in modules.items():
             used, x.grad = inhibitors.get(name), None
-            took = 1e3 * seconds_of(partial(_pass, [module], used, x, incoming, scale), device)
+            took = 1e3 * seconds_of(partial(one_pass, [module], used, x, incoming, scale), device)
             after = 0.0 if used is None else 1e3 * seconds_of(used.step, device)
             if index >= WARMUP:
                 passes[name].append(took)
                 if used is not None:
                     steps[name].append(after)
     return {"tokens": tokens, "neurons": neurons, "passes": passes, "steps": steps}
-
-
-def _pass(
-    modules: Sequence[nn.Module], inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, scale: Tensor
-) -> None:
-    """Run forward and backward. scale: [] in place of the LM loss, at which hooks note the scale of the gradient."""
-    outputs = [module.act(x) for module in modules]  # type: ignore[operator]
-    root = scale if inhibitor is None else inhibitor.attach_loss(scale)  # last: then its gradient comes first
-    torch.autograd.backward([root, *outputs], [torch.ones_like(root), *[incoming] * len(outputs)])
 
 
 @torch.no_grad()

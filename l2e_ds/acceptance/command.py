@@ -42,7 +42,8 @@ PARTS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=15.0, help="begin no part after so many (default: 15)")
-    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}")
+    about = "; ".join(f"{name} ({what})" for name, what in PARTS.items())
+    parser.add_argument("--only", nargs="+", metavar="PART", help=f"of these: {about}")
     parser.add_argument("--output", type=Path, default=Path("accept.json"), help="default: accept.json")
 
 
@@ -60,11 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
     from l2e_ds.system.process import quiet_libraries  # with torch: a mistake above need not wait for it
 
     quiet_libraries()
+    import torch
+
     from l2e_ds.acceptance.outcome import Outcome, Scale
-    from l2e_ds.system.provenance import machine, versions
+    from l2e_ds.system.provenance import cpu_name, machine, versions
 
     scale = Scale.of_this_machine()
-    device = _device_name(scale)
+    device = torch.cuda.get_device_name(scale.device) if scale.on_gpu else cpu_name()
     installed = versions("l2e_ds", "python", "torch", "deepspeed", "transformers", "triton")
     about = {"date": time.strftime("%Y-%m-%d"), "device": device, "machine": machine(), "versions": installed}
     print(f"{device}, {', '.join(f'{name} {number}' for name, number in installed.items())}", flush=True)
@@ -84,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
             content = about | {"parts": [asdict(outcome) for outcome in outcomes]}
             write_whole(arguments.output, json.dumps(content, indent=1) + "\n")
     failed = [outcome.part for outcome in outcomes if outcome.passed is False]
-    print(f"{f'failed: {chr(44).join(failed)}' if failed else 'nothing failed'}; {arguments.output}", flush=True)
+    said = ", ".join(failed)
+    print(f"{f'failed: {said}' if failed else 'nothing failed'}; {arguments.output}", flush=True)
     return 1 if failed else 0
 
 
@@ -116,11 +120,3 @@ def _outcome(part: str, scale: Scale, folder: Path) -> Outcome:
     if scale.on_gpu:
         torch.cuda.empty_cache()  # for the runs of the next parts, which are other processes
     return outcome
-
-
-def _device_name(scale: Scale) -> str:
-    import torch
-
-    from l2e_ds.system.provenance import cpu_name
-
-    return torch.cuda.get_device_name(scale.device) if scale.on_gpu else cpu_name()

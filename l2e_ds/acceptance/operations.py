@@ -5,13 +5,16 @@ Shapes: M tokens of a micro-batch, N neurons of a layer, h hidden size, V vocabu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from l2e_ds.acceptance.outcome import Figures, Outcome, Scale, name_of
+from l2e_ds.acceptance.outcome import Figures, Outcome, Scale
+from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.system.gpus import peak_tflops
 from l2e_ds.training.loss import chunked_cross_entropy
@@ -24,19 +27,22 @@ def ceilings(scale: Scale) -> Outcome:
 
     Fails where the product reaches less than half of the peak in the vendor's data sheet.
     """
-    count = 2**29 if scale.on_gpu else 2**22
-    source = torch.ones(count, dtype=torch.bfloat16, device=scale.device)
-    target = torch.empty_like(source)
     size = 8192 if scale.on_gpu else 256
     left, right = (torch.randn(size, size, device=scale.device).bfloat16() for _ in range(2))
-    copied = 2 * source.nbytes / scale.seconds(lambda: target.copy_(source))
     reached = 2 * size**3 / scale.seconds(lambda: left @ right) / 1e12
-    figures: Figures = {"copy GB/s": copied / 1e9, "bf16 product TFLOP/s": reached}
+    figures: Figures = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
     peak = peak_tflops(scale.device, None)
     if peak is None:
         return Outcome("ceilings", None, figures)
     figures["share of peak"] = reached / peak
     return Outcome("ceilings", reached / peak >= 0.5, figures)
+
+
+def _copying_speed(scale: Scale) -> float:
+    """Return the bytes a second that copying a large tensor reads and writes."""
+    source = torch.ones(2**29 if scale.on_gpu else 2**22, dtype=torch.bfloat16, device=scale.device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / scale.seconds(lambda: target.copy_(source))
 
 
 def activation(scale: Scale) -> Outcome:
@@ -48,12 +54,13 @@ def activation(scale: Scale) -> Outcome:
     """
     figures: Figures = {}
     passed = True
-    shapes = [(dtype, min(scale.tokens, 8192), next(iter(scale.widths.values()))) for dtype in scale.dtypes]
+    shapes = [(precision, min(scale.tokens, 8192), min(scale.widths.values())) for precision in scale.precisions]
     if scale.large is not None:
-        shapes.append((torch.bfloat16, *scale.large))
-    for dtype, tokens, neurons in shapes:
+        shapes.append(("bf16", *scale.large))
+    for precision, tokens, neurons in shapes:
+        dtype = DTYPES[precision]
         error, effect = _error_of_activation(dtype, tokens, neurons, scale.device)
-        figures[f"{name_of(dtype)} [{tokens}, {neurons}] error"] = error
+        figures[f"{precision} [{tokens}, {neurons}] error"] = error
         # float32 goes through an approximation of the error function, good to 1e-6
         passed &= error < max(2 * torch.finfo(dtype).eps, 1e-5) < effect / 4
         if scale.on_gpu:
@@ -61,27 +68,36 @@ def activation(scale: Scale) -> Outcome:
     return Outcome("activation", passed, figures)
 
 
-class _Layer(nn.Module):
+class Layer(nn.Module):
+    """Holds the GELU of one layer, as its attribute `act`."""
+
     def __init__(self) -> None:
         super().__init__()
         self.act = nn.GELU()
 
 
-def hooked_layer(neurons: int, settings: Settings, device: torch.device) -> tuple[nn.Module, Inhibitor]:
-    """Return a module whose `act` is a GELU of [1, M, N] under inhibition, and its attached inhibitor."""
-    layer = _Layer()
-    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", neurons, "gelu")], settings, device)
+def hooked(layers: Sequence[nn.Module], neurons: int, settings: Settings, device: torch.device) -> Inhibitor:
+    """Return an attached inhibitor of some layers of [1, M, N] activations each."""
+    sites = [NeuronSite(index, layer, "act", "activation", neurons, "gelu") for index, layer in enumerate(layers)]
+    inhibitor = Inhibitor(sites, settings, device)
     inhibitor.attach()
-    return layer, inhibitor
+    return inhibitor
 
 
-def one_pass(layer: Any, inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor) -> Tensor:
-    """Take [1, M, N] forward and backward through a layer of `hooked_layer`, and return the gradient of x."""
-    loss = torch.ones((), device=x.device, requires_grad=True)
-    z = layer.act(x)
+def one_pass(layers: Sequence[Any], inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor, loss: Tensor) -> None:
+    """Take x, [1, M, N], forward and backward through layers beside each other, of which each is given `incoming`.
+
+    loss: [], in place of the LM loss, at which hooks note the scale of the gradient.
+    """
+    outputs = [layer.act(x) for layer in layers]
     root = loss if inhibitor is None else inhibitor.attach_loss(loss)  # last: then its gradient comes first
+    torch.autograd.backward([root, *outputs], [torch.ones_like(root), *[incoming] * len(outputs)])
+
+
+def _gradient(layer: Layer, inhibitor: Inhibitor | None, x: Tensor, incoming: Tensor) -> Tensor:
+    """Return the gradient of x, [1, M, N], of one pass through a layer."""
     x.grad = None
-    torch.autograd.backward([root, z], [torch.ones_like(root), incoming])
+    one_pass([layer], inhibitor, x, incoming, torch.ones((), device=x.device, requires_grad=True))
     assert x.grad is not None
     return x.grad
 
@@ -94,17 +110,18 @@ def _error_of_activation(dtype: torch.dtype, tokens: int, neurons: int, device: 
     generator = torch.Generator(device).manual_seed(0)
     share = 0.02
     settings = Settings(loss="published", coefficient=share * tokens * neurons, target_share=share)
-    layer, inhibitor = hooked_layer(neurons, settings, device)
+    layer = Layer()
+    inhibitor = hooked([layer], neurons, settings, device)
 
     def draw() -> Tensor:
         return torch.randn(1, tokens, neurons, generator=generator, device=device, dtype=dtype)
 
     x, incoming = draw().requires_grad_(), draw()
     try:
-        one_pass(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
+        _gradient(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
         inhibitor.step()
         frozen = inhibitor.hooks[0].frozen
-        found = one_pass(layer, inhibitor, x, incoming)
+        found = _gradient(layer, inhibitor, x, incoming)
     finally:
         inhibitor.detach()
     squares = torch.zeros(3, dtype=torch.float64, device=device)
@@ -134,7 +151,8 @@ def lm_loss(scale: Scale) -> Outcome:
     tokens, hidden, vocabulary = (20_000, 512, 50_304) if scale.on_gpu else (700, 32, 5000)
     figures: Figures = {}
     passed = True
-    for dtype in scale.dtypes:
+    for precision in scale.precisions:
+        dtype = DTYPES[precision]
         generator = torch.Generator(scale.device).manual_seed(0)
         inputs = torch.randn(tokens, hidden, generator=generator, device=scale.device).to(dtype).requires_grad_()
         weight = 0.1 * torch.randn(vocabulary, hidden, generator=generator, device=scale.device)
@@ -144,12 +162,12 @@ def lm_loss(scale: Scale) -> Outcome:
         loss = chunked_cross_entropy(inputs, weight, targets)
         (loss * scaled).backward()
         exact_loss, of_inputs, of_weight = _exact_loss(inputs.detach(), weight.detach(), targets, scaled)
-        figures[f"{name_of(dtype)} loss error"] = difference = abs(float(loss.detach()) / exact_loss - 1)
+        figures[f"{precision} loss error"] = difference = abs(float(loss.detach()) / exact_loss - 1)
         passed &= difference < max(torch.finfo(dtype).eps, 1e-5)
         for name, tensor, exact in (("hidden", inputs, of_inputs), ("weight", weight, of_weight)):
             assert tensor.grad is not None
             error = float((tensor.grad.double() - exact).norm() / exact.norm())
-            figures[f"{name_of(dtype)} {name} error"] = error
+            figures[f"{precision} {name} error"] = error
             passed &= error < max(4 * torch.finfo(dtype).eps, 1e-5)
     return Outcome("loss", passed, figures)
 
@@ -182,23 +200,12 @@ def timings(scale: Scale) -> Outcome:
     in backward. `added ms` is what one hooked layer takes more, without what follows once a step.
     """
     figures: Figures = {}
-    size = 2**28 if scale.on_gpu else 2**21
-    source = torch.ones(size, dtype=torch.bfloat16, device=scale.device)
-    target = torch.empty_like(source)
-    copied = 2 * source.nbytes / scale.seconds(lambda: target.copy_(source))
+    copied = _copying_speed(scale)
     for model, neurons in scale.widths.items():
         x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
         incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
-        plain = _Layer()
-        layer, inhibitor = hooked_layer(neurons, Settings(), scale.device)
-        try:
-            for _ in range(3):  # history, the self-test, compilation
-                one_pass(layer, inhibitor, x, incoming)
-                inhibitor.step()
-            without = scale.seconds(lambda: one_pass(plain, None, x, incoming))  # noqa: B023 (called here)
-            with_it = scale.seconds(lambda: one_pass(layer, inhibitor, x, incoming))  # noqa: B023
-        finally:
-            inhibitor.detach()
+        without = scale.seconds(partial(_gradient, Layer(), None, x, incoming))
+        with_it = _seconds_under_inhibition(scale, x, incoming)
         ideal = 5 * x.nbytes / copied
         figures[f"{model} GELU share"] = ideal / without
         figures[f"{model} L2E share"] = ideal / with_it
@@ -206,6 +213,19 @@ def timings(scale: Scale) -> Outcome:
     if scale.on_gpu:
         figures |= _other_kernels(scale, max(scale.widths.values()))
     return Outcome("timings", None, figures)
+
+
+def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> float:
+    """Return the seconds of forward and backward of an inhibited layer of [1, M, N] activations."""
+    layer = Layer()
+    inhibitor = hooked([layer], x.shape[-1], Settings(), scale.device)
+    try:
+        for _ in range(3):  # history, the self-test, compilation
+            _gradient(layer, inhibitor, x, incoming)
+            inhibitor.step()
+        return scale.seconds(partial(_gradient, layer, inhibitor, x, incoming))
+    finally:
+        inhibitor.detach()
 
 
 def _other_kernels(scale: Scale, neurons: int) -> Figures:
@@ -219,15 +239,7 @@ def _other_kernels(scale: Scale, neurons: int) -> Figures:
     try:
         for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):
             triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
-            layer, inhibitor = hooked_layer(neurons, Settings(), scale.device)
-            try:
-                for _ in range(3):
-                    one_pass(layer, inhibitor, x, incoming)
-                    inhibitor.step()
-                took = scale.seconds(lambda: one_pass(layer, inhibitor, x, incoming))  # noqa: B023 (called here)
-            finally:
-                inhibitor.detach()
-            figures[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * took
+            figures[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * _seconds_under_inhibition(scale, x, incoming)
     finally:
         triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
     return figures

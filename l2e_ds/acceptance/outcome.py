@@ -56,11 +56,12 @@ class Scale:
         return self.device.type == "cuda"
 
     @property
-    def dtypes(self) -> list[torch.dtype]:
+    def precisions(self) -> list[str]:
+        """The precisions that the device computes in; of a CPU those that every one has."""
         if not self.on_gpu:
-            return [torch.float32, torch.bfloat16]
+            return ["fp32", "bf16"]
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return [torch.float32, *([torch.bfloat16] if has_bf16 else []), torch.float16]
+        return ["fp32", *(["bf16"] if has_bf16 else []), "fp16"]
 
     def seconds(self, action: Callable[[], Any], repeats: int = 20, rounds: int = 5) -> float:
         """Return the seconds of one call: the median over rounds of many calls between two events (or clock readings).
@@ -90,7 +91,3 @@ class Scale:
 
 def _shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

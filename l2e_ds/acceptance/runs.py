@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 import sys
@@ -54,17 +53,22 @@ def _run_file(scale: Scale, name: str, **sections: dict[str, Any]) -> dict[str, 
     return content
 
 
+def _written(folder: Path, name: str, content: dict[str, Any]) -> Path:
+    """Write a run file and return its path."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return path
+
+
 def train(folder: Path, name: str, content: dict[str, Any], *overrides: str) -> list[dict[str, Any]]:
     """Train in a process of its own, in `folder / name`, and return the lines of its metrics.
 
     The texts are prepared once for all runs of a folder. Raises L2EError with what the run said, where it failed.
     """
-    run_file = folder / f"{name}.yaml"
-    run_file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    directory = folder / name
+    run_file, directory = _written(folder, name, content), folder / name
     places = [f"training.run_directory={directory}", f"data.cache={folder / 'data'}"]
     command = [sys.executable, "-m", "l2e_ds.train", str(run_file), *places, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.startswith("l2e-ds: error")] or [done.stderr[-300:]]
         raise L2EError(f"the run {name} ended with exit code {done.returncode}: {said[-1].strip()}")
@@ -160,9 +164,7 @@ def waits(scale: Scale, folder: Path) -> Outcome:
     """
     content = _run_file(scale, "70m" if scale.on_gpu else "14m")
     content["training"] |= {"global_batch": 4, "precision": "bf16" if scale.on_gpu else "fp32"}
-    run_file = folder / "waits.yaml"
-    run_file.write_text(yaml.safe_dump(content), encoding="utf-8")
-    found = counts_of(run_file)
+    found = counts_of(_written(folder, "waits", content))
     return Outcome("waits", found["synchronisations"] == 0 and found["reads"] <= 3, {**found})
 
 

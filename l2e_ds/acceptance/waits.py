@@ -51,7 +51,7 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     from l2e_ds.distributed import process_group
     from l2e_ds.distributed.launch import find_launch
     from l2e_ds.system.process import quiet_libraries
-    from l2e_ds.training.building import build_training_stack
+    from l2e_ds.training.building import build_training_stack, forward_and_backward
     from l2e_ds.training.preflight import resolve_run
 
     quiet_libraries()
@@ -59,36 +59,32 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     device = process_group.join(find_launch(), 5)
     stack = build_training_stack(plan.config, plan.ds, plan.network, device)
     accelerator: Any = get_accelerator()
-    synchronised = Counter[str]()
-    synchronise = accelerator.synchronize
+    synchronise, synchronised = accelerator.synchronize, [0]
 
     def counted(*arguments: Any) -> Any:
-        synchronised["synchronize"] += 1
+        synchronised[0] += 1
         return synchronise(*arguments)
 
     accelerator.synchronize = counted
     shape = (plan.batch.micro_batch, plan.config.data.sequence_length + 1)
+    tokens = torch.randint(plan.network.vocab_size, shape, device=device)
 
     def step() -> None:
-        for _ in range(plan.batch.accumulation):
-            tokens = torch.randint(plan.network.vocab_size, shape, device=device)
-            loss = stack.head.loss(stack.engine, tokens[:, :-1], tokens[:, 1:])
-            if stack.inhibitor is not None:
-                loss = stack.inhibitor.attach_loss(loss)
-            stack.engine.backward(loss)
+        for left in reversed(range(plan.batch.accumulation)):
+            forward_and_backward(stack.engine, stack.head, stack.inhibitor, tokens, is_last=left == 0)
             stack.engine.step()
         if stack.inhibitor is not None:
             stack.inhibitor.step(stack.engine.was_step_applied())
 
     for _ in range(4):  # the self-test, which reads a value, and compilation
         step()
-    synchronised.clear()
+    synchronised[0] = 0
     with Operations(device) as operations:
         step()
     found = {
         "operations": operations.counts.total(),
         "reads": sum(operations.counts[name] for name in READS),
-        "synchronisations": synchronised.total(),
+        "synchronisations": synchronised[0],
     }
     if device.type == "cuda":
         activities = torch.profiler.ProfilerActivity

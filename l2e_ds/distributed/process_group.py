@@ -44,7 +44,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
         os.environ.setdefault("MASTER_PORT", "29500")
     elif launch.launcher == "mpirun":  # mpi4py finds the address of rank 0, which may belong to the wrong network
         deepspeed.comm.comm.mpi_discovery(verbose=False)
-    device = _local_device(on_gpu)
+    device = _local_gpu() if on_gpu else torch.device("cpu")
     patience = timedelta(minutes=timeout_minutes + 1)  # longer than the watchdog, which can name the lost rank
     _name_gloo_interface()
     _allow_open_files()
@@ -70,7 +70,6 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     # DeepSpeed's own copy of the world group would give up when torch does by default, after 10 minutes of NCCL
     deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=patience)
     collectives.open_control_group(patience)
-    device = device or torch.device("cpu")
     if dist.get_world_size() != launch.size or dist.get_rank() != launch.rank:
         raise L2EError(
             f"launcher: {launch.launcher} said rank {launch.rank} of {launch.size},"
@@ -87,10 +86,8 @@ def _allow_open_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _local_device(on_gpu: bool) -> torch.device | None:
-    """Make this rank's GPU the current one and return it, or None without GPUs."""
-    if not on_gpu:
-        return None
+def _local_gpu() -> torch.device:
+    """Make this rank's GPU the current one and return it. Raises ConfigError where the node has too few."""
     if torch.cuda.device_count() == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
         os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ["LOCAL_RANK"])

@@ -26,6 +26,7 @@ from l2e_ds.errors import CompileError
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
 from l2e_ds.inhibition.moments import sample_count
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
+from l2e_ds.system.files import one_line
 
 # Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
 ROWS = 32
@@ -303,8 +304,7 @@ def compiling(what: str, otherwise: str = "") -> Iterator[None]:
     try:
         yield
     except (TorchDynamoException, InductorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CompileError(
-            f"{what}: torch.compile failed ({reason[:200]}); it needs a C++ compiler (CPU) or Triton and a C compiler"
-            f" (GPU){otherwise}"
+            f"{what}: torch.compile failed ({one_line(error)[:200]}); it needs a C++ compiler (CPU) or Triton and a C"
+            f" compiler (GPU){otherwise}"
         ) from error

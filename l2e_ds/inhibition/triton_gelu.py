@@ -26,6 +26,7 @@ from triton.errors import TritonError
 from l2e_ds.errors import CompileError
 from l2e_ds.inhibition.fused import FACTORS
 from l2e_ds.inhibition.losses import FrozenStatistics, Inhibition, Regulariser
+from l2e_ds.system.files import one_line
 
 # A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
 COLUMNS = 256
@@ -272,8 +273,7 @@ def _explained() -> Iterator[None]:
         # of the RuntimeErrors this one; the others are the device's, no fault of a compiler
         if isinstance(error, RuntimeError) and "C compiler" not in str(error):
             raise
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CompileError(
-            f"inhibition.fused: Triton failed ({reason[:200]}); it needs a C compiler;"
+            f"inhibition.fused: Triton failed ({one_line(error)[:200]}); it needs a C compiler;"
             " inhibition.fused: false goes without"
         ) from error

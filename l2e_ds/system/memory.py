@@ -51,7 +51,9 @@ def cgroup_room(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/f
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an allocator's exception says that a GPU or this machine has no memory left."""
+    """Return whether an allocator says that a GPU or this machine has no memory left; an error of ours is none."""
+    if isinstance(error, L2EError):
+        return False
     words = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(word in str(error) for word in words)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import zero_stage
@@ -13,6 +14,7 @@ from l2e_ds.engine.engine import build_engine
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import neuron_sites
+from l2e_ds.system.determinism import allow_deterministic_products
 from l2e_ds.training.loss import LossHead
 
 if TYPE_CHECKING:
@@ -38,8 +40,11 @@ def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig,
     """Build the network with its first weights (float32, or as ds says once it is in the engine), hooks and engine.
 
     network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Collective. Raises
-    ConfigError for layers that the network does not have, and ValueError for a schedule longer than the run.
+    ConfigError for layers that the network does not have, or a CUBLAS_WORKSPACE_CONFIG that does not go with
+    `training.deterministic`; and ValueError for a schedule longer than the run.
     """
+    if config.training.deterministic:
+        allow_deterministic_products()
     model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
     sites = neuron_sites(model, config.inhibition.layers)
     inhibitor = None
@@ -48,6 +53,18 @@ def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig,
         inhibitor.attach()  # before the engine is built, which ZeRO-3 needs
     head = LossHead(model)
     return TrainingStack(model, sites, inhibitor, head, build_engine(model, config, ds, device))
+
+
+def forward_and_backward(
+    engine: Any, head: LossHead, inhibitor: Inhibitor | None, micro_batch: Tensor, is_last: bool = False
+) -> Tensor:
+    """Take a micro-batch, [B, T+1] int64, through the network and back, and return its LM loss, [] in nats.
+
+    is_last: no other micro-batch of this step follows, as `Inhibitor.attach_loss` takes it.
+    """
+    lm_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
+    engine.backward(lm_loss if inhibitor is None else inhibitor.attach_loss(lm_loss, is_last=is_last))
+    return lm_loss
 
 
 def inhibition_settings(config: RunConfig) -> Settings:

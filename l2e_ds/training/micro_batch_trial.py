@@ -22,7 +22,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port
 from l2e_ds.errors import WorkerError
-from l2e_ds.system.determinism import allow_deterministic_products, deterministic_algorithms
+from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.system.files import one_line
 from l2e_ds.system.memory import is_out_of_memory, process_memory
 from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_signals
@@ -151,8 +151,6 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
         quiet_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)
-        if config.training.deterministic:
-            allow_deterministic_products()
         take = _build(config, ds, network, device)
         with deterministic_algorithms(config.training.deterministic):
             while True:
@@ -170,7 +168,10 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
     size that makes a whole global batch each is a step of its own; of the others both together are.
     """
-    from l2e_ds.training.building import build_training_stack  # here: after the libraries were made quiet
+    from l2e_ds.training.building import (  # here: after the libraries were made quiet
+        build_training_stack,
+        forward_and_backward,
+    )
 
     ranks = collectives.size()
     share = config.training.global_batch // ranks
@@ -192,10 +193,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
             rows = rows.to(device)
             _forget_peak(device)
             base, begin = _held(device), time.perf_counter()
-            loss = stack.head.loss(engine, rows[:, :-1], rows[:, 1:])
-            if inhibitor is not None:
-                loss = inhibitor.attach_loss(loss)
-            engine.backward(loss)
+            forward_and_backward(engine, stack.head, inhibitor, rows)
             working = _peak(device)
             seconds = min(seconds, time.perf_counter() - begin)
             _forget_peak(device)

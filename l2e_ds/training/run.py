@@ -16,9 +16,9 @@ from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import less_memory, with_micro_batch
-from l2e_ds.errors import L2EError, OutOfMemory
+from l2e_ds.errors import OutOfMemory
 from l2e_ds.run_directory.lock import RunLock
-from l2e_ds.system.files import write_whole
+from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.preflight import Plan
@@ -85,7 +85,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
             trainer.metrics.write("start", trainer.state.step, about)
             trainer.train()
     except Exception as error:
-        if isinstance(error, L2EError) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _too_little_memory(plan, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
 
@@ -95,7 +95,7 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
 
     has_fitted: whether this process has taken steps before; then a restart may help, and the exit code is 1.
     """
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    reason = one_line(error)[:200]
     advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
     if has_fitted:
         problem = f"{plan.batch.micro_batch} has fitted until now, but the memory is used up ({reason}); start again to"

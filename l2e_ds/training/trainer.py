@@ -31,9 +31,9 @@ from l2e_ds.models import counts
 from l2e_ds.models.counts import matrix_parameters
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
-from l2e_ds.system.determinism import allow_deterministic_products, deterministic_algorithms
+from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.building import build_training_stack
+from l2e_ds.training.building import build_training_stack, forward_and_backward
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
@@ -42,11 +42,12 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
-    """Return whether it is, of a run that holds text out."""
+    """Return whether a held-out evaluation is due at this step, in a run that holds text out."""
     return state.evaluated != state.step and _is_regularly_due(config.training.evaluate_every, config, state)
 
 
 def task_evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
+    """Return whether an evaluation on tasks is due at this step."""
     return state.evaluated_on_tasks != state.step and _is_regularly_due(config.evaluation.every, config, state)
 
 
@@ -91,8 +92,6 @@ class Trainer:
         self.checkpoints = checkpoints or open_checkpoints(config)
         resume_from = self.checkpoints.resume_from
 
-        if config.training.deterministic:
-            allow_deterministic_products()
         seed_everything(config.training.seed, collectives.rank())
         stack = build_training_stack(config, ds, network, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
@@ -256,11 +255,7 @@ class Trainer:
     def _forward_and_backward(self, micro_batch: Tensor, is_last: bool) -> None:
         """micro_batch: [B, T+1] int64; is_last: the engine's next step is the optimizer's."""
         heartbeat.beat()
-        loss = self.head.loss(self.engine, micro_batch[:, :-1], micro_batch[:, 1:])
-        self._interval.add_loss(loss)
-        if self.inhibitor is not None:
-            loss = self.inhibitor.attach_loss(loss, is_last=is_last)
-        self.engine.backward(loss)
+        self._interval.add_loss(forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last))
 
     def _read_step(self, step: int) -> np.ndarray:
         """Return this rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
