@@ -51,6 +51,12 @@ class WorkerError(L2EError):
     exit_code = 1
 
 
+class RendezvousError(L2EError):
+    """Rank 0 cannot listen where the others look for it. Started again, the same command may get another port."""
+
+    exit_code = 1
+
+
 class CheckpointError(L2EError):
     """A checkpoint is missing, incomplete or belongs to another run. Ranks agree before they raise it."""
 

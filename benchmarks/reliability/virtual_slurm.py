@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,7 @@ SlurmdUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CryptoType=crypto/munge
+FirstJobId={first_job}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool.%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -75,8 +77,12 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
         _start_munge(folder)
         controller, first, second = _free_ports(3)
         configuration = folder / "slurm.conf"
+        # ranks of a job meet at a port that follows from its id, and another cluster may run on this machine
+        first_job = random.randrange(1, 20_000)
         configuration.write_text(
-            CONFIGURATION.format(host=_host(), folder=folder, controller=controller, first=first, second=second)
+            CONFIGURATION.format(
+                host=_host(), folder=folder, controller=controller, first=first, second=second, first_job=first_job
+            )
         )
         environment = {**os.environ, "SLURM_CONF": str(configuration)}
         (folder / "state").mkdir()

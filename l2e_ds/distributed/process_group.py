@@ -19,14 +19,15 @@ import torch.distributed as dist
 
 from l2e_ds.distributed import collectives
 from l2e_ds.distributed.launch import Launch, first_host, free_port, rendezvous_port
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.errors import ConfigError, L2EError, RendezvousError
 
 
 def join(launch: Launch, timeout_minutes: float) -> torch.device:
     """Make the process group (nccl on GPUs, gloo on CPUs) and return this rank's device.
 
-    Raises L2EError where the group that formed has another size than the launcher said: N tasks that each
-    think they are alone would be N runs in one directory (docs/deepspeed.md, row 10).
+    Raises RendezvousError where rank 0's port is in use, ConfigError where two ranks have one GPU, and L2EError where
+    the group that formed has another size than the launcher said: N tasks that each think they are alone would be N
+    runs in one directory (docs/deepspeed.md, row 10).
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -61,12 +62,17 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
                 verbose=False,
             )
     except RuntimeError as error:
-        if "Duplicate GPU" not in str(error):
-            raise
-        raise ConfigError(
-            f"launcher: two ranks of {socket.gethostname()} have the same GPU; start as many ranks on a host as it has"
-            " GPUs, each seeing all of them or one of its own"
-        ) from error
+        if "EADDRINUSE" in str(error):
+            raise RendezvousError(
+                f"launcher: another program on {socket.gethostname()} uses port {os.environ['MASTER_PORT']}, on which"
+                " rank 0 must listen; set MASTER_PORT to a free one"
+            ) from error
+        if "Duplicate GPU" in str(error):
+            raise ConfigError(
+                f"launcher: two ranks of {socket.gethostname()} have the same GPU; start as many ranks on a host as it"
+                " has GPUs, each seeing all of them or one of its own"
+            ) from error
+        raise
     # DeepSpeed's own copy of the world group would give up when torch does by default, after 10 minutes of NCCL
     deepspeed.utils.groups._WORLD_GROUP = dist.new_group(timeout=patience)
     collectives.open_control_group(patience)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2e_ds.doctor.finding import Finding, Report, described, few, host
 from l2e_ds.doctor.host import own_version
+from l2e_ds.errors import RendezvousError
 from l2e_ds.system.provenance import installed_version
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ def why_no_all_reduce(error: Exception, launch: Launch, shown: Sequence[Finding]
     had_met = torch.distributed.is_initialized() and not (backend == "NCCL" and is_lost_contact(error))
     if any(finding.state == "missing" for finding in shown):
         fix = "first fix what is missing above"
+    elif isinstance(error, RendezvousError):
+        fix = "export MASTER_PORT=PORT   (a free one, the same for all ranks)"
     elif launch.size > 1 and not had_met and "MPI" not in str(error):  # mpi4py says itself that it lacks MPI
         address = os.environ.get("MASTER_ADDR", "rank 0's address")
         fix = f"export {backend}_SOCKET_IFNAME=INTERFACE   (the one between the hosts: ip route get {address})"

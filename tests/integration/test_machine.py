@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from l2e_ds.console import READER_IS_GONE
 from l2e_ds.supervise import supervisor
 from l2e_ds.supervise.launcher import check_hosts
 from l2e_ds.system.installed import is_installed
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, finish
 from tests.unit.report.making import write_run
 
 LONG = "x" * 300
@@ -80,6 +81,21 @@ def test_a_launcher_that_says_half(run_file, capsys, monkeypatch, environment, w
     for key, value in ({"RANK": "0"} | environment).items():
         monkeypatch.setenv(key, value)
     assert f"launcher: {words}" in error_of(capsys, "train", run_file)
+
+
+def test_a_port_that_is_in_use(run_file):
+    """Its exit code is 1: a supervisor starts the run again, and the launcher may find another port."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        port = str(other.getsockname()[1])
+        words = f"uses port {port}, on which rank 0 must listen; set MASTER_PORT to a free one"
+        codes, said = finish("-m", "l2e_ds.train", run_file, **rank, MASTER_PORT=port)
+        assert codes == [1] and words in said and "Traceback" not in said, said
+        assert said.count("l2e-ds: error:") == 1
+        codes, said = finish("-m", "l2e_ds.doctor", **rank, MASTER_PORT=port)
+        assert codes == [1] and words in said and "-> export MASTER_PORT=PORT" in said, said
 
 
 def test_a_folder_is_no_package(monkeypatch, tmp_path):
