@@ -8,6 +8,7 @@ command. The launchers (deepspeed, torchrun, mpirun, srun) start processes in th
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import runpy
@@ -169,6 +170,7 @@ def hear_all_signals() -> None:
 
 def _run(words: list[str], environment: dict[str, str], log: str, folder: str) -> None:
     hear_all_signals()
+    gc.freeze()  # DeepSpeed collects garbage for each engine: it need not look through what the server has imported
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

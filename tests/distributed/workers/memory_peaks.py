@@ -29,15 +29,18 @@ from l2e_ds.training.preflight import Plan
 from l2e_ds.training.trainer import Trainer
 
 
+LENGTH = 64
+
+
 def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     case["training"] = {"steps": 4, "evaluate_every": 0, "run_directory": str(directory), **case["training"]}
     case["checkpoint"], case["logging"] = {"every": 0}, {"progress": False}
-    case["data"] = {"source": "indexed", "path": "none", "sequence_length": 128}
+    case["data"] = {"source": "indexed", "path": "none", "sequence_length": LENGTH}
     config = run_config_from_dict(case, "case")
-    network = network_config(config.model, 128)
+    network = network_config(config.model, LENGTH)
     config, ds, batch = resolve(config, ranks)
-    tokens = np.random.default_rng(0).integers(0, network.vocab_size, 128 * 200 + 1)
-    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), 128, network.vocab_size, "x"))]
+    tokens = np.random.default_rng(0).integers(0, network.vocab_size, LENGTH * 200 + 1)
+    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), LENGTH, network.vocab_size, "x"))]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer = Trainer(config, ds, batch, network, data, device)
         for _ in range(2):
