@@ -10,7 +10,7 @@ from pydantic import AliasChoices
 
 from l2e_ds.config.reading import checked, with_absolute_paths
 from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
-from l2e_ds.engine.engine import learning_rate
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import CheckpointError
 
 # A resumed run may also become longer, where its schedule stays, and compute the same in another way.
@@ -20,6 +20,8 @@ MAY_CHANGE = (
     *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
     "training.deterministic",
 )
+SCHEDULE = ("schedule", "warmup", "decay", "schedule_steps", "final_ratio")
+"""Keys of `optimizer` that may change where the steps before the checkpoint keep their learning rates."""
 MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
 
 
@@ -71,11 +73,15 @@ class Changes:
             for key, text in self._texts.items()
             if not key.startswith(MAY_CHANGE) and not (key in MAY_MOVE and self._has_moved(key))
         }
-        length = _schedule_steps(self.old)
-        if _schedule_steps(self.new) != length:
-            key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
-            note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
-            found[key] = f"{self._texts[key]} ({note})"
+        length = schedule_of(self.old).steps
+        if self._has_other_past():
+            if schedule_of(self.new).steps != length:
+                key = "optimizer.schedule_steps" if "optimizer.schedule_steps" in self._texts else "training.steps"
+                note = "; ".join([*self._rates(), f"optimizer.schedule_steps={length} keeps the schedule"])
+                found[key] = f"{self._texts[key]} ({note})"
+        else:
+            for key in SCHEDULE:
+                found.pop(f"optimizer.{key}", None)
         before, now = (_inhibition_steps(config) for config in (self.old, self.new))
         for key in before:  # a share of the old run, and the step that it stood for
             if before[key] == now.get(key):
@@ -110,18 +116,17 @@ class Changes:
         paths = [old] if isinstance(old, str) else old or []
         return bool(paths) and all(Path(path).is_absolute() and not Path(path).exists() for path in paths)
 
+    def _has_other_past(self) -> bool:
+        """Return whether the new schedule would have given a step before the checkpoint another learning rate.
+
+        One that would not, such as an earlier decay of warmup-stable-decay, leaves the run what it was until now.
+        """
+        old, new = schedule_of(self.old), schedule_of(self.new)
+        return old != new and any(old.rate(step) != new.rate(step) for step in range(self.applied))
+
     def _rates(self) -> list[str]:
-        old, new = (_rate(config, self.applied) for config in (self.old, self.new))
+        old, new = (schedule_of(config).rate(self.applied) for config in (self.old, self.new))
         return [f"learning rate of the next step: {old:.4g} -> {new:.4g}"] if old != new else []
-
-
-def _rate(config: RunConfig, applied: int) -> float:
-    assert config.optimizer.peak_learning_rate is not None  # filled in by engine.configuration.resolve
-    return learning_rate(applied, config.optimizer.peak_learning_rate, _schedule_steps(config), config.optimizer)
-
-
-def _schedule_steps(config: RunConfig) -> int:
-    return config.optimizer.schedule_steps or config.training.steps
 
 
 def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:

@@ -272,8 +272,17 @@ class DataConfig(SourceConfig):
         ]
 
 
+def _duration(value: float) -> float:
+    if value >= 0 if isinstance(value, int) else 0 <= value < 1:
+        return value
+    raise PydanticCustomError("duration", "must be a whole number of steps, or a share of the run between 0 and 1")
+
+
+Duration = Annotated[int | float, AfterValidator(_duration)]
+
+
 class OptimizerConfig(Section):
-    """AdamW with a cosine schedule; Pythia's published values are the defaults (docs/method.md, 10)."""
+    """AdamW and its learning rate; Pythia's published values are the defaults (docs/method.md, 10)."""
 
     peak_learning_rate: float | None = Field(None, gt=0)
     """Default: the published one of `model.name`."""
@@ -285,12 +294,19 @@ class OptimizerConfig(Section):
     """0.1 in the released configuration files (0.01 in the paper's text). Not applied to biases and norms."""
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest global 2-norm of the gradient; 0 turns clipping off."""
-    warmup: float = Field(0.01, ge=0, lt=1)
-    """Share of `schedule_steps` over which the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "warmup-stable-decay", "inverse-square-root", "constant"] = "cosine"
+    """How the learning rate moves after its warm-up: down to `final_ratio` of the peak as a cosine or a straight line
+    over the whole run, or, with `warmup-stable-decay`, over its last steps only; with the inverse square root of the
+    step, reckoned from the end of the warm-up; or not at all."""
+    warmup: Duration = 0.01
+    """Steps (or share of `schedule_steps`) over which the learning rate rises linearly to its peak."""
+    decay: Duration = 0.2
+    """Steps (or share of `schedule_steps`) at the end over which `warmup-stable-decay` falls linearly. Other schedules
+    do not read it."""
     schedule_steps: int | None = Field(None, gt=0)
-    """Length of the cosine in steps. Default: `training.steps`."""
+    """Length of the schedule in steps. Default: `training.steps`."""
     final_ratio: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the end of the cosine as a share of the peak."""
+    """Learning rate at the end of the schedule as a share of the peak; of those that end."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:
@@ -352,15 +368,6 @@ class TrainingConfig(Section):
                 " minutes, seconds) or 2-12:00:00"
             )
         return seconds / 60
-
-
-def _duration(value: float) -> float:
-    if value >= 0 if isinstance(value, int) else 0 < value < 1:
-        return value
-    raise PydanticCustomError("duration", "must be a whole number of steps, or a share of the run between 0 and 1")
-
-
-Duration = Annotated[int | float, AfterValidator(_duration)]
 
 
 class InhibitionConfig(Section):
@@ -553,6 +560,23 @@ class RunConfig(Section):
         if unknown is not None:
             raise ValueError(
                 f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_within_the_run(self) -> RunConfig:
+        section, steps = self.optimizer, self.optimizer.schedule_steps or self.training.steps
+        if section.schedule in ("inverse-square-root", "constant"):  # they have no end
+            return self
+        parts = {"warmup": section.warmup}
+        if section.schedule == "warmup-stable-decay":
+            parts["decay"] = section.decay
+        taken = sum(value * steps if isinstance(value, float) else value for value in parts.values())
+        if taken > steps * (1 + 1e-6):
+            given = " and ".join(f"{key} {value:g}" for key, value in parts.items())
+            raise ValueError(
+                f"optimizer.{list(parts)[-1]}: got {given}, in all {taken:,.0f} steps, allowed: up to"
+                f" optimizer.schedule_steps, which is {steps:,}"
             )
         return self
 

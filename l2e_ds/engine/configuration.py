@@ -123,7 +123,7 @@ SHARED_VALUES: dict[tuple[str, ...], tuple[str, str]] = {
 
 # Sections that would change the training loop behind this project's back.
 REFUSED = {
-    "scheduler": "the schedule is set by optimizer.warmup, optimizer.schedule_steps and optimizer.final_ratio"
+    "scheduler": "the schedule is set by optimizer.schedule, warmup, schedule_steps and final_ratio"
     " (DeepSpeed's WarmupCosineLR gives two steps at zero and never reaches its peak)",
     "bfloat16": 'write "bf16"',
     "tensor_parallel": "tensor parallelism is not supported",

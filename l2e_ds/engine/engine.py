@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from typing import Any
 
 import torch
 from torch import nn
 
-from l2e_ds.config.sections import OptimizerConfig, RunConfig
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import zero_stage
 
 
@@ -28,7 +27,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """Return a DeepSpeedEngine with AdamW. The learning rate is set before each step by `learning_rate`."""
+    """Return a DeepSpeedEngine with AdamW. The learning rate is set before each step from the run's `Schedule`."""
     import deepspeed
 
     optimizer_config = config.optimizer
@@ -58,19 +57,6 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
 def is_plain_float32(config: RunConfig, ds: dict) -> bool:
     """Return whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
     return zero_stage(ds) == 0 and config.training.precision == "fp32"
-
-
-def learning_rate(step: int, peak: float, schedule_steps: int, config: OptimizerConfig) -> float:
-    """Return rate of the step with index `step` (0 is the first): linear warm-up, then cosine to `final_ratio`.
-
-    A pure function of the number of applied steps, so there is no schedule state to save or to lose. As in
-    Megatron and GPT-NeoX the warm-up reaches the peak at step `warmup * schedule_steps`; the first step is not zero.
-    """
-    warmup = config.warmup * schedule_steps
-    if step + 1 < warmup:
-        return peak * (step + 1) / warmup
-    progress = min(1.0, (step + 1 - warmup) / max(1.0, schedule_steps - warmup))
-    return peak * (config.final_ratio + (1 - config.final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from l2e_ds.checkpoint.changes import saved_config
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.run_directory.metrics import FILE, read_metrics
 from l2e_ds.run_directory.results import TaskResult, read_results
 from l2e_ds.system.templates import template
@@ -82,6 +84,7 @@ def model_card(of: Exported) -> str:
         method=METHODS[config["inhibition"]["method"]],
         weight=_weight(config["inhibition"]),
         schedule=_schedule(config["inhibition"]),
+        learning_rate=schedule_of(saved_config(config, of.run)),
         layers=[values for values in layers if None not in values],
         sets=_sets(of),
         start={"train_tokens": None, "versions": None} | start,

@@ -24,7 +24,8 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
-from l2e_ds.engine.engine import is_plain_float32, learning_rate, loss_scale, set_learning_rate
+from l2e_ds.engine.engine import is_plain_float32, loss_scale, set_learning_rate
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.models import counts
@@ -139,9 +140,7 @@ class Trainer:
                 self.metrics.say(f"changed since that checkpoint: {change}")
             if changes.other_inhibition():
                 self.state.guard = {}  # what was found came of other settings
-        assert config.optimizer.peak_learning_rate is not None  # filled in by engine.configuration.resolve
-        self._peak_rate = config.optimizer.peak_learning_rate
-        self._schedule_steps = config.optimizer.schedule_steps or config.training.steps
+        self._schedule = schedule_of(config)
         self._flops_per_token = counts.flops_per_token(
             matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
@@ -235,7 +234,7 @@ class Trainer:
 
         Returns whether it changed the weights (same on every rank).
         """
-        rate = learning_rate(self.state.applied, self._peak_rate, self._schedule_steps, self.config.optimizer)
+        rate = self._schedule.rate(self.state.applied)
         set_learning_rate(self.engine, rate)
         *others, last = self._next_batch()  # [B, T+1] int64 each
         for micro_batch in others:

@@ -94,6 +94,10 @@ def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
     found["tasks-fail-later"] = TrainingCase(failing, stop_after=4, before_stopping=before)
     on_tasks = zero(3, evaluation=evaluation, checkpoint={"every": 8})
     found["interrupted-tasks"] = TrainingCase(on_tasks, interruptions=TASK_INTERRUPTIONS)
+    decaying = {"schedule": "warmup-stable-decay", "warmup": 2, "decay": 5, "schedule_steps": 10}
+    found["straight-decay"] = TrainingCase({"optimizer": decaying})
+    stable = {"optimizer": decaying | {"schedule_steps": 1000}}  # a long run, from whose checkpoint another decays
+    found["resumed-decay"] = TrainingCase({"optimizer": decaying}, stop_after=4, before_stopping=stable)
     found["straight-mixture"] = TrainingCase(mixture=(3, 2, 1))
     found["resumed-mixture"] = TrainingCase(mixture=(3, 2, 1), stop_after=4)
     for name, training in (("other-weights", {}), ("other-weights-allowed", {"allow_changes": ["data.sets"]})):
@@ -223,7 +227,7 @@ def test_figures_on_two_ranks_are_those_of_evaluate_on_one(runs, tasks, tmp_path
     "name",
     in_short(
         ["1", "3", "-fp16", "-stream", "-strength"],
-        [*map(str, STAGES), "-bf16", "-fp16", "-mixture", "-stream", "-strength"],
+        [*map(str, STAGES), "-bf16", "-fp16", "-decay", "-mixture", "-stream", "-strength"],
     ),
 )
 def test_resumed_is_bit_identical(runs, metric_lines, name):

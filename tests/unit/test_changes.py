@@ -9,7 +9,7 @@ import pytest
 from l2e_ds.checkpoint.changes import Changes, saved_config
 from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import RunConfig, SetConfig
-from l2e_ds.engine.engine import learning_rate
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import CheckpointError, ConfigError
 
 RUN = {
@@ -25,7 +25,7 @@ FREE = {
     *("model.attention", "model.activation_checkpointing", "model.compile", "data.cache", "data.workers"),
     *("training.run_directory", "training.micro_batch", "training.resume", "training.allow_changes"),
     *("training.evaluate_every", "training.max_skipped_steps", "training.time_limit", "training.timeout"),
-    "training.deterministic",
+    *("training.deterministic", "optimizer.decay"),  # the schedule here does not read a decay
     *("inhibition.fused", "inhibition.guard"),
 }
 
@@ -121,7 +121,7 @@ def test_of_sets_only_what_differs_is_named():
 
 def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
     longer = config(training__steps=40)
-    old, new = (learning_rate(STEP, 1e-3, length, longer.optimizer) for length in (20, 40))
+    old, new = (schedule_of(run).rate(STEP) for run in (config(), longer))
     assert new > 5 * old
     said = f"training.steps: 20 -> 40 (learning rate of the next step: {old:.4g} -> {new:.4g}; optimizer.schedule_steps"
     assert said + "=20 keeps the schedule)" in refusal(longer)
@@ -135,6 +135,26 @@ def test_a_longer_run_keeps_its_schedule_or_says_both_rates():
         Changes(before, now, STEP).refuse(CHECKPOINT)
     assert "optimizer.schedule_steps: 20 -> 30 (" in refusal(config(optimizer__schedule_steps=30), explicit)
     assert "training.steps: 20 -> 10 (" in refusal(config(training__steps=10))
+
+
+def test_a_schedule_may_change_where_it_keeps_the_past():
+    """From any checkpoint of the stable part a run may decay, or get longer; the rates of what is done must stay."""
+    stable = {"optimizer__schedule": "warmup-stable-decay", "optimizer__warmup": 2, "optimizer__decay": 5}
+    stable["training__steps"] = 5 * STEP
+    old = config(**stable)
+    for now in (
+        config(**stable | {"optimizer__decay": 12, "training__steps": STEP + 12}),  # decays at once
+        config(**stable | {"training__steps": 1000}),
+        config(**stable | {"optimizer__schedule": "constant"}),
+        config(**stable | {"optimizer__final_ratio": 0.0}),
+    ):
+        Changes(old, now, STEP).refuse(CHECKPOINT)
+    for now, key in (
+        (config(**stable | {"optimizer__warmup": 3}), "optimizer.warmup: 2 -> 3"),
+        (config(**stable | {"optimizer__decay": 85}), "optimizer.decay: 5 -> 85"),  # it would have begun
+        (config(**stable | {"optimizer__schedule": "cosine"}), "optimizer.schedule: warmup-stable-decay -> cosine"),
+    ):
+        assert key in refusal(now, old)
 
 
 def test_a_longer_run_must_not_move_its_inhibition_unsaid():

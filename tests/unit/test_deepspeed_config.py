@@ -300,7 +300,7 @@ def test_both_precisions(tmp_path):
         ({"zero_optimization": {"stage": 7}}, ["stage", "7"]),
         ({"bf16": {"enable": True}}, ["enable"]),
         ({"fp16": {"loss_scal": 0}}, ["loss_scal"]),
-        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "remove it", "optimizer.warmup"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "remove it", "optimizer.schedule"]),
         ({"tensor_parallel": {}}, ["tensor_parallel", "not supported"]),
         ({"elasticity": {"enabled": True}}, ["lasticity"]),
     ],

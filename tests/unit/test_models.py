@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import pairwise
 
 import pytest
 import torch
 
 from l2e_ds.checkpoint.manager import is_due
-from l2e_ds.config.sections import ModelConfig, OptimizerConfig
-from l2e_ds.engine.engine import learning_rate, parameter_groups
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.engine.engine import parameter_groups
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.network import build_network
@@ -255,44 +254,7 @@ def test_sites_see_the_activations():
         torch.testing.assert_close(z.double(), 0.5 * x * (1 + torch.erf(x / math.sqrt(2))), rtol=1e-4, atol=1e-6)
 
 
-# --- schedule, groups, checkpoints -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("steps", "warmup"), [(1000, 0.01), (14_300, 0.01), (400, 0.25), (100, 0.07), (3, 0.5), (150, 0.01)]
-)
-@pytest.mark.parametrize("final_ratio", [0.1, 0.0, 1.0])
-def test_learning_rate(steps, warmup, final_ratio):
-    """It is not zero at first, rises linearly to the peak, and falls as a cosine to exactly `final_ratio`."""
-    config = OptimizerConfig(warmup=warmup, final_ratio=final_ratio)
-    peak, w = 6e-4, warmup * steps
-    rates = [learning_rate(step, peak, steps, config) for step in range(steps)]
-    assert rates[0] > 0
-    assert max(rates) <= peak * (1 + 1e-12)
-    rising = math.ceil(w - 1e-9)
-    for step, rate in enumerate(rates):
-        if step + 1 < rising:
-            assert rate == pytest.approx(peak * (step + 1) / w, rel=1e-9)
-        elif step + 1 > rising:
-            cosine = 0.5 * (1 + math.cos(math.pi * (step + 1 - w) / (steps - w)))
-            assert rate == pytest.approx(peak * (final_ratio + (1 - final_ratio) * cosine), rel=1e-9, abs=1e-15)
-    if abs(w - round(w)) < 1e-9:
-        assert rates[round(w) - 1] == pytest.approx(peak, rel=1e-12)
-    assert all(a <= b for a, b in pairwise(rates[: max(1, rising - 1)]))
-    assert all(a >= b - 1e-15 for a, b in pairwise(rates[rising:]))
-    assert rates[-1] == pytest.approx(peak * final_ratio, rel=1e-12, abs=1e-15)
-    assert learning_rate(steps + 50, peak, steps, config) == pytest.approx(peak * final_ratio, rel=1e-12, abs=1e-15)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 10, 50])
-def test_learning_rate_of_short_runs_and_no_warmup(steps):
-    """No warm-up, or less than a step of it: finite, positive, never above the peak, falling."""
-    for warmup in (0.0, 0.01, 0.9):
-        config = OptimizerConfig(warmup=warmup)
-        rates = [learning_rate(step, 1.0, steps, config) for step in range(steps)]
-        assert all(0 < rate <= 1 + 1e-12 for rate in rates)
-        if warmup * steps < 1:
-            assert all(a >= b for a, b in pairwise(rates))
+# --- groups, checkpoints -------------------------------------------------------------------------------
 
 
 def test_parameter_groups():

@@ -28,7 +28,6 @@ from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.preflight import Plan
 from l2e_ds.training.trainer import Trainer
 
-
 LENGTH = 64
 
 
