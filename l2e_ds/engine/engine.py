@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import zero_stage
+from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import one_line
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -27,7 +31,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """Return a DeepSpeedEngine with AdamW. The learning rate is set before each step from the run's `Schedule`."""
+    """Return a DeepSpeedEngine with AdamW, or with the optimizer that the JSON names.
+
+    The learning rate is set before each step from the run's `Schedule`. Raises ConfigError where DeepSpeed does not
+    take the JSON's optimizer.
+    """
     import deepspeed
 
     optimizer_config = config.optimizer
@@ -47,10 +55,16 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
         ds = ds | {"zero_force_ds_cpu_optimizer": False}
     if is_plain_float32(config, ds):
         ds = ds | {"gradient_clipping": 0.0}  # the trainer clips, measures and skips
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
-        )
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
+            )
+    except (ValueError, AssertionError) as error:  # by both it says what a JSON must not have
+        if optimizer is not None:
+            raise
+        problem = f"DeepSpeed builds no engine with optimizer.type {ds['optimizer']['type']}: {one_line(error)}"
+        raise ConfigError(problem, where=f"deepspeed.config: {Path(config.deepspeed.config).name}") from error
     return engine
 
 
@@ -59,9 +73,18 @@ def is_plain_float32(config: RunConfig, ds: dict) -> bool:
     return zero_stage(ds) == 0 and config.training.precision == "fp32"
 
 
-def set_learning_rate(engine: Any, rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+def group_rates(engine: Any) -> list[float]:
+    """Return the learning rate of each parameter group, as DeepSpeed has built them.
+
+    Muon and muP give their groups different ones, which the schedule must keep in proportion.
+    """
+    return [group["lr"] for group in engine.optimizer.param_groups]
+
+
+def set_learning_rate(engine: Any, rate: float, shares: Sequence[float]) -> None:
+    """Set the learning rate of the next step; shares: what each parameter group takes of it, in the order of groups."""
+    for group, share in zip(engine.optimizer.param_groups, shares, strict=True):
+        group["lr"] = rate * share
 
 
 def hyper_parameters(engine: Any) -> list[dict[str, Any]]:

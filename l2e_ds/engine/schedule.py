@@ -22,13 +22,18 @@ class Schedule:
     warmup: float
     decay: float
 
+    @property
+    def peak(self) -> float:
+        """The highest learning rate."""
+        assert self.optimizer.peak_learning_rate is not None  # filled in by engine.configuration.resolve
+        return self.optimizer.peak_learning_rate
+
     def rate(self, step: int) -> float:
         """Return the learning rate of the step with this index; the first step has index 0, and a rate above 0.
 
         As in Megatron and GPT-NeoX the warm-up reaches the peak with its last step.
         """
-        peak, lowest = self.optimizer.peak_learning_rate, self.optimizer.final_ratio
-        assert peak is not None  # filled in by engine.configuration.resolve
+        peak, lowest = self.peak, self.optimizer.final_ratio
         done = step + 1
         if done < self.warmup:
             return peak * done / self.warmup
@@ -55,7 +60,7 @@ class Schedule:
             "warmup-stable-decay": f"constant, linear to {lowest:g} of it in the last {self.decay:,.0f} of {end} steps",
             "constant": "constant",
         }[self.optimizer.schedule]
-        return f"peak {self.optimizer.peak_learning_rate:g} after {self.warmup:,.0f} steps of warm-up, then {after}"
+        return f"peak {self.peak:g} after {self.warmup:,.0f} steps of warm-up, then {after}"
 
 
 def schedule_of(config: RunConfig) -> Schedule:

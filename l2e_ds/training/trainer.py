@@ -24,7 +24,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
-from l2e_ds.engine.engine import is_plain_float32, loss_scale, set_learning_rate
+from l2e_ds.engine.engine import group_rates, is_plain_float32, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import NeuronSite
@@ -96,6 +96,8 @@ class Trainer:
         seed_everything(config.training.seed, collectives.rank())
         stack = build_training_stack(config, ds, network, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
+        self._schedule = schedule_of(config)
+        self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
         self.plain_float32 = is_plain_float32(config, ds)
         self.is_guarded = self._is_inhibited() and config.inhibition.guard != "off" and bool(self.held_out)
         self.comparison: list[NeuronSite] = []
@@ -140,7 +142,6 @@ class Trainer:
                 self.metrics.say(f"changed since that checkpoint: {change}")
             if changes.other_inhibition():
                 self.state.guard = {}  # what was found came of other settings
-        self._schedule = schedule_of(config)
         self._flops_per_token = counts.flops_per_token(
             matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
@@ -235,7 +236,7 @@ class Trainer:
         Returns whether it changed the weights (same on every rank).
         """
         rate = self._schedule.rate(self.state.applied)
-        set_learning_rate(self.engine, rate)
+        set_learning_rate(self.engine, rate, self._rate_shares)
         *others, last = self._next_batch()  # [B, T+1] int64 each
         for micro_batch in others:
             self._forward_and_backward(micro_batch, is_last=False)

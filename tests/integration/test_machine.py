@@ -83,6 +83,16 @@ def test_a_launcher_that_says_half(run_file, capsys, monkeypatch, environment, w
     assert f"launcher: {words}" in error_of(capsys, "train", run_file)
 
 
+def test_an_optimizer_that_deepspeed_does_not_take(run_file, tmp_path):
+    path = tmp_path / "sgd.json"
+    path.write_text(json.dumps({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}))
+    codes, said = finish("-m", "l2e_ds.train", run_file, f"deepspeed.config={path}")
+    assert codes == [2] and "Traceback" not in said, said
+    (line,) = [line for line in said.splitlines() if "error" in line]
+    problem = "deepspeed.config: sgd.json: DeepSpeed builds no engine with optimizer.type SGD: "
+    assert line.startswith(f"l2e-ds: error: {problem}") and "untested ZeRO Optimizer" in line
+
+
 def test_a_port_that_is_in_use(run_file):
     """Its exit code is 1: a supervisor starts the run again, and the launcher may find another port."""
     with socket.socket() as other:

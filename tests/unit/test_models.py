@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from l2e_ds.checkpoint.manager import is_due
 from l2e_ds.config.sections import ModelConfig
-from l2e_ds.engine.engine import parameter_groups
+from l2e_ds.engine.engine import group_rates, parameter_groups, set_learning_rate
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.network import build_network
@@ -255,6 +256,16 @@ def test_sites_see_the_activations():
 
 
 # --- groups, checkpoints -------------------------------------------------------------------------------
+
+
+def test_groups_keep_their_proportions_of_the_rate():
+    """DeepSpeed's Muon has a rate of its own for matrices, e.g. 20 times Adam's."""
+    groups = [{"lr": 2e-2}, {"lr": 1e-3}]
+    engine = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    shares = [rate / 1e-3 for rate in group_rates(engine)]
+    for rate in (5e-4, 1e-3):
+        set_learning_rate(engine, rate, shares)
+        assert group_rates(engine) == pytest.approx([20 * rate, rate])
 
 
 def test_parameter_groups():
