@@ -66,6 +66,17 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def duration(seconds: float) -> str:
+    """Return a time in the two largest of its units: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 120:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table, the first column aligned to the left, the others to the right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]

@@ -216,9 +216,9 @@ class Runner:
             self.seconds.append(seconds)
         left = len(self.waiting) + len(self.running)
         done = self.total - left - len(self.failed) - len(self.stopped)
-        text = f"{job.name}: done in {_duration(seconds)}; {done} of {self.total} runs"
+        text = f"{job.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
         if left and self.seconds:
-            text += f", about {_duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
+            text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
         say(text)
 
     def _free_place(self, job: Job) -> None:
@@ -238,10 +238,6 @@ class Runner:
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("l2e-ds: error: ")]
         said = errors[-1] if errors else f"exit code {code}"
         return f"{said} (log: {self._log(job)})"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def say(line: str) -> None:

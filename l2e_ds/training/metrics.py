@@ -11,13 +11,14 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.console import say
+from l2e_ds.console import duration, say
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.metrics import FILE, drop_lines_after
 from l2e_ds.training.monitors import Monitors
@@ -32,6 +33,7 @@ class MetricsWriter:
         self.path = run_directory / FILE
         self.bar: tqdm | None = None
         self.plain = False
+        self._clock: tuple[float, int] | None = None  # seconds and step from which the time left is reckoned
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
@@ -76,18 +78,30 @@ class MetricsWriter:
             self._writable = True
 
     def show(self, step: int, values: dict[str, Any], steps: int) -> None:
-        """Progress: on a terminal a bar, else a line, so that log files stay readable."""
+        """Show the metrics of an interval that ended with this step: on a terminal beside a progress bar, else as a
+        line, so that log files stay readable.
+
+        The time left is reckoned from all steps since the first interval, with evaluations and checkpoints.
+        """
+        norm = values["gradient_norm"]
         shown = {
             "loss": f"{values['lm_loss']:.3f}",
             **({"share": f"{values['observed_share']:.2%}"} if "observed_share" in values else {}),
+            "lr": f"{values['learning_rate']:.2e}",
+            **({"grad": f"{norm:.3g}"} if norm is not None else {}),
             "tok/s": f"{values['tokens_per_second']:,.0f}",
+            **({"mfu": f"{values['mfu']:.0%}"} if "mfu" in values else {}),
         }
         if self.bar is not None:
             self.bar.set_postfix(shown)
         elif self.plain and self.main:
-            minutes = (steps - step) * values["step_seconds"] / 60
+            now, seconds = time.perf_counter(), values["step_seconds"]
+            if self._clock is None:
+                self._clock = now, step  # the first interval has what is done once: compiling, reading ahead
+            elif step > self._clock[1]:
+                seconds = (now - self._clock[0]) / (step - self._clock[1])
             text = "  ".join(f"{key} {value}" for key, value in shown.items())
-            self.say(f"step {step}/{steps}  {text}  {minutes:.1f} min left")
+            self.say(f"step {step}/{steps}  {text}  {duration((steps - step) * seconds)} left")
 
     def advance(self) -> None:
         """One step further on the progress bar."""

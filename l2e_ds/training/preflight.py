@@ -13,8 +13,10 @@ from typing import Any
 from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
+from l2e_ds.console import aligned
 from l2e_ds.data import check_sets
-from l2e_ds.engine.configuration import check_device, resolve
+from l2e_ds.engine.configuration import check_device, resolve, zero_stage
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.evaluation import check_installed
 from l2e_ds.models.counts import parameter_counts
@@ -139,6 +141,21 @@ def _check_extensions(ds: dict) -> None:
 
 def describe(plan: Plan) -> str:
     """Return what `--dry-run` prints."""
+    return "\n".join(
+        [
+            "# resolved configuration",
+            plan.config.dump().rstrip(),
+            "",
+            "# DeepSpeed configuration",
+            json.dumps(plan.ds),
+            "",
+            aligned(what_it_is(plan)),
+        ]
+    )
+
+
+def what_it_is(plan: Plan) -> list[tuple[str, str]]:
+    """Return label and value of what a reader wants to know of a run before it begins."""
     config, network = plan.config, plan.network
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
@@ -148,25 +165,26 @@ def describe(plan: Plan) -> str:
     method = config.inhibition.method
     total_weight = sum(weight for _, weight, _ in config.data.parts())
     mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in config.data.parts() if name)
-    what = "no inhibition; observed at evaluation" if method == "none" else f"{retrieval} + {mechanism}"
-    return "\n".join(
-        [
-            "# resolved configuration",
-            config.dump().rstrip(),
-            "",
-            "# DeepSpeed configuration",
-            json.dumps(plan.ds),
-            "",
-            f"batch       {batch}",
-            f"run         {config.training.steps:,} steps, {tokens:,} tokens",
-            *([f"mixture     {mixture}"] if mixture else []),
-            f"parameters  {total:,} ({rest:,} without embeddings)",
-            f"precision   {config.training.precision}",
-            f"method      {method} ({what})",
-            f"layers      {', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}",
-            f"neurons     {len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}",
-        ]
-    )
+    if method == "none":
+        what = "none (no inhibition; observed at evaluation)"
+    else:
+        start = config.inhibition.in_steps("start", config.training.steps)
+        what = f"{method} ({retrieval} + {mechanism}) from step {start:,}"
+    if config.inhibition.strength is not None:
+        what += f", {config.inhibition.loss} loss at strength {config.inhibition.strength:g}"
+    size = f"{network.num_hidden_layers} layers x {network.hidden_size}"
+    return [
+        ("model", f"{config.model.pretrained or config.model.name}: {size}"),
+        ("parameters", f"{total:,} ({rest:,} without embeddings)"),
+        *([("mixture", mixture)] if mixture else []),
+        ("batch", batch),
+        ("run", f"{config.training.steps:,} steps, {tokens:,} tokens"),
+        ("rate", str(schedule_of(config))),
+        ("precision", f"{config.training.precision}, ZeRO {zero_stage(plan.ds)}"),
+        ("method", what),
+        ("layers", f"{', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}"),
+        ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
+    ]
 
 
 def _unfound_batch(plan: Plan) -> str:

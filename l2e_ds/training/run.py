@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
-from l2e_ds.console import say
+from l2e_ds.console import aligned, say
 from l2e_ds.data import PreparedData, prepare_sets
 from l2e_ds.data.tokenizer import take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat, process_group
@@ -21,7 +22,7 @@ from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
-from l2e_ds.training.preflight import Plan
+from l2e_ds.training.preflight import Plan, what_it_is
 from l2e_ds.training.records import freeze, record_circumstances
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
@@ -83,11 +84,36 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)
+            if collectives.is_main():
+                _say_what_begins(plan, about, trainer)
             trainer.train()
+        if collectives.is_main():
+            _say_what_is_next(directory)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         raise _too_little_memory(plan, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
+
+
+def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> None:
+    """Print what a log is looked at for: the run, where it runs, and what is left of it. about: of its start line."""
+    held_out = f", {about['held_out_tokens']:,} held out" if about["held_out_tokens"] else ", none held out"
+    data = f"{about['train_tokens']:,} tokens{held_out}" if about["train_tokens"] else f"a stream{held_out}"
+    left = plan.config.training.steps - trainer.state.step
+    rows = [
+        *what_it_is(plan),
+        ("data", f"{data}; sequences of {plan.config.data.sequence_length:,}"),
+        ("ranks", f"{about['ranks']} ({about['launcher']}), hosts {about['hosts']}, device {about['device']}"),
+        ("directory", plan.config.training.run_directory),
+        ("left", f"{left:,} steps, {left * plan.batch.tokens_per_step:,} tokens"),
+    ]
+    for line in aligned(rows).splitlines():
+        trainer.metrics.say(line.rstrip())
+
+
+def _say_what_is_next(directory: Path) -> None:
+    name = shlex.quote(str(directory))
+    say(f"the run is complete; what it gave: l2e-ds summary {name}   (or: report, evaluate, analyze, export)")
 
 
 def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
