@@ -21,6 +21,12 @@ def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
 
 def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
     """Return the number of all parameters, and of those outside the token embedding and the output matrix."""
+    if network.model_type == "gpt_neox" and network.attention_bias:
+        # what the network below would give, without the seconds that it takes to import
+        hidden, inner = network.hidden_size, network.intermediate_size
+        attention, mlp, norms = 4 * hidden * (hidden + 1), hidden * (2 * inner + 1) + inner, 4 * hidden
+        rest = network.num_hidden_layers * (attention + mlp + norms) + 2 * hidden
+        return rest + (1 if network.tie_word_embeddings else 2) * network.vocab_size * hidden, rest
     model = unbuilt(network)
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = sum(p.numel() for p in model.parameters())
