@@ -60,7 +60,7 @@ def test_code_of_the_page_runs(capsys):
         ({"power": 3}, "Settings.power: got 3, allowed: 0 or 1 or 2"),
         ({"start": 1.5}, "Settings.start: got 1.5, allowed: whole steps, or a share between 0 and 1"),
         ({"decay": -1}, "Settings.decay: got -1, allowed: whole steps, or a share between 0 and 1"),
-        ({"end": 0}, "Settings.end: got 0, allowed: whole steps, or a share between 0 and 1"),
+        ({"end": 0}, "Settings.end: got 0, allowed: 1 step or more, a share between 0 and 1, or None"),
         ({"statistics_window": "50"}, "Settings.statistics_window: got '50', allowed: 1 step or more, or None"),
         ({"fused": "auto"}, "Settings.fused: got 'auto', allowed: True, False or None"),
         ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
