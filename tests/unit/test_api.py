@@ -95,7 +95,7 @@ def test_the_device_is_the_models():
     layer = Layer()
     for attribute, kind in (("act", "activation"), ("down", "projection")):
         elsewhere = Inhibitor([NeuronSite(3, layer, attribute, kind, 8)], device="meta")
-        with elsewhere, pytest.raises(ValueError, match="is on meta, the activations of layer 3 on cpu"):
+        with elsewhere, pytest.raises(ValueError, match="is on meta, but the activations of layer 3 are on cpu"):
             layer(torch.randn(2, 5, 4))
 
 
@@ -122,7 +122,7 @@ def test_a_wrong_number_of_neurons(attribute, kind, neurons):
     function = "gelu" if kind == "activation" else None
     inhibitor = Inhibitor([NeuronSite(3, layer, attribute, kind, neurons, function)])
     for inhibitor.steps in (0, 1):  # the second as after load_state_dict, when a GELU may be computed within the hook
-        words = rf"^Inhibitor: NeuronSite\.neurons of layer 3 is {neurons}, found are 8$"
+        words = rf"^Inhibitor: NeuronSite\.neurons of layer 3 is {neurons}, but there are 8$"
         with inhibitor, pytest.raises(ValueError, match=words):
             layer(torch.randn(2, 5, 4))
 
