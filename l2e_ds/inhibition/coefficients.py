@@ -114,8 +114,7 @@ class Coefficients:
         self.squares.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the averages, [L, 2], and squares and lambda of the newest step, [L, 2] and [L]: float64 on the
-        device."""
+        """Return the averages, [L, 2], and of the newest step squares, [L, 2], and lambda, [L]; on the device."""
         self._wait()
         return {"averages": self._averages, "newest": self._newest, "newest_coefficient": self._newest_values}
 

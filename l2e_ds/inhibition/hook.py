@@ -1,6 +1,6 @@
 """Hook one layer: see its activations, sum statistics, select and inhibit.
 
-Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
+Shapes: B sequences per micro-batch, T tokens per sequence, M = B * T, N neurons of a layer.
 """
 
 from __future__ import annotations
@@ -268,8 +268,10 @@ class Way(ABC):
 
     @abstractmethod
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return the gradient of x including the inhibition loss's, [M, N] in incoming's dtype, and
-        `Inhibition.measured` of both gradients."""
+        """Return the gradient of x including the inhibition loss's, and `Inhibition.measured` of both gradients.
+
+        The gradient is [M, N] in the dtype of incoming.
+        """
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
         """Return the largest absolute value that `backward` adds, []."""
@@ -340,8 +342,7 @@ class Plain(Way):
         return selected if hook.weight is None else selected & (hook.weight > 0)
 
     def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return what is selected, [M, N] bool, and the gradient of the inhibition loss before strength, [M, N]
-        float32."""
+        """Return what is selected, [M, N] bool, and the inhibition loss's gradient before strength, [M, N] float32."""
         selected = self.select(losses.score(z, self.hook.frozen_now))
         statistics, regulariser = inhibition.statistics, inhibition.regulariser
         return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)

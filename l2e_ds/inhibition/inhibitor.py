@@ -1,4 +1,4 @@
-"""Put the method into any PyTorch training loop:
+"""Put the method into any PyTorch training loop.
 
     inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
     with inhibitor:                                    # attaches hooks, and removes them, also after an exception
@@ -6,11 +6,12 @@
             loss = inhibitor.attach_loss(language_model_loss(model(batch)))
             loss.backward()                            # or engine.backward(loss)
             optimizer.step()
+            optimizer.zero_grad()
             inhibitor.step()                           # one packed all-reduce; moments and tau move
 
 docs/python-api.md explains this and has whole programs.
 
-Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
+Shapes: B sequences per micro-batch, T tokens per sequence, M = B * T, N neurons of a layer, L hooked layers.
 Running statistics and tau are the same on every rank, constant within an optimizer step, and move only in `step`.
 """
 
@@ -188,10 +189,10 @@ class Inhibitor:
             )
 
     def _begin_projection(self, weight: Tensor | float) -> Callable[[], list[Correction]]:
-        """Begin to add up over the ranks what the projection of this micro-batch needs, and return a function that
-        waits and returns each layer's correction. Collective.
+        """Begin to reduce what the projection of this micro-batch needs over the ranks. Collective.
 
-        A rank's tokens weigh what they weigh in the gradient: `weight` over their number.
+        Returns a function that waits for it and returns each layer's correction. A rank's tokens weigh what they weigh
+        in the gradient: `weight` over their number.
         """
         sums = torch.cat([hook.projection_sums for hook in self.hooks]) * weight
         wait = begin_all_reduce_sum(sums, self.group)

@@ -141,8 +141,10 @@ class Inhibition:
 
 
 def running_correction(statistics: FrozenStatistics, regulariser: Regulariser) -> Correction:
-    """Return the correction of a loss that is not projected: a pull of 2 rate / S^2, which undoes the shrinking, for
-    the scale-invariant loss, and nothing for the published one."""
+    """Return the correction of a loss that is not projected.
+
+    For the scale-invariant loss it is a pull of 2 rate / S^2, which undoes the shrinking, for the published one 0.
+    """
     nothing = torch.zeros_like(statistics.rate)
     is_corrected = regulariser.loss == "scale-invariant"
     return Correction(nothing, 2 * statistics.rate * statistics.inverse_variance if is_corrected else nothing)

@@ -85,8 +85,10 @@ def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tupl
 
 
 def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return what `shifted_sums` does, for any shift: in two passes, around the samples' own mean, moved to the shift
-    in float64."""
+    """Return what `shifted_sums` does, for any shift, in two passes.
+
+    The sums are taken around the samples' own mean and moved to the shift in float64.
+    """
     z = z.float()
     count = sample_count(z, weight)
     weighted = z if weight is None else z * weight

@@ -16,8 +16,10 @@ TAU_RANGE = (1e-4, 1e6)  # keeps tau finite where the target cannot be met, as w
 
 
 def initial_threshold(target_share: float) -> float:
-    """Return tau for normally distributed activations: the 1 - target_share quantile of chi-squared with one degree of
-    freedom."""
+    """Return tau for normally distributed activations.
+
+    It is the quantile at 1 - target_share of the chi-squared distribution with one degree of freedom.
+    """
     return 2 * float(torch.special.erfinv(torch.tensor(1 - target_share, dtype=torch.float64))) ** 2
 
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.system.files import write_whole
+from l2e_ds.system.files import one_line, write_whole
 
 WANDB_ID = "wandb-id"
 Write = Callable[[int, Mapping[str, float]], None]
@@ -54,8 +54,7 @@ class Monitors:
             yield
         except Exception as error:
             self._writes.pop(name, None)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._say(f"l2e-ds: warning: logging.{name}: {reason}; the run continues without it")
+            self._say(f"l2e-ds: warning: logging.{name}: {one_line(error)}; the run continues without it")
 
 
 @contextmanager

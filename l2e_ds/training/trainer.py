@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -89,9 +88,8 @@ class Trainer:
         tasks: of `load_task_evaluation`. checkpoints: of `open_checkpoints` (default: it is called). Raises
         CheckpointError, and what `build_training_stack` raises.
         """
-        self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
+        self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
         self.held_out = [part for part in data if part.held_out is not None]
-        self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
         self.skipped_in_row = 0
         self.saved_step: int | None = None
@@ -402,8 +400,7 @@ class Trainer:
 
     @contextmanager
     def _allowing_failure(self, must_succeed: bool) -> Iterator[None]:
-        """Raise SaveError if it must not happen, or else if `checkpoint.on_error` is `stop`; otherwise print a
-        warning."""
+        """Raise SaveError if saving must succeed or `checkpoint.on_error` is `stop`, and otherwise print a warning."""
         try:
             yield
         except SaveError as error:
