@@ -30,17 +30,17 @@ WORTH_COMPILING = 2**20
 
 
 class Owner(Protocol):
-    """What a hook uses of the `Inhibitor` that it belongs to, where each of them is described."""
+    """What a hook uses of the `Inhibitor` that it belongs to."""
 
     settings: Settings
     group: Any
-    fade: float
+    fade: float  # of `fade_factor`
     coefficients: Coefficients
-    in_backward: bool
-    has_history: bool
-    is_inhibiting: bool
-    is_measuring: bool
-    is_projecting: bool
+    in_backward: bool  # whether the backward pass of an attached loss is running
+    has_history: bool  # whether a step has been applied before
+    is_inhibiting: bool  # whether this step's activations or gradients are changed
+    is_measuring: bool  # whether this step's gradients are measured: while inhibiting, and some steps before
+    is_projecting: bool  # whether this step's micro-batches need a projection
     self_test_pending: bool
 
     def token_weight(self, z: Tensor) -> Tensor | None: ...
@@ -68,9 +68,13 @@ class NeuronHook:
     HEADER = 3  # tokens, inhibition loss (sum over the selected), score (sum over the selected)
 
     def __init__(self, owner: Owner, index: int, site: NeuronSite, sums: Tensor) -> None:
+        """Begin without history.
+
+        index: the hook's place among the owner's. sums: [HEADER + 3 N] float64, its part of the packed buffer.
+        """
         self.owner, self.index, self.site, self.settings = owner, index, site, owner.settings
         self.regulariser = owner.settings.regulariser
-        self.sums = sums  # [HEADER + 3 N] float64, a view of the packed buffer: header; d, d^2, selected per neuron
+        self.sums = sums  # of this step: header, and for each neuron d, d^2 and selected
         self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
         self.calls = Calls()
         self.largest_gradient = torch.zeros((), device=sums.device)
