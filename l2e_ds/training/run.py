@@ -126,7 +126,7 @@ def _locked(directory: Path) -> Iterator[RunLock]:
 def _main_first(action: Callable[[], Any]) -> Any:
     """Run `action` on rank 0 and then on the others, which find its result on disk, and return its result. Collective.
 
-    An error of any rank is raised on all.
+    An L2EError of any rank is raised on all.
     """
     result = collectives.main_works(action, preemption.stop_if_asked)
     return collectives.all_work(lambda: result if collectives.is_main() else action())

@@ -415,7 +415,7 @@ class Trainer:
     def log(self) -> None:
         """Write the metrics of `kind: train`, and begin a new interval. Collective.
 
-        Only here the sums of the steps are read back from the device.
+        Only here are the sums of the steps read back from the device.
         """
         layers = [hook.site.layer for hook in self.inhibitor.hooks] if self.inhibitor is not None else []
         values = self._interval.values(layers)
