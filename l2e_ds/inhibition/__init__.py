@@ -1,4 +1,4 @@
-"""The method, on its own: nothing here knows of DeepSpeed, transformers or run files."""
+"""Inhibit monosemantic neurons in any PyTorch loop; nothing here knows of DeepSpeed, transformers or run files."""
 
 from l2e_ds.inhibition.inhibitor import Inhibitor
 from l2e_ds.inhibition.settings import NeuronSite, Settings

@@ -1,15 +1,15 @@
-"""lambda, the weight of the inhibition loss, of each hooked layer and step.
+"""Compute lambda, the weight of the inhibition loss, for each hooked layer and step (docs/method.md, 5.3).
 
-Either `coefficient`, the same for all, or relative (`strength`), for each layer (docs/method.md, 5.3):
+It is either the same for all layers (`coefficient`), or relative to the LM loss and different for each (`strength`):
 
-    lambda = strength * RMS(gradient of the LM loss) / RMS(gradient of the inhibition loss), both at the selected
+    lambda = strength * RMS(gradient of the LM loss) / RMS(gradient of the inhibition loss)
 
-the ratio of each step from sums over the selected activations of all tokens, averaged (its logarithm) over some WINDOW
-steps. Backward makes the sums of a step, they are reduced over the ranks while the next step computes, and count from
-the step after that. Both are multiplied by the schedule. Within a step lambda is constant, and it is the same on every
-rank.
+Both root mean squares are taken at the selected activations of all tokens, and the logarithm of their ratio is averaged
+over about WINDOW steps. Backward makes the sums of a step, they are reduced over the ranks while the next step
+computes, and they take effect in the step after that. Either kind of lambda is multiplied by the schedule. Within a
+step lambda is constant and the same on every rank.
 
-Shapes: L hooked layers. Sums are float64 on the device; nothing here waits for it.
+Shapes: L hooked layers. Sums are float64 on the device, and nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -24,42 +24,50 @@ from torch import Tensor
 from l2e_ds.distributed.collectives import begin_all_reduce_sum
 from l2e_ds.inhibition.settings import Settings
 
-WINDOW = 20  # steps after which an old step's ratio weighs 1/e
+WINDOW = 20  # steps after which a step's ratio weighs 1/e of what it did
 FADE = math.exp(-1 / WINDOW)
 
 
 class Coefficients:
-    """lambda of each hooked layer, and the strength that it amounts to.
+    """Holds lambda of each hooked layer, and measures the strength that it amounts to.
 
-    squares: [L, 2], sums of this rank and step over the selected activations: squares of the gradient of the LM loss's
-    sum over tokens, and of the inhibition loss's before it is divided by n. Hooks add to them in backward.
+    squares: [L, 2] float64, this rank's sums of a step over the selected activations, to which the hooks add in
+    backward. The first is of the squared gradient of the LM loss summed over tokens, the second of the squared gradient
+    of the inhibition loss before its division by n.
     """
 
     def __init__(
         self, settings: Settings, neurons: Sequence[int], device: torch.device | str, group: Any = None
     ) -> None:
-        """settings: `in_steps`; neurons: N of each layer."""
+        """Begin without any history.
+
+        settings: after `Settings.in_steps`; neurons: N of each layer; group: the process group of the all-reduces
+        (default: all ranks).
+        """
         self._settings, self._group = settings, group
         self._strength = settings.relative_strength if settings.is_regularising else None
         self._fixed = (settings.coefficient or 0.0) if settings.mechanism == "regulariser" else 0.0
         # the inhibition loss is divided by share * tokens * N
         self._expected = settings.target_share * torch.tensor(neurons, dtype=torch.float64, device=device)
         self.squares = torch.zeros(len(neurons), 2, dtype=torch.float64, device=device)
-        self._averages = torch.zeros_like(self.squares)  # faded sums: of the logarithm of the ratio, and of steps
-        # squares of the newest applied step, over all ranks once `_wait` was called
+        self._averages = torch.zeros_like(self.squares)  # faded sums of the logarithm of the ratio, and of 1 per step
+        # squares of the newest applied step, summed over all ranks once `_wait` has been called
         self._newest = torch.zeros_like(self.squares)
         self._arrive: Callable[[], None] | None = None
         self._newest_values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
         self.values = torch.zeros(len(neurons), dtype=torch.float64, device=device)
-        """lambda of the coming step, [L] float64."""
+        """Lambda of the coming step, [L] float64."""
         self.is_measuring = self.is_inhibiting = False
         self.decide(0)
 
     def decide(self, steps: int) -> None:
-        """Set lambda of the step that comes after `steps` applied ones. Nothing is selected before there are any."""
+        """Set lambda and both flags for the step that comes after `steps` applied ones.
+
+        A regulariser does nothing in the first step: nothing is selected without history.
+        """
         settings = self._settings
         share = settings.schedule(steps)
-        # flags, because a compiled layer is compiled anew for every value of a number that it looks at
+        # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
         if settings.mechanism == "regulariser":
             is_on = steps > 0 and settings.is_regularising
             is_before = settings.start - 3 * WINDOW <= steps < settings.start
@@ -75,14 +83,15 @@ class Coefficients:
         self.values = self._strength * share * self._expected * ratio
 
     def advance(self, finite: Tensor) -> Tensor:
-        """After an applied step: take in what the step before it measured, and send off what this one did.
+        """Average in what the step before an applied step measured, and begin to reduce what this step measured.
 
-        finite: [] bool; where False the averages stay. Returns lambda of this step and the strength that was reached in
-        the step before it, [L, 2] float64. `decide` follows. Collective.
+        finite: [] bool; if False, the averages stay and this step's measurements are dropped. Returns lambda of this
+        step and the strength reached in the step before it (0 if not measured), [L, 2] float64. The caller calls
+        `decide` next. Collective.
         """
         self._wait()
         lm, inhibition = self._newest.unbind(1)
-        measured = (lm > 0) & (inhibition > 0) & self._newest.isfinite().all(1)  # else a layer keeps its average
+        measured = (lm > 0) & (inhibition > 0) & self._newest.isfinite().all(1)  # others keep their average
         ratio = (torch.where(measured, lm, 1.0) / torch.where(measured, inhibition, 1.0)).sqrt()
         reached = torch.where(measured, self._newest_values / self._expected / ratio, 0.0)
         moved = self._averages * FADE + torch.stack([ratio.log(), torch.ones_like(ratio)], dim=1)
@@ -90,7 +99,7 @@ class Coefficients:
         statistics = torch.stack([self.values, reached], dim=1)
         self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
         self.squares.zero_()
-        # measuring or not is the same on every rank; so is the order of the collectives
+        # `is_measuring` is the same on every rank, and so is the order of the collectives.
         if self.is_measuring:
             self._arrive = begin_all_reduce_sum(self._newest, self._group)
         return statistics
@@ -101,16 +110,16 @@ class Coefficients:
         self._arrive = None
 
     def drop(self) -> None:
-        """After a skipped step: forget what it measured."""
+        """Forget what a skipped step measured."""
         self.squares.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """[L, 2], [L, 2] and [L], on the device."""
+        """Return the averages, [L, 2], and of the newest step squares, [L, 2], and lambda, [L]; on the device."""
         self._wait()
         return {"averages": self._averages, "newest": self._newest, "newest_coefficient": self._newest_values}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """`decide` follows."""
+        """Take over what `state_dict` returned. The caller calls `decide` next."""
         self._arrive = None
         self._averages, self._newest = state["averages"], state["newest"]
         self._newest_values = state["newest_coefficient"]

@@ -1,10 +1,10 @@
-"""The method in one pass over the activations forward and one backward, compiled by torch.compile.
+"""Compute the method in one pass over the activations forward and one backward, with torch.compile (docs/speed.md).
 
-`losses.py` says what is computed, in plain tensor operations that write a temporary of [M, N] for each; it is the
-reference of the tests. Here the same sums come from one read of the activations, and the gradient is added while it
-passes by: within the GELU's own backward, where a site says that its activation is one. Forward a GELU is PyTorch's on
-a CPU (faster than compiled) and part of the same kernel on a GPU (`triton_gelu.py`). Nothing is saved for backward
-that the network does not save.
+`losses.py` defines what is computed, in plain tensor operations that each write a temporary of [M, N], and is the
+reference of the tests. Here the same sums come from one read of the activations, and the gradient is added in one read
+of the incoming gradient: if a site says that its activation is a GELU, in the GELU's own backward. In forward, the GELU
+is PyTorch's on a CPU, which is faster than a compiled one, and part of the same kernel on a GPU (`triton_gelu.py`).
+Nothing is saved for backward that the network does not save.
 
 Shapes: M samples (tokens) of a micro-batch, N neurons.
 """
@@ -28,22 +28,22 @@ from l2e_ds.inhibition.moments import sample_count
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
 from l2e_ds.system.files import one_line
 
-# Samples whose sums are made together, in float32; groups are added in float64. Few enough to stay in a core's cache.
+# Samples that are summed together in float32, few enough to stay in a core's cache; such groups are added in float64.
 ROWS = 32
-# Factors |d| / (S sqrt(tau)), each at least 1, multiplied before one logarithm is taken of their product (a logarithm
-# costs as much as all the rest). Float32 is exceeded where phi / tau is 2e19 in all of them.
+# Number of factors |d| / (S sqrt(tau)), each at least 1, of whose product one logarithm is taken, as a logarithm costs
+# as much as all the rest. The product exceeds float32 if phi / tau is 2e19 in all of them.
 FACTORS = 4
-# Below it a product with a float32 may have lost digits to the smallest exponent.
+# A float32 product of a smaller number may have lost digits to the smallest exponent.
 SMALLEST_DIVISOR = 1e-30
 
 
 @dataclass(frozen=True)
 class ColumnSums:
-    """Sums over the samples of a micro-batch, float64.
+    """Holds sums over the samples of a micro-batch, [N] float64 each.
 
-    [N] each. d, d2: of d = z - mean and of d^2; selected: number of the selected; score: of their scores; measure: of
-    log(score / tau) over them, with power 1 and 2 of |d| / S instead. force: of what pulls them to their mean
-    (`losses.force`); None where the loss is not projected.
+    d, d2: of d = z - mean and of d^2. selected: the number of selected samples. score: of their scores. measure: of
+    their log(score / tau), or for the powers 1 and 2 of their |d| / S. force: of `losses.force`; None if the loss is
+    not projected.
     """
 
     d: Tensor
@@ -54,7 +54,7 @@ class ColumnSums:
     force: Tensor | None = None
 
     def inhibition_loss(self, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor) -> Tensor:
-        """As `losses.inhibition_loss`, [] float64, from the sums alone."""
+        """Return what `losses.inhibition_loss` does, [] float64, from the sums alone. samples: [] float64, M."""
         count = self.selected.sum()
         if regulariser.force_power:
             return ((self.measure, self.score / 2)[regulariser.force_power - 1]).sum() - count / regulariser.power
@@ -68,7 +68,7 @@ class ColumnSums:
         return log_score - (statistics.rate.double() * relative).sum()
 
     def projection_sums(self, power: Power, samples: Tensor) -> Tensor:
-        """As `losses.projection_sums`, [1 + 4 N] float64."""
+        """Return what `losses.projection_sums` does, [1 + 4 N] float64. samples: [] float64, M."""
         assert self.force is not None
         force_d = (self.selected, self.measure, self.score)[power]
         return torch.cat([samples[None], self.force, force_d, self.d, self.d2])
@@ -76,7 +76,10 @@ class ColumnSums:
     def totals(
         self, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what a hook adds to its step's sums, [HEADER + 3 N], and its `projection_sums` a sample."""
+        """Return what a hook adds to its sums of the step, [HEADER + 3 N], and its `projection_sums` per sample.
+
+        Both are float64; the second, [1 + 4 N], is None if the loss is not projected. samples: [] float64, M.
+        """
         loss = self.inhibition_loss(statistics, regulariser, samples)
         header = torch.stack([samples, loss, self.score.sum()])
         step = torch.cat([header, self.d, self.d2, self.selected])
@@ -88,15 +91,17 @@ class ColumnSums:
 def _force(
     d: Tensor, inverse_s: Tensor | float, inverse_variance: Tensor | float, power: Power, factor: float = 1.0
 ) -> Tensor:
-    """Return what pulls a selected activation to its mean, sign(u) |u|^(power - 1) / S; factor: of power 0 (see
-    `Regulariser.factor`); d is nowhere 0. [M, N] -> [M, N]."""
+    """Return `losses.force`, [M, N], as if all activations were selected.
+
+    d: [M, N], nowhere 0; factor: `Regulariser.factor`, which only the power 0 needs.
+    """
     if power == 0:
         return factor / d
     return d.sign() * inverse_s if power == 1 else d * inverse_variance
 
 
 def _grouped_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
-    """[M, N] -> [5 or 6, N] float64, as `scaled` takes it; M a multiple of ROWS."""
+    """Return the sums that `scaled` takes, [5 or 6, N] float64. z: [M, N], where M is a multiple of ROWS."""
     power = regulariser.force_power
     z = z.view(-1, ROWS // FACTORS, FACTORS, z.shape[1])
     parts = [[], [], [], [], [], []]  # type: list[list[Tensor]]
@@ -122,7 +127,7 @@ def _grouped_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulari
 def _observe(
     z: Tensor, rest: Tensor | None, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`ColumnSums.totals` of [M, N] and of the few samples that `rest`, their `_plain_sums`, comes from."""
+    """Return `ColumnSums.totals` of z, [M, N], and of a few other samples. rest: the `_plain_sums` of these."""
     sums = _grouped_sums(z, statistics, regulariser)
     return _totals(sums if rest is None else sums + rest, statistics, regulariser, samples)
 
@@ -134,8 +139,10 @@ def _totals(
 
 
 def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `add_gradient`, the gradient in float32: in fp16 what is added would lie among the subnormal numbers and lose
-    most of its digits before the sum is made (issue 18)."""
+    """Return what `add_gradient` does, but with a float32 gradient.
+
+    In fp16, what is added would be among the subnormal numbers and lose most of its digits before it is added.
+    """
     s, correction, regulariser = inhibition.statistics, inhibition.correction, inhibition.regulariser
     d = z.float() - s.mean
     selected = d * d * s.inverse_variance >= s.tau
@@ -147,18 +154,19 @@ def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tu
 
 
 def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `add_gradient`."""
+    """Compute `add_gradient`."""
     outgoing, squares = _sum_of_gradients(incoming, z, inhibition)
     return outgoing.to(incoming.dtype), squares
 
 
 def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `gelu_backward`."""
+    """Compute `gelu_backward`."""
     of_z, squares = _sum_of_gradients(incoming, z, inhibition)
-    # Rounded more coarsely z would not say enough; the other losses stay to the bit what they always were.
+    # Half-precision z is too coarse for the formula below. The other losses keep the operation that they always had, so
+    # that their numbers stay the same to the bit.
     if x.dtype != torch.float32 or not inhibition.regulariser.is_projected:
         return torch.ops.aten.gelu_backward(of_z, x.float()).to(x.dtype), squares
-    # d GELU / dx = cdf(x) + x pdf(x), and z = x cdf(x): the error function, half of all the time, is not needed again.
+    # As d GELU / dx = cdf(x) + x pdf(x) and z = x cdf(x), z saves the error function, which takes half of the time.
     cdf = torch.where(x.abs() < SMALLEST_DIVISOR, 0.5, z / x)
     pdf = (-0.5 * x * x).exp() / math.sqrt(2 * math.pi)
     return of_z * (cdf + x * pdf), squares
@@ -169,16 +177,20 @@ _COMPILED = {function: torch.compile(function, dynamic=False) for function in _F
 
 
 def _run(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the function, compiled. Raises CompileError."""
-    with compiling("inhibition.fused", "; inhibition.fused: false goes without"):
+    """Return what the compiled function returns. Raises CompileError."""
+    with compiling("inhibition.fused", "; inhibition.fused: false works without"):
         return _COMPILED[function](*arguments)
 
 
-# A function compiled while gradients are recorded and while they are not (checkpointing's first pass) is two.
-# The number of samples is a tensor there: for every value of an integer a function is compiled anew.
+# Without `no_grad`, a function would be compiled twice: with gradients being recorded, and without, as in the first
+# pass of activation checkpointing. The number of samples is a tensor because a function is compiled anew for every
+# value of an integer.
 @torch.no_grad()
 def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor | None]:
-    """`ColumnSums.totals` of [M, N] activations (threshold retrieval, every sample counts). Raises CompileError."""
+    """Return `ColumnSums.totals` of a micro-batch, for threshold retrieval and without padding.
+
+    z: [M, N], float32, bfloat16 or float16. Raises CompileError.
+    """
     whole = z.shape[0] - z.shape[0] % ROWS
     samples = sample_count(z)
     if not whole:
@@ -191,9 +203,9 @@ def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
 def observe_without_history(
     z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser
 ) -> tuple[Tensor, Tensor | None]:
-    """As `observe` when nothing is selected and the mean may be far away. Raises CompileError.
+    """Return what `observe` does, for the first step, in which nothing is selected and the mean may be far away.
 
-    A second pass goes around the samples' own mean, as in `moments.exact_sums`.
+    A second pass takes the sums around the samples' own mean, as in `moments.exact_sums`. Raises CompileError.
     """
     s, samples = statistics, sample_count(z)
     offset = (column_sums(z, s, regulariser).d / samples).float().double()
@@ -206,7 +218,7 @@ def observe_without_history(
 
 @torch.no_grad()
 def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
-    """Of [M, N] activations. Raises CompileError."""
+    """Return the sums over the samples of z, [M, N]. Raises CompileError."""
     whole = z.shape[0] - z.shape[0] % ROWS
     sums = _plain_sums(z[whole:], statistics, regulariser)
     if whole:
@@ -215,8 +227,11 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
 
 
 def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
-    """[5 or 6, N] float64, in the order of the fields; the force and, with power 1 and 2, `measure` still lack their
-    power of S."""
+    """Return the sums as `ColumnSums`, with the factors that are the same for all samples.
+
+    sums: [5 or 6, N] float64, in the order of the fields. For the powers 1 and 2, `measure` and `force` come without
+    their power of S.
+    """
     parts = list(sums)
     if regulariser.force_power:
         parts[4] = parts[4] * statistics.inverse_s
@@ -227,18 +242,21 @@ def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser)
 def totals(
     sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """`ColumnSums.totals` of the sums that `scaled` takes, in few kernels. Raises CompileError."""
+    """Return `ColumnSums.totals` of the sums that `scaled` takes, computed in few kernels. Raises CompileError."""
     return _run(_totals, sums, statistics, regulariser, samples)
 
 
 def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """incoming + strength * losses.inhibition_gradient, in incoming's dtype, [M, N] each; and `Inhibition.measured`
-    of the sums of squares over the selected of both, before strength. Raises CompileError."""
+    """Return incoming + strength * `losses.inhibition_gradient`, [M, N] in incoming's dtype, and `Inhibition.measured`.
+
+    incoming: [M, N], the gradient of the activations z. What is measured is the gradient that comes in and that of the
+    inhibition loss, without strength. Raises CompileError.
+    """
     return _run(_add_gradient, incoming, z, inhibition)
 
 
 def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `add_gradient`; the gradient is that of x, where z = GELU(x). Raises CompileError."""
+    """Return what `add_gradient` does, but the gradient of x, where z = GELU(x). Raises CompileError."""
     return _run(_gelu_backward, incoming, x, z, inhibition)
 
 
@@ -267,9 +285,9 @@ def with_inhibition(
     gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     keep: bool,
 ) -> Tensor:
-    """`compute(x)`, whose gradient in backward is `gradient(incoming, x, z)`; all [M, N].
+    """Return z = compute(x); in backward, the gradient of x is `gradient(incoming, x, z)`. All are [M, N].
 
-    keep: whether z is kept for it (the next layer keeps it anyway); else it is given as None.
+    keep: whether z is kept for that, which costs nothing if the next layer keeps it; otherwise None is passed for it.
     """
     return _WithInhibition.apply(x, compute, gradient, keep)
 
@@ -277,12 +295,12 @@ def with_inhibition(
 def moved(
     statistics: RunningStatistics, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
 ) -> tuple[RunningStatistics, Tensor]:
-    """`RunningStatistics.moved` in a few kernels instead of fifty. Raises CompileError."""
+    """Return what `RunningStatistics.moved` does, in a few kernels instead of fifty. Raises CompileError."""
     return _run(RunningStatistics.moved, statistics, sums, finite, fade, target_share, seen_before)
 
 
 def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
-    """As `_grouped_sums`, of a few samples."""
+    """Return what `_grouped_sums` does, for a few samples, in plain operations. z: [M, N], for any M."""
     power = regulariser.force_power
     d = z.float() - statistics.mean
     score = d * d * statistics.inverse_variance
@@ -297,9 +315,9 @@ def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
 
 @contextmanager
 def compiling(what: str, otherwise: str = "") -> Iterator[None]:
-    """Raise CompileError, which is one line, in place of what torch.compile raises: that runs over many lines.
+    """Raise a CompileError of one line in place of an error of torch.compile, which has many.
 
-    what: begins the line; otherwise: ends it, with what goes without a compiler.
+    what: the beginning of the line; otherwise: its end, which says what works without a compiler.
     """
     try:
         yield

@@ -1,6 +1,6 @@
-"""One layer's share of the method: a hook that sees its neurons, sums statistics, selects and inhibits.
+"""Hook one layer: see its activations, sum statistics, select and inhibit.
 
-Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
+Shapes: B sequences per micro-batch, T tokens per sequence, M = B * T, N neurons of a layer.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count, shifted
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
 from l2e_ds.inhibition.settings import NeuronSite, Settings
 
-# Activations of a layer and micro-batch from which compiling (ten seconds, once a machine) pays on a CPU; fewer cost a
-# few milliseconds in plain operations.
+# Activations of a layer and micro-batch from which compiling is worth it on a CPU: it takes ten seconds per function,
+# once per machine, and fewer activations take a few milliseconds in plain operations.
 WORTH_COMPILING = 2**20
 
 
 class Owner(Protocol):
-    """What a hook asks of the `Inhibitor` that it belongs to, which says what each of them is."""
+    """What a hook uses of the `Inhibitor` that it belongs to."""
 
     settings: Settings
     group: Any
-    fade: float
+    fade: float  # of `fade_factor`
     coefficients: Coefficients
-    in_backward: bool
-    has_history: bool
-    is_inhibiting: bool
-    is_measuring: bool
-    is_projecting: bool
+    in_backward: bool  # whether the backward pass of an attached loss is running
+    has_history: bool  # whether a step has been applied before
+    is_inhibiting: bool  # whether this step's activations or gradients are changed
+    is_measuring: bool  # whether this step's gradients are measured: while inhibiting, and some steps before
+    is_projecting: bool  # whether this step's micro-batches need a projection
     self_test_pending: bool
 
     def token_weight(self, z: Tensor) -> Tensor | None: ...
@@ -52,7 +52,7 @@ class Owner(Protocol):
 
 @dataclass
 class Calls:
-    """How often a hook ran within this optimizer step (for the self-test)."""
+    """Counts how often a hook ran in the current optimizer step, for the self-test."""
 
     forward: int = 0
     recomputed: int = 0
@@ -60,22 +60,26 @@ class Calls:
 
 
 class NeuronHook:
-    """One layer's share of the method: sees its neurons, sums statistics, selects, inhibits.
+    """Sees one layer's activations, sums statistics, selects and inhibits.
 
-    Called with what the network computed, or, where `computes` says so, with the input of its GELU (`gelu`).
+    It is called with the activations, or, if `computes` says so, `gelu` is called with the input of their GELU.
     """
 
     HEADER = 3  # tokens, inhibition loss (sum over the selected), score (sum over the selected)
 
     def __init__(self, owner: Owner, index: int, site: NeuronSite, sums: Tensor) -> None:
+        """Begin without history.
+
+        index: the hook's place among the owner's. sums: [HEADER + 3 N] float64, its part of the packed buffer.
+        """
         self.owner, self.index, self.site, self.settings = owner, index, site, owner.settings
         self.regulariser = owner.settings.regulariser
-        self.sums = sums  # [HEADER + 3 N] float64, a view of the packed buffer: d, d^2, selected per neuron
+        self.sums = sums  # of this step: header, and for each neuron d, d^2 and selected
         self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
         self.calls = Calls()
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
-        # of this rank's micro-batch a token: what `losses.projection` needs, once it is added up over the ranks
+        # `losses.projection_sums` of this rank's micro-batch, per token
         self.projection_sums = torch.zeros(1 + 4 * site.neurons, dtype=torch.float64, device=sums.device)
         self._plain = Plain(self) if self.settings.mechanism == "regulariser" else Deactivation(self)
         self._one_pass, self._gelu, self._gelu_in_kernel = OnePass(self), Gelu(self), GeluInKernel(self)
@@ -84,20 +88,21 @@ class NeuronHook:
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
+        """Return the length of `sums` for a layer of so many neurons."""
         return NeuronHook.HEADER + 3 * neurons
 
     def freeze(self) -> None:
-        """Make float32 constants of what is remembered, for one optimizer step."""
-        # in plain operations: compiled, they would differ by a rounding from those of a resumed run
+        """Make float32 constants of the running statistics, for one optimizer step."""
+        # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
         self.frozen = self.frozen_now = self.for_loss = self.running.frozen()
 
     # --- forward -------------------------------------------------------------------------------------------------
 
     def computes(self, x: Tensor) -> bool:
-        """Return whether the activation function of x [B, T, N] is to be computed by `gelu`.
+        """Return whether `gelu` is to compute the activation function of x, [B, T, N].
 
-        Not where nothing is inhibited, when a run is to be the same to the bit as without inhibition, and not without
-        history, when moments need a second pass. Recomputation goes the way that its forward went.
+        It is not if nothing is inhibited, as the run is then bit-identical to one without inhibition, nor without
+        history, as the moments then need a second pass. Recomputation goes the way that its forward went.
         """
         if not self.owner.in_backward:
             if self.site.function != "gelu" or not self.owner.is_inhibiting:
@@ -107,11 +112,14 @@ class NeuronHook:
         return self.way.computes_gelu
 
     def gelu(self, x: Tensor) -> Tensor:
-        """As `__call__` of the GELU of x, [B, T, N] -> [B, T, N]."""
+        """Return what `__call__` does for the GELU of x. Both are [B, T, N]."""
         return self.way.forward(x.reshape(-1, self.site.neurons)).view_as(x)
 
     def __call__(self, activations: Tensor) -> Tensor:
-        """[B, T, N] -> [B, T, N]: the same activations (regulariser), or with the selected ones replaced."""
+        """Return the same activations, [B, T, N], or for a deactivation, those with the selected ones replaced.
+
+        Raises ValueError for activations of another size or on another device.
+        """
         self._check(activations)
         z = activations.reshape(-1, self.site.neurons)
         if not self.owner.in_backward:
@@ -121,17 +129,17 @@ class NeuronHook:
     def _check(self, activations: Tensor) -> None:
         if activations.shape[-1] != self.site.neurons:
             raise ValueError(
-                f"Inhibitor: NeuronSite.neurons of layer {self.site.layer} is {self.site.neurons}, found are"
+                f"Inhibitor: NeuronSite.neurons of layer {self.site.layer} is {self.site.neurons}, but there are"
                 f" {activations.shape[-1]}"
             )
         if activations.device != self.sums.device:
             raise ValueError(
-                f"Inhibitor: is on {self.sums.device}, the activations of layer {self.site.layer} on"
-                f" {activations.device}; make it after the model was moved, or give it device="
+                f"Inhibitor: is on {self.sums.device}, but the activations of layer {self.site.layer} are on"
+                f" {activations.device}; create it after the model was moved, or give it device="
             )
 
     def _choose_way(self, z: Tensor, before_gelu: bool) -> None:
-        """z: [M, N] activations of a new micro-batch; before_gelu: what their GELU is still to be taken of."""
+        """Choose the way of a new micro-batch. z: [M, N], its activations, or if before_gelu, their GELU's input."""
         self.weight = self.owner.token_weight(z)
         if not self._is_fused(z):
             self.way = self._plain
@@ -143,9 +151,9 @@ class NeuronHook:
             self.way = self._one_pass
 
     def _is_fused(self, z: Tensor) -> bool:
-        """Return whether forward and backward of this micro-batch go through fused.py.
+        """Return whether this micro-batch goes through `fused.py`.
 
-        Not padding, nor the methods that cost what top-k or an all-reduce in forward costs.
+        It knows neither padding nor `reduce: forward`, and of the methods only threshold with regulariser.
         """
         settings = self.settings
         if settings.fused is False or (settings.retrieval, settings.mechanism) != ("threshold", "regulariser"):
@@ -155,9 +163,9 @@ class NeuronHook:
         return bool(settings.fused) or z.is_cuda or (z.device.type == "cpu" and z.numel() >= WORTH_COMPILING)
 
     def count_forward(self) -> bool:
-        """Count a forward pass; returns whether it is the micro-batch's first one, to be observed.
+        """Count a forward pass, and return whether it is the micro-batch's first one, which is to be observed.
 
-        Activation checkpointing runs forward again, in backward: by the same statistics, and nothing is added.
+        Activation checkpointing runs forward again in backward, with the same statistics and without adding to sums.
         """
         is_first = not self.owner.in_backward
         self.calls.forward += is_first
@@ -167,7 +175,7 @@ class NeuronHook:
         return is_first
 
     def add_sums(self, step: Tensor, projection_sums: Tensor | None) -> None:
-        """Take in a micro-batch's `fused.ColumnSums.totals`."""
+        """Add a micro-batch's sums, as `fused.ColumnSums.totals` returns them."""
         self.sums += step
         if projection_sums is not None:
             self.projection_sums = projection_sums
@@ -175,16 +183,16 @@ class NeuronHook:
     # --- backward ------------------------------------------------------------------------------------------------
 
     def count_backward(self) -> None:
+        """Count a backward pass."""
         self.calls.backward += 1
 
     def note_largest(self, gradient: Tensor) -> None:
-        """For the self-test. gradient: [] largest absolute value that was added."""
+        """Note for the self-test the largest absolute value that was added to a gradient, []."""
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.float())
 
     def inhibition(self, z: Tensor) -> Inhibition:
-        """Of the micro-batch that is in backward; z: [M, N]."""
-        # this rank's tokens that count
-        tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)
+        """Return what the backward of this micro-batch needs. z: [M, N]. Raises SelfTestError."""
+        tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)  # this rank's, without padding
         scale = self.owner.loss_gradient_here().double()
         per_token = torch.where(scale == 0, 0.0, tokens / scale)
         return Inhibition(self.for_loss, self.regulariser, self._correction(), self.strength(tokens), per_token)
@@ -195,7 +203,7 @@ class NeuronHook:
         return losses.running_correction(self.for_loss, self.regulariser)
 
     def strength(self, tokens: Tensor | int) -> Tensor:
-        """[] float32: gradient that arrived at the LM loss * lambda / n, n = share * tokens * N."""
+        """Return the gradient that arrived at the LM loss, times lambda / n, [] float32; n = share * tokens * N."""
         scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
         return scale / (self.settings.target_share * tokens * self.site.neurons)
 
@@ -203,9 +211,10 @@ class NeuronHook:
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> Tensor:
-        """Move what is remembered by the (reduced) sums of this step; returns the layer's `STATISTICS`, [5] float64.
+        """Move the running statistics by this step's sums over all ranks.
 
-        finite: [] bool; where False they stay, and the statistics show what was seen.
+        Returns the first five of `Inhibitor.STATISTICS`, [5] float64. finite: [] bool; if False, the running statistics
+        stay, and what is returned still shows the step.
         """
         move: Callable[..., tuple[RunningStatistics, Tensor]] = RunningStatistics.moved
         if self.way.is_compiled:
@@ -226,28 +235,29 @@ class NeuronHook:
 
 
 class Way(ABC):
-    """How one hook's micro-batches go forward and backward. x: [M, N] what forward is given, z: [M, N] activations."""
+    """How a hook's micro-batches go forward and backward. x: [M, N], what forward is given; z: [M, N], activations."""
 
-    computes_gelu = False  # x is what the GELU is taken of; else x is z
+    computes_gelu = False  # whether x is the input of the GELU; otherwise x is z
     is_compiled = False
 
     def __init__(self, hook: NeuronHook) -> None:
         self.hook, self.owner = hook, hook.owner
 
     def forward(self, x: Tensor) -> Tensor:
-        """[M, N] -> [M, N] activations; what they were is observed, and backward goes through `add_gradient`."""
+        """Return the activations, [M, N], after observing them; backward goes through `add_gradient`."""
         if self.hook.count_forward():
             self.observe(x.detach())
         return losses.add_inhibition_gradient(x, self.add_gradient)
 
     @abstractmethod
     def observe(self, z: Tensor) -> Any:
-        """Add a micro-batch's activations, without gradient, to the hook's sums."""
+        """Add a micro-batch to the hook's sums. z: [M, N], without gradient."""
 
     def add_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Return the gradient of x with the inhibition's, + loss gradient * lambda / n * dL/dx, [M, N] each.
+        """Return incoming + strength * the inhibition loss's gradient, as the gradient of x, [M, N].
 
-        z: where the way computes the GELU and keeps its output.
+        incoming: [M, N], the gradient of the activations. z: passed if the way computes the GELU and keeps its output.
+        Raises SelfTestError.
         """
         hook, owner = self.hook, self.owner
         hook.count_backward()
@@ -262,21 +272,25 @@ class Way(ABC):
 
     @abstractmethod
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return the gradient of x with the inhibition's, [M, N] in incoming's dtype, and `Inhibition.measured` of
-        both.
+        """Return the gradient of x including the inhibition loss's, and `Inhibition.measured` of both gradients.
+
+        The gradient is [M, N] in the dtype of incoming.
         """
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
-        """[] largest absolute value that `backward` adds."""
+        """Return the largest absolute value that `backward` adds, []."""
         return self.backward(torch.zeros_like(incoming), x, z, inhibition)[0].abs().max()
 
 
 class Plain(Way):
-    """In plain tensor operations: every retrieval, padding, and `reduce: forward`."""
+    """Uses plain tensor operations, which allow every retrieval, padding, and `reduce: forward`."""
 
     @torch.no_grad()
     def observe(self, z: Tensor) -> Tensor:
-        """Returns what is selected, [M, N] bool. With `reduce: forward` the other ranks are asked first."""
+        """Add a micro-batch to the hook's sums, and return what is selected, [M, N] bool.
+
+        Collective with `reduce: forward`.
+        """
         hook, settings = self.hook, self.hook.settings
         sums = shifted_sums if self.owner.has_history else exact_sums  # without history the mean may be far away
         sum_d, sum_d2 = sums(z, hook.frozen.mean, hook.weight)
@@ -298,7 +312,10 @@ class Plain(Way):
         return selected
 
     def _freeze_for_micro_batch(self, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
-        """`reduce: forward`: statistics of all earlier steps and of this micro-batch of every rank."""
+        """Freeze the statistics of all earlier steps and of every rank's part of this micro-batch (`reduce: forward`).
+
+        Collective.
+        """
         hook, n = self.hook, self.hook.site.neurons
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
         count, sum_d, sum_d2 = packed.split([1, n, n])
@@ -307,7 +324,10 @@ class Plain(Way):
         hook.frozen_now = hook.for_loss = hook.running.frozen(moments)
 
     def _freeze_for_exact_loss(self, selected: Tensor, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
-        """`reduce: forward`, scale-invariant: rate and mean d^2 of this very micro-batch over all ranks."""
+        """Freeze rate and mean d^2 of this micro-batch over all ranks (scale-invariant loss with `reduce: forward`).
+
+        Collective.
+        """
         hook, n = self.hook, self.hook.site.neurons
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
         count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
@@ -317,7 +337,7 @@ class Plain(Way):
         hook.for_loss = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
 
     def select(self, scores: Tensor) -> Tensor:
-        """[M, N] scores -> [M, N] bool."""
+        """Return what is selected, [M, N] bool. scores: [M, N] float32."""
         hook = self.hook
         if hook.settings.retrieval == "threshold":
             selected = losses.select_by_threshold(scores, hook.frozen_now)
@@ -326,7 +346,7 @@ class Plain(Way):
         return selected if hook.weight is None else selected & (hook.weight > 0)
 
     def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return what is selected, [M, N] bool, and the gradient of its loss before lambda, [M, N] float32."""
+        """Return what is selected, [M, N] bool, and the inhibition loss's gradient before strength, [M, N] float32."""
         selected = self.select(losses.score(z, self.hook.frozen_now))
         statistics, regulariser = inhibition.statistics, inhibition.regulariser
         return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)
@@ -338,11 +358,11 @@ class Plain(Way):
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
         selected, raw = self._raw(x, inhibition)
         squares = [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
-        outgoing = (incoming.float() + self._weighted(raw, inhibition)).to(incoming.dtype)  # rounded once
+        outgoing = (incoming.float() + self._weighted(raw, inhibition)).to(incoming.dtype)
         return outgoing, inhibition.measured(torch.stack(squares))
 
     def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
-        # before it is rounded to float16, which may make nothing of it
+        # before it is rounded to float16, which may round it to zero
         return self._weighted(self._raw(x, inhibition)[1], inhibition).abs().max()
 
 
@@ -353,7 +373,7 @@ _DEACTIVATIONS = {
 
 
 class Deactivation(Plain):
-    """MEmeL's mechanisms: the selected activations are replaced, and no loss is added."""
+    """Replaces the selected activations, as MEmeL does, and adds no loss."""
 
     def forward(self, x: Tensor) -> Tensor:
         hook = self.hook
@@ -367,9 +387,9 @@ class Deactivation(Plain):
         return deactivate(x, hook.frozen_now.mean, selected, hook.count_backward)
 
 
-# `fused` is imported with torch's compiler, which takes seconds: only where it is used.
+# `fused` is imported only where it is used, as it imports torch's compiler, which takes seconds.
 class OnePass(Way):
-    """In one compiled pass over the activations forward, and one backward."""
+    """Uses one compiled pass over the activations in forward, and one in backward."""
 
     is_compiled = True
 
@@ -386,10 +406,10 @@ class OnePass(Way):
 
 
 class Gelu(OnePass):
-    """As `OnePass`, with the gradient of the GELU in the same pass backward."""
+    """Computes the gradient of the GELU in the same pass in backward."""
 
     computes_gelu = True
-    keeps_activations = True  # the next layer keeps them anyway
+    keeps_activations = True  # which costs no memory: the next layer keeps them anyway
 
     def forward(self, x: Tensor) -> Tensor:
         from l2e_ds.inhibition import fused
@@ -411,7 +431,7 @@ class Gelu(OnePass):
 
 
 class GeluInKernel(Gelu):
-    """As `Gelu`, with the GELU itself in the same pass forward: one Triton kernel each way."""
+    """Computes the GELU in the same pass in forward, too, with one Triton kernel each way."""
 
     keeps_activations = False
 
@@ -431,25 +451,25 @@ class GeluInKernel(Gelu):
         return triton_gelu.backward(incoming, x, inhibition)
 
 
-_HAS_TRITON = getattr(find_spec("triton"), "origin", None) is not None  # a mere folder has none
-_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # tests: Triton runs on a CPU, too
+_HAS_TRITON = getattr(find_spec("triton"), "origin", None) is not None  # None for a mere folder of that name
+_IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in tests: Triton then runs on a CPU, too
 
 
 def _has_kernel(x: Tensor) -> bool:
-    """Return whether Triton takes it."""
+    """Return whether the Triton kernels take x."""
     return _HAS_TRITON and (x.is_cuda or _IS_INTERPRETED) and x.dtype != torch.float64
 
 
 class InhibitedActivation(nn.Module):
-    """Stands in the place of an activation function; survives torch.compile, unlike a forward hook."""
+    """Takes the place of an activation module; unlike a forward hook, it survives torch.compile (docs/deepspeed.md)."""
 
     def __init__(self, activation: nn.Module, hook: NeuronHook) -> None:
         super().__init__()
         self.activation = activation
         self._hook = hook
 
-    # What a hook does depends on the step's state and changes it. Traced, it would be compiled anew for each state, and
-    # a graph would not see the changes. (torch.compiler.disable would import the compiler here, for everybody.)
+    # What a hook does depends on the step's state and changes it: traced, it would be compiled anew for each state, and
+    # the graph would not see the changes. torch.compiler.disable would import the compiler here, for everybody.
     @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
         if self.training and self._hook.computes(x):

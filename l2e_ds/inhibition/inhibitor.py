@@ -1,17 +1,18 @@
-"""`Inhibitor` puts the method into any PyTorch training loop:
+"""Put the method into any PyTorch training loop.
 
     inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
-    with inhibitor:                                    # hooks on; removed at the end, also after an exception
+    with inhibitor:                                    # attaches hooks, and removes them, also after an exception
         for batch in batches:
             loss = inhibitor.attach_loss(language_model_loss(model(batch)))
             loss.backward()                            # or engine.backward(loss)
             optimizer.step()
+            optimizer.zero_grad()
             inhibitor.step()                           # one packed all-reduce; moments and tau move
 
-docs/python-api.md has more of it, and whole programs.
+docs/python-api.md explains this and has whole programs.
 
-Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, N neurons of a layer, L hooked layers.
-Statistics and tau are the same on every rank, frozen within an optimizer step, and move only in `step`.
+Shapes: B sequences per micro-batch, T tokens per sequence, M = B * T, N neurons of a layer, L hooked layers.
+Running statistics and tau are the same on every rank, constant within an optimizer step, and move only in `step`.
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ from l2e_ds.inhibition.moments import Moments, fade_factor
 from l2e_ds.inhibition.running_statistics import RunningStatistics
 from l2e_ds.inhibition.settings import NeuronSite, Settings, require
 
+_NOT_ATTACHED = "inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss"
+
 
 class Inhibitor:
-    """Owns the hooks of a model, their running statistics and thresholds. A context manager."""
+    """Owns the hooks of a model, their running statistics and thresholds.
+
+    As a context manager it attaches the hooks, and detaches them at the end.
+    """
 
     STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    """The metrics of a hooked layer and step (docs/metrics.md), in the order of the columns of `last`."""
 
     def __init__(
         self,
@@ -49,11 +56,16 @@ class Inhibitor:
         group: Any = None,
         run_steps: int | None = None,
     ) -> None:
-        """`device`: where the model computes (default: where it is now); `group`: the data-parallel process group whose
-        tokens count together (default: all ranks); `run_steps`: optimizer steps of the run, for a schedule in shares of
-        it. Raises ValueError."""
+        """Make the hooks, without attaching them.
+
+        sites: where the neurons are, one site per layer. settings: default `Settings()`. device: where the model
+        computes (default: where it is now). group: the data-parallel process group over whose tokens statistics are
+        taken (default: all ranks). run_steps: optimizer steps of the run, which a schedule in shares of it needs.
+
+        Raises ValueError for no site, two sites of one layer, or a schedule that does not fit into the run.
+        """
         if not sites:
-            raise ValueError("no neurons to inhibit: sites is empty")
+            raise ValueError("Inhibitor: got no sites, allowed: one or more")
         for one, other in combinations(sites, 2):
             if one.layer == other.layer:
                 raise ValueError(f"Inhibitor: two sites have the layer number {one.layer}, allowed: one site a layer")
@@ -71,8 +83,8 @@ class Inhibitor:
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
         self._loss_gradient: Tensor | None = None
-        self._micro_batches = self._backwards = 0  # attached, and in backward so far
-        self._reduced: Callable[[], None] | None = None  # waits for the reduction that goes on
+        self._micro_batches = self._backwards = 0  # losses attached in this step, and backward passes begun
+        self._reduced: Callable[[], None] | None = None  # waits for the reduction that has begun
         self._token_mask: Tensor | None = None
         self._projection: Callable[[], list[Correction]] | None = None  # of the micro-batch that is in backward
         self.coefficients = Coefficients(self.settings, [site.neurons for site in sites], device, group)
@@ -86,7 +98,7 @@ class Inhibitor:
         self._decide_on_coming_step()
 
     def _decide_on_coming_step(self) -> None:
-        # flags, because a compiled layer is compiled anew for every value of a number that it looks at
+        # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
         self.has_history = self.steps > 0
         self.coefficients.decide(self.steps)
         self.is_inhibiting = self.coefficients.is_inhibiting
@@ -103,9 +115,9 @@ class Inhibitor:
         self.detach()
 
     def attach(self) -> None:
-        """Put the hooks into the model (before deepspeed.initialize under ZeRO-3).
+        """Put the hooks into the model. Under ZeRO-3, call it before `deepspeed.initialize`.
 
-        Raises ValueError where hooks are there already, this Inhibitor's or another's: they would act twice.
+        Raises ValueError if there are hooks already, this Inhibitor's or another's, as two would act twice.
         """
         if self._undo:
             raise ValueError("Inhibitor.attach: is attached already")
@@ -126,18 +138,22 @@ class Inhibitor:
                 self._undo.append(child.register_forward_pre_hook(_projection_hook(hook)).remove)
 
     def detach(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks, which leaves the model as it was."""
         while self._undo:
             self._undo.pop()()
 
     # --- every micro-batch ---------------------------------------------------------------------------------------
 
     def attach_loss(self, loss: Tensor, is_last: bool = False, weight: Tensor | float = 1.0) -> Tensor:
-        """Return the same LM loss []; its backward tells the hooks the scale at which gradients arrive.
+        """Return the same LM loss, []; in its backward the hooks add the gradient of the inhibition loss.
 
-        is_last: no other micro-batch of this step follows: its sums are reduced over the ranks behind its backward.
-        weight: [], of this micro-batch where the loss is not its mean but already its share of a larger batch's, i.e.
-        weight * mean. Raises ValueError and TypeError; ValueError also where one follows the last nonetheless.
+        Call it for each micro-batch, directly after its forward pass. is_last: whether this is the last micro-batch of
+        the step; the step's sums are then reduced over the ranks during its backward. weight: a number or a tensor [];
+        if the loss is not the mean over the micro-batch's tokens, but weight * mean, as a part of a larger batch's
+        loss. Collective if the loss is projected or is_last.
+
+        Raises TypeError for a loss that is not a tensor, and ValueError for one that is not a scalar with a gradient,
+        for a negative weight, for losses and forward passes out of order, and for a loss after the last one.
         """
         allowed = "allowed: a scalar tensor that requires a gradient"
         if not isinstance(loss, Tensor):
@@ -145,10 +161,10 @@ class Inhibitor:
         if loss.dim() or not loss.requires_grad:
             given = f"of shape {[*loss.shape]}" if loss.dim() else "without a gradient"
             raise ValueError(f"attach_loss: got a loss {given}, {allowed}")
-        if not isinstance(weight, Tensor):  # whose value would have to be waited for
+        if not isinstance(weight, Tensor):  # to read the value of a tensor, the host would wait for the device
             require("attach_loss: weight", weight, lambda share: 0 <= share < math.inf, "0 or more, or a tensor []")
         if self._reduced is not None:
-            raise ValueError("attach_loss: the micro-batch before was said to be the last of its step")
+            raise ValueError("attach_loss: got a loss after that of the last micro-batch (is_last) of its step")
         self._micro_batches += 1
         self._check_order()
         projection = self._begin_projection(weight) if self.is_projecting else None
@@ -157,7 +173,7 @@ class Inhibitor:
         return losses.note_loss_gradient(loss, lambda gradient: self._begin_backward(gradient * weight, projection))
 
     def _check_order(self) -> None:
-        """The next forward overwrites what hooks keep of a micro-batch. Raises ValueError where that is needed."""
+        """Raise ValueError if a forward pass overwrote what the hooks keep of a micro-batch before it was used."""
         for hook in self.hooks:
             if self.is_projecting and hook.calls.forward != self._micro_batches:
                 raise ValueError(
@@ -168,13 +184,16 @@ class Inhibitor:
             self.settings.reduce == "forward" or self._token_mask is not None
         ):
             raise ValueError(
-                "attach_loss: the loss before has not been through backward; with a token mask or reduce: forward each"
+                "attach_loss: the loss before has not been through backward; with a token mask or reduce: forward, each"
                 " micro-batch must go through backward before the next forward pass"
             )
 
     def _begin_projection(self, weight: Tensor | float) -> Callable[[], list[Correction]]:
-        """Add up over the ranks what the projection of this micro-batch needs, while its backward begins; the returned
-        function waits. A rank's tokens count as they do in the gradient: `weight` over their number."""
+        """Begin to reduce what the projection of this micro-batch needs over the ranks. Collective.
+
+        Returns a function that waits for it and returns each layer's correction. A rank's tokens weigh what they weigh
+        in the gradient: `weight` over their number.
+        """
         sums = torch.cat([hook.projection_sums for hook in self.hooks]) * weight
         wait = begin_all_reduce_sum(sums, self.group)
 
@@ -188,59 +207,74 @@ class Inhibitor:
         return corrections
 
     def projection_here(self, index: int) -> Correction:
-        """Of the layer with this index among the hooked ones, in the micro-batch that is in backward."""
+        """Return the projection of the micro-batch that is in backward, for the hook with this index.
+
+        Raises SelfTestError if its loss was not attached.
+        """
         if not self.in_backward or self._projection is None:
-            raise SelfTestError("inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss")
+            raise SelfTestError(_NOT_ATTACHED)
         return self._projection()[index]
 
     def set_token_mask(self, mask: Tensor | None) -> None:
-        """Mask of the coming micro-batches, [B, T], nonzero where a token counts. Padding never counts."""
+        """Set the mask of the following micro-batches, so that their padding does not count.
+
+        mask: [B, T], any dtype, nonzero where a token counts; None: every token counts.
+        """
         self._token_mask = mask
 
     def token_weight(self, z: Tensor) -> Tensor | None:
-        """[M, 1] float32 of 0 and 1, or None without padding."""
+        """Return the token mask as [M, 1] float32 of 0 and 1, or None if there is none. z: [M, N] activations.
+
+        Raises ValueError for a mask of another number of tokens.
+        """
         if self._token_mask is None:
             return None
         weight = (self._token_mask != 0).reshape(-1, 1).to(z.device, torch.float32)
         if weight.shape[0] != z.shape[0]:
-            raise ValueError(f"token mask of {weight.shape[0]} tokens, activations of {z.shape[0]}")
+            raise ValueError(f"set_token_mask: got a mask of {weight.shape[0]} tokens, allowed: one of {z.shape[0]}")
         return weight
 
     def _begin_backward(self, gradient: Tensor, projection: Callable[[], list[Correction]] | None) -> None:
         self._loss_gradient, self._projection = gradient, projection
         self._backwards += 1
         self.in_backward = True
-        # the way that DDP and FSDP learn that a backward pass is over
+        # DDP and FSDP, too, learn in this way that a backward pass is over.
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
         self.in_backward = False
 
     def loss_gradient_here(self) -> Tensor:
-        """[] gradient that arrived at the LM loss (loss scale / accumulation steps)."""
+        """Return the gradient that arrived at the LM loss, times its weight, [] (loss scale / accumulation steps).
+
+        Raises SelfTestError if the loss in backward was not attached.
+        """
         if not self.in_backward or self._loss_gradient is None:
-            raise SelfTestError("inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss")
+            raise SelfTestError(_NOT_ATTACHED)
         return self._loss_gradient
 
     # --- every step ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, applied: bool = True) -> None:
-        """After the optimizer's step: reduce the step's sums over ranks, move moments and tau, start anew.
+        """Move moments and tau by the step's sums over all ranks, and begin a new step. Collective.
 
-        `applied` False (an overflow, a non-finite gradient; the same on every rank): the sums are dropped. Where they
-        are not finite themselves, moments and tau stay in any case, but the step counts as one.
-        Raises SelfTestError in the first step if a hook missed a call, or later if its gradient was zero.
+        Call it after the optimizer's step. applied: whether that changed the weights, the same on every rank; if not
+        (after an overflow or a non-finite gradient), the sums are dropped. If the sums themselves are not finite,
+        moments and tau stay, but the step counts in the schedule.
+
+        Raises SelfTestError if in the first step a hook missed a call, or if in the first steps with inhibition the
+        gradient that a hook injected was zero.
         """
         if self.self_test_pending:
             self._check_calls()
         if self._reduced is not None:
-            self._reduced()  # also where they are dropped: every rank takes part
+            self._reduced()  # even if they are dropped
         elif applied:
             all_reduce_sum(self._packed, self.group)
         self._reduced = None
         if applied:
-            # of every layer or of none, the same on every rank, and without the host knowing
+            # All layers move or none, the same on every rank, and the host does not wait to know.
             finite = self._packed.isfinite().all()
             statistics = torch.stack([hook.update(finite) for hook in self.hooks])
             self.last = torch.cat([statistics, self.coefficients.advance(finite)], dim=1)
@@ -257,7 +291,10 @@ class Inhibitor:
             hook.calls = Calls()
 
     def _check_calls(self) -> None:
-        """Each hook once a micro-batch forward and backward; recomputed never or once a micro-batch."""
+        """Check that each hook ran once per micro-batch forward and backward, and was recomputed never or once.
+
+        Raises SelfTestError.
+        """
         expected = self._micro_batches
         for hook in self.hooks:
             calls = hook.calls
@@ -270,13 +307,16 @@ class Inhibitor:
                 )
 
     def _check_gradients(self) -> None:
-        """Passed once every layer that selected something has also injected a gradient that is not zero."""
+        """Check that every layer which selected something injected a gradient other than zero. Collective.
+
+        The test is over once all layers have passed. Raises SelfTestError.
+        """
         assert self.last is not None
         if not self.settings.is_regularising:
             self.self_test_pending = False
         if not self.self_test_pending or not self.is_inhibiting:
             return
-        # one rank may have selected nothing of a layer in a small batch; over all ranks the gradient must be there
+        # In a small batch one rank may select nothing in a layer; over all ranks the gradient must be there.
         largest = all_reduce_sum(torch.stack([hook.largest_gradient for hook in self.hooks]), self.group)
         shares, is_on = self.last[:, 0], self.coefficients.values > 0
         values = (shares.tolist(), is_on.tolist(), largest.tolist())
@@ -289,7 +329,10 @@ class Inhibitor:
         self.self_test_pending = not bool((is_on & (shares > 0)).all())
 
     def metrics(self) -> dict[str, float]:
-        """Of the newest applied step, by the names of docs/metrics.md; empty before the first. Waits for the device."""
+        """Return the metrics of the newest applied step by the names of docs/metrics.md, over all ranks.
+
+        There are none before the first applied step. The host waits for the device.
+        """
         if self.last is None:
             return {}
         columns = dict(zip(self.STATISTICS, self.last.T, strict=True))
@@ -303,7 +346,10 @@ class Inhibitor:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the method remembers, as tensors on the CPU (float64 and int64), the same on every rank."""
+        """Return everything that the method remembers, the same on every rank.
+
+        The tensors are float64 on the CPU, except `steps`, which is int64.
+        """
         state = {"steps": torch.tensor(self.steps)}
         measured = self.coefficients.state_dict()
         for hook in self.hooks:
@@ -322,8 +368,11 @@ class Inhibitor:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of other layers or sizes. One that was saved before there was a strength
-        lacks what is measured for it, which begins anew."""
+        """Take over what `state_dict` returned.
+
+        A state from before there was a strength has no measurements for it; they begin anew. Raises ValueError for a
+        state of other layers or sizes.
+        """
         measured = self.coefficients.state_dict()
         new = {
             f"layers.{hook.site.layer}.{name}": measured[name][hook.index] for name in measured for hook in self.hooks
@@ -333,7 +382,7 @@ class Inhibitor:
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))
-            raise ValueError(f"inhibition state does not fit this model's hooked layers: {', '.join(different[:4])}")
+            raise ValueError(f"inhibition state: does not fit this model's hooked layers: {', '.join(different[:4])}")
         self.steps = int(state["steps"])
         layers = [f"layers.{hook.site.layer}." for hook in self.hooks]
         self.coefficients.load_state_dict(
@@ -349,18 +398,20 @@ class Inhibitor:
 
 
 def _device_of(module: nn.Module) -> torch.device:
-    """Of its weights; the CPU where it has none."""
+    """Return the device of a module's weights or buffers, or the CPU if it has none."""
     tensor = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def _is_hooked(child: nn.Module) -> bool:
-    """Return whether an `InhibitedActivation` stands in its place, or a `_projection_hook` before it."""
+    """Return whether an `InhibitedActivation` has taken the child's place, or it has a `_projection_hook`."""
     before = getattr(child, "_forward_pre_hooks", {}).values()
     return isinstance(child, InhibitedActivation) or any(getattr(f, "__module__", None) == __name__ for f in before)
 
 
 def _projection_hook(hook: NeuronHook) -> Any:
+    """Return a forward pre-hook that passes a projection's input through the hook, in training only."""
+
     def before_forward(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         return (hook(inputs[0]), *inputs[1:]) if module.training else None
 

@@ -1,36 +1,35 @@
-"""Score, selection and inhibition loss as pure functions, and the two autograd functions that inject its gradient.
+"""Compute score, selection and inhibition loss as pure functions, and inject the loss's gradient.
 
 Shapes: M samples (tokens) of a micro-batch, N neurons. Statistics are float32 [N] and constants of the loss.
 
-The inhibition loss of one layer (docs/method.md, 5), with d = z - mean, u = d / S, n = share * M * N and q the
-power:
+The inhibition loss of one layer (docs/method.md, 5), with d = z - mean, u = d / S, n = share * M * N and the power q:
 
     published:        L = 1/n * sum_ij sel_ij * log d_ij^2
     scale-invariant:  L = 1/n * sum_ij sel_ij * log(d_ij^2 / S_j^2),  S_j^2 = mean_i d_ij^2, with S_j's gradient
     projected:        L = 1/n * sum_ij sel_ij * (|u_ij|^q - 1) / q,  log|u_ij| for q = 0
 
-The gradient of the second is 2/n * (sel_ij / d_ij - rate_j * d_ij / S_j^2), rate_j being neuron j's share of
-selected tokens. `reduce: forward` knows rate and S of this very (global) micro-batch, so its inner product with d
-is zero for each neuron. `reduce: step` must not ask other ranks during forward: it takes both from the running
-statistics, which is the same loss with log S_j^2 replaced by its tangent at the running S_j^2:
+The gradient of the second is 2/n * (sel_ij / d_ij - rate_j * d_ij / S_j^2), where rate_j is the share of tokens at
+which neuron j is selected. `reduce: forward` takes rate and S from the current global micro-batch, so that for each
+neuron the inner product of this gradient with d is zero. `reduce: step` must not ask other ranks during forward and
+takes both from the running statistics, which replaces log S_j^2 by its tangent at the running S_j^2:
 
     L = 1/n * sum_ij [sel_ij * log(d_ij^2 / S_j^2) - rate_j * (d_ij^2 / S_j^2 - 1)]
 
-Both are the same expression in (rate, S^2), so there is one function for both.
+Both are the same expression in (rate, S^2), so one function serves both.
 
-The gradient of the third is that of the loss of standardised activations: with m_j and s_j the mean and deviation of
-neuron j over the global micro-batch, u is a function of m_j + s_j * (z_ij - mean_i z_ij) / deviation_i z_ij, whose
-value is z_ij and whose gradient has neither a part along z_j nor one along 1. Written out, with the force
-F_ij = sel_ij * sign(u_ij) |u_ij|^(q-1) / S_j, it is
+The gradient of the third is that of the loss of standardised activations. Let m_j and s_j be mean and deviation of
+neuron j over the global micro-batch, as constants. u is taken to be a function of m_j + s_j * (z_ij - mean_i z_ij) /
+deviation_i z_ij, which equals z_ij and whose gradient has no component along z_j and none along 1. With the force
+F_ij = sel_ij * sign(u_ij) |u_ij|^(q-1) / S_j, this gradient is
 
     1/n * (F_ij - shift_j - pull_j * d_ij)
 
-(shift_j, pull_j) being the line that fits F_j best over the tokens of the global micro-batch (`projection`). So
-neither scaling nor shifting a neuron lowers the loss, to first order.
+where (shift_j, pull_j) is the line that best fits F_j over the tokens of the global micro-batch (`projection`). To
+first order, neither scaling nor shifting a neuron lowers the loss.
 
-All three gradients have the form (force - shift - pull * d), and `Correction` is the part that is taken away. The
-gradient enters in backward (docs/deepspeed.md): `note_loss_gradient` sits on the LM loss and notes the gradient that
-arrives there (loss scale / accumulation steps), `add_inhibition_gradient` sits on the neurons.
+All three gradients have the form (force - shift - pull * d); `Correction` is what is subtracted. The gradient enters in
+backward: `note_loss_gradient` sits on the LM loss and notes the gradient that arrives there (loss scale / accumulation
+steps), and `add_inhibition_gradient` sits on the neurons.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# A neuron whose S is below 1e-6 of (1 + |mean|) counts as dead: below that float32 sees rounding, not variance.
+# A neuron whose S is below about 1e-6 (1 + |mean|) counts as dead: there float32 shows rounding, not variance.
 VARIANCE_FLOOR = 1e-12
-# Top-k takes k activations whatever they are. The loss passes over one this near to its mean, whose gradient 2 / d
-# would know no bound; the threshold never selects such.
+# Top-k selects k activations however low their scores are. The loss leaves out those up to this score, near their mean,
+# for which the gradient 2 / d has no bound. The threshold never selects any of them.
 SCORE_FLOOR = 1e-6
 
 
@@ -55,17 +54,18 @@ Power = Literal[0, 1, 2]
 
 
 def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
-    """[N], [N] -> [N] bool: neurons that vary at all; no other is ever selected."""
+    """Return which neurons vary at all, [N] bool; the others are never selected. mean, variance: [N]."""
     return variance > VARIANCE_FLOOR * (1 + mean * mean)
 
 
 @dataclass(frozen=True)
 class FrozenStatistics:
-    """What a layer's selection and loss are computed from; float32, constant within an optimizer step. Made by `of`.
+    """Holds what a layer's selection and loss are computed from, float32; make it with `of`.
 
-    mean, variance: [N]; tau: []; rate: [N] share of selected tokens per neuron (scale-invariant loss). alive: [N] bool,
-    see `is_alive`. inverse_variance: [N] 1 / S^2; inverse_s: [N] 1 / S; inverse_limit: [N] 1 / (S sqrt(tau)), selected
-    are those with |d| times this of at least 1. These three are 0 for dead neurons, whose score is then 0.
+    mean, variance: [N]. tau: []. rate: [N], the share of tokens at which each neuron is selected (for the
+    scale-invariant loss). alive: [N] bool, of `is_alive`. inverse_variance: [N], 1 / S^2. inverse_s: [N], 1 / S.
+    inverse_limit: [N], 1 / (S sqrt(tau)), which times |d| is at least 1 for the selected activations. The last three
+    are 0 for dead neurons, so that their score is 0.
     """
 
     mean: Tensor
@@ -79,7 +79,7 @@ class FrozenStatistics:
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor, tau: Tensor, rate: Tensor) -> FrozenStatistics:
-        """With what follows from the four."""
+        """Return these statistics, and what follows from them. mean, variance, rate: [N]; tau: []; all float32."""
         alive = is_alive(mean, variance)
         inverse_variance = torch.where(alive, 1 / variance.clamp(min=VARIANCE_FLOOR), 0.0)
         inverse_limit = (inverse_variance / tau).sqrt()
@@ -88,29 +88,30 @@ class FrozenStatistics:
 
 @dataclass(frozen=True)
 class Regulariser:
-    """Which inhibition loss; power: q of the projected one."""
+    """Names the inhibition loss; power: q of the projected one."""
 
     loss: LossName = "projected"
     power: Power = 1
 
     @property
     def is_projected(self) -> bool:
+        """Whether the gradient is projected (docs/method.md, 5.2)."""
         return self.loss == "projected"
 
     @property
     def force_power(self) -> Power:
-        """q of the force: the logarithms of the published and the scale-invariant loss pull as q = 0 does."""
+        """The q of the force; 0 for the published and the scale-invariant loss, which are logarithms."""
         return self.power if self.is_projected else 0
 
     @property
     def factor(self) -> float:
-        """What the force of `force_power` is multiplied by: log d^2 is 2 log|d|."""
+        """The factor of the force with q = `force_power`: 2 where the loss has log d^2, which is 2 log|d|."""
         return 1.0 if self.is_projected else 2.0
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What is taken from the force: shift + pull * d; float32 [N] each."""
+    """Holds what is subtracted from the force, shift + pull * d. Both are [N] float32."""
 
     shift: Tensor
     pull: Tensor
@@ -118,10 +119,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class Inhibition:
-    """What backward of a micro-batch adds to the gradient of a layer's neurons, and measures.
+    """Holds what a layer's backward needs to add the inhibition loss's gradient, and to measure both gradients.
 
-    strength: [] float32, what the inhibition loss's gradient is multiplied by (`NeuronHook.strength`); per_token: []
-    float64, what the gradient that arrives is multiplied by to be that of the LM loss's sum over this rank's tokens.
+    strength: [] float32, the factor of the inhibition loss's gradient (`NeuronHook.strength`). per_token: [] float64,
+    the factor that makes the gradient which arrives that of the LM loss summed over this rank's tokens.
     """
 
     statistics: FrozenStatistics
@@ -131,23 +132,28 @@ class Inhibition:
     per_token: Tensor
 
     def measured(self, squares: Tensor) -> Tensor:
-        """Return what `Coefficients.squares` adds up, [2] float64, from sums of squares over the selected, [2] float64:
-        of the gradient that arrived and of the inhibition loss's.
+        """Return what `Coefficients.squares` adds up, [2] float64.
+
+        squares: [2] float64, sums over the selected activations of the squared gradient that arrived and of the squared
+        gradient of the inhibition loss.
         """
         return torch.stack([squares[0] * self.per_token**2, squares[1]])
 
 
 def running_correction(statistics: FrozenStatistics, regulariser: Regulariser) -> Correction:
-    """That of a loss that is not projected: rate / S^2 undoes shrinking in the scale-invariant one, else nothing."""
+    """Return the correction of a loss that is not projected.
+
+    For the scale-invariant loss it is a pull of 2 rate / S^2, which undoes the shrinking, for the published one 0.
+    """
     nothing = torch.zeros_like(statistics.rate)
     is_corrected = regulariser.loss == "scale-invariant"
     return Correction(nothing, 2 * statistics.rate * statistics.inverse_variance if is_corrected else nothing)
 
 
 def projection(sums: Tensor) -> Correction:
-    """That of the projected loss: the line shift + pull * d that fits the force best, for each neuron.
+    """Return the correction of the projected loss: for each neuron, the line shift + pull * d that best fits the force.
 
-    sums: [1 + 4 N] float64, of `projection_sums` over the whole micro-batch, however it is scaled.
+    sums: [1 + 4 N] float64, the `projection_sums` of the global micro-batch, times any number (docs/method.md, 5.2).
     """
     tokens, sums = sums[0], sums[1:].view(4, -1)
     force, force_d, d, d2 = sums / torch.where(tokens > 0, tokens, 1.0)
@@ -157,40 +163,52 @@ def projection(sums: Tensor) -> Correction:
 
 
 def score(z: Tensor, statistics: FrozenStatistics) -> Tensor:
-    """Monosemanticity score phi = (z - mean)^2 / S^2 (eq. 1); z [M, N] -> [M, N] float32; 0 for dead neurons."""
+    """Return the monosemanticity score phi = (z - mean)^2 / S^2, [M, N] float32; 0 for dead neurons.
+
+    z: [M, N], any float dtype. Source: eq. 1 of arXiv 2503.23298; docs/method.md, 3.
+    """
     d = z.float() - statistics.mean
     return d * d * statistics.inverse_variance
 
 
 def select_by_threshold(scores: Tensor, statistics: FrozenStatistics) -> Tensor:
-    """phi >= tau, live neurons only; [M, N] -> [M, N] bool."""
+    """Return where phi >= tau, for live neurons only, [M, N] bool (docs/method.md, 4). scores: [M, N]."""
     return (scores >= statistics.tau) & statistics.alive
 
 
 def select_top_k(scores: Tensor, statistics: FrozenStatistics, target_share: float) -> Tensor:
-    """Return the ceil(share * N) highest scores of each token, live neurons only (MEmeL); [M, N] -> [M, N] bool."""
-    # the subtraction keeps products such as 0.02 * 50 = 1.0000000000000002 from rounding up to one more
+    """Return where the ceil(share * N) highest scores of each token are, for live neurons only, [M, N] bool.
+
+    scores: [M, N]. Source: MEmeL, arXiv 2312.11560; docs/method.md, 6.
+    """
+    # The subtraction keeps products such as 0.07 * 100 = 7.000000000000001 from being rounded up to one neuron more.
     k = max(1, math.ceil(target_share * scores.shape[1] - 1e-9))
     top = torch.where(statistics.alive, scores, -1.0).topk(k, dim=1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, top, True) & statistics.alive
 
 
 def _counted(d2: Tensor, selected: Tensor, statistics: FrozenStatistics) -> Tensor:
-    """Of the selected, those that the loss counts: all but activations at their mean; [M, N], [M, N] -> [M, N] bool."""
+    """Return the selected activations without those at their mean, which the loss leaves out, [M, N] bool.
+
+    d2: [M, N] squares of z - mean; selected: [M, N] bool.
+    """
     return selected & (d2 * statistics.inverse_variance > SCORE_FLOOR)
 
 
 def inhibition_loss(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
 ) -> Tensor:
-    """Return sum over the selected, before the division by n; [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [] float32."""
+    """Return the inhibition loss before its division by n, [] float32 (docs/method.md, 5; eq. 5 of arXiv 2503.23298).
+
+    z: [M, N]; selected: [M, N] bool; weight: [M, 1], 0 for padding and else 1 (default: no padding).
+    """
     d = z.float() - statistics.mean
     d2 = d * d
     selected = _counted(d2, selected, statistics)
     if regulariser.is_projected and regulariser.power:
         phi = torch.where(selected, d2 * statistics.inverse_variance, 1.0)
         return ((phi ** (regulariser.power / 2) - 1) / regulariser.power).sum()
-    # log of 1 outside the selection: `where` after a log of 0 would still give NaN gradients
+    # The log is taken of 1 outside the selection: `where` after a log of 0 would still give NaN gradients.
     log_d2 = torch.where(selected, d2, 1.0).log()
     if regulariser.loss == "published":
         return log_d2.sum()
@@ -205,7 +223,10 @@ def inhibition_loss(
 
 
 def force(z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
-    """Return what pulls the selected activations to their mean, 0 for others; [M, N], [M, N] bool -> [M, N] float32."""
+    """Return the force that pulls the selected activations to their mean, 0 for the others, [M, N] float32.
+
+    It is factor * sign(u) |u|^(force_power - 1) / S (docs/method.md, 5.2). z: [M, N]; selected: [M, N] bool.
+    """
     d = z.float() - statistics.mean
     selected = _counted(d * d, selected, statistics)
     if regulariser.force_power == 0:
@@ -218,9 +239,9 @@ def force(z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser
 def projection_sums(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, weight: Tensor | None = None
 ) -> Tensor:
-    """Return tokens, and for each neuron the sums of the force F, of F * d, of d and of d^2 over them.
+    """Return the number of tokens and, over them, each neuron's sums of the force F, F * d, d and d^2.
 
-    [M, N], [M, N] bool, [M, 1] of 0 and 1 -> [1 + 4 N] float64.
+    The result is [1 + 4 N] float64, in this order. The arguments are those of `inhibition_loss`.
     """
     d = z.float() - statistics.mean
     if weight is not None:
@@ -234,7 +255,10 @@ def projection_sums(
 def inhibition_gradient(
     z: Tensor, selected: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, correction: Correction
 ) -> Tensor:
-    """d inhibition_loss / dz, written out; [M, N], [M, N] bool -> [M, N] float32."""
+    """Return the gradient of `inhibition_loss` with respect to z, written out, [M, N] float32.
+
+    z: [M, N]; selected: [M, N] bool; correction: of `running_correction` or `projection`.
+    """
     d = z.float() - statistics.mean
     return force(z, selected, statistics, regulariser) - correction.shift - correction.pull * d
 
@@ -252,14 +276,14 @@ class _NoteLossGradient(torch.autograd.Function):
 
 
 def note_loss_gradient(loss: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
-    """Return the same loss; in backward `arrived(gradient)` is called first of all. [] -> []."""
+    """Return the same loss, []; `arrived` is called with its gradient, [], before backward reaches the network."""
     return _NoteLossGradient.apply(loss, arrived)
 
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, add_to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(z)  # the next layer keeps z anyway
+        ctx.save_for_backward(z)  # costs no memory: the next layer keeps z anyway
         ctx.add_to = add_to
         return z.view_as(z)
 
@@ -270,5 +294,5 @@ class _AddGradient(torch.autograd.Function):
 
 
 def add_inhibition_gradient(z: Tensor, add_to: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return the same activations; their gradient becomes `add_to(gradient, z)` in backward."""
+    """Return the same activations, [M, N]; in backward their gradient becomes `add_to(gradient, z)`, [M, N] each."""
     return _AddGradient.apply(z, add_to)

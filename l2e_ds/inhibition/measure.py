@@ -1,7 +1,7 @@
-"""How monosemantic the neurons of some layers are on given text, whatever the training method was.
+"""Measure how monosemantic the neurons of some layers are on given text, for any training method (docs/method.md, 9).
 
-Two passes over the same batches: exact moments, then scores with those moments. Only reads activations.
-Shapes: M tokens of a micro-batch, N neurons of a layer, L layers.
+Two passes over the same batches give exact moments, and then scores with these moments. Activations are only read.
+Shapes: M tokens of a micro-batch, N neurons of a layer.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from l2e_ds.inhibition.losses import VARIANCE_FLOOR, is_alive
 from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count
 from l2e_ds.inhibition.settings import NeuronSite
 
-# Scores are counted in bins of equal logarithmic width; a bin's own sum is exact, so only the part of one bin
-# at the edge of the top share is approximate, by at most the bin's width of 1.1 %.
-BINS, LOWEST, HIGHEST = 2048, -4.0, 6.0
-# Tokens looked at together: scoring an activation takes some 30 bytes of temporaries, and a whole micro-batch of them
-# would not fit beside what a micro-batch in training was chosen to fill (training.micro_batch: auto).
+# Scores are counted in bins of equal logarithmic width. A bin's own sum is exact, so that only the part of one bin at
+# the edge of the top share is approximate, by at most the bin's width of 1.1 %.
+BINS, LOWEST, HIGHEST = 2048, -4.0, 6.0  # the bounds are exponents of 10
+# Tokens that are scored together. An activation takes some 30 bytes of temporaries: those of a whole micro-batch would
+# not fit into the memory that training fills with such a micro-batch (training.micro_batch: auto).
 SLICE = 4096
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """top_share_score: mean MS of the highest `share` of all (token, neuron) pairs; mean_s: mean over neurons of
-    the standard deviation S; kurtosis: median over live neurons of E[phi^2] (3 for a normal distribution);
-    dead_share: share of neurons that do not vary."""
+    """Holds what was measured of one layer.
+
+    top_share_score: the mean MS of the highest `share` of all (token, neuron) pairs. mean_s: the mean over neurons of
+    the standard deviation S. kurtosis: the median over live neurons of E[phi^2], which is 3 for a normal distribution;
+    NaN without live neurons. dead_share: the share of neurons that do not vary.
+    """
 
     layer: int
     top_share_score: float
@@ -42,7 +45,7 @@ class LayerScores:
 
 @contextmanager
 def observed(sites: Sequence[NeuronSite], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Calls `see(index of the site, neurons [M, N])` in every forward pass; removed at the end."""
+    """Call `see(index of the site, activations [M, N])` in every forward pass within."""
     handles: list[Any] = []
     try:
         for index, site in enumerate(sites):
@@ -73,10 +76,12 @@ def measure_scores(
     device: torch.device | str,
     group: Any = None,
 ) -> list[LayerScores]:
-    """Run `passes` twice and measure. Collective over `group`; the result is the same on every rank.
+    """Return the scores of each site's layer, the same on every rank. Collective over `group` (default: all ranks).
 
-    passes(set_weight): runs the model over all batches of this rank, in the same order each time; before a forward
-    it may call set_weight([M, 1], or None) to leave tokens out (0) or let them stand for more or less than one.
+    passes(set_weight): called twice, runs the model over the same batches of this rank each time. Before a forward pass
+    it may call set_weight with how many tokens each token counts as, [M, 1] (0: it is left out), or None (1 each).
+    share: of all (token, neuron) pairs, those with the highest scores, for `top_share_score`. device: where the
+    activations are.
     """
     weight: list[Tensor | None] = [None]
 
@@ -137,7 +142,7 @@ def measure_scores(
 
 
 def _merge_over_ranks(moments: Moments, group: Any) -> Moments:
-    """Pairwise merge as sums around the mean of all ranks."""
+    """Return the moments over all ranks, by sums around their common mean. Collective."""
     count = all_reduce_sum(moments.count.clone(), group)
     mean = all_reduce_sum(moments.mean * moments.count, group) / count.clamp(min=1)
     m2 = all_reduce_sum(moments.m2 + moments.count * (moments.mean - mean).square(), group)
@@ -145,7 +150,7 @@ def _merge_over_ranks(moments: Moments, group: Any) -> Moments:
 
 
 def _mean_of_top(counts: Tensor, sums: Tensor, share: float) -> float:
-    """Mean of the highest `share` of the counted values; [BINS], [BINS]."""
+    """Return the mean of the highest `share` of all values. counts, sums: [BINS] of each bin, ascending."""
     wanted = share * counts.sum()
     above = counts.flip(0).cumsum(0)
     taken = (wanted - (above - counts.flip(0))).clamp(min=0).minimum(counts.flip(0))

@@ -1,4 +1,4 @@
-"""The baseline MEmeL: selected activations are replaced by their mean (docs/method.md, 6).
+"""Replace selected activations by their mean: the baseline MEmeL (docs/method.md, 6; arXiv 2312.11560).
 
 Shapes: M samples (tokens), N neurons.
 """
@@ -29,13 +29,13 @@ class _Deactivate(torch.autograd.Function):
 
 
 def reverse_deactivation(z: Tensor, mean: Tensor, selected: Tensor, arrived: Callable[[], None]) -> Tensor:
-    """z' = mean + (stop_gradient(z) - z) where selected: forward the mean, backward the reversed gradient.
+    """Return mean + (stop_gradient(z) - z) where selected, else z: the mean, with a reversed gradient.
 
-    z: [M, N]; mean: [N]; selected: [M, N] bool; `arrived` is called in backward.
+    z: [M, N], any float dtype, which the result has too; mean: [N]; selected: [M, N] bool; arrived: called in backward.
     """
     return _Deactivate.apply(z, mean, selected, -1.0, arrived)
 
 
 def naive_deactivation(z: Tensor, mean: Tensor, selected: Tensor, arrived: Callable[[], None]) -> Tensor:
-    """z' = mean where selected, without a gradient. Shapes as in `reverse_deactivation`."""
+    """Return the mean where selected, without a gradient, else z. The arguments are those of `reverse_deactivation`."""
     return _Deactivate.apply(z, mean, selected, 0.0, arrived)

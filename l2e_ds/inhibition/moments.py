@@ -1,4 +1,4 @@
-"""Running mean and variance per neuron, merged by the pairwise formula of Chan, Golub and LeVeque (1983).
+"""Keep a running mean and variance per neuron, merged by the pairwise formula of Chan, Golub and LeVeque (1983).
 
 Shapes: M samples (tokens), N neurons of a layer.
 """
@@ -15,9 +15,9 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and sum of squared deviations of (possibly faded) samples; float64, nothing is updated in place.
+    """Holds mean and sum of squared deviations of samples, float64; nothing is updated in place.
 
-    count: [] weight of the samples seen (their number, where nothing faded)
+    count: [] sum of the samples' weights, which is their number if none has faded
     mean:  [N]
     m2:    [N] weighted sum of (z - mean)^2
     """
@@ -28,21 +28,25 @@ class Moments:
 
     @classmethod
     def empty(cls, neurons: int, device: torch.device | str | None = None) -> Moments:
+        """Return the moments of no samples."""
         zeros = torch.zeros(neurons, dtype=torch.float64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros.clone())
 
     @classmethod
     def from_sums(cls, count: Tensor, sum_d: Tensor, sum_d2: Tensor, shift: Tensor) -> Moments:
-        """From sums of d = z - shift and of d^2 over samples; [], [N], [N], [N], all float64."""
+        """Return the moments of samples z from their number [] and their sums of d = z - shift and of d^2, [N] each.
+
+        shift: [N]; all are float64.
+        """
         safe = count.clamp(min=_TINY)  # weights may add up to less than 1
         return cls(count, shift + sum_d / safe, (sum_d2 - sum_d * sum_d / safe).clamp(min=0))
 
     def fade(self, factor: float) -> Moments:
-        """Return the moments in which every sample so far weighs `factor` of what it did."""
+        """Return the same moments with the weight of every sample multiplied by `factor`."""
         return Moments(self.count * factor, self.mean, self.m2 * factor)
 
     def merge(self, other: Moments) -> Moments:
-        """Moments of both sets of samples together."""
+        """Return the moments of both sets of samples together."""
         count = self.count + other.count
         weight = other.count / count.clamp(min=_TINY)
         delta = other.mean - self.mean
@@ -54,23 +58,26 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """[N] sample variance S^2 (denominator count - 1); 0 before two samples were seen."""
+        """The sample variance S^2, [N] float64, with the denominator count - 1; 0 before two samples were seen."""
         return torch.where(self.count >= 2, self.m2 / (self.count - 1).clamp(min=1), torch.zeros_like(self.m2))
 
 
 def sample_count(z: Tensor, weight: Tensor | None = None) -> Tensor:
-    """[] float64 sum of the samples' weights, or their number; filled on the device, so that no host waits for it."""
+    """Return the sum of the samples' weights, or without weights their number, [] float64 on the device of z.
+
+    z: [M, N]; weight: [M, 1]. It is made on the device, so that the host waits for nothing.
+    """
     if weight is None:
         return torch.full((), z.shape[0], dtype=torch.float64, device=z.device)
     return weight.double().sum()
 
 
 def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sums over samples of d and d^2 with d = z - shift, in float64.
+    """Return the sums over samples of d = z - shift and of d^2, [N] float64 each.
 
-    z: [M, N] any float dtype; shift: [N]; weight: [M, 1], how many samples each one stands for, or None: one each.
-    Around a shift near the mean float32 differences lose nothing to cancellation (docs/method.md, 3); for
-    samples whose mean is not known yet use `exact_sums`.
+    z: [M, N], any float dtype; shift: [N]; weight: [M, 1], how many samples each one counts as (default: 1). The
+    differences are float32, which loses nothing to cancellation if the shift is near the mean. Use `exact_sums` for
+    samples whose mean is not known yet.
     """
     d = z.float() - shift.float()
     weighted = d if weight is None else d * weight
@@ -78,7 +85,10 @@ def shifted_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tupl
 
 
 def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As `shifted_sums` for any shift: two passes, around the samples' own mean, moved to `shift` in float64."""
+    """Return what `shifted_sums` does, for any shift, in two passes.
+
+    The sums are taken around the samples' own mean and moved to the shift in float64.
+    """
     z = z.float()
     count = sample_count(z, weight)
     weighted = z if weight is None else z * weight
@@ -89,5 +99,8 @@ def exact_sums(z: Tensor, shift: Tensor, weight: Tensor | None = None) -> tuple[
 
 
 def fade_factor(window: int | None) -> float:
-    """Weight that a sample keeps from one step to the next: exp(-1 / window); None: cumulative, nothing fades."""
+    """Return the share of its weight that a sample keeps per step, exp(-1 / window), or 1 without a window.
+
+    window: in steps; None: samples never fade (`statistics_window: cumulative`).
+    """
     return 1.0 if window is None else float(torch.exp(torch.tensor(-1.0 / window, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""What a layer remembers, moved by the sums of one step: moments, tau, how often each neuron was selected.
+"""Move what a layer remembers by the sums of one step: moments, tau, and how often each neuron was selected.
 
 Shapes: N neurons. Everything float64.
 """
@@ -17,10 +17,10 @@ from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
 
 @dataclass(frozen=True)
 class StepSums:
-    """A layer's sums of one step, over the tokens of all ranks.
+    """Holds a layer's sums of one step, over the tokens of all ranks.
 
-    header: [3] tokens, inhibition loss and score of the selected; d, d2: [N] of d = z - shift and of d^2; selected: [N]
-    number of the selected; shift: [N].
+    header: [3], the number of tokens, and inhibition loss and score summed over the selected. d, d2: [N], of
+    d = z - shift and of d^2. selected: [N], at how many tokens each neuron was selected. shift: [N] float32.
     """
 
     header: Tensor
@@ -32,9 +32,10 @@ class StepSums:
 
 @dataclass(frozen=True)
 class RunningStatistics:
-    """What a layer remembers of all steps so far; nothing is updated in place.
+    """Holds what a layer remembers of all steps so far; nothing is updated in place.
 
-    tau: []; selected: [N], faded count of selections; selectable: [], of the tokens that could be selected.
+    tau: []. selected: [N], faded number of tokens at which each neuron was selected. selectable: [], faded number of
+    tokens at which it could be.
     """
 
     moments: Moments
@@ -44,7 +45,7 @@ class RunningStatistics:
 
     @classmethod
     def initial(cls, neurons: int, target_share: float, device: torch.device) -> RunningStatistics:
-        """Return those of a layer that has seen nothing yet."""
+        """Return the statistics of a layer that has seen nothing yet."""
         return cls(
             Moments.empty(neurons, device),
             torch.tensor(initial_threshold(target_share), dtype=torch.float64, device=device),
@@ -53,7 +54,7 @@ class RunningStatistics:
         )
 
     def frozen(self, moments: Moments | None = None) -> FrozenStatistics:
-        """Float32 constants to select and inhibit by; with other moments than its own where some are given."""
+        """Return float32 constants to select and inhibit by. moments: to use in place of its own."""
         moments = self.moments if moments is None else moments
         rate = self.selected / self.selectable.clamp(min=1)
         return FrozenStatistics.of(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
@@ -61,11 +62,11 @@ class RunningStatistics:
     def moved(
         self, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
     ) -> tuple[RunningStatistics, Tensor]:
-        """These statistics after a step, and what the step showed: the first five of `Inhibitor.STATISTICS`, [5]
-        (docs/method.md, sections 3 and 4).
+        """Return the statistics after a step, and the first five of `Inhibitor.STATISTICS` in it, [5] float64.
 
-        finite: [] bool; where False nothing moves. fade: the share of the past that stays. seen_before: whether the
-        step's own samples were in the moments that it selected by (`reduce: forward`).
+        finite: [] bool; if False, nothing moves. fade: the weight that the past keeps, of `fade_factor`. target_share:
+        the share of pairs to select. seen_before: whether the moments that the step selected by included its own
+        samples (`reduce: forward`). Source: docs/method.md, 3 and 4.
         """
         tokens, loss, score = sums.header.unbind()
         pairs = tokens * sums.d.shape[0]

@@ -1,4 +1,4 @@
-"""`Settings`: what the hooks do, how strongly, and in which part of the run."""
+"""Hold what the hooks do, how strongly, in which part of the run, and where the neurons are."""
 
 from __future__ import annotations
 
@@ -18,11 +18,25 @@ DEFAULT_STRENGTH = 0.2
 
 @dataclass(frozen=True)
 class Settings:
-    """What the hooks do; the run file's section `inhibition` documents the choices.
+    """Holds what the hooks do. The section `inhibition` of a run file has the same keys (docs/run-files.md).
 
-    A regulariser has either a `strength` or a `coefficient`; with neither, its strength is 0.2. `start`, `warmup`,
-    `decay` and `end` are optimizer steps (integers) or shares of the run (between 0 and 1, see `in_steps`).
-    Raises ValueError.
+    retrieval, mechanism: how activations are selected, and what becomes of the selected ones (docs/method.md, 4 to 6).
+    loss, power: the inhibition loss, and q of the projected one. target_share: the share of (token, neuron) pairs to
+    select, between 0 and 1.
+
+    A regulariser has either a `strength`, relative to the gradient of the LM loss, or a `coefficient`, the weight of
+    the inhibition loss itself; with neither, its strength is 0.2. A deactivation has no strength and ignores a
+    coefficient.
+
+    start, warmup, decay, end: when inhibition begins, over how many steps it rises and falls, and from when nothing is
+    inhibited (default: the end of the run). An int is a number of optimizer steps, a float between 0 and 1 a share of
+    the run (`in_steps`).
+
+    statistics_window: optimizer steps after which a sample weighs 1/e of what it did; None: samples never fade. reduce:
+    whether statistics are summed over ranks once a step, or in every forward before selection (docs/method.md, 8).
+    fused: whether to use one compiled pass (`fused.py`) where there is one; None: if that is faster.
+
+    Raises ValueError for a value that is not allowed.
     """
 
     retrieval: Literal["threshold", "top-k"] = "threshold"
@@ -38,7 +52,7 @@ class Settings:
     end: float | None = None
     statistics_window: int | None = 50
     reduce: Literal["step", "forward"] = "step"
-    fused: bool | None = None  # one compiled pass (fused.py); None: where it pays
+    fused: bool | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -54,8 +68,9 @@ class Settings:
             raise ValueError(
                 f"Settings.strength: got {self.strength} with mechanism {self.mechanism}, which has none, allowed: None"
             )
-        for name in ("start", "warmup", "decay", "end"):
-            self._check(name, _is_duration if name != "end" else _is_end, "whole steps, or a share between 0 and 1")
+        for name in ("start", "warmup", "decay"):
+            self._check(name, _is_duration, "whole steps, or a share between 0 and 1")
+        self._check("end", _is_end, "1 step or more, a share between 0 and 1, or None")
         window = "1 step or more, or None: all steps"
         self._check("statistics_window", lambda steps: steps is None or steps >= 1, window)
         self._check("fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
@@ -65,11 +80,12 @@ class Settings:
 
     @property
     def regulariser(self) -> Regulariser:
+        """The inhibition loss."""
         return Regulariser(self.loss, self.power)
 
     @property
     def relative_strength(self) -> float | None:
-        """`strength` or its default; None where the mechanism is a deactivation or lambda is given."""
+        """The `strength` or its default; None for a deactivation, or if `coefficient` is given."""
         if self.mechanism != "regulariser" or self.coefficient is not None:
             return None
         return DEFAULT_STRENGTH if self.strength is None else self.strength
@@ -80,9 +96,10 @@ class Settings:
         return self.mechanism == "regulariser" and (self.relative_strength or self.coefficient or 0.0) > 0
 
     def in_steps(self, run_steps: int | None) -> Settings:
-        """Return the same with the schedule in steps of a run of `run_steps`.
+        """Return the same settings with the schedule in steps.
 
-        Raises ValueError where it does not fit in.
+        run_steps: optimizer steps of the run, or None if its length is not known. Raises ValueError for a schedule that
+        does not fit into the run, or that needs its length where it is not known.
         """
 
         def steps(name: str) -> int:
@@ -107,15 +124,18 @@ class Settings:
             raise ValueError(f"Settings.end: got {self.end}, which is step {end} of the run's {run_steps}")
         if end is not None and (start == end or start + warmup + decay > end):
             raise ValueError(
-                f"Settings.start, warmup and decay: got {start} + {warmup} + {decay} steps, allowed: up to {end}, where"
-                f" {'the run' if self.end is None else 'inhibition'} ends"
+                f"Settings.start, warmup and decay: got {start} + {warmup} + {decay} steps, allowed: a start before"
+                f" {end} and a sum up to {end}, where {'the run' if self.end is None else 'inhibition'} ends"
             )
         return replace(
             self, start=start, warmup=warmup, decay=decay, end=end if decay or self.end is not None else None
         )
 
     def schedule(self, step: int) -> float:
-        """Share of the full strength in the optimizer step after `step` others; of settings that are `in_steps`."""
+        """Return the share of the full strength, from 0 to 1, in the optimizer step that follows `step` others.
+
+        The settings must be in steps already (`in_steps`).
+        """
         rise = (step - self.start + 1) / self.warmup if self.warmup else 1.0
         fall = 1.0 if self.end is None else (self.end - step) / (self.decay or 1)
         return 0.0 if step < self.start else max(0.0, min(1.0, rise, fall))
@@ -131,12 +151,15 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def in_steps(value: float, run_steps: int) -> int:
-    """Return steps (an integer) as they are, a share of the run (a float) in steps; shares with a sum of 1 fit in."""
+    """Return a number of steps: an int as it is, a float as a share of the run, rounded down.
+
+    Shares that add up to 1 therefore fit into the run.
+    """
     return value if isinstance(value, int) else int(value * run_steps + 1e-6)
 
 
 def _is_duration(value: Any) -> bool:
-    """Whole steps, or a share of the run."""
+    """Return whether the value is a number of steps or a share of the run."""
     return not isinstance(value, bool) and (value >= 0 if isinstance(value, int) else 0 < value < 1)
 
 
@@ -145,10 +168,10 @@ def _is_end(value: Any) -> bool:
 
 
 def require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) -> None:
-    """Raises ValueError, in one line, unless `holds(given)`."""
+    """Raise ValueError, with one line of where, given and allowed, unless `holds(given)`."""
     try:
         fine = holds(given)
-    except TypeError:  # no number, compared with one
+    except TypeError:  # something that is not a number was compared with one
         fine = False
     if not fine:
         raise ValueError(f"{where}: got {given!r}, allowed: {allowed}")
@@ -156,10 +179,14 @@ def require(where: str, given: Any, holds: Callable[[Any], bool], allowed: str) 
 
 @dataclass(frozen=True)
 class NeuronSite:
-    """Where one layer's neurons are: what `module.attribute` returns (activation) or is given (projection).
+    """Says where the neurons of one layer are, whose activations are [B, T, N].
 
-    function: what an activation computes, where a GPU kernel may compute it in the same pass: the exact GELU.
-    Raises ValueError.
+    layer: the layer's number, by which its metrics and state are named. module, attribute: `module.attribute` is the
+    child module that returns the activations (kind `activation`) or receives them as its first argument (kind
+    `projection`). neurons: N. function: `gelu` if an activation computes the exact GELU, in whose own pass inhibition
+    may then be computed (docs/speed.md).
+
+    Raises ValueError for another kind.
     """
 
     layer: int

@@ -1,14 +1,14 @@
-"""The exact GELU and the method in one Triton kernel forward and one backward: the GPU's share of `fused.py`.
+"""Compute the exact GELU and the method in one Triton kernel forward and one backward: `fused.py` on a GPU.
 
-Forward reads the pre-activation x and writes z = GELU(x); the sums that the method needs of z are made while it passes
-by. Backward computes z again from x, which is all that a GELU keeps. Beside the memory traffic of a GELU alone there
-are only a few floats per neuron and STRETCH tokens. What is computed: `losses.py` (docs/method.md, 3 and 5).
+Forward reads the pre-activation x, writes z = GELU(x), and makes the sums that the method needs of z on the way.
+Backward computes z again from x, which is all that a GELU keeps. The memory traffic beyond that of a GELU alone is a
+few floats per neuron and STRETCH tokens. `losses.py` defines what is computed (docs/method.md, 3 and 5).
 
 Shapes: M samples (tokens) of a micro-batch, N neurons; x, z and their gradients [M, N] float32, bfloat16 or float16;
 statistics [N] float32; all arithmetic in float32.
 """
 
-# Triton's kernels are typed by what they are called with.
+# A Triton kernel has the types of the arguments of each call.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -28,35 +28,38 @@ from l2e_ds.inhibition.fused import FACTORS
 from l2e_ds.inhibition.losses import FrozenStatistics, Inhibition, Regulariser
 from l2e_ds.system.files import one_line
 
-# A program takes COLUMNS neurons; a warp reads 256 of them in one row, 8 a thread: 16 bytes in half precision.
+# A program takes COLUMNS neurons. A warp reads 256 of them in one row, 8 per thread: 16 bytes in half precision.
 COLUMNS = 256
 WARPS = 4
-# Forward walks down STRETCH tokens, ROWS at a time (one a warp), and writes one row of sums for them all: no atomics,
-# so the same sums every time. Few enough tokens to fill a GPU with programs, enough that sums are little traffic. Its
-# five sums of 8 neurons a thread stay in registers: 167 a thread on an H100, so 12 warps share a multiprocessor.
+# Forward walks down STRETCH tokens, ROWS at a time (one per warp), and writes one row of sums for all of them. There
+# are no atomics, so the sums are the same every time. STRETCH is small enough that there are programs to fill a GPU,
+# and large enough that the sums are little traffic. The five sums of 8 neurons per thread stay in registers: 167 per
+# thread on an H100, so that 12 warps share a multiprocessor.
 ROWS = 4
 STRETCH = 128
-# How many iterations forward's loads run ahead; each takes registers. To be chosen by measurement: `l2e-ds accept` on a
-# GPU times these numbers and others (a review of the machine code found no overlap with 2, and 189 registers with 3).
+# How many iterations the loads of forward run ahead; each takes registers. Not chosen by measurement yet: `l2e-ds
+# accept` on a GPU times these numbers and others. (A review of the machine code found no overlap with 2, and 189
+# registers with 3.)
 STAGES = 2
-# Backward keeps nothing from one row to the next but two sums: it walks down BACKWARD_STRETCH tokens, BACKWARD_ROWS at
-# a time. More of them read the statistics less often; to be chosen like STAGES.
+# Backward walks down BACKWARD_STRETCH tokens, BACKWARD_ROWS at a time, and keeps only two sums from one row to the
+# next. With more tokens it reads the statistics less often. Not chosen by measurement yet.
 BACKWARD_ROWS = 8
 BACKWARD_STRETCH = 8
 
-# Multiply and add are not contracted, so that forward, backward and `losses.py` select the same. (Erf's own are.)
+# Multiplication and addition are not contracted, except within erf, so that forward, backward and `losses.py` select
+# the same activations.
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": False}
 
 
 @triton.jit
 def _one_and_erf(x):
-    """1 + erf(x / sqrt 2), as ATen has it; on a GPU `tl.erf` is libdevice's."""
+    """Return 1 + erf(x / sqrt 2), in the form that ATen has; on a GPU `tl.erf` is libdevice's."""
     return 1.0 + tl.erf(x * 0.7071067811865476)
 
 
 @triton.jit
 def _force(d, inverse_s, inverse_variance, factor: tl.constexpr, POWER: tl.constexpr):
-    """As `fused._force`."""
+    """Return what `fused._force` does."""
     if POWER == 0:
         force = factor / d
     elif POWER == 1:
@@ -68,7 +71,7 @@ def _force(d, inverse_s, inverse_variance, factor: tl.constexpr, POWER: tl.const
 
 @triton.jit
 def _place(N, COLUMNS: tl.constexpr):
-    """What a program takes: (number of its stretch of rows, int64; columns [COLUMNS])."""
+    """Return what this program takes: the number of its stretch of rows, int64, and its columns, [COLUMNS]."""
     blocks = tl.cdiv(N, COLUMNS)
     program = tl.program_id(0)
     return (program // blocks).to(tl.int64), (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -93,7 +96,7 @@ def _forward_kernel(
     FACTORS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """x -> z and, for each stretch, sums [5 or 6, N] in `partial`: of `fused.scaled`."""
+    """Write z = GELU(x) and, for each stretch, the sums that `fused.scaled` takes, [5 or 6, N], into `partial`."""
     stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
@@ -106,8 +109,8 @@ def _forward_kernel(
     sum_score = tl.zeros([ROWS, COLUMNS], tl.float32)
     measure = tl.zeros([ROWS, COLUMNS], tl.float32)
     sum_force = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=STAGES):  # the next x are on their way
-        product = tl.full([ROWS, COLUMNS], 1.0, tl.float32)  # as `fused.FACTORS` says: one logarithm for so many
+    for start in tl.range(0, STRETCH, ROWS * FACTORS, num_stages=STAGES):  # loads the next x meanwhile
+        product = tl.full([ROWS, COLUMNS], 1.0, tl.float32)  # one logarithm for many factors (`fused.FACTORS`)
         for factor in tl.static_range(FACTORS):
             rows = stretch * STRETCH + start + factor * ROWS + tl.arange(0, ROWS)
             inside = (rows < M)[:, None] & in_row[None, :]
@@ -119,7 +122,7 @@ def _forward_kernel(
             d = tl.where(inside, z.to(tl.float32) - mean[None, :], 0.0)
             d2 = d * d
             score = d2 * inverse_variance[None, :]
-            selected = score >= tau  # nothing outside: the score is 0 there
+            selected = score >= tau  # nothing outside, where the score is 0
             sum_d += d
             sum_d2 += d2
             count += tl.where(selected, 1.0, 0.0)
@@ -128,7 +131,7 @@ def _forward_kernel(
                 product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
             if POWER == 1:
                 measure += tl.where(selected, tl.abs(d), 0.0)
-            if PROJECTED:  # without its power of S, which is the same for all tokens
+            if PROJECTED:  # without its power of S, by which `fused.scaled` multiplies
                 force = _force(tl.where(selected, d, 1.0), 1.0, 1.0, 1.0, POWER)
                 sum_force += tl.where(selected, force, 0.0)
         if POWER == 0:
@@ -164,7 +167,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     STRETCH: tl.constexpr,
 ):
-    """x and the gradient of z -> the gradient of x and, for each program, `fused.add_gradient`'s sums of squares."""
+    """Write the gradient of x and, for each program, both sums of squares that `fused.gelu_backward` measures."""
     stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
@@ -188,7 +191,7 @@ def _backward_kernel(
         selected = (d * d * inverse_variance[None, :] >= tau) & inside
         force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
         inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
-        # rounded once, at the end: alone, what is added would lie among fp16's subnormal numbers (issue 18)
+        # Rounded only once, at the end: what is added would by itself be among fp16's subnormal numbers.
         gradient = incoming + inhibition * strength
         density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
         tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
@@ -200,7 +203,10 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor]:
-    """GELU(x), [M, N] of x's dtype, and its sums as `fused.scaled` takes them, [5 or 6, N]. Raises CompileError."""
+    """Return GELU(x), [M, N] in the dtype of x, and its sums that `fused.scaled` takes, [5 or 6, N] float64.
+
+    x: [M, N] on a GPU, or with TRITON_INTERPRET=1 on a CPU. Raises CompileError.
+    """
     x = x.contiguous()
     samples, neurons = x.shape
     stretches = triton.cdiv(samples, STRETCH)
@@ -232,7 +238,10 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
 
 
 def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """As `fused.gelu_backward`, which is given GELU(x) as well. Raises CompileError."""
+    """Return what `fused.gelu_backward` does, without being given GELU(x).
+
+    incoming, x: [M, N]. Raises CompileError.
+    """
     x, incoming = x.contiguous(), incoming.contiguous()
     samples, neurons = x.shape
     outgoing = torch.empty_like(x)
@@ -266,14 +275,14 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """What a compiler says runs over many lines, and it may be missing."""
+    """Raise a CompileError of one line in place of an error of Triton or of the C compiler that it calls."""
     try:
         yield
     except (TritonError, subprocess.CalledProcessError, RuntimeError) as error:
-        # of the RuntimeErrors this one; the others are the device's, no fault of a compiler
+        # A missing compiler is a RuntimeError. The other RuntimeErrors come from the device.
         if isinstance(error, RuntimeError) and "C compiler" not in str(error):
             raise
         raise CompileError(
             f"inhibition.fused: Triton failed ({one_line(error)[:200]}); it needs a C compiler;"
-            " inhibition.fused: false goes without"
+            " inhibition.fused: false works without"
         ) from error

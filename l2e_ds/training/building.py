@@ -1,4 +1,4 @@
-"""Builds what a training step needs from a run's configuration: network, hooks, loss head and engine."""
+"""Build what a training step needs from a run's configuration: network, hooks, loss head and engine."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingStack:
-    """A network with everything that trains it, on one rank.
+    """Holds a network and everything that trains it, on one rank.
 
-    `engine` is the DeepSpeedEngine around `model`, `sites` say where the neurons of `inhibition.layers` are, and
-    `inhibitor` is attached to them; None with `inhibition.method: none`.
+    sites: where the neurons of `inhibition.layers` are. inhibitor: attached to them; None with `inhibition.method:
+    none`. engine: the DeepSpeedEngine around `model`.
     """
 
     model: PreTrainedModel
@@ -37,11 +37,12 @@ class TrainingStack:
 
 
 def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> TrainingStack:
-    """Build the network with its first weights (float32, or as ds says once it is in the engine), hooks and engine.
+    """Build the network with its initial weights, the hooks, the loss head and the engine. Collective.
 
-    network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Collective. Raises
-    ConfigError for layers that the network does not have, or a CUBLAS_WORKSPACE_CONFIG that does not go with
-    `training.deterministic`; and ValueError for a schedule longer than the run.
+    The weights are float32, unless ds tells the engine otherwise. network: the Hugging Face configuration of the model;
+    ds: the resolved DeepSpeed configuration. Raises ConfigError for layers that the network does not have, or a
+    CUBLAS_WORKSPACE_CONFIG that `training.deterministic` does not allow, and ValueError for a schedule that does not
+    fit into the run.
     """
     if config.training.deterministic:
         allow_deterministic_products()
@@ -50,7 +51,7 @@ def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig,
     inhibitor = None
     if config.inhibition.method != "none":
         inhibitor = Inhibitor(sites, inhibition_settings(config), device, run_steps=config.training.steps)
-        inhibitor.attach()  # before the engine is built, which ZeRO-3 needs
+        inhibitor.attach()  # before the engine is built, as ZeRO-3 requires
     head = LossHead(model)
     return TrainingStack(model, sites, inhibitor, head, build_engine(model, config, ds, device))
 
@@ -58,9 +59,9 @@ def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig,
 def forward_and_backward(
     engine: Any, head: LossHead, inhibitor: Inhibitor | None, micro_batch: Tensor, is_last: bool = False
 ) -> Tensor:
-    """Take a micro-batch, [B, T+1] int64, through the network and back, and return its LM loss, [] in nats.
+    """Run forward and backward of a micro-batch, and return its LM loss, [] float32 in nats/token.
 
-    is_last: no other micro-batch of this step follows, as `Inhibitor.attach_loss` takes it.
+    micro_batch: [B, T+1] int64; is_last: as for `Inhibitor.attach_loss`.
     """
     lm_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
     engine.backward(lm_loss if inhibitor is None else inhibitor.attach_loss(lm_loss, is_last=is_last))
@@ -68,7 +69,7 @@ def forward_and_backward(
 
 
 def inhibition_settings(config: RunConfig) -> Settings:
-    """Return the method's settings as the run file's section `inhibition` gives them. Raises ValueError."""
+    """Return the method's settings from the section `inhibition` of the run file. Raises ValueError."""
     section = config.inhibition
     retrieval, mechanism = section.parts
     return Settings(

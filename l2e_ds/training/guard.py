@@ -1,8 +1,8 @@
-"""The guard: whether inhibition does to its layers what it must not, judged after each held-out evaluation.
+"""Judge after each held-out evaluation whether inhibition does harm to its layers (`inhibition.guard`).
 
-It should make neurons less monosemantic and leave the scale of their layer alone. A layer's figures are taken relative
-to what they were when inhibition began, and beside those of the comparison layers, which are not inhibited: scale and
-MS also move by themselves while a network learns. Imports nothing heavy.
+Inhibition should make neurons less monosemantic and leave the scale of their layer alone. A layer's mean S and MS are
+taken relative to their values when inhibition began, and compared with those of the comparison layers, which are not
+inhibited: both also change by themselves while a network learns. Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -15,21 +15,23 @@ from l2e_ds.config.sections import InhibitionConfig
 from l2e_ds.run_directory.metrics import comparison_key, first_and_last, layer_key, layers_of
 
 SHRUNK, GROWN = 0.5, 2.0
-"""Of a layer's mean S when inhibition began, and of what it would be if it had moved as the comparison layers' did."""
+"""A layer has shrunk or grown if its mean S is beyond this factor both of its value when inhibition began and of what
+it would be if it had changed as in the comparison layers."""
 MARGIN = 1.1
-"""By which a layer's MS rises more than that of the comparison layers. Layers of a plain run differ, too."""
+"""The factor by which a layer's MS must rise more than that of the comparison layers; layers of a plain run differ."""
 LONG = 3
-"""Evaluations in a row for which MS must be too high; without comparison layers mean S must be off as long, too: a
-plain run of 14m was seen to shrink its last layers to 40 % by step 20."""
+"""The number of evaluations in a row at which MS must be too high. Without comparison layers it holds for mean S, too:
+a plain run of 14m shrank its last layers to 40 % by step 20."""
 _USED = ("mean_s", "top_share_score")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something seen in a layer for the first time. name: shrank, grew or rose.
+    """Holds something that was found in a layer for the first time.
 
-    ratio: of the figure to what it was when inhibition began, at `reference_step`; comparison: the same of the
-    comparison layers; None where there are none.
+    name: shrank, grew or rose. seen: what was found, in words. ratio: of mean S, or for `rose` of the MS of the top
+    share, to its value at `reference_step`, when inhibition began. comparison: the same of the comparison layers; None
+    if there are none.
     """
 
     layer: int
@@ -40,15 +42,17 @@ class Finding:
     reference_step: int
 
     def values(self) -> dict[str, Any]:
-        """Return the line `kind: guard` of metrics.jsonl, but for `advice`."""
+        """Return the values of the line `kind: guard` of metrics.jsonl, except `advice`."""
         compared = {} if self.comparison is None else {"comparison": self.comparison}
         ratio = {layer_key(self.layer, self.name): self.ratio}
         return {**ratio, **compared, "reference_step": self.reference_step, "text": self.seen}
 
 
 def comparison_layers(inhibited: Sequence[int], layers: int) -> list[int]:
-    """Of `layers` in all: as many that are not inhibited as are, the nearest to them; fewer where there are not so
-    many."""
+    """Return as many layers that are not inhibited as are, the nearest to them, ascending.
+
+    They are fewer if there are not enough. layers: how many the network has.
+    """
     others = sorted(set(range(layers)) - set(inhibited), key=lambda i: min(abs(i - one) for one in inhibited))
     return sorted(others[: len(inhibited)])
 
@@ -63,9 +67,10 @@ def judged(
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Return what to remember after an evaluation, and what was found for the first time.
 
-    memory: what was remembered after the one before it, or nothing; JSON. values: of the line `kind: evaluation`.
-    has_begun: whether a step before this evaluation was inhibited. The reference is the newest evaluation at which it
-    was not, or else, where that is not known, the first one.
+    memory: what was returned to remember after the evaluation before it, or nothing; it can be written as JSON. values:
+    those of the line `kind: evaluation`. inhibited, comparison: numbers of the layers. has_begun: whether any step
+    before this evaluation was inhibited. The reference is the newest evaluation for which none was, or if there is no
+    such evaluation in memory, the first one.
     """
     now = {str(layer): {name: values[layer_key(layer, name)] for name in _USED} for layer in inhibited}
     if comparison:
@@ -87,7 +92,7 @@ def judged(
         holds = {
             "shrank": scale < SHRUNK * min(1.0, usual_scale),
             "grew": scale > GROWN * max(1.0, usual_scale),
-            # MS rises while a network learns: alone it says nothing
+            # MS rises while a network learns, so that without a comparison it says nothing.
             "rose": bool(comparison) and ratios["top_share_score"] > MARGIN * common["top_share_score"],
         }
         for name in holds:
@@ -114,7 +119,10 @@ _WORDS = {
 
 
 def change(name: str, layer: int, first_step: int, first: float, step: int, last: float) -> str:
-    """In words, for the progress line, the report and the summary alike. name: as in Finding."""
+    """Return a change in words, for the progress line, the report and the summary. name: as in `Finding`.
+
+    first, last: mean S, or for `rose` the MS of the top share, at first_step and at step.
+    """
     what = _WORDS[name].format(ratio=f"{last / first:.0%}")
     return f"layer {layer} {what} at step {first_step:,} ({first:.3g} to {last:.3g} at step {step:,})"
 
@@ -122,9 +130,10 @@ def change(name: str, layer: int, first_step: int, first: float, step: int, last
 def seen_in(
     starts: Sequence[Mapping[str, Any]], evaluations: Sequence[dict], findings: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
-    """Of a run by its lines of these kinds (`kind: guard` are its findings): name, what was seen, advice.
+    """Return what was found in a run: name, what was seen, and advice, for each finding.
 
-    Of a run that goes on without a guard also those of its layers that shrank from its first evaluation on.
+    starts, evaluations, findings: the run's lines of the kinds start, evaluation and guard. If its newest start has no
+    guard, layers that have shrunk since the first evaluation are added, without advice.
     """
     found = [
         (name, line["text"], line["advice"])
@@ -160,5 +169,5 @@ def _named(layers: Sequence[int]) -> str:
 
 
 def _ratio(number: float, of: float) -> float:
-    """1 where there was nothing: a dead layer says nothing."""
+    """Return number / of, or 1 if `of` is 0, as for a dead layer, of which nothing can be said."""
     return number / of if of > 0 else 1.0

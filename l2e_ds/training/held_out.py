@@ -1,7 +1,9 @@
-"""Evaluation on held-out text: LM loss and, for the hooked layers, how monosemantic their neurons are.
+"""Evaluate on held-out text: the LM loss, and how monosemantic the neurons of the hooked layers are.
 
-Shapes: B sequences of a micro-batch, T tokens a sequence, S sets. Which sequences are read depends neither on the
-number of ranks nor on the micro-batch, and every rank runs the same number of forward passes (ZeRO-3 needs that).
+Which sequences are read depends neither on the number of ranks nor on the micro-batch, and every rank runs the same
+number of forward passes, which ZeRO-3 requires.
+
+Shapes: B sequences per micro-batch, T tokens per sequence.
 """
 
 from __future__ import annotations
@@ -33,23 +35,24 @@ def evaluate(
     micro_batch: int,
     tick: Callable[[], None],
 ) -> dict[str, float]:
-    """Return the metrics of `kind: evaluation`, the same on every rank. Collective.
+    """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective.
 
-    sites, comparison: of the layers to measure; those of `comparison` go by other names (`comparison_key`).
-    sets: those with held-out text; `sequences` of each are read, and weigh together what the set does in training.
-    tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
+    sets: those with held-out text; up to `sequences` of each are read, and together they weigh what the set weighs in
+    training. sites, comparison: the layers to measure; metrics of the latter have the names of `comparison_key`. share:
+    of the (token, neuron) pairs, for `top_share_score`. micro_batch: B. tick: called before each round on every rank;
+    it may raise, on all ranks alike, which abandons the evaluation.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
     counts = np.array([min(sequences, len(dataset)) for dataset in datasets])
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
     shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
-    emphasis = shares * count / counts  # weight of a sequence of each set, 1 on average
+    emphasis = shares * count / counts  # weight of one sequence of each set, 1 on average
     rank, ranks = collectives.rank(), collectives.size()
     rounds = -(-count // (micro_batch * ranks))
-    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # each set's loss and tokens
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # summed loss and tokens of each set
 
     def of_tokens(values: np.ndarray) -> Tensor:
-        """Return a number for each sequence, [B], as float32 for each of its tokens, [B*T, 1]."""
+        """Return numbers of sequences, [B], as those of their tokens, [B * T, 1] float32."""
         length = datasets[0].sequence_length
         return torch.from_numpy(values).float().to(engine.device).repeat_interleave(length)[:, None]
 
@@ -58,7 +61,7 @@ def evaluate(
         for index in range(rounds):
             tick()
             rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
-            real = rows < count  # the last round is filled up; that counts nothing
+            real = rows < count  # the last round is filled up with repeated sequences that do not count
             rows = np.minimum(rows, count - 1)
             owners = np.searchsorted(begins, rows, side="right") - 1
             tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
@@ -72,7 +75,7 @@ def evaluate(
 
     engine.eval()
     try:
-        # compiled layers would go on without the hooks that measure (docs/deepspeed.md, row 3)
+        # Compiled layers would ignore the hooks that measure (docs/deepspeed.md, row 3).
         with torch.compiler.set_stance("force_eager"):
             scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     finally:

@@ -1,4 +1,4 @@
-"""The steps between two lines of `kind: train`: what a rank notes of them, and the values that they give.
+"""Add up what a rank notes of the steps between two lines of `kind: train`, and return their metrics.
 
 Shapes: L hooked layers.
 """
@@ -26,14 +26,15 @@ _LAYER_REDUCTIONS = {
     for metric in KINDS["train"].metrics
     if metric.key.startswith("layerI/")
 }
-"""What a line has of each of `Inhibitor.STATISTICS` of a layer: their mean over the steps, or the newest one."""
+"""How each of `Inhibitor.STATISTICS` of a layer is reduced over the steps: `mean` or `newest`."""
 
 
 class Interval:
-    """Adds up steps from when it is made; a line of metrics ends it, and the next one begins.
+    """Adds up steps from its creation to the next line of metrics.
 
-    steps, skipped: optimizer steps so far, and those of them that changed no weight. gradient_norm: of the newest step,
-    None where DeepSpeed knows it. Nothing but `values` and `is_loss_finite` waits for the device.
+    steps, skipped: the number of optimizer steps so far, and of those among them that changed no weight. gradient_norm:
+    that of the newest step; None if it is DeepSpeed that knows it. Only `values` and `is_loss_finite` wait for the
+    device.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
@@ -43,34 +44,37 @@ class Interval:
         self._learning_rate = 0.0
         self._begin = time.perf_counter()
         self._paused = self._data_wait = 0.0  # seconds
-        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of steps' mean losses on this rank
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of each step's mean loss on this rank
         self._newest_loss = torch.zeros((), device=device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time within out of that of the steps, unless an exception ends it."""
+        """Exclude the time spent within from that of the steps, unless an exception ends it."""
         begin = time.perf_counter()
         yield
         self._paused += time.perf_counter() - begin
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Count the time within as time spent waiting for a batch, unless an exception ends it."""
+        """Count the time spent within as waiting for a batch, unless an exception ends it."""
         begin = time.perf_counter()
         yield
         self._data_wait += time.perf_counter() - begin
 
     def add_loss(self, loss: Tensor) -> None:
-        """Take in the LM loss of one micro-batch of the present step, [] in nats/token."""
+        """Add the LM loss of one micro-batch of the current step, [] in nats/token."""
         self._newest_loss = loss.detach()
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
 
     def add_step(
         self, applied: bool, learning_rate: float, gradient_norm: float | None, statistics: Tensor | None
     ) -> None:
-        """Take in one optimizer step. statistics: [L, len(Inhibitor.STATISTICS)] float64 of an applied step, or None
-        without inhibition."""
+        """Add one optimizer step.
+
+        applied: whether it changed the weights. statistics: `Inhibitor.last`, [L, len(Inhibitor.STATISTICS)] float64,
+        or None without inhibition or if the step was not applied.
+        """
         self.steps += 1
         self.skipped += not applied
         self._learning_rate, self.gradient_norm = learning_rate, gradient_norm
@@ -82,9 +86,9 @@ class Interval:
         return math.isfinite(float(self._newest_loss))
 
     def values(self, layers: Sequence[int]) -> dict[str, Any]:
-        """Return the interval's part of a line of `kind: train`, by the keys of the table of metrics.
+        """Return the interval's part of the line `kind: train`, with the keys of docs/metrics.md. Collective.
 
-        layers: numbers of the hooked layers, in the inhibitor's order. Collective; needs at least one step.
+        layers: the numbers of the hooked layers, in the inhibitor's order. There must be at least one step.
         """
         lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self.steps * collectives.size())
         seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)

@@ -1,4 +1,7 @@
-"""Reads global batches ahead of the step, in one background thread a rank. m: micro-batch, T: tokens a sequence."""
+"""Read global batches ahead of the step, in one background thread per rank (docs/data.md).
+
+Shapes: B sequences per micro-batch, T tokens per sequence.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,22 @@ import torch
 from torch import Tensor
 
 AHEAD = 2  # steps that may be read before they are needed
-_PATIENCE = 10.0  # seconds that `close` waits for what is still being read
+_PATIENCE = 10.0  # seconds that `close` waits for the step that is being read
 
 
 class Loader:
-    """`take` returns this rank's part of one step after the other, on the device.
+    """Reads this rank's part of one step after the other, copies it to the device, and returns it from `take`.
 
-    When step s is taken, the thread may go on up to step s + AHEAD, and it reads all that it may, whatever happens
-    meanwhile: wherever training stops, every rank's thread has read the same steps. So `read` may be collective.
+    When step s is taken, the thread may read up to step s + AHEAD, and it reads all that it may, whatever happens
+    meanwhile. Wherever training stops, every rank's thread has therefore read the same steps, so `read` may be
+    collective.
     """
 
     def __init__(self, read: Callable[[int], np.ndarray], first: int, last: int, device: torch.device) -> None:
-        """read(step): int64 [accumulation, m, T+1], called for steps `first` to `last` - 1 in order."""
+        """Start the thread.
+
+        read(step): returns int64 [accumulation, B, T+1]; called for the steps from `first` to `last` - 1, in order.
+        """
         self._read, self._device = read, device
         self._next, self._last = first, last
         self._allowed = min(first + AHEAD, last)  # the first step that may not be read yet
@@ -33,12 +40,15 @@ class Loader:
         self._thread.start()
 
     def take(self) -> Tensor:
-        """Return the next step, int64 [accumulation, m, T+1]; waits for it. Raises what `read` raised."""
+        """Wait for the next step, and return it, int64 [accumulation, B, T+1] on the device.
+
+        Raises what `read` raised, and ValueError after the last step.
+        """
         if self._next >= self._last:
-            raise ValueError(f"step {self._next} of {self._last}")
+            raise ValueError(f"Loader.take: step {self._next} comes after the last one, {self._last - 1}")
         found = self._ready.get()
         if isinstance(found, BaseException):
-            self._ready.put(found)  # the thread has ended: asked again, this is still the answer
+            self._ready.put(found)  # the thread has ended, and every further call must raise the same
             raise found
         self._next += 1
         with self._changed:
@@ -52,9 +62,9 @@ class Loader:
         return batch
 
     def close(self) -> bool:
-        """End the thread, which finishes what it reads; one that hangs (a file system, a lost rank) is left behind.
+        """End the thread after the step that it is reading, and return whether it has ended.
 
-        Returns whether it has ended.
+        A thread that hangs, in a file system or with a lost rank, is left behind after some seconds.
         """
         with self._changed:
             self._closing = True
@@ -66,7 +76,7 @@ class Loader:
         try:
             on_gpu = self._device.type == "cuda"
             if on_gpu:
-                torch.cuda.set_device(self._device)  # a thread's own setting, which pinning memory goes by
+                torch.cuda.set_device(self._device)  # each thread's own setting, used to pin memory
             stream = torch.cuda.Stream(self._device) if on_gpu else None
             while self._may_read(step):
                 self._ready.put(self._on_device(self._read(step), stream))
@@ -75,13 +85,13 @@ class Loader:
             self._ready.put(error)
 
     def _may_read(self, step: int) -> bool:
-        """Waits until it may, or until there will be no more."""
+        """Wait until the step may be read or the loader is being closed, and return whether it may."""
         with self._changed:
             self._changed.wait_for(lambda: step < self._allowed or self._closing)
             return step < self._allowed
 
     def _on_device(self, rows: np.ndarray, stream: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Copied beside what the GPU computes; `take` lets the network wait for the copy."""
+        """Return the rows on the device, and an event that follows the copy if that runs beside other GPU work."""
         batch = torch.from_numpy(rows)
         if stream is None:
             return batch.to(self._device), None

@@ -1,12 +1,12 @@
-"""The language-model loss, without ever holding the logits of a whole micro-batch.
+"""Compute the language-model loss without ever holding the logits of a whole micro-batch (docs/speed.md).
 
-With V = 50,304 the float32 logits, their log-probabilities and two gradients are the largest part of a small model's
-memory and traffic. As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989) the output projection,
-the loss and its gradient are computed together for some tokens at a time, in forward; backward only scales. Unlike
-Liger, the gradient of the logits is divided by the number of tokens only there, after the matrix products: in fp16 most
-of (softmax - one-hot) / M would be rounded to zero (issue 18).
+With V = 50,304, the float32 logits, their log-probabilities and two gradients are the largest part of a small model's
+memory and traffic. As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989), the output projection,
+the loss and its gradient are computed together for some tokens at a time, in forward, and backward only scales. Unlike
+in Liger, the gradient of the logits is divided by the number of tokens only in backward, after the matrix products: in
+fp16, most of (softmax - one-hot) / M would be rounded to zero.
 
-Shapes: B sequences, T tokens a sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
+Shapes: B sequences, T tokens per sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -22,22 +22,25 @@ from torch.nn import functional
 
 from l2e_ds.errors import SelfTestError
 
-# Logits up to which they are computed in one piece by torch's cross-entropy: 64 MiB in float32.
+# The number of logits up to which PyTorch's cross-entropy computes them in one piece; they are 64 MiB in float32.
 IN_ONE_PIECE = 2**24
-# Tokens of a chunk: on a CPU its logits should stay in the last cache; on a GPU a chunk adds to the float32 gradient of
-# the projection (V x h), whose traffic is to be small beside that of the chunk's own products.
+# Tokens of a chunk. On a CPU its logits should stay in the last cache. On a GPU every chunk adds to the projection's
+# float32 gradient, [V, h], whose traffic should be small beside that of the chunk's own products.
 CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class LossHead:
-    """Lets a network's output projection return losses instead of logits.
+    """Makes a network's output projection return losses instead of logits.
 
-    Within the projection's own forward, so that whatever gathers its weight there (ZeRO-3) still does. Where no targets
-    are set the projection is as it was.
+    It does so within the projection's own forward, so that ZeRO-3 still gathers the weight there. In a forward pass
+    that is not called through this class, the projection returns logits as before.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """model: a Hugging Face causal language model, whose logits are what `get_output_embeddings()` returns."""
+        """Take over the projection's forward.
+
+        model: a Hugging Face causal language model whose logits are the output of its `get_output_embeddings()`.
+        """
         self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._logits = self.projection.forward
         self._targets: Tensor | None = None
@@ -47,11 +50,18 @@ class LossHead:
         self.projection.forward = self._forward
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of the micro-batch, [] float32, nats; inputs, targets: [B, T] int64."""
+        """Return the mean cross-entropy of a micro-batch, [] float32 in nats/token.
+
+        model: the network, or the engine around it. inputs, targets: [B, T] int64. Raises SelfTestError if the network
+        changes its logits after the projection.
+        """
         return self._call(model, inputs, targets, "mean")
 
     def token_losses(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each position, [M] float32; no gradient where the logits are not computed in one piece."""
+        """Return the cross-entropy of each token, [M] float32 in nats; the arguments and errors are those of `loss`.
+
+        There is no gradient if the logits are not computed in one piece.
+        """
         return self._call(model, inputs, targets, "none")
 
     def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
@@ -63,7 +73,7 @@ class LossHead:
             return loss
 
     def _check(self, found: Tensor) -> None:
-        """Once, that the network passes on what its projection returned: some scale or cap their logits.
+        """Check once that the network returns what its projection returned, as some scale or cap their logits.
 
         Raises SelfTestError.
         """
@@ -84,7 +94,7 @@ class LossHead:
             self._targets = self._returned = None
 
     def _forward(self, hidden: Tensor) -> Tensor:
-        """[B, T, h] -> losses, or logits [B, T, V]."""
+        """Return the loss, [] or [M], or without targets the logits, [B, T, V]. hidden: [B, T, h]."""
         if self._targets is None:
             return self._logits(hidden)
         loss = self._losses(hidden, self._targets, self.projection.weight)
@@ -100,10 +110,10 @@ class LossHead:
 
 @contextmanager
 def _one_text_a_sequence() -> Iterator[None]:
-    """Tell transformers that no sequence is packed of several texts, which are to be attended to separately.
+    """Tell transformers that no sequence is packed from several texts that attend to themselves only.
 
-    It would otherwise look for packed texts in the positions of every micro-batch, and wait for the device to answer.
-    Positions are never given here, so that there are none to find.
+    Otherwise it would look for packed texts in the positions of every micro-batch, for which the host waits for the
+    device. No positions are passed here, so there are none to find.
     """
     from transformers import masking_utils
 
@@ -118,9 +128,9 @@ def _one_text_a_sequence() -> Iterator[None]:
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
-    """Cross-entropy of the logits hidden @ weight.T, in float32; [M, h], [V, h], [M] int64 -> [] or [M] float32.
+    """Return the cross-entropy of the logits hidden @ weight.T: their mean, [], or that of each token, [M]; float32.
 
-    Gradients only of the mean.
+    hidden: [M, h]; weight: [V, h]; targets: [M] int64. Only the mean has a gradient.
     """
     if reduction == "none":
         with torch.no_grad():
@@ -134,7 +144,7 @@ def _chunks(hidden: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
 
 
 def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses [C] and log-probabilities [C, V] of a chunk, float32."""
+    """Return the losses, [C], and the log-probabilities, [C, V], of a chunk, both float32."""
     log_p = functional.log_softmax((hidden @ weight.T).float(), dim=1)
     return -log_p.gather(1, targets[:, None])[:, 0], log_p
 
@@ -142,14 +152,15 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
     """Return the sum of a chunk's losses, [] float64.
 
-    Writes the gradient of that sum to of_hidden [C, h] and adds it to of_weight [V, h], float32.
+    The gradient of this sum is written to of_hidden, [C, h], and added to of_weight, [V, h] float32. Raises
+    CompileError on a GPU.
     """
     if hidden.is_cuda:
-        from l2e_ds.inhibition.fused import compiling  # with PyTorch's compiler, which CPUs do not need here
+        from l2e_ds.inhibition.fused import compiling  # imports PyTorch's compiler, which CPUs do not need here
 
         with compiling("LM loss"):
             losses, gradient = _compiled_logit_gradient()(hidden @ weight.T, targets)
-        # the products are added up in float32 where they are made: no copy of [V, h] in half precision
+        # The products are added in float32 as they are computed, without a copy of [V, h] in half precision.
         torch.addmm(of_weight, gradient.T, hidden, out_dtype=torch.float32, out=of_weight)
     else:
         losses, log_p = _losses(hidden, weight, targets)
@@ -165,8 +176,7 @@ def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tenso
 def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each token's loss, [C] float32, and its gradient with respect to the logits, [C, V] in their dtype.
 
-    The gradient is softmax - one-hot. Written for torch.compile, which makes one pass for the sums and one for the
-    gradient of it.
+    The gradient is softmax - one-hot. torch.compile makes one pass for the sums and one for the gradient of this.
     """
     log_p = functional.log_softmax(logits.float(), dim=1)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
@@ -176,13 +186,13 @@ def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_logit_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    # Only the last chunk of a micro-batch may be of another size. A function of any size would be chosen by what came
-    # before, which differs in a resumed run.
+    # Only the last chunk of a micro-batch may have another size. With dynamic sizes, the function that is used would
+    # depend on the sizes before, which differ in a resumed run.
     return torch.compile(_logit_gradient, fullgraph=True, dynamic=False)
 
 
 class _ChunkedMean(torch.autograd.Function):
-    """The gradients are computed in forward, unscaled."""
+    """Computes the gradients in forward, without the scale that backward multiplies them by."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -200,6 +210,6 @@ class _ChunkedMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
-        ctx.of_hidden = ctx.of_weight = None  # scaled in place: a second backward must not find them
+        ctx.of_hidden = ctx.of_weight = None  # they are scaled in place, and a second backward must fail
         scale = gradients[0].float() / of_hidden.shape[0]
         return of_hidden.mul_(scale), of_weight.mul_(scale).to(of_hidden.dtype), None

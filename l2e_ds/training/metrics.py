@@ -1,6 +1,6 @@
-"""Writes what a run reports: metrics.jsonl, the monitors of the section `logging`, and the progress on the terminal.
+"""Write what a run reports: metrics.jsonl, the monitors of the section `logging`, and the progress on the terminal.
 
-What each key means stands in `l2e_ds/run_directory/metric_table.py`, where one that is new needs an entry.
+`l2e_ds/run_directory/metric_table.py` says what each key means; a new key needs an entry there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class MetricsWriter:
     """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
     def __init__(self, config: RunConfig, first_step: int, main: bool) -> None:
+        """Open the files, and remove the lines after first_step, from which a run resumes. Raises OSError.
+
+        main: whether this is rank 0; on other ranks every method does nothing.
+        """
         self.main = main
         run_directory = Path(config.training.run_directory)
         self.path = run_directory / FILE
@@ -49,20 +53,21 @@ class MetricsWriter:
         self._monitors = Monitors(config, first_step, self.say)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write one line; its numbers also go to the monitors, under `kind/key`.
+        """Write one line, and its numbers to the monitors under `kind/key`, except for `kind: start`.
 
-        values: by the keys that `metric_table.KINDS` has for this kind, JSON; a number that is not finite becomes null.
+        values: what can be written as JSON, by the keys that `metric_table.KINDS` has for this kind. A number that is
+        not finite becomes null, as JSON has no NaN.
         """
         if not self.main:
             return
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        line = {"kind": kind, "step": step, **finite}  # NaN is no JSON
+        line = {"kind": kind, "step": step, **finite}
         self._append((json.dumps(line) + "\n").encode())
         if kind != "start":
             self._monitors.write(kind, step, finite)
 
     def _append(self, line: bytes) -> None:
-        """Whole lines only. A full disk costs lines, not the run: whether that goes on, its checkpoints decide."""
+        """Append a whole line or nothing. A full disk costs lines, but does not end the run, as a checkpoint may."""
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -78,10 +83,10 @@ class MetricsWriter:
             self._writable = True
 
     def show(self, step: int, values: dict[str, Any], steps: int) -> None:
-        """Show the metrics of an interval that ended with this step: on a terminal beside a progress bar, else as a
-        line, so that log files stay readable.
+        """Show the metrics of `kind: train`: beside the progress bar on a terminal, otherwise as a line.
 
-        The time left is reckoned from all steps since the first interval, with evaluations and checkpoints.
+        steps: those of the whole run. The time left is reckoned from all steps since the first call, with evaluations
+        and checkpoints.
         """
         norm = values["gradient_norm"]
         shown = {
@@ -104,12 +109,12 @@ class MetricsWriter:
             self.say(f"step {step}/{steps}  {text}  {duration((steps - step) * seconds)} left")
 
     def advance(self) -> None:
-        """One step further on the progress bar."""
+        """Move the progress bar by one step."""
         if self.bar is not None:
             self.bar.update()
 
     def say(self, text: str) -> None:
-        """A line for the user that does not tear the progress bar."""
+        """Print a line on rank 0 without tearing the progress bar."""
         if self.main and self.bar is not None:
             with contextlib.suppress(OSError):
                 tqdm.write(text, file=sys.stderr)
@@ -117,6 +122,7 @@ class MetricsWriter:
             say(text)
 
     def close(self) -> None:
+        """Close the progress bar, the file and the monitors."""
         if self.bar is not None:
             self.bar.close()
         if self.main:

@@ -1,10 +1,10 @@
-"""`training.micro_batch: auto`: the largest micro-batch that fits, measured once and remembered (docs/micro-batch.md).
+"""Find the largest micro-batch that fits, once, and remember it: `training.micro_batch: auto` (docs/micro-batch.md).
 
-Every rank starts a child process that builds the run's network, inhibitor and engine and takes micro-batches of random
-tokens through them; the ranks together decide which size to try next. A child that runs out of memory, hangs in a
-collective or is killed is ended without harm to its parent, and the run itself begins as if nothing had been measured.
+Every rank starts a child process that builds the run's network, inhibitor and engine and trains micro-batches of random
+tokens. The ranks decide together which size to try next. A child that runs out of memory, hangs in a collective or is
+killed does no harm to its parent, and the run itself begins as if nothing had been measured.
 
-Sizes are bytes of a rank; B sequences a micro-batch, T tokens a sequence.
+A size is a number of sequences per micro-batch; memory is in bytes per rank.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from l2e_ds.system.memory import cgroup_room
 from l2e_ds.training.micro_batch_trial import Measured, ask_child, end_child, start_child
 
 FILE = "micro_batch.json"
-USABLE = 0.9  # of the device's memory; the rest: evaluations, checkpoints, fragmentation, what others do meanwhile
-GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measuring takes long and memory is plenty
+USABLE = 0.9  # share of memory; the rest is for evaluations, checkpoints, fragmentation and other processes
+GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measuring takes long and memory is plentiful
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Found:
-    """record: what to write to FILE of the run directory; None where it was remembered."""
+    """Holds a micro-batch that was found. record: the text to write to FILE; None if there is nothing to remember."""
 
     micro_batch: int
     record: str | None
@@ -51,12 +51,12 @@ def find(
     limit: float | None = None,
     by_speed: bool | None = None,
 ) -> Found:
-    """Return the micro-batch of a run that was resolved with `auto`: remembered, or measured. Collective.
+    """Return the micro-batch of a run that was resolved with `auto`, remembered or measured. Collective.
 
-    network: the Hugging Face configuration. limit: bytes that a rank may use; default: USABLE of the device's memory,
-    on CPUs of what is free, divided by the ranks of this host. by_speed: whether a larger one must also be faster;
-    default: on CPUs.
-    Raises ConfigError where not even 1 fits, WorkerError where measuring fails, Interrupted.
+    network: the Hugging Face configuration of the model. limit: bytes that a rank may use (default: USABLE of the
+    device's memory, on CPUs USABLE of what is free, divided by the ranks of this host). by_speed: whether a larger
+    micro-batch must also be faster (default: on CPUs). Raises ConfigError if not even 1 fits, WorkerError if measuring
+    fails, and Interrupted.
     """
     path = Path(config.training.run_directory) / FILE
     candidates = divisors(config.training.global_batch // collectives.size())
@@ -97,7 +97,7 @@ def find(
 
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
-    """Return what decides how much memory a micro-batch takes, beside the devices; as JSON would give it back."""
+    """Return what the memory of a micro-batch depends on, except the devices, as it would be read back from JSON."""
     varying = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     inhibition = config.inhibition.model_dump(
         mode="json", include={"method", "retrieval", "mechanism", "loss", "layers", "reduce", "fused"}
@@ -116,9 +116,10 @@ def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
 
 
 def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tuple[int | None, str | None]:
-    """Return the number that `path` holds for these circumstances, or why there is none; (None, None) without a file.
+    """Return the micro-batch that a file holds for these circumstances and None, or None and why it holds none.
 
-    Where `about` names no devices (a dry run), those of the file are taken as they are.
+    Without a file both are None. about: of `circumstances`; if it lacks `devices`, as in a dry run, those of the file
+    are not compared. candidates: the micro-batches that divide the rank's share of a global batch.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +139,7 @@ def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tupl
 
 
 def _devices(device: torch.device) -> list[str]:
-    """Of all ranks, each kind once: name, memory, and for CPUs the ranks that share it. Collective."""
+    """Return each kind of device of all ranks once: name, memory, and for CPUs how many ranks share it. Collective."""
     host = socket.gethostname()
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -161,10 +162,11 @@ def _say(line: str) -> None:
 
 
 def next_size(candidates: list[int], known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
-    """Return the size to measure next, or None where what is known decides. candidates: ascending, from 1.
+    """Return the size to measure next, or None if what is known decides.
 
-    Only a size that should fit (`estimate`) is tried; on GPUs, where to run out of memory harms nobody, the second one
-    in any case. By speed sizes at most double, as long as that makes them faster.
+    candidates: ascending. known: what was measured, by size. limit: in bytes. Only a size that should fit (`estimate`)
+    is tried, except that without `by_speed` the second one is tried in any case: on a GPU, running out of memory harms
+    nobody. With `by_speed` sizes at most double, as long as that makes them faster.
     """
     if not known:
         return candidates[0] if candidates else None
@@ -185,10 +187,10 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, b
 
 
 def estimate(known: dict[int, Measured], size: int) -> float:
-    """Return peak of a size.
+    """Return the estimated peak of a size, in bytes.
 
-    Memory grows linearly: on the line through the two largest sizes known; of one alone, as if all that forward and
-    backward added to what was held before them grew with the size, which it does at most.
+    Memory is taken to grow linearly, along the line through the two largest known sizes. With one known size, all that
+    forward and backward added to what was held before is taken to grow with the size, which is the most that it can.
     """
     last = max(known)
     one = known[last]
@@ -200,9 +202,9 @@ def estimate(known: dict[int, Measured], size: int) -> float:
 
 
 def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
-    """Return the largest measured size that fits, None where none does.
+    """Return the largest measured size that fits, or None if none does.
 
-    By speed the last that was faster, by GAIN, than the one before it.
+    With `by_speed`, it is the last one before a size that is not faster, by GAIN, than the one before it.
     """
     fitting = sorted(size for size, one in known.items() if one.peak <= limit)
     if not fitting or not by_speed:
@@ -216,11 +218,11 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
 
 
 def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
-    """Return what to tell the user where `choose` finds none."""
+    """Return what to tell the user if `choose` finds no size. remedies: what needs less memory."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (
-        f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, usable are {limit / GIB:.2f} GiB a"
-        f" rank; try {remedies}"
+        f"training.micro_batch: got auto, but not even 1 fits: it needs {needed}, and {limit / GIB:.2f} GiB per rank"
+        f" are usable; try {remedies}"
     )
 
 
@@ -228,7 +230,7 @@ def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
 
 
 def _usable(device: torch.device) -> float:
-    """Return bytes that this rank may use. Collective."""
+    """Return the number of bytes that this rank may use. Collective."""
     hosts = collectives.all_gather_objects(socket.gethostname())
     if device.type == "cuda":
         return USABLE * torch.cuda.get_device_properties(device).total_memory
@@ -243,7 +245,10 @@ def _usable(device: torch.device) -> float:
 def _measure(
     config: RunConfig, ds: dict, network: Any, candidates: list[int], limit: float, by_speed: bool
 ) -> dict[int, Measured]:
-    """Of every size that had to be tried and did not run out of memory, the worst over the ranks. Collective."""
+    """Return what was measured of each size that was tried and did not run out of memory, the worst of all ranks.
+
+    Collective. Raises WorkerError and Interrupted.
+    """
     known: dict[int, Measured] = {}
     child = None
     try:
@@ -261,6 +266,3 @@ def _measure(
         if child is not None:
             end_child(child)
     return known
-
-
-# --- the child's side -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tries micro-batches of growing size in a process of its own and measures their memory and time."""
+"""Try micro-batches of growing size in a child process per rank, and measure their memory and time."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_si
 from l2e_ds.training import preemption
 
 _OUT_OF_MEMORY = "out of memory"
-_MEETING = 0.5  # seconds between two meetings of the ranks while their children work
+_MEETING = 0.5  # seconds between two collectives of the ranks while their children work
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one micro-batch, bytes: held before the forward of the second one; peak of its forward and backward; peak of
-    the optimizer step. seconds: of forward and backward, the faster one's."""
+    """Holds what was measured of two micro-batches of one size, in bytes and seconds.
+
+    base: the memory held before forward of the second one. working: the peak of its forward and backward. stepping: the
+    peak of the optimizer step. seconds: the time of forward and backward, of the faster of the two.
+    """
 
     base: float
     working: float
@@ -44,11 +47,12 @@ class Measured:
 
     @property
     def peak(self) -> float:
+        """The largest memory, in bytes."""
         return max(self.working, self.stepping)
 
 
 def _held(device: torch.device) -> float:
-    """On a GPU all that is in use there: also CUDA contexts, NCCL's buffers, and other processes."""
+    """Return the bytes held now: on a GPU all that is in use there, also by CUDA contexts, NCCL and other processes."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
@@ -56,6 +60,7 @@ def _held(device: torch.device) -> float:
 
 
 def _forget_peak(device: torch.device) -> None:
+    """Begin to measure a new peak."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -65,7 +70,7 @@ def _forget_peak(device: torch.device) -> None:
 
 
 def _peak(device: torch.device) -> float:
-    """Of what `_held` counts, since `_forget_peak`."""
+    """Return the peak of what `_held` counts since `_forget_peak`, in bytes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return _held(device) - torch.cuda.memory_reserved(device) + torch.cuda.max_memory_reserved(device)
@@ -79,7 +84,7 @@ class _Child:
 
 
 def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
-    """Return a spawned process that has this rank's place in a group of its own. Collective."""
+    """Start a child that has this rank's place in a process group of the children. Collective."""
     port = collectives.main_decides(free_port() if collectives.is_main() else None)
     variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
     context = multiprocessing.get_context("spawn")
@@ -92,18 +97,20 @@ def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
 
 
 def end_child(child: _Child) -> None:
-    """At once, whatever it does; its memory on the device is free when this returns."""
+    """End a child at once, whatever it does. Its memory on the device is free when this returns."""
     child.process.kill()
     child.process.join()
     child.connection.close()
 
 
 def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
-    """Let all children take micro-batches of this size. Collective; None where any rank ran out of memory.
+    """Let all children train micro-batches of a size, and return what was measured, the worst of all ranks.
 
-    The ranks meet again and again meanwhile: the child of one may have failed, and the others' wait for it for ever.
+    None is returned if any rank ran out of memory. patience: the seconds to wait for this rank's child. The ranks meet
+    in a collective again and again meanwhile, as the child of one may have failed and the others wait for it for ever.
+    Collective. Raises WorkerError if a child failed or did not answer, and Interrupted.
     """
-    with suppress(OSError):  # it has ended: seen below
+    with suppress(OSError):  # the child has ended, which `_answer` finds
         child.connection.send(size)
     answer: Measured | str | None = None
     waited, meetings_after_failure = 0.0, 0
@@ -111,7 +118,7 @@ def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
         preemption.stop_if_asked()
         if answer is None:
             answer = _answer(child)
-            waited += _MEETING  # by no clock, which goes on where this process is suspended
+            waited += _MEETING  # not by a clock, which runs on while this process is suspended
             if answer is None and waited > patience:
                 answer = f"no answer in {patience / 60:g} minutes (training.timeout)"
         else:
@@ -120,7 +127,7 @@ def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
         if _OUT_OF_MEMORY in answers:
             return None
         failed = [(rank, said) for rank, said in enumerate(answers) if isinstance(said, str)]
-        # a child that was killed for its memory may show a moment later than those that lost contact with it
+        # A child that was killed for its memory may be noticed a moment after those that lost contact with it.
         meetings_after_failure += bool(failed)
         if meetings_after_failure > 3:
             rank, said = failed[0]
@@ -133,7 +140,7 @@ def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
 
 
 def _answer(child: _Child) -> Measured | str | None:
-    """Return what it says within the time between two meetings, or what became of it."""
+    """Return what the child answers until the next meeting, what became of it, or None if it is still at work."""
     try:
         return child.connection.recv() if child.connection.poll(_MEETING) else None
     except (EOFError, OSError):
@@ -143,7 +150,7 @@ def _answer(child: _Child) -> Measured | str | None:
 
 
 def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig, ds: dict, network: Any) -> None:
-    """Answer each size that is asked for until the parent ends this process."""
+    """Measure each size that the parent sends, and send back the result, until the parent ends this process."""
     serve_parent()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is for the rendezvous of its own ranks
     os.environ.update({name: str(value) for name, value in variables.items()})
@@ -159,16 +166,17 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
         return
     except Exception as error:
         connection.send(_OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}")
-        threading.Event().wait()  # the others must hear this, not that they lost contact
+        threading.Event().wait()  # so that the others report this error, and not that they lost contact
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
-    """Build the run's network, inhibitor and engine and take a first step, so that the optimizer has all of its states.
+    """Build the run's network, inhibitor and engine, and return a function that measures a size.
 
-    Returns what takes two micro-batches of a size through them, as the trainer does, and measures the second. Of the
-    size that makes a whole global batch each is a step of its own; of the others both together are.
+    A first step has been taken then, so that the optimizer has all of its states. The function trains two micro-batches
+    of a size, as the trainer does, and measures the second. If one micro-batch is a whole global batch, each is a step;
+    otherwise both together are one.
     """
-    from l2e_ds.training.building import (  # here: after the libraries were made quiet
+    from l2e_ds.training.building import (  # imported here, after the libraries were made quiet
         build_training_stack,
         forward_and_backward,
     )
@@ -178,7 +186,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     accumulation = min(2, share)
     config = config.replace(
         "inhibition", start=0, warmup=0, decay=0, end=None
-    )  # with its loss's gradient, as in later steps
+    )  # so that the gradient of the inhibition loss is added, as in later steps
     ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
     ds |= {"train_micro_batch_size_per_gpu": 1}
     stack = build_training_stack(config, ds, network, device)
@@ -202,7 +210,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
                 inhibitor.step(engine.was_step_applied())
         return Measured(base, working, _peak(device), seconds)
 
-    for _ in range(30):  # fp16 passes over steps until its loss scale is low enough
+    for _ in range(30):  # fp16 skips steps until its loss scale is low enough
         take(1)
         if engine.was_step_applied():
             break

@@ -1,7 +1,7 @@
-"""The metrics beside metrics.jsonl, as the section `logging` asks: CSV, TensorBoard, Weights & Biases.
+"""Write metrics to CSV, TensorBoard and Weights & Biases, too, as the section `logging` says.
 
-Under the same names, `KIND/KEY`, and at x = step. Files are cut back with metrics.jsonl where a run goes on from an
-earlier checkpoint; what was sent to Weights & Biases stays, so that repeated steps are there twice.
+The names are `KIND/KEY`, and x is the step. If a run resumes from an earlier checkpoint, files are cut back with
+metrics.jsonl; what was sent to Weights & Biases stays, so that it has repeated steps twice.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.system.files import write_whole
+from l2e_ds.system.files import one_line, write_whole
 
 WANDB_ID = "wandb-id"
 Write = Callable[[int, Mapping[str, float]], None]
 
 
 class Monitors:
-    """On rank 0. One that fails, or is not reached, costs its figures and never the run."""
+    """Writes to all monitors of a run, on rank 0. One that fails or cannot be reached loses metrics, never the run."""
 
     def __init__(self, config: RunConfig, first_step: int, say: Callable[[str], None]) -> None:
-        """first_step: what was written of later steps is forgotten. say: shows the user a line."""
+        """Open the monitors, and remove from their files what was written after first_step.
+
+        say: prints a line for the user.
+        """
         self._say = say
         self._writes: dict[str, Write] = {}
         self._opened = {name: ExitStack() for name, open_it in _OPENED_BY.items() if getattr(config.logging, name)}
@@ -32,30 +35,31 @@ class Monitors:
                 self._writes[name] = stack.enter_context(_OPENED_BY[name](config, first_step, say))
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
-        """Those of the values that are numbers."""
+        """Write those values that are numbers."""
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
         for name, write in list(self._writes.items()):
             with self._allowing_failure(name):
                 write(step, numbers)
 
     def close(self) -> None:
+        """Close the monitors."""
         for name, stack in self._opened.items():
             with self._allowing_failure(name):
                 stack.close()
 
     @contextmanager
     def _allowing_failure(self, name: str) -> Iterator[None]:
+        """Warn of an exception and no longer write to this monitor, instead of raising it."""
         try:
             yield
         except Exception as error:
             self._writes.pop(name, None)
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._say(f"l2e-ds: warning: logging.{name}: {reason}; the run goes on without it")
+            self._say(f"l2e-ds: warning: logging.{name}: {one_line(error)}; the run continues without it")
 
 
 @contextmanager
 def _csv(config: RunConfig, first_step: int, _say: Callable[[str], None]) -> Iterator[Write]:
-    """A file for each metric: a heading, then step and value."""
+    """Write a file for each metric: a heading, then rows of step and value."""
     folder = Path(config.training.run_directory) / "csv"
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.csv"):
@@ -73,7 +77,7 @@ def _csv(config: RunConfig, first_step: int, _say: Callable[[str], None]) -> Ite
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Keep the heading, and the rows up to a step; not a row cut off by a kill, nor a second heading."""
+    """Keep the heading and the rows up to a step, but no row cut off by a kill and no second heading."""
     heading, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
     kept = [
         row
@@ -101,14 +105,14 @@ def _tensorboard(config: RunConfig, first_step: int, _say: Callable[[str], None]
 
 @contextmanager
 def _wandb(config: RunConfig, _first_step: int, say: Callable[[str], None]) -> Iterator[Write]:
-    """One run of Weights & Biases for one run directory, which holds its files, whatever number of starts it takes."""
+    """Write to one run of Weights & Biases per run directory, which holds its files, however often that is started."""
     import wandb
 
     directory = Path(config.training.run_directory)
     kept = directory / WANDB_ID
     if not kept.exists():
         write_whole(kept, f"{secrets.token_hex(8)}\n")
-    # by itself it would ask on a terminal for a key, copy all output, and wait at the end without limit for a network
+    # By default it asks for a key on a terminal, copies all output, and waits for a network at the end without limit.
     settings = wandb.Settings(silent=True, console="off", login_timeout=60, finish_timeout=60)
     run = wandb.init(
         project=config.logging.wandb_project,
@@ -120,7 +124,7 @@ def _wandb(config: RunConfig, _first_step: int, say: Callable[[str], None]) -> I
         dir=directory,
         settings=settings,
     )
-    # its own count of steps must not fall, but a checkpoint's line comes when later steps are written already
+    # Its own count of steps must not fall, but the line of a checkpoint comes after those of later steps.
     run.define_metric("*", step_metric="step")
     if not run.offline:
         say(f"Weights & Biases: {run.url}")

@@ -1,8 +1,9 @@
-"""When a run must stop early: signals, a file, a time limit, a launcher that is gone.
+"""Find out when a run must stop early: after a signal, the stop file, a time limit, or the end of its launcher.
 
-Each rank only notes what it hears; in a collective all ranks learn whether any of them heard something, so that they
-leave the same loop at the same step. Asked in every loop: steps, evaluation rounds, ticks of data preparation.
-Imports nothing heavy: `listen` comes before torch, which takes seconds to import.
+Each rank only notes what it hears. All ranks learn in a collective whether any of them heard something, so that they
+leave the same loop at the same step. Every loop asks: steps, evaluation rounds, ticks of data preparation.
+
+Imports nothing heavy, as `listen` is called before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Heard:
-    """What this process knows. One a process, as signal handlers are."""
+    """Holds what this process knows; there is one per process, as of signal handlers."""
 
     began = time.monotonic()
-    parent: int | None = None  # of a launcher that is to outlive its ranks
-    run_directory: Path | None = None  # whose stop file is heeded
+    parent: int | None = None  # process id of a launcher that must outlive its ranks
+    run_directory: Path | None = None  # whose stop file counts
     time_limit: float | None = None  # seconds since `began`
 
 
 def listen() -> None:
-    """Note SIGNALS from now on instead of dying of them; count the time limit from here.
+    """Begin to note SIGNALS instead of being killed by them, and to count the time limit.
 
-    Processes forked from this one (data workers) get the default handlers back.
+    Of processes forked from this one, such as data workers, SIGTERM ends them, and the other SIGNALS are ignored.
     """
     _Heard.began = time.monotonic()
     _Heard.run_directory = _Heard.time_limit = None
-    # launch.py and torchrun collect their ranks; whoever loses them would be an orphan (docs/deepspeed.md, row 8)
+    # DeepSpeed's launch.py and torchrun collect their ranks; a rank without them is an orphan (docs/deepspeed.md, 8).
     has_launcher = "CROSS_RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     _Heard.parent = os.getppid() if has_launcher else None
     signals.listen(SIGNALS)
@@ -44,19 +45,19 @@ def listen() -> None:
 
 
 def watch(run_directory: Path, time_limit_minutes: float | None) -> None:
-    """Also heed the run's stop file and its time limit (on rank 0, which decides them)."""
+    """Also heed a run's stop file and its time limit in minutes, which only rank 0 looks at."""
     _Heard.run_directory = run_directory
     _Heard.time_limit = None if time_limit_minutes is None else 60 * time_limit_minutes
 
 
 def _forget() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for number in (signal.SIGUSR1, signal.SIGHUP):  # a scheduler, a terminal may send it to every process of the job
+    for number in (signal.SIGUSR1, signal.SIGHUP):  # a scheduler or terminal may send them to every process of a job
         signal.signal(number, signal.SIG_IGN)
 
 
 def _reason_here() -> str | None:
-    """Why this rank would stop, or None."""
+    """Return why this rank would stop, or None."""
     from l2e_ds.distributed import collectives
 
     who = f"rank {collectives.rank()}"
@@ -73,14 +74,15 @@ def _reason_here() -> str | None:
 
 
 def is_asked() -> bool:
-    """Return whether this rank has heard something."""
+    """Return whether this rank has a reason to stop."""
     return _reason_here() is not None
 
 
 def stop() -> NoReturn:
-    """Collective, once the ranks know that one of them has heard something: raises Interrupted with its reason.
+    """Raise Interrupted with the first rank's reason, once the ranks know that one of them has a reason. Collective.
 
-    When the run is saved, call `honoured`."""
+    Call `honoured` when the run has been saved.
+    """
     from l2e_ds.distributed import collectives
 
     reasons = collectives.all_gather_objects(_reason_here())
@@ -89,7 +91,7 @@ def stop() -> NoReturn:
 
 
 def honoured() -> None:
-    """The stop file has done its work: the next start must not find it."""
+    """Remove the stop file, which the next start must not find."""
     from l2e_ds.distributed import collectives
 
     if collectives.is_main() and _Heard.run_directory is not None:
@@ -97,7 +99,7 @@ def honoured() -> None:
 
 
 def stop_if_asked() -> None:
-    """Collective: raises Interrupted on every rank if any has heard something."""
+    """Raise Interrupted on every rank if any has a reason to stop. Collective."""
     from l2e_ds.distributed import collectives, heartbeat
 
     heartbeat.beat()

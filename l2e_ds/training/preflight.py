@@ -1,4 +1,4 @@
-"""Checks everything that a user can get wrong, before any process group or model is made."""
+"""Check everything that a user can get wrong, before any process group or model is made."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ from l2e_ds.training import micro_batch
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked run: configuration, DeepSpeed configuration, batches, network, hooked layers."""
+    """Holds a checked run.
+
+    ds: the resolved DeepSpeed configuration. batch: with micro-batch 1 if that is `auto`. network: the Hugging Face
+    configuration. layers: the numbers of the hooked layers.
+    """
 
     config: RunConfig
     ds: dict
@@ -39,9 +43,10 @@ class Plan:
 
 
 def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
-    """Check a run completely, without a process group, a model, or anything written.
+    """Check a run completely, without making a process group or a model, and without writing anything.
 
-    this_machine: also that this machine's device can do it. Raises ConfigError or DataError.
+    run_file, overrides: as for `load_run_config`. this_machine: whether to check that this machine can do the run, too.
+    Raises ConfigError and DataError.
     """
     plan = resolve_run(run_file, overrides, ranks)
     if this_machine:
@@ -56,10 +61,10 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
 
 def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
-    """Do what `preflight` does, without a look at data or machine. Raises ConfigError.
+    """Return what `preflight` does, without a look at the data or the machine.
 
-    has_bf16: whether the device that the run is for computes in bf16 (for `training.precision: auto`); default: this
-    machine's.
+    has_bf16: whether the run's device computes in bf16, for `training.precision: auto` (default: whether this machine's
+    does). Raises ConfigError.
     """
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
@@ -67,7 +72,7 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
     network = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
-    longest = getattr(network, "max_position_embeddings", None)  # None: alibi, any length
+    longest = getattr(network, "max_position_embeddings", None)  # None: any length (ALiBi)
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
             f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
@@ -77,7 +82,7 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
 
 
 def _check_machine(plan: Plan) -> None:
-    """Check that this machine has what the run needs beside its device. Raises ConfigError."""
+    """Check that this machine has what the run needs other than its device. Raises ConfigError."""
     config = plan.config
     directory = Path(config.training.run_directory)
     for folder in (directory, directory / "checkpoints"):
@@ -120,12 +125,14 @@ def _nearest(key: str, folder: Path) -> Path:
 
 
 def _check_extensions(ds: dict) -> None:
-    """Check that DeepSpeed can build its Adam for CPUs, or find it built, where the JSON names an optimizer and
-    offloads it. Raises ConfigError."""
+    """Check that DeepSpeed can build or find its Adam for CPUs, if the JSON names an optimizer and offloads it.
+
+    Raises ConfigError.
+    """
     offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
     if "optimizer" not in ds or offload.get("device", "none") == "none":
         return
-    from deepspeed.git_version_info import installed_ops  # here: most runs offload nothing, and it takes seconds
+    from deepspeed.git_version_info import installed_ops  # here, as it takes seconds and most runs offload nothing
     from torch.utils.cpp_extension import get_default_build_root
 
     if installed_ops.get("cpu_adam"):
@@ -134,7 +141,7 @@ def _check_extensions(ds: dict) -> None:
     place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(
-            f"zero_optimization.offload_optimizer: DeepSpeed builds its operation below {root}, and cannot write to"
+            f"zero_optimization.offload_optimizer: DeepSpeed builds its optimizer below {root}, but cannot write to"
             f" {place}; set TORCH_EXTENSIONS_DIR"
         )
 
@@ -188,7 +195,7 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _unfound_batch(plan: Plan) -> str:
-    """Return what a dry run can say of `training.micro_batch: auto`."""
+    """Return what a dry run can say of the batch with `training.micro_batch: auto`."""
     path = Path(plan.config.training.run_directory) / micro_batch.FILE
     about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
     number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
@@ -196,9 +203,9 @@ def _unfound_batch(plan: Plan) -> str:
     if number is not None:
         found = f"{number}, if the devices are those of {path}"
     elif problem is not None:
-        found += f", for {path} {problem}"
+        found += f", because {path} {problem}"
     batch = plan.batch
     return (
-        f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (above it"
-        " stands as 1)"
+        f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (1 in what"
+        " is printed above)"
     )

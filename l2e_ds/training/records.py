@@ -1,4 +1,4 @@
-"""What a run writes down of itself before it begins: its configuration and the circumstances of the start."""
+"""Write down a run's configuration and the circumstances of its start, before it begins."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from l2e_ds.training.preflight import Plan
 
 
 def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
-    """Write configuration, DeepSpeed configuration, network and tokenizer of a run into its directory."""
+    """Write configuration, DeepSpeed configuration, network and tokenizer of a run into its directory.
+
+    is_new: whether the run begins at step 0, which replaces a tokenizer that is there already. Raises OSError.
+    """
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
     write_whole(directory / "model" / "config.json", plan.network.to_json_string())
@@ -36,7 +39,7 @@ def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bo
 
 
 def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
-    """Return what the line `kind: start` of the metrics says. Collective."""
+    """Return the values of the line `kind: start` (docs/metrics.md), without `guard` and `changes`. Collective."""
     sets = {
         part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
         for part in data

@@ -1,4 +1,4 @@
-"""One run from the process group to the last step: `train` is what every rank does once its run file is checked."""
+"""Train a run, from the process group to the last step; its run file has been checked before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from l2e_ds.training.trainer import Trainer, is_finished
 
 
 def train(plan: Plan, launch: Launch) -> None:
-    """Join the other ranks, train what is left of the run, leave."""
+    """Join the other ranks, train what is left of the run, and leave. Every rank calls this.
+
+    Raises an `L2EError` of any kind, which ends the command with its exit code.
+    """
     config = plan.config
     directory = Path(config.training.run_directory)
     with Watchdog(config.training.timeout) as watchdog:
@@ -38,7 +41,7 @@ def train(plan: Plan, launch: Launch) -> None:
         preemption.watch(directory, config.training.time_limit)
         with _locked(directory) as lock:
             watchdog.also = lock.renew
-            checkpoints = open_checkpoints(config)  # first: a refused or finished run must stay as it is
+            checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.main_decides(is_finished(config, checkpoints)):
                 _train_on(plan, launch, device, checkpoints)
             elif collectives.is_main():
@@ -47,7 +50,7 @@ def train(plan: Plan, launch: Launch) -> None:
 
 
 def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
-    """Prepare the data, build everything, train."""
+    """Find the micro-batch, prepare the data, build everything, and train. Collective."""
     config = plan.config
     directory = Path(config.training.run_directory)
 
@@ -62,7 +65,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
         plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
     if device.type == "cpu":
-        keep_freed_memory()  # after the search of a micro-batch, which measures what each size takes
+        keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
     data = _main_first(prepare)
     for part in data:
@@ -76,7 +79,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
             begun = trainer.state.step
             if collectives.is_main():
-                # only now: a refused resume must leave the run as it was
+                # Only now, as a refused resume must leave the run as it was.
                 freeze(plan, directory, data, is_new=trainer.state.step == 0)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
@@ -117,9 +120,9 @@ def _say_what_is_next(directory: Path) -> None:
 
 
 def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
-    """Return the error that says, in one line, what would need less memory.
+    """Return an error of one line that says what would need less memory.
 
-    has_fitted: whether this process has taken steps before; then a restart may help, and the exit code is 1.
+    has_fitted: whether this process has taken steps before. A restart may then help, and the exit code is 1.
     """
     reason = one_line(error)[:200]
     advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
@@ -134,7 +137,10 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[RunLock]:
-    """Hold the run directory's lock: no other run writes there. Collective; raises ConfigError on every rank."""
+    """Hold the lock of the run directory, in which no other run may write. Collective.
+
+    Raises ConfigError on every rank.
+    """
     lock = RunLock(directory)
     collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
     try:
@@ -144,6 +150,9 @@ def _locked(directory: Path) -> Iterator[RunLock]:
 
 
 def _main_first(action: Callable[[], Any]) -> Any:
-    """Do `action` on rank 0, then on the others, which find its result on disk; an error of any rank ends all."""
+    """Run `action` on rank 0 and then on the others, which find its result on disk, and return its result. Collective.
+
+    An L2EError of any rank is raised on all.
+    """
     result = collectives.main_works(action, preemption.stop_if_asked)
     return collectives.all_work(lambda: result if collectives.is_main() else action())

@@ -1,6 +1,6 @@
-"""A stream as one of the sets that a run trains on: rank 0 reads and tokenises, every rank gets what a step takes.
+"""Train on a stream as one of a run's sets: rank 0 reads and tokenises it, and every rank gets what its step takes.
 
-n: sequences, T: tokens a sequence.
+Shapes: n sequences, T tokens per sequence.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ from l2e_ds.data.workers import default_workers
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import L2EError
 
-_REMEMBERED = 8  # positions behind the newest `read`s; the loader is at most a few steps ahead of who asks
+_REMEMBERED = 8  # positions, of the newest calls of `read`; the loader is only a few steps ahead of a checkpoint
 
 
 class StreamedSequences:
-    """The sequences of a stream by running number, each taken once. Collective, but for `state` and `epochs`.
+    """Reads the sequences of a stream by running number, each once.
 
-    `read` may run in a thread of its own: its collectives have a process group of their own.
+    All methods are collective, except `state`, `epochs`, `fingerprint` and `close`. `read` may run in a thread of its
+    own, as its collectives have a process group of their own.
     """
 
     def __init__(self, part: PreparedData, seed: int, order: Literal["shuffled", "stored"]) -> None:
-        """Raises DataError, on every rank, where the stream cannot be opened."""
+        """Open the stream on rank 0.
+
+        part: a set with `stream` and `tokenizer`. order: `stored` reads without a shuffle buffer. Raises DataError on
+        every rank if the stream cannot be opened.
+        """
         config, tokenizer = part.stream, part.tokenizer
         assert config is not None and tokenizer is not None
 
@@ -43,14 +48,15 @@ class StreamedSequences:
         self._remember(0)
 
     def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Of the `count` sequences from running number `first` on, those at offsets `wanted`: int64 [n, T+1].
+        """Read `count` sequences from running number `first`, and return those at offsets `wanted`, [n, T+1] int64.
 
-        `first` is where the last call ended. Raises DataError, on every rank, for what is wrong with the text.
+        first: where the last call ended. wanted: [n] int. Raises DataError on every rank if something is wrong with the
+        text, and ValueError for another `first`.
         """
         taken: np.ndarray | L2EError | None = None
         if self._stream is not None:
             if first not in self._states:
-                raise ValueError(f"sequence {first} of a stream that stands at {max(self._states)}")
+                raise ValueError(f"stream: got sequence {first}, allowed: {max(self._states)}, the next one")
             try:
                 taken = self._stream.take(count).astype(np.int32)
             except L2EError as error:
@@ -60,11 +66,11 @@ class StreamedSequences:
         return collectives.from_main(taken, (count, self.width), self._group)[wanted].astype(np.int64)
 
     def state(self, number: int) -> dict[str, Any]:
-        """On rank 0 the position before running number `number`, which was read a moment ago; elsewhere empty."""
+        """Return on rank 0 the position before a running number that was read lately, and elsewhere nothing."""
         return {} if self._stream is None else {"number": number, **self._states[number]}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`. Raises DataError where it is another stream's."""
+        """Continue from what `state` returned. Raises DataError on every rank if it is another stream's."""
         problem: L2EError | None = None
         if self._stream is not None:
             position = dict(state)
@@ -78,10 +84,11 @@ class StreamedSequences:
         collectives.agree(problem)
 
     def epochs(self, number: int) -> float:
-        """On rank 0: how often the text was gone through before that running number."""
+        """Return on rank 0 how often the text was gone through before that running number, and elsewhere 0."""
         return float(self._states[number]["block"]["epoch"]) if self._stream is not None else 0.0
 
     def fingerprint(self) -> str:
+        """Return what identifies the stream's sequences, the same on every rank."""
         return self._fingerprint
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation on tasks of lm-evaluation-harness while training: section `evaluation` of a run file."""
+"""Evaluate on tasks of lm-evaluation-harness while training, as the section `evaluation` of a run file says."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """What is evaluated, and with which tokenizer. tasks: on rank 0; batch_size: requests a rank answers at once."""
+    """Holds what is evaluated, and with which tokenizer.
+
+    tasks: on rank 0, else None. batch_size: the number of requests in a rank's batch.
+    """
 
     config: RunConfig
     tasks: Tasks | None
@@ -33,12 +36,13 @@ class TaskEvaluation:
     batch_size: int
 
     def evaluate(self, engine: Any, state: TrainState, precision: str, tick: Callable[[], None]) -> dict[str, float]:
-        """Appends to evaluations.jsonl; returns the metrics of `kind: tasks`, the same on every rank. Collective.
+        """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Collective.
 
-        tick: called before each round on every rank; may raise, on all ranks alike, which gives the evaluation up.
-        Nothing that training goes on with is changed: weights, random states, statistics.
+        tick: called before each round on every rank; it may raise, on all ranks alike, which abandons the evaluation.
+        Nothing that training continues with is changed: weights, random states, statistics. Raises DataError for tasks
+        that fail.
         """
-        from l2e_ds.evaluation import harness  # with lm-eval, an extra
+        from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
         figures: dict[str, float] = {}
         directory = Path(self.config.training.run_directory)
@@ -70,25 +74,28 @@ class TaskEvaluation:
 
 
 def _append(directory: Path, evaluation: dict[str, Any]) -> None:
-    """A full disk costs lines, not the run, as with metrics.jsonl."""
+    """Append an evaluation to evaluations.jsonl. As in metrics.jsonl, a full disk costs lines, but not the run."""
     try:
         results.append_result(directory, evaluation)
     except OSError as error:
-        say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the figures are lost")
+        say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the results are lost")
 
 
 def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
-    """With the tasks that a run evaluates on, if there are any. Collective. Raises ConfigError, DataError."""
+    """Load the tasks that a run evaluates on while training, or return None if there are none. Collective.
+
+    Raises ConfigError and DataError.
+    """
     section = config.evaluation
     if not section.every:
         return None
     tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
     if tokenizer is None:
         raise ConfigError("evaluation.every: tasks are text, and the run has no tokenizer; give data.tokenizer")
-    collectives.all_work(lambda: end_of_text_id(tokenizer))  # with which tasks begin a text and end an answer
+    collectives.all_work(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
 
     def load() -> Tasks:
-        from l2e_ds.evaluation.harness import load_tasks  # with lm-eval, an extra
+        from l2e_ds.evaluation.harness import load_tasks  # needs the package lm-eval, an extra
 
         try:
             return load_tasks(section.tasks, section.include_path, section.shots)
@@ -97,5 +104,5 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
 
     tasks = collectives.main_works(load, preemption.stop_if_asked)
     micro_batch = config.training.micro_batch
-    assert isinstance(micro_batch, int)  # `auto` has been found by now
+    assert isinstance(micro_batch, int)  # `auto` has been replaced by a number
     return TaskEvaluation(config, tasks, tokenizer, section.batch_size or micro_batch)

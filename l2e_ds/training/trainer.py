@@ -1,7 +1,7 @@
-"""The training loop: `Trainer.train` reads top to bottom.
+"""Run the training loop. `Trainer.train` reads from top to bottom.
 
-Shapes: B micro-batch sequences, T tokens a sequence, L hooked layers. One step = one global batch = `accumulation`
-micro-batches on each of R ranks.
+Shapes: B sequences per micro-batch, T tokens per sequence. A step is one global batch: `accumulation` micro-batches on
+each rank.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +42,7 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def evaluation_is_due(config: RunConfig, state: TrainState) -> bool:
-    """Return whether a held-out evaluation is due at this step, in a run that holds text out."""
+    """Return whether a held-out evaluation is due at this step, for a run that has held-out text."""
     return state.evaluated != state.step and _is_regularly_due(config.training.evaluate_every, config, state)
 
 
@@ -57,7 +56,7 @@ def _is_regularly_due(every: int, config: RunConfig, state: TrainState) -> bool:
 
 
 def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
-    """Return whether the run has neither steps nor evaluations before it. checkpoints: of `open_checkpoints`."""
+    """Return whether a run has no steps and no evaluations left. checkpoints: of `open_checkpoints`."""
     path = checkpoints.resume_from
     if path is None or not checkpoints.is_own(path):
         return False
@@ -68,7 +67,10 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
 
 
 class Trainer:
-    """One run on this rank: engine, inhibitor, data position, checkpoints and metrics. A context manager."""
+    """Trains one run on this rank: holds engine, inhibitor, data position, checkpoints and metrics.
+
+    As a context manager it closes them at the end.
+    """
 
     def __init__(
         self,
@@ -81,11 +83,14 @@ class Trainer:
         tasks: TaskEvaluation | None = None,
         checkpoints: CheckpointManager | None = None,
     ) -> None:
-        """network: the Hugging Face configuration of the model; data: the sets; checkpoints: of `open_checkpoints`.
-        Builds everything; resumes if there is something to resume. Collective. Raises CheckpointError."""
-        self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
+        """Build everything, and load the checkpoint to resume from, if there is one. Collective.
+
+        ds: the resolved DeepSpeed configuration. network: the Hugging Face configuration of the model. data: the sets.
+        tasks: of `load_task_evaluation`. checkpoints: of `open_checkpoints` (default: it is called). Raises
+        CheckpointError, and what `build_training_stack` raises.
+        """
+        self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
         self.held_out = [part for part in data if part.held_out is not None]
-        self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
         self.skipped_in_row = 0
         self.saved_step: int | None = None
@@ -133,7 +138,7 @@ class Trainer:
             self.sequences.restore_streams(self.state.streams)
         self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main())
         self.changes: list[str] = []
-        """Since the checkpoint, by the user."""
+        """What the user has changed in the run file since the checkpoint, one line each."""
         if resume_from is not None:
             changes = changes_since(resume_from, config)
             self.changes = changes.lines()
@@ -141,19 +146,20 @@ class Trainer:
             for change in self.changes:
                 self.metrics.say(f"changed since that checkpoint: {change}")
             if changes.other_inhibition():
-                self.state.guard = {}  # what was found came of other settings
+                self.state.guard = {}  # what was found belongs to other settings
         self._flops_per_token = counts.flops_per_token(
             matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._interval = Interval(batch, device)
-        self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
+        self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # starts a thread
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """From the present step to `training.steps`, with evaluations, metrics and checkpoints on the way.
+        """Train from the current step to `training.steps`, with evaluations, metrics and checkpoints on the way.
 
-        Raises Interrupted, after saving, where any rank was asked to stop.
+        Raises Interrupted, after saving, if any rank was asked to stop; TrainingError if the run cannot continue; and
+        SaveError if a checkpoint that must not fail fails. Collective.
         """
         try:
             self._train()
@@ -161,7 +167,7 @@ class Trainer:
             raise Interrupted(f"{reason}; {self._save_before_stopping()}") from None
         except TrainingError:
             with suppress(SaveError):
-                self._carry_on_saving(wait=True)  # a checkpoint that is written should count
+                self._carry_on_saving(wait=True)  # a checkpoint that has been written should count
             raise
 
     def _train(self) -> None:
@@ -185,7 +191,7 @@ class Trainer:
             self.metrics.advance()
             if not self._saving:
                 self._carry_on_saving()
-            # a checkpoint begins a new interval, so that the lines of a resumed run are those of the run itself
+            # A checkpoint begins a new interval, so that a resumed run writes the lines of one that never stopped.
             if self.state.step % logging.every == 0 or self.state.step == last or self._checkpoint_is_due():
                 self.log()
             if self._stop_asked:
@@ -203,24 +209,24 @@ class Trainer:
         return self.saved_step != step and is_due(step, self.config.training.steps, checkpoint.every, checkpoint.early)
 
     def _is_inhibited(self) -> bool:
-        """At any time of the run."""
+        """Return whether the run is inhibited at any time."""
         if self.inhibitor is None:
             return False
         settings = self.inhibitor.settings
         return settings.mechanism != "regulariser" or settings.is_regularising
 
     def _stop_if_guard_says_so(self) -> None:
-        """Raises TrainingError, after saving: the same command is not to go on."""
+        """Save and raise TrainingError if the guard found something, so that the same command does not continue."""
         found = list(self.state.guard.get("found", {}).values())
         if self.is_guarded and self.config.inhibition.guard == "stop" and found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise TrainingError(
-                f"inhibition.guard: {found[0]}{more}; {self._save_before_stopping()} (inhibition.guard=warn goes on"
+                f"inhibition.guard: {found[0]}{more}; {self._save_before_stopping()} (inhibition.guard=warn resumes"
                 f" from there); {guard.advice(self.config.inhibition)}"
             )
 
     def _save_before_stopping(self) -> str:
-        """Returns what to tell the user."""
+        """Save the current step, unless it is saved, and return what to tell the user. Collective. Raises SaveError."""
         step = self.state.step
         if step > 0 and self.saved_step != step:
             if self._interval.steps:
@@ -231,9 +237,10 @@ class Trainer:
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:
-        """Take one optimizer step on one global batch.
+        """Take one optimizer step on one global batch, and return whether it changed the weights. Collective.
 
-        Returns whether it changed the weights (same on every rank).
+        The result is the same on every rank. Raises TrainingError after `training.max_skipped_steps` steps in a row
+        that did not.
         """
         rate = self._schedule.rate(self.state.applied)
         set_learning_rate(self.engine, rate, self._rate_shares)
@@ -253,16 +260,16 @@ class Trainer:
         return applied
 
     def _forward_and_backward(self, micro_batch: Tensor, is_last: bool) -> None:
-        """micro_batch: [B, T+1] int64; is_last: the engine's next step is the optimizer's."""
+        """Run forward and backward of a micro-batch, [B, T+1] int64. is_last: the next step is the optimizer's."""
         heartbeat.beat()
         self._interval.add_loss(forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last))
 
     def _read_step(self, step: int) -> np.ndarray:
-        """Return this rank's sequences of a global batch, int64 [accumulation, B, T+1]; in the loader's thread."""
+        """Return this rank's sequences of a global batch, [accumulation, B, T+1] int64. Runs in the loader's thread."""
         return self.sequences.read(step, collectives.rank(), collectives.size(), self.batch.micro_batch)
 
     def _next_batch(self) -> Tensor:
-        """Return the same of the present step, on the device."""
+        """Return what `_read_step` does for the current step, on the device."""
         heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
         with self._interval.waiting_for_data():
             batch = self.loader.take()
@@ -270,22 +277,21 @@ class Trainer:
         return batch
 
     def _clip_plain_float32(self) -> float:
-        """Float32 under ZeRO-0 is plain data parallelism, where DeepSpeed neither reports a gradient norm nor skips
-        non-finite steps: clip, measure and skip here. Returns the norm before clipping; where it is not finite the
-        optimizer's step will change nothing.
+        """Clip the gradients, and return their norm before that; if it is not finite, the optimizer changes nothing.
 
-        After the last micro-batch's all-reduce every rank holds the same gradients, so all decide alike.
+        In float32 under ZeRO-0, DeepSpeed neither reports a gradient norm nor skips non-finite steps
+        (docs/deepspeed.md). After the last micro-batch's all-reduce all ranks have the same gradients and decide alike.
         """
         parameters = list(self.engine.module.parameters())
         limit = self.config.optimizer.gradient_clipping or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
             for parameter in parameters:
-                parameter.grad = None  # AdamW passes over parameters without a gradient
+                parameter.grad = None  # AdamW skips parameters without a gradient
         return norm
 
     def _count_step(self, applied: bool, rate: float, norm: float | None) -> None:
-        """rate: the step's learning rate; norm: of `_clip_plain_float32`."""
+        """Count a step. rate: its learning rate; norm: of `_clip_plain_float32`. Raises TrainingError."""
         self.state.step += 1
         self.state.applied += applied
         self.state.tokens += self.batch.tokens_per_step
@@ -302,7 +308,10 @@ class Trainer:
             )
 
     def evaluate(self) -> None:
-        """Held-out loss and scores of the hooked layers, inhibition off."""
+        """Evaluate on held-out text, without inhibition, and write the metrics of `kind: evaluation`. Collective.
+
+        Raises Interrupted.
+        """
         heartbeat.progress(f"the evaluation of step {self.state.step}")
         with self._interval.paused():
             values = evaluate(
@@ -323,7 +332,7 @@ class Trainer:
                 self._judge(values)
 
     def _judge(self, values: dict[str, float]) -> None:
-        """Say what inhibition does to its layers that it must not. Collective."""
+        """Warn of the harm that inhibition does to its layers, and write it as `kind: guard`. Collective."""
         assert self.inhibitor is not None
         steps, settings = self.inhibitor.steps, self.inhibitor.settings
         if settings.end is not None and steps > settings.end:
@@ -332,7 +341,7 @@ class Trainer:
         found = guard.judged(
             self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
         )
-        # a GPU's sums differ from rank to rank in their last digits
+        # Rank 0 decides, as sums on GPUs differ between ranks in their last digits.
         self.state.guard, findings = collectives.main_decides(found)
         advice = guard.advice(self.config.inhibition)
         for finding in findings:
@@ -340,7 +349,10 @@ class Trainer:
             self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {finding.seen}; {advice}")
 
     def evaluate_on_tasks(self) -> None:
-        """Figures on the tasks of section `evaluation`, inhibition off. Tasks that fail end a run only at its start."""
+        """Evaluate on the tasks of the section `evaluation`, without inhibition, and write `kind: tasks`. Collective.
+
+        Raises DataError if tasks fail at step 0; later it prints a warning. Raises Interrupted.
+        """
         heartbeat.progress(f"the evaluation on tasks of step {self.state.step}")
         with self._interval.paused():
             self._evaluate_on_tasks()
@@ -353,17 +365,20 @@ class Trainer:
                 self.engine, self.state, self.config.training.precision, preemption.stop_if_asked
             )
         except DataError as error:
-            if self.state.step == 0:  # nothing is lost
+            if self.state.step == 0:  # no step is lost
                 raise
             self.metrics.write("tasks", self.state.step, {"error": str(error)})
-            self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {error}; training goes on")
+            self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {error}; training continues")
         else:
             self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
             shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
             self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
 
     def save(self, must_succeed: bool = False) -> None:
-        """Write a checkpoint of this step; collective. It counts once `_carry_on_saving` has seen it published."""
+        """Write a checkpoint of this step, which counts once `_carry_on_saving` has seen it published. Collective.
+
+        must_succeed: whether to raise SaveError even with `checkpoint.on_error: continue`, as for the last step.
+        """
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
         self._carry_on_saving(wait=True)
         heartbeat.progress(f"the checkpoint of step {self.state.step}")
@@ -376,7 +391,7 @@ class Trainer:
                 self.saved_step = self.state.step
 
     def _carry_on_saving(self, wait: bool = False, must_succeed: bool = False) -> None:
-        """Collective, once a step: note a checkpoint that has been published meanwhile."""
+        """Write the metrics of a checkpoint that has been published meanwhile. Collective. Raises SaveError."""
         with self._allowing_failure(must_succeed):
             done = self.checkpoints.advance(until_done=wait or must_succeed)
             if done is not None:
@@ -385,7 +400,7 @@ class Trainer:
 
     @contextmanager
     def _allowing_failure(self, must_succeed: bool) -> Iterator[None]:
-        """As `checkpoint.on_error` says. Raises SaveError."""
+        """Raise SaveError if saving must succeed or `checkpoint.on_error` is `stop`, and otherwise print a warning."""
         try:
             yield
         except SaveError as error:
@@ -393,13 +408,15 @@ class Trainer:
                 raise
             self.saved_step = None
             self.metrics.write("checkpoint", self.state.step, {"error": str(error)})
-            self.metrics.say(f"l2e-ds: warning: {error}; training goes on (checkpoint.on_error)")
+            self.metrics.say(f"l2e-ds: warning: {error}; training continues (checkpoint.on_error)")
 
     # --- metrics -------------------------------------------------------------------------------------------------
 
     def log(self) -> None:
-        """Write the metrics of `kind: train` and begin a new interval; the only place that reads numbers back from the
-        device. Collective."""
+        """Write the metrics of `kind: train`, and begin a new interval. Collective.
+
+        Only here are the sums of the steps read back from the device.
+        """
         layers = [hook.site.layer for hook in self.inhibitor.hooks] if self.inhibitor is not None else []
         values = self._interval.values(layers)
         norm = self._interval.gradient_norm if self.plain_float32 else self.engine.get_global_grad_norm()
@@ -427,7 +444,7 @@ class Trainer:
     # --- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the loader, remove the hooks and close the files; also after an exception."""
+        """End the loader, remove the hooks, and close files and engine. To be called after an exception, too."""
         if self.loader.close():
             self.sequences.close()
         if self.inhibitor is not None:

@@ -108,7 +108,7 @@ def test_stop_saves_and_ends_the_run_for_good(runs, metric_lines):
     told = {(runs / f"{name}-rank{rank}.txt").read_text() for name in ("stopped", "stopped-again") for rank in (0, 1)}
     (message,) = told
     assert message.startswith("inhibition.guard: layer ") and "\n" not in message
-    assert f"; step {step} is saved (inhibition.guard=warn goes on from there); lower " in message
+    assert f"; step {step} is saved (inhibition.guard=warn resumes from there); lower " in message
     assert FINAL[TrainingError.exit_code] == "the run cannot continue"
 
 

@@ -152,7 +152,7 @@ def test_a_full_disk_costs_no_good_checkpoint(launch_ranks, run_file, small_disk
     assert main(["checkpoint", "verify", str(run)]) == 0
 
     one = launch_ranks(2, *TRAIN, *words, "checkpoint.on_error=continue")
-    one.wait_for(lambda: one.said().count("training goes on (checkpoint.on_error)") >= 2)
+    one.wait_for(lambda: one.said().count("training continues (checkpoint.on_error)") >= 2)
     assert saved(run) == good
     for path in sorted(checkpoints.glob("step*"))[:-1]:
         shutil.rmtree(path)

@@ -60,7 +60,7 @@ def test_code_of_the_page_runs(capsys):
         ({"power": 3}, "Settings.power: got 3, allowed: 0 or 1 or 2"),
         ({"start": 1.5}, "Settings.start: got 1.5, allowed: whole steps, or a share between 0 and 1"),
         ({"decay": -1}, "Settings.decay: got -1, allowed: whole steps, or a share between 0 and 1"),
-        ({"end": 0}, "Settings.end: got 0, allowed: whole steps, or a share between 0 and 1"),
+        ({"end": 0}, "Settings.end: got 0, allowed: 1 step or more, a share between 0 and 1, or None"),
         ({"statistics_window": "50"}, "Settings.statistics_window: got '50', allowed: 1 step or more, or None"),
         ({"fused": "auto"}, "Settings.fused: got 'auto', allowed: True, False or None"),
         ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
@@ -95,7 +95,7 @@ def test_the_device_is_the_models():
     layer = Layer()
     for attribute, kind in (("act", "activation"), ("down", "projection")):
         elsewhere = Inhibitor([NeuronSite(3, layer, attribute, kind, 8)], device="meta")
-        with elsewhere, pytest.raises(ValueError, match="is on meta, the activations of layer 3 on cpu"):
+        with elsewhere, pytest.raises(ValueError, match="is on meta, but the activations of layer 3 are on cpu"):
             layer(torch.randn(2, 5, 4))
 
 
@@ -122,7 +122,7 @@ def test_a_wrong_number_of_neurons(attribute, kind, neurons):
     function = "gelu" if kind == "activation" else None
     inhibitor = Inhibitor([NeuronSite(3, layer, attribute, kind, neurons, function)])
     for inhibitor.steps in (0, 1):  # the second as after load_state_dict, when a GELU may be computed within the hook
-        words = rf"^Inhibitor: NeuronSite\.neurons of layer 3 is {neurons}, found are 8$"
+        words = rf"^Inhibitor: NeuronSite\.neurons of layer 3 is {neurons}, but there are 8$"
         with inhibitor, pytest.raises(ValueError, match=words):
             layer(torch.randn(2, 5, 4))
 

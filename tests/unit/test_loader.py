@@ -48,7 +48,7 @@ def test_steps_come_in_order_and_never_too_early():
         assert len(reader.steps) <= step + 1 + AHEAD - 4
     loader.close()
     assert reader.steps == list(range(4, 20))
-    with pytest.raises(ValueError, match="step 20 of 20"):
+    with pytest.raises(ValueError, match="step 20 comes after the last one, 19"):
         loader.take()
 
 

@@ -163,9 +163,9 @@ def test_dry_run_says_what_will_be(tmp_path):
     kept = circumstances(plan.config, plan.ds, 2) | {"devices": ["cpu"]}
     path.write_text(json.dumps({"micro_batch": 12, "circumstances": kept}))
     assert f"micro-batch auto: 12, if the devices are those of {path}" in line()
-    assert f"found at the start, for {path} was found under other circumstances (ranks" in line(4)
+    assert f"found at the start, because {path} was found under other circumstances (ranks" in line(4)
     path.write_text("{")
-    assert f"found at the start, for {path} is damaged" in line()
+    assert f"found at the start, because {path} is damaged" in line()
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
@@ -206,4 +206,4 @@ def test_not_even_one_is_said_in_one_line(known, needed):
     assert choose(known, 2**31, False) is None
     message = none_fits(known, 2**31, "more ranks")
     start = "training.micro_batch: got auto, but not even 1 fits: it needs "
-    assert message.startswith(f"{start}{needed}, usable are 2.00 GiB a rank; try more ranks") and "\n" not in message
+    assert message == f"{start}{needed}, and 2.00 GiB per rank are usable; try more ranks"

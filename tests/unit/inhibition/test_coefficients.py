@@ -50,9 +50,9 @@ def test_an_open_end_stays_open():
         ({"decay": 5}, None, "Settings.decay: got 5, but where the run ends is not known; give Settings.end, or"),
         ({"end": 11}, 10, "Settings.end: got 11, which is step 11 of the run's 10"),
         ({"end": 0.01}, 10, "Settings.end: got 0.01, which is step 0 of the run's 10"),
-        ({"start": 10}, 10, "got 10 + 0 + 0 steps, allowed: up to 10, where the run ends"),
-        ({"start": 8, "warmup": 3}, 10, "got 8 + 3 + 0 steps, allowed: up to 10, where the run ends"),
-        ({"start": 5, "decay": 2, "end": 6}, None, "got 5 + 0 + 2 steps, allowed: up to 6, where inhibition ends"),
+        ({"start": 10}, 10, "got 10 + 0 + 0 steps, allowed: a start before 10 and a sum up to 10, where"),
+        ({"start": 8, "warmup": 3}, 10, "got 8 + 3 + 0 steps, allowed: a start before 10 and a sum up to 10, where"),
+        ({"start": 5, "decay": 2, "end": 6}, None, "got 5 + 0 + 2 steps, allowed: a start before 6 and a sum up to 6"),
     ],
     ids=str,
 )

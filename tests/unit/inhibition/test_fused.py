@@ -183,7 +183,7 @@ except CompileError as error:
 
 @pytest.mark.full
 def test_a_compiler_that_is_missing(tmp_path):
-    """One line that says what is needed and what goes without."""
+    """The error is one line that says what is needed, and what works without it."""
     environment = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
     assert re.fullmatch(r"inhibition.fused: torch.compile failed \(.+\); .+inhibition.fused: false.+\n", done.stdout), (

@@ -238,7 +238,7 @@ def test_hooks_are_put_on_once(kind):
 
 def test_no_sites():
     """An empty list of sites is an error, not a run without the method."""
-    with pytest.raises(ValueError, match="sites is empty"):
+    with pytest.raises(ValueError, match=r"^Inhibitor: got no sites, allowed: one or more$"):
         Inhibitor([])
 
 
@@ -339,7 +339,7 @@ def test_mask_of_another_size():
     inhibitor = Inhibitor(sites(network), settings())
     with inhibitor:
         inhibitor.set_token_mask(torch.ones(2, 3))
-        with pytest.raises(ValueError, match="token mask of 6 tokens, activations of 128"):
+        with pytest.raises(ValueError, match="set_token_mask: got a mask of 6 tokens, allowed: one of 128"):
             network(text(0)[:, :-1])
 
 

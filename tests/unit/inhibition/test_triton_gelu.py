@@ -103,8 +103,8 @@ def test_compiles_for_gpus(kernel, regulariser, dtype, capability, tmp_path, mon
     ids=lambda error: type(error).__name__,
 )
 def test_a_compiler_that_fails_or_is_missing(error):
-    """One line that says what is needed and what goes without."""
-    said = r"^inhibition.fused: Triton failed \([^\n]+\); .+: false goes without$"
+    """The error is one line that says what is needed, and what works without it."""
+    said = r"^inhibition.fused: Triton failed \([^\n]+\); .+: false works without$"
     with pytest.raises(CompileError, match=said), triton_gelu._explained():
         raise error
 
