@@ -27,6 +27,7 @@ class Verb:
 
 
 VERBS = {
+    "init": Verb("l2e_ds.training.init", "write a run file to begin with"),
     "train": Verb("l2e_ds.train", "pretrain as a run file says"),
     "plan": Verb("l2e_ds.planning.command", "memory, time and traffic of a run on GPUs one does not have"),
     "evaluate": Verb("l2e_ds.evaluation.evaluate", "results on tasks of lm-evaluation-harness"),

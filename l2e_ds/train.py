@@ -27,7 +27,7 @@ _SYSTEM_ERRORS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--ranks", type=int, help="with --dry-run: for so many ranks instead of this launch's")

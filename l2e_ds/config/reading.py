@@ -16,13 +16,15 @@ from l2e_ds.config.yaml_text import parse_yaml, read_yaml
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import PACKAGE, REPOSITORY
 
+RECIPES = "launch/recipes"
+
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file and apply `section.key=value` overrides.
+    """Read a run file, or a recipe by its name (`pythia-70m`), and apply `section.key=value` overrides.
 
     Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
     """
-    path = Path(path)
+    path = _recipe(path) or Path(path)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
@@ -36,6 +38,18 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
         name = path.parent.name if path.stem == "config" else path.stem
         config = config.replace("training", run_directory=f"runs/{name}")
     return with_absolute_paths(config, path)
+
+
+def _recipe(name: str | Path) -> Path | None:
+    """Return the recipe of this name, or None where the name is that of a file. Raises ConfigError for neither."""
+    path = Path(name)
+    if path.exists() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
+        return None
+    recipe = find_file(f"{RECIPES}/{name}.yaml")
+    if recipe is None:
+        known = sorted(file.stem for root in (REPOSITORY, PACKAGE) for file in (root / RECIPES).glob("*.yaml"))
+        raise ConfigError(f"{name}: no such file, and no recipe of this name; recipes: {', '.join(known)}")
+    return recipe
 
 
 def _is_frozen(path: Path) -> bool:

@@ -14,7 +14,7 @@ DEFAULT_MFU = 0.4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
     parser.add_argument("--gpu", required=True, metavar="TYPE", help=", ".join(GPUS))

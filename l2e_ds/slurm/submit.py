@@ -26,7 +26,7 @@ from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml")
+    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
     sbatch.add_resource_arguments(parser, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")

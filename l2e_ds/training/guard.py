@@ -92,8 +92,10 @@ def judged(
         holds = {
             "shrank": scale < SHRUNK * min(1.0, usual_scale),
             "grew": scale > GROWN * max(1.0, usual_scale),
-            # MS rises while a network learns, so that without a comparison it says nothing.
-            "rose": bool(comparison) and ratios["top_share_score"] > MARGIN * common["top_share_score"],
+            # MS rises while a network learns, so that without a comparison it says nothing; nor does one that was 0.
+            "rose": bool(comparison)
+            and reference[layer]["top_share_score"] > 0
+            and ratios["top_share_score"] > MARGIN * common["top_share_score"],
         }
         for name in holds:
             place = f"{layer}/{name}"

@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -171,4 +172,9 @@ def test_command(page, command, folder, monkeypatch, capsys):
     if words[0] != "l2e-ds" or words[1] == "doctor" or (words[1] == "train" and "--dry-run" not in words):
         run_command(words)
         return
-    assert main(words[1:]) == 0, capsys.readouterr().err[-2000:]
+    words, *target = (list(part) for is_sign, part in groupby(words, ">".__eq__) if not is_sign)
+    code = main(words[1:])
+    said = capsys.readouterr()
+    assert code == 0, said.err[-2000:]
+    for (path,) in target:
+        Path(path).write_text(said.out)
