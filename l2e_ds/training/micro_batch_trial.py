@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.distributed import collectives, process_group
@@ -154,6 +155,9 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
     serve_parent()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is for the rendezvous of its own ranks
     os.environ.update({name: str(value) for name, value in variables.items()})
+    # Libraries show bars, whose lock is a semaphore between processes. Python would say at the end that it leaked,
+    # because this process is killed.
+    tqdm.set_lock(threading.RLock())
     try:
         quiet_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
