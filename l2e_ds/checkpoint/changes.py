@@ -22,7 +22,7 @@ MAY_CHANGE = (
 )
 SCHEDULE = ("schedule", "warmup", "decay", "schedule_steps", "final_ratio")
 """Keys of `optimizer` that may change where the steps before the checkpoint keep their learning rates."""
-MAY_MOVE = ("data.path", "data.tokenizer", "model.pretrained")
+MAY_MOVE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:

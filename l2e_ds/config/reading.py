@@ -76,7 +76,11 @@ def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunC
     folders = [str(Path(folder).absolute()) for folder in config.evaluation.include_path]
     deepspeed = find_file(config.deepspeed.config, run_file)
     config = config.model_copy(update={"data": data, "training": training})
-    config = config.replace("model", pretrained=_absolute_if_there(config.model.pretrained))
+    model = config.model
+    given = model.config and (find_file(model.config, run_file) or find_file(f"{model.config}/config.json", run_file))
+    config = config.replace(
+        "model", pretrained=_absolute_if_there(model.pretrained), config=str(given) if given else model.config
+    )
     config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
     return config.replace("evaluation", include_path=folders)
 

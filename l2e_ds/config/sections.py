@@ -91,6 +91,9 @@ class ModelConfig(Section):
 
     name: str | None = None
     """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
+    config: LocalPath | None = None
+    """Instead of `name`: a config.json of transformers, or a folder with one, of a family in docs/families.md; randomly
+    initialised."""
     pretrained: LocalPath | None = None
     """Instead of `name`: a local folder or a hub name whose weights the run starts from; of a family in
     docs/families.md."""
@@ -114,15 +117,21 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
-        if (self.name is None) == (self.pretrained is None):
-            raise ValueError("give exactly one of model.name and model.pretrained")
+        if [self.name, self.config, self.pretrained].count(None) != 2:
+            raise ValueError("give exactly one of model.name, model.config and model.pretrained")
         if self.revision is not None and self.pretrained is None:
             raise ValueError("model.revision needs model.pretrained")
-        if self.pretrained is not None:
+        if self.name is None:
+            of = "a pretrained model" if self.config is None else "a model.config: write it there"
             for key in ("vocab_size", "num_layers", "hidden_size", "num_heads"):
                 if getattr(self, key) is not None:
-                    raise ValueError(f"model.{key} cannot change a pretrained model; remove it")
+                    raise ValueError(f"model.{key} cannot change {of}; remove it")
         return self
+
+    @property
+    def origin(self) -> str:
+        """The size, file or pretrained model that was given."""
+        return self.name or self.config or str(self.pretrained)
 
 
 class SourceConfig(Section):

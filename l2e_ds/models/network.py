@@ -38,9 +38,13 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
                 config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
             )
     else:
-        with _sharded(zero3), without_default_init():
+        with _sharded(zero3, network), without_default_init():
             model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
-        initialise(model, seed)
+        if config.name is not None:
+            initialise(model, seed)
+        else:
+            model.tie_weights()
+            initialise_as_transformers(model, seed)
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -52,16 +56,17 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
 
 
 @contextlib.contextmanager
-def _sharded(zero3: dict | None) -> Iterator[None]:
+def _sharded(zero3: dict | None, network: PretrainedConfig) -> Iterator[None]:
     if zero3 is None:
         yield
         return
     import deepspeed
     from transformers.integrations.deepspeed import prevent_arange_dtype_change
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    # Imported before Init, which replaces torch's constructors by functions of its own. This module imports
-    # torch._dynamo, which compares their signatures and fails.
-    from transformers.models.gpt_neox import modeling_gpt_neox  # noqa: F401
+    # The network's module is imported before Init, which replaces torch's constructors by functions of its own. It
+    # imports torch._dynamo, which compares their signatures and fails.
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(network)]
 
     # prevent_arange_dtype_change keeps rotary frequencies in float32. Init would round every floating-point tensor that
     # is made inside it, and an exported model would differ from the trained one.
@@ -120,20 +125,38 @@ def initialise(model: nn.Module, seed: int) -> None:
                 parameter.fill_(1.0)
             else:
                 std = wang if name.endswith(("attention.dense.weight", "dense_4h_to_h.weight")) else small
-                # With its own generator a parameter depends neither on the order of construction nor on the rank.
-                key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
-                generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+                generator = torch.Generator().manual_seed(_own_seed(seed, name))
                 if not hasattr(parameter, "ds_id") or collectives.is_main():  # under ZeRO-3 rank 0's values are used
                     values = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
                     parameter.copy_(values.mul_(std))
 
 
+@torch.no_grad()
+def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
+    """Initialise as transformers does in the model's family, each module with a generator of its own.
+
+    Parts come before what they are parts of, which in some families writes their weights once more (GPT-2's residual
+    projections).
+    """
+    for name, module in reversed(list(model.named_modules())):
+        own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]
+        with torch.random.fork_rng(devices=[]), _gathered(*own):
+            torch.manual_seed(_own_seed(seed, name))
+            model._init_weights(module)
+
+
+def _own_seed(seed: int, name: str) -> int:
+    """Return the seed of one part of the network, which depends neither on the order of construction nor the rank."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
+
+
 @contextlib.contextmanager
-def _gathered(parameter: nn.Parameter) -> Iterator[None]:
-    if not hasattr(parameter, "ds_id"):  # not under ZeRO-3
+def _gathered(*parameters: nn.Parameter) -> Iterator[None]:
+    """Hold these parameters whole on every rank; what rank 0 writes counts. Collective under ZeRO-3."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):  # not under ZeRO-3
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
         yield

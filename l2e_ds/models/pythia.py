@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.families import check_trainable
+from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -51,8 +53,8 @@ def check_sizes(option: str, names: Iterable[str]) -> None:
 
 def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfig:
     """Return the Hugging Face configuration of the run's network. Raises ConfigError naming the key."""
-    if config.pretrained is not None:
-        return _pretrained_config(config)
+    if config.name is None:
+        return _given_config(config)
     from transformers import GPTNeoXConfig
 
     name = str(config.name)
@@ -81,22 +83,27 @@ def network_config(config: ModelConfig, sequence_length: int) -> PretrainedConfi
     )
 
 
-def _pretrained_config(config: ModelConfig) -> PretrainedConfig:
+def _given_config(config: ModelConfig) -> PretrainedConfig:
+    """Return the configuration of `model.config` or `model.pretrained`. Raises ConfigError."""
     from transformers import AutoConfig
 
+    key = "model.pretrained" if config.config is None else "model.config"
+    if config.config is not None and not Path(config.config).exists():  # not a name of the hub
+        raise ConfigError(f"{key}: no such file or folder: {config.config}")
     try:
-        network = AutoConfig.from_pretrained(config.pretrained, revision=config.revision)
+        network = AutoConfig.from_pretrained(config.origin, revision=config.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.pretrained: cannot load {config.pretrained!r}"
-            f"{f' at revision {config.revision!r}' if config.revision else ''}: {str(error).splitlines()[0]}"
+            f"{key}: cannot load {config.origin!r}"
+            f"{f' at revision {config.revision!r}' if config.revision else ''}: {one_line(error)}"
         ) from None
-    check_trainable(network, config.attention, f"model.pretrained: {config.pretrained!r}")
+    check_trainable(network, config.attention, f"{key}: {config.origin!r}")
     return network
 
 
 def published_learning_rate(config: ModelConfig) -> float:
-    """Return the published peak learning rate of a Pythia size. Raises ConfigError for a pretrained model."""
+    """Return the published peak learning rate of a Pythia size. Raises ConfigError for another model."""
     if config.name is None:
-        raise ConfigError("optimizer.peak_learning_rate: is required with model.pretrained")
+        key = "model.pretrained" if config.config is None else "model.config"
+        raise ConfigError(f"optimizer.peak_learning_rate: is required with {key}")
     return PYTHIA[config.name].learning_rate

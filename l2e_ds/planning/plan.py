@@ -51,7 +51,7 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     if plan.config.training.precision == "bf16" and not gpu.bf16:
         raise ConfigError(f"training.precision: got bf16, which a {name} does not have; allowed: fp16, fp32")
     work = work_of(plan)
-    model = plan.config.model.name or plan.config.model.pretrained
+    model = plan.config.model.origin
     checkpointing = ", activation checkpointing" if work.checkpointing else ""
     largest = largest_micro_batch(work, gpus, plan.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
     peak = gpu.peak_fp32 if work.precision == "fp32" else gpu.peak

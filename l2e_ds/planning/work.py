@@ -62,7 +62,7 @@ def work_of(plan: Plan) -> Work:
     config, network, ds = plan.config, plan.network, plan.ds
     if network.model_type != "gpt_neox":
         raise ConfigError(
-            f"model.pretrained: {config.model.pretrained!r} is a {network.model_type}; a plan knows the memory and time"
+            f"model: {config.model.origin!r} is a {network.model_type}; a plan knows the memory and time"
             " of gpt_neox (Pythia) only"
         )
     kind = str(ds.get("optimizer", {}).get("type", "AdamW"))

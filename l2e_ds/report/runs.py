@@ -85,8 +85,9 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The model's name, such as pythia-70m or that of a pretrained model, with what was changed of its shape."""
-        name = self.config["model.name"] or Path(str(self.config.get("model.pretrained"))).name
+        """The model's name, such as pythia-70m or that of its file or folder, with what was changed of its shape."""
+        given = (self.config.get(f"model.{key}") for key in ("config", "pretrained"))
+        name = self.config["model.name"] or Path(next((one for one in given if one), "")).name
         changes = [f"{key} {value}" for key in _SHAPE if (value := self.config.get(f"model.{key}")) is not None]
         return f"{name} ({', '.join(changes)})" if changes else name
 

@@ -75,8 +75,7 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
     longest = getattr(network, "max_position_embeddings", None)  # None: any length (ALiBi)
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
-            f"data.sequence_length: got {config.data.sequence_length}, {config.model.pretrained} takes at most"
-            f" {longest}"
+            f"data.sequence_length: got {config.data.sequence_length}, {config.model.origin} takes at most {longest}"
         )
     return Plan(config, ds, batch, network, layers)
 
@@ -181,7 +180,7 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         what += f", {config.inhibition.loss} loss at strength {config.inhibition.strength:g}"
     size = f"{network.num_hidden_layers} layers x {network.hidden_size}"
     return [
-        ("model", f"{config.model.pretrained or config.model.name}: {size}"),
+        ("model", f"{config.model.origin}: {size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),
         *([("mixture", mixture)] if mixture else []),
         ("batch", batch),

@@ -6,10 +6,12 @@ each rank.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,13 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
     held_out = any(part.held_out for _, _, part in config.data.parts())
     evaluation = (held_out and evaluation_is_due(config, state)) or task_evaluation_is_due(config, state)
     return state.step >= config.training.steps and not evaluation
+
+
+def _given_file(config: RunConfig) -> str:
+    """Return what identifies the content of `model.config`: a run must not resume as another network."""
+    if config.model.config is None:
+        return ""
+    return f", config.json {hashlib.sha256(Path(config.model.config).read_bytes()).hexdigest()[:12]}"
 
 
 class Trainer:
@@ -128,7 +137,7 @@ class Trainer:
             seed=config.training.seed,
             order=config.data.order,
             network=f"{network.num_hidden_layers} layers x {network.hidden_size}, {network.num_attention_heads} heads,"
-            f" {network.vocab_size} rows",
+            f" {network.vocab_size} rows{_given_file(config)}",
             layers=[site.layer for site in self.sites] if self.inhibitor else [],
         )
         if resume_from is not None:

@@ -15,7 +15,7 @@ def ranks(run_ranks, tmp_path_factory) -> list[dict]:
     return [json.loads((output / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("origin", ["random", "pretrained"])
+@pytest.mark.parametrize("origin", ["random", "pretrained", "llama", "tied gpt2"])
 def test_zero3_builds_shards_of_the_same_weights(ranks, origin):
     for rank in ranks:
         built = rank[origin]

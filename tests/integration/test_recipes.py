@@ -7,6 +7,7 @@ import yaml
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.engine.configuration import resolve, zero_stage
 from l2e_ds.inhibition import Inhibitor
+from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.training.building import inhibition_settings
@@ -16,7 +17,7 @@ RECIPES = sorted((REPOSITORY / "launch/recipes").glob("*.yaml"))
 
 
 def test_there_is_a_recipe_for_every_size():
-    assert {path.stem for path in RECIPES} == {*PYTHIA, "quickstart"}
+    assert {path.stem for path in RECIPES} == {*PYTHIA, "llama-70m", "quickstart"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -33,16 +34,19 @@ def test_recipe_builds(path):
     sites = neuron_sites(model, config.inhibition.layers)
     middle = network.num_hidden_layers // 2
     assert [site.layer for site in sites] == [middle - 1, middle]
-    assert all(site.neurons == 4 * network.hidden_size for site in sites)
+    assert all(site.neurons == network.intermediate_size for site in sites)
+    replaced = getattr(sites[1].module, sites[1].attribute)
     with Inhibitor(sites, inhibition_settings(config), run_steps=config.training.steps):
-        assert model.gpt_neox.layers[middle].mlp.act is not sites[1]
+        assert (getattr(sites[1].module, sites[1].attribute) is replaced) == (sites[1].kind == "projection")
     assert zero_stage(ds) in (1, 3)
     section = config.inhibition
     assert (section.loss, section.power, section.strength, section.coefficient) == ("projected", 1, 0.2, None)
     if path.stem == "quickstart":
         return
     assert (section.start, section.warmup) == (0.3, 0.2)
-    size = PYTHIA[path.stem]
+    if path.stem == "llama-70m":
+        assert parameter_counts(network)[0] == 70_490_624
+    size = PYTHIA[path.stem.replace("llama", "pythia")]
     assert config.training.steps == 14300
     assert config.optimizer.schedule_steps == 143000
     assert config.optimizer.peak_learning_rate == size.learning_rate

@@ -6,7 +6,7 @@ import runpy
 import pytest
 
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.models.pythia import PYTHIA
+from l2e_ds.models.pythia import network_config
 from tests.processes import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -35,8 +35,9 @@ def test_table_of_recipes():
     assert sorted(rows) == [path.stem for path in recipes]
     for path in recipes:
         config = load_run_config(path)
-        size = PYTHIA[config.model.name]
-        shape = f"{size.layers} x {size.hidden}"
+        network = network_config(config.model, config.data.sequence_length)
+        gated = ", gated" if network.model_type == "llama" else ""
+        shape = f"{network.num_hidden_layers} x {network.hidden_size}{gated}"
         if config.model.vocab_size is not None:
             shape += f", vocabulary {config.model.vocab_size:,}"
         rate, exponent = f"{config.optimizer.peak_learning_rate:.1e}".split("e")

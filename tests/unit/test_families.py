@@ -310,6 +310,58 @@ def test_a_head_that_changes_its_logits_is_refused(config):
         head.loss(model, tokens[:, :-1], tokens[:, 1:])
 
 
+# --- first weights -----------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_first_weights_are_distributed_as_those_of_transformers(name, tmp_path):
+    """From a config.json: constants are the same; of n normal numbers the standard deviation is known to 1 / sqrt(2 n),
+    and those of two draws agree within six times what they vary by together."""
+    MODELS[name][0].save_pretrained(tmp_path)
+    config = ModelConfig(config=str(tmp_path), attention="eager")
+    network = network_config(config, 16)
+    model = build_network(config, network, 1, None)
+    torch.manual_seed(1)
+    theirs = dict(AutoModelForCausalLM.from_config(network, dtype=torch.float32).named_parameters())
+    ours = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    assert ours.keys() == theirs.keys()
+    for key, parameter in ours.items():
+        other = theirs[key].detach()
+        if float(other.std()) == 0:
+            assert torch.equal(parameter, other), key
+        else:
+            assert abs(float(parameter.std() / other.std()) - 1) < 6 * (1 / other.numel()) ** 0.5, key
+            assert not torch.equal(parameter, other), key
+    again, another = (dict(build_network(config, network, seed, None).named_parameters()) for seed in (1, 2))
+    assert all(torch.equal(ours[key], again[key]) for key in ours)
+    assert any(not torch.equal(ours[key], another[key]) for key in ours)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (name in TIED)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "pythia-14m", "config": "x"}, "give exactly one of model.name, model.config and model.pretrained"),
+        ({"config": "x", "num_layers": 2}, "model.num_layers cannot change a model.config"),
+        ({"config": "x", "revision": "main"}, "model.revision needs model.pretrained"),
+        ({"config": "gone"}, "model.config: no such file or folder: gone"),
+        ({"config": "empty"}, "model.config: cannot load 'empty': "),
+        ({"config": "t5.json"}, "is of the family t5, known are "),
+        ({"config": "broken.json"}, "model.config: cannot load 'broken.json': "),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_line(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "t5.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "broken.json").write_text('{"model_type": "llama", ')
+    with pytest.raises((ConfigError, ValueError)) as caught:
+        network_config(ModelConfig(**given), 16)
+    assert said in str(caught.value)
+    if isinstance(caught.value, ConfigError):
+        assert "\n" not in str(caught.value)
+
+
 # --- counts ------------------------------------------------------------------------------------------------------
 
 

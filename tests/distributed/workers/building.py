@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers import GPT2Config, LlamaConfig
 
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.distributed import collectives, launch, process_group
@@ -27,6 +28,15 @@ ZERO3 = {
 }
 
 
+GIVEN = {
+    "llama": LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
+    ),
+    "tied gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2),
+}
+"""Networks that are built from a config.json."""
+
+
 def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
     """A network built under ZeRO-3 beside the same one built whole: what this rank holds, and whether they agree."""
     import deepspeed
@@ -38,12 +48,15 @@ def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
     for name, parameter in sharded.items():
         with deepspeed.zero.GatheredParameters([parameter]):
             same = same and torch.equal(parameter.detach(), whole[name].detach())
-    rotary = [
-        build_network(config, network, 7, zero3).gpt_neox.rotary_emb.inv_freq
-        for zero3 in (None, {**ZERO3, "bf16": {"enabled": True}})
-    ]
+    kept = True
+    if config.config is None:
+        inv_freq, in_bf16 = (
+            build_network(config, network, 7, zero3).base_model.rotary_emb.inv_freq
+            for zero3 in (None, {**ZERO3, "bf16": {"enabled": True}})
+        )
+        kept = in_bf16.dtype == torch.float32 and torch.equal(inv_freq, in_bf16)
     return {
-        "rotary_kept": rotary[1].dtype == torch.float32 and torch.equal(*rotary),
+        "rotary_kept": kept,
         "whole": sum(p.numel() for p in whole.values()),
         "held_outside_forward": sum(p.numel() for p in sharded.values()),
         "shards": sum(p.ds_tensor.numel() for p in sharded.values()),
@@ -145,7 +158,11 @@ def main() -> None:
     }
     if collectives.is_main():
         build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
+        for name, network in GIVEN.items():
+            network.save_pretrained(output / name)
     collectives.agree(None)
+    for name in GIVEN:
+        result[name] = sharded_and_whole(ModelConfig(config=str(output / name)), 16)
     result["pretrained"] = sharded_and_whole(ModelConfig(pretrained=str(output / "weights")), 16)
     (output / f"rank{collectives.rank()}.json").write_text(json.dumps(result))
     process_group.leave()
