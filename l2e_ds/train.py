@@ -1,4 +1,9 @@
-"""`l2e-ds train RUN.yaml [section.key=value ...]`, also `python -m l2e_ds.train` for launchers.
+"""`l2e-ds train RUN.yaml [section.key=value ...]`, also `python -m l2e_ds.train` for launchers: pretrain as it says.
+
+    l2e-ds train run.yaml --dry-run                                 what would be run
+    l2e-ds train pythia-70m data.path=PREFIX training.steps=1000    a recipe, with two keys changed
+
+The same command on the same run directory resumes from its newest good checkpoint.
 
 Everything that a user can get wrong is checked by `preflight`, before any process group or model is made.
 """
