@@ -94,7 +94,7 @@ def metrics_page() -> str:
     parts += [
         "## Monitors\n",
         "Numbers of all kinds but `start` also go to what the section `logging` asks for, as `KIND/KEY` at x = step:",
-        "CSV files (one for each), TensorBoard, Weights & Biases. Where a run goes on from an earlier checkpoint, all",
+        "CSV files (one for each), TensorBoard, Weights & Biases. Where a run resumes from an earlier checkpoint, all",
         "files are cut back to it. What Weights & Biases was sent stays there: it has repeated steps twice. A run",
         "directory is one run of it, whose id the file `wandb-id` holds.",
         "",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from l2e_ds.acceptance.outcome import Figures, Outcome, Scale
+from l2e_ds.acceptance.outcome import Results, Outcome, Scale
 from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.system.gpus import peak_tflops
@@ -30,12 +30,12 @@ def ceilings(scale: Scale) -> Outcome:
     size = 8192 if scale.on_gpu else 256
     left, right = (torch.randn(size, size, device=scale.device).bfloat16() for _ in range(2))
     reached = 2 * size**3 / scale.seconds(lambda: left @ right) / 1e12
-    figures: Figures = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
+    results: Results = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
     peak = peak_tflops(scale.device, None)
     if peak is None:
-        return Outcome("ceilings", None, figures)
-    figures["share of peak"] = reached / peak
-    return Outcome("ceilings", reached / peak >= 0.5, figures)
+        return Outcome("ceilings", None, results)
+    results["share of peak"] = reached / peak
+    return Outcome("ceilings", reached / peak >= 0.5, results)
 
 
 def _copying_speed(scale: Scale) -> float:
@@ -52,7 +52,7 @@ def activation(scale: Scale) -> Outcome:
     The inhibited gradient is rounded from float32 to its dtype once, which is half an eps in the norm; 2 eps are
     allowed. What inhibition adds is many times as much, so that an error in it would be seen.
     """
-    figures: Figures = {}
+    results: Results = {}
     passed = True
     shapes = [(precision, min(scale.tokens, 8192), min(scale.widths.values())) for precision in scale.precisions]
     if scale.large is not None:
@@ -60,12 +60,12 @@ def activation(scale: Scale) -> Outcome:
     for precision, tokens, neurons in shapes:
         dtype = DTYPES[precision]
         error, effect = _error_of_activation(dtype, tokens, neurons, scale.device)
-        figures[f"{precision} [{tokens}, {neurons}] error"] = error
+        results[f"{precision} [{tokens}, {neurons}] error"] = error
         # float32 goes through an approximation of the error function, good to 1e-6
         passed &= error < max(2 * torch.finfo(dtype).eps, 1e-5) < effect / 4
         if scale.on_gpu:
             torch.cuda.empty_cache()
-    return Outcome("activation", passed, figures)
+    return Outcome("activation", passed, results)
 
 
 class Layer(nn.Module):
@@ -149,7 +149,7 @@ def lm_loss(scale: Scale) -> Outcome:
     is of the order of eps; 4 eps are allowed.
     """
     tokens, hidden, vocabulary = (20_000, 512, 50_304) if scale.on_gpu else (700, 32, 5000)
-    figures: Figures = {}
+    results: Results = {}
     passed = True
     for precision in scale.precisions:
         dtype = DTYPES[precision]
@@ -162,14 +162,14 @@ def lm_loss(scale: Scale) -> Outcome:
         loss = chunked_cross_entropy(inputs, weight, targets)
         (loss * scaled).backward()
         exact_loss, of_inputs, of_weight = _exact_loss(inputs.detach(), weight.detach(), targets, scaled)
-        figures[f"{precision} loss error"] = difference = abs(float(loss.detach()) / exact_loss - 1)
+        results[f"{precision} loss error"] = difference = abs(float(loss.detach()) / exact_loss - 1)
         passed &= difference < max(torch.finfo(dtype).eps, 1e-5)
         for name, tensor, exact in (("hidden", inputs, of_inputs), ("weight", weight, of_weight)):
             assert tensor.grad is not None
             error = float((tensor.grad.double() - exact).norm() / exact.norm())
-            figures[f"{precision} {name} error"] = error
+            results[f"{precision} {name} error"] = error
             passed &= error < max(4 * torch.finfo(dtype).eps, 1e-5)
-    return Outcome("loss", passed, figures)
+    return Outcome("loss", passed, results)
 
 
 def _exact_loss(inputs: Tensor, weight: Tensor, targets: Tensor, scaled: float) -> tuple[float, Tensor, Tensor]:
@@ -199,7 +199,7 @@ def timings(scale: Scale) -> Outcome:
     Shares are of the copying speed: GELU reads and writes one tensor of [M, N] in forward, and reads two and writes one
     in backward. `added ms` is what one hooked layer takes more, without what follows once a step.
     """
-    figures: Figures = {}
+    results: Results = {}
     copied = _copying_speed(scale)
     for model, neurons in scale.widths.items():
         x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
@@ -207,12 +207,12 @@ def timings(scale: Scale) -> Outcome:
         without = scale.seconds(partial(_gradient, Layer(), None, x, incoming))
         with_it = _seconds_under_inhibition(scale, x, incoming)
         ideal = 5 * x.nbytes / copied
-        figures[f"{model} GELU share"] = ideal / without
-        figures[f"{model} L2E share"] = ideal / with_it
-        figures[f"{model} added ms"] = 1e3 * (with_it - without)
+        results[f"{model} GELU share"] = ideal / without
+        results[f"{model} L2E share"] = ideal / with_it
+        results[f"{model} added ms"] = 1e3 * (with_it - without)
     if scale.on_gpu:
-        figures |= _other_kernels(scale, max(scale.widths.values()))
-    return Outcome("timings", None, figures)
+        results |= _other_kernels(scale, max(scale.widths.values()))
+    return Outcome("timings", None, results)
 
 
 def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> float:
@@ -228,18 +228,18 @@ def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> floa
         inhibitor.detach()
 
 
-def _other_kernels(scale: Scale, neurons: int) -> Figures:
+def _other_kernels(scale: Scale, neurons: int) -> Results:
     """Time forward and backward under inhibition with other numbers than the kernels have (triton_gelu.py)."""
     from l2e_ds.inhibition import triton_gelu
 
-    figures: Figures = {}
+    results: Results = {}
     chosen = (triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH)
     x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
     incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
     try:
         for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):
             triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
-            figures[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * _seconds_under_inhibition(scale, x, incoming)
+            results[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * _seconds_under_inhibition(scale, x, incoming)
     finally:
         triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
-    return figures
+    return results

@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-Figures = dict[str, float | str]
+Results = dict[str, float | str]
 
 
 @dataclass
 class Outcome:
-    """What one part found. passed: None where it only measures; figures: by name, with the unit in the name."""
+    """What one part found. passed: None where it only measures; results: by name, with the unit in the name."""
 
     part: str
     passed: bool | None
-    figures: Figures = field(default_factory=dict)
+    results: Results = field(default_factory=dict)
     reason: str = ""
     seconds: float = 0.0
 
     def line(self) -> str:
         """Return the part as one line of the table."""
         word = {True: "pass", False: "FAIL", None: "-"}[self.passed]
-        shown = ", ".join(f"{name} {_shown(value)}" for name, value in self.figures.items())
+        shown = ", ".join(f"{name} {_shown(value)}" for name, value in self.results.items())
         return f"{word:<5} {self.part:<11} {self.seconds:5.0f} s  {'; '.join(filter(None, [self.reason, shown]))}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from l2e_ds.acceptance.outcome import Figures, Outcome, Scale
+from l2e_ds.acceptance.outcome import Results, Outcome, Scale
 from l2e_ds.acceptance.waits import counts_of
 from l2e_ds.checkpoint.weights import checkpoint_weights, find_checkpoint
 from l2e_ds.errors import L2EError
@@ -136,7 +136,7 @@ def steps(scale: Scale, folder: Path) -> Outcome:
 
     Fails where an H100 or H200 stays below the goals for MFU.
     """
-    figures: Figures = {}
+    results: Results = {}
     passed: bool | None = None
     name = torch.cuda.get_device_name(scale.device) if scale.on_gpu else ""
     for model in scale.models:
@@ -148,13 +148,13 @@ def steps(scale: Scale, folder: Path) -> Outcome:
             content["model"]["compile"] = scale.on_gpu
             content["logging"]["every"] = 6 if scale.on_gpu else 1
             found = _last(train(folder, f"{model}{label}".replace(" ", "-"), content))
-            figures[f"{model}{label} tokens/s"] = found["tokens_per_second"]
+            results[f"{model}{label} tokens/s"] = found["tokens_per_second"]
             if found.get("mfu") is not None:
-                figures[f"{model}{label} MFU"] = found["mfu"]
+                results[f"{model}{label} MFU"] = found["mfu"]
                 if re.search(r"\bH[12]00\b", name):
                     passed = passed is not False and found["mfu"] >= GOALS.get(model, 0.0)
-            figures[f"{model}{label} GiB"] = found["peak_memory_gib"]
-    return Outcome("steps", passed, figures)
+            results[f"{model}{label} GiB"] = found["peak_memory_gib"]
+    return Outcome("steps", passed, results)
 
 
 def waits(scale: Scale, folder: Path) -> Outcome:

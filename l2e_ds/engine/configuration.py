@@ -107,7 +107,7 @@ FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
     ("csv_monitor", "enabled"): (False, "set logging.csv"),
     ("tensorboard", "enabled"): (False, "set logging.tensorboard"),
     ("wandb", "enabled"): (False, "set logging.wandb_project"),
-    ("comet", "enabled"): (False, "it would get two or three figures, by samples; set logging.csv or its siblings"),
+    ("comet", "enabled"): (False, "it would get two or three metrics, by samples; set logging.csv or its siblings"),
 }
 
 # JSON path -> (section, key) of the run file

@@ -81,7 +81,7 @@ def judged(
     if not has_begun or reference.keys() != now.keys():
         return {"step": step, "reference": now, "in_a_row": {}, "found": {}}, []
     ratios_of = {
-        part: {name: _ratio(figures[name], reference[part][name]) for name in _USED} for part, figures in now.items()
+        part: {name: _ratio(found[name], reference[part][name]) for name in _USED} for part, found in now.items()
     }
     common = ratios_of.get("comparison", {})
     in_a_row: dict[str, int] = {}

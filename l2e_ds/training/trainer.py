@@ -370,7 +370,7 @@ class Trainer:
     def _evaluate_on_tasks(self) -> None:
         assert self.tasks is not None
         try:
-            figures = self.tasks.evaluate(
+            results = self.tasks.evaluate(
                 self.engine, self.state, self.config.training.precision, preemption.stop_if_asked
             )
         except DataError as error:
@@ -379,9 +379,9 @@ class Trainer:
             self.metrics.write("tasks", self.state.step, {"error": str(error)})
             self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {error}; training continues")
         else:
-            self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **figures})
-            shown = ", ".join(f"{name} {value:.4f}" for name, value in list(figures.items())[:4])
-            self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(figures) > 4 else ''}")
+            self.metrics.write("tasks", self.state.step, {"tokens": self.state.tokens, **results})
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in list(results.items())[:4])
+            self.metrics.say(f"step {self.state.step}  {shown}{', ...' if len(results) > 4 else ''}")
 
     def save(self, must_succeed: bool = False) -> None:
         """Write a checkpoint of this step, which counts once `_carry_on_saving` has seen it published. Collective.

@@ -16,12 +16,12 @@ def test_every_part_runs_and_is_written_down(capsys, tmp_path):
     assert f"nothing failed; {file}" in said
     found = {part["part"]: part for part in json.loads(file.read_text())["parts"]}
     assert list(found) == list(PARTS)
-    assert all(part["figures"] and not part["reason"] for part in found.values()), found
+    assert all(part["results"] and not part["reason"] for part in found.values()), found
     for name in ("activation", "loss", "settings", "resume", "waits", "auto"):
         assert found[name]["passed"] is True
         assert f"pass  {name}" in said
-    assert found["waits"]["figures"]["synchronisations"] == 0
-    assert found["settings"]["figures"]["ways"] >= 3
+    assert found["waits"]["results"]["synchronisations"] == 0
+    assert found["settings"]["results"]["ways"] >= 3
 
 
 def test_a_part_that_fails_is_said_and_ends_with_1(capsys, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ is among the highest 2 % of the unchanged model's. `worth_random`: where 2 %, dr
 `active_share`: of activations above zero. `dead_share`: of neurons that do not vary. Means, scores and shares are over
 all these sequences alike.
 
-Lines that are there already are kept, so that the same command goes on.
+Lines that are there already are kept, so that the same command resumes.
 """
 
 from __future__ import annotations
