@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from l2e_ds.acceptance.outcome import Results, Outcome, Scale
+from l2e_ds.acceptance.outcome import Outcome, Results, Scale
 from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.system.gpus import peak_tflops

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from l2e_ds.acceptance.outcome import Results, Outcome, Scale
+from l2e_ds.acceptance.outcome import Outcome, Results, Scale
 from l2e_ds.acceptance.waits import counts_of
 from l2e_ds.checkpoint.weights import checkpoint_weights, find_checkpoint
 from l2e_ds.errors import L2EError
