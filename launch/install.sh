@@ -10,7 +10,7 @@ install_l2e_ds() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         { echo "l2e-ds needs Python 3.10 or newer; $python is $("$python" --version 2>&1). Set PYTHON." >&2; return 2; }
     command -v "${CXX:-g++}" >/dev/null ||
-        { echo "l2e-ds needs a C++ compiler (DeepSpeed builds a small operation): install g++." >&2; return 2; }
+        { echo "l2e-ds needs a C++ compiler (torch.compile and Triton build functions at run time): install g++." >&2; return 2; }
     [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || return 2
     # what is installed already is known by the checksum of everything that decides it
     stamp=$(stamp_of "${requirements[@]}")

@@ -1,11 +1,14 @@
 """The pages made from docstrings are up to date, and what the docs name exists."""
 
+import dataclasses
 import re
 import runpy
 
 import pytest
+import transformers
 
 from l2e_ds.config.reading import load_run_config
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.models.pythia import network_config
 from tests.processes import REPOSITORY
 
@@ -45,3 +48,18 @@ def test_table_of_recipes():
         share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
         values = [shape, f"{rate}e{int(exponent)}", share, stage]
         assert rows[path.stem] == " | ".join(values), path.stem
+
+
+def test_keys_of_from_other_trainers():
+    """The page that maps other trainers' keys names keys that exist: ours, and those of the installed transformers."""
+    text = (REPOSITORY / "docs/from-other-trainers.md").read_text()
+    rows = re.findall(r"^\| (`.*) \| (`.*|none) \| .*\|$", text, re.M)
+    assert len(rows) > 80
+    for _, ours in rows:
+        for key in re.findall(r"`([^`]+)`", ours):
+            section, name = key.split(".")
+            assert name in RunConfig.model_fields[section].annotation.model_fields, key
+    trainer = text.split("\n## Hugging Face Trainer\n")[1].split("\n## ")[0]
+    fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    for theirs, _ in re.findall(r"^\| (`.*) \| (`.*|none) \| .*\|$", trainer, re.M):
+        assert set(re.findall(r"`([^`]+)`", theirs)) <= fields, theirs

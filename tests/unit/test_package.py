@@ -1,5 +1,6 @@
 """What an installed copy holds."""
 
+import re
 import subprocess
 import sys
 
@@ -24,3 +25,14 @@ def test_an_installed_copy_has_every_file_of_the_package(tmp_path):
         assert files
         wanted |= {f"l2e_ds/{path.relative_to(REPOSITORY)}" for path in files}
     assert wanted <= built, wanted - built
+
+
+def test_container_files_copy_what_the_package_is_made_of():
+    """Both container files copy the same files of this repository: those that `launch/install.sh` and setup.py read."""
+    folder = REPOSITORY / "launch/containers"
+    copied = re.findall(r"^COPY (.*) \S+$", (folder / "Dockerfile").read_text(), re.M)
+    docker = {word for words in copied for word in words.split()}
+    apptainer = dict(re.findall(r"^    (\S+) /opt/l2e-ds/(\S+)$", (folder / "l2e-ds.def").read_text(), re.M))
+    assert docker == set(apptainer) == set(apptainer.values())
+    assert docker == {"README.md", "setup.py", "pyproject.toml", "launch", "ds_configs", "l2e_ds"}
+    assert all((REPOSITORY / name).exists() for name in docker)
