@@ -497,6 +497,17 @@ class LoggingConfig(Section):
     directory."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
+    profile: list[int] | None = Field(None, min_length=2, max_length=2)
+    """First and last step of a trace of rank 0, e.g. `[100, 102]`, which torch.profiler writes to `profile/` of the run
+    directory (docs/looking-inside.md)."""
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> LoggingConfig:
+        if self.profile is not None and not 2 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"logging.profile: got {self.profile}, allowed: the first step, from 2 on, and the last, not before it"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -554,6 +565,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_within_the_run(self) -> RunConfig:
+        profile, steps = self.logging.profile, self.training.steps
+        if profile is not None and profile[1] > steps:
+            raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
         return self
 
     @model_validator(mode="after")

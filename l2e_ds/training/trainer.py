@@ -37,6 +37,7 @@ from l2e_ds.training.building import build_training_stack, forward_and_backward
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
+from l2e_ds.training.profile import Profile
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
 
@@ -146,6 +147,8 @@ class Trainer:
             matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._interval = Interval(batch, device)
+        steps = config.logging.profile if collectives.is_main() else None
+        self._profile = Profile(steps, self.run_directory, device, self.metrics.say)
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # last: a thread
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -180,9 +183,13 @@ class Trainer:
             self._stop_if_guard_says_so()
             if paused:
                 preemption.stop_if_asked()
-            with deterministic_algorithms(self.config.training.deterministic):
+            deterministic = deterministic_algorithms(self.config.training.deterministic)
+            with deterministic, self._profile.step(self.state.step + 1):
                 self.train_step()
             self.metrics.advance()
+            if self._profile.is_complete(self.state.step):
+                with self._interval.paused():
+                    self._profile.write()
             if not self._saving:
                 self._carry_on_saving()
             # a checkpoint begins a new interval, so that the lines of a resumed run are those of the run itself
@@ -428,6 +435,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the loader, remove the hooks and close the files; also after an exception."""
+        self._profile.write()
         if self.loader.close():
             self.sequences.close()
         if self.inhibitor is not None:

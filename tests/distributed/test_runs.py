@@ -1,9 +1,11 @@
 """Whole runs on two ranks: the baseline, resuming, non-finite steps, export, monitors."""
 
 import csv
+import gzip
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,8 +58,9 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
         found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
         if stage in SHORT_STAGES:
-            found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation))
-            every_8 = zero(stage, checkpoint={"every": 8})
+            profiled = {"logging": {"profile": [3, 5]}}
+            found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation, **profiled))
+            every_8 = zero(stage, checkpoint={"every": 8}, logging={"profile": [4, 9]})
             found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
     for precision in ("bf16", "fp16") if is_full else ("fp16",):
         training = {"precision": precision}
@@ -168,12 +171,39 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
 
 @pytest.mark.parametrize("stage", SHORT_STAGES)
 def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
-    """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit."""
+    """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit; and
+    without a profile."""
     plain, evaluated = runs / f"straight{stage}", runs / f"tasks{stage}"
     assert [line["step"] for line in metric_lines(evaluated, "tasks")] == [0, 4, 8, 10]
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(evaluated, kind)) == timeless(metric_lines(plain, kind))
     _same_checkpoint(plain, evaluated)
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_a_profile_holds_the_steps_that_were_asked_for(runs, stage):
+    """Of rank 0: from the third to the fifth step, and with an evaluation after the fourth, none of it in a step."""
+    (path,) = (runs / f"tasks{stage}/profile").iterdir()
+    assert path.name == "step00000003-rank0.json.gz"
+    assert traced_steps(path) == [3, 4, 5]
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"aten::_fused_adamw_", "aten::addmm" if stage == 1 else "LinearFunctionForZeroStage3"} <= names
+
+
+def test_a_profile_of_an_interrupted_run_is_written_in_parts(runs):
+    """Each process warms the profiler up in its first step: 3, 5, 6 and 8 of a trace of 4 to 9."""
+    paths = sorted((runs / "interrupted1/profile").iterdir())
+    assert [path.name for path in paths] == ["step00000004-rank0.json.gz", "step00000007-rank0.json.gz"]
+    assert [traced_steps(path) for path in paths] == [[4], [7]]
+
+
+def traced_steps(path: Path) -> list[int]:
+    """Return the steps that a trace has whole, in the order of time."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X" and event["name"].startswith("ProfilerStep#")]
+    steps.sort(key=lambda event: event["ts"])
+    return [int(event["name"].partition("#")[2]) for event in steps]
 
 
 @pytest.mark.full

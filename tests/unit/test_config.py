@@ -132,6 +132,23 @@ REFUSED = {
         "inhibition.statistics_window: ",
         ["'all'", "cumul"],
     ),
+    "profile from the first step": (
+        changed(logging={"profile": [1, 3]}),
+        "logging.profile: ",
+        ["[1, 3]", "from 2 on"],
+    ),
+    "profile that ends before it begins": (
+        changed(logging={"profile": [4, 3]}),
+        "logging.profile: ",
+        ["[4, 3]", "not before it"],
+    ),
+    "profile after the end": (
+        changed(logging={"profile": [9, 11]}),
+        "logging.profile: ",
+        ["[9, 11]", "up to training.steps, which is 10"],
+    ),
+    "profile of one number": (changed(logging={"profile": [9]}), "logging.profile: ", ["[9]", "2 items"]),
+    "profile of a step": (changed(logging={"profile": 9}), "logging.profile: ", ["9", "list"]),
     "beta": (changed(optimizer={"betas": [0.9, 1.0]}), "optimizer.betas: ", ["1.0", "[0, 1)"]),
     "one beta": (changed(optimizer={"betas": [0.9]}), "optimizer.betas: ", ["[0.9]", "2"]),
     "beta type": (changed(optimizer={"betas": [0.9, "x"]}), "optimizer.betas", ["'x'", "number"]),
