@@ -331,8 +331,14 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations (also at the start and the end); 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences an evaluation reads."""
+    spike_deviations: float | None = Field(None, gt=0)
+    """Skip a step whose gradient norm is more than this many standard deviations (6, for example) above the mean of the
+    `spike_window` applied steps before it (docs/looking-inside.md). Default: no finite step is skipped."""
+    spike_window: int = Field(128, ge=2)
+    """Applied steps whose gradient norms `spike_deviations` compares with; before there are so many, nothing is
+    skipped."""
     max_skipped_steps: int = Field(20, gt=0)
-    """Stop with an error after this many non-finite steps in a row."""
+    """Stop with an error after this many skipped steps in a row."""
     time_limit: float | None = Field(None, gt=0)
     """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
     and stops with exit code 75, as after a signal; saving comes on top. The same command resumes it."""

@@ -160,7 +160,20 @@ KINDS: dict[str, Kind] = {
             ),
             Metric("learning_rate", "1", "of the step", "newest"),
             Metric("loss_scale", "1", "dynamic loss scale; 1 without fp16", "newest"),
-            Metric("skipped_steps", "steps", "steps that were skipped for non-finite gradients", "sum", type="count"),
+            Metric(
+                "skipped_steps",
+                "steps",
+                "steps that changed no weight, because gradients were not finite or the step was a spike",
+                "sum",
+                type="count",
+            ),
+            Metric(
+                "spikes",
+                "steps",
+                "of these, for a gradient norm far above those before; only with `training.spike_deviations`",
+                "sum",
+                type="count",
+            ),
             Metric(
                 "tokens_per_second",
                 "tokens/s",

@@ -32,13 +32,14 @@ _LAYER_REDUCTIONS = {
 class Interval:
     """Adds up steps from when it is made; a line of metrics ends it, and the next one begins.
 
-    steps, skipped: optimizer steps so far, and those of them that changed no weight. gradient_norm: of the newest step,
-    None where DeepSpeed knows it. Nothing but `values` and `is_loss_finite` waits for the device.
+    steps, skipped, spikes: optimizer steps so far, those of them that changed no weight, and of these the spikes.
+    gradient_norm: of the newest step, None where DeepSpeed knows it. Nothing but `values` and `is_loss_finite` waits
+    for the device.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
         self._batch, self._device = batch, device
-        self.steps = self.skipped = 0
+        self.steps = self.skipped = self.spikes = 0
         self.gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._begin = time.perf_counter()
@@ -67,12 +68,18 @@ class Interval:
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
 
     def add_step(
-        self, applied: bool, learning_rate: float, gradient_norm: float | None, statistics: Tensor | None
+        self,
+        applied: bool,
+        learning_rate: float,
+        gradient_norm: float | None,
+        statistics: Tensor | None,
+        is_spike: bool = False,
     ) -> None:
         """Take in one optimizer step. statistics: [L, len(Inhibitor.STATISTICS)] float64 of an applied step, or None
         without inhibition."""
         self.steps += 1
         self.skipped += not applied
+        self.spikes += is_spike
         self._learning_rate, self.gradient_norm = learning_rate, gradient_norm
         if statistics is not None:
             self._statistics.append(statistics)

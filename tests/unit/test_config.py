@@ -149,6 +149,8 @@ REFUSED = {
     ),
     "profile of one number": (changed(logging={"profile": [9]}), "logging.profile: ", ["[9]", "2 items"]),
     "profile of a step": (changed(logging={"profile": 9}), "logging.profile: ", ["9", "list"]),
+    "no deviation": (changed(training={"spike_deviations": 0}), "training.spike_deviations: ", ["0", "greater than 0"]),
+    "window of one step": (changed(training={"spike_window": 1}), "training.spike_window: ", ["1", "or equal to 2"]),
     "beta": (changed(optimizer={"betas": [0.9, 1.0]}), "optimizer.betas: ", ["1.0", "[0, 1)"]),
     "one beta": (changed(optimizer={"betas": [0.9]}), "optimizer.betas: ", ["[0.9]", "2"]),
     "beta type": (changed(optimizer={"betas": [0.9, "x"]}), "optimizer.betas", ["'x'", "number"]),

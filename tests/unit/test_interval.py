@@ -51,9 +51,12 @@ def test_values_by_hand(interval):
 def test_without_statistics(interval, layers):
     interval.add_loss(torch.tensor(2.0))
     interval.add_step(False, 0.1, math.inf, None)
+    assert interval.spikes == 0
     values = interval.values(layers)
     assert "inhibition_loss" not in values and not any(key.startswith("layer") for key in values)
     assert interval.gradient_norm == math.inf
+    interval.add_step(False, 0.1, 9.0, None, is_spike=True)
+    assert (interval.skipped, interval.spikes) == (2, 1)
 
 
 def test_newest_loss(interval):
