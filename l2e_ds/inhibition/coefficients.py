@@ -77,8 +77,8 @@ class Coefficients:
     def advance(self, finite: Tensor) -> Tensor:
         """After an applied step: take in what the step before it measured, and send off what this one did.
 
-        finite: [] bool; where False the averages stay. Returns lambda of this step and the strength that was reached in
-        the step before it, [L, 2] float64. `decide` follows. Collective.
+        finite: [] bool; where False the averages stay. Returns lambda of this step, and of the step before it the
+        strength that was reached and the norm of the LM loss's gradient, [L, 3] float64. `decide` follows. Collective.
         """
         self._wait()
         lm, inhibition = self._newest.unbind(1)
@@ -87,7 +87,7 @@ class Coefficients:
         reached = torch.where(measured, self._newest_values / self._expected / ratio, 0.0)
         moved = self._averages * FADE + torch.stack([ratio.log(), torch.ones_like(ratio)], dim=1)
         self._averages = torch.where((finite & measured)[:, None], moved, self._averages)
-        statistics = torch.stack([self.values, reached], dim=1)
+        statistics = torch.stack([self.values, reached, torch.where(measured, lm, 0.0).sqrt()], dim=1)
         self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
         self.squares.zero_()
         # measuring or not is the same on every rank; so is the order of the collectives

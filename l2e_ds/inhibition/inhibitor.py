@@ -39,7 +39,10 @@ from l2e_ds.inhibition.settings import NeuronSite, Settings, require
 class Inhibitor:
     """Owns the hooks of a model, their running statistics and thresholds. A context manager."""
 
-    STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    STATISTICS = (
+        *("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss"),
+        *("coefficient", "strength", "lm_gradient"),
+    )
 
     def __init__(
         self,

@@ -152,6 +152,14 @@ KINDS: dict[str, Kind] = {
             Metric("layerI/coefficient", "1", "lambda of layer I", "newest"),
             Metric("layerI/strength", "1", "as strength, of layer I", "newest"),
             Metric(
+                "layerI/lm_gradient",
+                "nats/activation",
+                "gradient of the LM loss, summed over the step's tokens: its 2-norm over the selected activations, in"
+                " the step before the newest; 0 where no inhibition loss is added",
+                "newest",
+                label="LM gradient",
+            ),
+            Metric(
                 "gradient_norm",
                 "1",
                 "global 2-norm before clipping, loss scale removed",

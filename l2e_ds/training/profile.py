@@ -86,8 +86,11 @@ class Profile:
     def _write(self, profiler: profile, name: str) -> None:
         self._folder.mkdir(exist_ok=True)
         path, unfinished = self._folder / f"{name}.json.gz", self._folder / "unfinished.json.gz"
-        profiler.export_chrome_trace(str(unfinished))
-        unfinished.replace(path)
+        try:
+            profiler.export_chrome_trace(str(unfinished))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
         snapshot = self._folder / f"{name}-memory.pickle"
         if self._device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(snapshot))
