@@ -17,7 +17,8 @@ class TrainState:
 
     step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
     tokens: consumed in training; evaluated, evaluated_on_tasks: steps of the newest finished evaluations; streams:
-    the position of each set that is a stream, by name (on rank 0); guard: what `guard.judged` remembers.
+    the position of each set that is a stream, by name (on rank 0); guard: what `guard.judged` remembers;
+    gradient_norms: of the last `training.spike_window` applied steps, where `training.spike_deviations` is given.
     """
 
     step: int = 0
@@ -27,6 +28,7 @@ class TrainState:
     evaluated_on_tasks: int = -1
     streams: dict[str, dict[str, Any]] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
+    gradient_norms: list[float] = field(default_factory=list)
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

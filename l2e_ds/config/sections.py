@@ -356,8 +356,14 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations (also at the start and the end); 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences an evaluation reads."""
+    spike_deviations: float | None = Field(None, gt=0)
+    """Skip a step whose gradient norm is more than this many standard deviations (6, for example) above the mean of the
+    `spike_window` applied steps before it (docs/looking-inside.md). Default: no finite step is skipped."""
+    spike_window: int = Field(128, ge=2)
+    """Applied steps whose gradient norms `spike_deviations` compares with; before there are so many, nothing is
+    skipped."""
     max_skipped_steps: int = Field(20, gt=0)
-    """Stop with an error after this many non-finite steps in a row."""
+    """Stop with an error after this many skipped steps in a row."""
     time_limit: float | None = Field(None, gt=0)
     """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
     and stops with exit code 75, as after a signal; saving comes on top. The same command resumes it."""
@@ -513,6 +519,17 @@ class LoggingConfig(Section):
     directory."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
+    profile: list[int] | None = Field(None, min_length=2, max_length=2)
+    """First and last step of a trace of rank 0, e.g. `[100, 102]`, which torch.profiler writes to `profile/` of the run
+    directory (docs/looking-inside.md)."""
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> LoggingConfig:
+        if self.profile is not None and not 2 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(
+                f"logging.profile: got {self.profile}, allowed: the first step, from 2 on, and the last, not before it"
+            )
+        return self
 
 
 class EvaluationConfig(Section):
@@ -587,6 +604,13 @@ class RunConfig(Section):
                 f"optimizer.{list(parts)[-1]}: got {given}, in all {taken:,.0f} steps, allowed: up to"
                 f" optimizer.schedule_steps, which is {steps:,}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profile_within_the_run(self) -> RunConfig:
+        profile, steps = self.logging.profile, self.training.steps
+        if profile is not None and profile[1] > steps:
+            raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
         return self
 
     @model_validator(mode="after")

@@ -417,6 +417,12 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
                 f"{where}: zero_optimization.{part}.device: got 'nvme', allowed: cpu, none (checkpoints of states on"
                 " NVMe are not covered by the guarantees of docs/checkpoints.md)"
             )
+    kind = str(_lookup(ds, ("optimizer", "type")) or "AdamW")
+    if config.training.spike_deviations is not None and kind.lower() not in ("adam", "adamw"):
+        raise ConfigError(
+            f"training.spike_deviations: got {config.training.spike_deviations:g}, but {where} has optimizer.type"
+            f" {kind}, whose state may move before its step is skipped; allowed: null, or Adam or AdamW there"
+        )
     accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
     if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):
         raise ConfigError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,46 @@ def hyper_parameters(engine: Any) -> list[dict[str, Any]]:
 def set_hyper_parameters(engine: Any, values: list[dict[str, Any]]) -> None:
     for group, own in zip(engine.optimizer.param_groups, values, strict=True):
         group.update(own)
+
+
+def skip_steps_when(engine: Any, is_skipped: Callable[[], bool]) -> None:
+    """Let the engine's Adam skip a step, if `is_skipped` says so: weights, moments and step counts stay as they are.
+
+    `is_skipped` is called when the optimizer is about to step. DeepSpeed has then reduced the gradients, found them
+    finite and computed their norm (`norm_within_step`). It may step several times, once for each parameter group or
+    part of one, on all ranks equally often.
+    """
+    wrapper = engine.optimizer
+    # ZeRO-3 has a second one for the part that `offload_optimizer.ratio` leaves on the GPU
+    optimizers = [getattr(wrapper, "optimizer", wrapper), getattr(wrapper, "backup_optimizer", None)]
+    for optimizer in optimizers:
+        if optimizer is not None:
+            _skip_steps_when(optimizer, is_skipped)
+
+
+def _skip_steps_when(optimizer: torch.optim.Optimizer, is_skipped: Callable[[], bool]) -> None:
+    kept: list[list[dict[str, Any]]] = []
+
+    def before(*_: Any) -> None:
+        if is_skipped():
+            kept.append(optimizer.param_groups)
+            optimizer.param_groups = []
+
+    def after(*_: Any) -> None:
+        if kept:
+            optimizer.param_groups = kept.pop()
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def norm_within_step(engine: Any) -> float:
+    """Return the global 2-norm of the gradients before clipping, loss scale removed, while the optimizer steps.
+
+    The engine's own `get_global_grad_norm` is that of the step before until then. Not of `is_plain_float32`, where
+    DeepSpeed computes none.
+    """
+    return float(engine.optimizer._global_grad_norm)
 
 
 def loss_scale(engine: Any) -> float:

@@ -86,8 +86,8 @@ class Coefficients:
         """Average in what the step before an applied step measured, and begin to reduce what this step measured.
 
         finite: [] bool; if False, the averages stay and this step's measurements are dropped. Returns lambda of this
-        step and the strength reached in the step before it (0 if not measured), [L, 2] float64. The caller calls
-        `decide` next. Collective.
+        step, and of the step before it the strength that was reached and the 2-norm of the LM loss's gradient at the
+        selected activations (0 if not measured), [L, 3] float64. The caller calls `decide` next. Collective.
         """
         self._wait()
         lm, inhibition = self._newest.unbind(1)
@@ -96,7 +96,7 @@ class Coefficients:
         reached = torch.where(measured, self._newest_values / self._expected / ratio, 0.0)
         moved = self._averages * FADE + torch.stack([ratio.log(), torch.ones_like(ratio)], dim=1)
         self._averages = torch.where((finite & measured)[:, None], moved, self._averages)
-        statistics = torch.stack([self.values, reached], dim=1)
+        statistics = torch.stack([self.values, reached, torch.where(measured, lm, 0.0).sqrt()], dim=1)
         self._newest, self._newest_values = torch.where(finite, self.squares, 0.0), self.values
         self.squares.zero_()
         # `is_measuring` is the same on every rank, and so is the order of the collectives.

@@ -45,7 +45,10 @@ class Inhibitor:
     As a context manager it attaches the hooks, and detaches them at the end.
     """
 
-    STATISTICS = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    STATISTICS = (
+        *("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss"),
+        *("coefficient", "strength", "lm_gradient"),
+    )
     """The metrics of a hooked layer and step (docs/metrics.md), in the order of the columns of `last`."""
 
     def __init__(

@@ -89,7 +89,7 @@ def _skipped(run: Run) -> Iterator[Notice]:
     skipped = skipped_steps(run)
     if skipped > SKIPPED * run.step:
         text = f"{run.name}: {skipped:,} of {run.step:,} steps were skipped ({skipped / run.step:.1%})"
-        yield Notice("steps skipped for non-finite gradients", text, "docs/metrics.md")
+        yield Notice("skipped steps", text, "docs/metrics.md")
 
 
 def _dying(run: Run) -> Iterator[Notice]:

@@ -152,6 +152,14 @@ KINDS: dict[str, Kind] = {
             Metric("layerI/coefficient", "1", "lambda of layer I", "newest"),
             Metric("layerI/strength", "1", "as strength, of layer I", "newest"),
             Metric(
+                "layerI/lm_gradient",
+                "nats/activation",
+                "gradient of the LM loss, summed over the step's tokens: its 2-norm over the selected activations, in"
+                " the step before the newest; 0 where no inhibition loss is added",
+                "newest",
+                label="LM gradient",
+            ),
+            Metric(
                 "gradient_norm",
                 "1",
                 "global 2-norm before clipping, loss scale removed",
@@ -160,7 +168,20 @@ KINDS: dict[str, Kind] = {
             ),
             Metric("learning_rate", "1", "of the step", "newest"),
             Metric("loss_scale", "1", "dynamic loss scale; 1 without fp16", "newest"),
-            Metric("skipped_steps", "steps", "steps that were skipped for non-finite gradients", "sum", type="count"),
+            Metric(
+                "skipped_steps",
+                "steps",
+                "steps that changed no weight, because gradients were not finite or the step was a spike",
+                "sum",
+                type="count",
+            ),
+            Metric(
+                "spikes",
+                "steps",
+                "of these, for a gradient norm far above those before; only with `training.spike_deviations`",
+                "sum",
+                type="count",
+            ),
             Metric(
                 "tokens_per_second",
                 "tokens/s",

@@ -25,7 +25,14 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
-from l2e_ds.engine.engine import group_rates, is_plain_float32, loss_scale, set_learning_rate
+from l2e_ds.engine.engine import (
+    group_rates,
+    is_plain_float32,
+    loss_scale,
+    norm_within_step,
+    set_learning_rate,
+    skip_steps_when,
+)
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import NeuronSite
@@ -39,6 +46,8 @@ from l2e_ds.training.building import build_training_stack, forward_and_backward
 from l2e_ds.training.held_out import evaluate
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
+from l2e_ds.training.profile import Profile
+from l2e_ds.training.spikes import Spike, find_spike
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
 
@@ -113,6 +122,11 @@ class Trainer:
         self._schedule = schedule_of(config)
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
         self.plain_float32 = is_plain_float32(config, ds)
+        self._plain_norm: float | None = None  # of `_clip_plain_float32` in this step
+        self._norm: float | None = None  # of this step, as rank 0 knows it, where spikes are looked for
+        self._spike: Spike | None = None
+        if config.training.spike_deviations is not None:
+            skip_steps_when(self.engine, self._is_spike)
         self.is_guarded = self._is_inhibited() and config.inhibition.guard != "off" and bool(self.held_out)
         self.comparison: list[NeuronSite] = []
         if self.is_guarded:
@@ -160,6 +174,8 @@ class Trainer:
             matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
         )
         self._interval = Interval(batch, device)
+        steps = config.logging.profile if collectives.is_main() else None
+        self._profile = Profile(steps, Path(config.training.run_directory), device, self.metrics.say)
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # starts a thread
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -195,9 +211,13 @@ class Trainer:
             self._stop_if_guard_says_so()
             if paused:
                 preemption.stop_if_asked()
-            with deterministic_algorithms(self.config.training.deterministic):
+            deterministic = deterministic_algorithms(self.config.training.deterministic)
+            with deterministic, self._profile.step(self.state.step + 1):
                 self.train_step()
             self.metrics.advance()
+            if self._profile.is_complete(self.state.step):
+                with self._interval.paused():
+                    self._profile.write()
             if not self._saving:
                 self._carry_on_saving()
             # A checkpoint begins a new interval, so that a resumed run writes the lines of one that never stopped.
@@ -258,11 +278,12 @@ class Trainer:
             self._forward_and_backward(micro_batch, is_last=False)
             self.engine.step()
         self._forward_and_backward(last, is_last=True)
-        norm = self._clip_plain_float32() if self.plain_float32 else None
+        self._norm = self._spike = None
+        self._plain_norm = norm = self._clip_plain_float32() if self.plain_float32 else None
         answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
         self.engine.step()
         self._stop_asked, self._saving = answer()
-        applied = (norm is None or math.isfinite(norm)) and self.engine.was_step_applied()
+        applied = (norm is None or math.isfinite(norm)) and self.engine.was_step_applied() and self._spike is None
         if self.inhibitor is not None:
             self.inhibitor.step(applied)
         self._count_step(applied, rate, norm)
@@ -299,22 +320,50 @@ class Trainer:
                 parameter.grad = None  # AdamW skips parameters without a gradient
         return norm
 
+    def _is_spike(self) -> bool:
+        """Return whether the optimizer is to skip the step that it is about to take. Collective."""
+        settings = self.config.training
+        if self._norm is None:  # the first time in this step
+            norm = self._plain_norm if self._plain_norm is not None else norm_within_step(self.engine)
+            self._norm = collectives.main_decides(norm)  # a rank that skips alone would part from the others
+            assert settings.spike_deviations is not None
+            before = self.state.gradient_norms
+            self._spike = find_spike(self._norm, before, settings.spike_deviations, settings.spike_window)
+        return self._spike is not None
+
     def _count_step(self, applied: bool, rate: float, norm: float | None) -> None:
         """Count a step. rate: its learning rate; norm: of `_clip_plain_float32`. Raises TrainingError."""
         self.state.step += 1
         self.state.applied += applied
         self.state.tokens += self.batch.tokens_per_step
         statistics = self.inhibitor.last if self.inhibitor is not None and applied else None
-        self._interval.add_step(applied, rate, norm, statistics)
+        self._interval.add_step(applied, rate, norm, statistics, is_spike=self._spike is not None)
+        if self._norm is not None and applied:
+            self.state.gradient_norms = [*self.state.gradient_norms, self._norm][-self.config.training.spike_window :]
+        if self._spike is not None:
+            self.metrics.say(
+                f"step {self.state.step} is skipped for its gradient norm: {self._spike} (training.spike_deviations)"
+            )
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
-            all_finite = collectives.all_gather_objects(self._interval.is_loss_finite())
-            bad = [rank for rank, finite in enumerate(all_finite) if not finite]
-            where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Raise TrainingError for too many skipped steps in a row. Collective."""
+        skipped, limit = f"training: {self.skipped_in_row} steps in a row", "the limit is training.max_skipped_steps"
+        if self._spike is not None:
             raise TrainingError(
-                f"training: {self.skipped_in_row} steps in a row had non-finite gradients (step {self.state.step},"
-                f" loss scale {loss_scale(self.engine):g}; {where}); the limit is training.max_skipped_steps"
+                f"{skipped} were skipped, the last one, step {self.state.step}, for its gradient norm ({self._spike});"
+                f" {limit}; if the norm has risen for good, resume with another training.spike_deviations, or with"
+                " null, and name that key in training.allow_changes"
             )
+        all_finite = collectives.all_gather_objects(self._interval.is_loss_finite())
+        bad = [rank for rank, finite in enumerate(all_finite) if not finite]
+        where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
+        raise TrainingError(
+            f"{skipped} had non-finite gradients (step {self.state.step}, loss scale {loss_scale(self.engine):g};"
+            f" {where}); {limit}"
+        )
 
     def evaluate(self) -> None:
         """Evaluate on held-out text, without inhibition, and write the metrics of `kind: evaluation`. Collective.
@@ -436,6 +485,8 @@ class Trainer:
             "gradient_norm": None if norm is None or not math.isfinite(norm) else float(norm),
             "loss_scale": loss_scale(self.engine),
         }
+        if self.config.training.spike_deviations is not None:
+            values["spikes"] = self._interval.spikes
         peak = gpus.peak_tflops(self.device, self.config.logging.peak_tflops)
         if peak is not None:
             speed = self._flops_per_token * values["tokens_per_second"]
@@ -454,6 +505,7 @@ class Trainer:
 
     def close(self) -> None:
         """End the loader, remove the hooks, and close files and engine. To be called after an exception, too."""
+        self._profile.write()
         if self.loader.close():
             self.sequences.close()
         if self.inhibitor is not None:

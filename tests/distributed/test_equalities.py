@@ -71,7 +71,13 @@ SAME = {
     "coefficient": SELECTION,
     "strength": SELECTION,
 }
-SAME_PER_LAYER = {"observed_share": SELECTION, "tau": SELECTION, "selected_score": SELECTION, "mean_s": ROUNDING}
+SAME_PER_LAYER = {
+    "observed_share": SELECTION,
+    "tau": SELECTION,
+    "selected_score": SELECTION,
+    "mean_s": ROUNDING,
+    "lm_gradient": SELECTION,
+}
 
 
 @pytest.fixture(scope="module")

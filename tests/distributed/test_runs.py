@@ -1,15 +1,17 @@
 """Whole runs on two ranks: the baseline, resuming, non-finite steps, export, monitors."""
 
 import csv
+import gzip
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from l2e_ds.checkpoint.manager import CheckpointManager
+from l2e_ds.checkpoint.manager import CheckpointManager, read_state
 from l2e_ds.checkpoint.weights import checkpoint_weights
 from l2e_ds.cli import main
 from l2e_ds.export.export import export
@@ -42,6 +44,11 @@ INTERRUPTIONS = [
     Interruption(0, "SIGUSR1", "saving", 8),
 ]
 
+SPIKED = ("0", "1", "2", "3", "0-bf16", "1-bf16", "2-bf16", "3-bf16", "2-fp16", "2_offload", "3_offload")
+"""ZeRO stage and precision of cases whose loss rises in the fourth and the fifth step: under every class of DeepSpeed
+that wraps Adam, and under none (0)."""
+SHORT_SPIKED = ("1", "3", "2-fp16")
+
 # tasks are due at 0, 4, 8 and 10
 TASK_INTERRUPTIONS = [Interruption(1, "SIGTERM", "tasks", 4), Interruption(0, "SIGUSR1", "tasks", 8)]
 
@@ -56,8 +63,9 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
         found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
         if stage in SHORT_STAGES:
-            found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation))
-            every_8 = zero(stage, checkpoint={"every": 8})
+            profiled = {"logging": {"profile": [3, 5]}}
+            found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation, **profiled))
+            every_8 = zero(stage, checkpoint={"every": 8}, logging={"profile": [4, 9]})
             found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
     for precision in ("bf16", "fp16") if is_full else ("fp16",):
         training = {"precision": precision}
@@ -70,7 +78,17 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
     found["straight-stream"] = TrainingCase({"checkpoint": {"every": 3}}, stream="read while training")
     found["resumed-stream"] = TrainingCase(stream="read while training", stop_after=4)
     found["twin-of-stream"] = TrainingCase(stream="stored beforehand")
-    found["nan1"] = TrainingCase(non_finite_loss=(1, [3, 4]))
+    for name in SPIKED if is_full else SHORT_SPIKED:
+        sections = spiked(name)
+        found[f"spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4])
+        found[f"resumed-spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4], stop_after=4)
+        if not name.endswith("fp16"):
+            found[f"nan{name}"] = TrainingCase(sections, non_finite_loss=(1, [3, 4]))
+    found["hopeless-spikes"] = TrainingCase(
+        zero(1, training={"max_skipped_steps": 3, **spiked("1")["training"]}),
+        loss_spikes=list(range(3, 10)),
+        fails_with="TrainingError",
+    )
     found["hopeless"] = TrainingCase(
         {"training": {"max_skipped_steps": 3}}, non_finite_loss=(0, list(range(10))), fails_with="TrainingError"
     )
@@ -81,10 +99,14 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
     return found | (more_cases(evaluation) if is_full else {})
 
 
+def spiked(name: str) -> dict:
+    """Return the sections of a case of SPIKED."""
+    stage, _, precision = name.partition("-")
+    return zero(stage, training={"precision": precision or "fp32", "spike_deviations": 10, "spike_window": 3})
+
+
 def more_cases(evaluation: dict) -> dict[str, TrainingCase]:
     found = {}
-    for stage in (0, 2, 3):
-        found[f"nan{stage}"] = TrainingCase(zero(stage), non_finite_loss=(1, [3, 4]))
     for precision in ("bf16", "fp16"):
         training = {"precision": precision}
         found[f"straight3-{precision}"] = TrainingCase(zero(3, training=training), save_logits=True)
@@ -172,12 +194,39 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
 
 @pytest.mark.parametrize("stage", SHORT_STAGES)
 def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
-    """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit."""
+    """Metrics, weights, optimizer, random states, moments and tau are those of a run without it, to the bit; and
+    without a profile."""
     plain, evaluated = runs / f"straight{stage}", runs / f"tasks{stage}"
     assert [line["step"] for line in metric_lines(evaluated, "tasks")] == [0, 4, 8, 10]
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(evaluated, kind)) == timeless(metric_lines(plain, kind))
     _same_checkpoint(plain, evaluated)
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_a_profile_holds_the_steps_that_were_asked_for(runs, stage):
+    """Of rank 0: from the third to the fifth step, and with an evaluation after the fourth, none of it in a step."""
+    (path,) = (runs / f"tasks{stage}/profile").iterdir()
+    assert path.name == "step00000003-rank0.json.gz"
+    assert traced_steps(path) == [3, 4, 5]
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    names = {event["name"] for event in events if event["ph"] == "X"}
+    assert {"aten::_fused_adamw_", "aten::addmm" if stage == 1 else "LinearFunctionForZeroStage3"} <= names
+
+
+def test_a_profile_of_an_interrupted_run_is_written_in_parts(runs):
+    """Each process warms the profiler up in its first step: 3, 5, 6 and 8 of a trace of 4 to 9."""
+    paths = sorted((runs / "interrupted1/profile").iterdir())
+    assert [path.name for path in paths] == ["step00000004-rank0.json.gz", "step00000007-rank0.json.gz"]
+    assert [traced_steps(path) for path in paths] == [[4], [7]]
+
+
+def traced_steps(path: Path) -> list[int]:
+    """Return the steps that a trace has whole, in the order of time."""
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [event for event in events if event["ph"] == "X" and event["name"].startswith("ProfilerStep#")]
+    steps.sort(key=lambda event: event["ts"])
+    return [int(event["name"].partition("#")[2]) for event in steps]
 
 
 @pytest.mark.full
@@ -247,10 +296,10 @@ def test_a_stream_is_trained_on_as_if_it_were_stored(runs, metric_lines):
     assert stream[-1]["tokens/words"] + stream[-1]["tokens/stored"] == 10 * 8 * 16
 
 
-def _same_checkpoint(straight, resumed):
+def _same_checkpoint(straight, resumed, precision="fp32"):
     first, second = (run / "checkpoints/step00000010" for run in (straight, resumed))
     # float32: the master weights, where the stage keeps them
-    weights, others = checkpoint_weights(first, "fp32"), checkpoint_weights(second, "fp32")
+    weights, others = (checkpoint_weights(path, precision) for path in (first, second))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[key], others[key]) for key in weights)
     for file in ("inhibition", "rng-rank00000", "rng-rank00001"):
@@ -259,7 +308,7 @@ def _same_checkpoint(straight, resumed):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", in_short(["1", "-fp16"], [*map(str, STAGES), "-bf16", "-fp16"]))
+@pytest.mark.parametrize("name", in_short(["1", "3", "-fp16"], [*map(str, STAGES), "-bf16", "-fp16"]))
 def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     """Rank 1's loss is not a number in two steps: no rank moves weights, schedule, moments or tau."""
     lines = metric_lines(runs / f"nan{name}")
@@ -273,6 +322,47 @@ def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     assert all(bool(tensor.isfinite().all()) for tensor in state.values())
     weights = checkpoint_weights(runs / f"nan{name}/checkpoints/step00000010", "fp32")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+@pytest.mark.parametrize("name", in_short(SHORT_SPIKED, SPIKED))
+def test_spikes_are_skipped_as_non_finite_steps_are(runs, metric_lines, name):
+    """Two steps with a gradient norm far above that of the three before them: in the end weights, optimizer, moments
+    and tau are, to the bit, those of a run in which these steps were not finite."""
+    run = runs / f"spike{name}"
+    lines = metric_lines(run)
+    for key in ("skipped_steps", "spikes"):
+        assert [line[key] for line in lines] == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
+    norms = [line["gradient_norm"] for line in lines]
+    assert min(norms[3:5]) > 10 * max(norms[:3] + norms[5:])
+    assert lines[-1]["applied_steps"] == 8
+    kept = read_state(run / "checkpoints/step00000010")["train"]["gradient_norms"]
+    assert kept == norms[-3:]
+    if name.endswith("fp16"):
+        assert len({line["loss_scale"] for line in lines}) == 1  # such a step says nothing against it
+    else:
+        same = [line for line in timeless(lines) if line["step"] not in (4, 5)]
+        assert same == [line for line in timeless(metric_lines(runs / f"nan{name}")) if line["step"] not in (4, 5)]
+        _same_checkpoint(run, runs / f"nan{name}", kept_precision(name))
+
+
+@pytest.mark.parametrize("name", in_short(SHORT_SPIKED, SPIKED))
+def test_spikes_are_skipped_after_resuming_as_before(runs, metric_lines, name):
+    """Stopped between the two: the second is found by the norms that the checkpoint holds."""
+    first, resumed = runs / f"spike{name}", runs / f"resumed-spike{name}"
+    assert timeless(metric_lines(resumed)) == timeless(metric_lines(first))
+    _same_checkpoint(first, resumed, kept_precision(name))
+
+
+def kept_precision(name: str) -> str:
+    """Return the precision of the weights in a checkpoint of a case of SPIKED."""
+    return "bf16" if name == "0-bf16" else "fp32"
+
+
+def test_too_many_spikes_end_the_run_on_every_rank(runs):
+    for rank in (0, 1):
+        message = (runs / f"hopeless-spikes-rank{rank}.txt").read_text()
+        assert "3 steps in a row were skipped, the last one, step 6, for its gradient norm (" in message
+        assert message.endswith("with null, and name that key in training.allow_changes")
 
 
 def test_too_many_skipped_steps_end_the_run_on_every_rank(runs):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tests.processes import REPOSITORY
 
 VOCABULARY, LENGTH = 64, 16
+SPIKE = 30
 
 TINY_RUN: dict[str, dict[str, Any]] = {
     "model": {"name": "pythia-14m", "vocab_size": VOCABULARY, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
@@ -70,6 +71,8 @@ class TrainingCase:
 
     non_finite_loss: tuple[int, list[int]] | None = None
     """The loss of this rank is not a number in these steps."""
+    loss_spikes: list[int] = field(default_factory=list)
+    """In these steps every rank's loss is SPIKE times what it is."""
     token_outside_vocabulary_at: int | None = None
     """The step whose batch holds a token id that the network has no row for."""
     fails_with: str | None = None

@@ -209,6 +209,7 @@ def test_metrics_are_those_of_the_newest_step():
     assert found["coefficient"] == 0.25
     assert found["observed_share"] == (found["layer1/observed_share"] + found["layer4/observed_share"]) / 2 > 0
     names = ("observed_share", "tau", "selected_score", "mean_s", "inhibition_loss", "coefficient", "strength")
+    names += ("lm_gradient",)
     rows = dict(zip((1, 4), (dict(zip(names, row, strict=True)) for row in inhibitor.last.tolist()), strict=True))
     for layer, row in rows.items():
         assert {name: found[f"layer{layer}/{name}"] for name in names if name != "inhibition_loss"} == {

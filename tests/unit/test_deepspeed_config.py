@@ -423,6 +423,19 @@ def test_bf16_accumulation(stage, kind, tmp_path):
         resolve(config, 1)
 
 
+@pytest.mark.parametrize("kind", ["Lamb", "Muon", "Adam", None])
+def test_spikes_are_skipped_by_adam_only(kind, tmp_path):
+    """Another optimizer of the JSON may have moved a part of its state before its step is skipped."""
+    content = {"optimizer": {"type": kind}} if kind else {}
+    config = run(write(tmp_path, content), training={"spike_deviations": 6})
+    if kind in ("Adam", None):
+        resolve(config, 1)
+    else:
+        message = message_of(config)
+        assert "training.spike_deviations: got 6, but " in message and f"optimizer.type {kind}" in message
+        assert message.endswith("allowed: null, or Adam or AdamW there")
+
+
 def test_a_precision_that_the_device_lacks(no_fp16):
     """It is refused, with those that the device has."""
     config, _, _ = resolve(run(REPOSITORY / "ds_configs/zero1.json", training={"precision": "fp16"}), 1)

@@ -20,7 +20,7 @@ def interval() -> Interval:
 
 
 def statistics(step: int) -> torch.Tensor:
-    """[2, 7], other numbers for each layer and name."""
+    """[2, 8], other numbers for each layer and name."""
     return 10.0 * step + torch.arange(2.0 * len(Inhibitor.STATISTICS), dtype=torch.float64).reshape(2, -1)
 
 
@@ -38,7 +38,7 @@ def test_values_by_hand(interval):
     for index, layer in enumerate(LAYERS):
         for name in ("observed_share", "selected_score"):
             assert values[f"layer{layer}/{name}"] == (first[name][index] + last[name][index]) / 2
-        for name in ("tau", "mean_s", "coefficient", "strength"):
+        for name in ("tau", "mean_s", "coefficient", "strength", "lm_gradient"):
             assert values[f"layer{layer}/{name}"] == last[name][index]
     assert values["inhibition_loss"] == (sum(first["inhibition_loss"]) + sum(last["inhibition_loss"])) / 2
     weighted = [sum(map(math.prod, zip(of["coefficient"], of["inhibition_loss"], strict=True))) for of in (first, last)]
@@ -51,9 +51,12 @@ def test_values_by_hand(interval):
 def test_without_statistics(interval, layers):
     interval.add_loss(torch.tensor(2.0))
     interval.add_step(False, 0.1, math.inf, None)
+    assert interval.spikes == 0
     values = interval.values(layers)
     assert "inhibition_loss" not in values and not any(key.startswith("layer") for key in values)
     assert interval.gradient_norm == math.inf
+    interval.add_step(False, 0.1, 9.0, None, is_spike=True)
+    assert (interval.skipped, interval.spikes) == (2, 1)
 
 
 def test_newest_loss(interval):

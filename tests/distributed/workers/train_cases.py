@@ -33,7 +33,7 @@ from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
-from tests.distributed.training_case import LENGTH, TINY_RUN, VOCABULARY, Interruption, TrainingCase
+from tests.distributed.training_case import LENGTH, SPIKE, TINY_RUN, VOCABULARY, Interruption, TrainingCase
 
 
 def mixture(weights: Sequence[float]) -> dict:
@@ -133,12 +133,11 @@ def make_trainer(
     return Trainer(config, ds, batch, network, sets, device, tasks)
 
 
-def make_loss_non_finite(rank: int, steps: Sequence[int], trainer: Trainer) -> None:
+def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None:
     real = trainer.head.loss
 
     def loss(engine, inputs, targets):
-        bad = collectives.rank() == rank and trainer.state.step in steps
-        return real(engine, inputs, targets) * (float("nan") if bad else 1.0)
+        return real(engine, inputs, targets) * (factor if trainer.state.step in steps else 1.0)
 
     trainer.head.loss = loss
 
@@ -226,12 +225,14 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
     try:
         if case.stop_after is not None:
             with make_trainer(case, directory, device, case.before_stopping, case.stop_after) as first:
+                multiply_loss(first, SPIKE, case.loss_spikes)
                 first.train()
         for interruption in case.interruptions:
             train_until_interrupted(case, directory, device, interruption)
         with make_trainer(case, directory, device) as trainer:
-            if case.non_finite_loss is not None:
-                make_loss_non_finite(*case.non_finite_loss, trainer)
+            if case.non_finite_loss is not None and case.non_finite_loss[0] == collectives.rank():
+                multiply_loss(trainer, float("nan"), case.non_finite_loss[1])
+            multiply_loss(trainer, SPIKE, case.loss_spikes)
             if case.token_outside_vocabulary_at is not None:
                 row = trainer.sequences.rows(case.token_outside_vocabulary_at)[2]
                 trainer.sequences.sets[0].train.tokens[row * LENGTH + 3] = VOCABULARY

@@ -160,6 +160,7 @@ def test_lambda_is_relative_to_the_lm_gradient(power, fused, recompute, scale):
                 lm, inhibition = newest.unbind(1)
                 reached = values_before / (0.05 * NEURONS) * (inhibition / lm.clamp(min=1e-30)).sqrt()
                 torch.testing.assert_close(inhibitor.last[:, 6], reached, rtol=1e-4, atol=0)
+                torch.testing.assert_close(inhibitor.last[:, 7], lm.sqrt(), rtol=1e-4, atol=0)
                 if newest.count_nonzero():
                     ratios.append((lm / inhibition).sqrt())
                 newest, values_before = found, expected

@@ -16,7 +16,7 @@ KINDS = {
     "worse": "loss worse than the paired baseline's",
     "shrunk": "a layer that shrinks",
     "share": "observed share off its target",
-    "skipped": "steps skipped for non-finite gradients",
+    "skipped": "skipped steps",
     "dead": "neurons that die",
     "repeated": "run that is no further seed",
     "other": "compared with another configuration",
