@@ -44,7 +44,7 @@ INTERRUPTIONS = [
     Interruption(0, "SIGUSR1", "saving", 8),
 ]
 
-SPIKED = ("0", "1", "2", "3", "0-bf16", "1-bf16", "2-bf16", "3-bf16", "2-fp16", "2_offload", "3_offload")
+SPIKED = ("0", "1", "3", "0-bf16", "2-fp16", "3_offload")
 """ZeRO stage and precision of cases whose loss rises in the fourth and the fifth step: under every class of DeepSpeed
 that wraps Adam, and under none (0)."""
 SHORT_SPIKED = ("1", "3", "2-fp16")
