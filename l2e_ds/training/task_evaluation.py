@@ -44,7 +44,7 @@ class TaskEvaluation:
         """
         from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
-        results: dict[str, float] = {}
+        values: dict[str, float] = {}
         directory = Path(self.config.training.run_directory)
         engine.eval()
         try:
@@ -63,14 +63,14 @@ class TaskEvaluation:
                 evaluation = {**about, **found}
                 if collectives.is_main():
                     _append(directory, evaluation)
-                results |= {
+                values |= {
                     f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
                     for result in results.results_of(evaluation)
                     if result.part_of is None
                 }
         finally:
             engine.train()
-        return results
+        return values
 
 
 def _append(directory: Path, evaluation: dict[str, Any]) -> None:
