@@ -183,9 +183,10 @@ def test_lines_have_the_colours_of_the_legend(browser, study, width):
 
 @pytest.mark.full
 def test_printed(browser, study):
-    """All of a page is on paper; nothing is cut off by a box that scrolls."""
-    page = Opened(browser, study, 1440).page
+    """All of a page is on paper, also from a dark screen; nothing is cut off by a box that scrolls."""
+    page = Opened(browser, study, 1440, "dark").page
     page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator(".scroll").first.evaluate("box => getComputedStyle(box).overflowX") == "visible"
 
 
