@@ -77,8 +77,8 @@ def render(
         return Markup(re.sub(r"docs/[\w-]+\.md", lambda name: linked(REPOSITORY / name[0], name[0]), escape(text)))
 
     facts = _facts(page)
-    filters = {"linked": linked, "documented": documented, "shown": shown}
-    return template(Path(__file__).with_suffix(".html"), **filters).render(
+    file = Path(__file__).with_suffix(".html")
+    return template(file, linked=linked, documented=documented, shown=shown).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=now,
