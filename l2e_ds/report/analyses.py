@@ -11,7 +11,7 @@ import pandas as pd
 
 from l2e_ds.errors import DataError
 from l2e_ds.report import published
-from l2e_ds.report.tables import Column, Table
+from l2e_ds.report.table import Column, Table
 from l2e_ds.system.files import one_line
 
 _INDEX = "analysis.json"

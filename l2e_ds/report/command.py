@@ -19,6 +19,7 @@ from pathlib import Path
 
 from l2e_ds.errors import ConfigError
 from l2e_ds.report import GENERATOR, PACKAGES, analyses, runs, tables, warnings
+from l2e_ds.report.table import Table
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.installed import check_extra
 
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     now = datetime.now(timezone.utc)
     all_tables = [*tables.all_tables(collection), *analyses.all_tables(analysis_folders)]
     notices = warnings.all_warnings(collection, now)
-    text = page.render(collection, all_tables, notices, analysis_folders, folder.name, now)
+    text = page.render(collection, all_tables, notices, analysis_folders, output, folder.name, now)
     try:
         _write({**{folder / name: content for name, content in _files(all_tables).items()}, output: text}, folder)
     except OSError as error:
@@ -91,7 +92,7 @@ def _analyses(given: Sequence[Path]) -> list[Path]:
     return list(given)
 
 
-def _files(all_tables: Sequence[tables.Table]) -> dict[str, str]:
+def _files(all_tables: Sequence[Table]) -> dict[str, str]:
     """Return the content of each file in the folder of tables, by name."""
     lines = [
         f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"

@@ -12,28 +12,34 @@ from typing import Any
 
 import numpy as np
 
-from l2e_ds.report.drawing import Axis, Line, Look, draw, is_thinned
+from l2e_ds.report.drawing import PLAIN, Axis, Line, Look, Reading, draw, is_thinned, readings
 from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.report.statistics import held_out
-from l2e_ds.report.tables import task_name, tasks_of
+from l2e_ds.report.task_tables import task_name, tasks_of
 from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import number
 
-# Okabe and Ito's colours without the light ones, and two of Paul Tol's. Most colour-blind readers can tell them apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
-_PLAIN = "#333333"  # colour of runs without inhibition
+# Okabe and Ito's colours without the light ones, and two of Paul Tol's. Most colour-blind readers can tell them apart,
+# and all can be seen on white and on black.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#AA3377", "#999933")
 _DASHES = ("", "6 2", "2 2", "6 2 2 2", "10 3")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart. name: that of its elements in the page. about: a description for readers who cannot see it."""
+    """A chart.
+
+    name: that of its elements in the page. about: a description for readers who cannot see it. key: of its horizontal
+    axis. readings: what is shown where the pointer is.
+    """
 
     name: str
     title: str
     note: str
     svg: str
     about: str
+    key: str
+    readings: list[Reading]
 
 
 @dataclass(frozen=True)
@@ -159,12 +165,12 @@ def looks(variants: Sequence[Variant]) -> list[Look]:
     """Return the look of each variant: the colour shows the treatment, dark without inhibition, the dash the size."""
     sizes = list(dict.fromkeys(variant.size for variant in variants))
     if len(variants) == 1 and len(variants[0].runs) == 1:
-        return [Look(_PLAIN)]  # the colours are for its layers
+        return [Look(PLAIN)]  # the colours are for its layers
     coloured = list(dict.fromkeys(variant.treatment for variant in variants if variant.method != "none"))
     found = []
     for variant in variants:
         index = coloured.index(variant.treatment) if variant.treatment in coloured else 0
-        colour = _COLOURS[index % len(_COLOURS)] if variant.method != "none" else _PLAIN
+        colour = _COLOURS[index % len(_COLOURS)] if variant.method != "none" else PLAIN
         dash = sizes.index(variant.size) + index // len(_COLOURS)
         found.append(Look(colour, _DASHES[dash % len(_DASHES)]))
     return found
@@ -318,4 +324,6 @@ def _chart(
         " ".join(notes),
         svg,
         f"{quantity.title}, {quantity.unit}, over {axis.key}s: {'; '.join(about)}",
+        axis.key,
+        readings(lines, axis),
     )

@@ -24,8 +24,17 @@ _BANDS = 3  # with at most so many lines, a thinned line has a band between the 
 _LONG = 100  # a line of more points than this may have its beginning cut
 _SIZE = (3.6, 2.3)  # inches
 _AXES = (0.13, 0.17, 0.85, 0.73)  # left, bottom, width, height as shares of _SIZE; equal, as charts are in rows
+AXES_INSET = "10% 2% 17% 13%"  # the same for CSS: distances from top, right, bottom and left
 _FONT_SIZE = 8.0  # points
 _ROUND = [1, 2, 2.5, 5, 10]  # steps between ticks
+_MOST_READINGS = 50  # places of a chart that have readings
+_ALL_READINGS = 500  # values in the readings of a chart
+_LEAST_READINGS = 15  # with many lines, there are so many places nevertheless
+
+PLAIN = "#333333"  # colour of runs without inhibition
+_TEXT, _EDGE, _GRID = "#444444", "#888888", "#e6e6e6"
+# Colours that the page chooses: it has others on a dark screen.
+_OF_THE_PAGE = {PLAIN: "var(--ink)", _TEXT: "var(--quiet)", _GRID: "var(--line)"}
 
 _STYLE: list[Any] = [
     "default",  # overrides the user's matplotlibrc
@@ -36,19 +45,19 @@ _STYLE: list[Any] = [
         "axes.labelsize": _FONT_SIZE,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.edgecolor": "#888888",
-        "axes.labelcolor": "#444444",
-        "axes.titlecolor": "#444444",
+        "axes.edgecolor": _EDGE,
+        "axes.labelcolor": _TEXT,
+        "axes.titlecolor": _TEXT,
         "axes.titlelocation": "left",
         "axes.titlepad": 6,
         "axes.grid": True,
         "axes.axisbelow": True,
         "axes.xmargin": 0.02,
-        "xtick.color": "#888888",
-        "ytick.color": "#888888",
-        "xtick.labelcolor": "#444444",
-        "ytick.labelcolor": "#444444",
-        "grid.color": "#E6E6E6",
+        "xtick.color": _EDGE,
+        "ytick.color": _EDGE,
+        "xtick.labelcolor": _TEXT,
+        "ytick.labelcolor": _TEXT,
+        "grid.color": _GRID,
         "grid.linewidth": 0.7,
         "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and its size seen
     },
@@ -61,6 +70,11 @@ class Look:
 
     colour: str
     dash: str = ""
+
+    @property
+    def css(self) -> str:
+        """The colour as the page has it."""
+        return _OF_THE_PAGE.get(self.colour, self.colour)
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,21 @@ class Axis:
 
     key: str
     end: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a chart shows while the pointer is in a strip of it.
+
+    left, at, right: the strip and the place of x, in per cent of the axes' width. values: line, x and y of the point of
+    each line that is nearest to x, without lines that have none in the strip.
+    """
+
+    x: float
+    left: float
+    at: float
+    right: float
+    values: list[tuple[Line, float, float]]
 
 
 def is_thinned(lines: Sequence[Line]) -> bool:
@@ -115,10 +144,10 @@ def draw(
     for line in lines:
         _plot(axes, line, len(lines), _most_points(lines))
     for height in marks:
-        axes.axhline(height, color="#888888", linewidth=1, linestyle=(0, (1, 2)))
+        axes.axhline(height, color=_EDGE, linewidth=1, linestyle=(0, (1, 2)))
     axes.set_title(unit)
     axes.set_xlabel(axis.key, loc="right")
-    axes.set_xlim(-0.02 * axis.end, 1.02 * max(axis.end, 1))
+    axes.set_xlim(_limits(axis))
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_ROUND))
     if log and all((line.y > 0).all() for line in lines):
         axes.set_yscale("log")
@@ -134,6 +163,38 @@ def draw(
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(text.getvalue(), name)
+
+
+def _limits(axis: Axis) -> tuple[float, float]:
+    """Return the ends of the horizontal axis."""
+    return -0.02 * axis.end, 1.02 * max(axis.end, 1)
+
+
+def readings(lines: Sequence[Line], axis: Axis) -> list[Reading]:
+    """Return the readings of a chart from left to right. Their strips cover the axes and do not overlap.
+
+    lines: each has at least one point. Values are those of the lines themselves, also where a drawing shows means.
+    """
+    most = max(_LEAST_READINGS, min(_MOST_READINGS, _ALL_READINGS // len(lines)))
+    x = np.unique(np.concatenate([line.x for line in lines]))
+    x = x[np.unique(np.linspace(0, len(x) - 1, most).round().astype(int))]
+    low, high = _limits(axis)
+    edges = [low, *(x[1:] + x[:-1]) / 2, high]
+    found = []
+    for place, left, right in zip(x, edges[:-1], edges[1:], strict=True):
+        values = []
+        for line in lines:
+            nearest = np.abs(line.x - place).argmin()
+            if left <= line.x[nearest] <= right:
+                values.append((line, float(line.x[nearest]), float(line.y[nearest])))
+        left, at, right = (100 * (float(one) - low) / (high - low) for one in (left, place, right))
+        found.append(Reading(float(place), left, at, right, values))
+    return found
+
+
+def shown(value: float) -> str:
+    """Return a number with about five digits."""
+    return (f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}").replace("-", "−")
 
 
 def _plot(axes: Axes, line: Line, lines: int, most: int) -> None:
@@ -190,10 +251,15 @@ def _short(value: float) -> str:
 
 
 def _inline(svg: str, name: str) -> str:
-    """Return the element of an SVG file, without width and height, with ids that no other chart has."""
+    """Return the element of an SVG file, without width and height, with ids that no other chart has.
+
+    Colours that the page chooses become its variables.
+    """
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^(<svg\b[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"\1\2", svg)
+    for colour, variable in _OF_THE_PAGE.items():
+        svg = svg.replace(f": {colour}", f": {variable}")
     used = set(re.findall(r'(?:url\(|href=")#([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
     return re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)

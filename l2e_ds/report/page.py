@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import base64
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import l2e_ds
 from l2e_ds.report import GENERATOR, curves
+from l2e_ds.report.drawing import AXES_INSET, Look, shown
 from l2e_ds.report.runs import Collection, Run, Variant
-from l2e_ds.report.statistics import held_out, last_common_step, loss_difference, steady_median
-from l2e_ds.report.tables import Table, text_of
+from l2e_ds.report.statistics import comparable_losses, loss_difference, steady_median
+from l2e_ds.report.table import Table, about_errors, text_of
 from l2e_ds.report.warnings import Notice
 from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
+from l2e_ds.system.files import REPOSITORY
 from l2e_ds.system.templates import template
 
 _AFTER = ("configurations", "machines")  # tables of the last part
 _OF_ANALYSES = ("false_killing",)
 _FILE_ONLY = ("evaluations",)
 _MOST_FACTS = 8
+_Fact = tuple[str, Any, str]  # label, value and the value's format, as of a cell of a table
 _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
 
 
@@ -50,21 +56,41 @@ def render(
     tables: Sequence[Table],
     notices: Sequence[Notice],
     analyses: Sequence[Path],
+    output: Path,
     beside: str,
     now: datetime,
 ) -> str:
-    """Return the whole page. beside: the name of the folder of the tables' files; now: the time to show."""
-    return template(Path(__file__).with_suffix(".html")).render(
+    """Return the whole page.
+
+    output: the page's file, to which links are relative. beside: the name of the folder of the tables' files, in the
+    page's folder. now: the time to show.
+    """
+
+    def linked(path: Path, text: str = "") -> Markup:
+        """Return the path, or another text, as a link if there is such a file or folder."""
+        words = escape(text or path)
+        address = quote(os.path.relpath(path, output.parent))
+        return Markup('<a href="{}">{}</a>').format(address, words) if path.exists() else words
+
+    def documented(text: str) -> Markup:
+        """Return a text with links to the pages of the documentation, where this is a checkout that has them."""
+        return Markup(re.sub(r"docs/[\w-]+\.md", lambda name: linked(REPOSITORY / name[0], name[0]), escape(text)))
+
+    facts = _facts(page)
+    file = Path(__file__).with_suffix(".html")
+    return template(file, linked=linked, documented=documented, shown=shown).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=now,
         title=_title(page),
         sentence=_sentence(page),
-        facts=_facts(page),
+        facts=[(label, text_of(cell, form)) for label, cell, form in facts],
+        about_facts=" ".join(about_errors([cell] for _, cell, _ in facts)),
         notices=[(kind, list(group)) for kind, group in groupby(notices, key=lambda notice: notice.kind)],
         legend=_legend(page),
         layers=curves.layer_looks(page),
         charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(page)],
+        axes_inset=AXES_INSET,
         tables=[table for table in tables if table.name not in (*_AFTER, *_OF_ANALYSES, *_FILE_ONLY)],
         after=[table for table in tables if table.name in _AFTER],
         beside=beside,
@@ -92,47 +118,48 @@ def _sentence(page: Collection) -> str:
     return f"Pretraining of {models}; {methods}; {which}."
 
 
-def _facts(page: Collection) -> list[tuple[str, str]]:
-    """Return (label, text) of the results that a reader looks for first."""
+def _facts(page: Collection) -> list[_Fact]:
+    """Return the results that a reader looks for first."""
     return _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
 
 
-def _facts_of_run(run: Run) -> list[tuple[str, str]]:
+def _facts_of_run(run: Run) -> list[_Fact]:
     first, last = first_and_last(run.evaluations, "held_out_loss")
     shares = numbers(last_tenth(run.training), "observed_share")
     speed = steady_median(run, "tokens_per_second")
-    facts = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else "–")]
+    facts: list[_Fact] = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else None, "")]
     if shares:
-        facts.append(("observed share", f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"))
-    facts += [("steps", f"{run.step:,} of {run.steps:,}"), ("tokens", f"{run.tokens:,}")]
-    return facts + ([("tokens/s", f"{speed:,.0f}")] if speed is not None else [])
+        share = f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"
+        facts.append(("observed share", share, ""))
+    facts += [("steps", f"{run.step:,} of {run.steps:,}", ""), ("tokens", run.tokens, ",d")]
+    return facts + ([("tokens/s", speed, ",.0f")] if speed is not None else [])
 
 
 def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def _facts_of_runs(page: Collection) -> list[tuple[str, str]]:
+def _facts_of_runs(page: Collection) -> list[_Fact]:
     done = sum(run.step >= run.steps for run in page.runs)
     tokens = sorted({run.tokens for run in page.runs})
-    facts = [
-        ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}"),
-        ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1])))),
+    facts: list[_Fact] = [
+        ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}", ""),
+        ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1]))), ""),
     ]
-    step = last_common_step([run for run in page.runs if held_out(run)])
-    if step is not None and len({run.model for run in page.runs}) == 1:
-        loss, name = min((losses[step], run.name) for run in page.runs if (losses := held_out(run)))
-        facts.append((f"lowest held-out loss at step {step:,}, {name}", f"{loss:.4f}"))
+    found = comparable_losses(page.variants) if len({run.model for run in page.runs}) == 1 else None
+    if found is not None and len(found.losses) > 1:
+        variant, loss = min(found.losses, key=lambda pair: pair[1].value)
+        seeds = f"seed {found.seeds[0]}" if loss.n == 1 else f"mean over {loss.n} seeds"
+        facts.append((f"lowest held-out loss at step {found.step:,}, {seeds}: {variant.name}", loss, ".4f"))
     for variant in page.variants:
         difference = loss_difference(page, variant)
         base = page.baseline_variant(variant)
         if difference is not None and base is not None and len(facts) < _MOST_FACTS:
-            text = text_of(difference[0].difference, "+.4f")
-            facts.append((f"held-out loss, {variant.name} − {base.name}", text))
+            facts.append((f"held-out loss, {variant.name} − {base.name}", difference[0].difference, "+.4f"))
     return facts
 
 
-def _legend(page: Collection) -> list[tuple[curves.Look, Variant]]:
+def _legend(page: Collection) -> list[tuple[Look, Variant]]:
     """Return the look of each variant, or nothing if there is only one run."""
     looks = curves.looks(page.variants)
     return list(zip(looks, page.variants, strict=True)) if len(page.runs) > 1 else []

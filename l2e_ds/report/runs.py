@@ -182,6 +182,11 @@ class Collection:
         plain = (other for other in self.runs if other.method == "none")
         return next((other for other in plain if comparable(other, inhibition=False) == wanted), None)
 
+    def shown_sizes(self) -> list[str | None]:
+        """Return each variant's size, or None if all have the same or the variant's name tells it."""
+        several = len({variant.size for variant in self.variants}) > 1
+        return [variant.size if several and variant.size not in variant.name else None for variant in self.variants]
+
     def baseline_variant(self, variant: Variant) -> Variant | None:
         """Return the variant of the first baseline of a variant's runs, or None."""
         bases = [base for run in variant.runs if (base := self.baseline_of(run)) is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -17,13 +17,14 @@ from l2e_ds.study.collect import paired_differences
 
 @dataclass(frozen=True)
 class Measured:
-    """A value and its standard error, which is None if it cannot be estimated."""
+    """A value and its standard error, which is None if it cannot be estimated. n: number of its seeds or pairs."""
 
     value: float
     error: float | None = None
+    n: int = 1
 
     def minus(self, constant: float) -> Measured:
-        return Measured(self.value - constant, self.error)
+        return replace(self, value=self.value - constant)
 
 
 def over_seeds(values: Iterable[float | None]) -> Measured | None:
@@ -32,7 +33,7 @@ def over_seeds(values: Iterable[float | None]) -> Measured | None:
     if not known:
         return None
     error = statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    return Measured(statistics.fmean(known), error)
+    return Measured(statistics.fmean(known), error, len(known))
 
 
 def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:
@@ -46,7 +47,6 @@ class Paired:
 
     difference: Measured
     relative: Measured
-    pairs: int
 
 
 def paired(page: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
@@ -63,9 +63,10 @@ def paired(page: Collection, variant: Variant, value: Callable[[Run], float | No
         return None
 
     def measured(name: str, error: str) -> Measured:
-        return Measured(float(found[name]), None if pd.isna(found[error]) else float(found[error]))
+        error_of = None if pd.isna(found[error]) else float(found[error])
+        return Measured(float(found[name]), error_of, int(found["pairs"]))
 
-    return Paired(measured("difference", "stderr"), measured("relative", "relative_stderr"), int(found["pairs"]))
+    return Paired(measured("difference", "stderr"), measured("relative", "relative_stderr"))
 
 
 # --- held-out loss -----------------------------------------------------------------------------------------------
@@ -94,6 +95,31 @@ def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | 
         return None
     found = paired(page, variant, lambda run: held_out(run)[step] if run in members else None)
     return None if found is None else (found, step)
+
+
+@dataclass(frozen=True)
+class Comparable:
+    """Held-out losses of variants, each a mean over the same seeds at the same step."""
+
+    step: int
+    seeds: list[int]
+    losses: list[tuple[Variant, Measured]]
+
+
+def comparable_losses(variants: Sequence[Variant]) -> Comparable | None:
+    """Return the losses of the variants that have any, over the seeds that all of these have.
+
+    They are of the last step at which all of these runs were evaluated. Returns None if there is no such seed or step.
+    """
+    by_seed = [{run.seed: losses for run in variant.seeds if (losses := held_out(run))} for variant in variants]
+    found = [(variant, losses) for variant, losses in zip(variants, by_seed, strict=True) if losses]
+    seeds = sorted(set.intersection(*(set(losses) for _, losses in found))) if found else []
+    steps = [set(losses[seed]) for _, losses in found for seed in seeds]
+    step = max(set.intersection(*steps), default=None) if steps else None
+    if step is None:
+        return None
+    means = [(variant, over_seeds([losses[seed][step] for seed in seeds])) for variant, losses in found]
+    return Comparable(step, seeds, [(variant, mean) for variant, mean in means if mean is not None])
 
 
 # --- evaluation tasks --------------------------------------------------------------------------------------------
@@ -143,7 +169,7 @@ def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point]
     errors = [result.stderr for result in found if result.stderr is not None]
     if not errors:
         return seeds, point
-    return Measured(seeds.value, math.hypot(statistics.fmean(errors), seeds.error or 0.0)), point
+    return replace(seeds, error=math.hypot(statistics.fmean(errors), seeds.error or 0.0)), point
 
 
 def benchmark_difference(page: Collection, variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
@@ -160,7 +186,7 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
     found = paired(page, variant, lambda run: results[run.name].value if run.name in results else None)
     if found is None:
         return None
-    if found.pairs > 1:
+    if found.difference.n > 1:
         return found.difference, point
     known = [results[run.name].stderr for run in evaluated[0]]
     errors = [error for error in known if error is not None]

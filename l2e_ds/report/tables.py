@@ -1,142 +1,38 @@
-"""The tables of a report, each as formatted text, as Markdown, and as CSV with all digits.
+"""The tables of a report.
 
 A run that is not finished is shown as far as it is. A value that a run does not have is left empty.
 """
 
 from __future__ import annotations
 
-import csv
-import html
-import io
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress, groupby
+from collections.abc import Callable
 from typing import Any
 
-from l2e_ds.console import markdown
 from l2e_ds.report import published
-from l2e_ds.report.runs import Collection, Run, Variant, differing
+from l2e_ds.report.runs import Collection, Run, differing
 from l2e_ds.report.statistics import (
     Measured,
-    Point,
-    benchmark,
-    benchmark_difference,
-    held_out,
-    last_common_point,
+    comparable_losses,
     last_common_step,
     loss_difference,
     over_seeds,
     paired,
     steady_median,
 )
+from l2e_ds.report.table import Column, Table, about_errors, filled
+from l2e_ds.report.task_tables import benchmarks, evaluations, without_published
 from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
-from l2e_ds.run_directory.results import TaskResult
 
-_TASKS = {
-    "mmlu": "MMLU",
-    "bigbench_lite": "BIG-bench lite",
-    "arc_challenge": "ARC-Challenge",
-    "arc_easy": "ARC-Easy",
-}
-_EMPTY = "–"
 _PLACES = ("training.run_directory", "data.cache")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column. form: format of its numbers, empty for text. group: a heading above several columns."""
-
-    head: str
-    form: str = ""
-    group: str = ""
-
-    @property
-    def full_head(self) -> str:
-        return f"{self.group}: {self.head}" if self.group else self.head
-
-    @property
-    def css(self) -> str:
-        return "number" if self.form else "words"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table. name: that of its files. A cell is text, a number, a Measured or None."""
-
-    name: str
-    title: str
-    note: str
-    columns: list[Column]
-    rows: list[list[Any]]
-
-    def texts(self) -> list[list[str]]:
-        return [
-            [text_of(cell, column.form) for cell, column in zip(row, self.columns, strict=True)] for row in self.rows
-        ]
-
-    def groups(self) -> list[tuple[str, int]]:
-        """Return the headings above the columns' heads, each with its number of columns, or [] if there are none."""
-        groups = [
-            (name, len(list(columns))) for name, columns in groupby(self.columns, key=lambda column: column.group)
-        ]
-        return groups if any(name for name, _ in groups) else []
-
-    def markdown(self) -> str:
-        heads = [column.full_head for column in self.columns]
-        safe = [[html.escape(text, quote=False) for text in row] for row in (heads, *self.texts())]
-        note = html.escape(self.note, quote=False)
-        return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
-
-    def without(self, head: str) -> Table:
-        """Return the table without the columns that have this head."""
-        return self._only([column.head != head for column in self.columns])
-
-    def without_empty_columns(self) -> Table:
-        return self._only([any(row[i] is not None for row in self.rows) for i in range(len(self.columns))])
-
-    def _only(self, kept: Sequence[bool]) -> Table:
-        rows = [list(compress(row, kept)) for row in self.rows]
-        return replace(self, columns=list(compress(self.columns, kept)), rows=rows)
-
-    def csv(self) -> str:
-        """Return the table as CSV with all digits. A column of values with standard errors becomes two."""
-        columns: list[list[Any]] = []
-        for i, column in enumerate(self.columns):
-            cells = [row[i] for row in self.rows]
-            columns.append([column.full_head, *(cell.value if isinstance(cell, Measured) else cell for cell in cells)])
-            if any(isinstance(cell, Measured) for cell in cells):
-                errors = (cell.error if isinstance(cell, Measured) else None for cell in cells)
-                columns.append([f"{column.full_head}, standard error", *errors])
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(zip(*columns, strict=True))
-        return text.getvalue()
-
-
-def filled(
-    name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], items: Iterable[tuple]
-) -> Table:
-    """Return a table with a row for each item. columns: each with a function that makes its cell from an item."""
-    rows = [[cell(*item) for _, cell in columns] for item in items]
-    return Table(name, title, note, [column for column, _ in columns], rows)
-
-
-def text_of(cell: Any, form: str) -> str:
-    """Return a cell as formatted text."""
-    if cell is None or cell == "":
-        return _EMPTY
-    if isinstance(cell, Measured):
-        value = text_of(cell.value, form)
-        return value if cell.error is None else f"{value} ± {format(cell.error, form.removeprefix('+'))}"
-    return format(cell, form).replace("-", "−") if form and not isinstance(cell, str) else str(cell)
 
 
 def all_tables(page: Collection) -> list[Table]:
     """Return the tables that have rows, without empty columns, in the order of the page."""
     tables = [
         _variants(page),
-        _benchmarks(page),
+        benchmarks(page),
         _time(page),
         _shares(page),
         _runs(page),
@@ -155,7 +51,7 @@ def all_tables(page: Collection) -> list[Table]:
 def _variants(page: Collection) -> Table:
     """Return a row for each variant, if several runs are compared."""
     rows = []
-    for variant, size in zip(page.variants, _sizes(page), strict=True) if len(page.runs) > 1 else ():
+    for variant, size in zip(page.variants, page.shown_sizes(), strict=True) if len(page.runs) > 1 else ():
         evaluated = [run for run in variant.seeds if run.evaluations]
         step = last_common_step(evaluated)
         lines = [line for run in evaluated for line in run.evaluations if line["step"] == step]
@@ -189,142 +85,14 @@ def _variants(page: Collection) -> Table:
     ]
     note = (
         "LM loss on held-out text in nats/token, at the last step that all seeds have evaluated; the difference is that"
-        " of runs with the same seed, at the last step that all pairs have. ±: standard error over seeds. MS, mean S"
-        " and kurtosis are means over the layers, on held-out text."
+        " of runs with the same seed, at the last step that all pairs have. MS, mean S and kurtosis are means over the"
+        " layers, on held-out text."
     )
-    return Table("variants", "Loss on held-out text, and what it is compared with", note, columns, rows)
+    title = "Loss on held-out text, and what it is compared with"
+    return Table("variants", title, " ".join([note, *about_errors(rows)]), columns, rows)
 
 
 _SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
-
-
-# --- evaluation tasks --------------------------------------------------------------------------------------------
-
-
-def _benchmarks(page: Collection) -> Table:
-    """Return a row for each benchmark and number of shots, with columns by size and method, as in the paper."""
-    tasks = tasks_of(page.runs)
-    columns = [Column("benchmark"), Column("shots", "d")]
-    rows: list[list[Any]] = [[task_name(page.runs, task, shots), shots] for task, shots in tasks]
-    points: set[Point] = set()
-    tokens: set[int] = set()  # seen by the models that are compared with published results
-    for variant, size in zip(page.variants, _sizes(page), strict=True):
-        if not any(run.results for run in variant.runs):
-            continue
-        base = page.baseline_variant(variant)
-        group = f"{size} {variant.name}" if size else variant.name
-        columns += [
-            Column("ours", ".4f", group),
-            Column("step", ",d", group),
-            Column("published", ".4f", group),
-            Column("ours − published", "+.4f", group),
-        ]
-        if base is not None:
-            compared = f"{group} − {base.treatment}"
-            columns += [
-                Column("ours", "+.4f", compared),
-                Column("step", ",d", compared),
-                Column("published", "+.4f", compared),
-            ]
-        for cells, (task, shots) in zip(rows, tasks, strict=True):
-            ours, point = benchmark(variant, task, shots) or (None, None)
-            theirs = _published(variant, task, shots)
-            cells += [ours, _step(point), theirs, ours.minus(theirs) if ours and theirs is not None else None]
-            points |= {point} if point else set()
-            if theirs is not None and point and point.step is not None:
-                tokens.add(point.step * variant.runs[0].tokens_per_step)
-            if base is not None:
-                plain = _published(base, task, shots)
-                published_difference = None if theirs is None or plain is None else theirs - plain
-                difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
-                cells += [difference, _step(common), published_difference]
-                points |= {common} if common else set()
-    note = _about_tasks(page, tasks, points, tokens)
-    table = Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, columns, rows)
-    return table if _several(points) else table.without("step")
-
-
-def _several(points: set[Point]) -> bool:
-    return len({(point.step, point.limit) for point in points}) > 1
-
-
-def _step(point: Point | None) -> int | str | None:
-    """Return the cell of a step, which also says of how many documents the result is, unless it is of all."""
-    if point is None:
-        return None
-    if point.limit is None:
-        return point.step
-    return f"{text_of(point.step, ',d')}, first {point.limit:,}"
-
-
-def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
-    """Return (task, shots) of all results, without parts of a group (subjects of MMLU), those of the paper first."""
-    found = {(result.task, result.num_fewshot) for run in runs for result in run.results if result.part_of is None}
-    known = list(published.BENCHMARKS)
-    return [task for task in known if task in found] + sorted(found - set(known))
-
-
-def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
-    """Return what the report calls a task, with its metric if that is not the accuracy."""
-    metrics = {point.metric for run in runs if (point := last_common_point([run], task, shots)) is not None}
-    other = ", ".join(sorted(metrics - {"acc"}))
-    name = _TASKS.get(task, task)
-    return f"{name} ({other})" if other else name
-
-
-def _sizes(page: Collection) -> list[str | None]:
-    """Return each variant's size, or None if all have the same or the variant's name tells it."""
-    several = len({variant.size for variant in page.variants}) > 1
-    return [variant.size if several and variant.size not in variant.name else None for variant in page.variants]
-
-
-def _published(variant: Variant, task: str, shots: int) -> float | None:
-    if not all(run.is_published_method for run in variant.runs):
-        return None
-    return published.benchmark(task, shots, variant.size, variant.method)
-
-
-def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
-    parts = [
-        "Accuracy (acc, not acc_norm; the paper does not say which it took), a mean at the last step that all seeds"
-        " have evaluated, a difference at the last that all pairs have, both of equally many documents. ±: standard"
-        " error, over documents and, where there are several, over seeds; of a difference of two models it is"
-        " sqrt(a² + b²), of several pairs theirs.",
-    ]
-    if not _several(points):
-        for point in list(points)[:1]:
-            only = "" if point.limit is None else f", of the first {point.limit:,} documents of each task only"
-            parts.append(f"All at step {text_of(point.step, ',d')}{only}.")
-    elif any(point.limit is not None for point in points):
-        parts.append('"First": of this many documents of each task only.')
-    if any(task == "bigbench_lite" for task, _ in tasks):
-        parts.append(
-            "The acc of BIG-bench lite is here that of 19 of its 24 tasks; the other five are scored by exact_match"
-            " (docs/evaluation.md)."
-        )
-    if tokens:
-        parts.append(
-            f"Published ({published.SOURCE}): after {published.STEPS:,} steps of {published.GLOBAL_BATCH:,} x"
-            f" {published.SEQUENCE_LENGTH:,} tokens ({published.TOKENS:,}) of the Pile, without standard errors: that"
-            " of ours − published is ours alone. Ours: after"
-            f" {' to '.join(f'{count:,}' for count in dict.fromkeys((min(tokens), max(tokens))))} tokens."
-        )
-    return " ".join([*parts, *_without_published(page)])
-
-
-def _without_published(page: Collection) -> list[str]:
-    """Return a sentence if runs of a published size inhibit in another way than those of the paper's tables."""
-    others = [
-        run for run in page.runs if run.size in published.SIZES and run.method != "none" and not run.is_published_method
-    ]
-    if not others:
-        return []
-    shares = ", ".join(f"{share:.0%} at {size}" for size, share in published.BEST_SHARE.items())
-    return [
-        "Published results are those of L2E on the two middle layers (mid-2) with the share that did best"
-        f" ({shares}), and the time of MEmeL. There are none for other layers, shares, losses and ways to retrieve and"
-        " to inhibit."
-    ]
 
 
 # --- time, shares ------------------------------------------------------------------------------------------------
@@ -332,7 +100,7 @@ def _without_published(page: Collection) -> list[str]:
 
 def _time(page: Collection) -> Table:
     rows = []
-    for variant, size in zip(page.variants, _sizes(page), strict=True):
+    for variant, size in zip(page.variants, page.shown_sizes(), strict=True):
         seconds = over_seeds(steady_median(run, "step_seconds") for run in variant.seeds)
         if seconds is None:
             continue
@@ -354,10 +122,11 @@ def _time(page: Collection) -> Table:
         Column("ours − published", "+.1%"),
     ]
     note = (
-        "Medians over the lines of a run but the first after each start, means over seeds; ±: standard error over"
-        " seeds. Times compare only between runs on the same machines with nothing beside them."
+        "Medians over the lines of a run but the first after each start, means over seeds. Times compare only between"
+        " runs on the same machines with nothing beside them."
     )
-    return Table("time", "Time of a step", " ".join([note, *_without_published(page)]), columns, rows)
+    notes = [note, *about_errors(rows), *without_published(page)]
+    return Table("time", "Time of a step", " ".join(notes), columns, rows)
 
 
 def _shares(page: Collection) -> Table:
@@ -365,20 +134,18 @@ def _shares(page: Collection) -> Table:
     rows = []
     inhibited = [variant for variant in page.variants if variant.method != "none"]
     for size in dict.fromkeys(variant.size for variant in inhibited):
-        variants = [variant for variant in inhibited if variant.size == size]
-        step = last_common_step([run for variant in variants for run in variant.seeds if held_out(run)])
-        if step is None:
+        found = comparable_losses([variant for variant in inhibited if variant.size == size])
+        if found is None:
             continue
         losses: dict[float, Measured] = {}
-        for variant in variants:
-            loss = over_seeds([losses_of[step] for run in variant.seeds if (losses_of := held_out(run))])
+        for variant, loss in found.losses:
             share = variant.runs[0].config["inhibition.target_share"]
-            if loss is not None and (share not in losses or loss.value < losses[share].value):
+            if share not in losses or loss.value < losses[share].value:
                 losses[share] = loss
         if len(losses) > 1:
             best = min(losses, key=lambda share: losses[share].value)
             tried = ", ".join(f"{share:.3g}" for share in sorted(losses))
-            rows.append([size, tried, best, losses[best], step, published.BEST_SHARE.get(size)])
+            rows.append([size, tried, best, losses[best], found.step, published.BEST_SHARE.get(size)])
     columns = [
         Column("size"),
         Column("target shares tried"),
@@ -388,10 +155,10 @@ def _shares(page: Collection) -> Table:
         Column("published", ".1%", "best share"),
     ]
     note = (
-        "Ours is best by the loss on held-out text at the last step that all runs of the size have evaluated."
-        " ±: standard error over seeds."
+        "Ours is best by the loss on held-out text, over the seeds that all shares of the size have, at the last step"
+        " that these runs have evaluated."
     )
-    return Table("shares", "Share to inhibit", note, columns, rows)
+    return Table("shares", "Share to inhibit", " ".join([note, *about_errors(rows)]), columns, rows)
 
 
 # --- each run ----------------------------------------------------------------------------------------------------
@@ -521,20 +288,3 @@ def machines(page: Collection) -> Table:
 
 def _plain(value: Any) -> str | None:
     return None if value is None else json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def evaluations(page: Collection) -> Table:
-    """Return a row for each result of every task and part of a task, at every step."""
-    columns: list[tuple[Column, Callable[[Run, TaskResult], Any]]] = [
-        (Column("run"), lambda run, result: run.name),
-        (Column("step", ",d"), lambda run, result: result.step),
-        (Column("task"), lambda run, result: result.task),
-        (Column("part of"), lambda run, result: result.part_of),
-        (Column("shots", ",d"), lambda run, result: result.num_fewshot),
-        (Column("metric"), lambda run, result: result.metric),
-        (Column("value", ".4f"), lambda run, result: Measured(result.value, result.stderr)),
-        (Column("documents", ",d"), lambda run, result: result.samples),
-        (Column("limit", ",d"), lambda run, result: result.limit),
-    ]
-    results = ((run, result) for run in page.runs for result in run.results)
-    return filled("evaluations", "All results of the evaluation tasks", "", columns, results)

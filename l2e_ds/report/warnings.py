@@ -46,10 +46,10 @@ def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
     if difference is None or base is None:
         return
     paired, step = difference
-    value, error = paired.difference.value, paired.difference.error
+    value, error, n = paired.difference.value, paired.difference.error, paired.difference.n
     if value > (error or 0.0):
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
-        text += ", one pair of runs" if error is None else f" ± {error:.4f}, {paired.pairs} pairs of runs"
+        text += ", one pair of runs" if error is None else f" ± {error:.4f}, standard error of n = {n} pairs of runs"
         yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.4")
 
 

@@ -232,8 +232,10 @@ def test_page_is_one_file_for_phone_and_laptop(written):
         for key in ("href", "xlink:href"):
             assert attributes.get(key, "#").startswith("#")
     assert not re.search(r"@import|url\((?!#)", written)
+    assert "<title>Layer 3, neuron 17, pythia-70m</title>" in written
+    assert '<p class="model">pythia-70m</p>' in written
     assert page.heads == [
-        "pythia-70m, layer 3, neuron 17",
+        "Layer 3, neuron 17",  # short: a model's path, which may be long, is below it
         "Activations on the texts of each feature",
         "MS inside and outside each feature",
         "The 18 strongest tokens",  # two of each of nine texts

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from l2e_ds.report import curves, runs
-from l2e_ds.report.drawing import Axis, Line, Look, draw
+from l2e_ds.report.drawing import Axis, Line, Look, draw, readings, shown
 from tests.unit.report.making import add_results, paired_study, write_run
 
 ALL = ["training-loss", "held-out-loss", "observed-share", "tau", "selected-score", "training-mean-s", "top-score",
@@ -21,7 +21,7 @@ def charts_of(*folders):
 
 def coloured(chart):
     """Colours of its lines, in the order of drawing; not of grid, frame and marks."""
-    return [c.lower() for c in re.findall(r"stroke: (#\w+); stroke-width: (?:1\.4|0\.9)", chart.svg)]
+    return [c.lower() for c in re.findall(r"stroke: (#\w+|var\(--ink\)); stroke-width: (?:1\.4|0\.9)", chart.svg)]
 
 
 def words(svg):
@@ -163,3 +163,88 @@ def test_beginning_of_a_long_loss_is_cut():
     cut = draw("x", "nats/token", [line], Axis("step", 1000), falls=True)
     assert max(tick for tick in ticks(full) if tick < 200) >= 10
     assert max(tick for tick in ticks(cut) if tick < 200) < 4
+
+
+# --- on a dark screen --------------------------------------------------------------------------------------------
+
+
+def luminance(colour):
+    """WCAG's relative luminance of #rrggbb."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_every_colour_can_be_seen_on_white_and_on_black(tmp_path):
+    """A drawing has no colour but those that stand out on either, and those that the page chooses."""
+    folders = [write_run(tmp_path / f"run{i}", inhibition__target_share=0.01 * (i + 1)) for i in range(8)]
+    drawn = set()
+    for chart in curves.all_charts(runs.read([*folders, write_run(tmp_path / "none", "none")])):
+        drawn |= set(re.findall(r"(?:stroke|fill): ([^;\"]+)", chart.svg))
+    fixed = {colour for colour in drawn if colour.startswith("#")}
+    assert drawn - fixed == {"none", "var(--ink)", "var(--quiet)", "var(--line)"}
+    assert len(fixed) == 9  # eight treatments, and the frame
+    for colour in fixed:
+        assert (luminance("#ffffff") + 0.05) / (luminance(colour) + 0.05) > 2, colour
+        assert (luminance(colour) + 0.05) / (luminance("#141416") + 0.05) > 3, colour
+
+
+# --- where the pointer is ----------------------------------------------------------------------------------------
+
+
+def a_line(name, x, y):
+    return Line(name, Look("#123456"), np.array(x, dtype=float), np.array(y, dtype=float))
+
+
+def test_readings_are_the_values_at_each_step():
+    lines = [a_line("a", [0, 10, 20], [3.0, 2.0, 1.0]), a_line("b", [10, 20], [5.0, 4.0])]
+    found = readings(lines, Axis("step", 20))
+    assert [one.x for one in found] == [0, 10, 20]
+    assert [[(line.name, x, y) for line, x, y in one.values] for one in found] == [
+        [("a", 0, 3.0)],
+        [("a", 10, 2.0), ("b", 10, 5.0)],
+        [("a", 20, 1.0), ("b", 20, 4.0)],
+    ]
+    assert (found[0].left, found[-1].right) == (0, pytest.approx(100))
+    assert [one.right for one in found[:-1]] == [one.left for one in found[1:]]
+    # the axis is from -0.4 to 20.4: step 10 lies in the middle, and its strip ends half way to the next
+    assert found[1].at == pytest.approx(50)
+    assert (found[1].left, found[1].right) == (pytest.approx(100 * 5.4 / 20.8), pytest.approx(100 * 15.4 / 20.8))
+
+
+def test_readings_of_long_lines_are_their_own_values():
+    """Not means of neighbours, as the drawing shows; few enough for a page; a step of another line is named."""
+    x = np.arange(10_000.0)
+    lines = [a_line("a", x[::2], np.sin(x[::2])), a_line("b", x[1::7], np.cos(x[1::7]))]
+    found = readings(lines, Axis("step", 9999))
+    assert len(found) == 50
+    assert {len(one.values) for one in found[1:-1]} == {2}
+    for one in found:
+        for line, at, value in one.values:
+            assert value == (np.sin if line.name == "a" else np.cos)(at)
+            assert abs(at - one.x) == np.abs(line.x - one.x).min()
+
+
+def test_readings_of_many_lines_stay_few():
+    many = [a_line(f"run{i}", range(1000), range(1000)) for i in range(40)]
+    assert sum(len(one.values) for one in readings(many, Axis("step", 999))) == 15 * 40
+
+
+def test_reading_of_one_point():
+    (one,) = readings([a_line("a", [0], [3.0])], Axis("step", 0))
+    assert (one.left, one.at, one.right) == (0, 0, pytest.approx(100))
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (5.12345678, "5.1235"),
+        (-0.25, "−0.25"),
+        (123456.7, "123,457"),
+        (9999.96, "10000"),
+        (1.5e-7, "1.5e−07"),
+        (0, "0"),
+    ],
+)
+def test_shown_values(value, text):
+    assert shown(value) == text

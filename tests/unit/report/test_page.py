@@ -3,6 +3,8 @@
 import re
 import resource
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -56,8 +58,12 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path):
     policy = next(at["content"] for tag, at in tags.found if at.get("http-equiv") == "Content-Security-Policy")
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert not {"script", "link", "iframe", "object", "base", "form"} & {tag for tag, _ in tags.found}
-    references = [at[name] for _, at in tags.found for name in ("src", "href", "xlink:href") if name in at]
+    references = [
+        at[name] for tag, at in tags.found for name in ("src", "href", "xlink:href") if name in at and tag != "a"
+    ]
     assert all(reference.startswith(("#", "data:image/svg+xml;base64,")) for reference in references)
+    links = [at["href"] for tag, at in tags.found if tag == "a"]
+    assert links and not [link for link in links if re.match(r"[\w+.-]+:|/", link)]  # to files only
     assert not re.search(r"url\((?!#)|@import", text)
 
 
@@ -114,18 +120,77 @@ def test_head_of_a_study(tmp_path):
     for words in (
         "<title>Main comparison</title>",
         "4 of 4",
-        "at step 100, 70m-l2e-seed1235",
-        "held-out loss, 70m l2e − 70m none",
-        "−0.1500 ± 0.0500",
+        "<dt>lowest held-out loss at step 100, mean over 2 seeds: 70m l2e</dt><dd>4.8750 ± 0.0250 (n = 2)</dd>",
+        "<dt>held-out loss, 70m l2e − 70m none</dt><dd>−0.1500 ± 0.0500 (n = 2)</dd>",
+        '</dl>\n<p class="quiet">±: standard error over n seeds, of a difference over n pairs. With n = 2 it is half',
     ):
         assert words in text
 
 
 def test_lowest_loss_is_that_of_a_common_step(tmp_path):
     """The other run is ahead, but was behind at step 50."""
-    ahead, behind = write_run(tmp_path / "ahead", loss=5.0), write_run(tmp_path / "behind", loss=4.9, until=50)
+    ahead = write_run(tmp_path / "ahead", loss=5.0, inhibition__target_share=0.01)
+    behind = write_run(tmp_path / "behind", loss=4.9, until=50)
     text = report(tmp_path, ahead, behind)
-    assert re.search(r"<dt>lowest held-out loss at step 50, behind</dt><dd>6.4000</dd>", text)
+    assert "<dt>lowest held-out loss at step 50, seed 1234: behind</dt><dd>6.4000</dd>" in text
+    assert "±" not in text  # one seed has no standard error
+
+
+def test_lowest_loss_is_not_that_of_a_luckier_seed(tmp_path):
+    """The plain run of seed 2 has the lowest loss of all; with seed 1, which both have, l2e has the lower one."""
+    none = [write_run(tmp_path / f"none{seed}", "none", seed, loss=loss) for seed, loss in ((1, 5.0), (2, 4.0))]
+    text = report(tmp_path, *none, write_run(tmp_path / "l2e", seed=1, loss=4.9))
+    assert "<dt>lowest held-out loss at step 100, seed 1: l2e" in text
+    assert "<dd>4.9000</dd>" in text
+
+
+@pytest.mark.parametrize("seeds", [(1, 2), (3,)])
+def test_no_lowest_loss_without_a_common_seed(tmp_path, seeds):
+    """Two seeds of one variant do not compare with each other either."""
+    none = [write_run(tmp_path / f"none{seed}", "none", seed, loss=4.0 + seed) for seed in (1, 2)]
+    l2e = [write_run(tmp_path / "l2e", seed=3)] if seeds == (3,) else []
+    assert "lowest held-out loss" not in report(tmp_path, *none, *l2e)
+
+
+def test_every_link_leads_to_a_file(tmp_path):
+    """Of tables, their index, configurations, an analysis and the documentation; also with odd names."""
+    folder = tmp_path / "it's 100% <new>: a&b #1?"
+    run = write_run(folder / "l2e", shrink=0.1)
+    write_analysis(run / "analysis")
+    (run / "analysis/summary.md").write_text("# Summary")
+    write_run(folder / "none", "none")
+    output = folder / "pages/1:2 report #2?.html"
+    assert main(["report", str(run), str(folder / "none"), "--output", str(output)]) == 0
+    links = [at["href"] for tag, at in Tags(output.read_text()).found if tag == "a"]
+    found = {(output.parent / unquote(link)).resolve() for link in links}
+    assert all(path.exists() for path in found), found
+    tables = output.parent / "1:2 report #2?-tables"
+    docs = Path(__file__).resolve().parents[3] / "docs"
+    assert {path for path in tables.iterdir() if path.suffix == ".csv"} <= found
+    assert {tables / "index.md", run / "config.yaml", run / "analysis/summary.md", docs / "faq.md"} <= found
+    assert not [link for link in links if re.search(r"[#?:&<]", link)]
+
+
+def test_an_installed_copy_has_no_documentation(tmp_path, monkeypatch):
+    monkeypatch.setattr("l2e_ds.report.page.REPOSITORY", tmp_path)
+    text = report(tmp_path, write_run(tmp_path / "l2e", shrink=0.1))
+    assert "(docs/faq.md)" in text
+    assert not re.search('href="[^"]*docs/', text)
+
+
+def test_readings(tmp_path):
+    """Of each run, with its name escaped, in its colour."""
+    study = paired_study(tmp_path / "study", seeds=(1234,))
+    index = study / "study.json"
+    index.write_text(index.read_text().replace('"name": "70m-l2e', '"name": "<b>70m-l2e'))
+    text = report(tmp_path, study)
+    chart = text[text.index('id="held-out-loss"') :].partition("</figure>")[0]
+    first = re.search(r'<div class="at" style="[^"]*"><div>(step 0.*?)</div></div>', chart)[1]
+    assert first == (
+        'step 0<span><i style="color: var(--ink)">●</i> 70m-none-seed1234 8</span>'
+        '<span><i style="color: #0072B2">●</i> &lt;b&gt;70m-l2e-seed1234 7.9</span>'
+    )
+    assert chart.count('<div class="at') == 11
 
 
 def test_figures_of_an_analysis(tmp_path):

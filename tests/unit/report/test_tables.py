@@ -10,6 +10,7 @@ import pytest
 
 from l2e_ds.report import published, runs, tables
 from l2e_ds.report.statistics import Measured
+from l2e_ds.report.table import Column, Table, about_errors, text_of
 from l2e_ds.run_directory.metrics import after_first_intervals
 from l2e_ds.run_directory.results import append_result
 from tests.unit.report.making import add_results, paired_study, write_run
@@ -112,9 +113,9 @@ def test_benchmarks_of_two_seeds(tmp_path):
         add_results(study / f"runs/70m-{name}", 100, {("arc_easy", 0): (accuracy, 0.03)})
     row = cells(table(runs.read([study]), "benchmarks"))["ARC-Easy"]
     # documents 0.03; seeds: standard deviation of 0.20 and 0.24 over sqrt(2) is 0.02
-    assert row["70m none: ours"] == Measured(pytest.approx(0.22), pytest.approx(math.hypot(0.03, 0.02)))
+    assert row["70m none: ours"] == Measured(pytest.approx(0.22), pytest.approx(math.hypot(0.03, 0.02)), 2)
     # pairs: 0.01 and 0.03
-    assert row["70m l2e − none: ours"] == Measured(pytest.approx(0.02), pytest.approx(0.01))
+    assert row["70m l2e − none: ours"] == Measured(pytest.approx(0.02), pytest.approx(0.01), 2)
 
 
 def test_rows_are_those_of_the_paper_first(tmp_path):
@@ -238,9 +239,10 @@ def test_task_without_accuracy(tmp_path):
 
 def test_losses_of_pairs(tmp_path):
     found = cells(table(runs.read([paired_study(tmp_path / "study")]), "variants"))
-    assert found["70m none"]["held-out loss: mean"] == Measured(pytest.approx(5.025), pytest.approx(0.025))
+    assert found["70m none"]["held-out loss: mean"] == Measured(pytest.approx(5.025), pytest.approx(0.025), 2)
     # 5.0 to 4.9, 5.05 to 4.85: -0.1 and -0.2
-    assert found["70m l2e"]["against the baseline: difference"] == Measured(pytest.approx(-0.15), pytest.approx(0.05))
+    difference = Measured(pytest.approx(-0.15), pytest.approx(0.05), 2)
+    assert found["70m l2e"]["against the baseline: difference"] == difference
     assert found["70m l2e"]["against the baseline: which"] == "70m none"
     assert found["70m none"]["against the baseline: difference"] is None
 
@@ -257,7 +259,7 @@ def test_copied_run_is_no_further_seed(tmp_path):
     without, copied = (runs.read(folders) for folders in (given, [*given, tmp_path / "copy"]))
     assert len(copied.runs) == 5
     assert [table(copied, name).rows for name in names] == [table(without, name).rows for name in names]
-    assert cells(table(copied, "variants"))["l2e"]["held-out loss: mean"] == Measured(pytest.approx(7.5), 1.0)
+    assert cells(table(copied, "variants"))["l2e"]["held-out loss: mean"] == Measured(pytest.approx(7.5), 1.0, 2)
     alone = runs.read([given[2], tmp_path / "copy"])
     assert cells(table(alone, "variants"))["l2e"]["held-out loss: mean"] == Measured(pytest.approx(6.5), None)
 
@@ -269,9 +271,9 @@ def test_runs_that_go_on_are_compared_at_a_common_step(tmp_path):
         write_run(tmp_path / f"l2e{seed}", "l2e", seed, loss=4.0, until=until) for seed, until in ((1, 100), (2, 66))
     ]
     row = cells(table(runs.read([*none, *l2e]), "variants"))["l2e"]
-    assert row["held-out loss: mean"] == Measured(pytest.approx(5.2), pytest.approx(0))
+    assert row["held-out loss: mean"] == Measured(pytest.approx(5.2), pytest.approx(0), 2)
     assert row["held-out loss: step"] == 60
-    assert row["against the baseline: difference"] == Measured(pytest.approx(-1.0), pytest.approx(0, abs=1e-9))
+    assert row["against the baseline: difference"] == Measured(pytest.approx(-1.0), pytest.approx(0, abs=1e-9), 2)
     assert row["against the baseline: step"] == 60
 
 
@@ -283,7 +285,7 @@ def test_single_run_has_nothing_to_be_compared_with(tmp_path):
 def test_time(tmp_path):
     found = cells(table(runs.read([paired_study(tmp_path / "study")]), "time"))
     row = found["70m l2e"]
-    assert row["seconds a step"] == Measured(pytest.approx(0.55), pytest.approx(0))  # not the first line's 27.5
+    assert row["seconds a step"] == Measured(pytest.approx(0.55), pytest.approx(0), 2)  # not the first line's 27.5
     assert row["over the baseline"].value == pytest.approx(0.10)
     assert row["published"] == 0.034
     assert row["ours − published"].value == pytest.approx(0.066)
@@ -323,6 +325,20 @@ def test_shares_are_compared_at_a_common_step(tmp_path):
     row = cells(table(runs.read([ahead, behind]), "shares"))["70m"]
     assert (row["best share: ours"], row["best share: step"]) == (0.01, 50)
     assert row["best share: its held-out loss"].value == pytest.approx(6.4)
+
+
+def test_shares_are_compared_over_common_seeds(tmp_path):
+    """The share with the lowest single run has it with a seed that the other share was not trained with."""
+    losses = {(0.01, 1): 5.0, (0.02, 1): 5.1, (0.02, 2): 3.0, (0.05, 1): 5.2}
+    folders = [
+        write_run(tmp_path / f"{share}-{seed}", seed=seed, loss=loss, inhibition__target_share=share)
+        for (share, seed), loss in losses.items()
+    ]
+    row = cells(table(runs.read(folders), "shares"))["70m"]
+    assert row["best share: ours"] == 0.01
+    assert row["best share: its held-out loss"] == Measured(pytest.approx(5.0))
+    other = write_run(tmp_path / "other", seed=3, loss=1.0, inhibition__target_share=0.1)
+    assert table(runs.read([*folders, other]), "shares") is None  # no seed is common to all
 
 
 # --- each run ----------------------------------------------------------------------------------------------------
@@ -398,20 +414,72 @@ def test_machines(tmp_path):
     )
 
 
+# --- plus or minus -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cell, text",
+    [
+        (Measured(-0.15, 0.05, 2), "−0.1500 ± 0.0500 (n = 2)"),
+        (Measured(0.24, 0.003), "+0.2400 ± 0.0030"),  # over documents
+        (Measured(5.0), "+5.0000"),
+    ],
+)
+def test_a_value_says_over_how_many_seeds_its_error_is(cell, text):
+    assert text_of(cell, "+.4f") == text
+
+
+def test_what_plus_or_minus_is():
+    """Two seeds have a half-range, and nobody's interval."""
+    assert about_errors([["a", Measured(1.0), Measured(0.24, 0.003), None]]) == []
+    assert about_errors([["a", Measured(1.0, 0.1, 3)]]) == [
+        "±: standard error over n seeds, of a difference over n pairs."
+    ]
+    assert (
+        "With n = 2 it is half the distance between the two"
+        in about_errors([["a", Measured(1.0, 0.1, 3)], ["b", Measured(1.0, 0.1, 2)]])[1]
+    )
+
+
+@pytest.mark.parametrize("seeds, two", [((1234,), False), ((1234, 1235), True), ((1, 2, 3), False)])
+def test_notes_of_the_tables_say_it(tmp_path, seeds, two):
+    page = runs.read([paired_study(tmp_path / "study", seeds=seeds)])
+    for name in ("variants", "time"):
+        note = table(page, name).note
+        assert ("±: standard error over n seeds" in note) == (len(seeds) > 1)
+        assert ("With n = 2" in note) == two
+    cell = cells(table(page, "variants"))["70m l2e"]["against the baseline: difference"]
+    assert cell.n == len(seeds)
+    gains = [0.1 * (place + 1) for place in range(len(seeds))]
+    if two:
+        assert cell.error == pytest.approx((gains[1] - gains[0]) / 2)  # what the note says
+
+
 # --- as files ----------------------------------------------------------------------------------------------------
 
 
 def an_example():
-    columns = [tables.Column("run"), tables.Column("ours", "+.2f", "x"), tables.Column("n", ",d")]
+    columns = [Column("run"), Column("ours", "+.2f", "x"), Column("tokens", ",d")]
     rows = [["a|b <i>", Measured(-0.123456, 0.01), 1000], ["c", None, None]]
-    return tables.Table("name", "A <title>", "A note.", columns, rows)
+    return Table("name", "A <title>", "A note.", columns, rows)
 
 
 def test_csv_has_all_digits():
     rows = list(csv.reader(io.StringIO(an_example().csv())))
     assert rows == [
-        ["run", "x: ours", "x: ours, standard error", "n"],
+        ["run", "x: ours", "x: ours, standard error", "tokens"],
         ["a|b <i>", "-0.123456", "0.01", "1000"],
+        ["c", "", "", ""],
+    ]
+
+
+def test_csv_says_over_how_many_seeds():
+    rows = [["a", Measured(0.5, 0.125, 2)], ["b", Measured(0.25)], ["c", None]]
+    written = Table("name", "A title", "", [Column("run"), Column("ours", ".2f")], rows).csv()
+    assert list(csv.reader(io.StringIO(written))) == [
+        ["run", "ours", "ours, standard error", "ours, n"],
+        ["a", "0.5", "0.125", "2"],
+        ["b", "0.25", "", "1"],
         ["c", "", "", ""],
     ]
 
@@ -426,4 +494,10 @@ def test_markdown():
 
 def test_groups_of_heads():
     assert an_example().groups() == [("", 1), ("x", 1), ("", 1)]
-    assert tables.Table("n", "t", "", [tables.Column("a"), tables.Column("b")], []).groups() == []
+    assert Table("n", "t", "", [Column("a"), Column("b")], []).groups() == []
+
+
+def test_first_column_has_a_heading_of_its_own():
+    """It stays in view, and would cover the others' if they shared one."""
+    columns = [Column("run"), Column("step"), Column("tokens"), Column("first", "", "loss"), Column("last", "", "loss")]
+    assert Table("n", "t", "", columns, []).groups() == [("", 1), ("", 2), ("loss", 2)]

@@ -146,8 +146,8 @@ def test_worse_by_more_than_the_standard_error(tmp_path):
             folders.append(write_run(tmp_path / name / f"none{seed}", "none", seed))
             folders.append(write_run(tmp_path / name / f"l2e{seed}", "l2e", seed, loss=5.0 + gain))
         found = texts("worse", *folders)
-        by = "l2e: held-out loss higher than that of none by 0.2000 ± 0.1000, 2 pairs of runs (step 100)"
-        assert found == ([by] if expected else [])
+        by = "by 0.2000 ± 0.1000, standard error of n = 2 pairs of runs (step 100)"
+        assert found == ([f"l2e: held-out loss higher than that of none {by}"] if expected else [])
 
 
 def test_worse_at_the_same_step_only(tmp_path):
