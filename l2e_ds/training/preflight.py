@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
 from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import check_sets
-from l2e_ds.engine.configuration import check_device, resolve
+from l2e_ds.engine.configuration import check_device, resolve, zero_stage
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.evaluation import check_installed
 from l2e_ds.models.counts import parameter_counts
@@ -165,8 +166,19 @@ def describe(plan: Plan) -> str:
             f"method      {method} ({what})",
             f"layers      {', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}",
             f"neurons     {len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}",
+            *_checkpoint_lines(plan, total, neurons),
         ]
     )
+
+
+def _checkpoint_lines(plan: Plan, parameters: int, neurons: int) -> list[str]:
+    """Return what a dry run says of the checkpoints; nothing for an optimizer whose states are unknown."""
+    if str(plan.ds.get("optimizer", {}).get("type", "AdamW")).lower() not in ("adam", "adamw"):
+        return []
+    hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
+    element = 4 if plan.config.training.precision == "fp32" else 2
+    line, warning = disk_space(plan.config, checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons))
+    return [f"checkpoints {line}", *([f"warning     {warning}"] if warning else [])]
 
 
 def _unfound_batch(plan: Plan) -> str:

@@ -5,8 +5,10 @@ import runpy
 
 import pytest
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.models.pythia import PYTHIA
+from l2e_ds.models.counts import parameter_counts
+from l2e_ds.models.pythia import PYTHIA, network_config
 from tests.processes import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -42,5 +44,10 @@ def test_table_of_recipes():
         rate, exponent = f"{config.optimizer.peak_learning_rate:.1e}".split("e")
         stage = re.search(r"zero(\d)", config.deepspeed.config)[1]
         share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
-        values = [shape, f"{rate}e{int(exponent)}", share, stage]
+        parameters, _ = parameter_counts(network_config(config.model, config.data.sequence_length))
+        element = 2 if config.training.precision == "bf16" else 4
+        one = checkpoint_bytes(parameters, int(stage), element, 2, 4 * size.hidden)
+        kept, disk = re.match(r"(\d+) .*?kept, .* each: (.*?) on disk", disk_space(config, one)[0]).groups()
+        every = "" if config.checkpoint.keep_last else "all "
+        values = [shape, f"{rate}e{int(exponent)}", share, stage, f"{every}{kept}: {disk}"]
         assert rows[path.stem] == " | ".join(values), path.stem

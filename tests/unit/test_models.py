@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from l2e_ds.checkpoint.manager import is_due
+from l2e_ds.checkpoint.schedule import is_due
 from l2e_ds.config.sections import ModelConfig, OptimizerConfig
 from l2e_ds.engine.engine import learning_rate, parameter_groups
 from l2e_ds.errors import ConfigError

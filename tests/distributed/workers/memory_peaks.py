@@ -28,7 +28,6 @@ from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.preflight import Plan
 from l2e_ds.training.trainer import Trainer
 
-
 LENGTH = 64
 
 
@@ -63,7 +62,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
         "predicted": predicted.total,
         "parts": asdict(predicted),
         "checkpoint": size,
-        "predicted_checkpoint": memory.checkpoint_bytes(work),
+        "predicted_checkpoint": work.checkpoint_bytes,
     }
 
 
