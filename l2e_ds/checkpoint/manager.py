@@ -66,14 +66,6 @@ class Identity:
     layers: list[int]  # hooked
 
 
-def is_due(step: int, last: int, every: int, early: bool) -> bool:
-    """Return whether a checkpoint is due after `step` steps: at the end, every N, and early as Pythia (0, 1, 2, 4 ...
-    512)."""
-    if step == last or (every and step % every == 0 and step > 0):
-        return True
-    return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
-
-
 @dataclass(frozen=True)
 class Published:
     """Holds what a save cost: the seconds that training stood still, the seconds until it was published, its bytes."""

@@ -496,7 +496,8 @@ class CheckpointConfig(Section):
     early: bool = False
     """Also write checkpoints at steps 0, 1, 2, 4 ... 512, as Pythia did."""
     keep_last: int | None = Field(None, gt=0)
-    """Keep only this many of the newest checkpoints. Default: keep all."""
+    """Keep only this many of the newest checkpoints. Default: keep all; `l2e-ds plan` and `--dry-run` print what they
+    take of the disk."""
     on_error: Literal["stop", "continue"] = "stop"
     """What to do if a checkpoint cannot be written (a full disk): end the run, or print a warning, continue and try
     again when the next is due. The last good checkpoint stays in any case; the last checkpoint of a run must

@@ -33,7 +33,8 @@ class Exported:
     """What a card describes.
 
     state: that of the checkpoint; network: its transformers configuration; tokenizer: whether there is one; licence: an
-    id of the hub, or None; repository: where the model will be pushed, or None.
+    id of the hub, or None; repository: where the model will be pushed, or None; branch: to which of its branches, if
+    not the main one; branches: for the card of the main one, those of single steps.
     """
 
     run: Path
@@ -44,6 +45,8 @@ class Exported:
     tokenizer: bool
     licence: str | None
     repository: str | None
+    branch: str | None = None
+    branches: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:

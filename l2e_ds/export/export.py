@@ -11,6 +11,9 @@ import contextlib
 import json
 import os
 import re
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +21,13 @@ import yaml
 from safetensors import SafetensorError
 
 from l2e_ds.checkpoint.weights import PROVENANCE, find_checkpoint, load_network
+from l2e_ds.console import say
 from l2e_ds.data.tokenizer import load_tokenizer, name_end_of_text, take_special_tokens
 from l2e_ds.errors import CheckpointError, ConfigError, DataError
 from l2e_ds.export.card import Exported, model_card
-from l2e_ds.export.push import check_push, push
+from l2e_ds.export.push import check_push, open_repository, push, push_branch
+from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.names import published_checkpoints, step_of
 from l2e_ds.system.files import is_free, one_line, whole_folder, write_whole
 from l2e_ds.system.process import quiet_libraries
 
@@ -45,18 +51,91 @@ def export(
     repository: for the card, which says how to load the model from there. Returns step, precision, parameters, and
     whether there is a tokenizer. Raises CheckpointError, ConfigError.
     """
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
+    _check_licence(licence)
     checkpoint = find_checkpoint(source, step)
     if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CheckpointError(f"--output: cannot write below {existing}")
-    model, state = load_network(checkpoint, precision)
-    precision = precision or state["identity"]["precision"]
-    run_directory = checkpoint.parent.parent
+    exported = _export(checkpoint, output, "--output", precision, licence, repository)
+    return {
+        "step": exported.step,
+        "precision": exported.precision,
+        "parameters": exported.parameters,
+        "tokenizer": exported.tokenizer,
+    }
 
+
+def export_all(
+    run_directory: Path, repository: str, private: bool, precision: str | None = None, licence: str | None = None
+) -> None:
+    """Push every checkpoint of a run to a branch `stepN` of one repository, and the last also to the main branch.
+
+    Print a line for each that is pushed. A branch that has the same content is passed over, so that the same command
+    resumes. The checkpoints are exported one at a time, to a temporary folder.
+
+    private: whether a new repository is private; precision, licence: as of `export`. Raises CheckpointError, in the end
+    also for damaged checkpoints, which are left out; ConfigError; L2EError if the hub fails.
+    """
+    _check_licence(licence)
+    if not (run_directory / "checkpoints").is_dir():
+        raise CheckpointError(f"{run_directory}: is not a run directory (it has no folder checkpoints)")
+    checkpoints = published_checkpoints(run_directory)
+    if not checkpoints:
+        raise CheckpointError(f"{run_directory}: has no checkpoint")
+    pushed = 0
+    damaged: list[str] = []
+    exported: Exported | None = None
+    name, address, branches = open_repository(repository, private)
+    with tempfile.TemporaryDirectory(prefix="l2e-ds-export-") as temporary:
+        folder = Path(temporary) / "model"
+        for number, checkpoint in enumerate(checkpoints, start=1):
+            problem = verify(checkpoint)
+            if problem is not None:
+                say(f"l2e-ds: checkpoint {checkpoint}: {problem}; it is not pushed")
+                damaged.append(checkpoint.name)
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+            branch = f"step{step_of(checkpoint)}"
+            exported = _export(checkpoint, folder, "TMPDIR", precision, licence, name, branch)
+            if push_branch(folder, name, branch, exists=branch in branches):
+                pushed += 1
+                branches.append(branch)
+                print(f"pushed {branch} ({number} of {len(checkpoints)})", flush=True)
+        if exported is None:
+            raise CheckpointError(f"{run_directory}: all checkpoints are damaged")
+        steps = sorted(set(branches), key=lambda branch: int(branch.removeprefix("step")))
+        card = model_card(replace(exported, branch=None, branches=tuple(steps)))
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if push_branch(folder, name, "main", exists=True):
+            print(f"pushed main, which is step {exported.step}", flush=True)
+    passed = len(checkpoints) - len(damaged) - pushed
+    print(f"{pushed} checkpoints pushed to {address}; {passed} passed over, which were there with the same content")
+    if damaged:
+        raise CheckpointError(f"{run_directory}: damaged and not pushed: {', '.join(damaged)}")
+
+
+def _check_licence(licence: str | None) -> None:
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
+
+
+def _export(
+    checkpoint: Path,
+    output: Path,
+    where: str,
+    precision: str | None,
+    licence: str | None,
+    repository: str | None,
+    branch: str | None = None,
+) -> Exported:
+    """Write a verified checkpoint to a folder that is not there, or empty. where: what names that folder, in an error.
+
+    Raises CheckpointError.
+    """
+    model, state = load_network(checkpoint, precision)
+    run_directory = checkpoint.parent.parent
     try:
         with whole_folder(output) as temporary:
             _write(model, run_directory, state, temporary)
@@ -65,20 +144,16 @@ def export(
                 state=state,
                 network=model.config,
                 parameters=sum(p.numel() for p in model.parameters()),
-                precision=precision,
+                precision=precision or state["identity"]["precision"],
                 tokenizer=(temporary / "tokenizer.json").exists(),
                 licence=licence,
                 repository=repository,
+                branch=branch,
             )
             (temporary / "README.md").write_text(model_card(exported), encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"--output: cannot write {output}: {one_line(error)}") from None
-    return {
-        "step": state["train"]["step"],
-        "precision": precision,
-        "parameters": exported.parameters,
-        "tokenizer": exported.tokenizer,
-    }
+        raise CheckpointError(f"{where}: cannot write {output}: {one_line(error)}") from None
+    return exported
 
 
 def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
@@ -152,23 +227,37 @@ def _name_rotary_settings_twice(path: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="a new or empty folder")
     parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: the run's own)"
     )
     parser.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
     parser.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
+    parser.add_argument(
+        "--all-checkpoints",
+        action="store_true",
+        help="with --push, instead of --output: each to a branch stepN, the last also to main",
+    )
     parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:
     repository = arguments.push
-    if arguments.private and repository is None:
-        raise ConfigError("--private: goes with --push")
+    for option in ("private", "all_checkpoints"):
+        if getattr(arguments, option) and repository is None:
+            raise ConfigError(f"--{option.replace('_', '-')}: goes with --push")
+    for option in ("output", "step"):
+        if arguments.all_checkpoints and getattr(arguments, option) is not None:
+            raise ConfigError(f"--{option}: does not go with --all-checkpoints, which keeps no folder of any step")
+    if arguments.output is None and not arguments.all_checkpoints:
+        raise ConfigError("--output: is required, a new or empty folder")
     quiet_libraries()
     if repository is not None:
         check_push(repository)  # so that an error comes before the work
+    if arguments.all_checkpoints:
+        export_all(arguments.source, repository, arguments.private, arguments.precision, arguments.license)
+        return 0
     options = (arguments.step, arguments.precision, arguments.license, repository)
     done = export(arguments.source, arguments.output, *options)
     print(

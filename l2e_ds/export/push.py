@@ -1,13 +1,22 @@
-"""`l2e-ds export --push REPO`: upload an exported folder to the Hugging Face Hub, which needs a token."""
+"""`l2e-ds export --push REPO`: upload exported folders to the Hugging Face Hub, which needs a token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.run_directory.manifest import sha256
 from l2e_ds.system.files import one_line
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+AGAIN = "; the same command resumes"
 
 
 def check_push(repository: str) -> None:
@@ -44,6 +53,64 @@ def push(folder: Path, repository: str, private: bool) -> str:
         # The full name, as a repository without an owner belongs to the token's.
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="l2e-ds export")
     return str(address)
+
+
+def open_repository(repository: str, private: bool) -> tuple[str, str, list[str]]:
+    """Create the repository, if there is none; return its full name, its address, and its branches named `stepN`.
+
+    private: whether a new repository is private. Raises L2EError.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _explained(AGAIN):
+        address = api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
+        names = [branch.name for branch in api.list_repo_refs(address.repo_id).branches]
+    return address.repo_id, str(address), [name for name in names if re.fullmatch(r"step\d+", name)]
+
+
+def push_branch(folder: Path, repository: str, branch: str, exists: bool) -> bool:
+    """Make a branch hold what a folder holds, and nothing else. Return whether anything had to be pushed.
+
+    repository: its full name; exists: whether it has the branch. Raises L2EError.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _explained(AGAIN):
+        if exists and _holds(api.list_repo_tree(repository, recursive=True, revision=branch), folder):
+            return False
+        if not exists:
+            api.create_branch(repository, branch=branch, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=branch,
+            commit_message="l2e-ds export",
+            delete_patterns="*",  # of the main branch, from which this one was made, or of an earlier export
+        )
+    return True
+
+
+def _holds(tree: Iterable[RepoFile | RepoFolder], folder: Path) -> bool:
+    """Return whether a listing of the hub has the files of a folder with the same content, and no others."""
+    from huggingface_hub.hf_api import RepoFile
+
+    theirs = {file.path: file for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"}
+    ours = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return theirs.keys() == ours.keys() and all(_is_same(theirs[name], path) for name, path in ours.items())
+
+
+def _is_same(file: RepoFile, path: Path) -> bool:
+    if file.lfs is not None:
+        return file.lfs.sha256 == sha256(path)
+    return file.blob_id == _git_id(path)
+
+
+def _git_id(path: Path) -> str:
+    """Return the id that git gives to a file's content."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager

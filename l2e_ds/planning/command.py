@@ -9,17 +9,14 @@ import argparse
 
 from l2e_ds.system.gpus import GPUS
 
-DEFAULT_MFU = 0.4
-"""An assumption, printed with every plan, and not measured by this project."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
     parser.add_argument("--gpu", required=True, metavar="TYPE", help=", ".join(GPUS))
-    share = "of the peak, in a whole step (default: %(default)s)"
-    parser.add_argument("--mfu", type=float, default=DEFAULT_MFU, metavar="SHARE", help=share)
+    share = "of the peak, in a whole step (default: a range, by the model's size)"
+    parser.add_argument("--mfu", type=float, metavar="SHARE", help=share)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from l2e_ds.checkpoint.schedule import MASTER, MOMENTS
 from l2e_ds.config.batch import divisors
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.planning.work import Work
 from l2e_ds.training.loss import IN_ONE_PIECE
 
 GIB = 2**30
-MASTER = 4  # bytes of a float32 master weight
-MOMENTS = 8  # bytes of Adam's two float32 moments
 MAX_LIVE = 1_000_000_000  # elements; ZeRO-3's defaults of max_live_parameters and max_reuse_distance
 SUB_GROUP = 1_000_000_000  # elements; its default of sub_group_size
 
@@ -194,11 +193,3 @@ def largest_micro_batch(work: Work, ranks: int, global_batch: int, usable: float
         if memory(work, ranks, micro_batch, accumulation_of(global_batch, ranks, micro_batch)).total <= usable:
             return micro_batch
     return None
-
-
-def checkpoint_bytes(work: Work) -> float:
-    """Return the bytes of one checkpoint: master weights and Adam's moments, 12 P, and the network's weights, e P, left
-    out by stage 3; in float32 stage 0 has one copy of the weights. Inhibition's state is 3 N float64 a layer."""
-    states = MOMENTS + (0 if work.stage == 0 and work.element == 4 else MASTER)
-    weights = 0 if work.stage == 3 else work.element
-    return work.parameters * (states + weights) + len(work.hooked) * (3 * work.neurons + 3) * 8

@@ -16,14 +16,15 @@ vocabulary rows, P parameters, R ranks (one a GPU). Sizes are bytes of one GPU u
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from l2e_ds.checkpoint.manager import is_due
+from l2e_ds.checkpoint.schedule import disk_space
 from l2e_ds.console import at_least
 from l2e_ds.engine.configuration import less_memory
 from l2e_ds.errors import ConfigError
-from l2e_ds.planning.memory import GIB, accumulation_of, checkpoint_bytes, largest_micro_batch, memory, model_states
-from l2e_ds.planning.speed import inhibition_payload, step_flops, traffic
+from l2e_ds.planning.memory import GIB, accumulation_of, largest_micro_batch, memory, model_states
+from l2e_ds.planning.speed import inhibition_payload, mfu_range, step_flops, traffic
 from l2e_ds.planning.work import Work, work_of
 from l2e_ds.system.gpus import GPUS, Gpu
 from l2e_ds.training.preflight import Plan, resolve_run
@@ -34,18 +35,26 @@ fragmentation."""
 
 
 def find_gpu(name: str) -> tuple[str, Gpu]:
-    """Return the name and the data of a GPU, found by its name in any case. Raises ConfigError, naming those known."""
+    """Return the name and the data of a GPU, found by any name that people or nvidia-smi write for it.
+
+    Raises ConfigError, naming those known.
+    """
+    plain = re.sub("[^a-z0-9]", "", name.lower())
+    plain = re.sub("^(nvidia)?(tesla|geforce)?", "", plain)
     for known, gpu in GPUS.items():
-        if known.lower() == name.lower():
+        if re.fullmatch(gpu.written, plain):
             return known, gpu
     raise ConfigError(f"--gpu: got {name!r}, allowed: {', '.join(GPUS)}")
 
 
-def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, mfu: float) -> str:
-    """Return what `l2e-ds plan` prints. mfu: the share of the peak that a step reaches. Raises ConfigError."""
+def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, mfu: float | None) -> str:
+    """Return what `l2e-ds plan` prints.
+
+    mfu: the share of the peak that a step reaches; None: `mfu_range`. Raises ConfigError.
+    """
     name, gpu = find_gpu(gpu_name)
     at_least("--gpus", gpus, 1)
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"--mfu: got {mfu:g}, allowed: above 0, at most 1")
     plan = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)
     if plan.config.training.precision == "bf16" and not gpu.bf16:
@@ -55,6 +64,9 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     checkpointing = ", activation checkpointing" if work.checkpointing else ""
     largest = largest_micro_batch(work, gpus, plan.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
     peak = gpu.peak_fp32 if work.precision == "fp32" else gpu.peak
+    low, high = mfu_range(work.parameters, gpu.peak) if mfu is None else (mfu, mfu)
+    source = "published of other programs, not measured by this project; --mfu" if mfu is None else "--mfu"
+    speeds = [share * peak * 1e12 * gpus for share in (low, high)]
     return "\n".join(
         [
             f"{model} ({work.parameters:,} parameters), {work.precision}, ZeRO-{work.stage}{checkpointing}, on {gpus:,}"
@@ -62,10 +74,10 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
             "",
             *_memory_table(plan, work, largest, gpu),
             "",
-            *_run_lines(plan, work, largest or plan.batch.micro_batch, mfu * peak * 1e12 * gpus),
+            *_run_lines(plan, work, largest or plan.batch.micro_batch, speeds),
             "",
             "predicted, not measured (docs/planning.md), under these assumptions:",
-            f"  {mfu:.0%} of {peak:g} TFLOP/s in a step, waiting and communication counted (--mfu)",
+            f"  {_span(f'{low:.0%}', f'{high:.0%}')} of {peak:g} TFLOP/s in a step ({source})",
             f"  {USABLE_MEMORY:.0%} of {gpu.memory:g} GiB usable; checkpoints, evaluations and restarts take no time",
         ]
     )
@@ -92,22 +104,33 @@ def _memory_table(plan: Plan, work: Work, largest: int | None, gpu: Gpu) -> list
     return lines
 
 
-def _run_lines(plan: Plan, work: Work, micro_batch: int, speed: float) -> list[str]:
-    """Return the lines below the table of memory. speed: operations a second of all GPUs."""
+def _span(first: str, last: str) -> str:
+    """Return a range as text, or its one value."""
+    return first if first == last else f"{first} to {last}"
+
+
+def _seconds(duration: float) -> str:
+    return f"{duration:,.2f} s" if duration >= 1 else f"{duration * 1e3:.3g} ms"
+
+
+def _run_lines(plan: Plan, work: Work, micro_batch: int, speeds: Sequence[float]) -> list[str]:
+    """Return the lines below the table of memory. speeds: the lowest and highest operations a second of all GPUs."""
     batch, config = plan.batch, plan.config
     gpus, steps, tokens = batch.ranks, config.training.steps, batch.tokens_per_step
     accumulation = accumulation_of(batch.global_batch, gpus, micro_batch)
-    step, size = step_flops(work, batch.global_batch) / speed, checkpoint_bytes(work)
+    slow, fast = (step_flops(work, batch.global_batch) / speed for speed in speeds)  # seconds a step
+    hours = [steps * step / 3600 for step in (fast, slow)]
     gradients = work.parameters * work.communication
     sent, payload = traffic(work, gpus, accumulation), inhibition_payload(work, accumulation)
-    every, early = config.checkpoint.every, config.checkpoint.early
-    checkpoints = sum(is_due(done, steps, every, early) for done in range(steps + 1))
+    checkpoints, warning = disk_space(config, work.checkpoint_bytes)
     return [
         f"with micro-batch {micro_batch} and {accumulation} accumulation steps:",
-        f"step          {f'{step:,.2f} s' if step >= 1 else f'{step * 1e3:.3g} ms'}, {tokens / step:,.0f} tokens/s",
-        f"run           {steps:,} steps, {steps * tokens:,} tokens: {steps * step / 86400:,.2f} days,"
-        f" {steps * step * gpus / 3600:,.0f} GPU-hours",
+        f"step          {_span(_seconds(fast), _seconds(slow))},"
+        f" {_span(*(f'{tokens / step:,.0f}' for step in (slow, fast)))} tokens/s",
+        f"run           {steps:,} steps, {steps * tokens:,} tokens: {_span(*(f'{h / 24:,.2f}' for h in hours))} days,"
+        f" {_span(*(f'{h * gpus:,.0f}' for h in hours))} GPU-hours",
         f"traffic       a GPU sends in a step: gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B,"
         f" inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)",
-        f"checkpoint    {size:,.0f} B ({size / GIB:,.2f} GiB); {checkpoints:,} in the run",
+        f"checkpoints   {checkpoints}",
+        *([f"warning       {warning}"] if warning else []),
     ]

@@ -8,6 +8,17 @@ from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.models.counts import flops_per_token
 from l2e_ds.planning.work import Work
 
+MFU = (
+    (100e6, (0.10, 0.35), (0.06, 0.24)),  # no table was found: guesses below the next line's
+    (300e6, (0.26, 0.40), (0.17, 0.27)),
+    (600e6, (0.30, 0.46), (0.20, 0.31)),
+    (2e9, (0.32, 0.56), (0.24, 0.40)),
+    (float("inf"), (0.39, 0.62), (0.29, 0.45)),
+)
+"""Shares of the peak that steps of other programs reached: models below so many parameters, on A100s, on H100s. Nothing
+of it was measured by this project. docs/planning.md has the sources, and how the two ends follow from them."""
+FAST = 500  # TFLOP/s; a GPU with a higher peak is taken for an H100, any other for an A100
+
 
 @dataclass(frozen=True)
 class Traffic:
@@ -52,6 +63,12 @@ def traffic(work: Work, ranks: int, accumulation: int) -> Traffic:
         gradients = ring_all_reduce(size, ranks) * (accumulation if work.stage == 2 else 1)
         weights = gathered if work.stage else 0.0
     return Traffic(gradients, weights, ring_all_reduce(inhibition_payload(work, accumulation), ranks))
+
+
+def mfu_range(parameters: int, peak: float) -> tuple[float, float]:
+    """Return the lowest and the highest share of the peak to expect of a step. peak: of one GPU, TFLOP/s in bf16."""
+    of_a100, of_h100 = next(ranges for limit, *ranges in MFU if parameters < limit)
+    return of_h100 if peak > FAST else of_a100
 
 
 def step_flops(work: Work, global_batch: int) -> float:

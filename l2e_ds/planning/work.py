@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes
 from l2e_ds.config.sections import METHODS
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.errors import ConfigError
@@ -49,6 +50,11 @@ class Work:
     chunk: int  # tokens whose logits exist together
     collectives: str  # "none", "step", "forward" or "forward-exact": when statistics cross ranks
     projected: bool  # a regulariser with the projected loss
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Return the bytes of one checkpoint."""
+        return checkpoint_bytes(self.parameters, self.stage, self.element, len(self.hooked), self.neurons)
 
 
 def work_of(plan: Plan) -> Work:

@@ -32,7 +32,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "num
 @dataclass(frozen=True)
 class Resources:
     """Holds what the job asks SLURM for. time: as SLURM writes it; signal_seconds: the part of it to stop and save
-    in."""
+    in; extra: more options of sbatch; srun: more options of the srun that starts the ranks."""
 
     nodes: int
     gpus_per_node: int
@@ -44,6 +44,7 @@ class Resources:
     account: str | None
     qos: str | None
     extra: tuple[str, ...]
+    srun: tuple[str, ...]
 
     @property
     def ranks(self) -> int:
@@ -64,8 +65,14 @@ def add_resource_arguments(parser: argparse.ArgumentParser, required: bool) -> N
     parser.add_argument(
         "--signal-seconds", type=int, default=300, metavar="S", help="stop and save so long before the limit (300)"
     )
+    parser.add_argument(
+        "--srun-option", action="append", metavar="OPTION", help="for the srun that starts the ranks; may be repeated"
+    )
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help="after a crash, within one job (3)")
-    parser.epilog = "Options of sbatch follow `--`, e.g. `-- --cpus-per-task=12 --mem=0 --exclusive`."
+    parser.epilog = (
+        "Options of sbatch follow `--`, e.g. `-- --cpus-per-task=12 --mem=0 --exclusive`. An option of srun is joined"
+        " by `=`, e.g. `--srun-option=--container-image=FILE`."
+    )
 
 
 def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]:
@@ -93,12 +100,14 @@ def header(resources: Resources, name: str, folder: Path, log: str) -> list[str]
     return lines
 
 
-def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
+def script(comment: str, options: Sequence[str], command: Sequence[str], srun: Sequence[str]) -> str:
     """Return a batch script that runs these arguments of Python, with the launcher of ranks after `--`.
 
-    options: the `#SBATCH` lines. Values are quoted as a shell does, which is also how sbatch reads those lines.
+    options: the `#SBATCH` lines; srun: more options of the launcher. Values are quoted as a shell does, which is also
+    how sbatch reads those lines.
     """
     python = shlex.quote(sys.executable)
+    launcher = shlex.join(["srun", "--kill-on-bad-exit=0", "--wait=30", *srun])
     lines = [
         "#!/bin/bash",
         f"# {comment}",
@@ -106,7 +115,7 @@ def script(comment: str, options: Sequence[str], command: Sequence[str]) -> str:
         "",
         f"cd {shlex.quote(os.getcwd())} || exit 2",
         f"exec {python} {shlex.join(command)} \\",
-        f"    -- srun --kill-on-bad-exit=0 --wait=30 {python} -m l2e_ds.train",
+        f"    -- {launcher} {python} -m l2e_ds.train",
     ]
     return "\n".join(lines) + "\n"
 
@@ -158,6 +167,11 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         refuse_control_characters("submit", word)
     if extra and not extra[0].startswith("-"):
         raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
+    srun = tuple(arguments.srun_option or ())
+    for word in srun:
+        if not word.startswith("-"):  # srun would take it for the program
+            raise ConfigError(f"--srun-option: got {word!r}, allowed: an option of srun such as --mpi=pmix")
+        refuse_control_characters("--srun-option", word)
     return Resources(
         nodes=arguments.nodes,
         gpus_per_node=gpus,
@@ -169,6 +183,7 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         account=arguments.account,
         qos=arguments.qos,
         extra=extra,
+        srun=srun,
     )
 
 

@@ -72,6 +72,7 @@ def script(folder: Path, resources: Resources, restarts: int) -> str:
         f"Submission {number} of a run, made by `l2e-ds submit`; `sbatch` this file to resume it.",
         sbatch.header(resources, folder.absolute().parent.name, folder, "slurm-%j.log"),
         ["-m", "l2e_ds.slurm", "--restarts", str(restarts), str(folder / "run.yaml")],
+        resources.srun,
     )
 
 

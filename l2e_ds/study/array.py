@@ -49,6 +49,7 @@ def script(folder: Path, tasks: int, resources: Resources, restarts: int) -> str
         "Runs of a study, made by `l2e-ds study --slurm`; `sbatch` this file to resume them.",
         [f"#SBATCH --array=0-{tasks - 1}", *options],
         ["-m", "l2e_ds.study.array_task", "--restarts", str(restarts), str(folder / "list")],
+        resources.srun,
     )
 
 

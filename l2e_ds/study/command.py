@@ -28,7 +28,7 @@ from l2e_ds.training.preflight import Plan
 
 SLURM_ONLY = (
     *("nodes", "gpus_per_node", "tasks_per_node", "time", "signal_seconds"),
-    *("partition", "account", "qos", "job_name"),
+    *("partition", "account", "qos", "job_name", "srun_option"),
 )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
 from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
@@ -190,7 +191,18 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         ("method", what),
         ("layers", f"{', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}"),
         ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
+        *_checkpoints(plan, total, neurons),
     ]
+
+
+def _checkpoints(plan: Plan, parameters: int, neurons: int) -> list[tuple[str, str]]:
+    """Return what is to be said of the checkpoints' size; nothing for an optimizer whose states are unknown."""
+    if str(plan.ds.get("optimizer", {}).get("type", "AdamW")).lower() not in ("adam", "adamw"):
+        return []
+    hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
+    element = 4 if plan.config.training.precision == "fp32" else 2
+    line, warning = disk_space(plan.config, checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons))
+    return [("checkpoints", line), *([("warning", warning)] if warning else [])]
 
 
 def _unfound_batch(plan: Plan) -> str:

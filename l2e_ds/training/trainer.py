@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since, is_due, open_checkpoints, read_state
+from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since, open_checkpoints, read_state
+from l2e_ds.checkpoint.schedule import is_due
 from l2e_ds.checkpoint.state import TrainState, seed_everything
 from l2e_ds.config.batch import BatchArithmetic
 from l2e_ds.config.sections import RunConfig

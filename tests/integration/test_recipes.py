@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.engine.configuration import resolve, zero_stage
 from l2e_ds.inhibition import Inhibitor
@@ -43,6 +44,10 @@ def test_recipe_builds(path):
     assert (section.loss, section.power, section.strength, section.coefficient) == ("projected", 1, 0.2, None)
     if path.stem == "quickstart":
         return
+    parameters = sum(p.numel() for p in model.parameters())
+    every_step = 26 * checkpoint_bytes(parameters, zero_stage(ds), 2, len(sites), sites[0].neurons)
+    assert (every_step > 1e12) == (config.checkpoint.keep_last is not None)
+    assert config.checkpoint.early == (config.checkpoint.keep_last is None), "Pythia's early ones would be removed"
     assert (section.start, section.warmup) == (0.3, 0.2)
     if path.stem == "llama-70m":
         assert parameter_counts(network)[0] == 70_490_624

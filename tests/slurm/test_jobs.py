@@ -179,8 +179,10 @@ def test_what_sbatch_refuses_leaves_nothing_behind(site):
 def test_stopped_requeued_and_preempted_is_the_run_that_never_stopped(site):
     strange = 'runs/it\'s; touch pwned $(touch pwned) "x" %j'
     limited = site.limited
-    whole = site.submit(strange, "--time", "30:00", "--", "--comment=; touch pwned")
+    srun = "--srun-option=--output=task %t $(touch pwned).out"
+    whole = site.submit(strange, "--time", "30:00", srun, "--", "--comment=; touch pwned")
     site.finished(whole)
+    assert {path.name for path in site.folder.glob("task *")} == {f"task {n} $(touch pwned).out" for n in (0, 1)}
     expected = comparable(site.lines(strange))
     assert list(expected) == list(range(1, STEPS + 1))
     start = site.lines(strange, "start")[0]

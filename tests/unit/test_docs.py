@@ -7,8 +7,10 @@ import runpy
 import pytest
 import transformers
 
+from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
+from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.pythia import network_config
 from tests.processes import REPOSITORY
 
@@ -46,7 +48,12 @@ def test_table_of_recipes():
         rate, exponent = f"{config.optimizer.peak_learning_rate:.1e}".split("e")
         stage = re.search(r"zero(\d)", config.deepspeed.config)[1]
         share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
-        values = [shape, f"{rate}e{int(exponent)}", share, stage]
+        parameters, _ = parameter_counts(network)
+        element = 2 if config.training.precision == "bf16" else 4
+        one = checkpoint_bytes(parameters, int(stage), element, 2, network.intermediate_size)
+        kept, disk = re.match(r"(\d+) .*?kept, .* each: (.*?) on disk", disk_space(config, one)[0]).groups()
+        every = "" if config.checkpoint.keep_last else "all "
+        values = [shape, f"{rate}e{int(exponent)}", share, stage, f"{every}{kept}: {disk}"]
         assert rows[path.stem] == " | ".join(values), path.stem
 
 

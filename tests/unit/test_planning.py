@@ -1,5 +1,6 @@
 """`l2e-ds plan` against DeepSpeed's estimators, real networks and what autograd really keeps."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,14 +9,18 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import AutoModelForCausalLM
 
+from l2e_ds.checkpoint import schedule
 from l2e_ds.cli import main
+from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import ModelConfig
+from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.planning import memory, plan, speed
 from l2e_ds.planning.work import work_of as planned_work
 from l2e_ds.system.gpus import GPUS
+from l2e_ds.training import preflight
 from l2e_ds.training.loss import LossHead
 from l2e_ds.training.preflight import resolve_run
 
@@ -268,11 +273,103 @@ def test_prints_every_part(run_file, gpus, capsys):
         "days",
         "GPU-hours",
         "traffic",
-        "checkpoint",
+        "checkpoints   1 kept, ",
         "37% of 989.4",
         "predicted, not measured",
     ):
         assert word in output
+
+
+@pytest.mark.parametrize("parameters", [70e6, 160e6, 410e6, 1.4e9, 12e9])
+def test_share_of_the_peak_is_lower_for_small_models_and_on_fast_gpus(parameters):
+    for gpu in ("A100-80GB", "H100"):
+        low, high = speed.mfu_range(parameters, GPUS[gpu].peak)
+        assert 0 < low < high < 1
+        larger = speed.mfu_range(2.5 * parameters, GPUS[gpu].peak)
+        assert low <= larger[0] and high <= larger[1]
+    assert speed.mfu_range(parameters, GPUS["H200"].peak) < speed.mfu_range(parameters, GPUS["L40S"].peak)
+
+
+def test_time_is_a_range_without_a_given_share(run_file, capsys):
+    words = ["model.name=pythia-1b", "training.precision=bf16", "training.steps=9000", "--gpus", "8"]
+    assert main(["plan", str(run_file), *words, "--gpu", "A100-80GB"]) == 0
+    output = capsys.readouterr().out
+    flops = speed.step_flops(work_of(run_file, *words[:2], ranks=8), 1024)
+    fast, slow = (flops / (8 * 312e12 * share) for share in (0.56, 0.32))
+    assert f"step          {fast:,.2f} s to {slow:,.2f} s, " in output
+    assert f": {9000 * fast / 86400:,.2f} to {9000 * slow / 86400:,.2f} days" in output
+    assert "32% to 56% of 312 TFLOP/s in a step (published of other programs, not measured by this project" in output
+
+
+@pytest.mark.parametrize(
+    ("known", "written"),
+    [
+        ("H100", ["H100-80GB", "h100-sxm", "H100-SXM5-80GB", "NVIDIA H100 80GB HBM3", "H100 SXM"]),
+        ("H100-PCIe", ["NVIDIA H100 PCIe", "H100-80GB-PCIe"]),
+        ("H100-NVL", ["NVIDIA H100 NVL", "H100-NVL-94GB"]),
+        ("H200", ["NVIDIA H200", "H200-141GB", "H200-SXM"]),
+        ("A100-80GB", ["NVIDIA A100-SXM4-80GB", "A100 80GB PCIe", "a100_80gb", "A100-80G"]),
+        ("A100-40GB", ["NVIDIA A100-PCIE-40GB", "A100-40GB-SXM4"]),
+        ("V100-32GB", ["Tesla V100-SXM2-32GB", "V100-32GB"]),
+        ("RTX-4090", ["NVIDIA GeForce RTX 4090", "4090"]),
+        ("L4", ["NVIDIA L4"]),
+    ],
+)
+def test_gpus_by_the_names_that_people_write(known, written):
+    assert {plan.find_gpu(name)[0] for name in [*written, known]} == {known}
+
+
+def test_each_gpu_has_its_own_names():
+    assert [plan.find_gpu(name)[0] for name in GPUS] == list(GPUS)
+    for name in ("A100", "V100", "H1000", "A10G", "L40", "H200-NVL", ""):  # of two sizes, or of other chips
+        with pytest.raises(ConfigError, match=f"--gpu: got '{name}', allowed: B200, .*H100, .*RTX-4090"):
+            plan.find_gpu(name)
+
+
+# --- disk -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "line"),
+    [
+        ({}, "14 kept, 100.0 MB each: 1.4 GB on disk"),
+        ({"early": True}, "25 kept, 100.0 MB each: 2.5 GB on disk"),
+        ({"keep_last": 3}, "3 of 14 kept, 100.0 MB each: 300.0 MB on disk, 400.0 MB while one is written"),
+        ({"keep_last": 14}, "14 kept, 100.0 MB each: 1.4 GB on disk"),
+        ({"every": 0, "keep_last": 2}, "1 kept, 100.0 MB each: 100.0 MB on disk"),
+    ],
+)
+def test_disk_space_of_what_is_kept(run_file, tmp_path, section, line):
+    words = [f"checkpoint.{key}={str(value).lower()}" for key, value in section.items()]
+    config = load_run_config(run_file, ["training.steps=13500", f"training.run_directory={tmp_path}/run", *words])
+    assert schedule.disk_space(config, 100_000_000) == (line, None)
+
+
+def test_a_disk_that_is_too_small_is_said(run_file, tmp_path, capsys):
+    free = shutil.disk_usage(tmp_path).free
+    words = ["training.steps=13500", f"training.run_directory={tmp_path}/run"]
+    config = load_run_config(run_file, words)
+    assert schedule.disk_space(config, free // 15)[1] is None
+    _, warning = schedule.disk_space(config, free // 13)
+    assert warning.startswith(f"the disk of {tmp_path}/run on this machine has only ")
+    assert warning.endswith("checkpoint.keep_last=N keeps only the N newest")
+    # what is there already will be overwritten or removed: it counts as room
+    (tmp_path / "run/checkpoints/step00001000").mkdir(parents=True)
+    with (tmp_path / "run/checkpoints/step00001000/states.pt").open("wb") as file:
+        file.truncate(free // 10)  # takes no room
+    assert schedule.disk_space(config, free // 13)[1] is None
+    kept = load_run_config(run_file, [*words, "checkpoint.keep_last=1"])
+    assert schedule.disk_space(kept, free)[1].endswith("; give another run directory")
+
+    # both commands print the same line and the same warning
+    words += ["model.name=pythia-12b", "training.precision=bf16", "checkpoint.every=1"]
+    assert main(["plan", str(run_file), *words, "--gpus", "8", "--gpu", "H100-80GB"]) == 0
+    planned = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    dry_run = preflight.describe(resolve_run(run_file, words, 8, has_bf16=True))
+    dry = [" ".join(line.split()) for line in dry_run.splitlines()]
+    for label in ("checkpoints ", "warning "):
+        (line,) = [line for line in planned if line.startswith(label)]
+        assert line in dry
 
 
 def test_micro_batch_auto_is_the_largest_that_fits(run_file, capsys):

@@ -43,7 +43,9 @@ def refused(capsys, *words: str) -> str:
 def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
     """bash and sbatch read every word of the script as it was given, for any name of the run."""
     name = "runs/; rm -rf x '\"$(touch pwned) %j"
+    image = "--container-image=/images/my $image.sqsh"
     overrides = [f"training.run_directory={name}", "--dry-run", "--qos=high"]
+    overrides += [f"--srun-option={image}", "--srun-option=--mpi=pmix"]
     assert cli.main(["submit", "run.yaml", *overrides, *OPTIONS, "--", "--comment=a b", "--exclusive"]) == 0
     text = capsys.readouterr().out
     assert os.listdir() == ["run.yaml"]
@@ -61,7 +63,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
     script = text.replace(shlex.quote(sys.executable), shlex.quote(str(echo)))
     words = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.splitlines()
     assert words[:6] == ["-m", "l2e_ds.slurm", "--restarts", "3", f"{name}/submit-1/run.yaml", "--"]
-    assert words[6] == "srun" and words[-2:] == ["-m", "l2e_ds.train"]
+    srun = ["srun", "--kill-on-bad-exit=0", "--wait=30", image, "--mpi=pmix"]
+    assert words[6:] == [*srun, str(echo), "-m", "l2e_ds.train"]
     assert sorted(os.listdir()) == ["echo", "run.yaml"]
 
     assert cli.main(["submit", "run.yaml", "--gpus-per-node=4", "--time=2-0", "--dry-run"]) == 0
@@ -81,6 +84,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
         (["--job-name", "x\n#SBATCH --wrap=true"], "--job-name: got"),
         (["--partition", "a b"], "--partition: got 'a b'"),
         (["--restarts", "-1"], "--restarts: got -1"),
+        (["--srun-option=image"], "--srun-option: got 'image', allowed: an option of srun"),
+        (["--srun-option=--comment=a\nb"], "--srun-option: got '--comment=a\\nb'"),
         (["training.run_directory='a\nb'"], "submit: got"),
         (["training.run_directory=a\\b"], "backslash"),
         (["training.steps=0"], "training.steps"),

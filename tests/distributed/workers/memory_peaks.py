@@ -62,7 +62,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
         "predicted": predicted.total,
         "parts": asdict(predicted),
         "checkpoint": size,
-        "predicted_checkpoint": memory.checkpoint_bytes(work),
+        "predicted_checkpoint": work.checkpoint_bytes,
     }
 
 

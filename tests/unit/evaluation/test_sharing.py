@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import runpy
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
@@ -27,8 +30,8 @@ NETWORK = {"vocab_size": ROWS, "num_layers": 3, "hidden_size": 16, "num_heads": 
 HOSTILE = "a|b`c`<script>*\n# heading"
 
 
-def make_run(run: Path, changes: dict | None = None) -> Path:
-    """A run directory with one checkpoint, as a run under ZeRO-0 leaves it, without training."""
+def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (STEP,)) -> Path:
+    """A run directory with checkpoints, as a run under ZeRO-0 leaves it, without training."""
     content = {
         "model": {"name": "pythia-14m", **NETWORK},
         "data": {"source": "text", "path": "/home/somebody/secret/corpus", "train_tokenizer": ROWS},
@@ -42,15 +45,16 @@ def make_run(run: Path, changes: dict | None = None) -> Path:
         vocab_size=ROWS, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
     )
     network.save_pretrained(run / "model")
-    torch.manual_seed(0)
-    folder = run / "checkpoints" / f"step{STEP:08d}"
-    folder.mkdir(parents=True)
-    weights = folder / "mp_rank_00_model_states.pt"
-    torch.save({"module": AutoModelForCausalLM.from_config(network).state_dict()}, weights)
-    identity = {"zero_stage": 0, "precision": "fp32", "ranks": 2, "layers": [1, 2]}
-    state = {"train": {"step": STEP, "tokens": 5120}, "identity": identity, "config": config}
-    (folder / "state.json").write_text(json.dumps(state))
-    manifest.write_manifest(folder, manifest.secure(folder, [weights, folder / "state.json"]))
+    for step in steps:
+        torch.manual_seed(step)
+        folder = run / "checkpoints" / f"step{step:08d}"
+        folder.mkdir(parents=True)
+        weights = folder / "mp_rank_00_model_states.pt"
+        torch.save({"module": AutoModelForCausalLM.from_config(network).state_dict()}, weights)
+        identity = {"zero_stage": 0, "precision": "fp32", "ranks": 2, "layers": [1, 2]}
+        state = {"train": {"step": step, "tokens": 256 * step}, "identity": identity, "config": config}
+        (folder / "state.json").write_text(json.dumps(state))
+        manifest.write_manifest(folder, manifest.secure(folder, [weights, folder / "state.json"]))
     start = {"train_tokens": 2560, "versions": {"torch": HOSTILE}, "git": {"commit": "0123abc", "changed": False}}
     figures = {"layer1/mean_s": 0.5, "layer1/selected_score": 11.0, "layer1/tau": 6.0}
     lines = [
@@ -145,18 +149,39 @@ def test_card_code_loads_the_model(tmp_path, monkeypatch, capsys):
 
 
 class Hub(ThreadingHTTPServer):
-    """What huggingface_hub asks for when a folder is uploaded. `refuses`: the path that is answered with 403."""
+    """What huggingface_hub asks for when folders are uploaded, of one repository, `me/model`.
+
+    refuses: the path that is answered with 403; branches: the files of each; commits: the branch of each.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.refuses = ""
         self.tokens: set[str] = set()
         self.created: list[dict] = []
-        self.files: dict[str, bytes] = {}
+        self.branches: dict[str, dict[str, bytes]] = {"main": {}}
+        self.commits: list[str] = []
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.branches["main"]
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+
+MODEL = "/api/models/me/model"
+
+
+def listed(path: str, content: bytes) -> dict:
+    """How the hub lists a file: by git's id, and one in large-file storage also by its SHA-256."""
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    file = {"type": "file", "path": path, "size": len(content), "oid": git}
+    if path.endswith(".safetensors"):
+        file["oid"] = "0" * 40  # of the pointer
+        file["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
+    return file
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -190,21 +215,33 @@ class Answer(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             hub.created.append(json.loads(body))
             self._send(200, {"url": f"{hub.address}/me/{json.loads(body)['name']}"})
-        elif path == "/api/models/me/model/preupload/main":
+        elif path.startswith(f"{MODEL}/preupload/"):
             given = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
             files = [{"path": file["path"], **given} for file in json.loads(body)["files"]]
             self._send(200, {"files": files})
-        elif path == "/api/models/me/model/commit/main":
+        elif path.startswith(f"{MODEL}/commit/"):
+            branch = path.rpartition("/")[2]
+            hub.commits.append(branch)
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    hub.branches[branch][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del hub.branches[branch][line["value"]["path"]]
             self._send(200, {"commitUrl": f"{hub.address}/me/model/commit/1", "commitOid": "1"})
+        elif path == f"{MODEL}/refs":
+            names = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": "1"} for name in hub.branches]
+            self._send(200, {"branches": names, "converts": [], "tags": []})
+        elif path.startswith(f"{MODEL}/branch/"):
+            hub.branches[path.rpartition("/")[2]] = dict(hub.files)
+            self._send(200, {})
+        elif path.startswith(f"{MODEL}/tree/"):
+            self._send(200, [listed(*file) for file in hub.branches[path.rpartition("/")[2]].items()])
         elif path == "/api/validate-yaml":
             self._send(200, {"errors": [], "warnings": []})
         else:
             self._send(404, {"error": f"the test's hub does not know {self.command} {path}"})
 
-    def _send(self, status: int, content: dict) -> None:
+    def _send(self, status: int, content: dict | list) -> None:
         self.send_response(status)
         data = json.dumps(content).encode()
         self.send_header("Content-Type", "application/json")
@@ -255,6 +292,100 @@ def test_an_upload_that_fails_leaves_the_folder(hub, tmp_path, capsys):
     assert "answers 403: the token may not do this" in line
     assert line.endswith(f"push it by: hf upload me/model {output}")
     assert (output / "model.safetensors").is_file() and not hub.files
+
+
+ALL = ("--push", "me/model", "--all-checkpoints")
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch) -> Iterator[Path]:
+    """The folder of temporary files, which must be empty in the end."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not any(folder.iterdir())
+
+
+def test_push_all_checkpoints(hub, scratch, tmp_path, capsys):
+    """Each step is a branch with its own weights and card, and the last is main, which an earlier push had filled."""
+    hub.files.update({".gitattributes": b"", "model-00001-of-00002.safetensors": b"old", "config.json": b"{}"})
+    run = make_run(tmp_path / "run", steps=(0, 10, 20))
+    assert main(["export", str(run), *ALL, "--private"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        *("pushed step0 (1 of 3)", "pushed step10 (2 of 3)", "pushed step20 (3 of 3)", "pushed main, which is step 20"),
+        f"3 checkpoints pushed to {hub.address}/me/model; 0 passed over, which were there with the same content",
+    ]
+    assert hub.branches.keys() == {"main", "step0", "step10", "step20"}
+    assert hub.created[0]["visibility"] == "private" and hub.tokens == {"Bearer hf_of_the_test"}
+    for branch, content in hub.branches.items():
+        assert {"README.md", "config.json", "model.safetensors", "l2e_run.yaml", ".gitattributes"} <= content.keys()
+        assert not any(name.endswith((".pt", ".bin", ".pkl", "00002.safetensors")) for name in content)
+        step = int(branch.removeprefix("step")) if branch != "main" else 20
+        assert yaml.safe_load(content["l2e_run.yaml"])["step"] == step
+        card = content["README.md"].decode()
+        load = "from_pretrained(where)" if branch == "main" else f'from_pretrained(where, revision="{branch}")'
+        assert load in card and f"This is step {step} " in card
+        assert ("named as `revision`: step0, step10, step20." in card) == (branch == "main")
+    weights = {branch: content["model.safetensors"] for branch, content in hub.branches.items()}
+    assert weights["main"] == weights["step20"] and len(set(weights.values())) == 3
+
+
+def test_push_all_checkpoints_resumes(hub, scratch, tmp_path, capsys):
+    """What is there with the same content is passed over, and nothing else."""
+    run = make_run(tmp_path / "run", steps=(0, 10, 20))
+    hub.refuses = "/commit/step10"
+    assert main(["export", str(run), *ALL]) == 2
+    said = capsys.readouterr()
+    assert said.out == "pushed step0 (1 of 3)\n"
+    assert said.err.count("\n") == 1 and "answers 403" in said.err
+    assert said.err.endswith("the token may not do this; the same command resumes\n")
+    assert hub.commits == ["step0"]
+
+    def again() -> str:
+        hub.refuses = ""
+        hub.commits.clear()
+        assert main(["export", str(run), *ALL]) == 0
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert again().startswith("2 checkpoints pushed") and hub.commits == ["step10", "step20", "main"]
+    whole = {branch: dict(content) for branch, content in hub.branches.items()}
+    assert "0 checkpoints pushed" in (line := again()) and "; 3 passed over" in line and not hub.commits
+    hub.branches["step0"]["model.safetensors"] += b"x"  # in large-file storage
+    hub.branches["step10"]["config.json"] += b"x"
+    hub.branches["step20"]["more"] = b""
+    del hub.branches["main"]["l2e_run.yaml"]
+    assert "3 checkpoints pushed" in again() and hub.commits == ["step0", "step10", "step20", "main"]
+    assert hub.branches == whole
+
+
+def test_a_damaged_checkpoint_is_not_pushed(hub, scratch, tmp_path, capsys):
+    run = make_run(tmp_path / "run", steps=(0, 10, 20))
+    for step in (0, 20):
+        weights = run / f"checkpoints/step{step:08d}/mp_rank_00_model_states.pt"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert main(["export", str(run), *ALL]) == 2
+    said = capsys.readouterr()
+    lines = said.err.splitlines()
+    assert len(lines) == 3 and "step00000000: mp_rank_00_model_states.pt" in lines[0] and "not pushed" in lines[1]
+    assert lines[2].endswith("damaged and not pushed: step00000000, step00000020")
+    assert said.out.startswith("pushed step10 (2 of 3)\npushed main, which is step 10\n1 checkpoints pushed")
+    assert hub.branches.keys() == {"main", "step10"}
+
+
+def test_all_checkpoints_of_what(hub, scratch, tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "empty/checkpoints").mkdir(parents=True)
+    assert "--all-checkpoints: goes with --push" in refused(capsys, run, "--all-checkpoints")
+    assert "--output: does not go with --all-checkpoints" in refused(capsys, run, *ALL, "--output", tmp_path / "out")
+    assert "--step: does not go with --all-checkpoints" in refused(capsys, run, *ALL, "--step", 20)
+    assert "is not a run directory" in refused(capsys, run / f"checkpoints/step{STEP:08d}", *ALL)
+    assert "has no checkpoint" in refused(capsys, tmp_path / "empty", *ALL)
+    assert "--license: got" in refused(capsys, run, *ALL, "--license", "My own")
+    assert "--output: is required" in refused(capsys, run)
+    hub.refuses = "/api/repos/create"
+    assert refused(capsys, run, *ALL).endswith("the token may not do this; the same command resumes")
+    assert not hub.commits
 
 
 def test_what_is_known_before_the_export(hub, tmp_path, monkeypatch, capsys):

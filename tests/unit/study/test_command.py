@@ -55,6 +55,7 @@ def refused(capsys, *words: str) -> str:
         (["--restarts", "-1"], "--restarts: got -1"),
         (["--time", "1:00:00"], "--time: is for --slurm"),
         (["--nodes", "1"], "--nodes: is for --slurm"),
+        (["--srun-option=--mpi=pmix"], "--srun-option: is for --slurm"),
         (["--signal-seconds", "300"], "--signal-seconds: is for --slurm"),
         (["--directory", ""], "--directory: got '', allowed: a folder"),
         (["--directory", "", "--collect"], "--directory: got '', allowed: a folder"),
@@ -128,13 +129,14 @@ def test_dry_run_says_how_far_runs_are_and_writes_nothing(here, capsys):
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
     # of an array job also the script, for the runs that are left; quoted as a shell reads it
-    assert cli.main(["study", "study.yaml", "--dry-run", *SLURM, "--", "--comment=a b"]) == 0
+    assert cli.main(["study", "study.yaml", "--dry-run", *SLURM, "--srun-option=--mpi=a b", "--", "--comment=a b"]) == 0
     text = capsys.readouterr().out
     assert "2 micro-batch x 2 ranks" in text
     options = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("#SBATCH")]
     assert ["--nodes=1"] in options and any("@300" in word for words in options for word in words)  # the defaults
     assert ["--array=0-4"] in options and ["--comment=a b"] in options and ["--requeue"] in options
     assert "-m l2e_ds.study.array_task --restarts 3 out/slurm-N/list" in text
+    assert "    -- srun --kill-on-bad-exit=0 --wait=30 '--mpi=a b' " in text
     assert {path: path.stat().st_mtime_ns for path in here.rglob("*")} == before
 
 

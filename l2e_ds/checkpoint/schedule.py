@@ -1,0 +1,71 @@
+"""Tell when checkpoints are due, and what they take of the disk. Imports nothing slow: a dry run reads it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from l2e_ds.config.sections import RunConfig
+
+MASTER = 4  # bytes of a float32 master weight
+MOMENTS = 8  # bytes of Adam's two float32 moments
+
+
+def is_due(step: int, last: int, every: int, early: bool) -> bool:
+    """Return whether a checkpoint is due after `step` steps: at the end, every N, and early as Pythia (0, 1, 2, 4 ...
+    512)."""
+    if step == last or (every and step % every == 0 and step > 0):
+        return True
+    return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
+
+
+def checkpoint_bytes(parameters: int, stage: int, element: int, hooked: int, neurons: int) -> int:
+    """Return the bytes of one checkpoint of a run with Adam or AdamW.
+
+    stage: of ZeRO; element: bytes of a weight in the network; hooked: number of inhibited layers; neurons: of one
+    layer, N.
+
+    Master weights and Adam's moments are 12 bytes a parameter, and the network's weights `element` bytes, left out by
+    stage 3; in float32 stage 0 has one copy of the weights. Inhibition's state is 3 N + 3 float64 a layer.
+    """
+    states = MOMENTS + (0 if stage == 0 and element == 4 else MASTER)
+    weights = 0 if stage == 3 else element
+    return parameters * (states + weights) + hooked * (3 * neurons + 3) * 8
+
+
+def disk_space(config: RunConfig, size: int) -> tuple[str, str | None]:
+    """Return what the checkpoints of a run take of the disk, as one line, and a warning if it has less, or None.
+
+    size: bytes of one checkpoint.
+    """
+    steps, section = config.training.steps, config.checkpoint
+    written = sum(is_due(done, steps, section.every, section.early) for done in range(steps + 1))
+    kept = min(written, section.keep_last or written)
+    most = min(written, kept + 1) * size  # one is removed only when the next is published
+    line = f"{kept:,} kept, {_readable(size)} each: {_readable(kept * size)} on disk"
+    if kept < written:
+        line = f"{kept:,} of {written:,}{line.removeprefix(f'{kept:,}')}, {_readable(most)} while one is written"
+    directory = Path(config.training.run_directory)
+    room = _room(directory)
+    if room is None or most <= room:
+        return line, None
+    remedy = "checkpoint.keep_last=N keeps only the N newest" if kept == written else "give another run directory"
+    return line, f"the disk of {directory} on this machine has only {_readable(room)} for them; {remedy}"
+
+
+def _readable(size: float) -> str:
+    """Return bytes as a short text, in powers of 1,000 as disks are sold."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9)):
+        if size >= scale:
+            return f"{size / scale:,.1f} {unit}"
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _room(run_directory: Path) -> int | None:
+    """Return the bytes free on the disk of a run directory, with those of its present checkpoints; None: unknown."""
+    try:
+        place = next(path for path in (run_directory, *run_directory.absolute().parents) if path.exists())
+        own = (path.stat().st_size for path in (run_directory / "checkpoints").rglob("*") if path.is_file())
+        return shutil.disk_usage(place).free + sum(own)
+    except OSError:  # a name that no folder can have: only a run on this machine refuses it
+        return None
