@@ -327,6 +327,25 @@ def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
         assert torch.equal(logits, expected)
 
 
+@stages
+def test_generated_text_is_the_run_s(runs, tasks, tmp_path, capsys, stage):
+    """From the shards of both ranks: the likeliest tokens by the exported model, each from the whole text before it."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    run, words = runs / f"straight{stage}", str(tasks / "words.json")
+    options = ["--tokenizer", words, "--tokens", "9", "--temperature", "0"]
+    assert main(["generate", str(run), "--prompt", "w3 w4", *options]) == 0
+    said = capsys.readouterr().out
+    export(run, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words)
+    ids = tokenizer("w3 w4")["input_ids"]
+    with torch.no_grad():
+        for _ in range(9):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert said.splitlines()[-1] == tokenizer.decode(ids).removeprefix("w3 w4")
+
+
 @pytest.mark.parametrize("name", in_short(["-fp16"], ["-bf16", "-fp16", "3-bf16"]))
 def test_exported_master_weights_round_to_the_engine_s(runs, name):
     """`--precision fp32` writes the float32 master weights; rounded, they are what the engine computed with."""
