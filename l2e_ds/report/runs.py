@@ -25,6 +25,7 @@ from l2e_ds.run_directory.metrics import (
     layers_of,
     of_kind,
     read_lines,
+    texts_of,
 )
 from l2e_ds.run_directory.results import TaskResult, read_results
 from l2e_ds.study.definition import INDEX
@@ -109,6 +110,11 @@ class Run:
     def sets(self) -> list[str]:
         """The sets of a mixture of which its newest evaluation has the held-out loss."""
         return [key.partition("/")[2] for key in (self.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of `evaluation.texts` of which its newest evaluation has the loss."""
+        return texts_of((self.evaluations or [{}])[-1])
 
     @property
     def comparison_layers(self) -> list[int]:

@@ -12,7 +12,7 @@ from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
 from l2e_ds.console import aligned
 from l2e_ds.errors import DataError
 from l2e_ds.run_directory.configuration import check_folder, read_config
-from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines
+from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines, texts_of
 from l2e_ds.training import guard
 
 
@@ -48,6 +48,9 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
             losses = " -> ".join(_loss(line.get(f"held_out_loss/{name}")) for line in (first, final))
             tokens = last.get(f"tokens/{name}")
             rows.append((f"  of {name}", losses if tokens is None else f"{losses} ({tokens:,} tokens)"))
+        for name in texts_of(final):
+            losses = " -> ".join(_loss(line.get(f"text_loss/{name}")) for line in (first, final))
+            rows.append((f"text {name}", f"{losses} ({_loss(final[f'text_bits_per_byte/{name}'])} bits a byte)"))
     if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:

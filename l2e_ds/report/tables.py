@@ -9,6 +9,7 @@ import csv
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, groupby
@@ -142,6 +143,7 @@ def all_tables(page: Collection) -> list[Table]:
         _runs(page),
         _layers(page),
         _sets(page),
+        _texts(page),
         differences(page),
         machines(page),
         evaluations(page),
@@ -477,6 +479,28 @@ def _sets(page: Collection) -> Table:
     ]
     note = "LM loss on the held-out text of each set of the mixture, nats/token; tokens and epochs of it trained on."
     return Table("sets", "Each set of the mixture", note, columns, rows)
+
+
+def _texts(page: Collection) -> Table:
+    """Return a row for each run and text of `evaluation.texts`."""
+    rows = []
+    for run in page.runs:
+        for name in run.texts:
+            losses = first_and_last(run.evaluations, f"text_loss/{name}")
+            bits = first_and_last(run.evaluations, f"text_bits_per_byte/{name}")
+            perplexity = None if losses[1] is None or losses[1] > 700 else math.exp(losses[1])
+            rows.append([run.name, name, *losses, perplexity, *bits])
+    columns = [
+        Column("run"),
+        Column("text"),
+        Column("first", ".4f", "LM loss"),
+        Column("last", ".4f", "LM loss"),
+        Column("perplexity, last", ".4g"),
+        Column("first", ".4f", "bits a byte"),
+        Column("last", ".4f", "bits a byte"),
+    ]
+    note = "Texts of evaluation.texts, at the first and the last held-out evaluation. LM loss in nats/token."
+    return Table("texts", "Each evaluated text", note, columns, rows)
 
 
 # --- what was run ------------------------------------------------------------------------------------------------

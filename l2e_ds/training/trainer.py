@@ -21,7 +21,7 @@ from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since
 from l2e_ds.checkpoint.state import TrainState, seed_everything
 from l2e_ds.config.batch import BatchArithmetic
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.data import PreparedData, TrainingSequences
+from l2e_ds.data import PreparedData, PreparedText, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.engine.engine import is_plain_float32, learning_rate, loss_scale, set_learning_rate
@@ -34,7 +34,7 @@ from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import build_training_stack, forward_and_backward
-from l2e_ds.training.held_out import evaluate
+from l2e_ds.training.held_out import evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.streams import StreamedSequences
@@ -79,10 +79,13 @@ class Trainer:
         device: torch.device,
         tasks: TaskEvaluation | None = None,
         checkpoints: CheckpointManager | None = None,
+        texts: Sequence[PreparedText] = (),
     ) -> None:
-        """network: the Hugging Face configuration of the model; data: the sets; checkpoints: of `open_checkpoints`.
-        Builds everything; resumes if there is something to resume. Collective. Raises CheckpointError."""
+        """network: the Hugging Face configuration of the model; data: the sets; checkpoints: of `open_checkpoints`;
+        texts: to evaluate beside the held-out text. Builds everything; resumes if there is something to resume.
+        Collective. Raises CheckpointError."""
         self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
+        self.texts = texts
         self.held_out = [part for part in data if part.held_out is not None]
         self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
@@ -316,9 +319,16 @@ class Trainer:
                 self.batch.micro_batch,
                 preemption.stop_if_asked,
             )
+            if self.texts:
+                values |= evaluate_texts(
+                    self.engine, self.head, self.texts, self.batch.micro_batch, preemption.stop_if_asked
+                )
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
-            self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+            shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in self.texts[:4]]
+            self.metrics.say(
+                f"step {self.state.step}  " + ", ".join([f"held-out loss {values['held_out_loss']:.4f}", *shown])
+            )
             if self.is_guarded:
                 self._judge(values)
 

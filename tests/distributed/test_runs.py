@@ -16,7 +16,8 @@ from l2e_ds.export.export import export
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.results import FILE, read_results
 from l2e_ds.training.monitors import WANDB_ID
-from tests.distributed.training_case import STRENGTH, Interruption, TrainingCase, zero
+from tests.distributed.training_case import LENGTH, STRENGTH, Interruption, TrainingCase, zero
+from tests.distributed.workers.train_cases import texts
 from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
@@ -56,6 +57,7 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
         found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
         if stage in SHORT_STAGES:
+            found[f"texts{stage}"] = TrainingCase(zero(stage), texts=True)
             found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation))
             every_8 = zero(stage, checkpoint={"every": 8})
             found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
@@ -174,6 +176,34 @@ def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(evaluated, kind)) == timeless(metric_lines(plain, kind))
     _same_checkpoint(plain, evaluated)
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_evaluated_texts_leave_a_run_as_it_is(runs, metric_lines, tmp_path, stage):
+    """To the bit. Their losses are those of the exported model: all sequences, and nothing of the rest."""
+    from transformers import AutoModelForCausalLM
+
+    plain, evaluated = runs / f"straight{stage}", runs / f"texts{stage}"
+    assert timeless(metric_lines(evaluated)) == timeless(metric_lines(plain))
+    lines = metric_lines(evaluated, "evaluation")
+    without = [{key: value for key, value in line.items() if not key.startswith("text_")} for line in lines]
+    assert without == metric_lines(plain, "evaluation")
+    _same_checkpoint(plain, evaluated)
+
+    export(evaluated, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    for text, count in zip(texts(), (11, 1), strict=True):
+        tokens = torch.from_numpy(text.dataset.tokens.astype("int64"))
+        losses = []
+        for index in range(count):
+            row = tokens[index * LENGTH : (index + 1) * LENGTH + 1]
+            with torch.no_grad():
+                chances = model(row[None, :-1]).logits[0].log_softmax(-1)
+            losses += chances.gather(1, row[1:, None]).neg().flatten().tolist()
+        loss = sum(losses) / len(losses)
+        assert lines[-1][f"text_loss/{text.name}"] == pytest.approx(loss, rel=1e-5)
+        assert lines[-1][f"text_bits_per_byte/{text.name}"] == pytest.approx(loss * math.log2(math.e) / 3, rel=1e-5)
+        assert lines[0][f"text_loss/{text.name}"] > lines[-1][f"text_loss/{text.name}"] or text.name == "single"
 
 
 @pytest.mark.full

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.distributed import collectives, launch, process_group
@@ -103,6 +103,15 @@ def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedD
     return sets
 
 
+def texts() -> list[PreparedText]:
+    """Two texts, of eleven sequences and a rest, and of one sequence."""
+    arrays = {"long": tokens(11 * LENGTH + 8, 100), "single": tokens(LENGTH + 1, 101)}
+    return [
+        PreparedText(name, TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, name), num_bytes=3 * len(array))
+        for name, array in arrays.items()
+    ]
+
+
 def make_trainer(
     case: TrainingCase, directory: Path, device: torch.device, sections: dict | None = None, steps: int | None = None
 ) -> Trainer:
@@ -130,7 +139,7 @@ def make_trainer(
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
         tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
-    return Trainer(config, ds, batch, network, sets, device, tasks)
+    return Trainer(config, ds, batch, network, sets, device, tasks, texts=texts() if case.texts else ())
 
 
 def make_loss_non_finite(rank: int, steps: Sequence[int], trainer: Trainer) -> None:

@@ -61,6 +61,11 @@ def test_figures_that_are_not_finite(tmp_path, capsys):
     assert "shrank" not in text
 
 
+def test_texts(tmp_path, capsys):
+    text = summary(write_run(tmp_path / "l2e", evaluation__texts=[{"name": "own", "source": "stdlib"}]), capsys)
+    assert re.search(r"^text own +9\.0000 -> 6\.0000 \(1\.2500 bits a byte\)$", text, re.M)
+
+
 def test_layers_since_inhibition_began(tmp_path, capsys):
     """Inhibition begins at 30 of 100 steps; mean S decreases linearly."""
     run = write_run(tmp_path / "l2e", shrink=0.8, inhibition__start=0.3)
