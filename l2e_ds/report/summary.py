@@ -49,8 +49,10 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
             tokens = last.get(f"tokens/{name}")
             rows.append((f"  of {name}", losses if tokens is None else f"{losses} ({tokens:,} tokens)"))
         for name in texts_of(final):
-            losses = " -> ".join(_loss(line.get(f"text_loss/{name}")) for line in (first, final))
-            rows.append((f"text {name}", f"{losses} ({_loss(final[f'text_bits_per_byte/{name}'])} bits a byte)"))
+            key = f"text_loss/{name}"
+            since = next(line for line in evaluations if key in line)  # a resumed run may have added it
+            losses = f"{_loss(since[key])} (step {since['step']}) -> {_loss(final[key])} (step {final['step']}"
+            rows.append((f"text {name}", f"{losses}, {_loss(final[f'text_bits_per_byte/{name}'])} bits a byte)"))
     if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:

@@ -486,8 +486,9 @@ def _texts(page: Collection) -> Table:
     rows = []
     for run in page.runs:
         for name in run.texts:
-            losses = first_and_last(run.evaluations, f"text_loss/{name}")
-            bits = first_and_last(run.evaluations, f"text_bits_per_byte/{name}")
+            lines = [line for line in run.evaluations if f"text_loss/{name}" in line]  # a resumed run may have added it
+            losses = first_and_last(lines, f"text_loss/{name}")
+            bits = first_and_last(lines, f"text_bits_per_byte/{name}")
             perplexity = None if losses[1] is None or losses[1] > 700 else math.exp(losses[1])
             rows.append([run.name, name, *losses, perplexity, *bits])
     columns = [

@@ -378,9 +378,8 @@ def test_mixture(tmp_path):
 
 
 def test_texts(tmp_path):
-    found = table(
-        runs.read([write_run(tmp_path / "l2e", evaluation__texts=[{"name": "own", "source": "stdlib"}])]), "texts"
-    )
+    run = write_run(tmp_path / "l2e", evaluation__texts=[{"name": "own", "source": "stdlib"}])
+    found = table(runs.read([run]), "texts")
     assert found.rows == [["l2e", "own", 9.0, 6.0, pytest.approx(math.exp(6)), 2.0, 1.25]]
     assert [column.full_head for column in found.columns][3:] == [
         *("LM loss: last", "perplexity, last", "bits a byte: first", "bits a byte: last")
