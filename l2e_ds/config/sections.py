@@ -524,6 +524,10 @@ class EvaluationConfig(Section):
     texts: list[TextConfig] | None = Field(None, min_length=1)
     """Texts of which every held-out evaluation (`training.evaluate_every`) gives the loss, whole; the run does not
     train on them. Independent of the keys above."""
+    samples: list[str] = []
+    """Prompts that every held-out evaluation continues, into `samples.jsonl` in the run directory."""
+    sample_tokens: int = Field(64, gt=0)
+    """Tokens of each continuation."""
 
     @model_validator(mode="after")
     def _tasks_and_shots(self) -> EvaluationConfig:
@@ -606,14 +610,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _texts_are_evaluated(self) -> RunConfig:
-        if self.evaluation.texts is None:
+        key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
+        if key is None:
             return self
         if not self.training.evaluate_every:
-            raise ValueError("training.evaluate_every: got 0 with evaluation.texts, allowed: an integer > 0")
+            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
         if not any(part.held_out for _, _, part in self.data.parts()):
-            raise ValueError("data.held_out: got 0 with evaluation.texts, allowed: a number > 0")
+            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
         if self.data.tokenizer is None and self.data.train_tokenizer is None:
-            raise ValueError("data.tokenizer is required with evaluation.texts")
+            raise ValueError(f"data.tokenizer is required with evaluation.{key}")
         return self
 
     def dump(self) -> str:

@@ -66,18 +66,16 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     network = network_config(source)
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
-    prompts = [_encode(prompt, tokenizer, network, arguments) for prompt in arguments.prompt]
+    prompts = [encode_prompt(text, tokenizer, network, arguments.tokens, source.given) for text in arguments.prompt]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_causal_model(source, arguments.precision)[0].eval().to(device)
     settings = _settings(arguments, model, tokenizer)
     choice = f"temperature {arguments.temperature:g}, top-p {arguments.top_p:g}, seed {arguments.seed}"
     for number, (prompt, ids) in enumerate(zip(arguments.prompt, prompts, strict=True)):
         new = _continue(model, ids, settings, arguments.seed, source.given)
-        before = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        whole = tokenizer.decode(ids + new, clean_up_tokenization_spaces=False)
         print("\n" * (number > 0) + f"{source.label}, prompt: {prompt!r}")
         print(f"continuation of {len(new)} tokens ({choice if settings.do_sample else 'the likeliest'}):")
-        print(whole.removeprefix(before), flush=True)
+        print(decode_continuation(ids, new, tokenizer), flush=True)
     return 0
 
 
@@ -91,30 +89,39 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
 
 
-def _encode(
-    prompt: str, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig, arguments: argparse.Namespace
+def encode_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig, tokens: int, model: str
 ) -> list[int]:
-    """Return a prompt's tokens, at least one. Raises ConfigError if the model cannot continue them."""
+    """Return a prompt's tokens, at least one.
+
+    tokens: how many will follow; model: what errors call it. Raises ConfigError, about `--prompt` or `--tokens`, if the
+    model cannot continue them.
+    """
     try:
         ids = list(tokenizer(prompt)["input_ids"])
     except TypeError:  # what the shell passes on without being text
-        raise ConfigError(f"--prompt: {prompt!r} is not UTF-8 text") from None
+        raise ConfigError(f"{prompt!r} is not UTF-8 text", where="--prompt") from None
     if not ids:
         end = find_end_of_text(tokenizer)
         if end is None:
-            raise ConfigError(f"--prompt: {prompt!r} has no tokens, and the tokenizer no end of text to begin after")
+            problem = f"{prompt!r} has no tokens, and the tokenizer no end of text to begin after"
+            raise ConfigError(problem, where="--prompt")
         ids = [end]
     if max(ids) >= network.vocab_size:
         raise ConfigError(
-            f"{arguments.model}: its tokenizer gives token {max(ids)}, its vocabulary has {network.vocab_size} rows"
+            f"its tokenizer gives token {max(ids)}, its vocabulary has {network.vocab_size} rows", where=model
         )
     longest = getattr(network, "max_position_embeddings", None)
-    if longest is not None and len(ids) + arguments.tokens > longest:
-        raise ConfigError(
-            f"--tokens: got {arguments.tokens} after a prompt of {len(ids)}, {arguments.model} takes at most {longest}"
-            " tokens"
-        )
+    if longest is not None and len(ids) + tokens > longest:
+        problem = f"got {tokens} after a prompt of {len(ids)}, {model} takes at most {longest} tokens"
+        raise ConfigError(problem, where="--tokens")
     return ids
+
+
+def decode_continuation(ids: list[int], new: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the text of the tokens `new` after those of a prompt, with blanks between the two."""
+    before, whole = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (ids, ids + new))
+    return whole.removeprefix(before)
 
 
 def _settings(

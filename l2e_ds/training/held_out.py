@@ -62,7 +62,7 @@ def evaluate(
                 weight = of_tokens(real & (owners == owner))
                 sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])
 
-    with _evaluating(engine):
+    with evaluating(engine):
         scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     collectives.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
@@ -89,7 +89,7 @@ def evaluate_texts(
     counts = np.array([len(dataset) for dataset in datasets])
     # of every sequence, so that the order in which they are added does not depend on the number of ranks
     sums = torch.zeros(int(counts.sum()), dtype=torch.float64, device=engine.device)
-    with _evaluating(engine):
+    with evaluating(engine):
         for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(micro_batch, -1).double().sum(1)
             sums[rows[real]] = losses[: real.sum()]
@@ -102,7 +102,7 @@ def evaluate_texts(
 
 
 @contextlib.contextmanager
-def _evaluating(engine: Any) -> Iterator[None]:
+def evaluating(engine: Any) -> Iterator[None]:
     """Put the engine into evaluation mode, without compiled code, and back."""
     engine.eval()
     try:

@@ -23,6 +23,7 @@ from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.preflight import Plan
 from l2e_ds.training.records import described_texts, freeze, record_circumstances
+from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
 
@@ -76,12 +77,15 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     for part in data:
         if part.tokenizer is not None:
             take_special_tokens(plan.network, part.tokenizer)
+    samples = collectives.all_work(lambda: load_samples(config, plan.network, data))
     heartbeat.progress("loading evaluation tasks")
     tasks = load_task_evaluation(config, data)
     heartbeat.progress("building the model")
     trainer, begun = None, 0
     try:
-        with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints, texts) as trainer:
+        with Trainer(
+            config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints, texts, samples
+        ) as trainer:
             begun = trainer.state.step
             if collectives.is_main():
                 # only now: a refused resume must leave the run as it was

@@ -37,6 +37,7 @@ from l2e_ds.training.building import build_training_stack, forward_and_backward
 from l2e_ds.training.held_out import evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
+from l2e_ds.training.samples import Samples
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
 
@@ -80,12 +81,13 @@ class Trainer:
         tasks: TaskEvaluation | None = None,
         checkpoints: CheckpointManager | None = None,
         texts: Sequence[PreparedText] = (),
+        samples: Samples | None = None,
     ) -> None:
         """network: the Hugging Face configuration of the model; data: the sets; checkpoints: of `open_checkpoints`;
-        texts: to evaluate beside the held-out text. Builds everything; resumes if there is something to resume.
+        texts, samples: for each held-out evaluation. Builds everything; resumes if there is something to resume.
         Collective. Raises CheckpointError."""
         self.config, self.ds, self.batch, self.device, self.tasks = config, ds, batch, device, tasks
-        self.texts = texts
+        self.texts, self.samples = texts, samples
         self.held_out = [part for part in data if part.held_out is not None]
         self.run_directory = Path(config.training.run_directory)
         self.state = TrainState()
@@ -323,6 +325,8 @@ class Trainer:
                 values |= evaluate_texts(
                     self.engine, self.head, self.texts, self.batch.micro_batch, preemption.stop_if_asked
                 )
+            if self.samples is not None:
+                self.samples.write(self.engine, self.state, preemption.stop_if_asked)
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
             shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in self.texts[:4]]

@@ -1,6 +1,7 @@
 """Whole runs on two ranks: the baseline, resuming, non-finite steps, export, monitors."""
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -44,6 +45,8 @@ INTERRUPTIONS = [
 ]
 
 # tasks are due at 0, 4, 8 and 10
+PROMPTS = ["w3 w4", ""]
+
 TASK_INTERRUPTIONS = [Interruption(1, "SIGTERM", "tasks", 4), Interruption(0, "SIGUSR1", "tasks", 8)]
 
 
@@ -57,7 +60,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
         found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
         if stage in SHORT_STAGES:
-            found[f"texts{stage}"] = TrainingCase(zero(stage), texts=True)
+            samples = {"samples": PROMPTS, "sample_tokens": 9, "include_path": [tasks]}
+            found[f"texts{stage}"] = TrainingCase(zero(stage, evaluation=samples), texts=True)
             found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation))
             every_8 = zero(stage, checkpoint={"every": 8})
             found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
@@ -179,7 +183,20 @@ def test_evaluation_on_tasks_leaves_a_run_as_it_is(runs, metric_lines, stage):
 
 
 @pytest.mark.parametrize("stage", SHORT_STAGES)
-def test_evaluated_texts_leave_a_run_as_it_is(runs, metric_lines, tmp_path, stage):
+def test_samples_are_those_of_generate(runs, tasks, capsys, stage):
+    """At every evaluation; by both ranks, as one process continues the prompts from the checkpoint."""
+    run = runs / f"texts{stage}"
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == list(itertools.product((0, 5, 10), PROMPTS))
+    assert [line["tokens"] for line in lines[::2]] == [0, 5 * 128, 10 * 128]
+    options = ["--tokenizer", str(tasks / "words.json"), "--tokens", "9"]
+    assert main(["generate", str(run), "--prompt", *PROMPTS, *options]) == 0
+    found = [block.splitlines()[2] for block in capsys.readouterr().out.split("\n\n")]
+    assert found == [line["text"] for line in lines[-2:]] and lines[0]["text"] != lines[-2]["text"]
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_evaluated_texts_and_samples_leave_a_run_as_it_is(runs, metric_lines, tmp_path, stage):
     """To the bit. Their losses are those of the exported model: all sequences, and nothing of the rest."""
     from transformers import AutoModelForCausalLM
 

@@ -131,6 +131,10 @@ CASES = {
         lambda t: ["evaluation.texts=[{name: own, source: stdlib}]", "training.evaluate_every=0"],
         ["training.evaluate_every", "got 0 with evaluation.texts"],
     ),
+    "samples that are never written": (
+        lambda t: ["evaluation.samples=[a]", "training.evaluate_every=0"],
+        ["training.evaluate_every", "got 0 with evaluation.samples"],
+    ),
     "large prime batch": (
         lambda t: ["training.global_batch=1000000007", "training.micro_batch=2"],
         ["training.global_batch", "1000000007", "allowed micro-batches: 1"],

@@ -1,4 +1,4 @@
-"""`evaluation.texts` of a real run, held against the tokens and the model that the run leaves."""
+"""`evaluation.texts` and `evaluation.samples` of a real run, held against what the run leaves."""
 
 import json
 import math
@@ -24,7 +24,8 @@ def test_texts_are_evaluated_whole(run_file, tmp_path, monkeypatch):
         "{name: own, source: jsonl, path: own.jsonl}",
         "{name: half, source: jsonl, path: own.jsonl, max_documents: 1}",
     ]
-    command = ["train", run_file, f"evaluation.texts=[{', '.join(texts)}]"]
+    samples = ["evaluation.samples=[The river]", "evaluation.sample_tokens=4"]
+    command = ["train", run_file, f"evaluation.texts=[{', '.join(texts)}]", *samples]
     codes, said = finish("-m", "l2e_ds.cli", *command)
     assert codes == [0], said[-3000:]
     assert main(["export", str(tmp_path / "run"), "--output", str(tmp_path / "model")]) == 0
@@ -50,3 +51,17 @@ def test_texts_are_evaluated_whole(run_file, tmp_path, monkeypatch):
         )
     assert [line["step"] for line in evaluations if "text_loss/own" in line] == [0, 3, 6]
     assert "path: " + str(tmp_path / "own.jsonl") in (tmp_path / "run/config.yaml").read_text()
+
+    written = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["tokens"], line["prompt"]) for line in written] == [
+        (step, step * 8 * LENGTH, "The river") for step in (0, 3, 6)
+    ]
+    assert all(line["text"] for line in written)
+
+
+def test_samples_longer_than_the_model_takes_are_refused(run_file, tmp_path):
+    command = ["train", run_file, "evaluation.samples=[The river]", "evaluation.sample_tokens=5000"]
+    codes, said = finish("-m", "l2e_ds.cli", *command)
+    assert codes == [2]
+    assert "l2e-ds: error: evaluation.sample_tokens: got 5000 after a prompt of" in said
+    assert not (tmp_path / "run/metrics.jsonl").exists() and "Traceback" not in said

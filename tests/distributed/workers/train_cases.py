@@ -31,6 +31,7 @@ from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
+from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
 from tests.distributed.training_case import LENGTH, TINY_RUN, VOCABULARY, Interruption, TrainingCase
@@ -139,7 +140,12 @@ def make_trainer(
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
         tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
-    return Trainer(config, ds, batch, network, sets, device, tasks, texts=texts() if case.texts else ())
+    samples = None
+    if config.evaluation.samples:
+        words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
+        samples = load_samples(config, network, [replace(part, tokenizer=words) for part in sets])
+    more = texts() if case.texts else ()
+    return Trainer(config, ds, batch, network, sets, device, tasks, texts=more, samples=samples)
 
 
 def make_loss_non_finite(rank: int, steps: Sequence[int], trainer: Trainer) -> None:
