@@ -14,7 +14,7 @@ from types import UnionType
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from l2e_ds.config.sections import RunConfig, SetConfig
+from l2e_ds.config.sections import RunConfig, SetConfig, TextConfig
 from l2e_ds.run_directory.metric_table import KINDS, Metric
 
 DOCS = Path(__file__).resolve().parent
@@ -37,6 +37,8 @@ def run_files() -> str:
     names = list(models)
     models["data.sets"] = SetConfig
     names.insert(names.index("data") + 1, "data.sets")
+    models["evaluation.texts"] = TextConfig
+    names.append("evaluation.texts")
     for section in names:
         model = models[section]
         parts += [f"## {section}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
@@ -66,7 +68,8 @@ def _type(annotation: typing.Any) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(annotation))
     if origin is list:
         return f"list of {_type(typing.get_args(annotation)[0])}"
-    return {int: "integer", float: "number", str: "text", bool: "true or false", SetConfig: "mapping"}[annotation]
+    names = {int: "integer", float: "number", str: "text", bool: "true or false"}
+    return names.get(annotation, "mapping")
 
 
 def _yaml(value: object) -> str:

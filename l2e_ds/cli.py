@@ -31,6 +31,7 @@ VERBS = {
     "train": Verb("l2e_ds.train", "pretrain as a run file says"),
     "plan": Verb("l2e_ds.planning.command", "memory, time and traffic of a run on GPUs one does not have"),
     "evaluate": Verb("l2e_ds.evaluation.evaluate", "results on tasks of lm-evaluation-harness"),
+    "generate": Verb("l2e_ds.evaluation.generate", "how a model continues texts"),
     "export": Verb("l2e_ds.export.export", "write a model that transformers loads"),
     "analyze": Verb("l2e_ds.analysis.analyze", "how monosemantic a model's neurons are: tables and figures"),
     "neuron": Verb("l2e_ds.analysis.neuron", "what one neuron responds to: a page"),

@@ -9,13 +9,13 @@ from typing import Any
 from pydantic import AliasChoices
 
 from l2e_ds.config.reading import checked, with_absolute_paths
-from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
+from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import CheckpointError
 
 # A resumed run may also become longer, where its schedule stays, and compute the same in another way.
 MAY_CHANGE = (
-    *DECIDES_NO_FIGURE,
+    *DECIDES_NO_RESULT,
     *("training.steps", "optimizer.schedule_steps"),
     *("model.activation_checkpointing", "model.attention", "model.compile", "inhibition.fused"),
     "training.deterministic",

@@ -74,6 +74,7 @@ def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunC
     if training.resume not in ("auto", "never"):
         training = training.model_copy(update={"resume": str(Path(training.resume).absolute())})
     folders = [str(Path(folder).absolute()) for folder in config.evaluation.include_path]
+    texts = config.evaluation.texts and [_with_absolute_path(text) for text in config.evaluation.texts]
     deepspeed = find_file(config.deepspeed.config, run_file)
     config = config.model_copy(update={"data": data, "training": training})
     model = config.model
@@ -82,7 +83,7 @@ def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunC
         "model", pretrained=_absolute_if_there(model.pretrained), config=str(given) if given else model.config
     )
     config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
-    return config.replace("evaluation", include_path=folders)
+    return config.replace("evaluation", include_path=folders, texts=texts)
 
 
 Source = TypeVar("Source", bound=SourceConfig)

@@ -40,7 +40,7 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 # Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what. They change its
 # times, and its results by rounding only (with the projected loss, whose projection is that of a micro-batch, by a
 # little more: docs/method.md, 5.2). Whatever else a DeepSpeed JSON can set has a key in `optimizer` or `training`.
-DECIDES_NO_FIGURE = (
+DECIDES_NO_RESULT = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
     *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
@@ -197,6 +197,13 @@ class SetConfig(SourceConfig):
     """Share of the training sequences that come from this set, over the sum of all weights."""
     held_out: float | None = Field(None, ge=0, lt=1)
     """As `data.held_out`, for this set. Default: `data.held_out`."""
+
+
+class TextConfig(SourceConfig):
+    """One text that is evaluated beside the held-out text, neither `indexed` nor `streaming` (docs/evaluation.md)."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]+$")
+    """Name of the text in the metrics (`text_loss/NAME`)."""
 
 
 class DataConfig(SourceConfig):
@@ -534,7 +541,7 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation on tasks of lm-evaluation-harness while training (docs/evaluation.md); needs the extra `eval`."""
+    """Evaluation while training on texts, and on tasks of lm-evaluation-harness (extra `eval`): docs/evaluation.md."""
 
     every: int = Field(0, ge=0)
     """Steps between evaluations on tasks (also at the start and the end); 0: never."""
@@ -548,6 +555,13 @@ class EvaluationConfig(Section):
     """Take only the first documents of each task."""
     batch_size: int | None = Field(None, gt=0)
     """Requests that a rank computes at once. Default: `training.micro_batch`."""
+    texts: list[TextConfig] | None = Field(None, min_length=1)
+    """Texts of which every held-out evaluation (`training.evaluate_every`) gives the loss, whole; the run does not
+    train on them. Independent of the keys above."""
+    samples: list[str] = []
+    """Prompts that every held-out evaluation continues, into `samples.jsonl` in the run directory."""
+    sample_tokens: int = Field(64, gt=0)
+    """Tokens of each continuation."""
 
     @model_validator(mode="after")
     def _tasks_and_shots(self) -> EvaluationConfig:
@@ -558,6 +572,25 @@ class EvaluationConfig(Section):
                 raise ValueError(f"evaluation.num_fewshot: got {shots}, allowed: an integer >= 0 or a list of them")
         if not self.shots:
             raise ValueError("evaluation.num_fewshot: got [], give at least one number")
+        return self
+
+    @model_validator(mode="after")
+    def _text_sources(self) -> EvaluationConfig:
+        names = [text.name for text in self.texts or []]
+        for index, text in enumerate(self.texts or []):
+            where = f"evaluation.texts.{index}"
+            text.check_source(where)
+            if text.source == "indexed":
+                raise ValueError(
+                    f"{where}.source: got 'indexed', which holds tokens; allowed: 'stdlib', 'text', 'jsonl', 'parquet'"
+                    " or 'hub', whose bytes can be counted"
+                )
+            if text.streaming:
+                raise ValueError(f"{where}.streaming: got True, allowed: False; the text is tokenised once")
+            if text.name in names[:index]:
+                raise ValueError(
+                    f"{where}.name: {text.name!r} is the name of evaluation.texts.{names.index(text.name)} too"
+                )
         return self
 
     @property
@@ -631,6 +664,19 @@ class RunConfig(Section):
                 f"inhibition.start: got {start} steps, with a warmup of {warmup} and a decay of {decay} they are"
                 f" {start + warmup + decay}, allowed: up to {name}, which is {last}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _texts_are_evaluated(self) -> RunConfig:
+        key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
+        if key is None:
+            return self
+        if not self.training.evaluate_every:
+            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
+        if not any(part.held_out for _, _, part in self.data.parts()):
+            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
+        if self.data.tokenizer is None and self.data.train_tokenizer is None:
+            raise ValueError(f"data.tokenizer is required with evaluation.{key}")
         return self
 
     def dump(self) -> str:

@@ -28,18 +28,22 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from l2e_ds.config.sections import DataConfig, SourceConfig
+from l2e_ds.config.sections import DataConfig, SourceConfig, TextConfig
 from l2e_ds.console import say
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.prepare import (
     PreparedData,
+    PreparedText,
     check_data,
     check_tokenizers,
     input_notes,
     prepare_data,
     prepare_stream,
+    prepare_text,
 )
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
+from l2e_ds.data.sources import check_source
+from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
 from l2e_ds.errors import DataError
 
 _SMALLEST_BLOCK = 1024
@@ -260,7 +264,7 @@ def _seed_of(seed: int, name: str) -> int:
 def check_sets(config: DataConfig, vocab_size: int) -> None:
     """Check every set by `check_data`, and all by `check_tokenizers`. Raises DataError that names the set's key."""
     for index, (_, _, part) in enumerate(config.parts()):
-        with _naming(config, index):
+        with _naming(_key_of(config, index)):
             check_data(part, vocab_size)
     check_tokenizers(config)
 
@@ -274,7 +278,7 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
 
     prepared = []
     for index, (name, weight, part) in enumerate(config.parts()):
-        with _naming(config, index):
+        with _naming(_key_of(config, index)):
             for note in input_notes(part) if collectives.is_main() else ():
                 say(f"l2e-ds: {note}")
             if part.streaming:
@@ -285,12 +289,45 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
     return prepared
 
 
+def check_texts(texts: Sequence[TextConfig], data: DataConfig) -> None:
+    """Raise DataError if a text is missing, unreadable at its beginning or empty, or cannot be tokenised."""
+    for index, text in enumerate(texts):
+        with _naming(f"evaluation.texts.{index}"):
+            check_source(text)
+    if texts and data.tokenizer is not None:
+        end_of_text_id(load_tokenizer(data.tokenizer))
+
+
+def prepare_texts(
+    texts: Sequence[TextConfig], data: DataConfig, tokenizer: str, cache: Path, vocab_size: int
+) -> list[PreparedText]:
+    """Prepare every text by `prepare_text`, with the tokenizer, sequence length and workers of a run.
+
+    tokenizer: what `load_tokenizer` takes. Raises DataError that names the text's key.
+    """
+    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
+
+    prepared = []
+    for index, text in enumerate(texts):
+        source = {key: getattr(text, key) for key in SourceConfig.model_fields}
+        more = {"sets": None, "held_out": 0.0, "tokenizer": tokenizer, "train_tokenizer": None}
+        config = data.model_copy(update=source | more)
+        with _naming(f"evaluation.texts.{index}"):
+            for note in input_notes(config) if collectives.is_main() else ():
+                say(f"l2e-ds: {note}")
+            prepared.append(prepare_text(config, cache, vocab_size, text.name))
+    return prepared
+
+
+def _key_of(config: DataConfig, index: int) -> str:
+    return "data" if config.sets is None else f"data.sets.{index}"
+
+
 @contextmanager
-def _naming(config: DataConfig, index: int) -> Iterator[None]:
-    """Make errors about one of several sets name that set's key: `data.sets.1.path` for `data.path`."""
+def _naming(where: str) -> Iterator[None]:
+    """Make errors name the key of a set or text: `data.sets.1.path` for `data.path`."""
     try:
         yield
     except DataError as error:
-        if config.sets is not None:
-            error.rename({f"data.{key}": f"data.sets.{index}.{key}" for key in _KEYS})
+        error.rename({f"data.{key}": f"{where}.{key}" for key in _KEYS})
         raise

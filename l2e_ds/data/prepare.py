@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
 import shutil
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +73,30 @@ class PreparedData:
     @property
     def held_out_tokens(self) -> int:
         return 0 if self.held_out is None else self.held_out.num_tokens
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text that a run evaluates and does not train on.
+
+    name: that of `evaluation.texts`. dataset: its sequences. num_bytes: of its documents in UTF-8.
+    """
+
+    name: str
+    dataset: TokenDataset
+    num_bytes: int
+
+    @property
+    def evaluated_tokens(self) -> int:
+        """The number of tokens that are predicted: all but the first, and those too few for one more sequence."""
+        return len(self.dataset) * self.dataset.sequence_length
+
+    def bits_per_byte(self, loss: float) -> float:
+        """Return the bits a byte of a loss in nats a token: its tokens a byte times log2(e) times the loss.
+
+        The tokens are all of the text, an end of text behind each document included (Gao et al. 2020, The Pile, 3.1).
+        """
+        return loss / math.log(2) * self.dataset.num_tokens / self.num_bytes
 
 
 def check_data(config: DataConfig, vocab_size: int) -> None:
@@ -133,11 +159,37 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     _check_trained_size(config, vocab_size)
+    return _open_prepared(config, _tokenised(config, cache, vocab_size), vocab_size)
+
+
+def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) -> PreparedText:
+    """Prepare a text source without held-out documents for evaluation.
+
+    Call it as `prepare_data`. Raises DataError.
+    """
+    folder = _tokenised(config, cache, vocab_size)
+    dataset = _whole_dataset(config, folder / "train", vocab_size)
+    if not len(dataset):
+        raise DataError(
+            f"{name_of(config)} holds {dataset.num_tokens} tokens, a sequence needs {config.sequence_length + 1}; give"
+            " more text or lower data.sequence_length",
+            where="data.path",
+        )
+    counted = folder / "bytes"  # a file of its own, as the folder may be of an earlier version
+    if not counted.exists():
+        written = json.loads((folder / META).read_text(encoding="utf-8"))["documents"]["train"]
+        with _cache_errors(counted):
+            write_whole(counted, str(sum(len(text.encode()) for text in islice(documents(config), written))))
+    return PreparedText(name, dataset, int(counted.read_text()))
+
+
+def _tokenised(config: DataConfig, cache: Path, vocab_size: int) -> Path:
+    """Return the folder of a tokenised text source, after tokenising it if that was not done before."""
     folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
         with _cache_errors(folder):
             _build_exclusively(config, folder, vocab_size)
-    return _open_prepared(config, folder, vocab_size)
+    return folder
 
 
 @contextmanager

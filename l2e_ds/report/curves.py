@@ -216,8 +216,9 @@ def all_charts(page: Collection) -> list[Chart]:
 
 
 def _quantities(runs: Sequence[Run]) -> list[Quantity]:
-    """Return all quantities, with one for each set of a mixture after the held-out loss."""
+    """Return all quantities, with one for each set of a mixture and each text after the held-out loss."""
     names = dict.fromkeys(name for run in runs for name in run.sets)
+    texts = dict.fromkeys(name for run in runs for name in run.texts)
     quantities = []
     for quantity in _QUANTITIES:
         quantities.append(quantity)
@@ -226,6 +227,9 @@ def _quantities(runs: Sequence[Run]) -> list[Quantity]:
                 title, note = f"LM loss, held-out text of {name}", "One set of the mixture."
                 key = f"held_out_loss/{name}"
                 quantities.append(replace(quantity, name=f"set-{index}", title=title, note=note, key=key))
+            for index, name in enumerate(texts):
+                title, note, key = f"LM loss, {name}", "A text of evaluation.texts.", f"text_loss/{name}"
+                quantities.append(replace(quantity, name=f"text-{index}", title=title, note=note, key=key))
     return quantities
 
 

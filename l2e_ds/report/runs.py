@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config.sections import DECIDES_NO_FIGURE, METHODS, flat
+from l2e_ds.config.sections import DECIDES_NO_RESULT, METHODS, flat
 from l2e_ds.errors import DataError
 from l2e_ds.report import published
 from l2e_ds.run_directory.configuration import check_folder, read_config
@@ -25,6 +25,7 @@ from l2e_ds.run_directory.metrics import (
     layers_of,
     of_kind,
     read_lines,
+    texts_of,
 )
 from l2e_ds.run_directory.results import TaskResult, read_results
 from l2e_ds.study.definition import INDEX
@@ -110,6 +111,11 @@ class Run:
     def sets(self) -> list[str]:
         """The sets of a mixture of which its newest evaluation has the held-out loss."""
         return [key.partition("/")[2] for key in (self.evaluations or [{}])[-1] if key.startswith("held_out_loss/")]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of `evaluation.texts` of which its newest evaluation has the loss."""
+        return texts_of((self.evaluations or [{}])[-1])
 
     @property
     def comparison_layers(self) -> list[int]:
@@ -286,7 +292,7 @@ def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str
     return {
         key: value
         for key, value in run.config.items()
-        if not key.startswith(DECIDES_NO_FIGURE)
+        if not key.startswith(DECIDES_NO_RESULT)
         and (inhibition or not key.startswith("inhibition."))
         and (seed or key != "training.seed")
     }

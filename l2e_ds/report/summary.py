@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
+from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
 from l2e_ds.console import aligned
 from l2e_ds.errors import DataError
 from l2e_ds.run_directory.configuration import check_folder, read_config
-from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines
+from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines, texts_of
 from l2e_ds.training import guard
 
 
@@ -48,6 +48,11 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
             losses = " -> ".join(_loss(line.get(f"held_out_loss/{name}")) for line in (first, final))
             tokens = last.get(f"tokens/{name}")
             rows.append((f"  of {name}", losses if tokens is None else f"{losses} ({tokens:,} tokens)"))
+        for name in texts_of(final):
+            key = f"text_loss/{name}"
+            since = next(line for line in evaluations if key in line)  # a resumed run may have added it
+            losses = f"{_loss(since[key])} (step {since['step']}) -> {_loss(final[key])} (step {final['step']}"
+            rows.append((f"text {name}", f"{losses}, {_loss(final[f'text_bits_per_byte/{name}'])} bits a byte)"))
     if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
     if evaluations:
@@ -113,7 +118,7 @@ def _baseline(directory: Path, config: RunConfig, lines: list[dict[str, Any]], s
 
 def _decisive(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide the results, but for inhibition, precision and the number of steps."""
-    left_out = (*DECIDES_NO_FIGURE, "inhibition.", "training.precision", "training.steps")
+    left_out = (*DECIDES_NO_RESULT, "inhibition.", "training.precision", "training.steps")
     return {key: value for key, value in flat(config).items() if not key.startswith(left_out)}
 
 

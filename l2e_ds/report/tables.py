@@ -6,6 +6,7 @@ A run that is not finished is shown as far as it is. A value that a run does not
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,7 @@ def all_tables(page: Collection) -> list[Table]:
         _runs(page),
         _layers(page),
         _sets(page),
+        _texts(page),
         differences(page),
         machines(page),
         evaluations(page),
@@ -244,6 +246,29 @@ def _sets(page: Collection) -> Table:
     ]
     note = "LM loss on the held-out text of each set of the mixture, nats/token; tokens and epochs of it trained on."
     return Table("sets", "Each set of the mixture", note, columns, rows)
+
+
+def _texts(page: Collection) -> Table:
+    """Return a row for each run and text of `evaluation.texts`."""
+    rows = []
+    for run in page.runs:
+        for name in run.texts:
+            lines = [line for line in run.evaluations if f"text_loss/{name}" in line]  # a resumed run may have added it
+            losses = first_and_last(lines, f"text_loss/{name}")
+            bits = first_and_last(lines, f"text_bits_per_byte/{name}")
+            perplexity = None if losses[1] is None or losses[1] > 700 else math.exp(losses[1])
+            rows.append([run.name, name, *losses, perplexity, *bits])
+    columns = [
+        Column("run"),
+        Column("text"),
+        Column("first", ".4f", "LM loss"),
+        Column("last", ".4f", "LM loss"),
+        Column("perplexity, last", ".4g"),
+        Column("first", ".4f", "bits a byte"),
+        Column("last", ".4f", "bits a byte"),
+    ]
+    note = "Texts of evaluation.texts, at the first and the last held-out evaluation. LM loss in nats/token."
+    return Table("texts", "Each evaluated text", note, columns, rows)
 
 
 # --- what was run ------------------------------------------------------------------------------------------------

@@ -24,9 +24,9 @@ Type = Literal["number", "count", "text", "mapping", "any"]
 class Metric:
     """Describes one key, or one pattern of keys, of the lines of a kind.
 
-    In `key`, layerI stands for the layer I, NAME for a set of `data.sets`, and TASK/N-shot/METRIC for a result of an
-    evaluation task. `label` is its name in the report (default: the last part of the key); a line without a `needed`
-    key is refused by `read_lines`.
+    In `key`, layerI stands for the layer I, NAME for a set of `data.sets` or a text of `evaluation.texts`, and
+    TASK/N-shot/METRIC for a result of an evaluation task. `label` is its name in the report (default: the last part of
+    the key); a line without a `needed` key is refused by `read_lines`.
     """
 
     key: str
@@ -226,6 +226,20 @@ KINDS: dict[str, Kind] = {
                 needed=True,
             ),
             Metric("held_out_loss/NAME", "nats/token", "the same on the held-out text of the set NAME of `data.sets`"),
+            Metric(
+                "text_loss/NAME",
+                "nats/token",
+                "mean cross-entropy on the text NAME of `evaluation.texts`; its exponential is the perplexity",
+                source="docs/evaluation.md",
+                label="loss",
+            ),
+            Metric(
+                "text_bits_per_byte/NAME",
+                "bits/byte",
+                "the same loss for each byte of the text's UTF-8",
+                source="docs/evaluation.md",
+                label="bits a byte",
+            ),
             *_OF_HELD_OUT_LAYERS,
             *(
                 replace(
@@ -321,6 +335,9 @@ KINDS: dict[str, Kind] = {
             Metric("train_tokens", "tokens", "of the data, to train on", type="any"),
             Metric("held_out_tokens", "tokens", "of the data, held out", type="any"),
             Metric("sets", "", "of each set of a mixture: its weight and its tokens", type="any"),
+            Metric(
+                "texts", "", "of each text of `evaluation.texts`: its tokens, those evaluated, its bytes", type="any"
+            ),
             Metric("versions", "", "of l2e-ds and of the packages that compute", type="mapping"),
             Metric("guard", "", "`inhibition.guard`, where the run has one", type="any"),
             Metric(

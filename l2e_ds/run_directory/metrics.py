@@ -130,6 +130,11 @@ def layers_of(lines: Iterable[Mapping[str, Any]], key: Callable[[int, str], str]
     return sorted({int(found[1]) for line in lines for name in line if (found := re.match(rf"{begin}(\d+)/", name))})
 
 
+def texts_of(line: Mapping[str, Any]) -> list[str]:
+    """Return the names of the texts of `evaluation.texts` whose loss a line has."""
+    return [key.partition("/")[2] for key in line if key.startswith("text_loss/")]
+
+
 def number(line: Mapping[str, Any], key: str) -> float | None:
     """Return a number of a line, or None if it has none. `layers/NAME` is the mean over its layers."""
     if key.startswith("layers/"):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 """The file of a checkpoint that is written last: a checkpoint without it is unfinished."""
+SAMPLES = "samples.jsonl"
+"""The file of a run directory with the continuations of `evaluation.samples`."""
 EXIT_FILE = "L2E_DS_EXIT_FILE"
 """The environment variable that names the file in which ranks note their exit codes."""
 _CHECKPOINT = re.compile(r"step(\d{8})")

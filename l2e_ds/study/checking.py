@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.config.reading import find_file, load_run_config
-from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig, flat
+from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.run_directory.lock import RunLock, described
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
@@ -129,7 +129,7 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
 def _may_change(key: str, old: Any, new: Any) -> bool:
     if key == "training.resume":  # a path is where the run began
         return {old, new} == {"auto", "never"}
-    return key.startswith(DECIDES_NO_FIGURE)
+    return key.startswith(DECIDES_NO_RESULT)
 
 
 def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:

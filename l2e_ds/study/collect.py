@@ -3,10 +3,11 @@
 Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
 (the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then results. From metrics.jsonl:
 of the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis`
-(means over the hooked layers); the newest `observed_share`; medians over the lines of training without the first after
-each start: `step_seconds`, `tokens_per_second`; the largest `peak_memory_gib`. From evaluations.jsonl, at the last
-step: `TASK/N-shot/METRIC` and `TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its
-parts. A cell is empty while there is no such result.
+(means over the hooked layers), `text_loss/NAME` and `text_bits_per_byte/NAME` of each evaluated text; the newest
+`observed_share`; medians over the lines of training without the first after each start: `step_seconds`,
+`tokens_per_second`; the largest `peak_memory_gib`. From evaluations.jsonl, at the last step: `TASK/N-shot/METRIC` and
+`TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its parts. A cell is empty while there
+is no such result.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import FILE as METRICS
 from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
 from l2e_ds.run_directory.results import read_results, results_of
-from l2e_ds.study.definition import COLUMNS, FIGURES, LAYER_MEANS, Evaluation
+from l2e_ds.study.definition import COLUMNS, LAYER_MEANS, RESULT_COLUMNS, Evaluation
 from l2e_ds.study.state import answers, evaluation_lines, read_index, state_of, steps_of
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
 SHOWN = {"held_out_loss": "{:.4f}", "top_share_score": "{:.3f}", "mean_s": "{:.4f}", "kurtosis": "{:.3f}"}
 """The metrics of evaluations that the summary shows, with the form of their numbers."""
+TEXTS = ("text_loss/", "text_bits_per_byte/")
+"""Beginnings of the metrics of `evaluation.texts`."""
 
 
 def collect(directory: Path) -> pd.DataFrame:
@@ -67,7 +70,7 @@ def collect(directory: Path) -> pd.DataFrame:
         row |= ours | {name: value for name, value in theirs.items() if name not in asked}
     table = pd.DataFrame(rows)
     return table.reindex(
-        columns=[*dict.fromkeys(["run", "combination", *index.factors, *COLUMNS, *FIGURES, *table.columns])]
+        columns=[*dict.fromkeys(["run", "combination", *index.factors, *COLUMNS, *RESULT_COLUMNS, *table.columns])]
     )
 
 
@@ -113,8 +116,13 @@ def write_results(directory: Path, table: pd.DataFrame) -> None:
 
 
 def figures_of(table: pd.DataFrame) -> list[str]:
-    """Return the columns of evaluation tasks: `TASK/N-shot/METRIC`."""
-    return [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
+    """Return the columns of evaluation tasks, `TASK/N-shot/METRIC`, and of evaluated texts."""
+    tasks = [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
+    return [*_texts_of(table), *tasks]
+
+
+def _texts_of(table: pd.DataFrame) -> list[str]:
+    return [name for name in table.columns if name.startswith(TEXTS)]
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -124,7 +132,7 @@ def summary(table: pd.DataFrame) -> str:
     """
     table = table.copy()
     table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
-    table.loc[table["evaluated_step"] != table["step"], [*SHOWN]] = math.nan
+    table.loc[table["evaluated_step"] != table["step"], [*SHOWN, *_texts_of(table)]] = math.nan
     step_of = table.set_index("run")["step"]
     table["baseline"] = table["baseline"].where(table["baseline"].map(step_of) == table["step"])
     metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
@@ -187,6 +195,7 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
         last = evaluations[-1]
         values |= {"evaluated_step": last["step"], "held_out_loss": last["held_out_loss"]}
         values |= {name: number(last, f"layers/{name}") for name in LAYER_MEANS}
+        values |= {key: number(last, key) for key in last if key.startswith(TEXTS)}
     speeds = {key: numbers(steady, key) for key in ("step_seconds", "tokens_per_second")}
     return values | {key: median(given) for key, given in speeds.items() if given}
 

@@ -42,7 +42,7 @@ COLUMNS = ("run", "combination", "seed", "baseline", "state", "step", "tokens")
 """Columns of the table of runs (collect.py), beside the factors and the metrics."""
 LAYER_MEANS = ("top_share_score", "mean_s", "kurtosis")
 """Metrics of the hooked layers, of which the table has the means."""
-FIGURES = (
+RESULT_COLUMNS = (
     *("evaluated_step", "held_out_loss", *LAYER_MEANS),
     *("observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib"),
 )
@@ -203,7 +203,7 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
     set_by: dict[str, str] = {}
     for name, given in file.factors.items():
         where = f"factors.{name}"
-        if name in (*COLUMNS, *FIGURES):
+        if name in (*COLUMNS, *RESULT_COLUMNS):
             raise ConfigError(f"{where}: is a column of the results already; give the factor another name")
         if isinstance(given, list) and KEY.fullmatch(name):
             levels = {text_of(value): Level(_settings({name: value}, "factors")) for value in given}

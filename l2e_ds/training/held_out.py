@@ -1,4 +1,5 @@
-"""Evaluate on held-out text: the LM loss, and how monosemantic the neurons of the hooked layers are.
+"""Evaluate on held-out text: the LM loss, and how monosemantic the neurons of the hooked layers are. On texts that are
+never trained on: the LM loss alone.
 
 Which sequences are read depends neither on the number of ranks nor on the micro-batch, and every rank runs the same
 number of forward passes, which ZeRO-3 requires.
@@ -8,14 +9,15 @@ Shapes: B sequences per micro-batch, T tokens per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from l2e_ds.data import PreparedData
+from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.distributed import collectives
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
@@ -44,11 +46,9 @@ def evaluate(
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
     counts = np.array([min(sequences, len(dataset)) for dataset in datasets])
-    begins, count = np.cumsum(counts) - counts, int(counts.sum())
+    count = int(counts.sum())
     shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
     emphasis = shares * count / counts  # weight of one sequence of each set, 1 on average
-    rank, ranks = collectives.rank(), collectives.size()
-    rounds = -(-count // (micro_batch * ranks))
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=engine.device)  # summed loss and tokens of each set
 
     def of_tokens(values: np.ndarray) -> Tensor:
@@ -58,28 +58,15 @@ def evaluate(
 
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
-        for index in range(rounds):
-            tick()
-            rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
-            real = rows < count  # the last round is filled up with repeated sequences that do not count
-            rows = np.minimum(rows, count - 1)
-            owners = np.searchsorted(begins, rows, side="right") - 1
-            tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
-            batch = torch.from_numpy(np.concatenate(tokens)).to(engine.device)
-            inputs, targets = batch[:, :-1], batch[:, 1:]
+        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
             set_weight(of_tokens(real * emphasis[owners]))
-            losses = head.token_losses(engine, inputs, targets)
+            losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:])
             for owner in np.unique(owners):
                 weight = of_tokens(real & (owners == owner))
                 sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])
 
-    engine.eval()
-    try:
-        # Compiled layers would ignore the hooks that measure (docs/deepspeed.md, row 3).
-        with torch.compiler.set_stance("force_eager"):
-            scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
-    finally:
-        engine.train()
+    with evaluating(engine):
+        scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
     collectives.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
@@ -91,3 +78,63 @@ def evaluate(
             for name in ("top_share_score", "mean_s", "kurtosis", "dead_share")
         }
     return values
+
+
+@torch.no_grad()
+def evaluate_texts(
+    engine: Any, head: LossHead, texts: Sequence[PreparedText], micro_batch: int, tick: Callable[[], None]
+) -> dict[str, float]:
+    """Return the loss and the bits a byte of each text, all of whose sequences are read. Collective.
+
+    The same on every rank. tick: as for `evaluate`.
+    """
+    datasets = [text.dataset for text in texts]
+    counts = np.array([len(dataset) for dataset in datasets])
+    # of every sequence, so that the order in which they are added does not depend on the number of ranks
+    sums = torch.zeros(int(counts.sum()), dtype=torch.float64, device=engine.device)
+    with evaluating(engine):
+        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
+            losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(micro_batch, -1).double().sum(1)
+            sums[rows[real]] = losses[: real.sum()]
+    collectives.all_reduce_sum(sums)
+    values: dict[str, float] = {}
+    for text, of_sequences in zip(texts, sums.cpu().split(counts.tolist()), strict=True):
+        loss = float(of_sequences.sum()) / text.evaluated_tokens
+        values |= {f"text_loss/{text.name}": loss, f"text_bits_per_byte/{text.name}": text.bits_per_byte(loss)}
+    return values
+
+
+@contextlib.contextmanager
+def evaluating(engine: Any) -> Iterator[None]:
+    """Put the engine into evaluation mode, without compiled code, and back."""
+    engine.eval()
+    try:
+        # Compiled layers would ignore the hooks that measure (docs/deepspeed.md, row 3).
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        engine.train()
+
+
+def _micro_batches(
+    datasets: Sequence[TokenDataset],
+    counts: np.ndarray,
+    micro_batch: int,
+    device: torch.device,
+    tick: Callable[[], None],
+) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield this rank's share of the first `counts[i]` sequences of each dataset, as many times on every rank.
+
+    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and the number
+    of its dataset, int64 [B]; and whether it counts, bool [B]: the last round is filled up with some that do not.
+    """
+    begins, count = np.cumsum(counts) - counts, int(counts.sum())
+    rank, ranks = collectives.rank(), collectives.size()
+    for index in range(-(-count // (micro_batch * ranks))):
+        tick()
+        rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
+        real = rows < count
+        rows = np.minimum(rows, count - 1)
+        owners = np.searchsorted(begins, rows, side="right") - 1
+        tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
+        yield torch.from_numpy(np.concatenate(tokens)).to(device), rows, owners, real

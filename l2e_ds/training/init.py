@@ -88,7 +88,7 @@ def _source_of(data: Sequence[str]) -> str:
     """Return `data.source` for these files and folders, by the names of files. Raises ConfigError."""
     if not data:
         return "stdlib"
-    found = {}
+    found: dict[str, str] = {}
     for name in data:
         path = Path(name)
         if not path.exists():

@@ -21,6 +21,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import duration, say
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.metrics import FILE, drop_lines_after
+from l2e_ds.run_directory.names import SAMPLES
 from l2e_ds.training.monitors import Monitors
 
 
@@ -41,7 +42,7 @@ class MetricsWriter:
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, run_directory / results.FILE):
+        for path in (self.path, run_directory / results.FILE, run_directory / SAMPLES):
             drop_lines_after(path, first_step)
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size

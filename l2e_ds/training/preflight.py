@@ -15,7 +15,7 @@ from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import aligned
-from l2e_ds.data import check_sets
+from l2e_ds.data import check_sets, check_texts
 from l2e_ds.engine.configuration import check_device, resolve, zero_stage
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
@@ -55,6 +55,7 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
         _check_machine(plan)
     try:
         check_sets(plan.config.data, plan.network.vocab_size)
+        check_texts(plan.config.evaluation.texts or [], plan.config.data)
     except L2EError as error:
         error.on_every_rank = True
         raise

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from l2e_ds.data import PreparedData
+from l2e_ds.data import PreparedData, PreparedText
 from l2e_ds.distributed import collectives
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.models.counts import parameter_counts
@@ -61,4 +61,16 @@ def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),
         "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
+    }
+
+
+def described_texts(texts: Sequence[PreparedText]) -> dict[str, dict[str, int]]:
+    """Return the sizes of each text, for the line `kind: start` of the metrics."""
+    return {
+        text.name: {
+            "tokens": text.dataset.num_tokens,
+            "evaluated_tokens": text.evaluated_tokens,
+            "bytes": text.num_bytes,
+        }
+        for text in texts
     }

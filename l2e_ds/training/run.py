@@ -11,7 +11,7 @@ from typing import Any
 
 from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
 from l2e_ds.console import aligned, say
-from l2e_ds.data import PreparedData, prepare_sets
+from l2e_ds.data import PreparedData, PreparedText, prepare_sets, prepare_texts
 from l2e_ds.data.tokenizer import take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
@@ -23,7 +23,8 @@ from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.preflight import Plan, what_it_is
-from l2e_ds.training.records import freeze, record_circumstances
+from l2e_ds.training.records import described_texts, freeze, record_circumstances
+from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
 
@@ -54,10 +55,13 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     config = plan.config
     directory = Path(config.training.run_directory)
 
-    def prepare() -> list[PreparedData]:
+    def prepare() -> tuple[list[PreparedData], list[PreparedText]]:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
         evaluated = config.training.evaluation_sequences
-        return prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
+        sets = prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
+        tokenizer = config.data.tokenizer or f"{sets[0].directory}/tokenizer"  # the latter was trained on the data
+        texts = config.evaluation.texts or []
+        return sets, prepare_texts(texts, config.data, tokenizer, cache, plan.network.vocab_size)
 
     record = None
     if config.training.micro_batch == "auto":
@@ -67,16 +71,25 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     if device.type == "cpu":
         keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
-    data = _main_first(prepare)
+    data, texts = _main_first(prepare)
+    for text in texts if collectives.is_main() else ():
+        rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
+        say(
+            f"text {text.name}: {text.dataset.num_tokens:,} tokens of {text.num_bytes:,} bytes, of which"
+            f" {text.evaluated_tokens:,} are evaluated; {rest:,} at the end are too few for one more sequence"
+        )
     for part in data:
         if part.tokenizer is not None:
             take_special_tokens(plan.network, part.tokenizer)
+    samples = collectives.all_work(lambda: load_samples(config, plan.network, data))
     heartbeat.progress("loading evaluation tasks")
     tasks = load_task_evaluation(config, data)
     heartbeat.progress("building the model")
     trainer, begun = None, 0
     try:
-        with Trainer(config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints) as trainer:
+        with Trainer(
+            config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints, texts, samples
+        ) as trainer:
             begun = trainer.state.step
             if collectives.is_main():
                 # Only now, as a refused resume must leave the run as it was.
@@ -84,6 +97,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
             about = record_circumstances(plan, launch, device, data)
+            about |= {"texts": described_texts(texts)} if texts else {}
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)

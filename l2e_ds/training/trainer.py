@@ -23,7 +23,7 @@ from l2e_ds.checkpoint.schedule import is_due
 from l2e_ds.checkpoint.state import TrainState, seed_everything
 from l2e_ds.config.batch import BatchArithmetic
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.data import PreparedData, TrainingSequences
+from l2e_ds.data import PreparedData, PreparedText, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.engine.engine import (
@@ -44,10 +44,11 @@ from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import build_training_stack, forward_and_backward
-from l2e_ds.training.held_out import evaluate
+from l2e_ds.training.held_out import evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.profile import Profile
+from l2e_ds.training.samples import Samples
 from l2e_ds.training.spikes import Spike, find_spike
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
@@ -101,14 +102,17 @@ class Trainer:
         device: torch.device,
         tasks: TaskEvaluation | None = None,
         checkpoints: CheckpointManager | None = None,
+        texts: Sequence[PreparedText] = (),
+        samples: Samples | None = None,
     ) -> None:
         """Build everything, and load the checkpoint to resume from, if there is one. Collective.
 
         ds: the resolved DeepSpeed configuration. network: the Hugging Face configuration of the model. data: the sets.
-        tasks: of `load_task_evaluation`. checkpoints: of `open_checkpoints` (default: it is called). Raises
-        CheckpointError, and what `build_training_stack` raises.
+        tasks: of `load_task_evaluation`. checkpoints: of `open_checkpoints` (default: it is called). texts, samples:
+        for each held-out evaluation. Raises CheckpointError, and what `build_training_stack` raises.
         """
         self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
+        self.texts, self.samples = texts, samples
         self.held_out = [part for part in data if part.held_out is not None]
         self.state = TrainState()
         self.skipped_in_row = 0
@@ -384,9 +388,18 @@ class Trainer:
                 self.batch.micro_batch,
                 preemption.stop_if_asked,
             )
+            if self.texts:
+                values |= evaluate_texts(
+                    self.engine, self.head, self.texts, self.batch.micro_batch, preemption.stop_if_asked
+                )
+            if self.samples is not None:
+                self.samples.write(self.engine, self.state, preemption.stop_if_asked)
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
-            self.metrics.say(f"step {self.state.step}  held-out loss {values['held_out_loss']:.4f}")
+            shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in self.texts[:4]]
+            self.metrics.say(
+                f"step {self.state.step}  " + ", ".join([f"held-out loss {values['held_out_loss']:.4f}", *shown])
+            )
             if self.is_guarded:
                 self._judge(values)
 

@@ -26,7 +26,7 @@ METHODS = {
     "memel": TrainingCase({"inhibition": {"method": "memel"}}),
     "top-k-regulariser": TrainingCase({"inhibition": {"retrieval": "top-k"}}),
     "threshold-reverse": TrainingCase({"inhibition": {"mechanism": "reverse-deactivation"}}),
-    "mixture": TrainingCase(mixture=(0.2, 0.7, 0.1)),
+    "mixture": TrainingCase(mixture=(0.2, 0.7, 0.1), texts=True),
 }
 SHORT = ["step-published", "forward-scale-invariant", "strength", "memel", "mixture"]
 """Methods that differ in every choice; the others are combinations of the same choices."""
@@ -221,4 +221,5 @@ def test_sets_of_a_mixture_are_counted(runs, metric_lines):
         assert line["held_out_loss"] == pytest.approx(expected, rel=1e-12)
         assert line["held_out_loss/short"] != line["held_out_loss/long"]
         assert "held_out_loss/silent" not in line
+        assert line["text_loss/long"] != line["text_loss/single"]
     assert not any("/" in key for key in metric_lines(runs[2] / "zero1")[0] if not key.startswith("layer"))

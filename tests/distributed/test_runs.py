@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from l2e_ds.export.export import export
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.results import FILE, read_results
 from l2e_ds.training.monitors import WANDB_ID
-from tests.distributed.training_case import STRENGTH, Interruption, TrainingCase, zero
+from tests.distributed.training_case import LENGTH, STRENGTH, Interruption, TrainingCase, zero
+from tests.distributed.workers.train_cases import texts
 from tests.task_files import TASKS, write_tasks
 
 STAGES = (0, 1, 2, 3)
@@ -49,6 +51,8 @@ SPIKED = ("0", "1", "3", "0-bf16", "2-fp16", "3_offload")
 that wraps Adam, and under none (0)."""
 SHORT_SPIKED = ("1", "3", "2-fp16")
 
+PROMPTS = ["w3 w4", ""]
+
 # tasks are due at 0, 4, 8 and 10
 TASK_INTERRUPTIONS = [Interruption(1, "SIGTERM", "tasks", 4), Interruption(0, "SIGUSR1", "tasks", 8)]
 
@@ -63,6 +67,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         found[f"straight{stage}"] = TrainingCase(zero(stage), save_logits=True)
         found[f"resumed{stage}"] = TrainingCase(zero(stage), stop_after=4)
         if stage in SHORT_STAGES:
+            samples = {"samples": PROMPTS, "sample_tokens": 9, "include_path": [tasks]}
+            found[f"texts{stage}"] = TrainingCase(zero(stage, evaluation=samples), texts=True)
             profiled = {"logging": {"profile": [3, 5]}}
             found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation, **profiled))
             every_8 = zero(stage, checkpoint={"every": 8}, logging={"profile": [4, 9]})
@@ -227,6 +233,47 @@ def traced_steps(path: Path) -> list[int]:
     steps = [event for event in events if event["ph"] == "X" and event["name"].startswith("ProfilerStep#")]
     steps.sort(key=lambda event: event["ts"])
     return [int(event["name"].partition("#")[2]) for event in steps]
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_samples_are_those_of_generate(runs, tasks, capsys, stage):
+    """At every evaluation; by both ranks, as one process continues the prompts from the checkpoint."""
+    run = runs / f"texts{stage}"
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt"]) for line in lines] == list(itertools.product((0, 5, 10), PROMPTS))
+    assert [line["tokens"] for line in lines[::2]] == [0, 5 * 128, 10 * 128]
+    options = ["--tokenizer", str(tasks / "words.json"), "--tokens", "9"]
+    assert main(["generate", str(run), "--prompt", *PROMPTS, *options]) == 0
+    found = [block.splitlines()[2] for block in capsys.readouterr().out.split("\n\n")]
+    assert found == [line["text"] for line in lines[-2:]] and lines[0]["text"] != lines[-2]["text"]
+
+
+@pytest.mark.parametrize("stage", SHORT_STAGES)
+def test_evaluated_texts_and_samples_leave_a_run_as_it_is(runs, metric_lines, tmp_path, stage):
+    """To the bit. Their losses are those of the exported model: all sequences, and nothing of the rest."""
+    from transformers import AutoModelForCausalLM
+
+    plain, evaluated = runs / f"straight{stage}", runs / f"texts{stage}"
+    assert timeless(metric_lines(evaluated)) == timeless(metric_lines(plain))
+    lines = metric_lines(evaluated, "evaluation")
+    without = [{key: value for key, value in line.items() if not key.startswith("text_")} for line in lines]
+    assert without == metric_lines(plain, "evaluation")
+    _same_checkpoint(plain, evaluated)
+
+    export(evaluated, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    for text, count in zip(texts(), (11, 1), strict=True):
+        tokens = torch.from_numpy(text.dataset.tokens.astype("int64"))
+        losses = []
+        for index in range(count):
+            row = tokens[index * LENGTH : (index + 1) * LENGTH + 1]
+            with torch.no_grad():
+                chances = model(row[None, :-1]).logits[0].log_softmax(-1)
+            losses += chances.gather(1, row[1:, None]).neg().flatten().tolist()
+        loss = sum(losses) / len(losses)
+        assert lines[-1][f"text_loss/{text.name}"] == pytest.approx(loss, rel=1e-5)
+        assert lines[-1][f"text_bits_per_byte/{text.name}"] == pytest.approx(loss * math.log2(math.e) / 3, rel=1e-5)
+        assert lines[0][f"text_loss/{text.name}"] > lines[-1][f"text_loss/{text.name}"] or text.name == "single"
 
 
 @pytest.mark.full
@@ -419,6 +466,25 @@ def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
         assert float((logits - expected).abs().max()) < 8 * rounding * float(expected.abs().max())
     else:
         assert torch.equal(logits, expected)
+
+
+@stages
+def test_generated_text_is_the_run_s(runs, tasks, tmp_path, capsys, stage):
+    """From the shards of both ranks: the likeliest tokens by the exported model, each from the whole text before it."""
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    run, words = runs / f"straight{stage}", str(tasks / "words.json")
+    options = ["--tokenizer", words, "--tokens", "9", "--temperature", "0"]
+    assert main(["generate", str(run), "--prompt", "w3 w4", *options]) == 0
+    said = capsys.readouterr().out
+    export(run, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=words)
+    ids = tokenizer("w3 w4")["input_ids"]
+    with torch.no_grad():
+        for _ in range(9):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert said.splitlines()[-1] == tokenizer.decode(ids).removeprefix("w3 w4")
 
 
 @pytest.mark.parametrize("name", in_short(["-fp16"], ["-bf16", "-fp16", "3-bf16"]))

@@ -58,6 +58,9 @@ class TrainingCase:
     stream: str | None = None
     """Train on a stream of text and a set: "read while training", or the same text "stored beforehand"."""
 
+    texts: bool = False
+    """Evaluate two texts beside the held-out one."""
+
     in_directory_of: str | None = None
     """The earlier case whose run directory this one trains in."""
     copy_of: str | None = None

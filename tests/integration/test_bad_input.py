@@ -99,6 +99,42 @@ CASES = {
         lambda t: ["data.source=hub", f"data.path={t / 'corpus'}", "data.streaming=true", "data.max_tokens=1000"],
         ["data.max_tokens", "data.streaming"],
     ),
+    "text that is missing": (
+        lambda t: [f"evaluation.texts=[{{name: own, source: text, path: {t / 'no.txt'}}}]"],
+        ["evaluation.texts.0.path", "no.txt"],
+    ),
+    "empty text": (
+        lambda t: [f"evaluation.texts=[{{name: own, source: text, path: {write_json(t / 'e.txt', '  ')}}}]"],
+        ["evaluation.texts.0.path", "e.txt", "no text"],
+    ),
+    "text of tokens": (
+        lambda t: ["evaluation.texts=[{name: own, source: indexed, path: pair}]"],
+        ["evaluation.texts.0.source", "'indexed'", "'jsonl'"],
+    ),
+    "streamed text": (
+        lambda t: ["evaluation.texts=[{name: own, source: stdlib, streaming: true}]"],
+        ["evaluation.texts.0.streaming", "got True", "allowed: False"],
+    ),
+    "two texts of one name": (
+        lambda t: ["evaluation.texts=[{name: own, source: stdlib}, {name: own, source: stdlib}]"],
+        ["evaluation.texts.1.name", "'own'", "evaluation.texts.0"],
+    ),
+    "misspelt key of a text": (
+        lambda t: ["evaluation.texts=[{name: own, source: text, paht: x}]"],
+        ["evaluation.texts.0.paht", "unknown key", "'path'"],
+    ),
+    "text without held-out text": (
+        lambda t: ["evaluation.texts=[{name: own, source: stdlib}]", "data.held_out=0"],
+        ["data.held_out", "got 0 with evaluation.texts"],
+    ),
+    "text that is never evaluated": (
+        lambda t: ["evaluation.texts=[{name: own, source: stdlib}]", "training.evaluate_every=0"],
+        ["training.evaluate_every", "got 0 with evaluation.texts"],
+    ),
+    "samples that are never written": (
+        lambda t: ["evaluation.samples=[a]", "training.evaluate_every=0"],
+        ["training.evaluate_every", "got 0 with evaluation.samples"],
+    ),
     "large prime batch": (
         lambda t: ["training.global_batch=1000000007", "training.micro_batch=2"],
         ["training.global_batch", "1000000007", "allowed micro-batches: 1"],
@@ -183,8 +219,8 @@ def test_dry_run_writes_nothing(run_file, tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in (
         "8 sequences = 2 micro-batch x 2 ranks x 2 accumulation steps; 128 tokens a step",
-        "layers      1, 2 of 0-3",
-        "neurons     2 x 128 = 256",
+        "layers       1, 2 of 0-3",
+        "neurons      2 x 128 = 256",
         "peak_learning_rate: 0.004",
         "threshold + regulariser",
     ):

@@ -21,7 +21,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.data import PreparedData, TokenDataset
+from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.distributed import collectives, launch, process_group
@@ -31,6 +31,7 @@ from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
+from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
 from tests.distributed.training_case import LENGTH, SPIKE, TINY_RUN, VOCABULARY, Interruption, TrainingCase
@@ -103,6 +104,15 @@ def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedD
     return sets
 
 
+def texts() -> list[PreparedText]:
+    """Two texts, of eleven sequences and a rest, and of one sequence."""
+    arrays = {"long": tokens(11 * LENGTH + 8, 100), "single": tokens(LENGTH + 1, 101)}
+    return [
+        PreparedText(name, TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, name), num_bytes=3 * len(array))
+        for name, array in arrays.items()
+    ]
+
+
 def make_trainer(
     case: TrainingCase, directory: Path, device: torch.device, sections: dict | None = None, steps: int | None = None
 ) -> Trainer:
@@ -130,7 +140,12 @@ def make_trainer(
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
         tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
-    return Trainer(config, ds, batch, network, sets, device, tasks)
+    samples = None
+    if config.evaluation.samples:
+        words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
+        samples = load_samples(config, network, [replace(part, tokenizer=words) for part in sets])
+    more = texts() if case.texts else ()
+    return Trainer(config, ds, batch, network, sets, device, tasks, texts=more, samples=samples)
 
 
 def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None:

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -50,6 +51,26 @@ def texts_of(prepared, part):
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache"
+
+
+def test_bytes_of_a_text(tmp_path, cache):
+    """Of the documents that are evaluated, in UTF-8; counted anew for tokens of an earlier version."""
+    texts = [text(i) + "été 中文\n" for i in range(20)]
+    path, plain = corpus(tmp_path, [*texts, "  "]), {"held_out": 0.0, "sequence_length": 16}
+    whole = prepare.prepare_text(config(path, **plain), cache, 300, "own")
+    assert whole.num_bytes == sum(len(one.encode()) for one in texts) > sum(map(len, texts))
+    assert whole.evaluated_tokens == (whole.dataset.num_tokens - 1) // 16 * 16
+    assert whole.bits_per_byte(math.log(2)) == whole.dataset.num_tokens / whole.num_bytes
+    three = prepare.prepare_text(config(path, max_documents=3, **plain), cache, 300, "own")
+    assert three.num_bytes == sum(len(one.encode()) for one in texts[:3])
+    some = prepare.prepare_text(config(path, max_tokens=200, **plain), cache, 300, "own")
+    assert 200 <= some.dataset.num_tokens < whole.dataset.num_tokens
+    assert some.num_bytes == sum(len(one.encode()) for one in texts[: some.dataset.documents.num_documents])
+    for counted in cache.glob("*/bytes"):
+        counted.unlink()
+    assert prepare.prepare_text(config(path, **plain), cache, 300, "own").num_bytes == whole.num_bytes
+    with pytest.raises(DataError, match=r"holds \d+ tokens, a sequence needs 9001; give more text or lower data"):
+        prepare.prepare_text(config(path, **plain | {"sequence_length": 9000}), cache, 300, "own")
 
 
 def test_every_document_is_stored_once_on_one_side(tmp_path, cache):

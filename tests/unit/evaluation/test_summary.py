@@ -61,6 +61,21 @@ def test_figures_that_are_not_finite(tmp_path, capsys):
     assert "shrank" not in text
 
 
+def test_texts(tmp_path, capsys):
+    """The second was added when the run resumed."""
+    texts = [{"name": name, "source": "stdlib"} for name in ("own", "late")]
+    path = write_run(tmp_path / "l2e", evaluation__texts=texts) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["step"] < 50:
+            line.pop("text_loss/late", None), line.pop("text_bits_per_byte/late", None)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = summary(tmp_path / "l2e", capsys)
+    end = r" -> 6\.0000 \(step 100, 1\.2500 bits a byte\)$"
+    assert re.search(r"^text own +9\.0000 \(step 0\)" + end, text, re.M)
+    assert re.search(r"^text late +7\.5000 \(step 50\)" + end, text, re.M)
+
+
 def test_layers_since_inhibition_began(tmp_path, capsys):
     """Inhibition begins at 30 of 100 steps; mean S decreases linearly."""
     run = write_run(tmp_path / "l2e", shrink=0.8, inhibition__start=0.3)

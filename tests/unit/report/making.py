@@ -72,6 +72,9 @@ def write_run(
             line["held_out_loss"] = loss + 3 * (1 - done)
             for part in run.data.sets or []:
                 line[f"held_out_loss/{part.name}"] = line["held_out_loss"] + len(part.name)
+            for text in run.evaluation.texts or []:
+                line[f"text_loss/{text.name}"] = line["held_out_loss"] + 1
+                line[f"text_bits_per_byte/{text.name}"] = line["held_out_loss"] / 4
             for layer in LAYERS:
                 line |= {f"layer{layer}/top_share_score": 14.0 + layer, f"layer{layer}/kurtosis": 5.0 + layer}
                 line[f"layer{layer}/mean_s"] = 0.3 * (1 + (shrink - 1) * done)

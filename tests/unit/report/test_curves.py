@@ -80,6 +80,11 @@ def test_mixture(tmp_path):
     assert found["set-0"].about.endswith("l2e 13 to 10")
 
 
+def test_texts(tmp_path):
+    found = charts_of(write_run(tmp_path / "l2e", evaluation__texts=[{"name": "own", "source": "stdlib"}]))
+    assert found["text-0"].title == "LM loss, own" and found["text-0"].about.endswith("l2e 9 to 6")
+
+
 def test_tasks_that_were_evaluated_on_the_way(tmp_path):
     run = write_run(tmp_path / "l2e")
     add_results(run, 50, {("mmlu", 0): (0.21, 0.01)})

@@ -393,6 +393,15 @@ def test_mixture(tmp_path):
     assert [row[:4] for row in found.rows] == [["l2e", "prose", 13.0, 10.0], ["l2e", "code", 12.0, 9.0]]
 
 
+def test_texts(tmp_path):
+    run = write_run(tmp_path / "l2e", evaluation__texts=[{"name": "own", "source": "stdlib"}])
+    found = table(runs.read([run]), "texts")
+    assert found.rows == [["l2e", "own", 9.0, 6.0, pytest.approx(math.exp(6)), 2.0, 1.25]]
+    assert [column.full_head for column in found.columns][3:] == [
+        *("LM loss: last", "perplexity, last", "bits a byte: first", "bits a byte: last")
+    ]
+
+
 # --- what was run ------------------------------------------------------------------------------------------------
 
 

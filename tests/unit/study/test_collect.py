@@ -26,7 +26,9 @@ def metrics(loss: float, seconds: float, extra: float = 0.0) -> list[dict]:
     def held_out(step: int, value: float) -> dict:
         layers = {"layer1/mean_s": 0.1, "layer2/mean_s": 0.3, "layer1/kurtosis": None, "layer2/kurtosis": 5.0}
         scores = {"layer1/top_share_score": 10.0 + extra, "layer2/top_share_score": 12.0 + extra}
-        return {"kind": "evaluation", "step": step, "tokens": step * 128, "held_out_loss": value, **layers, **scores}
+        texts = {"text_loss/own": value + 1, "text_bits_per_byte/own": value / 4}
+        known = {"kind": "evaluation", "step": step, "tokens": step * 128, "held_out_loss": value}
+        return {**known, **texts, **layers, **scores}
 
     return [
         {"kind": "start", "step": 0},
@@ -73,7 +75,9 @@ def test_one_line_a_run(table, tmp_path):
     assert row["step_seconds"] == pytest.approx(1.2)  # the median of 1.1, 1.3 and 1.2
     assert row["tokens_per_second"] == pytest.approx(128 / 1.2)
     assert row["arc_easy/0-shot/acc"] == pytest.approx(0.52) and row["arc_easy/0-shot/acc_stderr"] == 0.01
-    assert figures_of(table) == ["arc_easy/0-shot/acc", "mmlu/0-shot/acc"]  # the parts of mmlu are in mmlu
+    assert row["text_loss/own"] == 6.2 and row["text_bits_per_byte/own"] == 1.3
+    assert figures_of(table)[:2] == ["text_loss/own", "text_bits_per_byte/own"]
+    assert figures_of(table)[2:] == ["arc_easy/0-shot/acc", "mmlu/0-shot/acc"]  # the parts of mmlu are in mmlu
     write_results(tmp_path / "out", table)
     again = pd.read_csv(tmp_path / "out/results.csv")
     assert list(again.columns) == list(table.columns) and again["held_out_loss"].equals(table["held_out_loss"])
@@ -104,6 +108,7 @@ def test_the_printed_table(table):
     assert "| l2e | 3 | 5.3000 | -0.2000 ± 0.0577 |" in text
     assert "| 1.2000 | +9.1 ± 0.0 % |" in text
     assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
+    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.2000 ± 0.0577 |" in text
     single = summary(table[table["seed"] == 1])
     assert "| l2e | 1 | 4.9000 | -0.1000 |" in single and "nan" not in single
 
@@ -119,6 +124,7 @@ def test_only_what_is_equally_long_is_compared(table):
     text = summary(stale)
     assert "| none | 3 | 5.5000 |  |" in text  # of 5.0, 6.0
     assert "| l2e | 3 | 5.3000 | -0.1500 ± 0.0500 |" in text  # of -0.1, -0.2
+    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.1500 ± 0.0500 |" in text
     assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
 
 

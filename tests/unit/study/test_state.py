@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from l2e_ds.config.sections import DECIDES_NO_FIGURE, RunConfig
+from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.checking import plan_runs, refuse_changes
 from l2e_ds.study.definition import Evaluation, read_study
@@ -119,8 +119,8 @@ def test_what_has_not_begun_may_change_and_a_schedule_of_its_own_may_be_gone_on_
 def test_the_keys_that_decide_no_figure_are_keys():
     sections = RunConfig.model_fields
     keys = [f"{name}.{key}" for name, section in sections.items() for key in section.annotation.model_fields]
-    assert all(any(key.startswith(part) for key in keys) for part in DECIDES_NO_FIGURE)
-    exact = [part for part in DECIDES_NO_FIGURE if not part.endswith(".")]
+    assert all(any(key.startswith(part) for key in keys) for part in DECIDES_NO_RESULT)
+    exact = [part for part in DECIDES_NO_RESULT if not part.endswith(".")]
     assert set(exact) <= set(keys)  # so that none takes another with it
     assert [key for key in keys if key.startswith(tuple(exact))] == [key for key in keys if key in exact]
 
