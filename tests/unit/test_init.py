@@ -84,4 +84,4 @@ def test_recipes_by_name(tmp_path):
 def test_neither_file_nor_recipe(capsys):
     assert main(["train", "pythia-71m", "--dry-run"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pythia-71m: no such file, and no recipe of this name; recipes: pythia-1.4b, pythia-12b, " in line
+    assert "pythia-71m: no such file, and no recipe of this name; recipes: llama-70m, pythia-1.4b, " in line
