@@ -59,12 +59,14 @@ class Changes:
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
 
     def lines(self) -> list[str]:
-        """Return every changed key as `section.key: old -> new`, and the learning rate if it changes."""
+        """Return every changed key as `section.key: old -> new`, what moves with the run's length, and the learning
+        rate if it changes."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":
             texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2)"
-        return [*texts.values(), *self._rates()]
+        moved = [f"inhibition.{key}: {old} -> {new} steps" for key, (old, new) in self._moved().items()]
+        return [*texts.values(), *moved, *self._rates()]
 
     def refuse(self, checkpoint: Path) -> None:
         """Raise CheckpointError if a changed key decides the results and is not in `training.allow_changes`."""
@@ -86,9 +88,9 @@ class Changes:
         for key in before:  # a share of the old run, and the step that it stood for
             if before[key] == now.get(key):
                 found.pop(f"inhibition.{key}", None)
-        moved = [key for key in before if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts]
+        moved = self._moved()
         if moved and "training.steps" in self._texts:
-            kept = " ".join(f"inhibition.{key}={before[key]}" for key in moved)
+            kept = " ".join(f"inhibition.{key}={old}" for key, (old, _) in moved.items())
             note = f"inhibition's schedule moves with it; {kept} keeps it"
             found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
         refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
@@ -106,6 +108,15 @@ class Changes:
         return before != now or any(
             key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
         )
+
+    def _moved(self) -> dict[str, tuple[int | None, int | None]]:
+        """Return what inhibition's schedule was and is in steps, where it differs though the run file says the same."""
+        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        return {
+            key: (before[key], now.get(key))
+            for key in before
+            if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts
+        }
 
     def _has_moved(self, key: str) -> bool:
         """Return whether nothing is left where the checkpoint's run read this.

@@ -43,7 +43,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 def _recipe(name: str | Path) -> Path | None:
     """Return the recipe of this name, or None where the name is that of a file. Raises ConfigError for neither."""
     path = Path(name)
-    if path.exists() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
+    if path.is_file() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
         return None
     recipe = find_file(f"{RECIPES}/{name}.yaml")
     if recipe is None:
@@ -80,7 +80,7 @@ def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunC
     model = config.model
     given = model.config and (find_file(model.config, run_file) or find_file(f"{model.config}/config.json", run_file))
     config = config.replace(
-        "model", pretrained=_absolute_if_there(model.pretrained), config=str(given) if given else model.config
+        "model", pretrained=_absolute_if_there(model.pretrained), config=portable(given) if given else model.config
     )
     config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
     return config.replace("evaluation", include_path=folders, texts=texts)

@@ -83,8 +83,8 @@ def _check_options(arguments: argparse.Namespace) -> None:
     """Raise ConfigError for an option that is out of range."""
     at_least("--tokens", arguments.tokens, 1)
     at_least("--seed", arguments.seed, 0, at_most=2**63 - 1)
-    if not 0 <= arguments.temperature < float("inf"):
-        raise ConfigError(f"--temperature: got {arguments.temperature:g}, allowed: a number >= 0")
+    if arguments.temperature != 0 and not 1e-6 <= arguments.temperature < float("inf"):  # logits are divided by it
+        raise ConfigError(f"--temperature: got {arguments.temperature:g}, allowed: 0, or a number >= 1e-6")
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
 

@@ -84,6 +84,8 @@ def export_all(
     checkpoints = published_checkpoints(run_directory)
     if not checkpoints:
         raise CheckpointError(f"{run_directory}: has no checkpoint")
+    if all(verify(checkpoint) is not None for checkpoint in checkpoints):  # before a repository is made
+        raise CheckpointError(f"{run_directory}: all checkpoints are damaged")
     pushed = 0
     damaged: list[str] = []
     exported: Exported | None = None
@@ -108,7 +110,7 @@ def export_all(
         steps = sorted(set(branches), key=lambda branch: int(branch.removeprefix("step")))
         card = model_card(replace(exported, branch=None, branches=tuple(steps)))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        if push_branch(folder, name, "main", exists=True):
+        if push_branch(folder, name, "main", exists=True, others_stay=True):
             print(f"pushed main, which is step {exported.step}", flush=True)
     passed = len(checkpoints) - len(damaged) - pushed
     print(f"{pushed} checkpoints pushed to {address}; {passed} passed over, which were there with the same content")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 AGAIN = "; the same command resumes"
+WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repository: str) -> None:
@@ -69,16 +70,17 @@ def open_repository(repository: str, private: bool) -> tuple[str, str, list[str]
     return address.repo_id, str(address), [name for name in names if re.fullmatch(r"step\d+", name)]
 
 
-def push_branch(folder: Path, repository: str, branch: str, exists: bool) -> bool:
+def push_branch(folder: Path, repository: str, branch: str, exists: bool, others_stay: bool = False) -> bool:
     """Make a branch hold what a folder holds, and nothing else. Return whether anything had to be pushed.
 
-    repository: its full name; exists: whether it has the branch. Raises L2EError.
+    repository: its full name; exists: whether it has the branch; others_stay: keep files of other names, but for
+    weights, such as a license or pictures that someone put there. Raises L2EError.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
     with _explained(AGAIN):
-        if exists and _holds(api.list_repo_tree(repository, recursive=True, revision=branch), folder):
+        if exists and _holds(api.list_repo_tree(repository, recursive=True, revision=branch), folder, others_stay):
             return False
         if not exists:
             api.create_branch(repository, branch=branch, exist_ok=True)
@@ -87,17 +89,20 @@ def push_branch(folder: Path, repository: str, branch: str, exists: bool) -> boo
             folder_path=folder,
             revision=branch,
             commit_message="l2e-ds export",
-            delete_patterns="*",  # of the main branch, from which this one was made, or of an earlier export
+            # of the main branch, from which this one was made, or of an earlier export
+            delete_patterns=WEIGHTS if others_stay else "*",
         )
     return True
 
 
-def _holds(tree: Iterable[RepoFile | RepoFolder], folder: Path) -> bool:
-    """Return whether a listing of the hub has the files of a folder with the same content, and no others."""
+def _holds(tree: Iterable[RepoFile | RepoFolder], folder: Path, others_stay: bool) -> bool:
+    """Return whether a listing of the hub has the files of a folder with the same content, and no others to remove."""
     from huggingface_hub.hf_api import RepoFile
 
     theirs = {file.path: file for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"}
     ours = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    if others_stay:
+        theirs = {name: file for name, file in theirs.items() if name in ours or any(map(Path(name).match, WEIGHTS))}
     return theirs.keys() == ours.keys() and all(_is_same(theirs[name], path) for name, path in ours.items())
 
 

@@ -27,8 +27,8 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     """Return the network in float32 with its initial weights, in training mode, on the CPU.
 
     zero3: the DeepSpeed configuration under ZeRO-3, else None. Parameters are then sharded while the network is built,
-    so that no rank ever holds more than one whole tensor. The initial weights depend on the seed only, not on the
-    number of ranks, the ZeRO stage or the order of construction.
+    so that no rank ever holds more than the whole tensors of one module and its parts. The initial weights depend on
+    the seed only, not on the number of ranks, the ZeRO stage or the order of construction.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,7 +141,8 @@ def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
     for name, module in reversed(list(model.named_modules())):
         own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]
         with torch.random.fork_rng(devices=[]), _gathered(*own):
-            torch.manual_seed(_own_seed(seed, name))
+            # not torch.manual_seed, which would give the GPUs of all ranks one state: dropout draws from it
+            torch.default_generator.manual_seed(_own_seed(seed, name))
             model._init_weights(module)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.families import check_trainable
@@ -87,15 +87,18 @@ def _given_config(config: ModelConfig) -> PretrainedConfig:
     """Return the configuration of `model.config` or `model.pretrained`. Raises ConfigError."""
     from transformers import AutoConfig
 
-    key = "model.pretrained" if config.config is None else "model.config"
-    if config.config is not None and not Path(config.config).exists():  # not a name of the hub
-        raise ConfigError(f"{key}: no such file or folder: {config.config}")
+    key, name = "model.pretrained", config.origin
+    if config.config is not None:  # not a name of the hub
+        key, found = "model.config", find_file(name) or find_file(f"{name}/config.json")
+        if found is None:
+            raise ConfigError(f"{key}: no such file, or folder with a config.json: {name}")
+        name = str(found)
     try:
-        network = AutoConfig.from_pretrained(config.origin, revision=config.revision)
-    except (OSError, ValueError) as error:
+        network = AutoConfig.from_pretrained(name, revision=config.revision)
+    except Exception as error:  # of many kinds, for what a file may say
         raise ConfigError(
             f"{key}: cannot load {config.origin!r}"
-            f"{f' at revision {config.revision!r}' if config.revision else ''}: {one_line(error)}"
+            f"{f' at revision {config.revision!r}' if config.revision else ''}: {one_line(error.__cause__ or error)}"
         ) from None
     check_trainable(network, config.attention, f"{key}: {config.origin!r}")
     return network

@@ -88,7 +88,10 @@ class Run:
     def model(self) -> str:
         """The model's name, such as pythia-70m or that of its file or folder, with what was changed of its shape."""
         given = (self.config.get(f"model.{key}") for key in ("config", "pretrained"))
-        name = self.config["model.name"] or Path(next((one for one in given if one), "")).name
+        path = Path(next((one for one in given if one), ""))
+        if path.suffix == ".json":  # a model.config: of a folder, or a file
+            path = path.parent if path.name == "config.json" else path.with_suffix("")
+        name = self.config["model.name"] or path.name
         changes = [f"{key} {value}" for key in _SHAPE if (value := self.config.get(f"model.{key}")) is not None]
         return f"{name} ({', '.join(changes)})" if changes else name
 

@@ -28,7 +28,7 @@ from l2e_ds.training.monitors import Monitors
 class MetricsWriter:
     """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
-    def __init__(self, config: RunConfig, first_step: int, main: bool) -> None:
+    def __init__(self, config: RunConfig, first_step: int, main: bool, is_new: bool = False) -> None:
         """Open the files, and remove the lines after first_step, from which a run resumes. Raises OSError.
 
         main: whether this is rank 0; on other ranks every method does nothing.
@@ -42,8 +42,9 @@ class MetricsWriter:
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, run_directory / results.FILE, run_directory / SAMPLES):
+        for path in (self.path, run_directory / results.FILE):
             drop_lines_after(path, first_step)
+        drop_lines_after(run_directory / SAMPLES, -1 if is_new else first_step)
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True

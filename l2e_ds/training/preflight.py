@@ -79,6 +79,11 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
         raise ConfigError(
             f"data.sequence_length: got {config.data.sequence_length}, {config.model.origin} takes at most {longest}"
         )
+    if longest is not None and config.evaluation.samples and config.evaluation.sample_tokens >= longest:
+        raise ConfigError(
+            f"evaluation.sample_tokens: got {config.evaluation.sample_tokens}, allowed: below {longest}, which"
+            f" {config.model.origin} takes with the prompt"
+        )
     return Plan(config, ds, batch, network, layers)
 
 

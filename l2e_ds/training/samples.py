@@ -2,8 +2,8 @@
 
     {"step": 1000, "tokens": 2097152000, "prompt": "The old pilot", "text": " had not been on the"}
 
-`text` is null where the logits are not finite. Tokens are drawn at temperature 1, each prompt's by the run's seed, as
-by `l2e-ds generate`, and end at the tokenizer's end of text.
+`text` is null where the logits are not finite. Tokens are drawn at temperature 1, each prompt's by the run's seed (on
+CPUs as by `l2e-ds generate` in the run's precision), and end at the tokenizer's end of text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import torch
 
 from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.console import say
 from l2e_ds.data import PreparedData
 from l2e_ds.data.tokenizer import find_end_of_text
 from l2e_ds.distributed import collectives
@@ -40,12 +39,12 @@ class Samples:
     tokenizer: PreTrainedTokenizerFast
 
     @torch.no_grad()
-    def write(self, engine: Any, state: TrainState, tick: Callable[[], None]) -> None:
+    def write(self, engine: Any, state: TrainState, tick: Callable[[], None], say: Callable[[str], None]) -> None:
         """Append a line for each prompt. Collective.
 
         Every rank computes every token, as ZeRO-3 needs that, and rank 0 writes. Draws from a generator of its own, so
         that training's random states stay as they are. tick: called before each token on every rank; may raise, on all
-        ranks alike.
+        ranks alike. say: prints a warning.
         """
         end = find_end_of_text(self.tokenizer)
         lines = []

@@ -22,6 +22,7 @@ from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since
 from l2e_ds.checkpoint.schedule import is_due
 from l2e_ds.checkpoint.state import TrainState, seed_everything
 from l2e_ds.config.batch import BatchArithmetic
+from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
@@ -83,7 +84,9 @@ def _given_file(config: RunConfig) -> str:
     """Return what identifies the content of `model.config`: a run must not resume as another network."""
     if config.model.config is None:
         return ""
-    return f", config.json {hashlib.sha256(Path(config.model.config).read_bytes()).hexdigest()[:12]}"
+    path = find_file(config.model.config)
+    assert path is not None  # network_config has read it
+    return f", config.json {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
 
 
 class Trainer:
@@ -115,7 +118,7 @@ class Trainer:
         self.texts, self.samples = texts, samples
         self.held_out = [part for part in data if part.held_out is not None]
         self.state = TrainState()
-        self.skipped_in_row = 0
+        self.skipped_in_row = self.spikes_in_row = 0
         self.saved_step: int | None = None
         self._stop_asked = self._saving = False  # on any rank, as of the newest step
         self.checkpoints = checkpoints or open_checkpoints(config)
@@ -164,7 +167,9 @@ class Trainer:
             if self.checkpoints.is_own(resume_from):
                 self.saved_step = self.state.step
             self.sequences.restore_streams(self.state.streams)
-        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main())
+        if config.training.spike_deviations is None:
+            self.state.gradient_norms = []  # if it is set again later, these would be too old to compare with
+        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), is_new=resume_from is None)
         self.changes: list[str] = []
         """What the user has changed in the run file since the checkpoint, one line each."""
         if resume_from is not None:
@@ -350,6 +355,7 @@ class Trainer:
                 f"step {self.state.step} is skipped for its gradient norm: {self._spike} (training.spike_deviations)"
             )
         self.skipped_in_row = 0 if applied else self.skipped_in_row + 1
+        self.spikes_in_row = 0 if applied else self.spikes_in_row + (self._spike is not None)
         if self.skipped_in_row >= self.config.training.max_skipped_steps:
             self._give_up()
 
@@ -365,6 +371,8 @@ class Trainer:
         all_finite = collectives.all_gather_objects(self._interval.is_loss_finite())
         bad = [rank for rank, finite in enumerate(all_finite) if not finite]
         where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
+        if self.spikes_in_row:
+            where += f"; {self.spikes_in_row} of them were skipped for their norm (training.spike_deviations)"
         raise TrainingError(
             f"{skipped} had non-finite gradients (step {self.state.step}, loss scale {loss_scale(self.engine):g};"
             f" {where}); {limit}"
@@ -393,7 +401,7 @@ class Trainer:
                     self.engine, self.head, self.texts, self.batch.micro_batch, preemption.stop_if_asked
                 )
             if self.samples is not None:
-                self.samples.write(self.engine, self.state, preemption.stop_if_asked)
+                self.samples.write(self.engine, self.state, preemption.stop_if_asked, self.metrics.say)
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
             shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in self.texts[:4]]

@@ -172,6 +172,16 @@ def test_a_longer_run_must_not_move_its_inhibition_unsaid():
     Changes(config(**in_steps), config(training__steps=40, **in_steps), STEP).refuse(CHECKPOINT)
 
 
+def test_inhibition_that_moves_with_the_run_s_length_is_said():
+    """Another run that begins at this checkpoint is not refused, but what its shares mean has changed."""
+    shares = {"inhibition__start": 0.3, "inhibition__warmup": 0.2, "training__steps": 100}
+    lines = Changes(config(**shares), config(**shares | {"training__steps": 40}), STEP).lines()
+    assert lines[1:3] == ["inhibition.start: 30 -> 12 steps", "inhibition.warmup: 20 -> 8 steps"]
+    in_steps = {"inhibition__start": 30, "inhibition__warmup": 5}
+    old, new = config(**in_steps, training__steps=100), config(**in_steps, training__steps=40)
+    assert not any(line.startswith("inhibition") for line in Changes(old, new, STEP).lines())
+
+
 def test_text_that_was_moved_is_looked_at_again(tmp_path):
     """Data may have moved if nothing is left at the old place: its fingerprint shows whether it is the same."""
     old, new = config(), config(data__path="moved")

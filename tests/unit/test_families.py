@@ -335,6 +335,9 @@ def test_first_weights_are_distributed_as_those_of_transformers(name, tmp_path):
     again, another = (dict(build_network(config, network, seed, None).named_parameters()) for seed in (1, 2))
     assert all(torch.equal(ours[key], again[key]) for key in ours)
     assert any(not torch.equal(ours[key], another[key]) for key in ours)
+    before = torch.cuda.initial_seed() if torch.cuda.is_available() else torch.initial_seed()
+    build_network(config, network, 3, None)
+    assert before == (torch.cuda.initial_seed() if torch.cuda.is_available() else torch.initial_seed())
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (name in TIED)
 
 
@@ -344,8 +347,11 @@ def test_first_weights_are_distributed_as_those_of_transformers(name, tmp_path):
         ({"name": "pythia-14m", "config": "x"}, "give exactly one of model.name, model.config and model.pretrained"),
         ({"config": "x", "num_layers": 2}, "model.num_layers cannot change a model.config"),
         ({"config": "x", "revision": "main"}, "model.revision needs model.pretrained"),
-        ({"config": "gone"}, "model.config: no such file or folder: gone"),
-        ({"config": "empty"}, "model.config: cannot load 'empty': "),
+        ({"config": "gone"}, "model.config: no such file, or folder with a config.json: gone"),
+        ({"config": "empty"}, "model.config: no such file, or folder with a config.json: empty"),
+        ({"config": "number.json"}, "model.config: cannot load 'number.json': "),
+        ({"config": "size.json"}, "model.config: cannot load 'size.json': "),
+        ({"config": "heads.json"}, "model.config: cannot load 'heads.json': "),
         ({"config": "t5.json"}, "is of the family t5, known are "),
         ({"config": "broken.json"}, "model.config: cannot load 'broken.json': "),
     ],
@@ -354,6 +360,9 @@ def test_a_config_that_cannot_be_is_one_line(given, said, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "t5.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "size.json").write_text('{"model_type": "gpt_neox", "hidden_size": "abc"}')
+    (tmp_path / "heads.json").write_text('{"model_type": "llama", "hidden_size": 10, "num_attention_heads": 3}')
     (tmp_path / "broken.json").write_text('{"model_type": "llama", ')
     with pytest.raises((ConfigError, ValueError)) as caught:
         network_config(ModelConfig(**given), 16)

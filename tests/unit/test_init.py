@@ -74,7 +74,8 @@ def test_bad_input(capsys, words, said):
 
 
 def test_recipes_by_name(tmp_path):
-    """Any folder will do; a file of that name comes first, and what is neither is one line."""
+    """Any folder will do; a file of that name comes first, a folder (a run directory, perhaps) does not."""
+    (tmp_path / "pythia-1.4b").mkdir()
     assert load_run_config("pythia-1.4b").model.name == "pythia-1.4b"
     (tmp_path / "pythia-70m").write_text("model: {name: pythia-14m}\ndata: {source: stdlib, train_tokenizer: 300}\n"
                                          "training: {steps: 1}\n")  # fmt: skip

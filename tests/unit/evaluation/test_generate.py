@@ -98,7 +98,8 @@ def test_it_ends_at_the_end_of_text_and_the_models_own_settings_are_not_used(run
 BAD = {
     "--tokens": (["--tokens", "0"], "got 0, allowed: an integer >= 1"),
     "--seed": (["--seed", "-1"], "got -1, allowed: an integer >= 0"),
-    "--temperature": (["--temperature", "-1"], "got -1, allowed: a number >= 0"),
+    "--temperature": (["--temperature", "-1"], "got -1, allowed: 0, or a number >= 1e-6"),
+    "--temperature near 0": (["--temperature", "1e-42"], "got 1e-42, allowed: 0, or a number >= 1e-6"),
     "--temperature nan": (["--temperature", "nan"], "--temperature: got nan"),
     "--top-p": (["--top-p", "0"], "got 0, allowed: a number > 0 and <= 1"),
     "--step": (["--step", "7"], "has no step 7; complete steps: 20"),
