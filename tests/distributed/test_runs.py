@@ -87,7 +87,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
     for name in SPIKED if is_full else SHORT_SPIKED:
         sections = spiked(name)
         found[f"spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4])
-        found[f"resumed-spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4], stop_after=4)
+        if name in SHORT_SPIKED:
+            found[f"resumed-spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4], stop_after=4)
         if not name.endswith("fp16"):
             found[f"nan{name}"] = TrainingCase(sections, non_finite_loss=(1, [3, 4]))
     found["hopeless-spikes"] = TrainingCase(
@@ -355,7 +356,9 @@ def _same_checkpoint(straight, resumed, precision="fp32"):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("name", in_short(["1", "3", "-fp16"], [*map(str, STAGES), "-bf16", "-fp16"]))
+@pytest.mark.parametrize(
+    "name", in_short(["1", "3", "-fp16"], ["0", "1", "3", "-bf16", "-fp16"])
+)  # in half precision under ZeRO-2
 def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     """Rank 1's loss is not a number in two steps: no rank moves weights, schedule, moments or tau."""
     lines = metric_lines(runs / f"nan{name}")
@@ -392,7 +395,7 @@ def test_spikes_are_skipped_as_non_finite_steps_are(runs, metric_lines, name):
         _same_checkpoint(run, runs / f"nan{name}", kept_precision(name))
 
 
-@pytest.mark.parametrize("name", in_short(SHORT_SPIKED, SPIKED))
+@pytest.mark.parametrize("name", SHORT_SPIKED)
 def test_spikes_are_skipped_after_resuming_as_before(runs, metric_lines, name):
     """Stopped between the two: the second is found by the norms that the checkpoint holds."""
     first, resumed = runs / f"spike{name}", runs / f"resumed-spike{name}"
