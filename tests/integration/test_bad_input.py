@@ -131,6 +131,10 @@ CASES = {
         lambda t: ["evaluation.texts=[{name: own, source: stdlib}]", "training.evaluate_every=0"],
         ["training.evaluate_every", "got 0 with evaluation.texts"],
     ),
+    "samples that no prompt can begin": (
+        lambda t: ["evaluation.samples=[a]", "evaluation.sample_tokens=5000"],
+        ["evaluation.sample_tokens", "got 5000, allowed: below 2048"],
+    ),
     "samples that are never written": (
         lambda t: ["evaluation.samples=[a]", "training.evaluate_every=0"],
         ["training.evaluate_every", "got 0 with evaluation.samples"],
