@@ -57,6 +57,7 @@ class Changes:
         before, now = flat(self.old), flat(self.new)
         changed = [key for key in now if before[key] != now[key] and key != "training.allow_changes"]
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
+        self._inhibition = _inhibition_steps(self.old), _inhibition_steps(self.new)
 
     def lines(self) -> list[str]:
         """Return every changed key as `section.key: old -> new`, what moves with the run's length, and the learning
@@ -84,7 +85,7 @@ class Changes:
         else:
             for key in SCHEDULE:
                 found.pop(f"optimizer.{key}", None)
-        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        before, now = self._inhibition
         for key in before:  # a share of the old run, and the step that it stood for
             if before[key] == now.get(key):
                 found.pop(f"inhibition.{key}", None)
@@ -103,7 +104,7 @@ class Changes:
 
     def other_inhibition(self) -> bool:
         """Return whether inhibition differs in more than how its schedule is written."""
-        before, now = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        before, now = self._inhibition
         same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
         return before != now or any(
             key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
@@ -111,7 +112,7 @@ class Changes:
 
     def _moved(self) -> dict[str, tuple[int | None, int | None]]:
         """Return what inhibition's schedule was and is in steps, where it differs though the run file says the same."""
-        before, now = (_inhibition_steps(config) for config in (self.old, self.new))
+        before, now = self._inhibition
         return {
             key: (before[key], now.get(key))
             for key in before

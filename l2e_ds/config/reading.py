@@ -41,10 +41,15 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 
 
 def _recipe(name: str | Path) -> Path | None:
-    """Return the recipe of this name, or None where the name is that of a file. Raises ConfigError for neither."""
+    """Return the recipe of this name, or None where the name is that of a file. Raises ConfigError if it is neither."""
     path = Path(name)
     if path.is_file() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
         return None
+    return find_recipe(str(name))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the recipe of this name. Raises ConfigError if there is none."""
     recipe = find_file(f"{RECIPES}/{name}.yaml")
     if recipe is None:
         known = sorted(file.stem for root in (REPOSITORY, PACKAGE) for file in (root / RECIPES).glob("*.yaml"))
@@ -78,7 +83,7 @@ def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunC
     deepspeed = find_file(config.deepspeed.config, run_file)
     config = config.model_copy(update={"data": data, "training": training})
     model = config.model
-    given = model.config and (find_file(model.config, run_file) or find_file(f"{model.config}/config.json", run_file))
+    given = model.config and find_model_config(model.config, run_file)
     config = config.replace(
         "model", pretrained=_absolute_if_there(model.pretrained), config=portable(given) if given else model.config
     )
@@ -233,6 +238,11 @@ def find_file(name: str, beside: str | Path | None = None) -> Path | None:
         candidates += [Path(beside).parent / name] if beside else []
         candidates += [REPOSITORY / name, PACKAGE / name]
     return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def find_model_config(name: str, beside: str | Path | None = None) -> Path | None:
+    """Return the file of `model.config`, which names it or its folder."""
+    return find_file(name, beside) or find_file(f"{name}/config.json", beside)
 
 
 def portable(path: Path) -> str:

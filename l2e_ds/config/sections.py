@@ -330,6 +330,16 @@ class OptimizerConfig(Section):
             raise ValueError(f"optimizer.betas: got {self.betas}, both must be in [0, 1)")
         return self
 
+    def in_steps(self, run_steps: int) -> tuple[int, float, float]:
+        """Return the length of the schedule, its warm-up and its decay (0 without one), in steps.
+
+        Shares are not rounded to whole steps, as in Megatron and GPT-NeoX.
+        """
+        steps = self.schedule_steps or run_steps
+        decay = self.decay if self.schedule == "warmup-stable-decay" else 0
+        warmup, decay = (value * steps if isinstance(value, float) else value for value in (self.warmup, decay))
+        return steps, warmup, decay
+
 
 class TrainingConfig(Section):
     """The length of the run, its batches and its precision."""
@@ -625,13 +635,14 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _schedule_within_the_run(self) -> RunConfig:
-        section, steps = self.optimizer, self.optimizer.schedule_steps or self.training.steps
+        section = self.optimizer
+        steps, warmup, decay = section.in_steps(self.training.steps)
         if section.schedule in ("inverse-square-root", "constant"):  # they have no end
             return self
         parts = {"warmup": section.warmup}
         if section.schedule == "warmup-stable-decay":
             parts["decay"] = section.decay
-        taken = sum(value * steps if isinstance(value, float) else value for value in parts.values())
+        taken = warmup + decay
         if taken > steps * (1 + 1e-6):
             given = " and ".join(f"{key} {value:g}" for key, value in parts.items())
             raise ValueError(

@@ -65,8 +65,4 @@ class Schedule:
 
 def schedule_of(config: RunConfig) -> Schedule:
     """Return the schedule of a run whose configuration `engine.configuration.resolve` has completed."""
-    section = config.optimizer
-    steps = section.schedule_steps or config.training.steps
-    # shares are not rounded to whole steps, as in Megatron and GPT-NeoX
-    warmup, decay = (value * steps if isinstance(value, float) else value for value in (section.warmup, section.decay))
-    return Schedule(section, steps, warmup, decay if section.schedule == "warmup-stable-decay" else 0)
+    return Schedule(config.optimizer, *config.optimizer.in_steps(config.training.steps))

@@ -84,12 +84,9 @@ def export_all(
     checkpoints = published_checkpoints(run_directory)
     if not checkpoints:
         raise CheckpointError(f"{run_directory}: has no checkpoint")
-    if all(verify(checkpoint) is not None for checkpoint in checkpoints):  # before a repository is made
-        raise CheckpointError(f"{run_directory}: all checkpoints are damaged")
     pushed = 0
     damaged: list[str] = []
     exported: Exported | None = None
-    name, address, branches = open_repository(repository, private)
     with tempfile.TemporaryDirectory(prefix="l2e-ds-export-") as temporary:
         folder = Path(temporary) / "model"
         for number, checkpoint in enumerate(checkpoints, start=1):
@@ -98,6 +95,8 @@ def export_all(
                 say(f"l2e-ds: checkpoint {checkpoint}: {problem}; it is not pushed")
                 damaged.append(checkpoint.name)
                 continue
+            if exported is None:  # only now: no empty repository is left where all are damaged
+                name, address, branches = open_repository(repository, private)
             shutil.rmtree(folder, ignore_errors=True)
             branch = f"step{step_of(checkpoint)}"
             exported = _export(checkpoint, folder, "TMPDIR", precision, licence, name, branch)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from l2e_ds.config.reading import find_file
+from l2e_ds.config.reading import find_model_config
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.families import check_trainable
@@ -89,7 +89,7 @@ def _given_config(config: ModelConfig) -> PretrainedConfig:
 
     key, name = "model.pretrained", config.origin
     if config.config is not None:  # not a name of the hub
-        key, found = "model.config", find_file(name) or find_file(f"{name}/config.json")
+        key, found = "model.config", find_model_config(name)
         if found is None:
             raise ConfigError(f"{key}: no such file, or folder with a config.json: {name}")
         name = str(found)

@@ -8,7 +8,7 @@ from l2e_ds.checkpoint.schedule import checkpoint_bytes
 from l2e_ds.config.sections import METHODS
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.errors import ConfigError
-from l2e_ds.models.counts import unbuilt
+from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.preflight import Plan
@@ -89,7 +89,7 @@ def work_of(plan: Plan) -> Work:
         return bool((zero.get(part) or {}).get("device", "none") != "none")
 
     return Work(
-        parameters=sum(p.numel() for p in unbuilt(network).parameters()),
+        parameters=parameter_counts(network)[0],
         embedding=network.vocab_size * network.hidden_size,
         layers=network.num_hidden_layers,
         hidden=network.hidden_size,

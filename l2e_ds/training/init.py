@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2e_ds.config.reading import checked, parse_yaml
+from l2e_ds.config.reading import checked, find_recipe, load_run_config, parse_yaml
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data.sources import PATTERNS
 from l2e_ds.errors import ConfigError
@@ -42,7 +42,7 @@ inhibition:
   start: 0.3  # share of the steps before inhibition begins
   warmup: 0.2  # share over which it rises to its strength
 deepspeed:
-  config: ds_configs/{zero}.json
+  config: {deepspeed}
 checkpoint:
   every: 100
   keep_last: 3
@@ -80,7 +80,7 @@ def run_file(name: str, data: Sequence[str], tokenizer: str | None) -> str:
         source=source,
         path=path,
         tokenizer=f"  tokenizer: {json.dumps(tokenizer)}" if tokenizer else trained,
-        zero="zero3" if name in ("pythia-6.9b", "pythia-12b") else "zero1",
+        deepspeed=load_run_config(find_recipe(name)).deepspeed.config,
     )
 
 

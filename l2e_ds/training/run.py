@@ -124,8 +124,7 @@ def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> Non
         ("directory", plan.config.training.run_directory),
         ("left", f"{left:,} steps, {left * plan.batch.tokens_per_step:,} tokens"),
     ]
-    for line in aligned(rows).splitlines():
-        trainer.metrics.say(line.rstrip())
+    trainer.metrics.say(aligned(rows))
 
 
 def _say_what_is_next(directory: Path) -> None:
