@@ -261,6 +261,16 @@ def zero_stage(ds: dict) -> int:
     return int(ds.get("zero_optimization", {}).get("stage", 0))
 
 
+def optimizer_type(ds: dict) -> str:
+    """Return the type of the optimizer: that of the JSON, or AdamW, which is built where the JSON names none."""
+    return str(_lookup(ds, ("optimizer", "type")) or "AdamW")
+
+
+def is_adam(ds: dict) -> bool:
+    """Return whether the optimizer is Adam or AdamW, whose states this project knows."""
+    return optimizer_type(ds).lower() in ("adam", "adamw")
+
+
 def less_memory(config: RunConfig, ds: dict) -> str:
     """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]
@@ -417,11 +427,11 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
                 f"{where}: zero_optimization.{part}.device: got 'nvme', allowed: cpu, none (checkpoints of states on"
                 " NVMe are not covered by the guarantees of docs/checkpoints.md)"
             )
-    kind = str(_lookup(ds, ("optimizer", "type")) or "AdamW")
-    if config.training.spike_deviations is not None and kind.lower() not in ("adam", "adamw"):
+    if config.training.spike_deviations is not None and not is_adam(ds):
         raise ConfigError(
             f"training.spike_deviations: got {config.training.spike_deviations:g}, but {where} has optimizer.type"
-            f" {kind}, whose state may move before its step is skipped; allowed: null, or Adam or AdamW there"
+            f" {optimizer_type(ds)}, whose state may move before its step is skipped; allowed: null, or Adam or AdamW"
+            " there"
         )
     accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
     if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):

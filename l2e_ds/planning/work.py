@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from l2e_ds.checkpoint.schedule import checkpoint_bytes
 from l2e_ds.config.sections import METHODS
-from l2e_ds.engine.configuration import zero_stage
+from l2e_ds.engine.configuration import is_adam, optimizer_type, zero_stage
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.families import neurons_of
@@ -71,8 +71,8 @@ def work_of(plan: Plan) -> Work:
             f"model: {config.model.origin!r} is a {network.model_type}; a plan knows the memory and time"
             " of gpt_neox (Pythia) only"
         )
-    kind = str(ds.get("optimizer", {}).get("type", "AdamW"))
-    if kind.lower() not in ("adam", "adamw"):
+    if not is_adam(ds):
+        kind = optimizer_type(ds)
         raise ConfigError(f"deepspeed.config: optimizer.type: got {kind}; a plan knows Adam and AdamW only")
     zero = ds.get("zero_optimization", {})
     stage, precision, section = zero_stage(ds), config.training.precision, config.inhibition

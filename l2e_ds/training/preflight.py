@@ -16,7 +16,7 @@ from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import aligned
 from l2e_ds.data import check_sets, check_texts
-from l2e_ds.engine.configuration import check_device, resolve, zero_stage
+from l2e_ds.engine.configuration import check_device, is_adam, resolve, zero_stage
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.evaluation import check_installed
@@ -203,7 +203,7 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
 
 def _checkpoints(plan: Plan, parameters: int, neurons: int) -> list[tuple[str, str]]:
     """Return what is to be said of the checkpoints' size; nothing for an optimizer whose states are unknown."""
-    if str(plan.ds.get("optimizer", {}).get("type", "AdamW")).lower() not in ("adam", "adamw"):
+    if not is_adam(plan.ds):
         return []
     hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
     element = 4 if plan.config.training.precision == "fp32" else 2
