@@ -76,6 +76,8 @@ class NeuronHook:
         self.regulariser = owner.settings.regulariser
         self.sums = sums  # of this step: header, and for each neuron d, d^2 and selected
         self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
+        # S^2 of each neuron when inhibition began; 0 before that, and for neurons that did not vary
+        self.variance_at_start = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)
         self.calls = Calls()
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
@@ -95,6 +97,11 @@ class NeuronHook:
         """Make float32 constants of the running statistics, for one optimizer step."""
         # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
         self.frozen = self.frozen_now = self.for_loss = self.running.frozen()
+        self.kept_pull = losses.kept_pull(self.running.moments.variance, self.variance_at_start)
+
+    def note_start(self) -> None:
+        """Note the scale of each neuron, now that inhibition begins."""
+        self.variance_at_start = torch.where(self.frozen.alive, self.running.moments.variance, 0.0)
 
     # --- forward -------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,9 @@ class Inhibitor:
         self.is_inhibiting = self.coefficients.is_inhibiting
         self.is_measuring = self.coefficients.is_measuring
         self.is_projecting = self.is_measuring and self.settings.loss == "projected"
+        if self.steps == max(self.settings.start, 1):
+            for hook in self.hooks:
+                hook.note_start()
 
     # --- hooks on and off ----------------------------------------------------------------------------------------
 
@@ -203,9 +206,8 @@ class Inhibitor:
         @cache
         def corrections() -> list[Correction]:
             wait()
-            return [
-                losses.projection(part) for part in sums.split([hook.projection_sums.numel() for hook in self.hooks])
-            ]
+            parts = sums.split([hook.projection_sums.numel() for hook in self.hooks])
+            return [losses.projection(part, hook.kept_pull) for hook, part in zip(self.hooks, parts, strict=True)]
 
         return corrections
 
@@ -365,6 +367,7 @@ class Inhibitor:
                     "tau": hook.running.tau,
                     "selected": hook.running.selected,
                     "selectable": hook.running.selectable,
+                    "variance_at_start": hook.variance_at_start,
                     **{name: tensor[hook.index] for name, tensor in measured.items()},
                 }.items()
             }
@@ -373,14 +376,15 @@ class Inhibitor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned.
 
-        A state from before there was a strength has no measurements for it; they begin anew. Raises ValueError for a
-        state of other layers or sizes.
+        A state from before there was a strength has no measurements for it; they begin anew. One from before scales
+        were kept has no `variance_at_start`: growth then goes on uncounted. Raises ValueError for a state of other
+        layers or sizes.
         """
         measured = self.coefficients.state_dict()
-        new = {
-            f"layers.{hook.site.layer}.{name}": measured[name][hook.index] for name in measured for hook in self.hooks
-        }
-        state = {name: torch.zeros_like(tensor) for name, tensor in new.items()} | state
+        zeros = {f"layers.{hook.site.layer}.variance_at_start": hook.variance_at_start * 0 for hook in self.hooks}
+        for hook in self.hooks:
+            zeros |= {f"layers.{hook.site.layer}.{name}": measured[name][hook.index] * 0 for name in measured}
+        state = zeros | state
         expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
@@ -391,13 +395,14 @@ class Inhibitor:
         self.coefficients.load_state_dict(
             {name: torch.stack([state[layer + name] for layer in layers]).to(self._packed.device) for name in measured}
         )
-        self._decide_on_coming_step()
         for hook in self.hooks:
             prefix, device = f"layers.{hook.site.layer}.", self._packed.device
             part = {n.removeprefix(prefix): t.to(device) for n, t in state.items() if n.startswith(prefix)}
             moments = Moments(part["count"], part["mean"], part["m2"])
             hook.running = RunningStatistics(moments, part["tau"], part["selected"], part["selectable"])
+            hook.variance_at_start = part["variance_at_start"]
             hook.freeze()
+        self._decide_on_coming_step()
 
 
 def _device_of(module: nn.Module) -> torch.device:

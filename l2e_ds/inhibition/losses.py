@@ -25,7 +25,8 @@ F_ij = sel_ij * sign(u_ij) |u_ij|^(q-1) / S_j, this gradient is
     1/n * (F_ij - shift_j - pull_j * d_ij)
 
 where (shift_j, pull_j) is the line that best fits F_j over the tokens of the global micro-batch (`projection`). To
-first order, neither scaling nor shifting a neuron lowers the loss.
+first order, neither scaling nor shifting a neuron lowers the loss. A neuron whose S has grown since inhibition began
+keeps only a part of pull_j (`kept_pull`), so that the force shrinks it again.
 
 All three gradients have the form (force - shift - pull * d); `Correction` is what is subtracted. The gradient enters in
 backward: `note_loss_gradient` sits on the LM loss and notes the gradient that arrives there (loss scale / accumulation
@@ -48,6 +49,10 @@ VARIANCE_FLOOR = 1e-12
 # for which the gradient 2 / d has no bound. The threshold never selects any of them.
 SCORE_FLOOR = 1e-6
 
+
+# How fast the projected loss counteracts growth: a neuron keeps nothing of its pull once its S is e^(1/4) = 1.28 times
+# what it was when inhibition began.
+GROWTH_GAIN = 4.0
 
 LossName = Literal["published", "scale-invariant", "projected"]
 Power = Literal[0, 1, 2]
@@ -150,15 +155,27 @@ def running_correction(statistics: FrozenStatistics, regulariser: Regulariser) -
     return Correction(nothing, 2 * statistics.rate * statistics.inverse_variance if is_corrected else nothing)
 
 
-def projection(sums: Tensor) -> Correction:
+def kept_pull(variance: Tensor, variance_at_start: Tensor) -> Tensor:
+    """Return the share of its pull that each neuron keeps, [N] float64, from 0 to 1: 1 unless it has grown.
+
+    variance, variance_at_start: [N] float64, S^2 now and when inhibition began; 0 for a neuron that did not vary then,
+    whose growth does not count. Source: docs/method.md, 5.2.
+    """
+    has_grown = (variance_at_start > 0) & (variance > variance_at_start)
+    ratio = torch.where(has_grown, variance, 1.0) / torch.where(has_grown, variance_at_start, 1.0)
+    return (1 - GROWTH_GAIN / 2 * ratio.log()).clamp(min=0)
+
+
+def projection(sums: Tensor, kept: Tensor) -> Correction:
     """Return the correction of the projected loss: for each neuron, the line shift + pull * d that best fits the force.
 
     sums: [1 + 4 N] float64, the `projection_sums` of the global micro-batch, times any number (docs/method.md, 5.2).
+    kept: [N] float64, the share of the pull that stays, of `kept_pull`.
     """
     tokens, sums = sums[0], sums[1:].view(4, -1)
     force, force_d, d, d2 = sums / torch.where(tokens > 0, tokens, 1.0)
     variance = d2 - d * d
-    pull = torch.where(is_alive(d, variance), (force_d - force * d) / variance, 0.0)
+    pull = torch.where(is_alive(d, variance), kept * (force_d - force * d) / variance, 0.0)
     return Correction((force - pull * d).float(), pull.float())
 
 

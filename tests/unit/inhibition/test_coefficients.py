@@ -106,11 +106,10 @@ def measured(network, micro_batches, inhibitor):
             count, mean, m2, tau = (state[f"layers.{layer}.{name}"] for name in ("count", "mean", "m2", "tau"))
             flat, variance = z.flatten(0, 1), m2 / (count - 1)
             selections.append((flat.detach() - mean) ** 2 / variance >= tau)
-            losses.append(
-                written_out(
-                    flat, selections[-1], FrozenStatistics.of(mean, variance, tau, variance), chosen.regulariser
-                )
-            )
+            at_start = state[f"layers.{layer}.variance_at_start"]
+            kept = (1 - 4 * (variance / at_start).sqrt().log()).clamp(0, 1)
+            statistics = FrozenStatistics.of(mean, variance, tau, variance)
+            losses.append(written_out(flat, selections[-1], statistics, chosen.regulariser, kept))
             tokens_here = flat.shape[0]
             value = float(inhibitor.coefficients.values[index])
             total = total + value * losses[-1] / (chosen.target_share * tokens_here * NEURONS)
@@ -186,9 +185,8 @@ def test_a_state_from_before_there_was_a_strength():
         train(network, inhibitor, range(3))
         weights, state = copy.deepcopy(network.state_dict()), inhibitor.state_dict()
         went_on = train(network, inhibitor, range(3, 6))
-    old = {
-        name: value for name, value in state.items() if name.split(".")[-1] not in inhibitor.coefficients.state_dict()
-    }
+    new = {"variance_at_start", *inhibitor.coefficients.state_dict()}
+    old = {name: value for name, value in state.items() if name.split(".")[-1] not in new}
     assert len(old) == 1 + 2 * 6
     network.load_state_dict(weights)
     resumed = Inhibitor(sites(network), settings("published"))

@@ -34,7 +34,7 @@ METHODS = {
     "memel": {"retrieval": "top-k", "mechanism": "reverse-deactivation"},
     "naive": {"mechanism": "naive-deactivation"},
 }
-STATISTICS = ("count", "mean", "m2", "tau", "selected", "selectable")
+STATISTICS = ("count", "mean", "m2", "tau", "selected", "selectable", "variance_at_start")
 # both of the fused ones are compiled, which takes seconds: one of them shows it in the short tests
 every_method = pytest.mark.parametrize(
     "method",

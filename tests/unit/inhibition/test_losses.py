@@ -19,6 +19,7 @@ from l2e_ds.inhibition.losses import (
     force,
     inhibition_gradient,
     inhibition_loss,
+    kept_pull,
     note_loss_gradient,
     projection,
     projection_sums,
@@ -38,10 +39,11 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def gradient_of(z, selected, statistics, regulariser, weight=None):
-    """With the projection over these tokens, as one rank has them."""
+def gradient_of(z, selected, statistics, regulariser, weight=None, kept=None):
+    """With the projection over these tokens, as one rank has them. kept: default: of neurons that have not grown."""
     if regulariser.is_projected:
-        correction = projection(projection_sums(z, selected, statistics, regulariser, weight))
+        kept = torch.ones(NEURONS, dtype=torch.float64) if kept is None else kept
+        correction = projection(projection_sums(z, selected, statistics, regulariser, weight), kept)
     else:
         correction = running_correction(statistics, regulariser)
     return inhibition_gradient(z, selected, statistics, regulariser, correction)
@@ -107,7 +109,11 @@ def test_scale_invariant_gradient_cannot_shrink_a_neuron(scale):
 
 
 def written_out(
-    z: torch.Tensor, selected: torch.Tensor, statistics: FrozenStatistics, regulariser: Regulariser
+    z: torch.Tensor,
+    selected: torch.Tensor,
+    statistics: FrozenStatistics,
+    regulariser: Regulariser,
+    kept: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """The loss of float64 activations before its division by n, as docs/method.md defines it, to be differentiated."""
     mean, variance = statistics.mean.double(), statistics.variance.double()
@@ -117,7 +123,8 @@ def written_out(
         ratio = (z - mean) ** 2 / variance
         return ratio[selected].log().sum() - (statistics.rate.double() * (ratio - 1)).sum()
     center, deviation = z.mean(0), z.std(0, correction=0)
-    standardised = (z - center) / deviation  # through which the gradient flows
+    # through which the gradient flows; through a part of the deviation only for a neuron that has grown
+    standardised = (z - center) / (deviation**kept * deviation.detach() ** (1 - kept))
     u = (center.detach() + deviation.detach() * standardised - mean) / variance.sqrt()
     if regulariser.power == 0:
         return u[selected].abs().log().sum()
@@ -139,6 +146,35 @@ def test_loss_and_gradient_are_those_of_the_written_out_loss(regulariser):
     torch.testing.assert_close(gradient.double(), exact.grad, rtol=0, atol=bound)
     found = inhibition_loss(z, selected, statistics, regulariser)
     torch.testing.assert_close(found.double(), loss.detach(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("regulariser", PROJECTED, ids=str)
+def test_a_neuron_that_has_grown_keeps_a_part_of_its_pull(regulariser):
+    """The gradient is float64 autograd's of the written-out loss, in which a part of the deviation is a constant. It
+    lowers the scale of the neurons that have grown, and of no others. The bound is that of the test above."""
+    z, statistics = example()
+    selected = select_by_threshold(score(z, statistics), statistics)
+    kept = torch.linspace(0, 1, NEURONS, dtype=torch.float64)
+    exact = z.double().requires_grad_()
+    written_out(exact, selected, statistics, regulariser, kept).backward()
+    gradient = gradient_of(z, selected, statistics, regulariser, kept=kept).double()
+    pulls = force(z, selected, statistics, regulariser).double()
+    bound = 100 * 2**-24 * float(pulls.abs().max())
+    torch.testing.assert_close(gradient, exact.grad, rtol=0, atol=bound)
+    centered = z.double() - z.double().mean(0)
+    outwards = (gradient * centered).sum(0)
+    torch.testing.assert_close(
+        outwards, (1 - kept) * (pulls * centered).sum(0), rtol=0, atol=bound * TOKENS * float(centered.abs().max())
+    )
+    assert float(outwards[0]) > 0.1 and abs(float(outwards[-1])) < 1e-3
+
+
+def test_kept_pull():
+    """All of it without growth, nothing from e^(1/4) times the S at the start; a neuron that had none keeps all."""
+    start = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    ratio = torch.tensor([0.5, 1.0, np.exp(1 / 8), 2.0, 2.0], dtype=torch.float64)  # of S
+    kept = kept_pull(ratio.square() * start.clamp(min=1), start)
+    torch.testing.assert_close(kept, torch.tensor([1, 1, 0.5, 0, 1], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("regulariser", PROJECTED, ids=str)
@@ -172,7 +208,8 @@ def test_projection_where_there_is_nothing_to_fit():
     assert selected[:, 0].all()
     gradient = gradient_of(z, selected, statistics, PROJECTED[1])
     assert bool(gradient.isfinite().all()) and float(gradient[:, 0].abs().max()) < 1e-5
-    correction = projection(torch.zeros(1 + 4 * NEURONS, dtype=torch.float64))
+    nothing = torch.zeros(1 + 4 * NEURONS, dtype=torch.float64)
+    correction = projection(nothing, torch.ones(NEURONS, dtype=torch.float64))
     assert correction.shift.count_nonzero() == correction.pull.count_nonzero() == 0
 
 
@@ -356,7 +393,10 @@ def test_parameter_gradients_are_those_of_the_written_out_sum(loss, scale, accum
             value = (d2 / d2.mean(0))[selected].log().sum()
         elif loss.startswith("projected"):
             statistics = FrozenStatistics.of(mean, variance, torch.tensor(tau), variance)
-            value = written_out(z, selected, statistics, settings.regulariser)
+            growth = np.log(seen.std(0, ddof=1) / history[0][layer].std(0, ddof=1))  # since inhibition began
+            kept = torch.from_numpy(np.clip(1 - 4 * growth, 0, 1))
+            assert 0 < int((kept < 1).sum()) < 24
+            value = written_out(z, selected, statistics, settings.regulariser, kept)
         else:
             value = _tangent_value(d2, selected, variance, _selection_rate(inhibitor, layer, history, taus))
         total = total + coefficient * value / n
