@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings, losses
 from l2e_ds.inhibition.losses import (
     VARIANCE_FLOOR,
     FrozenStatistics,
@@ -419,3 +419,38 @@ def _selection_rate(inhibitor, layer, history, taus) -> torch.Tensor:
     from scipy.stats import chi2
 
     return torch.from_numpy((scores >= chi2.isf(inhibitor.settings.target_share, 1)).mean(0))
+
+
+def trained(strength: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train on a Markov chain, which can be learned, with inhibition from step 50 of 200. Returns each layer's mean S
+    relative to that at step 50, and the mean score of what is selected at the end."""
+    random = torch.Generator().manual_seed(1)
+    chain = torch.rand(17, 17, generator=random) ** 6
+    network = make_network()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    settings = Settings(strength=strength, start=50, target_share=0.05, statistics_window=10)
+    with Inhibitor(sites_of(network), settings) as inhibitor:
+        for step in range(200):
+            tokens = torch.randint(0, 17, (8, 1), generator=random)
+            for _ in range(32):
+                following = torch.multinomial(chain[tokens[:, -1]], 1, generator=random)
+                tokens = torch.cat([tokens, following], dim=1)
+            inhibitor.attach_loss(lm_loss(network, tokens)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            inhibitor.step()
+            if step == 49:
+                at_start = inhibitor.last[:, Inhibitor.STATISTICS.index("mean_s")]
+    final = dict(zip(Inhibitor.STATISTICS, inhibitor.last.T, strict=True))
+    return final["mean_s"] / at_start, final["selected_score"]
+
+
+def test_inhibited_layers_keep_their_scale(monkeypatch):
+    """Layers that grow by 40 and 80 % with the projection alone stay below the growth at which nothing is left of the
+    pull, while the scores fall to less than half as without inhibition. The margins are many times the difference that
+    another order of roundings makes."""
+    _, without = trained(strength=0.0)
+    growth, scores = trained(strength=0.5)
+    assert bool((growth < np.exp(1 / losses.GROWTH_GAIN)).all()) and bool((scores < without / 2).all())
+    monkeypatch.setattr(losses, "GROWTH_GAIN", 0.0)
+    assert bool((trained(strength=0.5)[0] > np.exp(1 / 4)).all())
