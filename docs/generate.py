@@ -14,7 +14,7 @@ from types import UnionType
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 
-from l2e_ds.config.sections import RunConfig, SetConfig, TextConfig
+from l2e_ds.config.sections import RunConfig, SetConfig, SourceConfig, TextConfig
 from l2e_ds.run_directory.metric_table import KINDS, Metric
 
 DOCS = Path(__file__).resolve().parent
@@ -24,14 +24,11 @@ SIGNS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 def run_files() -> str:
     parts = [
         "# Run files\n",
-        "A run file is YAML with the sections below. Unknown keys, wrong types and values out of range are refused.",
-        "The rules are those of YAML 1.2 (`0100` is 100; `no`, `24:00:00` and dates are text), with merge keys",
-        "(`<<: *common`) and `_` between digits; the same in study files.\n",
+        "A run file is YAML 1.2 (`0100` is 100; `no`, `24:00:00` and dates are text), with merge keys (`<<: *common`)",
+        "and `_` between digits. Unknown keys, wrong types and values out of range are refused.\n",
         "`section.key=value` on the command line overrides one value. Where the type below is text, the value is taken",
-        "as it stands, with `#`, quotes and blanks, but for `null` or nothing where the default is `null`, and",
-        "`[a, b]` where a list is allowed. All else is read as YAML.\n",
-        "Paths may begin with `~` and hold `$VARIABLES`; relative ones count from the working directory.",
-        "Made by `docs/generate.py`.\n",
+        "as it stands, but for `null`, nothing, and `[a, b]` where these are allowed. All else is read as YAML.\n",
+        "Paths may begin with `~` and hold `$VARIABLES`; relative ones count from the working directory.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}
     names = list(models)
@@ -41,15 +38,24 @@ def run_files() -> str:
     names.append("evaluation.texts")
     for section in names:
         model = models[section]
-        parts += [f"## {section}\n", f"{model.__doc__}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
-        for key, entry in model.model_fields.items():
+        fields = dict(model.model_fields)
+        parts += [f"## {section}\n", f"{model.__doc__}\n"]
+        if section in ("data.sets", "evaluation.texts"):
+            fields = {key: entry for key, entry in fields.items() if key not in SourceConfig.model_fields}
+            parts += ["The keys `source` to `max_tokens` of [data](#data), and:\n"]
+        parts += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key, entry in fields.items():
             default = "required" if entry.is_required() else f"`{_yaml(entry.default)}`"
             meaning = " ".join(entry.description.split()).replace("|", "\\|")
             limits = _limits(entry.metadata)
             kind = _type(entry.annotation) + (f", {' and '.join(limits)}" if limits else "")
             parts.append(f"| `{key}` | {kind} | {default} | {meaning} |")
         parts.append("")
-    return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", "\n".join(parts))
+    return _linked("\n".join(parts))
+
+
+def _linked(text: str) -> str:
+    return re.sub(r"\bdocs/([\w-]+\.md)", r"[\1](\1)", text)
 
 
 def _limits(metadata: list) -> list[str]:
@@ -82,27 +88,30 @@ def _yaml(value: object) -> str:
 def metrics_page() -> str:
     parts = [
         "# Metrics\n",
-        "Names, units, reductions and where each number comes from. Lines of `metrics.jsonl`, one JSON object a line,",
-        'with `kind` and the keys of its kind. "Over steps" says what becomes of the steps since the line before:',
-        'their mean, their sum, or the newest one alone; "so far": since the run began.',
-        "Made by `docs/generate.py` from `l2e_ds/run_directory/metric_table.py`.\n",
+        "`metrics.jsonl` in the run directory has one JSON object per line, with `kind`, `step` (the global batches",
+        "consumed so far) and the keys of its kind; evaluations and tasks also have `tokens`.",
+        '"Over steps" says how the steps since the line before are reduced: their mean, their sum, or the newest one',
+        'alone; "so far": since the run began.\n',
     ]
     for name, kind in KINDS.items():
-        is_reduced = any(metric.reduction not in ("", "so far") for metric in kind.metrics)
-        heads = ["key", "unit", *(["over steps"] if is_reduced else []), "what", "where it comes from"]
+        told_above = () if name == "train" else ("step", "tokens")
+        metrics = [m for m in kind.metrics if m.key not in told_above and not m.key.startswith("comparison_")]
+        is_reduced = any(metric.reduction for metric in metrics)
+        heads = ["key", "unit", *(["over steps"] if is_reduced else []), "what"]
+        has_sources = any(metric.source for metric in metrics)
+        heads += ["where it comes from"] if has_sources else []
         parts += [f"## kind: {name}\n", textwrap.fill(f"Written {kind.when}. {kind.note}", 120) + "\n"]
         parts += [_row(heads), "|---" * len(heads) + "|"]
-        parts += [_row(_metric_cells(metric, is_reduced)) for metric in kind.metrics]
+        parts += [_row(_metric_cells(metric, is_reduced)[: len(heads)]) for metric in metrics]
         parts.append("")
     parts += [
         "## Monitors\n",
-        "Numbers of all kinds but `start` also go to what the section `logging` asks for, as `KIND/KEY` at x = step:",
-        "CSV files (one for each), TensorBoard, Weights & Biases. Where a run resumes from an earlier checkpoint, all",
-        "files are cut back to it. What Weights & Biases was sent stays there: it has repeated steps twice. A run",
-        "directory is one run of it, whose id the file `wandb-id` holds.",
+        "Numbers of all kinds but `start` also go to the CSV files, TensorBoard and Weights & Biases that the section",
+        "`logging` asks for, as `KIND/KEY` at x = step. Where a run resumes from an earlier checkpoint, all files are",
+        "cut back to it; Weights & Biases keeps what it was sent, so it has repeated steps twice.",
         "",
     ]
-    return "\n".join(parts)
+    return _linked("\n".join(parts))
 
 
 def _row(cells: list[str]) -> str:
@@ -110,10 +119,8 @@ def _row(cells: list[str]) -> str:
 
 
 def _metric_cells(metric: Metric, is_reduced: bool) -> list[str]:
-    what = metric.description
-    if not is_reduced and metric.reduction:
-        what = f"{what} {metric.reduction}"
-    return [f"`{metric.key}`", metric.unit, *([metric.reduction] if is_reduced else []), what, metric.source]
+    reduction = [metric.reduction] if is_reduced else []
+    return [f"`{metric.key}`", metric.unit, *reduction, metric.description, metric.source]
 
 
 PAGES = {"run-files.md": run_files, "metrics.md": metrics_page}

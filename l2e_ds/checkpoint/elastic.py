@@ -3,7 +3,7 @@
 The shards are mapped, not read; each rank copies just the elements that it holds, parameter by parameter, into its
 float32 master weights and Adam moments, and DeepSpeed makes the low-precision weights of them. Nothing is written, and
 no format lies in between: DeepSpeed's own, universal checkpoints, does not lead between stages 1 or 2 and 3, and mixes
-up parameter groups under 3 (docs/deepspeed.md, row 4). docs/elastic.md says what was measured.
+up parameter groups under 3 (docs/deepspeed.md, row 4). docs/checkpoints.md says what was measured.
 
 The shards are pickles: verify the manifest first, and resume only from a source you trust.
 """

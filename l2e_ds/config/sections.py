@@ -90,30 +90,28 @@ class ModelConfig(Section):
     """The network, and where its first weights come from."""
 
     name: str | None = None
-    """A size of the Pythia family (`pythia-14m` ... `pythia-12b`), randomly initialised."""
+    """A size of Pythia (`pythia-14m` ... `pythia-12b`), randomly initialised."""
     config: LocalPath | None = None
-    """Instead of `name`: a config.json of transformers, or a folder with one, of a family in docs/families.md; randomly
+    """Instead of `name`: a config.json of transformers, or its folder, of a family in docs/families.md; randomly
     initialised."""
     pretrained: LocalPath | None = None
-    """Instead of `name`: a local folder or a hub name whose weights the run starts from; of a family in
-    docs/families.md."""
+    """Instead of `name`: the folder or hub name of weights to start from, of such a family."""
     revision: str | None = None
-    """Branch, tag or commit of `pretrained` on the hub, e.g. `step3000`."""
+    """Branch, tag or commit of `pretrained` on the hub."""
     vocab_size: int | None = Field(None, gt=0)
     """Rows of the embedding. Default: the published number."""
     num_layers: int | None = Field(None, gt=0)
-    """Overrides the family's number of layers (for small studies and tests)."""
+    """Number of layers, instead of the published one."""
     hidden_size: int | None = Field(None, gt=0)
-    """Overrides the family's hidden size."""
+    """Hidden size, instead of the published one."""
     num_heads: int | None = Field(None, gt=0)
-    """Overrides the family's number of attention heads."""
+    """Number of attention heads, instead of the published one."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Implementation of attention in transformers. BLOOM has `eager` only."""
+    """Implementation of attention in transformers; BLOOM has `eager` only."""
     activation_checkpointing: bool = False
-    """Recompute every layer in backward (non-reentrant)."""
+    """Recompute every layer in backward."""
     compile: bool = False
-    """Compile every layer with torch.compile when training begins (ZeRO 0 to 2). Numbers then differ from those of an
-    uncompiled run by rounding."""
+    """Compile every layer with torch.compile (ZeRO 0 to 2). This changes numbers by rounding."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelConfig:
@@ -138,11 +136,10 @@ class SourceConfig(Section):
     """The source of text or tokens."""
 
     source: Literal["stdlib", "text", "jsonl", "parquet", "hub", "indexed"] | None = None
-    """Kind of corpus; required without `data.sets`. `stdlib`: the Python standard library of this machine. `indexed`: a
+    """Kind of corpus; required without `data.sets`. `stdlib`: this machine's Python standard library. `indexed`: a
     Megatron .bin/.idx pair."""
     path: LocalPath | list[LocalPath] | None = None
-    """Files, folders or glob patterns; for `indexed` the common prefix of a pair, or of several that are read one after
-    the other; for `hub` the data set."""
+    """Files, folders or patterns; for `indexed` the prefix of a pair, or of several; for `hub` the data set."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
@@ -150,11 +147,11 @@ class SourceConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     streaming: bool = False
-    """Tokenise text while training, in worker processes of rank 0; nothing is prepared on disk (docs/data.md)."""
+    """Tokenise text while training (docs/data.md); nothing is prepared on disk."""
     shuffle_buffer: int = Field(10_000, gt=0)
-    """Documents that a stream shuffles together. With `order: stored` it shuffles none."""
+    """Documents that a stream shuffles together; none with `order: stored`."""
     text_key: str = "text"
-    """The field that holds the text (jsonl, parquet, hub)."""
+    """The field of the text in jsonl, parquet and hub data."""
     max_documents: int | None = Field(None, gt=0)
     """Take only the first documents."""
     max_tokens: int | None = Field(None, gt=0)
@@ -192,41 +189,40 @@ class SetConfig(SourceConfig):
     """One set of a mixture (docs/data.md)."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    """Name of the set in the metrics (`tokens/NAME`); with the seed, it decides the set's order."""
+    """Its name in the metrics (`tokens/NAME`). With the seed, it decides the set's order."""
     weight: float = Field(gt=0)
-    """Share of the training sequences that come from this set, over the sum of all weights."""
+    """Its share of the training sequences, relative to the sum of all weights."""
     held_out: float | None = Field(None, ge=0, lt=1)
-    """As `data.held_out`, for this set. Default: `data.held_out`."""
+    """As `data.held_out`, which is the default."""
 
 
 class TextConfig(SourceConfig):
-    """One text that is evaluated beside the held-out text, neither `indexed` nor `streaming` (docs/evaluation.md)."""
+    """One text that is only evaluated, neither `indexed` nor `streaming` (docs/evaluation.md)."""
 
     name: str = Field(pattern="^[A-Za-z0-9_-]+$")
-    """Name of the text in the metrics (`text_loss/NAME`)."""
+    """Its name in the metrics (`text_loss/NAME`)."""
 
 
 class DataConfig(SourceConfig):
     """The source of the text, and how it becomes sequences of tokens."""
 
     sets: list[SetConfig] | None = Field(None, min_length=1)
-    """Instead of `source`, `path` and the other keys above: several sets, mixed by weight."""
+    """Instead of the keys above: several sets, mixed by weight."""
     tokenizer: LocalPath | None = None
-    """A tokenizer.json, a folder or a hub name. Not needed with `indexed`, except for export."""
+    """A tokenizer.json, a folder or a hub name. `indexed` needs it only for export."""
     train_tokenizer: int | None = Field(None, ge=260)
-    """Instead of `tokenizer`: train a byte-level BPE with this vocabulary on the training documents."""
+    """Instead of `tokenizer`: train a byte-level BPE of this vocabulary on the training documents."""
     sequence_length: int = Field(2048, ge=2)
     """Tokens a sequence, T."""
     held_out: float = Field(0.01, ge=0, lt=1)
-    """Share of the documents kept apart for evaluation: by a hash of their content; of `indexed` the last ones. Where
-    every prefix of `indexed` has a PREFIX_held_out (`l2e-ds tokenize --held-out`), any share above 0 means all
-    of that, and nothing of PREFIX."""
+    """Share of the documents kept for evaluation: by a hash of their content; of `indexed` the last, or all of
+    PREFIX_held_out where every prefix has one (`l2e-ds tokenize --held-out`) and the share is above 0."""
     order: Literal["shuffled", "stored"] = "shuffled"
-    """`stored`: sequences in the order of the file (the preshuffled Pile)."""
+    """`stored`: in the order of the file, as for the preshuffled Pile."""
     cache: LocalPath | None = None
-    """The folder of tokenised data. Default: `data/` in the run directory."""
+    """Folder of tokenised text. Default: `data/` in the run directory."""
     workers: int | None = Field(None, gt=0)
-    """Processes that tokenise. Default: as many as rank 0 has cores; for each stream half of that."""
+    """Processes that tokenise. Default: rank 0's cores; for each stream half of them."""
 
     @model_validator(mode="after")
     def _source_needs(self) -> DataConfig:
@@ -307,22 +303,21 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
     weight_decay: float = Field(0.1, ge=0)
-    """0.1 in the released configuration files (0.01 in the paper's text). Not applied to biases and norms."""
+    """Not applied to biases and norms."""
     gradient_clipping: float = Field(1.0, ge=0)
-    """Largest global 2-norm of the gradient; 0 turns clipping off."""
+    """Largest global 2-norm of the gradient; 0: no clipping."""
     schedule: Literal["cosine", "linear", "warmup-stable-decay", "inverse-square-root", "constant"] = "cosine"
-    """How the learning rate moves after its warm-up: down to `final_ratio` of the peak as a cosine or a straight line
-    over the whole run, or, with `warmup-stable-decay`, over its last steps only; with the inverse square root of the
-    step, reckoned from the end of the warm-up; or not at all."""
+    """How the learning rate moves after its warm-up: to `final_ratio` of the peak over the whole schedule (`cosine`,
+    `linear`) or over its last steps (`warmup-stable-decay`), with the inverse square root of the step, or not at
+    all."""
     warmup: Duration = 0.01
-    """Steps (or share of `schedule_steps`) over which the learning rate rises linearly to its peak."""
+    """Steps, or share of `schedule_steps`, of the linear rise to the peak."""
     decay: Duration = 0.2
-    """Steps (or share of `schedule_steps`) at the end over which `warmup-stable-decay` falls linearly. Other schedules
-    do not read it."""
+    """Steps, or share of `schedule_steps`, of the fall of `warmup-stable-decay`."""
     schedule_steps: int | None = Field(None, gt=0)
     """Length of the schedule in steps. Default: `training.steps`."""
     final_ratio: float = Field(0.1, ge=0, le=1)
-    """Learning rate at the end of the schedule as a share of the peak; of those that end."""
+    """Learning rate at the end of the schedule, as a share of the peak."""
 
     @model_validator(mode="after")
     def _betas_in_range(self) -> OptimizerConfig:
@@ -345,48 +340,45 @@ class TrainingConfig(Section):
     """The length of the run, its batches and its precision."""
 
     run_directory: LocalPath = ""
-    """The folder that all files of this run are written to. Default: `runs/` and the run file's name. The `config.yaml`
-    in a run directory belongs to that directory, even if it was moved."""
+    """Folder of all files of the run. Default: `runs/` and the run file's name; for the `config.yaml` in a run
+    directory, that directory."""
     steps: int = Field(gt=0)
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
-    """Sequences a step, over all ranks and accumulation steps."""
+    """Sequences a step, over all ranks."""
     micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
-    """Sequences a rank takes through the network at once. `auto`: the largest that fits the device's memory, measured
-    at the first start and remembered in the run directory (docs/micro-batch.md)."""
+    """Sequences that a rank computes at once. `auto`: the largest that fits (docs/micro-batch.md)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on an accelerator that has it, else fp32."""
     seed: int = Field(1234, ge=0, lt=2**62)
-    """Decides the first weights and the order of the data, independently of the number of ranks."""
+    """Decides first weights and order of the data, for any number of ranks."""
     deterministic: bool = False
-    """Take steps with deterministic algorithms only. Without it, a run on GPUs that is repeated or resumed is the same
-    up to rounding: attention's backward adds in an order that changes. With it, it is the same bit for bit on the same
-    GPUs and packages, and steps take longer. On CPUs every run is deterministic."""
+    """Use deterministic algorithms only, which are slower. A run on GPUs that is repeated or resumed is then the same
+    bit for bit, otherwise up to rounding. On CPUs every run is deterministic."""
     resume: LocalPath = "auto"
-    """`auto`: resume from this run directory's newest checkpoint if there is one. `never`: refuse a directory that has
-    one. A path (another run, or one of its checkpoints): start from there, and once this run directory has
-    checkpoints of its own, resume from those."""
+    """`auto`: from the newest checkpoint of the run directory, if there is one. `never`: refuse a directory that has
+    one. A path (another run, or one of its checkpoints): start from there, but from the run directory's own checkpoints
+    once there are some."""
     allow_changes: list[str] = []
-    """Keys that decide the results, e.g. `[optimizer.peak_learning_rate]`, and may differ from the checkpoint's when a
-    run resumes. A run in which others differ is refused (docs/checkpoints.md)."""
+    """Keys that decide results and may differ from the checkpoint's, e.g. `[optimizer.peak_learning_rate]`
+    (docs/checkpoints.md)."""
     evaluate_every: int = Field(1000, ge=0)
-    """Steps between held-out evaluations (also at the start and the end); 0: never."""
+    """Steps between held-out evaluations, besides those at the start and the end; 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
-    """Held-out sequences an evaluation reads."""
+    """Held-out sequences per evaluation."""
     spike_deviations: float | None = Field(None, gt=0)
-    """Skip a step whose gradient norm is more than this many standard deviations (6, for example) above the mean of the
-    `spike_window` applied steps before it (docs/looking-inside.md). Default: no finite step is skipped."""
+    """Skip a step whose gradient norm is more than this many standard deviations (say 6) above the mean of the
+    `spike_window` applied steps before it (docs/looking-inside.md). Default: skip none."""
     spike_window: int = Field(128, ge=2)
-    """Applied steps whose gradient norms `spike_deviations` compares with; before there are so many, nothing is
-    skipped."""
+    """Applied steps that `spike_deviations` compares with."""
     max_skipped_steps: int = Field(20, gt=0)
-    """Stop with an error after this many skipped steps in a row."""
+    """End the run after this many skipped steps in a row."""
     time_limit: float | None = Field(None, gt=0)
-    """Minutes, or a time as SLURM takes it (M:S, H:M:S, D-H, D-H:M, D-H:M:S), after which the run saves a checkpoint
-    and stops with exit code 75, as after a signal; saving comes on top. The same command resumes it."""
+    """Minutes, or a time of SLURM's form (H:M:S, D-H:M:S, ...), after which the run saves and stops with exit code 75.
+    The same command resumes it."""
     timeout: float = Field(30, gt=0)
-    """Minutes (or a time, as above) without progress after which a run ends with an error that names the rank, to be
-    restarted. Must be longer than a step, and than writing or loading a checkpoint takes."""
+    """Minutes, or such a time, without progress after which a run ends with an error. Must be longer than a step and
+    than reading or writing a checkpoint."""
 
     @field_validator("time_limit", "timeout", mode="before")
     @classmethod
@@ -408,43 +400,41 @@ class InhibitionConfig(Section):
     method: Method = "l2e"
     """`l2e`: threshold + regulariser. `memel`: top-k + reverse deactivation. `none`: plain pretraining."""
     retrieval: Retrieval | None = None
-    """Overrides how the method selects activations (ablation)."""
+    """How activations are selected, instead of the method's way (ablation)."""
     mechanism: Mechanism | None = None
-    """Overrides what the method does with selected activations (ablation)."""
+    """What happens to selected activations, instead of the method's way (ablation)."""
     loss: Literal["published", "scale-invariant", "projected"] = "projected"
-    """The regulariser: `published`, eq. 5 of the paper, which a layer lowers by shrinking; `scale-invariant`, eq. 5
-    with the variance that it drops; `projected`, which neither scaling nor shifting a neuron lowers (docs/method.md,
-    5)."""
+    """The regulariser (docs/method.md, 5). Shrinking a layer lowers `published`, eq. 5 of the paper; neither scaling
+    nor shifting a neuron lowers `projected`."""
     power: Literal[0, 1, 2] = 1
-    """q of the projected loss: a selected activation u deviations from its mean is pulled there by |u|^(q-1)."""
+    """q of the projected loss: the force on an activation u deviations from its mean is |u|^(q-1)."""
     layers: LayerChoice | list[int] = "mid-2"
-    """Layers whose neurons are inhibited (with `none`: observed at evaluation)."""
+    """Layers whose neurons are inhibited, or with `none` measured."""
     target_share: float = Field(0.02, gt=0, lt=1)
-    """Share of (token, neuron) pairs to select."""
+    """Share of the (token, neuron) pairs to select."""
     strength: float | None = Field(None, ge=0)
-    """Size of the inhibition loss's gradient relative to the language model's, at the selected activations of each
-    layer. Default: 0.2 where a regulariser has no `coefficient`."""
+    """Gradient of the inhibition loss relative to the language model's, at each layer's selected activations. Default:
+    0.2 for a regulariser without `coefficient`."""
     coefficient: float | None = Field(None, ge=0)
-    """lambda, the weight of the inhibition loss, instead of `strength`."""
+    """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0
-    """Step at which inhibition begins: a whole number, or a share of `training.steps` such as 0.3."""
+    """Step, or share of `training.steps`, at which inhibition begins."""
     warmup: Duration = Field(0, validation_alias=AliasChoices("warmup", "coefficient_warmup"))
-    """Steps (or share of the run) over which it rises linearly from 0, after `start`."""
+    """Steps, or share, of its linear rise after `start`."""
     decay: Duration = 0
-    """Steps (or share of the run) over which it falls linearly to 0, before `end`."""
+    """Steps, or share, of its linear fall before `end`."""
     end: Duration | None = None
-    """Step (or share of the run) from which nothing is inhibited any more. Default: the end of the run."""
+    """Step, or share, at which it ends. Default: the end of the run."""
     statistics_window: int | Literal["cumulative"] = 50
     """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
     reduce: Literal["step", "forward"] = "step"
-    """When statistics cross ranks: once a step, or in every forward before selection (exact, slower)."""
+    """When statistics cross ranks: once a step, or in every forward before selection (slower)."""
     fused: bool | Literal["auto"] = "auto"
-    """One compiled pass over the activations instead of plain tensor operations, with `threshold` and `regulariser` and
-    `reduce: step`. `auto`: on GPUs, and on CPUs where a layer has a million activations a micro-batch or more."""
+    """One compiled pass over the activations (docs/speed.md), for `threshold`, `regulariser` and `reduce: step`.
+    `auto`: on GPUs, and on CPUs from a million activations per layer and micro-batch."""
     guard: Literal["warn", "stop", "off"] = "warn"
-    """After a held-out evaluation in which a layer has shrunk, grown or become more monosemantic because of inhibition:
-    print a warning, or also save and end the run with exit code 3. It compares with as many layers that are not
-    inhibited; with `off` it compares nothing."""
+    """What to do when inhibition harms a layer (docs/looking-inside.md): warn, or also save and end with exit code
+    3."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
@@ -502,7 +492,7 @@ class DeepSpeedConfig(Section):
     """The configuration of DeepSpeed."""
 
     config: LocalPath = "ds_configs/zero1.json"
-    """A DeepSpeed JSON: one of `ds_configs/` or your own, taken as it is."""
+    """A DeepSpeed JSON: one of `ds_configs/` or your own."""
 
 
 class CheckpointConfig(Section):
@@ -511,35 +501,31 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     early: bool = False
-    """Also write checkpoints at steps 0, 1, 2, 4 ... 512, as Pythia did."""
+    """Also at steps 0, 1, 2, 4 ... 512, as Pythia did."""
     keep_last: int | None = Field(None, gt=0)
-    """Keep only this many of the newest checkpoints. Default: keep all; `l2e-ds plan` and `--dry-run` print what they
-    take of the disk."""
+    """Keep only this many of the newest. Default: all."""
     on_error: Literal["stop", "continue"] = "stop"
-    """What to do if a checkpoint cannot be written (a full disk): end the run, or print a warning, continue and try
-    again when the next is due. The last good checkpoint stays in any case; the last checkpoint of a run must
-    succeed."""
+    """What to do if one cannot be written, as on a full disk: end the run, or warn and try again when the next is due.
+    The last of a run must succeed."""
 
 
 class LoggingConfig(Section):
     """What is logged, and how often."""
 
     every: int = Field(10, gt=0)
-    """Steps between lines of metrics (means over those steps)."""
+    """Steps between lines of metrics."""
     progress: bool = True
     """Show a progress bar on rank 0."""
     tensorboard: bool = False
     """Also log to TensorBoard, in `tensorboard/` of the run directory."""
     csv: bool = False
-    """Also log to CSV files, in `csv/` of the run directory, one for each metric."""
+    """Also log to CSV files, one for each metric, in `csv/` of the run directory."""
     wandb_project: str | None = None
-    """Also log to this project of Weights & Biases, as one run for any number of starts; its files are in the run
-    directory."""
+    """Also log to this project of Weights & Biases."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators, else MFU is left out."""
+    """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators."""
     profile: list[int] | None = Field(None, min_length=2, max_length=2)
-    """First and last step of a trace of rank 0, e.g. `[100, 102]`, which torch.profiler writes to `profile/` of the run
-    directory (docs/looking-inside.md)."""
+    """First and last step of a trace of rank 0, e.g. `[100, 102]` (docs/looking-inside.md)."""
 
     @model_validator(mode="after")
     def _steps_in_order(self) -> LoggingConfig:
@@ -551,25 +537,24 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation while training on texts, and on tasks of lm-evaluation-harness (extra `eval`): docs/evaluation.md."""
+    """Evaluation while training, on tasks of lm-evaluation-harness (extra `eval`) and on texts (docs/evaluation.md)."""
 
     every: int = Field(0, ge=0)
-    """Steps between evaluations on tasks (also at the start and the end); 0: never."""
+    """Steps between evaluations on tasks, besides those at the start and the end; 0: never."""
     tasks: list[str] = []
-    """Tasks and groups by the harness's names, or `paper`: those of the paper."""
+    """Tasks and groups of the harness, or `paper`: those of the paper."""
     num_fewshot: int | list[int] | None = None
-    """Examples in each prompt; with a list, each number in turn. Default: each task's own number."""
+    """Examples in each prompt; each number of a list in turn. Default: each task's own."""
     include_path: list[LocalPath] = []
-    """Folders of task files of your own, for other tasks or a machine without a hub."""
+    """Folders of your own task files."""
     limit: int | None = Field(None, gt=0)
-    """Take only the first documents of each task."""
+    """Only the first documents of each task."""
     batch_size: int | None = Field(None, gt=0)
     """Requests that a rank computes at once. Default: `training.micro_batch`."""
     texts: list[TextConfig] | None = Field(None, min_length=1)
-    """Texts of which every held-out evaluation (`training.evaluate_every`) gives the loss, whole; the run does not
-    train on them. Independent of the keys above."""
+    """Texts whose loss every held-out evaluation gives. The run does not train on them."""
     samples: list[str] = []
-    """Prompts that every held-out evaluation continues, into `samples.jsonl` in the run directory."""
+    """Prompts that every held-out evaluation continues, into `samples.jsonl`."""
     sample_tokens: int = Field(64, gt=0)
     """Tokens of each continuation."""
 

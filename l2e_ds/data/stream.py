@@ -3,7 +3,7 @@
 Documents are read in blocks of `shuffle_buffer`. Each block is shuffled by (seed, epoch, number of the block). The
 state of a stream is where the block begins in the source, how many of its documents are used up, and how many tokens
 of the next one are. Resuming therefore reads one block again, tokenises one document again, and gives the same
-sequences to the token. (The shuffle buffer of `datasets` loses the documents that are in it; see docs/data.md.)
+sequences to the token. (The shuffle buffer of `datasets` loses the documents that are in it.)
 
 T: tokens a sequence, n: sequences asked for.
 """

@@ -86,12 +86,15 @@ _TYPE_NAMES = {
 # Values that DeepSpeed would take: JSON path -> (the only one allowed; why). None: none at all.
 FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
     ("gradient_allreduce_op",): ("mean", "with anything else gradients grow with the number of ranks"),
-    ("checkpoint", "load_universal"): (False, "no checkpoint could be resumed; see docs/elastic.md for other ranks"),
+    ("checkpoint", "load_universal"): (
+        False,
+        "no checkpoint could be resumed; see docs/checkpoints.md for other ranks",
+    ),
     ("checkpoint", "use_node_local_storage"): (False, "ranks of several hosts would write the same files"),
     ("checkpoint", "writer"): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
     ("datastates_ckpt",): (None, "checkpoints are published by this project (docs/checkpoints.md)"),
     ("zero_optimization", "load_from_fp32_weights"): (True, "a resumed run would lose the master weights' precision"),
-    ("zero_optimization", "elastic_checkpoint"): (False, "see docs/elastic.md for other numbers of ranks"),
+    ("zero_optimization", "elastic_checkpoint"): (False, "see docs/checkpoints.md for other numbers of ranks"),
     ("zero_optimization", "compute_grad_norm"): (True, "the metric gradient_norm and clipping need it"),
     ("zero_optimization", "legacy_stage1"): (False, "this version of DeepSpeed has it no more"),
     ("zero_optimization", "zenflow"): (None, "its steps use gradients of other steps"),

@@ -66,7 +66,9 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
         if baseline is not None:
             rows.append(("without inhibition", about))
     starts, findings = of_kind(lines, "start"), of_kind(lines, "guard")
-    rows += [("warning", f"{seen} (docs/faq.md)") for _, seen, _ in guard.seen_in(starts, evaluations, findings)]
+    rows += [
+        ("warning", f"{seen} (docs/looking-inside.md)") for _, seen, _ in guard.seen_in(starts, evaluations, findings)
+    ]
     rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
     rows.append(("metrics", str(run / FILE)))
     rows.append(("checkpoints", str(run / "checkpoints")))

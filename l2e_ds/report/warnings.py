@@ -63,7 +63,7 @@ def _not_finite(run: Run) -> Iterator[Notice]:
 
 def _harmed(run: Run) -> Iterator[Notice]:
     for name, seen, advice in guard.seen_in(run.starts, run.evaluations, run.findings):
-        yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}", "docs/faq.md")
+        yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}", "docs/looking-inside.md")
 
 
 _HARM = {

@@ -61,24 +61,24 @@ _OF_HELD_OUT_LAYERS = (
     Metric(
         "layerI/top_share_score",
         "1",
-        "mean MS of the highest `target_share` of pairs, moments of the held-out text itself",
+        "mean MS of the highest `target_share` of pairs, with the text's own moments",
         source="`inhibition/measure.py`",
         label="MS of the top share",
     ),
-    Metric("layerI/mean_s", "activation", "mean over neurons of S on the held-out text", label="mean S"),
+    Metric("layerI/mean_s", "activation", "mean S of the neurons", label="mean S"),
     Metric("layerI/kurtosis", "1", "median over live neurons of E[phi^2]; 3 for a normal distribution"),
     Metric("layerI/dead_share", "1", "share of neurons that never vary", label="dead neurons"),
 )
 
 KINDS: dict[str, Kind] = {
     "train": Kind(
-        "every `logging.every` steps and before each checkpoint. All numbers are global, over every rank",
+        "every `logging.every` steps and before each checkpoint, over all ranks",
         (
             _STEP,
             Metric(
                 "applied_steps",
                 "steps",
-                "of these, optimizer steps that changed the weights",
+                "of these, those that changed the weights",
                 "so far",
                 "`engine.was_step_applied`",
                 type="count",
@@ -87,16 +87,16 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "tokens/NAME",
                 "tokens",
-                "of these, from the set NAME of `data.sets`",
+                "of these, from the set NAME",
                 "so far",
                 "the mixture's schedule",
                 type="count",
             ),
-            Metric("epochs/NAME", "1", "how often the set NAME was gone through", "so far", "the mixture's schedule"),
+            Metric("epochs/NAME", "1", "passes through the set NAME", "so far", "the mixture's schedule"),
             Metric(
                 "lm_loss",
                 "nats/token",
-                "cross-entropy of the training batches, without the inhibition loss; mean over ranks",
+                "cross-entropy, without the inhibition loss",
                 "mean",
                 label="LM loss",
                 needed=True,
@@ -104,27 +104,27 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "inhibition_loss",
                 "nats",
-                "raw L_MS summed over hooked layers, n = share * tokens * N",
+                "L_MS, summed over hooked layers",
                 "mean",
                 "eq. 5; docs/method.md, 5",
             ),
             Metric(
                 "inhibition_loss_weighted",
                 "nats",
-                "coefficient times L_MS, step by step; 0 where a deactivation takes its place",
+                "lambda times L_MS; 0 with a deactivation",
                 "mean",
             ),
             Metric("coefficient", "1", "lambda, mean over hooked layers", "newest", "docs/method.md, 5.3"),
             Metric(
                 "strength",
                 "1",
-                "inhibition loss's gradient over the LM's, RMS at the selected activations, in the step before the"
-                " newest; mean over hooked layers",
+                "inhibition loss's gradient over the LM loss's, RMS at the selected activations, one step earlier; mean"
+                " over hooked layers",
                 "newest",
                 "docs/method.md, 5.3",
             ),
             Metric("observed_share", "1", "share of (token, neuron) pairs selected, mean over hooked layers", "mean"),
-            Metric("layerI/observed_share", "1", "the same for layer I", "mean"),
+            Metric("layerI/observed_share", "1", "the same of layer I", "mean"),
             Metric(
                 "layerI/selected_score",
                 "1",
@@ -136,7 +136,7 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "layerI/tau",
                 "1",
-                "threshold on the score that selected",
+                "threshold that selected",
                 "newest",
                 "docs/method.md, 4",
                 "threshold tau",
@@ -144,18 +144,18 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "layerI/mean_s",
                 "activation",
-                "mean over neurons of the running standard deviation S; shows a run that only shrinks",
+                "mean running standard deviation S of the neurons; it falls where a layer shrinks",
                 "newest",
                 "docs/method.md, 3",
                 "mean S",
             ),
             Metric("layerI/coefficient", "1", "lambda of layer I", "newest"),
-            Metric("layerI/strength", "1", "as strength, of layer I", "newest"),
+            Metric("layerI/strength", "1", "`strength` of layer I", "newest"),
             Metric(
                 "layerI/lm_gradient",
                 "nats/activation",
-                "gradient of the LM loss, summed over the step's tokens: its 2-norm over the selected activations, in"
-                " the step before the newest; 0 where no inhibition loss is added",
+                "2-norm over the selected activations of the LM loss's gradient, summed over the step's tokens, one"
+                " step earlier; 0 where no inhibition loss is added",
                 "newest",
                 label="LM gradient",
             ),
@@ -167,25 +167,25 @@ KINDS: dict[str, Kind] = {
                 "`engine.get_global_grad_norm`",
             ),
             Metric("learning_rate", "1", "of the step", "newest"),
-            Metric("loss_scale", "1", "dynamic loss scale; 1 without fp16", "newest"),
+            Metric("loss_scale", "1", "of fp16; otherwise 1", "newest"),
             Metric(
                 "skipped_steps",
                 "steps",
-                "steps that changed no weight, because gradients were not finite or the step was a spike",
+                "steps that changed no weight: gradients were not finite, or a spike",
                 "sum",
                 type="count",
             ),
             Metric(
                 "spikes",
                 "steps",
-                "of these, for a gradient norm far above those before; only with `training.spike_deviations`",
+                "of these, for a spike (`training.spike_deviations`)",
                 "sum",
                 type="count",
             ),
             Metric(
                 "tokens_per_second",
                 "tokens/s",
-                "all ranks, evaluation and checkpoints not counted",
+                "of all ranks, without evaluations and checkpoints",
                 "mean",
                 label="speed",
                 needed=True,
@@ -194,49 +194,49 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "data_wait_seconds",
                 "s",
-                "of this, waiting for the batch, which is read in the background; largest of all ranks",
+                "of this, waiting for the batch; largest of all ranks",
                 "mean",
             ),
             Metric(
                 "mfu",
                 "1",
-                "model FLOPs utilisation, (6 P + 6 L h T) * tokens/s over the devices' peak (causal attention counted"
-                " half; P without the input embedding); left out where the peak is not known",
+                "(6 P + 6 L h T) * tokens/s over the devices' peak (causal attention counted half; P without the input"
+                " embedding); left out where the peak is unknown",
                 "mean",
                 "PaLM, appendix B",
             ),
             Metric(
                 "peak_memory_gib",
                 "GiB",
-                "largest device memory allocated (on CPUs: resident memory), largest of all ranks",
+                "device memory allocated (on CPUs: resident), largest of all ranks",
                 "so far",
             ),
         ),
     ),
     "evaluation": Kind(
-        "after each evaluation on held-out text, for which inhibition is off",
+        "after each held-out evaluation, for which inhibition is off",
         (
             _STEP,
             _TOKENS,
             Metric(
                 "held_out_loss",
                 "nats/token",
-                "mean cross-entropy; of several sets the mean of the losses below by their weights",
+                "mean cross-entropy; of several sets, the mean by weight",
                 label="held-out loss",
                 needed=True,
             ),
-            Metric("held_out_loss/NAME", "nats/token", "the same on the held-out text of the set NAME of `data.sets`"),
+            Metric("held_out_loss/NAME", "nats/token", "the same of the set NAME"),
             Metric(
                 "text_loss/NAME",
                 "nats/token",
-                "mean cross-entropy on the text NAME of `evaluation.texts`; its exponential is the perplexity",
+                "the same of the text NAME of `evaluation.texts`",
                 source="docs/evaluation.md",
                 label="loss",
             ),
             Metric(
                 "text_bits_per_byte/NAME",
                 "bits/byte",
-                "the same loss for each byte of the text's UTF-8",
+                "the same for each byte of the text's UTF-8",
                 source="docs/evaluation.md",
                 label="bits a byte",
             ),
@@ -245,26 +245,25 @@ KINDS: dict[str, Kind] = {
                 replace(
                     metric,
                     key=f"comparison_{metric.key}",
-                    description=f"as `{metric.key}`, of layer I without inhibition",
+                    description="the same of a comparison layer I",
                     source="",
                 )
                 for metric in _OF_HELD_OUT_LAYERS
             ),
         ),
-        "Comparison layers are as many as are inhibited, the nearest to them; there are none with `inhibition.guard:"
-        " off`, nor where nothing is inhibited. On GPUs top_share_score may differ in its last digits from one"
-        " evaluation of the same weights to the next (the histogram is summed by atomic additions).",
+        "`comparison_layerI/...` are those of the nearest layers without inhibition, as many as are inhibited (none"
+        " with `inhibition.guard: off` or without inhibition). On GPUs the last digits of `top_share_score` may vary"
+        " between evaluations of the same weights.",
     ),
     "tasks": Kind(
-        "after each evaluation on tasks, every `evaluation.every` steps (with standard errors and more in"
-        " evaluations.jsonl, docs/evaluation.md)",
+        "after each evaluation on tasks (with standard errors in `evaluations.jsonl`, docs/evaluation.md)",
         (
             _STEP,
             _TOKENS,
             Metric(
                 "TASK/N-shot/METRIC",
                 "",
-                "inhibition off; a group without those of its tasks",
+                "a group without the results of its tasks",
                 source="lm-evaluation-harness",
             ),
             Metric("error", "", "instead of these: why the tasks failed", type="text"),
@@ -277,46 +276,43 @@ KINDS: dict[str, Kind] = {
             Metric(
                 "blocked_seconds",
                 "s",
-                "for which training stood still: DeepSpeed's shards and the state of l2e-ds are written",
+                "for which training stood still",
             ),
             Metric(
                 "published_seconds",
                 "s",
-                "from the same beginning until the checkpoint counted; fsync, checksums and deleting are done beside"
-                " training",
+                "from the same beginning until the checkpoint counted",
             ),
-            Metric("bytes", "B", "size of all its files", type="count"),
+            Metric("bytes", "B", "size", type="count"),
             Metric(
                 "error",
                 "",
-                "instead of these: why it could not be written (`checkpoint.on_error: continue`)",
+                "instead of these: why it could not be written",
                 type="text",
             ),
         ),
     ),
     "guard": Kind(
-        "after an evaluation at which a layer is for the first time what inhibition should not make of it"
-        " (`inhibition.guard`; a line for each)",
+        "when the guard first finds that inhibition harms a layer",
         (
             _STEP,
-            Metric("layerI/shrank", "1", "mean S over its reference, below half of that and of the comparison layers'"),
-            Metric("layerI/grew", "1", "the same, above twice"),
+            Metric("layerI/shrank", "1", "mean S over its reference"),
+            Metric("layerI/grew", "1", "the same"),
             Metric(
                 "layerI/rose",
                 "1",
-                "top_share_score over its reference, by 10 % above the comparison layers', three times in a row",
+                "`top_share_score` over its reference",
             ),
             Metric(
                 "comparison",
                 "1",
-                "mean over the comparison layers over its reference; left out where every layer is inhibited",
+                "the same ratio, mean over the comparison layers",
             ),
             Metric("reference_step", "steps", "of the reference", type="count"),
             Metric("text", "", "what was seen, in words", type="text", needed=True),
             Metric("advice", "", "what to do, in words", type="text", needed=True),
         ),
-        "Values are compared with the reference, the newest evaluation before inhibition began (where a run's"
-        " checkpoint knows of none: the first one after resuming).",
+        "The reference is the newest evaluation before inhibition began. docs/looking-inside.md has the rules.",
     ),
     "start": Kind(
         "whenever a run starts or resumes",
@@ -332,18 +328,16 @@ KINDS: dict[str, Kind] = {
             Metric("launcher", "", "what started the ranks", type="any"),
             Metric("device", "", "what rank 0 computes on", type="any"),
             Metric("parameters", "1", "of the network", type="count"),
-            Metric("train_tokens", "tokens", "of the data, to train on", type="any"),
-            Metric("held_out_tokens", "tokens", "of the data, held out", type="any"),
-            Metric("sets", "", "of each set of a mixture: its weight and its tokens", type="any"),
-            Metric(
-                "texts", "", "of each text of `evaluation.texts`: its tokens, those evaluated, its bytes", type="any"
-            ),
+            Metric("train_tokens", "tokens", "to train on", type="any"),
+            Metric("held_out_tokens", "tokens", "held out", type="any"),
+            Metric("sets", "", "weight and tokens of each set of a mixture", type="any"),
+            Metric("texts", "", "tokens, evaluated tokens and bytes of each text of `evaluation.texts`", type="any"),
             Metric("versions", "", "of l2e-ds and of the packages that compute", type="mapping"),
             Metric("guard", "", "`inhibition.guard`, where the run has one", type="any"),
             Metric(
                 "changes",
                 "",
-                "how the run file differs from the one that the checkpoint was written with",
+                "how the run file differs from the checkpoint's",
                 type="any",
             ),
         ),

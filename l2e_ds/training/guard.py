@@ -162,7 +162,7 @@ def advice(section: InhibitionConfig) -> str:
         name = "strength" if section.coefficient is None else "coefficient"
         weaker = f"lower inhibition.{name} ({getattr(section, name):g})"
         other = "" if section.loss == "projected" else " or take inhibition.loss: projected"
-    return f"{weaker}{',' if other else ' or'} begin later (inhibition.start){other}; docs/faq.md"
+    return f"{weaker}{',' if other else ' or'} begin later (inhibition.start){other}; docs/looking-inside.md"
 
 
 def _named(layers: Sequence[int]) -> str:

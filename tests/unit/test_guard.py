@@ -151,13 +151,16 @@ def test_what_is_said_of_ms():
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({}, "lower inhibition.strength (0.2) or begin later (inhibition.start); docs/faq.md"),
+        ({}, "lower inhibition.strength (0.2) or begin later (inhibition.start); docs/looking-inside.md"),
         (
             {"loss": "published", "coefficient": 0.01},
             "lower inhibition.coefficient (0.01), begin later (inhibition.start) or take inhibition.loss: projected;"
-            " docs/faq.md",
+            " docs/looking-inside.md",
         ),
-        ({"method": "memel"}, "lower inhibition.target_share or begin later (inhibition.start); docs/faq.md"),
+        (
+            {"method": "memel"},
+            "lower inhibition.target_share or begin later (inhibition.start); docs/looking-inside.md",
+        ),
     ],
 )
 def test_advice(keys, words):

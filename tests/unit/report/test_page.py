@@ -167,14 +167,14 @@ def test_every_link_leads_to_a_file(tmp_path):
     tables = output.parent / "1:2 report #2?-tables"
     docs = Path(__file__).resolve().parents[3] / "docs"
     assert {path for path in tables.iterdir() if path.suffix == ".csv"} <= found
-    assert {tables / "index.md", run / "config.yaml", run / "analysis/summary.md", docs / "faq.md"} <= found
+    assert {tables / "index.md", run / "config.yaml", run / "analysis/summary.md", docs / "looking-inside.md"} <= found
     assert not [link for link in links if re.search(r"[#?:&<]", link)]
 
 
 def test_an_installed_copy_has_no_documentation(tmp_path, monkeypatch):
     monkeypatch.setattr("l2e_ds.report.page.REPOSITORY", tmp_path)
     text = report(tmp_path, write_run(tmp_path / "l2e", shrink=0.1))
-    assert "(docs/faq.md)" in text
+    assert "(docs/looking-inside.md)" in text
     assert not re.search('href="[^"]*docs/', text)
 
 

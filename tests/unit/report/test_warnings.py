@@ -92,9 +92,9 @@ def test_what_the_guard_said(tmp_path):
     assert warnings_of(tmp_path / "l2e") == []
     write(*said)
     assert warnings_of(tmp_path / "l2e") == [
-        ("a layer that shrinks", "l2e: shrank!; rest", "docs/faq.md"),
-        ("a layer that grows", "l2e: grew!; rest", "docs/faq.md"),
-        ("a layer that becomes more monosemantic for inhibition", "l2e: rose!; rest", "docs/faq.md"),
+        ("a layer that shrinks", "l2e: shrank!; rest", "docs/looking-inside.md"),
+        ("a layer that grows", "l2e: grew!; rest", "docs/looking-inside.md"),
+        ("a layer that becomes more monosemantic for inhibition", "l2e: rose!; rest", "docs/looking-inside.md"),
     ]
     write(said[0] | {"text": 3})
     with pytest.raises(DataError, match=r"metrics.jsonl:\d+: text: got 3, must be text"):
