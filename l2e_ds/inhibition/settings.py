@@ -13,7 +13,7 @@ from l2e_ds.inhibition.losses import LossName, Power, Regulariser
 
 _KINDS = ("activation", "projection")
 
-DEFAULT_STRENGTH = 0.2
+DEFAULT_STRENGTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
     select, between 0 and 1.
 
     A regulariser has either a `strength`, relative to the gradient of the LM loss, or a `coefficient`, the weight of
-    the inhibition loss itself; with neither, its strength is 0.2. A deactivation has no strength and ignores a
+    the inhibition loss itself; with neither, its strength is 0.1. A deactivation has no strength and ignores a
     coefficient.
 
     start, warmup, decay, end: when inhibition begins, over how many steps it rises and falls, and from when nothing is
@@ -74,6 +74,11 @@ class Settings:
         window = "1 step or more, or None: all steps"
         self._check("statistics_window", lambda steps: steps is None or steps >= 1, window)
         self._check("fused", lambda value: value is None or isinstance(value, bool), "True, False or None")
+        way = self.retrieval, self.mechanism, self.reduce
+        if self.fused and way != ("threshold", "regulariser", "step"):
+            raise ValueError(
+                f"Settings.fused: got True with {', '.join(way)}, allowed: with threshold, regulariser, step only"
+            )
 
     def _check(self, name: str, holds: Callable[[Any], bool], allowed: str) -> None:
         require(f"Settings.{name}", getattr(self, name), holds, allowed)

@@ -50,7 +50,7 @@ def _worse(page: Collection, variant: Variant) -> Iterator[Notice]:
     if value > (error or 0.0):
         text = f"{variant.name}: held-out loss higher than that of {base.name} by {value:.4f}"
         text += ", one pair of runs" if error is None else f" ± {error:.4f}, standard error of n = {n} pairs of runs"
-        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/method.md, 5.4")
+        yield Notice("loss worse than the paired baseline's", f"{text} (step {step:,})", "docs/results.md")
 
 
 def _not_finite(run: Run) -> Iterator[Notice]:

@@ -63,6 +63,8 @@ def test_code_of_the_page_runs(capsys):
         ({"end": 0}, "Settings.end: got 0, allowed: 1 step or more, a share between 0 and 1, or None"),
         ({"statistics_window": "50"}, "Settings.statistics_window: got '50', allowed: 1 step or more, or None"),
         ({"fused": "auto"}, "Settings.fused: got 'auto', allowed: True, False or None"),
+        ({"fused": True, "reduce": "forward"}, "Settings.fused: got True with threshold, regulariser, forward"),
+        ({"fused": True, "retrieval": "top-k"}, "Settings.fused: got True with top-k, regulariser, step"),
         ({"coefficient": -1.0}, "Settings.coefficient: got -1.0, allowed: 0 or more"),
         ({"coefficient": float("nan")}, "Settings.coefficient: got nan"),
         ({"warmup": -5}, "Settings.warmup: got -5, allowed: whole steps, or a share between 0 and 1"),
