@@ -85,7 +85,7 @@ def metrics_page() -> str:
         "Names, units, reductions and where each number comes from. Lines of `metrics.jsonl`, one JSON object a line,",
         'with `kind` and the keys of its kind. "Over steps" says what becomes of the steps since the line before:',
         'their mean, their sum, or the newest one alone; "so far": since the run began.',
-        "Made by `docs/generate.py` from `l2e_ds/run_directory/metric_table.py`.\n",
+        "Made by `docs/generate.py` from `l2e_ds/run_directory/metric_table.yaml`.\n",
     ]
     for name, kind in KINDS.items():
         is_reduced = any(metric.reduction not in ("", "so far") for metric in kind.metrics)
