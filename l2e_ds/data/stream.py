@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -190,10 +189,8 @@ class TokenStream:
     def _tokenised(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
         """Yield every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
         submitted: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
-        failure: L2EError | None = None
 
         def batches() -> Iterator[Chunk]:
-            nonlocal failure
             texts: list[str] = []
             characters = 0
             try:
@@ -205,38 +202,31 @@ class TokenStream:
                         submitted.append((block, place))
                     texts.append(text)
                     characters += len(text)
-            except L2EError as error:  # raised after all that was read before it
-                failure = error
-            if texts:
-                yield partial(_records, texts)
+            except L2EError:  # raised after all that was read before it
+                if texts:
+                    yield partial(_records, texts)
+                raise
 
         for encoded in self._pool.map(batches()):
             block, first = submitted.popleft()
             ends = np.cumsum(encoded.lengths)
             for place, tokens in enumerate(np.split(encoded.tokens, ends[:-1]), first):
                 yield block, place, tokens
-        assert failure is not None  # only an error ends `_shuffled`
-        raise failure
 
     def _shuffled(self, mark: _Mark) -> Iterator[tuple[_Block, int, str]]:
         """Yield the training documents from `mark` on, in the order in which they are trained on, without end.
 
-        The next block is read meanwhile, so that the end of a block makes no pause. An error in it is raised when it
-        begins.
+        An error in a block is raised when the block begins.
         """
-        blocks, used = self._blocks(mark.block), mark.used
-        with ThreadPoolExecutor(1) as reader:
-            following = reader.submit(next, blocks)
-            is_first = True
-            while True:
-                block, texts = following.result()
-                if used >= len(texts) or (is_first and block != mark.block):
-                    raise self._changed()
-                following = reader.submit(next, blocks)
-                order = self._order(block, len(texts))
-                for place in range(used, len(texts)):
-                    yield block, place, texts[order[place]]
-                used, is_first = 0, False
+        used = mark.used
+        for number, (block, texts) in enumerate(self._blocks(mark.block)):
+            if used >= len(texts) or (number == 0 and block != mark.block):
+                raise self._changed()
+            order = self._order(block, len(texts))
+            for place in range(used, len(texts)):
+                yield block, place, texts[order[place]]
+                texts[order[place]] = ""  # frees its memory for the next block
+            used = 0
 
     def _order(self, block: _Block, size: int) -> np.ndarray:
         """Return a permutation of a block, int64 [size]: the order of random 64-bit numbers from the block's key."""

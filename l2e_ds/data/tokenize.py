@@ -143,15 +143,11 @@ def tokenise(
     seen = Seen(files.digests()) if deduplicate else None
     start = files.position
     positions: deque[dict[str, Any]] = deque()
-    failures: list[DataError] = []
 
     def raw_chunks() -> Iterator[Chunk]:
-        try:
-            for chunk, position in chunks(config, start):
-                positions.append(position)
-                yield chunk
-        except DataError as error:  # raised below, unless a limit is reached before
-            failures.append(error)
+        for chunk, position in chunks(config, start):
+            positions.append(position)
+            yield chunk
 
     pool: WorkerPool[Chunk, Encoded] = WorkerPool(
         workers, Encoder, tokenizer, config.text_key, end_of_text, files.dtype, skip_bad
@@ -168,8 +164,6 @@ def tokenise(
             if counts.complete:
                 break
         else:
-            if failures:
-                raise failures[0]
             counts.complete = True
     if not sum(counts.documents.values()):
         raise DataError(f"{name_of(config)} holds no text", where="data.path")
