@@ -82,12 +82,12 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     output = new_folder(arguments.output)
     results: dict[str, Any] = {}
     measurements = (measure_tokenize, measure_memory, measure_reader, measure_open, measure_wait)
-    for name, measure in zip(PARTS, measurements, strict=True):
+    for name, measure_part in zip(PARTS, measurements, strict=True):
         if name in arguments.only:
             say(f"measuring: {name}")
             folder = output / name
             folder.mkdir()
-            results[name] = measure(arguments, folder)
+            results[name] = measure_part(arguments, folder)
             shutil.rmtree(folder)  # gigabytes
     return results
 

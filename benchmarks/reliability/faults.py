@@ -487,8 +487,9 @@ class Benchmark:
         for checkpoint in (here, there):
             if problem := verify(checkpoint):
                 return f"{checkpoint.name}: {problem}"
+        loaders: dict[str, Callable[[Path], dict[str, Any]]] = {".pt": tensors_of_shard, ".safetensors": load_file}
         for file in sorted(there.iterdir()):
-            load = {".pt": tensors_of_shard, ".safetensors": load_file}.get(file.suffix)
+            load = loaders.get(file.suffix)
             if load is not None:
                 ours, theirs = load(here / file.name), load(file)
                 names = ours.keys() if ours.keys() == theirs.keys() else ()

@@ -60,7 +60,8 @@ def find_split(config: DataConfig, skip_bad: bool = False) -> Split:
     split = Split(config.held_out)
     if config.held_out == 0:
         return split
-    last, is_other = None, False  # whether any document differs from the one before it
+    last: int | None = None
+    is_other = False  # whether any document differs from the one before it
     for text in documents(config, skip_bad):
         if split.holds_out(text):
             return split

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from l2e_ds.config.sections import slurm_seconds
 from l2e_ds.console import at_least
@@ -171,8 +172,9 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         if not word.startswith("-"):  # srun would take it for the program
             raise ConfigError(f"--srun-option: got {word!r}, allowed: an option of srun such as --mpi=pmix")
         refuse_control_characters("--srun-option", word)
-    given = {field.name: getattr(arguments, field.name, None) for field in fields(Resources)}
-    return Resources(**given | {"tasks_per_node": gpus or tasks, "extra": extra, "srun": srun})
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field in fields(Resources)}
+    given |= {"tasks_per_node": gpus or tasks, "extra": extra, "srun": srun}
+    return Resources(**given)
 
 
 def refuse_control_characters(where: str, text: str) -> None:
