@@ -18,6 +18,7 @@ setup(
         "l2e_ds.analysis": ["neuron_page.html"],
         "l2e_ds.export": ["card.md"],
         "l2e_ds.report": ["page.html"],
+        "l2e_ds.run_directory": ["metric_table.yaml"],
         **{f"l2e_ds.{folder.replace('/', '.')}": ["*.json", "*.yaml"] for folder in DATA},
     },
 )

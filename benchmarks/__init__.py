@@ -21,4 +21,9 @@ NAMES = {
         "tokens/s and memory against the Hugging Face Trainer and a minimal DeepSpeed loop",
     ),
 }
-"""The module of each benchmark, which has `add_arguments` and `run`, and one line of help."""
+"""The module of each benchmark and one line of help.
+
+A module has OPTIONS by their names, PACKAGES, whose versions are recorded, `measure(arguments, launch)`, which returns
+what was measured (rank 0's counts), and `page(results)`; some have OUTPUT, the default of --output, and
+`add_arguments(parser)` for more options.
+"""

@@ -11,12 +11,10 @@ Shapes: T tokens a text, N neurons of a layer, F features.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,83 +22,54 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.about import (
-    add_output,
-    circumstances,
-    device_name,
-    heading,
-    median_and_spread,
-    new_folder,
-    publish,
-    say,
-    seconds_of,
-)
-from l2e_ds.analysis import PACKAGES
-from l2e_ds.analysis.collect import Shown
-from l2e_ds.console import at_least, markdown
-from l2e_ds.distributed import launch
+from benchmarks.about import Option, device_name, heading, median_and_spread, say, seconds_of, without_stderr
+from l2e_ds import analysis
+from l2e_ds.analysis import tables
+from l2e_ds.analysis.collect import Shown, Texts, bin_edges, collect_activations, count_scores
+from l2e_ds.analysis.load import LoadedModel
+from l2e_ds.analysis.tables import LayerOwn
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.console import markdown
+from l2e_ds.distributed.launch import Launch
+from l2e_ds.evaluation.model_source import ModelSource
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import check_sizes, network_config
+from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system.installed import check_extra
 from l2e_ds.system.memory import process_memory
+from l2e_ds.system.process import quiet_libraries
 
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas")
 FEATURES = 12
 POLL = 0.02  # seconds
 SHOWN = [Shown(0, neuron, -1.0, 10.0) for neuron in range(FEATURES)]
 """As many distributions as an analysis counts, of arbitrary neurons."""
-NUMBERS = ("texts", "sequence_length", "batch", "round_texts", "rounds")
+# a quarter of the texts needs five of each feature, for fitting and testing a probe
+OPTIONS = {
+    "model": Option("pythia-70m", "Pythia size"),
+    "texts": Option(2000, "of the larger analysis", 4 * 5 * FEATURES),
+    "sequence_length": Option(512, "tokens", 1),
+    "batch": Option(8, "texts at a time", 1),
+    "round_texts": Option(16, "of a round", 1),
+    "rounds": Option(7, "alternations", 1),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pythia-70m", metavar="NAME", help="Pythia size (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=2000, metavar="N", help="default: %(default)s")
-    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="tokens (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
-    parser.add_argument("--round-texts", type=int, default=16, metavar="N", help="of a round (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="alternations (default: %(default)s)")
-    add_output(parser, "analysis")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0. Raises ConfigError.
-
-    Under a launcher rank 0 measures alone.
-    """
-    from l2e_ds.config.sections import ModelConfig
-    from l2e_ds.models.network import build_network
-    from l2e_ds.models.pythia import check_sizes, network_config
-    from l2e_ds.system.process import quiet_libraries
-
-    if launch.find_launch().rank != 0:
-        return 0
-    check_extra("analysis", PACKAGES)
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return the seconds of parts and of whole analyses; under a launcher rank 0 measures alone. Raises ConfigError."""
+    if launch.rank != 0:
+        return {}
+    check_extra("analysis", analysis.PACKAGES)
     check_sizes("--model", [arguments.model])
-    for name in NUMBERS:
-        at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), 1)
-    least = 4 * 5 * FEATURES  # so that a quarter of them has five of each feature, for fitting and testing a probe
-    at_least("--texts", arguments.texts, least)
     quiet_libraries()
-    about = circumstances("torch", "transformers", "numpy", "scipy", "pandas")
-    if arguments.output is not None:
-        new_folder("--output", arguments.output)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = ModelConfig(name=arguments.model)
     network = build_network(config, network_config(config, arguments.sequence_length), 1234, None)
-    results = about | {
-        "device": device_name(device),
-        "options": {name: getattr(arguments, name) for name in ("model", *NUMBERS)},
-        **measure(network, arguments, device),
-    }
-    publish(arguments.output, "analysis", results, page(results))
-    return 0
+    return {"device": device_name(device), **measure_parts(network, arguments, device)}
 
 
-def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure_parts(network: Any, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the seconds of each round's three parts, and of whole analyses with their peaks in bytes."""
-    from l2e_ds.analysis.collect import Texts, collect_activations, count_scores
-    from l2e_ds.analysis.load import LoadedModel
-    from l2e_ds.analysis.tables import LayerOwn
-    from l2e_ds.evaluation.model_source import ModelSource
-    from l2e_ds.models.sites import neuron_sites
-
     sites = neuron_sites(network, "all")
     body = network.base_model.to(device).eval().requires_grad_(False)
     model = LoadedModel(ModelSource("bench", "bench", name="bench"), body, sites, len(sites), 0, None, device)
@@ -118,7 +87,7 @@ def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -
     rounds: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(arguments.rounds + 1):
         for name, part in parts.items():
-            with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet():
+            with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, without_stderr():
                 seconds = seconds_of(partial(part, Path(folder)), device)
             if number:  # the first warms up
                 rounds[name].append(seconds)
@@ -130,15 +99,12 @@ def measure(network: Any, arguments: argparse.Namespace, device: torch.device) -
 
 
 def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, device: torch.device) -> dict[str, Any]:
-    from l2e_ds.analysis import tables
-    from l2e_ds.analysis.collect import Texts, bin_edges, collect_activations, count_scores
-
     features = [f"feature {place}" for place in range(FEATURES)]
     texts = Texts(tokens, batch)
     seconds: dict[str, float] = {}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, _quiet(), _Peak() as peak:
+    with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder, without_stderr(), _Peak() as peak:
         forward = seconds_of(lambda: run_plain(model, texts), device)
         begin = time.perf_counter()
         layers = collect_activations(model, texts, Path(folder))
@@ -185,17 +151,9 @@ class _Peak:
             self.most = max(self.most, process_memory("RssAnon"))
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard standard error, and so progress bars."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-        yield
-
-
 def page(results: dict[str, Any]) -> str:
     """Return the page."""
     options, rounds = results["options"], results["rounds"]
-    command = "python -m benchmarks analysis " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in options.items())
     extra = [
         (first + second) / (2 * forward)
         for forward, first, second in zip(rounds["forward"], rounds["first"], rounds["second"], strict=True)
@@ -223,7 +181,7 @@ def page(results: dict[str, Any]) -> str:
     heads += ["peak of the GPU, MiB"] if "gpu_peak" in large else []
     return "\n".join(
         [
-            heading(f"Analysis of {options['model']}, all layers", command, results),
+            heading(f"Analysis of {options['model']}, all layers", results),
             f"Device: {results['device']}. Texts of {options['sequence_length']} tokens, {FEATURES} features.\n",
             markdown(["a text", "ms"], rows),
             "Whole analyses, with probing, tables and 200 bootstrap resamples, right after one forward pass of the same"

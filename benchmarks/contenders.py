@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
 from benchmarks.about import device_name
 from l2e_ds.config.batch import BatchArithmetic
@@ -30,6 +31,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import find_launch
+from l2e_ds.distributed.watchdog import is_lost_contact
 from l2e_ds.engine.configuration import check_device, resolve
 from l2e_ds.errors import L2EError
 from l2e_ds.models import counts
@@ -38,6 +40,7 @@ from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.metrics import read_metrics
 from l2e_ds.system import gpus, memory
+from l2e_ds.system.process import quiet_libraries
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -165,7 +168,6 @@ def train_hugging_face(work: Work) -> None:
 def train_minimal(work: Work) -> None:
     """Train with a loop as one writes by hand: deepspeed.initialize, a DataLoader, forward, backward, step, a print."""
     import deepspeed
-    from torch.utils.data import DataLoader, DistributedSampler
 
     from l2e_ds.engine.engine import parameter_groups
 
@@ -314,9 +316,6 @@ def measure(spec: dict) -> dict[str, Any]:
 
 def main() -> int:
     """Measure one contender on one rank, and return the exit code."""
-    from l2e_ds.distributed.watchdog import is_lost_contact
-    from l2e_ds.system.process import quiet_libraries
-
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet_libraries()
     spec, result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])

@@ -9,7 +9,7 @@ step of pythia-70m that waits for data.
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
 import shutil
 import statistics
@@ -26,19 +26,28 @@ import numpy as np
 import psutil
 import yaml
 
-from benchmarks.about import circumstances, heading, median_and_spread, new_folder, publish, say
+from benchmarks.about import Option, heading, median_and_spread, new_folder, say
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.console import at_least, markdown
-from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.indexed import DTYPE_CODES, HEADER, MAGIC, VERSION, IndexedTokens
+from l2e_ds.console import markdown
+from l2e_ds.data.dataset import stored_sequences
+from l2e_ds.data.indexed import IndexedTokens, write_index
 from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.data.workers import default_workers
+from l2e_ds.distributed.launch import Launch
 from l2e_ds.errors import ConfigError, L2EError
-from l2e_ds.system.files import REPOSITORY
+from l2e_ds.run_directory.metrics import read_metrics
+from l2e_ds.system.files import REPOSITORY, fsync_path
 from l2e_ds.system.installed import is_installed
 
+OUTPUT = Path("runs/bench-data")
+PACKAGES = ("torch", "tokenizers", "datasets", "numpy", "megatron-core")
+OPTIONS = {
+    "processes": Option(default_workers(), "of each tool", 1),
+    "rounds": Option(3, "alternations", 1),
+    "repeat": Option(1, "tokenise the text so many times over", 1),
+}
 PARTS = ("tokenize", "memory", "reader", "open", "wait")
 WIDTH = 2049
 """Tokens of a stored sequence, as of Pythia's data."""
@@ -56,46 +65,31 @@ SKIPPED = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE.jsonl", help="with the key text")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="TOKENIZER.json")
-    parser.add_argument("--processes", type=int, default=default_workers(), help="of each tool (default: all cores)")
-    parser.add_argument("--rounds", type=int, default=3, help="alternations (default: 3)")
-    parser.add_argument("--repeat", type=int, default=1, help="tokenise the text so many times over (default: 1)")
     parser.add_argument("--gpt-neox", type=Path, metavar="DIR", help="a checkout, its requirements installed")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--output", type=Path, default=Path("runs/bench-data"), metavar="DIR", help="new or empty")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0.
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return what each part measured.
 
     Raises ConfigError, and L2EError if a tool fails or tools do not give the same tokens.
     """
-    for name in ("processes", "rounds", "repeat"):
-        at_least(f"--{name}", getattr(arguments, name), 1)
     for path in (*arguments.text, arguments.tokenizer):
         if not path.is_file():
             raise ConfigError(f"no such file: {path}")
     if arguments.gpt_neox is not None and not _neox_tool(arguments.gpt_neox).is_file():
         raise ConfigError(f"--gpt-neox: {arguments.gpt_neox} has no tools/datasets/preprocess_data.py")
-    output = new_folder("--output", arguments.output)
-    others = ["megatron-core"] if is_installed("megatron.core") else []
-    packages = ("torch", "tokenizers", "datasets", "numpy", *others)
-    about = circumstances(*packages) | {"processes": arguments.processes}
-    measurements: dict[str, Callable[[argparse.Namespace, Path], dict]] = {
-        "tokenize": measure_tokenize,
-        "memory": measure_memory,
-        "reader": measure_reader,
-        "open": measure_open,
-        "wait": measure_wait,
-    }
+    output = new_folder(arguments.output)
     results: dict[str, Any] = {}
-    for name in arguments.only:
-        say(f"measuring: {name}")
-        folder = output / name
-        folder.mkdir()
-        results[name] = measurements[name](arguments, folder)
-        shutil.rmtree(folder)  # gigabytes
-    publish(output, "data", {**about, **results}, page(about, results))
-    return 0
+    measurements = (measure_tokenize, measure_memory, measure_reader, measure_open, measure_wait)
+    for name, measure_part in zip(PARTS, measurements, strict=True):
+        if name in arguments.only:
+            say(f"measuring: {name}")
+            folder = output / name
+            folder.mkdir()
+            results[name] = measure_part(arguments, folder)
+            shutil.rmtree(folder)  # gigabytes
+    return results
 
 
 # --- tokenize ----------------------------------------------------------------------------------------------------
@@ -156,15 +150,19 @@ def _neox(arguments: argparse.Namespace, text: Path, work: Path) -> tuple[list[s
     return command, work / "neox_text_document.bin"
 
 
-def _call(command: list[str], folder: Path, watch: Callable[[int], None] | None = None) -> None:
+def _call(command: list[str], folder: Path, watched: bool = False) -> int:
+    """Run a command; return the peak of its processes' resident bytes if they are `watched`. Raises L2EError."""
+    peak = 0
     with (folder / "log").open("w") as log:
         environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}  # benchmarks/ is in the checkout only
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        while watch is not None and process.poll() is None:
-            watch(process.pid)
+        process = psutil.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        while watched and process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                peak = max(peak, sum(one.memory_info().rss for one in (process, *process.children(recursive=True))))
             time.sleep(0.1)
     if process.wait() != 0:
         raise L2EError(f"bench: {' '.join(command[:4])} ... failed:\n{(folder / 'log').read_text()[-2000:]}")
+    return peak
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
@@ -179,22 +177,11 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
         with text.open("wb") as file:
             for path in arguments.text * times:
                 file.write(path.read_bytes())
-        peak = [0]
-
-        def watch(pid: int, peak: list[int] = peak) -> None:
-            total = 0
-            try:
-                for process in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
-                    total += process.memory_info().rss
-            except psutil.Error:
-                return
-            peak[0] = max(peak[0], total)
-
         work = folder / "work"
         work.mkdir()
-        _call(_ours(arguments, text, work)[0], work, watch)
+        peak = _call(_ours(arguments, text, work)[0], work, watched=True)
         shutil.rmtree(work)
-        rows.append({"bytes": text.stat().st_size, "peak_bytes": peak[0]})
+        rows.append({"bytes": text.stat().st_size, "peak_bytes": peak})
         say(f"{rows[-1]['bytes'] / 1e6:.0f} MB of text: peak {peak[0] / 2**20:.0f} MiB")
     return {"rows": rows}
 
@@ -212,19 +199,8 @@ def write_set(prefix: Path, tokens: int, sparse: bool) -> None:
         for first in range(0, 0 if sparse else sequences, 1 << 14):
             count = min(1 << 14, sequences - first)
             file.write(generator.integers(0, 50277, count * WIDTH, dtype=np.uint16).tobytes())
-    code = next(code for code, dtype in DTYPE_CODES.items() if dtype is np.uint16)
-    chunks = [range(first, min(first + (1 << 22), sequences)) for first in range(0, sequences, 1 << 22)]
-    with Path(f"{prefix}.idx").open("wb") as file:
-        file.write(MAGIC + HEADER.pack(VERSION, code, sequences, sequences + 1))
-        for chunk in chunks:
-            file.write(np.full(len(chunk), WIDTH, "<i4").tobytes())
-        for chunk in chunks:
-            file.write((np.arange(chunk.start, chunk.stop, dtype="<i8") * (2 * WIDTH)).tobytes())
-        for chunk in chunks:
-            file.write(np.arange(chunk.start, chunk.stop, dtype="<i8").tobytes())
-        file.write(np.array([sequences], "<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    write_index(Path(f"{prefix}.idx"), np.dtype(np.uint16), np.broadcast_to(np.int32(WIDTH), sequences))
+    fsync_path(Path(f"{prefix}.idx"))
 
 
 def forget(prefix: Path) -> None:
@@ -235,16 +211,11 @@ def forget(prefix: Path) -> None:
         os.close(descriptor)
 
 
-def _dataset(prefix: Path) -> TokenDataset:
-    indexed = IndexedTokens(prefix)
-    return TokenDataset(indexed.tokens, 0, indexed.num_tokens, WIDTH - 1, 50304, indexed.name, WIDTH, indexed)
-
-
 def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
     """Return sequences/s of alternating readers, in batches of 1,024 at random places of a set in the page cache."""
     prefix = folder / "set"
     write_set(prefix, READ, sparse=False)
-    dataset = _dataset(prefix)
+    dataset = stored_sequences(IndexedTokens(prefix), WIDTH - 1, 50304)
     plain = np.memmap(f"{prefix}.bin", dtype=np.uint16, mode="r").reshape(-1, WIDTH)
     readers: dict[str, Callable[[np.ndarray], Any]] = {
         "l2e-ds (ids and documents checked)": dataset.batch,
@@ -271,7 +242,7 @@ def open_and_seek(prefix: str) -> dict[str, float]:
     """Return seconds to open a set and to read the first and a late batch, and the memory added; in a new process."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    dataset = _dataset(Path(prefix))
+    dataset = stored_sequences(IndexedTokens(prefix), WIDTH - 1, 50304)
     opened = time.perf_counter() - begin
     order = SequenceOrder(len(dataset), seed=1234)
     seconds = {}
@@ -329,8 +300,7 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
         run_file = folder / "run.yaml"
         run_file.write_text(yaml.safe_dump(content), encoding="utf-8")
         _call([sys.executable, "-m", "l2e_ds.train", str(run_file)], folder)
-        metrics = (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        lines = [line for line in map(json.loads, metrics) if line["kind"] == "train"][SKIPPED:]
+        lines = read_metrics(directory / "metrics.jsonl", "train")[SKIPPED:]
         shares = [line["data_wait_seconds"] / line["step_seconds"] for line in lines]
         rows[name] = {"shares": shares, "step_seconds": [line["step_seconds"] for line in lines]}
         say(f"{name}: {statistics.median(shares):.3%} of a step")
@@ -352,14 +322,12 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
 # --- the page ----------------------------------------------------------------------------------------------------
 
 
-def page(about: dict[str, Any], results: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """Return the page: a table for each part that was measured."""
-    parts = [heading("Data", "python -m benchmarks data", about)]
-    parts += [table for name, table in _tables(about, results) if name in results]
-    return "\n".join(parts)
+    return "\n".join([heading("Data", results), *_tables(results)])
 
 
-def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _tables(results: dict[str, Any]) -> Iterator[str]:
     if found := results.get("tokenize"):
         ours = found["seconds"]["l2e-ds tokenize"]
         rows = []
@@ -371,17 +339,17 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         text = f"{found['bytes'] / 1e6:.0f} MB of text, {found['tokens'] / 1e6:.1f} million tokens, the same from all;"
         if found["repeat"] > 1:
             text += f" (a smaller text, {found['repeat']} times over);"
-        text += f" {about['processes']} processes each; whole commands, start-up included.\n"
-        yield "tokenize", f"## Tokenising\n\n{text}\n{markdown(heads, rows)}"
+        text += f" {results['options']['processes']} processes each; whole commands, start-up included.\n"
+        yield f"## Tokenising\n\n{text}\n{markdown(heads, rows)}"
     if found := results.get("memory"):
         rows = [[f"{row['bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / 2**20:.0f}"] for row in found["rows"]]
         heads = ["text, MB", "peak of all processes, MiB"]
-        yield "memory", f"## Memory of tokenising, {about['processes']} workers\n\n{markdown(heads, rows)}"
+        yield f"## Memory of tokenising, {results['options']['processes']} workers\n\n{markdown(heads, rows)}"
     if found := results.get("reader"):
         rows = [[name, median_and_spread(speeds, 0)] for name, speeds in found["sequences_per_second"].items()]
         text = f"Batches of 1,024 sequences of {WIDTH:,} tokens at random places of {found['tokens'] / 1e6:.0f} million"
         text += " tokens in the page cache, as int64.\n"
-        yield "reader", f"## Random access\n\n{text}\n{markdown(['reader', 'sequences/s'], rows)}"
+        yield f"## Random access\n\n{text}\n{markdown(['reader', 'sequences/s'], rows)}"
     if found := results.get("open"):
         rows = [
             [
@@ -396,7 +364,7 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         ]
         heads = ["tokens", "index, MB", "opening, s", "step 0, s", f"step {SEEK:,}, s", "memory, MiB"]
         text = "Not in the page cache; a shuffled micro-batch of 8 sequences. The .bin is sparse, the .idx is real.\n"
-        yield "open", f"## Opening and seeking\n\n{text}\n{markdown(heads, rows)}"
+        yield f"## Opening and seeking\n\n{text}\n{markdown(heads, rows)}"
     if found := results.get("wait"):
         rows = [
             [
@@ -411,4 +379,4 @@ def _tables(about: dict[str, Any], results: dict[str, Any]) -> Iterator[tuple[st
         supply = median_and_spread(found["supply"], 0)
         more = f"A stream gives {supply} tokens/s with one worker, measured behind what it reads ahead:"
         more += " as long as training takes fewer, a step waits only for the hand-over above.\n"
-        yield "wait", f"## Waiting for data\n\n{text}\n{markdown(heads, rows)}\n{more}"
+        yield f"## Waiting for data\n\n{text}\n{markdown(heads, rows)}\n{more}"

@@ -10,86 +10,67 @@ Shapes: B sequences of a micro-batch, T tokens a sequence, N neurons of a layer.
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.about import add_output, circumstances, device_name, heading, new_folder, publish
+from benchmarks.about import Option, device_name, heading, without_stderr
 from benchmarks.overhead import NONE, VARIANTS
-from l2e_ds.console import at_least, markdown
-from l2e_ds.distributed import launch
+from l2e_ds.config.sections import ModelConfig
+from l2e_ds.console import markdown
+from l2e_ds.distributed.launch import Launch
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor
+from l2e_ds.models.network import build_network
+from l2e_ds.models.pythia import check_sizes, network_config
+from l2e_ds.models.sites import neuron_sites
+from l2e_ds.system.process import quiet_libraries
+from l2e_ds.training.loss import LossHead
 
+PACKAGES = ("torch", "transformers")
+OPTIONS = {
+    "model": Option("pythia-14m", "Pythia size"),
+    "vocabulary": Option(1024, "rows; few, to hide nothing", 2),
+    "sequence_length": Option(512, "tokens", 2),
+    "micro_batches": Option([4, 8, 16], "sequences", 1),
+}
 PASSES = 3
 """Passes, of which the last is measured: the first has no history, and the self-test ends after the second."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="pythia-14m", metavar="NAME", help="Pythia size (default: %(default)s)")
-    parser.add_argument(
-        "--vocabulary",
-        type=int,
-        default=1024,
-        metavar="V",
-        help="rows; few, to hide nothing (default: 1024)",
-    )
-    parser.add_argument("--sequence-length", type=int, default=512, metavar="T", help="tokens (default: %(default)s)")
-    parser.add_argument(
-        "--micro-batches", type=int, nargs="+", default=[4, 8, 16], metavar="B", help="sequences (default: 4 8 16)"
-    )
-    add_output(parser, "memory")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0. Raises ConfigError.
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return the bytes of every variant at every size. Raises ConfigError.
 
     Under a launcher rank 0 measures alone: other ranks' memory is the same.
     """
-    from l2e_ds.config.sections import ModelConfig
-    from l2e_ds.models.pythia import check_sizes
-    from l2e_ds.system.process import quiet_libraries
-
-    if launch.find_launch().rank != 0:
-        return 0
+    if launch.rank != 0:
+        return {}
     check_sizes("--model", [arguments.model])
-    for option in ("vocabulary", "sequence_length"):
-        at_least(f"--{option.replace('_', '-')}", getattr(arguments, option), 2)
-    if len(set(arguments.micro_batches)) < 2 or min(arguments.micro_batches) < 1:
+    if len(set(arguments.micro_batches)) < 2:
         given = " ".join(map(str, arguments.micro_batches))
-        raise ConfigError(f"--micro-batches: got {given}, allowed: at least two different integers >= 1")
+        raise ConfigError(f"--micro-batches: got {given}, allowed: at least two different integers")
     quiet_libraries()
-    about = circumstances("torch", "transformers")
-    if arguments.output is not None:
-        new_folder("--output", arguments.output)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = ModelConfig(name=arguments.model, vocab_size=arguments.vocabulary)
     found = {
-        variant: [measure(model, variant, size, arguments.sequence_length, device) for size in arguments.micro_batches]
+        variant: [
+            measure_pass(model, variant, size, arguments.sequence_length, device) for size in arguments.micro_batches
+        ]
         for variant in (NONE, *VARIANTS)
     }
-    results = about | {
+    return {
         "device": device_name(device),
         "model": arguments.model,
         "vocabulary": arguments.vocabulary,
         "tokens": [size * arguments.sequence_length for size in arguments.micro_batches],
         "found": found,
     }
-    publish(arguments.output, "memory", results, page(results))
-    return 0
 
 
-def measure(model: Any, variant: str, sequences: int, length: int, device: torch.device) -> dict[str, int]:
+def measure_pass(model: Any, variant: str, sequences: int, length: int, device: torch.device) -> dict[str, int]:
     """Return bytes: `state` of the inhibitor, `kept` for backward, `peak` of a pass above what was held before it."""
-    from l2e_ds.models.network import build_network
-    from l2e_ds.models.pythia import network_config
-    from l2e_ds.models.sites import neuron_sites
-    from l2e_ds.training.loss import LossHead
-
     network = build_network(model, network_config(model, length), 1234, None).to(device)
     head = LossHead(network)
     inhibitor = Inhibitor(neuron_sites(network), VARIANTS[variant], device) if variant != NONE else None
@@ -143,9 +124,7 @@ def _peak(forward: Any, device: torch.device) -> int:
         forward().backward()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    with _without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with without_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         forward().backward()
     live, peak = 0, 0
     events = profiler.profiler.kineto_results.events()
@@ -153,19 +132,6 @@ def _peak(forward: Any, device: torch.device) -> int:
         live += allocated
         peak = max(peak, live)
     return peak
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Discard what is written to standard error: the profiler's C++ part always prints there."""
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
 
 
 def per_token(results: dict[str, Any], variant: str, what: str) -> float:
@@ -179,9 +145,8 @@ def per_token(results: dict[str, Any], variant: str, what: str) -> float:
 def page(results: dict[str, Any]) -> str:
     """Return the page: added bytes by variant and number of tokens."""
     devices = "CPUs" if results["device"] == "cpu" else results["device"]
-    command = f"python -m benchmarks memory --model {results['model']}"
     parts = [
-        heading("Memory of inhibition", command, results),
+        heading("Memory of inhibition", results),
         f"{devices}; {results['model']} with {results['vocabulary']:,}"
         " vocabulary rows, float32, `mid-2`. Bytes that a method adds to those of the same pass without inhibition.\n",
     ]

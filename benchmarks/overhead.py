@@ -23,23 +23,20 @@ from typing import Any
 import torch
 
 from benchmarks import throughput
-from benchmarks.about import (
-    add_output,
-    circumstances,
-    device_name,
-    heading,
-    median_and_spread,
-    new_folder,
-    publish,
-    say,
-    seconds_of,
-)
+from benchmarks.about import Option, device_name, heading, median_and_spread, say, seconds_of
+from benchmarks.contenders import make_dataset
 from l2e_ds.acceptance.operations import Layer, hooked, one_pass
 from l2e_ds.checkpoint.weights import DTYPES
-from l2e_ds.console import at_least, markdown
+from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.console import markdown
+from l2e_ds.data import PreparedData
 from l2e_ds.distributed import collectives, process_group
-from l2e_ds.distributed.launch import Launch, reported_once
+from l2e_ds.distributed.launch import Launch
+from l2e_ds.engine.configuration import check_device, resolve
 from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.models.families import neurons_of
+from l2e_ds.models.pythia import network_config
+from l2e_ds.system.process import quiet_libraries
 
 VARIANTS: dict[str, Settings] = {
     "L2E": Settings(),  # as runs do: in one pass where that is faster
@@ -47,81 +44,47 @@ VARIANTS: dict[str, Settings] = {
     "L2E, reduce: forward": Settings(reduce="forward"),
     "MEmeL": Settings(retrieval="top-k", mechanism="reverse-deactivation"),
 }
+PACKAGES = ("torch", "deepspeed", "transformers")
 NONE = "none"
 WIDE = 10_240  # neurons of a layer of Pythia 2.8B
 WARMUP = 3  # rounds of every variant that are not counted: history, the self-test, compilation
 PER_STEP = 5  # rounds of the operation for one whole step
 
 # On a GPU smaller shapes would measure how fast Python launches kernels, not how fast they are.
-SHAPE = (
-    {"sequence_length": 2048, "micro_batch": 16, "wide_tokens": 32_768}
-    if torch.cuda.is_available()
-    else {"sequence_length": 512, "micro_batch": 4, "wide_tokens": 1024}
-)
-DEFAULTS: dict[str, Any] = {
-    **SHAPE,
-    "rounds": 12,
-    "deepspeed": "ds_configs/zero1.json",
-    "precision": "auto",
+ON_GPU = torch.cuda.is_available()
+SIZES = ["pythia-70m", "pythia-410m", "pythia-1b"] if ON_GPU else ["pythia-14m", "pythia-31m", "pythia-70m"]
+OPTIONS = {
+    "models": Option(SIZES, "Pythia sizes"),
+    "sequence_length": Option(2048 if ON_GPU else 512, "tokens a sequence", 2),
+    "micro_batch": Option(16 if ON_GPU else 4, "sequences a rank takes at once; a step has one", 1),
+    "rounds": Option(12, f"alternations of whole steps; of the operation {PER_STEP} times as many", 1),
+    "deepspeed": Option("ds_configs/zero1.json", "DeepSpeed JSON"),
+    "precision": Option("auto", "auto, fp32, bf16, fp16"),
+    "wide_tokens": Option(32_768 if ON_GPU else 1024, f"tokens of the layer of {WIDE:,} neurons; 0: without it", 0),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="NAME",
-        help="Pythia sizes (default: 14m, 31m, 70m on CPUs, 70m, 410m, 1b on GPUs)",
-    )
-    for name, about, kind in (
-        ("sequence_length", "tokens a sequence", int),
-        ("micro_batch", "sequences a rank takes at once; a step has one", int),
-        ("rounds", f"alternations of whole steps; of the operation {PER_STEP} times as many", int),
-        ("deepspeed", "DeepSpeed JSON", str),
-        ("precision", ", ".join(throughput.PRECISIONS), str),
-        ("wide_tokens", f"tokens of the layer of {WIDE:,} neurons; 0: without it", int),
-    ):
-        default = DEFAULTS[name]
-        help = f"{about} (default: {default})"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, help=help)
-    add_output(parser, "overhead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a run file's section model")
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0. Raises ConfigError."""
-    return reported_once(lambda launch: _run(arguments, launch))
-
-
-def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.config.reading import run_config_from_dict
-    from l2e_ds.engine.configuration import check_device, resolve
-    from l2e_ds.system.process import quiet_libraries
-
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return the times of every model, and of the wide layer. Raises ConfigError."""
     quiet_libraries()
-    on_gpu = torch.cuda.is_available()
-    sizes = ["70m", "410m", "1b"] if on_gpu else ["14m", "31m", "70m"]
-    arguments.models = arguments.models or [f"pythia-{size}" for size in sizes]
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
-    at_least("--wide-tokens", arguments.wide_tokens, 0)
-    contents = {name: throughput.run_file(arguments, name, launch.size) for name in throughput.models_of(arguments)}
+    contents = {name: throughput.run_file(arguments, name, launch.size) for name in arguments.models}
     throughput.check(arguments, contents, launch.size)
     runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}
     for config, *_ in runs.values():
         check_device(config)
-    about = circumstances("torch", "deepspeed", "transformers")
-    if arguments.output is not None and launch.rank == 0:
-        new_folder("--output", arguments.output)
     device = process_group.join(launch, 10)
     torch.set_num_threads(throughput.threads_of_rank())
     precision = next(iter(runs.values()))[0].training.precision
-    results = about | {
+    results: dict[str, Any] = {
         "ranks": launch.size,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "precision": precision,
-        "options": {name: getattr(arguments, name) for name in DEFAULTS}
-        | {"deepspeed": Path(arguments.deepspeed).name},
         "models": {},
     }
     dtype = DTYPES[precision]
@@ -131,9 +94,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     if arguments.wide_tokens:
         results["wide"] = measure_operation(arguments.wide_tokens, WIDE, dtype, device, operation_rounds)
         results["wide"] |= {"top_k": time_top_k(arguments.wide_tokens, WIDE, device, operation_rounds)}
-    if collectives.is_main():
-        publish(arguments.output, "overhead", results, page(results))
     process_group.leave()
+    return results
 
 
 # --- the operation -----------------------------------------------------------------------------------------------
@@ -200,10 +162,6 @@ def measure_model(
     Returns `operation`, from `measure_operation` at the model's shape, `step_seconds` by variant, and `layers`, the
     number of hooked layers.
     """
-    from benchmarks.contenders import make_dataset
-    from l2e_ds.data import PreparedData
-    from l2e_ds.models.families import neurons_of
-    from l2e_ds.models.pythia import network_config
     from l2e_ds.training.trainer import Trainer
 
     config, ds, batch = resolved
@@ -270,17 +228,11 @@ def median_interval(values: list[float]) -> tuple[float, float]:
 
 def page(results: dict[str, Any]) -> str:
     """Return the page: a table for each model, and one for the wide layer."""
-    options = results["options"]
-    words = [
-        f"--{name.replace('_', '-')} {options[name]}"
-        for name, value in DEFAULTS.items()
-        if options[name] != Path(str(value)).name and options[name] != value
-    ]
-    command = " ".join(["python -m benchmarks overhead --models", *results["models"], *words])
+    options, deepspeed = results["options"], Path(results["options"]["deepspeed"]).name
     devices = "CPUs" if results["device"] == "cpu" else results["device"]
     parts = [
-        heading("Overhead of inhibition", command, results),
-        f"{results['ranks']} rank(s) on {devices}, {results['threads']} threads each; {options['deepspeed']},"
+        heading("Overhead of inhibition", results),
+        f"{results['ranks']} rank(s) on {devices}, {results['threads']} threads each; {deepspeed},"
         f" {results['precision']}; a step of a rank: {options['micro_batch']} sequences of"
         f" {options['sequence_length']:,} tokens in one micro-batch, the least that a step can have, so that what"
         " inhibition does once a step weighs most. `mid-2`, a share of 2 %.\n\n"

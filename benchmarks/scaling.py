@@ -19,69 +19,40 @@ from typing import Any
 import torch
 
 from benchmarks import overhead
-from benchmarks.about import (
-    add_output,
-    circumstances,
-    device_name,
-    heading,
-    median_and_spread,
-    new_folder,
-    publish,
-    seconds_of,
-)
+from benchmarks.about import Option, device_name, heading, median_and_spread, seconds_of
+from l2e_ds.config.sections import ModelConfig
 from l2e_ds.console import markdown
 from l2e_ds.distributed import collectives, process_group
-from l2e_ds.distributed.launch import Launch, free_port, reported_once
-from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.distributed.launch import Launch, free_port
+from l2e_ds.errors import L2EError
 from l2e_ds.inhibition.hook import NeuronHook
+from l2e_ds.models.counts import parameter_counts
+from l2e_ds.models.families import neurons_of
+from l2e_ds.models.pythia import check_sizes, network_config
+from l2e_ds.models.sites import chosen_layers
+from l2e_ds.system.process import quiet_libraries
 
-NEURONS, LAYERS = [512, 1024, 2048, 4096, 10_240], [1, 2, 6, 12, 24]
+PACKAGES = ("torch",)
 # on a GPU fewer tokens would measure how fast Python launches kernels
 TOKENS = [4096, 8192, 16_384, 32_768] if torch.cuda.is_available() else [256, 512, 1024, 2048, 4096]
 FIXED_TOKENS, FIXED_NEURONS = 16_384 if torch.cuda.is_available() else 1024, 2048
+OPTIONS = {
+    "neurons": Option([512, 1024, 2048, 4096, 10_240], f"neurons of a layer, with {FIXED_TOKENS:,} tokens", 1),
+    "tokens": Option(TOKENS, f"tokens of a micro-batch, with {FIXED_NEURONS:,} neurons", 1),
+    "layers": Option([1, 2, 6, 12, 24], f"hooked layers, of {FIXED_NEURONS:,} neurons", 1),
+    "ranks": Option([1, 2, 3, 4], "ranks to start on this machine; not under a launcher, which has its own", 1),
+    "models": Option(["pythia-14m", "pythia-70m", "pythia-410m", "pythia-2.8b", "pythia-12b"], "Pythia sizes"),
+    "rounds": Option(30, "alternations", 1),
+}
 LARGEST = 512 * 2**20
 """Bytes of gradients up to which an all-reduce of them is timed."""
 SHOWN = ("L2E", "L2E, plain operations", "MEmeL")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def numbers(name: str, default: list[int], about: str) -> None:
-        shown = " ".join(map(str, default))
-        parser.add_argument(name, type=int, nargs="+", default=default, metavar="N", help=f"{about} (default: {shown})")
-
-    numbers("--neurons", NEURONS, f"neurons of a layer, with {FIXED_TOKENS:,} tokens")
-    numbers("--tokens", TOKENS, f"tokens of a micro-batch, with {FIXED_NEURONS:,} neurons")
-    numbers("--layers", LAYERS, f"hooked layers, of {FIXED_NEURONS:,} neurons")
-    numbers("--ranks", [1, 2, 3, 4], "ranks to start on this machine; not under a launcher, which has its own")
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        metavar="NAME",
-        default=[f"pythia-{size}" for size in ("14m", "70m", "410m", "2.8b", "12b")],
-        help="Pythia sizes whose all-reduces are compared (default: 14m to 12b)",
-    )
-    parser.add_argument("--rounds", type=int, default=30, metavar="N", help="alternations (default: 30)")
-    add_output(parser, "scaling")
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0. Raises ConfigError; L2EError if a rank fails."""
-    return reported_once(lambda launch: _run(arguments, launch))
-
-
-def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.models.pythia import check_sizes
-    from l2e_ds.system.process import quiet_libraries
-
-    for name in ("neurons", "tokens", "layers", "ranks", "rounds"):
-        given = getattr(arguments, name)
-        if min(given if isinstance(given, list) else [given]) < 1:
-            raise ConfigError(f"--{name}: got {given}, allowed: integers >= 1")
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return the milliseconds at every shape, and of the all-reduces. Raises ConfigError; L2EError if a rank fails."""
     check_sizes("--models", arguments.models)
     quiet_libraries()
-    about = circumstances("torch")
-    if arguments.output is not None and launch.rank == 0:
-        new_folder("--output", arguments.output)
     sizes = {name: sizes_of(name) for name in arguments.models}
     timed = [size for size in sizes.values() if size["gradients"] <= LARGEST]
     device = torch.device("cpu")
@@ -97,7 +68,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         "neurons": [(FIXED_TOKENS, neurons) for neurons in arguments.neurons],
         "tokens": [(tokens, FIXED_NEURONS) for tokens in arguments.tokens],
     }
-    results = about | {  # measured on every rank, since a step reduces over them
+    results = {  # measured on every rank, since a step reduces over them
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
@@ -113,10 +84,9 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         "all_reduce": traffic,
         "between": "the launcher's ranks" if launch.size > 1 else "processes of this machine's CPUs (gloo)",
     }
-    if launch.rank == 0:
-        publish(arguments.output, "scaling", results, page(results))
     if launch.size > 1:
         process_group.leave()
+    return results
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------
@@ -125,12 +95,6 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 def sizes_of(model: str) -> dict[str, int]:
     """Return the bytes of the packed sums of `mid-2` (float64) and of the float32 gradients, and the neurons of a
     layer."""
-    from l2e_ds.config.sections import ModelConfig
-    from l2e_ds.models.counts import parameter_counts
-    from l2e_ds.models.families import neurons_of
-    from l2e_ds.models.pythia import network_config
-    from l2e_ds.models.sites import chosen_layers
-
     network = network_config(ModelConfig(name=model), 2048)
     neurons = neurons_of(network)
     layers = len(chosen_layers("mid-2", network.num_hidden_layers))
@@ -197,7 +161,7 @@ def page(results: dict[str, Any]) -> str:
     """Return the page: a table for each question."""
     devices = "CPUs" if results["device"] == "cpu" else results["device"]
     parts = [
-        heading("How inhibition scales", f"python -m benchmarks scaling --rounds {results['rounds']}", results),
+        heading("How inhibition scales", results),
         f"{devices}, {results['threads']} threads, float32; added to forward and backward of one layer's GELU, in"
         " milliseconds and in nanoseconds per activation.\n",
     ]

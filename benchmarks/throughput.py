@@ -21,31 +21,32 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.about import add_output, circumstances, heading, median_and_spread, new_folder, publish, say
+from benchmarks.about import Option, heading, median_and_spread, say
 from benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
-from l2e_ds.console import at_least, markdown
+from l2e_ds.config.reading import find_file, run_config_from_dict, split_override
+from l2e_ds.console import markdown
 from l2e_ds.distributed import collectives, process_group
-from l2e_ds.distributed.launch import Launch, free_port, reported_once
+from l2e_ds.distributed.launch import Launch, free_port
+from l2e_ds.engine.configuration import resolve
 from l2e_ds.errors import ConfigError, L2EError
+from l2e_ds.models.pythia import PYTHIA, check_sizes, network_config
 from l2e_ds.system.installed import is_installed
+from l2e_ds.system.process import quiet_libraries
 
-DEFAULTS: dict[str, Any] = {
-    "models": ["pythia-14m", "pythia-70m"],
-    "sequence_length": 512,
-    "micro_batch": 4,
-    "accumulation": 1,
-    "steps": 10,
-    "rounds": 5,
-    "deepspeed": "ds_configs/zero1.json",
-    "precision": "auto",
-    "method": "l2e",
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "numpy")
+OPTIONS = {
+    "models": Option(["pythia-14m", "pythia-70m"], "Pythia sizes"),
+    "sequence_length": Option(512, "tokens a sequence", 2),
+    "micro_batch": Option(4, "sequences a rank takes at once", 1),
+    "accumulation": Option(1, "micro-batches a rank and step", 1),
+    "steps": Option(10, "counted steps of a round; two more come before them", 1),
+    "rounds": Option(5, "alternations", 1),
+    "deepspeed": Option("ds_configs/zero1.json", "DeepSpeed JSON of all contenders"),
+    "precision": Option("auto", "auto, fp32, bf16, fp16"),
+    "method": Option("l2e", "of l2e-ds: l2e, memel, none"),
 }
-PRECISIONS, METHODS = ("auto", "fp32", "bf16", "fp16"), ("l2e", "memel", "none")
-SECTIONS = ("model", "optimizer", "inhibition")
-"""Sections of a run file whose keys may be overridden; `logging.peak_tflops` may be, too."""
-FIXED = ["model.name", "model.pretrained", "model.revision", "inhibition.method"]
-FIXED += ["optimizer.warmup", "optimizer.schedule_steps", "optimizer.final_ratio"]
-"""Keys that may not be: options decide them, or the contenders must not differ in them."""
+SECTIONS = ("model", "optimizer", "inhibition", "logging")
+"""Sections of a run file whose keys may be overridden."""
 FIRST_LOSS = {"fp32": 5e-4, "bf16": 1e-2, "fp16": 1e-2}
 """Nats by which the losses of the first step may differ."""
 LAST_LOSS = {"fp32": 0.01, "bf16": 0.05, "fp16": 0.05}
@@ -55,91 +56,44 @@ GRACE = 10.0  # seconds between the first failing rank and the end of the others
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    def option(name: str, about: str, **kind: Any) -> None:
-        default = DEFAULTS[name]
-        shown = " ".join(default) if isinstance(default, list) else default
-        name = f"--{name.replace('_', '-')}"
-        parser.add_argument(name, default=default, help=f"{about} (default: {shown})", **kind)
-
-    option("models", "Pythia sizes", nargs="+", metavar="NAME")
-    option("sequence_length", "tokens a sequence", type=int, metavar="T")
-    option("micro_batch", "sequences a rank takes at once", type=int, metavar="B")
-    option("accumulation", "micro-batches a rank and step", type=int, metavar="A")
-    option("steps", "counted steps of a round; two more come before them", type=int, metavar="N")
-    option("rounds", "alternations", type=int, metavar="N")
-    option("deepspeed", "DeepSpeed JSON of all contenders", metavar="FILE.json")
-    option("precision", ", ".join(PRECISIONS), metavar="NAME")
-    option("method", f"of l2e-ds: {', '.join(METHODS)}", metavar="NAME")
-    add_output(parser, "throughput")
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help=f"of a run file's sections {', '.join(SECTIONS)}"
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measure, print and write the page; return exit code 0.
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Return every measurement of every model.
 
     Raises ConfigError for options; L2EError if a contender fails or computes something else.
     """
-    return reported_once(lambda launch: _run(arguments, launch))
-
-
-def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    from l2e_ds.system.process import quiet_libraries
-
     given = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"  # for this process: the GPU's memory is for those that are measured
     quiet_libraries()
-    contents = {name: run_file(arguments, name, launch.size) for name in models_of(arguments)}
+    contents = {name: run_file(arguments, name, launch.size) for name in arguments.models}
     check(arguments, contents, launch.size)
     if not is_installed("accelerate"):
         raise ConfigError("bench: the Hugging Face Trainer needs the package accelerate: pip install 'l2e-ds[bench]'")
-    about = circumstances("torch", "deepspeed", "transformers", "accelerate", "numpy")
     process_group.join(launch, 10)
-    if arguments.output is not None:
-        collectives.all_work(lambda: new_folder("--output", arguments.output) if collectives.is_main() else None)
     environment = child_environment(launch.launcher, launch.local_rank, given)
     hosts = collectives.all_gather_objects(socket.gethostname())
-    results = about | {
+    results: dict[str, Any] = {
         "ranks": launch.size,
         "hosts": len(set(hosts)),
         "launcher": launch.launcher,
-        "options": {name: getattr(arguments, name) for name in DEFAULTS} | {"overrides": overrides_of(arguments)},
         "models": {},
     }
-    results["options"] |= {"models": list(contents), "deepspeed": Path(arguments.deepspeed).name}
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder:
         for name, content in contents.items():
             results["models"][name] = measure_model(name, content, arguments.rounds, environment, Path(folder))
-    if collectives.is_main():
-        publish(arguments.output, "throughput", results, page(results))
     process_group.leave()
+    return results
 
 
 # --- options -----------------------------------------------------------------------------------------------------
 
 
-def models_of(arguments: argparse.Namespace) -> list[str]:
-    """Return the names of --models."""
-    return [word for word in arguments.models if "=" not in word]
-
-
-def overrides_of(arguments: argparse.Namespace) -> list[str]:
-    """Return the overrides, with those that follow the names of --models."""
-    return [*arguments.overrides, *(word for word in arguments.models if "=" in word)]
-
-
 def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) -> None:
     """Check all options that can be checked without the device. Raises ConfigError."""
-    from l2e_ds.config.reading import find_file, run_config_from_dict
-    from l2e_ds.engine.configuration import resolve
-    from l2e_ds.models.pythia import PYTHIA, check_sizes, network_config
-
-    for name, least in {"sequence_length": 2, "micro_batch": 1, "accumulation": 1, "steps": 1, "rounds": 1}.items():
-        at_least(f"--{name.replace('_', '-')}", getattr(arguments, name), least)
-    for name, allowed in {"precision": PRECISIONS, "method": METHODS}.items():
-        if getattr(arguments, name) not in allowed:
-            raise ConfigError(f"--{name}: got {getattr(arguments, name)!r}, allowed: {', '.join(allowed)}")
     check_sizes("--models", contents)
     if not contents:
         raise ConfigError(f"--models: got none, allowed: {', '.join(PYTHIA)}")
@@ -152,8 +106,6 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
 
 def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str, dict]:
     """Return the content of the run file that all contenders follow. Raises ConfigError."""
-    from l2e_ds.config.reading import find_file, split_override
-
     content: dict[str, dict] = {
         "model": {"name": model},
         "data": {
@@ -177,14 +129,10 @@ def run_file(arguments: argparse.Namespace, model: str, ranks: int) -> dict[str,
         "checkpoint": {"every": 0},
         "logging": {"every": LOG_EVERY, "progress": False},
     }
-    for override in overrides_of(arguments):
+    for override in arguments.overrides:
         section, key, value = split_override(override)
-        name = f"{section}.{key}"
-        if name in FIXED or (section not in SECTIONS and name != "logging.peak_tflops"):
-            raise ConfigError(
-                f"override {override!r}: allowed: section.key=value with section {', '.join(SECTIONS)}, and"
-                f" logging.peak_tflops; not {', '.join(FIXED)}"
-            )
+        if section not in SECTIONS:
+            raise ConfigError(f"override {override!r}: allowed: section.key=value of {', '.join(SECTIONS)}")
         content[section][key] = value
     return content
 
@@ -339,7 +287,7 @@ def refuse_differences(model: str, found: dict[str, dict[str, Any]]) -> None:
 
 def page(results: dict[str, Any]) -> str:
     """Return the page: a table for each model."""
-    parts = [heading("Throughput", command_line(results), results), _explanation(results)]
+    parts = [heading("Throughput", results), _explanation(results)]
     for model, found in results["models"].items():
         parts.append(f"## {model}\n\n{_table(found)}")
         same = [name for name in found["contenders"] if name != OURS or PLAIN not in found["contenders"]]
@@ -351,16 +299,6 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def command_line(results: dict[str, Any]) -> str:
-    """Return the command, with the options that are not the defaults."""
-    words = ["python -m benchmarks throughput", *results["options"]["overrides"]]
-    for name, default in DEFAULTS.items():
-        given = results["options"][name]
-        if given != default and given != Path(str(default)).name:
-            words.append(f"--{name.replace('_', '-')} {' '.join(given) if isinstance(given, list) else given}")
-    return " ".join(words)
-
-
 def _explanation(results: dict[str, Any]) -> str:
     options = results["options"]
     one = next(iter(results["models"].values()))["contenders"][OURS][0]
@@ -370,7 +308,7 @@ def _explanation(results: dict[str, Any]) -> str:
     )
     return (
         f"{devices}, {one['threads']} threads each, {results['hosts']} host(s), launcher: {results['launcher']};"
-        f" {options['deepspeed']}, {one['precision']}; a step of a rank: {options['accumulation']} x"
+        f" {Path(options['deepspeed']).name}, {one['precision']}; a step of a rank: {options['accumulation']} x"
         f" {options['micro_batch']} sequences of {options['sequence_length']:,} tokens. A round has {options['steps']}"
         f" steps after {WARMUP} that are not counted, of each contender in processes of its own; the order changes from"
         f" round to round. All train the same weights on the same batches at the same learning rate with AdamW; each"

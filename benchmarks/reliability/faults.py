@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import re
@@ -19,23 +18,36 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 import yaml
+from safetensors.torch import load_file
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from benchmarks.about import new_folder, say
+from benchmarks.about import Option, new_folder, say
 from benchmarks.reliability import virtual_slurm
 from benchmarks.reliability.watched_run import RunEnded, RunLost, WatchedRun, read_reference
-from l2e_ds.console import at_least, markdown
-from l2e_ds.distributed import launch
-from l2e_ds.errors import ConfigError, L2EError, SaveError
-from l2e_ds.system.provenance import machine, versions
+from l2e_ds.console import markdown
+from l2e_ds.distributed.launch import Launch, free_port
+from l2e_ds.errors import L2EError, SaveError
+from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.metrics import read_metrics
+from l2e_ds.run_directory.names import checkpoint_name
+from l2e_ds.system.process import quiet_libraries
 
+OUTPUT = Path("runs/faults")
+PACKAGES = ("torch", "deepspeed", "transformers")
+OPTIONS = {
+    "faults": Option(100, "how many", 1),
+    "seed": Option(1, "decides kinds, moments, ranks and files"),
+    "ranks": Option(2, "of the run, on this machine", 2),
+}
 EVERY = 20
 """Steps between checkpoints."""
 KEPT = 3
@@ -45,8 +57,6 @@ TIMEOUT = 0.5
 DISK_MEGABYTES = 24
 GONE_WITHIN = 60.0
 """Seconds within which a killed process must be gone."""
-PACKAGES = ("torch", "deepspeed", "transformers")
-MARKERS = ("<!-- begin: python -m benchmarks faults -->", "<!-- end: python -m benchmarks faults -->")
 
 KINDS: dict[str, tuple[int, str]] = {
     "step": (30, "SIGKILL in the middle of a step, of one rank or of all"),
@@ -64,8 +74,7 @@ KINDS: dict[str, tuple[int, str]] = {
 }
 """For each kind of fault, how many of a hundred are of this kind, and what is done. With fewer faults than kinds, the
 first kinds are injected."""
-STOP, CONTINUE, NODE = "disk, stop", "disk, continue", "node"
-ON_DISK = (STOP, CONTINUE)
+ON_DISK, NODE = ("disk, stop", "disk, continue"), "node"
 STARTS_OF = {"resume": 2}
 """Restarts that belong to a fault, if not 1."""
 
@@ -90,57 +99,25 @@ class Fault:
     lost: str | None = None  # why the run did not resume
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--faults", type=int, default=100, metavar="N", help="how many (default: 100)")
-    parser.add_argument("--seed", type=int, default=1, help="decides kinds, moments, ranks and files (default: 1)")
-    parser.add_argument("--ranks", type=int, default=2, help="of the run, on this machine (default: 2)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/faults"), metavar="DIR", help="new or empty; on the disk to be tested"
-    )
-    parser.add_argument(
-        "--page", type=Path, metavar="FILE.md", help="also write the table into it, between its markers"
-    )
+def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
+    """Inject the faults, and return what became of them. Raises ConfigError.
 
-
-def run(arguments: argparse.Namespace) -> int:
-    """Inject the faults, print and write the table, and return the exit code. Raises ConfigError.
-
-    It is 0 if every fault that this machine allows was injected, no run was lost and no resume was wrong; else 1.
+    They `passed` if every fault that this machine allows was injected, no run was lost and no resume was wrong.
     """
-    for name, least in (("faults", 1), ("ranks", 2)):
-        at_least(f"--{name}", getattr(arguments, name), least)
-    page = arguments.page
-    if page is not None and not (page.is_file() and all(marker in page.read_text("utf-8") for marker in MARKERS)):
-        raise ConfigError(f"--page: {page} is not a file with the lines {MARKERS[0]} and {MARKERS[1]}")
-    from l2e_ds.system.process import quiet_libraries
-
     quiet_libraries()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    output = new_folder("--output", arguments.output)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the runs, too
-    benchmark = Benchmark(output, arguments.faults, arguments.seed, arguments.ranks)
+    benchmark = Benchmark(new_folder(arguments.output), arguments.faults, arguments.seed, arguments.ranks)
     benchmark.measure()
-    table = benchmark.table()
-    benchmark.keep_record()
-    (output / "faults.md").write_text(table, encoding="utf-8")
-    if page is not None:
-        text = page.read_text(encoding="utf-8")
-        before, after = text.split(MARKERS[0])[0], text.split(MARKERS[1])[1]
-        page.write_text(f"{before}{MARKERS[0]}\n{table}{MARKERS[1]}{after}", encoding="utf-8")
-    print(table)
-    print(f"every fault: {output / 'faults.json'}")
-    return 0 if benchmark.passed() else 1
+    return benchmark.record()
 
 
 def plan(faults: int, generator: random.Random) -> list[str]:
     """Return kinds in the order in which they are injected: in their shares, each at least once if there are enough."""
-    if faults <= len(KINDS):
-        chosen = list(KINDS)[:faults]
-    else:
-        chosen = list(KINDS)
-        while len(chosen) < faults:  # the kind that is furthest below its share
-            chosen.append(min(KINDS, key=lambda kind: (chosen.count(kind) + 0.5) / KINDS[kind][0]))
+    chosen = list(KINDS)[:faults]
+    while len(chosen) < faults:  # the kind that is furthest below its share
+        chosen.append(min(KINDS, key=lambda kind: (chosen.count(kind) + 0.5) / KINDS[kind][0]))
     generator.shuffle(chosen)
     return chosen
 
@@ -159,25 +136,23 @@ class Benchmark:
         self.ends_differ: str | None = "the run did not reach its end"
         self.reference: dict[int, dict] = {}
         self.save_seconds = self.step_seconds = 0.1
-        self.began, self.load = time.time(), os.getloadavg()[0]
+        self.began = time.time()
 
     def measure(self) -> None:
         """Make all runs, which takes 10 to 25 seconds a fault. Raises L2EError if the undisturbed run fails."""
         self.write_run_file()
         say(f"the undisturbed run: {self.steps} steps on {self.ranks} ranks")
         self.run_undisturbed()
-        for kinds, disturb in (
-            ([kind for kind in self.kinds if kind in ON_DISK], self.disturb_by_a_full_disk),
-            ([kind for kind in self.kinds if kind == NODE], self.disturb_under_slurm),
-            ([kind for kind in self.kinds if kind not in (*ON_DISK, NODE)], self.disturb),
-        ):
-            if kinds:
-                disturb(kinds)
+        if on_disk := [kind for kind in self.kinds if kind in ON_DISK]:
+            self.disturb_by_a_full_disk(on_disk)
+        if NODE in self.kinds:
+            self.disturb_under_slurm(self.kinds.count(NODE))
+        if others := [kind for kind in self.kinds if kind not in (*ON_DISK, NODE)]:
+            self.disturb(others)
 
     # --- the runs ------------------------------------------------------------------------------------------------
 
     def write_run_file(self) -> None:
-        """Write the run file of all runs."""
         data = {"source": "stdlib", "train_tokenizer": 320, "max_documents": 40, "max_tokens": 100_000}
         training = {"steps": self.steps, "global_batch": 4 * self.ranks, "micro_batch": 2, "precision": "fp32"}
         content = {
@@ -195,7 +170,7 @@ class Benchmark:
         """Return the command line of the supervisor with the deepspeed launcher."""
         supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(restarts)]
         run = [str(self.output / "run.yaml"), f"training.run_directory={directory}", *words]
-        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(launch.free_port())]
+        launcher = ["deepspeed", "--num_accelerators", str(self.ranks), "--master_port", str(free_port())]
         return [*supervisor, *run, "--", *launcher, "--log_level", "error", "--module", "l2e_ds.train"]
 
     def run_undisturbed(self) -> None:
@@ -210,11 +185,9 @@ class Benchmark:
             run.end()
         if code != 0:
             raise L2EError(f"the undisturbed run ended with exit code {code}; see {log}")
-        self.reference = read_reference(directory, self.steps)
-        lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-        saves = [line["published_seconds"] for line in lines if line["kind"] == "checkpoint"]
-        self.save_seconds = statistics.median(saves)
-        self.step_seconds = statistics.median(line["step_seconds"] for line in lines if line["kind"] == "train")
+        self.reference, metrics = read_reference(directory, self.steps), directory / "metrics.jsonl"
+        self.save_seconds = statistics.median(line["published_seconds"] for line in read_metrics(metrics, "checkpoint"))
+        self.step_seconds = statistics.median(line["step_seconds"] for line in read_metrics(metrics, "train"))
         say(f"{1 / self.step_seconds:.1f} steps/s; a checkpoint is published after {self.save_seconds:.2f} s")
 
     @contextmanager
@@ -226,9 +199,7 @@ class Benchmark:
         except RunLost as lost:
             say(f"LOST: {lost}")
             if len(self.faults) == before or self.faults[-1].resumed is not None:
-                self.faults.append(
-                    Fault(len(self.faults) + 1, "none", "before the next fault was injected", step=run.step)
-                )
+                self.faults.append(self.new_fault(run, "none"))
             self.faults[-1].lost = str(lost)
         finally:
             run.end()
@@ -265,6 +236,7 @@ class Benchmark:
                 for kind in kinds:
                     run.wait(run.goes_on, "for a first step")
                     fault = self.new_fault(run, kind)
+                    self.wait_some_steps(run)
                     actions.get(kind, self.damage_the_newest)(run, fault)
                     self.see_it_resume(run, fault)
                 run.wait(lambda: False, "for the end of the run", 600 + 10 * self.steps * self.step_seconds)
@@ -293,7 +265,6 @@ class Benchmark:
             f" {fault.resumed}, {fault.redone} redone, new step {fault.restart_seconds:.1f} s after the restart"
             + (f"; WRONG: {start.wrong[0]}" if start.wrong else "")
         )
-        self.keep_record()
 
     # --- faults of processes and files ---------------------------------------------------------------------------
 
@@ -321,16 +292,12 @@ class Benchmark:
         return f"rank {chosen}", [ranks[chosen]]
 
     def kill_in_a_step(self, run: WatchedRun, fault: Fault) -> None:
-        """Kill one rank or all in the middle of a step."""
-        self.wait_some_steps(run)
         name, victims = self.choose_victims(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
         fault.at, fault.detail = time.time(), f"SIGKILL to {name}"
         kill(victims)
 
     def kill_in_a_save(self, run: WatchedRun, fault: Fault) -> None:
-        """Kill one rank or all while a checkpoint is being written."""
-        self.wait_some_steps(run)
         name, victims = self.choose_victims(run)
         while True:
             run.wait(run.is_saving, "for a checkpoint to be written")
@@ -344,7 +311,6 @@ class Benchmark:
 
     def damage_the_newest(self, run: WatchedRun, fault: Fault) -> None:
         """Kill all ranks, so that none publishes another checkpoint meanwhile, and damage the newest checkpoint."""
-        self.wait_some_steps(run)
         run.wait(lambda: len(run.good()) >= 2, "for a second good checkpoint")
         victims = list(run.ranks().values())
         fault.at = time.time()
@@ -358,8 +324,6 @@ class Benchmark:
         fault.detail = f"SIGKILL to all ranks; {checkpoint.name}/{file.name}: {what}"
 
     def kill_the_launch(self, run: WatchedRun, fault: Fault) -> None:
-        """Kill the launcher and all ranks."""
-        self.wait_some_steps(run)
         time.sleep(self.random.uniform(0, 3 * self.step_seconds))
         victims = run.processes()
         fault.at, fault.detail = time.time(), f"SIGKILL to launcher and ranks, {len(victims)} processes"
@@ -376,8 +340,6 @@ class Benchmark:
         fault.detail += f"; SIGKILL to launcher and ranks {delay:.2f} s after the restart"
 
     def stop_a_rank(self, run: WatchedRun, fault: Fault) -> None:
-        """Suspend one rank or all."""
-        self.wait_some_steps(run)
         name, victims = self.choose_victims(run)
         fault.at, fault.detail = time.time(), f"SIGSTOP to {name}"
         for victim in victims:
@@ -421,8 +383,11 @@ class Benchmark:
         with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
             while True:
                 file.write(bytes(1 << 16))
-        if kind == STOP:
-            code = run.wait_for_end()
+        if kind == "disk, stop":
+            process = run.process
+            assert process is not None
+            run.wait(lambda: process.poll() is not None, "for its end")
+            code = process.returncode
             if code != SaveError.exit_code:
                 raise RunLost(f"exit code {code} instead of {SaveError.exit_code}: {' / '.join(run.tail())}")
             filler.unlink()
@@ -448,8 +413,8 @@ class Benchmark:
 
     # --- a node of SLURM -----------------------------------------------------------------------------------------
 
-    def disturb_under_slurm(self, kinds: Sequence[str]) -> None:
-        """Kill nodes of a SLURM of two nodes under a run."""
+    def disturb_under_slurm(self, count: int) -> None:
+        """Kill `count` nodes of a SLURM of two nodes, one after another, under a run."""
         problem = virtual_slurm.why_not()
         if problem is None and self.ranks % 2:
             problem = "needs an even number of ranks, for two nodes"
@@ -470,7 +435,7 @@ class Benchmark:
             with self.watched("slurm", directory) as run:
                 run.log = directory / "submit-1" / f"slurm-{job}.log"
                 try:
-                    for _kind in kinds:
+                    for _ in range(count):
                         self.kill_a_node(run, job, environment)
                 finally:
                     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=environment, capture_output=True)
@@ -512,11 +477,6 @@ class Benchmark:
 
     def compare_ends(self, directory: Path) -> str | None:
         """Return in what the last checkpoints or the metrics of both runs differ, or None."""
-        from safetensors.torch import load_file
-
-        from l2e_ds.run_directory.manifest import verify
-        from l2e_ds.run_directory.names import checkpoint_name
-
         try:
             if read_reference(directory, self.steps) != self.reference:
                 return "the lines of metrics"
@@ -527,146 +487,98 @@ class Benchmark:
         for checkpoint in (here, there):
             if problem := verify(checkpoint):
                 return f"{checkpoint.name}: {problem}"
+        loaders: dict[str, Callable[[Path], dict[str, Any]]] = {".pt": tensors_of_shard, ".safetensors": load_file}
         for file in sorted(there.iterdir()):
-            if file.suffix == ".pt":
-                same = same_tensors(tensors_of_shard(here / file.name), tensors_of_shard(file))
-            elif file.suffix == ".safetensors":
-                same = same_tensors(load_file(here / file.name), load_file(file))
-            else:
-                continue
-            if not same:
-                return file.name
+            load = loaders.get(file.suffix)
+            if load is not None:
+                ours, theirs = load(here / file.name), load(file)
+                names = ours.keys() if ours.keys() == theirs.keys() else ()
+                if not names or not all(torch.equal(ours[name], theirs[name]) for name in names):
+                    return file.name
         return None
 
-    def passed(self) -> bool:
-        """Return whether every fault was injected, no run was lost, and no number was wrong."""
-        injected = [fault for fault in self.faults if fault.kind in KINDS]
-        expected = [kind for kind in self.kinds if kind not in self.impossible]
-        fine = not any(fault.lost or fault.wrong for fault in self.faults)
-        return fine and len(injected) == len(expected) and self.ends_differ is None
-
     def record(self) -> dict[str, Any]:
-        """Return the content of faults.json."""
-        about = {
-            "command": self.command_line(),
-            "date": self.date(),
-            "machine": machine(),
-            "versions": versions("l2e_ds", "python", *PACKAGES),
-        }
-        numbers = {"seed": self.seed, "ranks": self.ranks, "steps": self.steps, "every": EVERY, "kept": KEPT}
-        results = {
-            "passed": self.passed(),
+        """Return the results of all faults, for `page`."""
+        expected = [kind for kind in self.kinds if kind not in self.impossible]
+        missing = len(expected) - len([fault for fault in self.faults if fault.kind in KINDS])
+        fine = not any(fault.lost or fault.wrong for fault in self.faults)
+        return {
+            "ranks": self.ranks,
+            "steps": self.steps,
+            "every": EVERY,
+            "kept": KEPT,
+            "passed": fine and not missing and self.ends_differ is None,
+            "missing": missing,
             "ends_differ": self.ends_differ,
             "unasked": self.unasked,
             "not_injected": self.impossible,
             "seconds": round(time.time() - self.began),
-            "load": self.load,
             "step_seconds": self.step_seconds,
             "save_seconds": self.save_seconds,
+            "faults": [asdict(fault) for fault in self.faults],
         }
-        return {**about, **numbers, **results, "faults": [asdict(fault) for fault in self.faults]}
-
-    def keep_record(self) -> None:
-        """Write faults.json."""
-        (self.output / "faults.json").write_text(json.dumps(self.record(), indent=1) + "\n", encoding="utf-8")
-
-    def command_line(self) -> str:
-        """Return the command that makes these runs."""
-        return f"python -m benchmarks faults --faults {len(self.kinds)} --seed {self.seed} --ranks {self.ranks}"
-
-    def date(self) -> str:
-        """Return the day on which the measurement began."""
-        return time.strftime("%Y-%m-%d", time.localtime(self.began))
-
-    def table(self) -> str:
-        """Return the results as Markdown."""
-        heads = ["fault", "injected", "lost", "wrong", "lines compared", "most steps redone"]
-        heads += ["restart to first new step: median", "max", "fault to first new step: median"]
-        rows = [
-            [what, *cells([fault for fault in self.faults if fault.kind == kind])] for kind, (_, what) in KINDS.items()
-        ]
-        rows.append(["**all**", *(f"**{cell}**" if cell else "" for cell in cells(self.faults))])
-        text = [markdown(heads, rows).rstrip()]
-        for problem, kinds in group(self.impossible).items():
-            text += [
-                "",
-                f"**Not injected on this machine** ({'; '.join(KINDS[kind][1] for kind in kinds)}): {problem}.",
-            ]
-        expected = [kind for kind in self.kinds if kind not in self.impossible]
-        missing = len(expected) - len([fault for fault in self.faults if fault.kind in KINDS])
-        if missing:
-            text += ["", f"**{missing} more faults were planned, but not injected: the run ended before.**"]
-        end = (
-            "equal to the bit (weights, optimizer, moments, thresholds, random states, every line of metrics)"
-            if self.ends_differ is None
-            else f"**different: {self.ends_differ}**"
-        )
-        found = versions("l2e_ds", "python", *PACKAGES)
-        text += [
-            "",
-            f"* End of the run that was disturbed, and of the one that was not, at step {self.steps}: {end}.",
-            f"* Restarts that no fault explains: {len(self.unasked)}.",
-            f"* Every run: {self.ranks} ranks, a checkpoint every {EVERY} steps, the newest {KEPT} kept,"
-            f" {1 / self.step_seconds:.0f} steps/s undisturbed; a checkpoint is published"
-            f" {self.save_seconds:.2f} s after it was begun (medians).",
-            f"* `{self.command_line()}` on {self.date()}, {(time.time() - self.began) / 60:.0f} minutes; {machine()};"
-            f" load average before it, from other work: {self.load:.1f}.",
-            "* " + ", ".join(f"{name} {version}" for name, version in found.items()) + ".",
-        ]
-        return "\n".join(text) + "\n"
 
 
-def cells(faults: Sequence[Fault]) -> list[str]:
+def page(results: dict[str, Any]) -> str:
+    """Return the page: a row for each kind of fault."""
+    faults = results["faults"]
+    heads = ["fault", "injected", "lost", "wrong", "lines compared", "most steps redone"]
+    heads += ["restart to first new step: median", "max", "fault to first new step: median"]
+    rows = [[what, *cells([fault for fault in faults if fault["kind"] == kind])] for kind, (_, what) in KINDS.items()]
+    rows.append(["**all**", *(f"**{cell}**" if cell else "" for cell in cells(faults))])
+    text = [markdown(heads, rows)]
+    for kind, problem in results["not_injected"].items():
+        text.append(f"**Not injected on this machine** ({KINDS[kind][1]}): {problem}.\n")
+    if results["missing"]:
+        text.append(f"**{results['missing']} more faults were planned, but not injected: the run ended before.**\n")
+    end = "equal to the bit (weights, optimizer, moments, thresholds, random states, every line of metrics)"
+    if results["ends_differ"] is not None:
+        end = f"**different: {results['ends_differ']}**"
+    text += [
+        f"* End of the run that was disturbed, and of the one that was not, at step {results['steps']}: {end}.",
+        f"* Restarts that no fault explains: {len(results['unasked'])}.",
+        f"* Every run: {results['ranks']} ranks, a checkpoint every {EVERY} steps, the newest {KEPT} kept,"
+        f" {1 / results['step_seconds']:.0f} steps/s undisturbed; a checkpoint is published"
+        f" {results['save_seconds']:.2f} s after it was begun (medians).",
+        f"* `{results['command']}` on {results['date']}, {results['seconds'] / 60:.0f} minutes; {results['machine']};"
+        f" load average before it, from other work: {results['load_before']:.1f}.",
+        "* " + ", ".join(f"{name} {version}" for name, version in results["versions"].items()) + ".",
+    ]
+    return "\n".join(text) + "\n"
+
+
+def cells(faults: Sequence[dict[str, Any]]) -> list[str]:
     """Return a row of the table, without its first cell."""
     if not faults:
         return ["0", *[""] * 7]
-
-    def of(values: Iterable[float | None], summary: Callable[[list[float]], float], digits: int, unit: str = "") -> str:
-        known = [value for value in values if value is not None]
-        return f"{summary(known):.{digits}f}{unit}" if known else ""
-
-    restarts = [fault.restart_seconds for fault in faults]
+    resumed = [fault for fault in faults if fault["resumed"] is not None]
+    restarts, outages = ([fault[key] for fault in resumed] for key in ("restart_seconds", "outage_seconds"))
     return [
-        str(len([fault for fault in faults if fault.kind in KINDS])),
-        str(len([fault for fault in faults if fault.lost])),
-        str(len([fault for fault in faults if fault.wrong])),
-        str(sum(fault.compared for fault in faults)),
-        of([fault.redone for fault in faults], max, 0),
-        of(restarts, statistics.median, 1, " s"),
-        of(restarts, max, 1, " s"),
-        of([fault.outage_seconds for fault in faults], statistics.median, 1, " s"),
+        str(len([fault for fault in faults if fault["kind"] in KINDS])),
+        str(len([fault for fault in faults if fault["lost"]])),
+        str(len([fault for fault in faults if fault["wrong"]])),
+        str(sum(fault["compared"] for fault in faults)),
+        str(max((fault["redone"] for fault in resumed), default="")),
+        f"{statistics.median(restarts):.1f} s" if restarts else "",
+        f"{max(restarts):.1f} s" if restarts else "",
+        f"{statistics.median(outages):.1f} s" if outages else "",
     ]
-
-
-def group(reasons: dict[str, str]) -> dict[str, list[str]]:
-    """Return the kinds by the reason for which they cannot be injected."""
-    grouped: dict[str, list[str]] = {}
-    for kind, reason in reasons.items():
-        grouped.setdefault(reason, []).append(kind)
-    return grouped
 
 
 def damage(file: Path, how: str, generator: random.Random) -> str:
     """Damage a file, and return what was done. how: a kind of `KINDS`."""
-    size = file.stat().st_size
+    content = bytearray(file.read_bytes())
     if how == "missing":
         file.unlink()
         return "removed"
-    if how == "zero-length":
-        os.truncate(file, 0)
-        return f"{size} bytes cut to 0"
-    if how == "truncated":
-        left = generator.randrange(1, size)
-        os.truncate(file, left)
-        return f"{size} bytes cut to {left}"
-    assert how == "bit-flipped", how
-    place, bit = generator.randrange(size), generator.randrange(8)
-    with file.open("r+b") as opened:
-        opened.seek(place)
-        (byte,) = opened.read(1)
-        opened.seek(place)
-        opened.write(bytes([byte ^ 1 << bit]))
-    return f"bit {bit} of byte {place} of {size} flipped"
+    if how == "bit-flipped":
+        place, bit = generator.randrange(len(content)), generator.randrange(8)
+        content[place] ^= 1 << bit
+        file.write_bytes(content)
+        return f"bit {bit} of byte {place} of {len(content)} flipped"
+    left = 0 if how == "zero-length" else generator.randrange(1, len(content))
+    os.truncate(file, left)
+    return f"{len(content)} bytes cut to {left}"
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
@@ -685,26 +597,5 @@ def kill(processes: Sequence[psutil.Process]) -> None:
 
 def tensors_of_shard(shard: Path) -> dict[str, Any]:
     """Return every tensor of one of DeepSpeed's files by its place in it."""
-    import torch
-
-    found: dict[str, Any] = {}
-
-    def collect(value: Any, place: str) -> None:
-        if isinstance(value, torch.Tensor):
-            found[place] = value
-        elif isinstance(value, dict):
-            for key, part in value.items():
-                collect(part, f"{place}/{key}")
-        elif isinstance(value, list | tuple):
-            for index, part in enumerate(value):
-                collect(part, f"{place}/{index}")
-
-    collect(torch.load(shard, map_location="cpu", weights_only=False), "")
-    return found
-
-
-def same_tensors(here: dict[str, Any], there: dict[str, Any]) -> bool:
-    """Return whether there are tensors, with the same names, and all are bit-identical."""
-    import torch
-
-    return bool(here) and here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+    leaves, _ = tree_flatten_with_path(torch.load(shard, map_location="cpu", weights_only=False))
+    return {keystr(place): leaf for place, leaf in leaves if isinstance(leaf, torch.Tensor)}

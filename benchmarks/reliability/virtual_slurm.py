@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from l2e_ds.distributed.launch import free_port
 from l2e_ds.errors import L2EError
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo")
@@ -75,13 +76,13 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
     folder = Path(tempfile.mkdtemp(prefix="l2e-slurm-", dir="/tmp"))  # a socket's path is limited to 108 bytes
     try:
         _start_munge(folder)
-        controller, first, second = _free_ports(3)
-        configuration = folder / "slurm.conf"
+        controller, first, second = (free_port() for _ in range(3))
+        configuration, host = folder / "slurm.conf", socket.gethostname().split(".")[0]
         # ranks of a job meet at a port that follows from its id, and another cluster may run on this machine
         first_job = random.randrange(1, 20_000)
         configuration.write_text(
             CONFIGURATION.format(
-                host=_host(), folder=folder, controller=controller, first=first, second=second, first_job=first_job
+                host=host, folder=folder, controller=controller, first=first, second=second, first_job=first_job
             )
         )
         environment = {**os.environ, "SLURM_CONF": str(configuration)}
@@ -93,7 +94,8 @@ def virtual_slurm() -> Iterator[dict[str, str]]:
         deadline = time.monotonic() + 60
         while ready_nodes(environment) != {"n1", "n2"}:
             if time.monotonic() > deadline:
-                raise L2EError(f"SLURM did not start:\n{daemon_logs(environment)}")
+                logs = "\n".join(file.read_text()[-1500:] for file in sorted(folder.glob("slurm*.log")))
+                raise L2EError(f"SLURM did not start:\n{logs}")
             time.sleep(0.5)
         yield environment
     finally:
@@ -129,31 +131,15 @@ def kill_node(environment: dict[str, str], name: str) -> list[str]:
             continue
     # power fails for all at once: a slurmstepd that outlived the batch script by an instant would still report its end,
     # and SLURM would consider the job failed, instead of without its node
-    for process in sorted(doomed.values(), key=lambda process: not _is_daemon(process)):
+    names = {}
+    for pid, process in doomed.items():
         with contextlib.suppress(psutil.Error):
-            process.suspend()
-    killed = []
-    for process in doomed.values():
-        try:
-            killed.append(process.name())
-            process.kill()
-        except psutil.Error:
-            continue
-    return killed
-
-
-def _is_daemon(process: psutil.Process) -> bool:
-    try:
-        return process.name() in ("slurmd", "slurmstepd")
-    except psutil.Error:
-        return False
-
-
-def daemon_logs(environment: dict[str, str]) -> str:
-    """Return the ends of the daemons' logs."""
-    return "\n".join(
-        file.read_text()[-1500:] for file in sorted(Path(environment["SLURM_CONF"]).parent.glob("slurm*.log"))
-    )
+            names[pid] = process.name()
+    for action in (psutil.Process.suspend, psutil.Process.kill):
+        for pid in sorted(names, key=lambda pid: names[pid] not in ("slurmd", "slurmstepd")):
+            with contextlib.suppress(psutil.Error):
+                action(doomed[pid])
+    return list(names.values())
 
 
 def _stop(folder: Path) -> None:
@@ -170,20 +156,6 @@ def _stop(folder: Path) -> None:
             # not process.environ(): slurmstepd overwrites the first part, and psutil reads no further than that
             if configuration in Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0"):
                 process.kill()
-
-
-def _host() -> str:
-    return socket.gethostname().split(".")[0]
-
-
-def _free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 def _start_munge(folder: Path) -> None:

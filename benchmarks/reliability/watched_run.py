@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from l2e_ds.errors import L2EError
+from l2e_ds.run_directory.metrics import read_metrics
 from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
 
 TIMINGS = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu", "peak_memory_gib")
@@ -65,14 +66,9 @@ class WatchedRun:
 
     def start(self, command: Sequence[str]) -> None:
         """Start the supervisor in the background. (SLURM starts its own; then there is no `process`.)"""
-        with self.log.open("ab") as file:
-            self.process = psutil.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C at the terminal is for the benchmark, which ends the run itself
-            )
+        with self.log.open("ab") as file:  # in a session of its own: Ctrl-C is for the benchmark, which ends the run
+            streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+            self.process = psutil.Popen(command, start_new_session=True, **streams)
 
     def processes(self) -> list[psutil.Process]:
         """Return all processes that the supervisor started: launcher, its helpers, ranks."""
@@ -103,18 +99,6 @@ class WatchedRun:
                 process.kill()
         self.process.wait()
 
-    def wait_for_end(self) -> int:
-        """Wait for the supervisor and return its exit code. Raises RunLost."""
-        assert self.process is not None
-        deadline = time.time() + PATIENCE
-        while self.process.poll() is None:
-            self.poll()
-            if time.time() > deadline:
-                raise RunLost(f"waited {PATIENCE:.0f} s for its end: {' / '.join(self.tail())}")
-            time.sleep(POLL)
-        self.poll()
-        return self.process.returncode
-
     # --- watching ------------------------------------------------------------------------------------------------
 
     def poll(self) -> None:
@@ -122,7 +106,11 @@ class WatchedRun:
         lines = self._new_metrics()
         self._read_log()
         for line in lines:
-            self._compare_line(line)
+            start = self.starts[-1]
+            self._note_step(start, line["step"])
+            start.compared += 1
+            if problem := difference(line, self.reference):
+                start.wrong.append(problem)
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Wait for a condition. Raises RunLost if it takes too long, or RunEnded or RunLost if the run ends instead.
@@ -131,18 +119,15 @@ class WatchedRun:
         """
         deadline = time.time() + seconds
         while True:
+            code = self.process.poll() if self.process is not None else None  # before all is read that was written
             self.poll()
             if condition():
                 return
-            if self.process is not None and self.process.poll() is not None:
-                self.poll()
-                if condition():
-                    return
-                if self.process.returncode == 0:
-                    raise RunEnded("the run was finished")
-                raise RunLost(f"exit code {self.process.returncode} {what}: {' / '.join(self.tail())}")
-            if time.time() > deadline:
-                raise RunLost(f"waited {seconds:.0f} s {what}: {' / '.join(self.tail())}")
+            if code == 0:
+                raise RunEnded("the run was finished")
+            if code is not None or time.time() > deadline:
+                how = f"waited {seconds:.0f} s" if code is None else f"exit code {code}"
+                raise RunLost(f"{how} {what}: {' / '.join(self.tail())}")
             time.sleep(POLL)
 
     def goes_on(self) -> bool:
@@ -159,7 +144,6 @@ class WatchedRun:
         return self.starts[-1].said[-3:] if self.starts else self.log.read_text(errors="replace").splitlines()[-3:]
 
     def said(self) -> str:
-        """Return the whole log."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def _new_metrics(self) -> list[dict]:
@@ -178,14 +162,6 @@ class WatchedRun:
         new = [raw for raw in whole.splitlines() if raw not in self._seen]  # timings make each line unique
         self._seen.update(new)
         return [line for line in map(json.loads, new) if line["kind"] == "train"]
-
-    def _compare_line(self, line: dict) -> None:
-        start = self.starts[-1]
-        self._note_step(start, line["step"])
-        start.compared += 1
-        problem = difference(line, self.reference)
-        if problem:
-            start.wrong.append(problem)
 
     def _note_step(self, start: Start, step: int) -> None:
         start.last_step = max(start.last_step, step)
@@ -212,16 +188,14 @@ class WatchedRun:
         for line in whole.decode("utf-8", errors="replace").splitlines():
             if re.match(r"l2e-ds: start \d+ of at most", line):
                 self.starts.append(Start(time.time()))
-            elif self.starts:
-                self._read_log_line(self.starts[-1], line)
-
-    def _read_log_line(self, start: Start, line: str) -> None:
-        if line.startswith("resumed from "):
-            self._resumed_from(start, step_of(Path(line.removeprefix("resumed from "))))
-        elif step := re.match(r"step (\d+)/", line):  # if the disk is full, there is only this line
-            self._note_step(start, int(step[1]))
-        elif line.startswith("l2e-ds: "):
-            start.said.append(line.removeprefix("l2e-ds: "))
+            elif not self.starts:
+                continue
+            elif line.startswith("resumed from "):
+                self._resumed_from(self.starts[-1], step_of(Path(line.removeprefix("resumed from "))))
+            elif step := re.match(r"step (\d+)/", line):  # if the disk is full, there is only this line
+                self._note_step(self.starts[-1], int(step[1]))
+            elif line.startswith("l2e-ds: "):
+                self.starts[-1].said.append(line.removeprefix("l2e-ds: "))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -231,8 +205,7 @@ class WatchedRun:
 
     def newest_good(self) -> int:
         """Return the step of the newest undamaged checkpoint, or 0."""
-        good = self.good()
-        return step_of(good[-1]) if good else 0
+        return max(map(step_of, self.good()), default=0)
 
     def is_saving(self) -> bool:
         """Return whether a checkpoint is being written that is not published yet."""
@@ -273,8 +246,7 @@ def difference(line: dict, reference: dict[int, dict]) -> str | None:
 
 def read_reference(run: Path, steps: int) -> dict[int, dict]:
     """Return the lines of the undisturbed run by step. Raises L2EError if it is not complete."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [comparable(line) for line in lines if line["kind"] == "train"]
+    found = [comparable(line) for line in read_metrics(run / "metrics.jsonl", "train")]
     if [line["step"] for line in found] != list(range(1, steps + 1)):
         raise L2EError(f"{run}: the undisturbed run has {len(found)} lines instead of {steps}")
     return {line["step"]: line for line in found}

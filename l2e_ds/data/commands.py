@@ -22,9 +22,9 @@ import l2e_ds
 from l2e_ds.config.sections import DataConfig, SourceConfig
 from l2e_ds.console import say
 from l2e_ds.data.indexed import best_dtype, pair
-from l2e_ds.data.sources import COMPRESSED, PATTERNS, looks_local, passed_over, source_files
-from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, check_asked
-from l2e_ds.data.tokenize import OPTIONS, Counts, tokenise
+from l2e_ds.data.sources import PATTERNS, looks_local, passed_over, source_files
+from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
+from l2e_ds.data.tokenize import OPTIONS, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
@@ -32,8 +32,6 @@ from l2e_ds.system.files import fsync_path, identity, write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
-
-_SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,10 +142,10 @@ def _tokenize(arguments: argparse.Namespace) -> None:
         tokenizer = load_tokenizer(arguments.tokenizer)
         asked = _asked(arguments, config, tokenizer)
         if is_complete:
-            check_asked(own.folder, asked)
+            read_journal(own.folder, asked)  # raises an error for other work
             say(f"{own.folder}: all was done before; its files get their last names, and the folder is removed")
         else:
-            _fill(arguments, config, own.folder, tokenizer, list(parts), asked, begun)
+            _fill(arguments, config, own.folder, tokenizer, list(parts), asked)
         for part in reversed(parts):  # `train` is renamed last, and of each part the .json
             for path in _final_files(parts[part]):
                 if (source := own.folder / f"{part}{path.suffix}").exists():
@@ -165,10 +163,10 @@ def _fill(
     tokenizer: PreTrainedTokenizerFast,
     parts: list[str],
     asked: dict[str, Any],
-    begun: float,
 ) -> None:
     """Write all files, complete, into the folder, train.json last."""
-    dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
+    vocabulary, name = vocabulary_size(tokenizer), arguments.tokenizer
+    dtype = np.dtype(best_dtype(vocabulary)).newbyteorder("<")
     if unread := passed_over(config):
         say(unread)
     with TokenFiles(folder, parts, dtype, asked) as files:
@@ -186,20 +184,35 @@ def _fill(
         )
         files.finish()
     for part in reversed(parts):
-        record = _record(arguments, tokenizer, dtype, counts, part, asked) | {"passed_over": unread}
+        record = {
+            "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
+            "tokenizer_digest": asked["--tokenizer"],
+            "vocabulary": vocabulary,
+            "end_of_text": find_end_of_text(tokenizer),
+            "append_eod": arguments.append_eod,
+            "dtype": dtype.name,
+            "documents": counts.documents[part],
+            "tokens": counts.tokens[part],
+            "part": part,
+            "held_out": arguments.held_out,
+            "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
+            "first_bad": counts.first_bad,
+            "input": asked["INPUT"],
+            "options": {key: value for key, value in asked.items() if key.startswith("--")},
+            "version": l2e_ds.__version__,
+            "passed_over": unread,
+        }
         write_whole(folder / f"{part}.json", json.dumps(record, indent=2) + "\n")
 
 
 def source_of(arguments: argparse.Namespace) -> SourceConfig:
     """Return the source that the options of `add_input_arguments` describe. Raises DataError."""
     source = arguments.format or _guess_format(arguments.input)
-    if source == "hub":
-        if len(arguments.input) > 1:
-            raise DataError(f"got {len(arguments.input)} names, a hub data set is one")
-    else:
-        for option in ("subset", "split", "revision"):
-            if getattr(arguments, option) is not None:
-                raise DataError(f"--{option} is for --format hub; the input is {source}")
+    if source == "hub" and len(arguments.input) > 1:
+        raise DataError(f"got {len(arguments.input)} names, a hub data set is one")
+    for option in ("subset", "split", "revision"):
+        if source != "hub" and getattr(arguments, option) is not None:
+            raise DataError(f"--{option} is for --format hub; the input is {source}")
     return SourceConfig(
         source=source,
         path=arguments.input[0] if source == "hub" else arguments.input,
@@ -240,11 +253,9 @@ def _format_of(name: str) -> str | None:
             return "hub"
         kinds = [kind for kind, patterns in PATTERNS.items() if any(next(path.glob(p), None) for p in patterns)]
         return kinds[0] if len(kinds) == 1 else None
-    uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
-    if uncompressed.suffix in _SUFFIXES:
-        return _SUFFIXES[uncompressed.suffix]
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists() and not looks_local(name)
-    return "hub" if is_hub_name else None
+    by_name = (kind for kind, patterns in PATTERNS.items() if any(map(path.match, patterns)))
+    return next(by_name, "hub" if is_hub_name else None)
 
 
 def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
@@ -260,35 +271,6 @@ def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrai
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},
         **{f"--{name}": getattr(config, name) for name in ("subset", "split", "revision")},
         "format": 1,  # increase it when the same command must give other files
-    }
-
-
-def _record(
-    arguments: argparse.Namespace,
-    tokenizer: PreTrainedTokenizerFast,
-    dtype: np.dtype,
-    counts: Counts,
-    part: str,
-    asked: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the content of PREFIX.json."""
-    name = arguments.tokenizer
-    return {
-        "tokenizer": str(Path(name).expanduser().resolve()) if Path(name).expanduser().exists() else name,
-        "tokenizer_digest": asked["--tokenizer"],
-        "vocabulary": vocabulary_size(tokenizer),
-        "end_of_text": find_end_of_text(tokenizer),
-        "append_eod": arguments.append_eod,
-        "dtype": dtype.name,
-        "documents": counts.documents[part],
-        "tokens": counts.tokens[part],
-        "part": part,
-        "held_out": arguments.held_out,
-        "left_out": {"duplicates": counts.duplicates, "bad": counts.bad, "empty": counts.empty},
-        "first_bad": counts.first_bad,
-        "input": asked["INPUT"],
-        "options": {key: value for key, value in asked.items() if key.startswith("--")},
-        "version": l2e_ds.__version__,
     }
 
 
@@ -311,10 +293,9 @@ def _summary(parts: dict[str, str], seconds: float) -> str:
         record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
         what = "tokenised" if part == "train" else "held out"
         lines.append(f"{what:<10} {record['documents']:,} documents, {record['tokens']:,} tokens -> {prefix}.bin, .idx")
-    left_out = {key: value for key, value in record["left_out"].items() if value}
-    if left_out:
-        lines.append("left out   " + ", ".join(f"{value:,} {key}" for key, value in left_out.items()))
-    if record.get("passed_over"):
+    if left_out := [f"{count:,} {what}" for what, count in record["left_out"].items() if count]:
+        lines.append("left out   " + ", ".join(left_out))
+    if record["passed_over"]:
         lines.append(f"files      {record['passed_over']}")
     if record["first_bad"]:
         lines.append(f"first bad  {record['first_bad']}")

@@ -33,14 +33,10 @@ class TokenDataset:
         stride: int | None = None,
         documents: IndexedTokens | None = None,
     ) -> None:
-        if not 0 <= start <= stop <= len(tokens):
-            raise ValueError(f"tokens {start} to {stop} of {len(tokens)}")
         self.tokens, self.start, self.stop = tokens, start, stop
         self.sequence_length, self.vocab_size, self.name = sequence_length, vocab_size, name
         self.stride = sequence_length if stride is None else stride
         self.documents = documents
-        if self.stride < 1:
-            raise ValueError(f"stride {self.stride}")
 
     @property
     def num_tokens(self) -> int:
@@ -89,14 +85,16 @@ class TokenDataset:
         if outside.size:
             raise IndexError(f"{self.name}: sequence {outside[0]} of {len(self)}")
         positions = self.start + numbers * self.stride
-        if self.documents is not None:
-            self.documents.read_ahead(positions, width)
-            if self.stride == width:
-                self._check_documents(self.documents, positions)
+        if self.documents is not None and self.stride == width:
+            self._check_documents(self.documents, positions)
         for row, first in zip(rows, positions.tolist(), strict=True):
             row[:] = self.tokens[first : first + width]
         if rows.size and (rows.max() >= self.vocab_size or rows.min() < 0):
-            raise self._foreign_token(rows, positions)
+            row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
+            raise DataError(
+                f"{self.name}: token id {rows[row, column]} at position {positions[row] + column},"
+                f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
+            )
         return rows
 
     def _check_documents(self, documents: IndexedTokens, positions: np.ndarray) -> None:
@@ -111,9 +109,19 @@ class TokenDataset:
                 " and so must this one"
             )
 
-    def _foreign_token(self, rows: np.ndarray, positions: np.ndarray) -> DataError:
-        row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
-        return DataError(
-            f"{self.name}: token id {rows[row, column]} at position {positions[row] + column},"
-            f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
-        )
+
+def stored_sequences(
+    indexed: IndexedTokens,
+    sequence_length: int,
+    vocab_size: int,
+    start: int = 0,
+    stop: int | None = None,
+    packed: bool = False,
+) -> TokenDataset:
+    """Return the sequences in tokens[start:stop] of a set, which by default is all of it.
+
+    If all documents have T + 1 tokens, each is a sequence, unless the set is known to be `packed`.
+    """
+    width, stop = sequence_length + 1, indexed.num_tokens if stop is None else stop
+    stride = width if not packed and indexed.all_documents_hold(width) else None
+    return TokenDataset(indexed.tokens, start, stop, sequence_length, vocab_size, indexed.name, stride, indexed)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from l2e_ds.data.sources import Chunk
+from l2e_ds.data.tokenizer import without_offsets
 from l2e_ds.errors import DataError
 
 _BATCH_CHARACTERS = 1 << 20  # tokenised at once: the library needs some hundred bytes of memory for each token
@@ -200,11 +201,9 @@ def may_cut(backend: Any) -> bool:
 
 def _is_known(pre_tokenizer: dict | None) -> bool:
     """Return whether a pre-tokenizer is GPT-2's, or splits by one of _PATTERNS and then into bytes."""
-    found = {key: value for key, value in (pre_tokenizer or {}).items() if key != "trim_offsets"}
-    if found == _GPT_2:
-        return True
-    if found.get("type") != "Sequence" or len(found["pretokenizers"]) != 2:
-        return False
-    split, byte_level = ({k: v for k, v in part.items() if k != "trim_offsets"} for part in found["pretokenizers"])
-    known = [{"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in _PATTERNS]
-    return split in known and byte_level == {**_GPT_2, "use_regex": False}
+    splits = (
+        {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in _PATTERNS
+    )
+    byte_level = _GPT_2 | {"use_regex": False}
+    known = [_GPT_2, *({"type": "Sequence", "pretokenizers": [split, byte_level]} for split in splits)]
+    return without_offsets(pre_tokenizer) in known

@@ -25,12 +25,11 @@ import mmap
 import os
 import re
 import struct
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,6 @@ DTYPE_CODES: dict[int, type[np.integer]] = {
     5: np.int64,
     8: np.uint16,
 }
-FLOAT_CODES = (6, 7)
 _CHUNK = 1 << 20  # entries of the index that are read at once, which bounds memory for an index of 10^8 sequences
 # When a set is opened, this many spans of this many sequences are checked, evenly spaced over the index: two or three
 # pages each, however long the index is.
@@ -128,8 +126,7 @@ class _Pair:
             for first in _evenly_spaced_spans(self.documents):
                 self.check_documents(first, min(self.documents, first + _SPAN))
             self.tokens = self._check_sizes() // self.dtype.itemsize
-            self.maps = [_map(path) for path in self.bin_paths]
-            self.parts = [np.frombuffer(content, self.dtype) for content in self.maps]
+            self.parts = [np.frombuffer(_map(path), self.dtype) for path in self.bin_paths]
         except OSError as error:
             raise DataError(f"{error.filename or self.idx_path}: {error.strerror}") from None
 
@@ -145,8 +142,8 @@ class _Pair:
         if version != VERSION:
             raise DataError(f"{self.idx_path}: version {version}, only version {VERSION} is known")
         if code not in DTYPE_CODES:
-            kind = "floating point numbers, not token ids" if code in FLOAT_CODES else "unknown"
-            raise DataError(f"{self.idx_path}: dtype code {code} is {kind}; allowed: {sorted(DTYPE_CODES)}")
+            allowed = f"those of integers are {sorted(DTYPE_CODES)}"
+            raise DataError(f"{self.idx_path}: dtype code {code} is floating point or unknown; {allowed}")
         expected, found = start + 12 * self.sequences + 8 * entries, self.idx_path.stat().st_size
         if found != expected:
             raise DataError(
@@ -316,8 +313,6 @@ class IndexedTokens:
         self.files = [(path, part) for one in self._pairs for path, part in zip(one.bin_paths, one.parts, strict=True)]
         self.name = str(self.files[0][0]) + (f" (and {len(self.files) - 1} more)" if len(self.files) > 1 else "")
         parts = [part for _, part in self.files]
-        self._maps = [content for one in self._pairs for content in one.maps]
-        self._first_of_file = [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
         self.tokens: np.ndarray | TokenParts = parts[0] if len(parts) == 1 else TokenParts(parts)
         self._first_token = [0, *np.cumsum([one.tokens for one in self._pairs]).tolist()]
         self._first_document = [0, *np.cumsum([one.documents for one in self._pairs]).tolist()]
@@ -330,13 +325,8 @@ class IndexedTokens:
     def num_documents(self) -> int:
         return self._first_document[-1]
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Return the tokens of each document, int64 [num_documents]. Reads the whole index."""
-        return np.concatenate([np.empty(0, np.int64), *self.lengths_in_chunks()])
-
     def lengths_in_chunks(self) -> Iterator[np.ndarray]:
-        """Yield `lengths` piece by piece, in constant memory."""
+        """Yield the tokens of each document, int64 [num_documents], piece by piece, in constant memory."""
         for one in self._pairs:
             with one.read_through() as release:
                 for first in range(0, one.documents, _CHUNK):
@@ -394,83 +384,32 @@ class IndexedTokens:
                     release()
                     advance(max(0, min(stop, one.sequences) - first))
 
-    def read_ahead(self, positions: np.ndarray, count: int) -> None:
-        """Ask the system to read `count` tokens from each of these positions on, before they are accessed one by one.
-
-        Of tokens that lie in two files, only those in the first are asked for.
-        """
-        width = self.dtype.itemsize
-        for position in positions.tolist():
-            at = bisect_right(self._first_of_file, position) - 1
-            content = self._maps[at]
-            if isinstance(content, mmap.mmap):
-                begin = (position - self._first_of_file[at]) * width
-                page = begin - begin % mmap.PAGESIZE
-                content.madvise(mmap.MADV_WILLNEED, page, min(begin + count * width, len(content)) - page)
-
     @property
     def num_sequences(self) -> int:
         return sum(one.sequences for one in self._pairs)
 
 
-class IndexedWriter:
-    """Writes a .bin/.idx pair with one sequence for each document.
+def write_pair(prefix: str | Path, documents: Iterable[Sequence[int] | np.ndarray], dtype: type[np.integer]) -> None:
+    """Write a .bin/.idx pair with one sequence for each document, integers [n] that the dtype can hold.
 
-    A context manager: on a normal exit the .bin, then the .idx take their names; an exception leaves neither.
+    The files take their names when both are complete; an exception leaves neither. Raises OSError.
     """
-
-    def __init__(self, prefix: str | Path, dtype: type[np.integer]) -> None:
-        self.bin_path, self.idx_path = pair(prefix)
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        if not dtype_code(self.dtype):
-            allowed = ", ".join(known.__name__ for known in DTYPE_CODES.values())
-            raise DataError(f"{self.bin_path}: tokens cannot be stored as {np.dtype(dtype)}; allowed: {allowed}")
-        limits = np.iinfo(dtype)
-        self._smallest, self._largest = int(limits.min), int(limits.max)
-        self._lengths = array("q")
-        self.tokens = 0
-        self._temporary_bin, self._temporary_idx = temporary_name(self.bin_path), temporary_name(self.idx_path)
-        self._file: BinaryIO
-
-    @property
-    def documents(self) -> int:
-        return len(self._lengths)
-
-    def __enter__(self) -> IndexedWriter:
-        self._file = open(self._temporary_bin, "wb")
-        return self
-
-    def add(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append one document, integers [n]. Raises DataError for an id that the dtype cannot hold."""
-        ids = np.asarray(tokens) if len(tokens) else np.empty(0, np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise DataError(f"{self.bin_path}: a document is a flat list of integers, got {ids.dtype} {ids.shape}")
-        if ids.size:
-            for extreme in (int(ids.min()), int(ids.max())):
-                if not self._smallest <= extreme <= self._largest:
-                    raise DataError(
-                        f"{self.bin_path}: token id {extreme} does not fit {self.dtype.name}"
-                        f" ({self._smallest} to {self._largest})"
-                    )
-        if ids.size > np.iinfo(np.int32).max:
-            raise DataError(f"{self.bin_path}: a document of {ids.size} tokens; at most {np.iinfo(np.int32).max} fit")
-        self._file.write(ids.astype(self.dtype).tobytes())
-        self._lengths.append(ids.size)
-        self.tokens += ids.size
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                write_index(self._temporary_idx, self.dtype, np.array(self._lengths, np.int64))
-                for temporary in (self._temporary_bin, self._temporary_idx):
-                    fsync_path(temporary)
-                os.replace(self._temporary_bin, self.bin_path)
-                os.replace(self._temporary_idx, self.idx_path)
-                fsync_path(self.bin_path.parent)
-        finally:
-            for temporary in (self._temporary_bin, self._temporary_idx):
-                temporary.unlink(missing_ok=True)
+    stored, lengths = np.dtype(dtype).newbyteorder("<"), []
+    final = pair(prefix)
+    temporary = [temporary_name(path) for path in final]
+    try:
+        with open(temporary[0], "wb") as file:
+            for document in documents:
+                file.write(np.asarray(document, stored).tobytes())
+                lengths.append(len(document))
+        write_index(temporary[1], stored, np.array(lengths, np.int64))
+        for source, path in zip(temporary, final, strict=True):
+            fsync_path(source)
+            source.replace(path)
+        fsync_path(final[0].parent)
+    finally:
+        for source in temporary:
+            source.unlink(missing_ok=True)
 
 
 def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
@@ -479,9 +418,10 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
     lengths: tokens of each sequence, integers [n], possibly memory-mapped.
     """
     count = len(lengths)
+    code = next(code for code, known in DTYPE_CODES.items() if dtype == known)
     chunks = [slice(first, min(first + _CHUNK, count)) for first in range(0, count, _CHUNK)]
     with open(path, "wb") as file:
-        file.write(MAGIC + HEADER.pack(VERSION, dtype_code(dtype), count, count + 1))
+        file.write(MAGIC + HEADER.pack(VERSION, code, count, count + 1))
         for chunk in chunks:
             file.write(lengths[chunk].astype("<i4").tobytes())
         offset = 0
@@ -491,8 +431,3 @@ def write_index(path: Path, dtype: np.dtype, lengths: np.ndarray) -> None:
             offset = int(ends[-1])
         for first in range(0, count + 1, _CHUNK):
             file.write(np.arange(first, min(first + _CHUNK, count + 1), dtype="<i8").tobytes())
-
-
-def dtype_code(dtype: np.dtype) -> int:
-    """Return the format's code of a dtype, or 0 if it has none."""
-    return next((code for code, known in DTYPE_CODES.items() if dtype == known), 0)

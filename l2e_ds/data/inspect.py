@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import at_least, say
-from l2e_ds.data.dataset import TokenDataset
+from l2e_ds.data.dataset import TokenDataset, stored_sequences
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
 from l2e_ds.data.prepare import PreparedData
@@ -31,8 +30,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 _CHUNK = 1 << 20  # tokens that are read at once
 _COUNTED = 1 << 24  # ids from here on are not counted one by one, which would take too much memory
-_PREVIEW = 16  # tokens with which a sequence is shown in a list
-_IDS_A_LINE = 16
+_A_LINE = 16  # tokens that are shown in a line
 
 
 # --- what is known about a set ----------------------------------------------------------------------------------
@@ -54,18 +52,6 @@ def read_known(
 
     Raises DataError if PREFIX.json is broken or belongs to another set, or if the tokenizer cannot be loaded.
     """
-    known = _read_sidecar(prefix, indexed)
-    if tokenizer is not None:
-        loaded = _load(tokenizer)
-        known = Known(vocabulary_size(loaded), find_end_of_text(loaded), tokenizer)
-    size = known.vocab_size if vocab_size is None else at_least("--vocab-size", vocab_size, 1)
-    end = known.end_of_text if end_of_text is None else at_least("--end-of-text", end_of_text, 0)
-    if size is not None and end is not None and end >= size:
-        raise DataError(f"{prefix}: end-of-text is id {end}, but the vocabulary has ids 0 to {size - 1}")
-    return Known(size, end, known.tokenizer)
-
-
-def _read_sidecar(prefix: str, indexed: IndexedTokens) -> Known:
     path, sidecar = pair(prefix)[0].with_suffix(".json"), read_sidecar(prefix)
     for key, actual in (("documents", indexed.num_documents), ("tokens", indexed.num_tokens)):
         if sidecar.get(key, actual) != actual:
@@ -73,8 +59,14 @@ def _read_sidecar(prefix: str, indexed: IndexedTokens) -> Known:
     size, end = sidecar.get("vocabulary"), sidecar.get("end_of_text")
     if not all(number is None or isinstance(number, int) for number in (size, end)):
         raise DataError(f"{path}: vocabulary and end_of_text must be integers, got {size!r} and {end!r}")
-    tokenizer = sidecar.get("tokenizer")
-    return Known(size, end, tokenizer if isinstance(tokenizer, str) else None)
+    if tokenizer is not None:
+        loaded = _load(tokenizer)
+        size, end = vocabulary_size(loaded), find_end_of_text(loaded)
+    size = size if vocab_size is None else at_least("--vocab-size", vocab_size, 1)
+    end = end if end_of_text is None else at_least("--end-of-text", end_of_text, 0)
+    if size is not None and end is not None and end >= size:
+        raise DataError(f"{prefix}: end-of-text is id {end}, but the vocabulary has ids 0 to {size - 1}")
+    return Known(size, end, tokenizer or sidecar.get("tokenizer"))
 
 
 def _load(tokenizer: str) -> PreTrainedTokenizerFast:
@@ -88,88 +80,53 @@ def _load(tokenizer: str) -> PreTrainedTokenizerFast:
 # --- check ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """What a set holds. Lengths are tokens of a document.
-
-    quartiles: the smallest lengths that at least a quarter (half, three quarters) of the documents do not exceed.
-    """
-
-    documents: int
-    tokens: int
-    empty_documents: int
-    shortest: int
-    quartiles: tuple[int, int, int]
-    longest: int
-    distinct_ids: int | None
-    """None if there are ids so large that they are not counted one by one."""
-    largest_id: int
-    end_of_text: int | None
-    """How often end-of-text occurs. None if its id is not known, or so large that it is not counted."""
-
-    @property
-    def mean_length(self) -> float:
-        return self.tokens / max(1, self.documents)
-
-
 def check(prefixes: Sequence[str], vocab_size: int | None, tokenizer: str | None, end_of_text: int | None) -> int:
     """Verify each set completely and print its statistics. Raises DataError for the first defect."""
     for prefix in prefixes:
         indexed = IndexedTokens(prefix)
         known = read_known(prefix, indexed, vocab_size, tokenizer, end_of_text)
-        statistics = examine(indexed, known)
-        print(*_describe(prefix, indexed, known, statistics), sep="\n")
+        print(f"{prefix}: no defect found", *examine(indexed, known), sep="\n")
     return 0
 
 
-def examine(indexed: IndexedTokens, known: Known) -> Statistics:
-    """Read all of a set, in constant memory. Raises DataError for the first defect."""
+def examine(indexed: IndexedTokens, known: Known) -> list[str]:
+    """Read all of a set, in constant memory, and return lines that describe it. Raises DataError for the first defect.
+
+    Quartiles are the smallest lengths that at least a quarter (half, three quarters) of the documents do not exceed.
+    """
     with _bar("index", indexed.num_sequences, "sequence") as bar:
         indexed.check_index(bar.update)
-    lengths = _length_counts(indexed)
+    # how many documents have each length: few different numbers, however many documents there are
+    counter: Counter[int] = Counter()
+    for chunk in indexed.lengths_in_chunks():
+        for length, count in zip(*np.unique(chunk, return_counts=True), strict=True):
+            counter[int(length)] += int(count)
     with _bar("tokens", indexed.num_tokens, "token") as bar:
         counts, largest = _id_counts(indexed, known.vocab_size, bar.update)
-    documents = indexed.num_documents
-    end_of_text = None
+    documents, lengths = indexed.num_documents, sorted(counter) or [0]
+    at_most = np.cumsum([counter[length] for length in lengths])  # documents of at most each length
+    quartiles = [lengths[np.searchsorted(4 * at_most, quarters * documents)] for quarters in (1, 2, 3)]
+    vocabulary = f", of {known.vocab_size:,} in the vocabulary" if known.vocab_size is not None else ""
+    used = f"{np.count_nonzero(counts):,} different ids, largest {largest}{vocabulary}"
+    if largest >= _COUNTED:
+        used = f"ids up to {largest:,}, too large to be counted"
+    ends = "id not known"
     if known.end_of_text is not None and known.end_of_text < _COUNTED:
-        end_of_text = int(counts[known.end_of_text]) if known.end_of_text < len(counts) else 0
-    return Statistics(
-        documents=documents,
-        tokens=indexed.num_tokens,
-        empty_documents=lengths[0],
-        shortest=min(lengths, default=0),
-        quartiles=(
-            _quartile(lengths, documents, 1),
-            _quartile(lengths, documents, 2),
-            _quartile(lengths, documents, 3),
-        ),
-        longest=max(lengths, default=0),
-        distinct_ids=int(np.count_nonzero(counts)) if largest < _COUNTED else None,
-        largest_id=largest,
-        end_of_text=end_of_text,
-    )
+        ends = f"{counts[known.end_of_text : known.end_of_text + 1].sum():,} (id {known.end_of_text})"
+    rows = {
+        "files": f"{len(indexed.files)} .bin, {indexed.dtype.name}",
+        "documents": f"{documents:,}, {counter[0]:,} of them empty",
+        "tokens": f"{indexed.num_tokens:,}",
+        "tokens a document": f"least {lengths[0]:,}, quartiles {', '.join(f'{length:,}' for length in quartiles)},"
+        f" mean {indexed.num_tokens / max(1, documents):,.1f}, most {lengths[-1]:,}",
+        "vocabulary used": used if indexed.num_tokens else "none",
+        "end-of-text": ends,
+    }
+    return [f"  {label:<17}  {value}" for label, value in rows.items()]
 
 
 def _bar(what: str, total: int, unit: str) -> tqdm:
     return tqdm(desc=what, total=total, unit=unit, unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
-
-
-def _length_counts(indexed: IndexedTokens) -> Counter[int]:
-    """Return how many documents have each length: few different numbers, however many documents there are."""
-    lengths: Counter[int] = Counter()
-    for chunk in indexed.lengths_in_chunks():
-        values, counts = np.unique(chunk, return_counts=True)
-        lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    return lengths
-
-
-def _quartile(lengths: Counter[int], documents: int, quarters: int) -> int:
-    at_most = 0  # documents of at most this length
-    for length in sorted(lengths):
-        at_most += lengths[length]
-        if 4 * at_most >= quarters * documents:
-            return length
-    return 0
 
 
 def _id_counts(
@@ -205,25 +162,6 @@ def _token_chunks(indexed: IndexedTokens) -> Iterator[tuple[Path, int, np.ndarra
                     yield path, first, ids
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
-
-
-def _describe(prefix: str, indexed: IndexedTokens, known: Known, found: Statistics) -> list[str]:
-    vocabulary = f", of {known.vocab_size:,} in the vocabulary" if known.vocab_size is not None else ""
-    used = f"ids up to {found.largest_id:,}, too large to be counted"
-    if found.distinct_ids is not None:
-        used = f"{found.distinct_ids:,} different ids, largest {found.largest_id}{vocabulary}"
-    ends = "id not known" if found.end_of_text is None else f"{found.end_of_text:,} (id {known.end_of_text})"
-    quartiles = ", ".join(f"{length:,}" for length in found.quartiles)
-    lengths = f"least {found.shortest:,}, quartiles {quartiles}, mean {found.mean_length:,.1f}, most {found.longest:,}"
-    rows = {
-        "files": f"{len(indexed.files)} .bin, {indexed.dtype.name}",
-        "documents": f"{found.documents:,}, {found.empty_documents:,} of them empty",
-        "tokens": f"{found.tokens:,}",
-        "tokens a document": lengths,
-        "vocabulary used": used if found.tokens else "none",
-        "end-of-text": ends,
-    }
-    return [f"{prefix}: no defect found", *(f"  {label:<17}  {value}" for label, value in rows.items())]
 
 
 # --- show -------------------------------------------------------------------------------------------------------
@@ -283,34 +221,19 @@ def view_of_set(
     if sequence_length is None:
         first = len(indexed.document(0)) if indexed.num_documents else 0
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
-    width = at_least("--sequence-length", sequence_length, 1) + 1
+    at_least("--sequence-length", sequence_length, 1)
     at_least("--global-batch", global_batch, 1, at_most=10**7)
-    dataset = TokenDataset(
-        *(indexed.tokens, 0, indexed.num_tokens, sequence_length),
-        known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1,
-        indexed.name,
-        width if indexed.all_documents_hold(width) else None,
-        indexed,
-    )
+    dataset = stored_sequences(indexed, sequence_length, known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1)
     if not len(dataset):
-        raise DataError(
-            f"{indexed.name}: holds {indexed.num_tokens} tokens, a sequence needs {width}; lower --sequence-length"
-        )
+        needed = f"holds {indexed.num_tokens} tokens, a sequence needs {sequence_length + 1}"
+        raise DataError(f"{indexed.name}: {needed}; lower --sequence-length")
     sequences = TrainingSequences([PreparedData(dataset)], global_batch, seed, order)
-    return View(sequences, _tokenizer_or_none(known, is_required=tokenizer is not None), known.end_of_text)
-
-
-def _tokenizer_or_none(known: Known, is_required: bool) -> PreTrainedTokenizerFast | None:
-    """Return the tokenizer, or None if none is known or, unless it is required, if it cannot be loaded."""
-    if known.tokenizer is None:
-        return None
     try:
-        return _load(known.tokenizer)
-    except DataError as error:
-        if is_required:
-            raise
-        print(f"l2e-ds: no text is shown: {error}", file=sys.stderr)
-        return None
+        loaded = _load(known.tokenizer) if known.tokenizer is not None else None
+    except DataError as error:  # of --tokenizer, it would have been raised above
+        say(f"l2e-ds: no text is shown: {error}")
+        loaded = None
+    return View(sequences, loaded, known.end_of_text)
 
 
 def show(view: View, step: int, row: int | None) -> int:
@@ -341,13 +264,10 @@ def _list_batch(view: View, step: int) -> Iterator[str]:
         ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
         documents = len(_documents_in(dataset, number)) or "-"
         name = f"{names[index]:<{width}}" if width else ""
-        yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents:>9}  {ends:>11}  {_preview(view, ids)}"
-
-
-def _preview(view: View, ids: np.ndarray) -> str:
-    if view.tokenizer is None:
-        return " ".join(map(str, ids[:_PREVIEW].tolist())) + " ..."
-    return json.dumps(_decode(view.tokenizer, ids[:_PREVIEW]), ensure_ascii=False) + " ..."
+        preview = " ".join(map(str, ids[:_A_LINE].tolist()))
+        if view.tokenizer is not None:
+            preview = json.dumps(_decode(view.tokenizer, ids[:_A_LINE]), ensure_ascii=False)
+        yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents:>9}  {ends:>11}  {preview} ..."
 
 
 def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
@@ -367,8 +287,8 @@ def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
     if view.end_of_text is not None:
         yield f"end-of-text (id {view.end_of_text}) at: {', '.join(map(str, ends)) or 'none'}"
     yield "\nids"
-    for at in range(0, len(ids), _IDS_A_LINE):
-        yield f"{at:>6}  " + " ".join(f"{token:>5}" for token in ids[at : at + _IDS_A_LINE].tolist())
+    for at in range(0, len(ids), _A_LINE):
+        yield f"{at:>6}  " + " ".join(f"{token:>5}" for token in ids[at : at + _A_LINE].tolist())
     if view.tokenizer is not None:
         cuts = sorted({0, *(at for at, _, _ in documents), *(end + 1 for end in ends if end + 1 < len(ids))})
         for begin, end in zip(cuts, [*cuts[1:], len(ids)], strict=True):

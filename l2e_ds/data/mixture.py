@@ -36,13 +36,12 @@ from l2e_ds.data.prepare import (
     PreparedText,
     check_data,
     check_tokenizers,
-    input_notes,
     prepare_data,
     prepare_stream,
     prepare_text,
 )
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
-from l2e_ds.data.sources import check_source
+from l2e_ds.data.sources import check_source, passed_over
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
 from l2e_ds.errors import DataError
 
@@ -124,30 +123,18 @@ class StoredSequences:
 
 
 class Stream(Protocol):
-    """A set that can only be read forwards (l2e_ds.training.streams). n: sequences that a rank wants."""
+    """A set that can only be read forwards: l2e_ds.training.streams.StreamedSequences, which describes the methods.
 
-    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Return the sequences at offsets `wanted` (int64 [n]) of the next `count`, int64 [n, T+1].
+    `read` is collective: every rank calls it for every set from which a step takes sequences, set by set and step by
+    step.
+    """
 
-        first: running number of the next sequence, which is where the last call ended unless the run was resumed.
-        Collective: every rank calls it for every set from which a step takes sequences, set by set and step by step.
-        Raises DataError on every rank if the text is broken.
-        """
-
-    def state(self, number: int) -> dict[str, Any]:
-        """Return, on rank 0, the position before running number `number`, which was read just before, for JSON."""
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Resume from a `state`. Collective. Raises DataError on every rank if another stream made it."""
-
-    def epochs(self, number: int) -> float:
-        """Return, on rank 0, how many epochs of the text come before that running number."""
-
-    def fingerprint(self) -> str:
-        """Return what decides the sequences, the same on every rank."""
-
-    def close(self) -> None:
-        """End the worker processes."""
+    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray: ...
+    def state(self, number: int) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any]) -> None: ...
+    def epochs(self, number: int) -> float: ...
+    def fingerprint(self) -> str: ...
+    def close(self) -> None: ...
 
 
 class TrainingSequences:
@@ -194,26 +181,18 @@ class TrainingSequences:
         return result
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return each row's set, epoch of the set and sequence in its file, for global batch `step`, int64 [G] each.
-
-        Raises DataError if a set is a stream.
-        """
+        """Return each row's set, its epoch and sequence, for batch `step`, int64 [G] each. No set is a stream."""
         sets, numbers = self.schedule.lookup(self._positions(step))
         epochs, sequences = np.empty_like(numbers), np.empty_like(numbers)
         for index in np.unique(sets):
             in_set = sets == index
             reader = self._readers[index]
-            if not isinstance(reader, StoredSequences):
-                raise DataError(
-                    "the sequences of a stream cannot be looked up, only read in order", where="data.streaming"
-                )
+            assert isinstance(reader, StoredSequences), "the sequences of a stream can only be read in order"
             epochs[in_set] = numbers[in_set] // len(reader.dataset)
             sequences[in_set] = reader.order.sequences(numbers[in_set])
         return sets, epochs, sequences
 
     def _positions(self, step: int) -> np.ndarray:
-        if step < 0:
-            raise ValueError(f"step {step}")
         return step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
 
     def consumed(self, step: int) -> dict[str, tuple[int, float]]:
@@ -222,11 +201,8 @@ class TrainingSequences:
 
     def stream_states(self, step: int) -> dict[str, dict[str, Any]]:
         """Return, on rank 0, each stream's state before `step` by name; `step` must have been read just before."""
-        return {
-            name: reader.state(count)
-            for name, reader, count in self._counted(step)
-            if not isinstance(reader, StoredSequences)
-        }
+        counted = self._counted(step)
+        return {name: reader.state(n) for name, reader, n in counted if not isinstance(reader, StoredSequences)}
 
     def _counted(self, step: int) -> Iterator[tuple[str, StoredSequences | Stream, int]]:
         """Yield each set's name, its reader and how many of its sequences are taken before `step`."""
@@ -274,13 +250,10 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
 
     Raises DataError that names the set's key.
     """
-    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
-
     prepared = []
     for index, (name, weight, part) in enumerate(config.parts()):
         with _naming(_key_of(config, index)):
-            for note in input_notes(part) if collectives.is_main() else ():
-                say(f"l2e-ds: {note}")
+            _say_passed_over(part)
             if part.streaming:
                 data_set = prepare_stream(part, cache, vocab_size, evaluated)
             else:
@@ -305,18 +278,23 @@ def prepare_texts(
 
     tokenizer: what `load_tokenizer` takes. Raises DataError that names the text's key.
     """
-    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
-
     prepared = []
     for index, text in enumerate(texts):
         source = {key: getattr(text, key) for key in SourceConfig.model_fields}
         more = {"sets": None, "held_out": 0.0, "tokenizer": tokenizer, "train_tokenizer": None}
         config = data.model_copy(update=source | more)
         with _naming(f"evaluation.texts.{index}"):
-            for note in input_notes(config) if collectives.is_main() else ():
-                say(f"l2e-ds: {note}")
+            _say_passed_over(config)
             prepared.append(prepare_text(config, cache, vocab_size, text.name))
     return prepared
+
+
+def _say_passed_over(config: DataConfig) -> None:
+    """Print, on rank 0, which files of a source are not read. Raises DataError."""
+    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
+
+    if collectives.is_main() and (unread := passed_over(config)):
+        say(f"l2e-ds: {unread}")
 
 
 def _key_of(config: DataConfig, index: int) -> str:

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.data.dataset import TokenDataset
-from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype, pair, read_sidecar
-from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, passed_over, path_entries, source_files
+from l2e_ds.data.dataset import TokenDataset, stored_sequences
+from l2e_ds.data.indexed import IndexedTokens, best_dtype, pair, read_sidecar, write_pair
+from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, path_entries, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
 from l2e_ds.data.tokenize import Split, find_split, tokenise
@@ -118,12 +118,12 @@ def check_data(config: DataConfig, vocab_size: int) -> None:
 def check_tokenizers(config: DataConfig) -> None:
     """Raise DataError if the token files of a run were not all made with one tokenizer, data.tokenizer if that is set.
 
-    This is known from each PREFIX.json. Those of earlier versions hold another digest, which is not compared.
+    This is known from each PREFIX.json.
     """
     found: list[tuple[str, str, str]] = []  # digest, key, and where the digest comes from
     for index, (_, _, part) in enumerate(config.parts()):
         key = "data.path" if config.sets is None else f"data.sets.{index}.path"
-        for prefix in _all_prefixes(part) if part.source == "indexed" else ():
+        for prefix in (*path_entries(part), *_held_out_prefixes(part)) if part.source == "indexed" else ():
             sidecar = read_sidecar(prefix)
             if digest := sidecar.get("tokenizer_digest"):
                 name = f"{sidecar.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
@@ -134,17 +134,6 @@ def check_tokenizers(config: DataConfig) -> None:
     for digest, key, origin in found:
         if digest != found[0][0]:
             raise DataError(f"{key}: {origin}, but {found[0][2]}: all sets of a run must be of one tokenizer")
-
-
-def input_notes(config: DataConfig) -> list[str]:
-    """Return lines that say which part of a set is not read or not checked. Raises DataError."""
-    if config.source != "indexed":
-        return [note] if (note := passed_over(config)) else []
-    return [
-        f"{prefix}.json is of an earlier version: that its tokens are of this run's tokenizer is not checked"
-        for prefix in _all_prefixes(config)
-        if "tokenizer_sha256" in (sidecar := read_sidecar(prefix)) and "tokenizer_digest" not in sidecar
-    ]
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
@@ -159,7 +148,12 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     _check_trained_size(config, vocab_size)
-    return _open_prepared(config, _tokenised(config, cache, vocab_size), vocab_size)
+    folder = _tokenised(config, cache, vocab_size)
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    _check_vocabulary(tokenizer, config, vocab_size)
+    train = _own_sequences(config, folder / "train", vocab_size)
+    held_out = _own_sequences(config, folder / "held_out", vocab_size) if config.held_out else None
+    return _checked(config, train, held_out, tokenizer, folder)
 
 
 def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) -> PreparedText:
@@ -168,14 +162,9 @@ def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) ->
     Call it as `prepare_data`. Raises DataError.
     """
     folder = _tokenised(config, cache, vocab_size)
-    dataset = _whole_dataset(config, folder / "train", vocab_size)
-    if not len(dataset):
-        raise DataError(
-            f"{name_of(config)} holds {dataset.num_tokens} tokens, a sequence needs {config.sequence_length + 1}; give"
-            " more text or lower data.sequence_length",
-            where="data.path",
-        )
-    counted = folder / "bytes"  # a file of its own, as the folder may be of an earlier version
+    dataset = _own_sequences(config, folder / "train", vocab_size)
+    _check_length(config, dataset, f"{name_of(config)} holds", "data.path", "give more text")
+    counted = folder / "bytes"  # a file of its own, as the folder may be that of a training set
     if not counted.exists():
         written = json.loads((folder / META).read_text(encoding="utf-8"))["documents"]["train"]
         with _cache_errors(counted):
@@ -236,9 +225,8 @@ def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: 
         stream.close()
         with _cache_errors(prefix):
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            with IndexedWriter(prefix, best_dtype(vocabulary_size(tokenizer))) as writer:
-                writer.add(tokens)
-    held_out = _whole_dataset(config, prefix, vocab_size)
+            write_pair(prefix, [tokens], best_dtype(vocabulary_size(tokenizer)))
+    held_out = _own_sequences(config, prefix, vocab_size)
     _check_held_out(config, held_out)
     return PreparedData(None, held_out, tokenizer, stream=config)
 
@@ -269,15 +257,13 @@ def _fingerprint(config: DataConfig) -> str:
 def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
     """Fill a folder that this process alone works in. Resumes where a killed process left it."""
     resumes = (folder / JOURNAL).exists()
-    split = None
-    if resumes:
+    split = None if resumes else find_split(config)
+    if split is None:
         tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    elif config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
     else:
-        split = find_split(config)
-        if config.tokenizer is not None:
-            tokenizer = load_tokenizer(config.tokenizer)
-        else:
-            tokenizer = train_tokenizer(_tokenizer_texts(config, split), int(config.train_tokenizer or 0))
+        tokenizer = train_tokenizer(_tokenizer_texts(config, split), int(config.train_tokenizer or 0))
     _check_vocabulary(tokenizer, config, vocab_size)
     end_of_text = end_of_text_id(tokenizer)
     if not resumes:
@@ -341,31 +327,15 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vo
         raise DataError(f"{name}has {size} entries, more than model.vocab_size {vocab_size}", where=f"data.{key}")
 
 
-def _open_prepared(config: DataConfig, folder: Path, vocab_size: int) -> PreparedData:
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
-    _check_vocabulary(tokenizer, config, vocab_size)
-
-    train = _whole_dataset(config, folder / "train", vocab_size)
-    held_out = _whole_dataset(config, folder / "held_out", vocab_size) if config.held_out else None
-    return _checked(config, train, held_out, tokenizer, folder)
-
-
-def _whole_dataset(config: DataConfig, prefix: Path, vocab_size: int) -> TokenDataset:
-    """Return all tokens of files that this package wrote, as sequences."""
-    indexed = IndexedTokens(prefix)
-    return TokenDataset(
-        indexed.tokens, 0, indexed.num_tokens, config.sequence_length, vocab_size, indexed.name, documents=indexed
-    )
+def _own_sequences(config: DataConfig, prefix: Path, vocab_size: int) -> TokenDataset:
+    """Return the sequences of token files that `_build` or `prepare_stream` wrote."""
+    return stored_sequences(IndexedTokens(prefix), config.sequence_length, vocab_size, packed=True)
 
 
 def _held_out_prefixes(config: DataConfig) -> list[str]:
     """Return what `l2e-ds tokenize --held-out` wrote beside an indexed set, if it is there for every prefix."""
     beside = [f"{pair(prefix)[1].with_suffix('')}_held_out" for prefix in path_entries(config)]
     return beside if config.held_out and all(pair(prefix)[1].is_file() for prefix in beside) else []
-
-
-def _all_prefixes(config: DataConfig) -> list[str]:
-    return [*path_entries(config), *_held_out_prefixes(config)]
 
 
 def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
@@ -390,22 +360,14 @@ def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
     train_stop = split = indexed.start(train_count)
     if config.max_tokens is not None and config.max_tokens < split:
         train_stop = indexed.start(bisect_left(range(train_count + 1), config.max_tokens, key=indexed.start))
-    width = config.sequence_length + 1
-
-    def dataset(tokens_of: IndexedTokens, start: int, stop: int) -> TokenDataset:
-        # In data stored as separate sequences, neighbours share no token.
-        stride = width if tokens_of.all_documents_hold(width) else None
-        return TokenDataset(
-            *(tokens_of.tokens, start, stop, config.sequence_length, vocab_size, tokens_of.name), stride, tokens_of
-        )
-
-    held_out = dataset(indexed, split, indexed.start(count)) if held_out_count else None
+    sizes = (config.sequence_length, vocab_size)
+    held_out = stored_sequences(indexed, *sizes, split, indexed.start(count)) if held_out_count else None
     if beside is not None:
-        held_out = dataset(beside, 0, beside.num_tokens)
+        held_out = stored_sequences(beside, *sizes)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config, vocab_size)
-    return _checked(config, dataset(indexed, 0, train_stop), held_out, tokenizer, None)
+    return _checked(config, stored_sequences(indexed, *sizes, stop=train_stop), held_out, tokenizer, None)
 
 
 def _checked(
@@ -416,13 +378,8 @@ def _checked(
     directory: Path | None,
 ) -> PreparedData:
     """Return the prepared data. Raises DataError if training or held-out text are too short for one sequence."""
-    needed = config.sequence_length + 1
-    if not len(train):
-        raise DataError(
-            f"the training documents of {name_of(config)} hold {train.num_tokens}"
-            f" tokens, a sequence needs {needed}; give more text or lower data.sequence_length",
-            where="data.sequence_length",
-        )
+    what = f"the training documents of {name_of(config)} hold"
+    _check_length(config, train, what, "data.sequence_length", "give more text")
     if held_out is not None:
         _check_held_out(config, held_out)
     return PreparedData(train, held_out, tokenizer, directory)
@@ -430,15 +387,14 @@ def _checked(
 
 def _check_held_out(config: DataConfig, held_out: TokenDataset) -> None:
     """Raise DataError if the held-out text is too short for one sequence."""
-    if len(held_out):
-        return
     advice: tuple[str, ...] = ("raise ", "data.held_out", f" ({config.held_out})")
     if config.source == "indexed" and _held_out_prefixes(config):
         advice = (f"hold out more in {held_out.name}",)
-    raise DataError(
-        f"the held-out documents of {name_of(config)} hold {held_out.num_tokens}"
-        f" tokens, a sequence needs {config.sequence_length + 1}; ",
-        *advice,
-        " or lower data.sequence_length",
-        where="data.held_out",
-    )
+    _check_length(config, held_out, f"the held-out documents of {name_of(config)} hold", "data.held_out", *advice)
+
+
+def _check_length(config: DataConfig, dataset: TokenDataset, what: str, where: str, *advice: str) -> None:
+    """Raise DataError if a dataset is too short for one sequence. what: its name and a verb."""
+    if not len(dataset):
+        problem = f"{what} {dataset.num_tokens} tokens, a sequence needs {config.sequence_length + 1}; "
+        raise DataError(problem, *advice, " or lower data.sequence_length", where=where)

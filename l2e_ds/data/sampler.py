@@ -34,8 +34,6 @@ class SequenceOrder:
     def __init__(self, num_sequences: int, seed: int, order: Literal["shuffled", "stored"] = "shuffled") -> None:
         if num_sequences < 1:
             raise DataError("data: no sequence to sample from; give more text or lower data.sequence_length")
-        if order not in ("shuffled", "stored"):
-            raise ValueError(f"order {order!r}")
         self.num_sequences, self.seed, self.order = num_sequences, seed, order
         # With fewer than 16 points the network has too few bits to mix.
         self._half_bits = max(2, ((num_sequences - 1).bit_length() + 1) // 2)

@@ -41,7 +41,6 @@ CHUNK_BYTES = 1 << 20  # large enough that handing it to another process costs n
 _CHUNK_FILES = 256
 _CHUNK_ROWS = 1024
 _BATCH_ROWS = 64  # rows of Parquet that are decoded at once
-_DECODER = json.JSONDecoder()
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -70,17 +69,17 @@ def documents(config: SourceConfig, skip_bad: bool = False) -> Iterator[str]:
 
     Raises DataError, also for a record that holds no text, unless `skip_bad` is set.
     """
-    raw = chunks(config)
+    raw = chunks(config)  # raises here, not at the first text
 
     def texts() -> Iterator[str]:
-        for chunk, _ in raw:
-            for record in chunk(config.text_key):
-                if not isinstance(record, DataError):
+        for record in (record for chunk, _ in raw for record in chunk(config.text_key)):
+            if not isinstance(record, DataError):
+                if record.strip():
                     yield record
-                elif not skip_bad:
-                    raise record
+            elif not skip_bad:
+                raise record
 
-    return islice((text for text in texts() if text.strip()), config.max_documents)
+    return islice(texts(), config.max_documents)
 
 
 def input_bytes(config: SourceConfig) -> int | None:
@@ -101,8 +100,7 @@ def check_source(config: SourceConfig) -> None:
         if looks_local(str(config.path)) and not Path(str(config.path)).expanduser().exists():
             raise DataError(f"no such file or folder: {config.path}", where="data.path")
     elif next(documents(config), None) is None:
-        key, name = ("data.path", name_of(config)) if config.path else ("data.source", _stdlib_folder())
-        raise DataError(f"{name} holds no text", where=key)
+        raise DataError(f"{name_of(config)} holds no text", where="data.path" if config.path else "data.source")
 
 
 def name_of(config: SourceConfig) -> str:
@@ -129,9 +127,12 @@ def source_files(config: SourceConfig) -> list[Path]:
     if config.source == "hub":
         folder = Path(str(config.path)).expanduser()
         return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not (entries := path_entries(config)):
+        raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
     files: dict[Path, Path] = {}
-    for path in _named_files(config):
-        files.setdefault(path.resolve(), path)
+    for entry in entries:
+        for path in _files_of_entry(entry, PATTERNS[str(config.source)]):
+            files.setdefault(path.resolve(), path)
     uncompressed: dict[Path, Path] = {}
     for path in files.values():
         name = path.stem if path.suffix in COMPRESSED else path.name
@@ -149,23 +150,11 @@ def path_entries(config: SourceConfig) -> list[str]:
     return [config.path] if isinstance(config.path, str) else list(config.path or [])
 
 
-def _named_files(config: SourceConfig) -> list[Path]:
-    """Return the files that the entries of data.path name, some perhaps several times. Raises DataError."""
-    entries = path_entries(config)
-    if not entries:
-        raise DataError("got [], give at least one file, folder or glob pattern", where="data.path")
-    return [path for entry in entries for path in _files_of_entry(entry, PATTERNS[str(config.source)])]
-
-
 def passed_over(config: SourceConfig) -> str | None:
-    """Return a line that counts the files which data.path names or its folders hold and which are not read.
-
-    A file that is named twice is read once. Returns None if nothing is passed over. Raises DataError.
-    """
+    """Return a line that counts the files in the folders of data.path that are not read, or None. Raises DataError."""
     if config.source not in PATTERNS:
         return None
-    files, named = source_files(config), _named_files(config)
-    read = {path.resolve() for path in files}
+    read = {path.resolve() for path in source_files(config)}
     of_other_kinds: set[Path] = set()
     in_subfolders: set[Path] = set()
     for entry in path_entries(config):
@@ -175,16 +164,11 @@ def passed_over(config: SourceConfig) -> str | None:
             for parent, _, names in os.walk(folder):
                 unread = {Path(parent, name).resolve() for name in names} - read
                 (of_other_kinds if Path(parent) == path else in_subfolders).update(unread)
-    in_subfolders -= of_other_kinds
-    repeated = len(named) - len(files)
     suffixes = ", ".join(sorted({path.suffix or path.name for path in of_other_kinds})[:5])
-    counts = {
-        f"{len(of_other_kinds):,} of other kinds ({suffixes})": len(of_other_kinds),
-        f"{len(in_subfolders):,} in subfolders": len(in_subfolders),
-        f"{repeated:,} named more than once": repeated,
-    }
-    counted = ", ".join(text for text, count in counts.items() if count)
-    return f"{name_of(config)}: {len(files):,} read; files passed over: {counted}" if counted else None
+    kinds = f"{len(of_other_kinds):,} of other kinds ({suffixes})" if of_other_kinds else ""
+    subfolders = f"{len(in_subfolders):,} in subfolders" if in_subfolders else ""
+    counted = ", ".join(filter(None, [kinds, subfolders]))
+    return f"{name_of(config)}: {len(read):,} read; files passed over: {counted}" if counted else None
 
 
 def _files_of_entry(entry: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -192,28 +176,24 @@ def _files_of_entry(entry: str, patterns: tuple[str, ...]) -> list[Path]:
     path = Path(entry).expanduser()
     if path.is_file():
         return [path]
+    found: list[Path] = []
+    problem = f"no such file or folder: {entry}"
     if path.is_dir():
         found = sorted({file for pattern in patterns for file in path.glob(pattern) if file.is_file()})
-        if not found:
-            raise DataError(f"folder {entry} holds no {' or '.join(patterns)}", where="data.path")
-        return found
-    if glob.has_magic(entry):
+        problem = f"folder {entry} holds no {' or '.join(patterns)}"
+    elif glob.has_magic(entry):
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if Path(name).is_file()]
-        if not found:
-            raise DataError(f"no file matches {entry}", where="data.path")
-        return found
-    raise DataError(f"no such file or folder: {entry}", where="data.path")
+        problem = f"no file matches {entry}"
+    if not found:
+        raise DataError(problem, where="data.path")
+    return found
 
 
 # --- readers ---------------------------------------------------------------------------------------------------
 
 
-def _stdlib_folder() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def _stdlib_files() -> list[Path]:
-    root = _stdlib_folder()
+    root = Path(sysconfig.get_paths()["stdlib"])
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in _NOT_STDLIB]  # never entered, as they may be huge
@@ -289,32 +269,16 @@ def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chun
 
 def _json_lines(path: str, first_line: int, block: bytes, key: str) -> Iterator[Record]:
     for number, line in enumerate(block.split(b"\n"), first_line):
-        for record in _records_of_line(line):
+        record_json = line.removeprefix(codecs.BOM_UTF8)  # files may have been joined, each with a byte order mark
+        if record_json.strip():
+            where = f"{path}:{number}"
             try:
-                yield _text_of_json(record, f"{path}:{number}", key)
+                record = json_object(record_json, where, f"an object with the key {key!r}")
+                if key not in record:
+                    raise _missing_key(where, key, list(record))
+                yield _text_of_value(record[key], where, key)
             except DataError as error:
                 yield error
-
-
-def _records_of_line(line: bytes) -> list[bytes]:
-    """Return the JSON records of a line: one, or none if the line is blank.
-
-    Where files were joined and the last line of one had no line end, a byte order mark and another record follow it.
-    """
-    if codecs.BOM_UTF8 not in line:
-        return [line] if line.strip() else []
-    records = []
-    text = line.decode(errors="surrogateescape")
-    while text := text.strip("\ufeff \t\r"):
-        try:
-            _, end = _DECODER.raw_decode(text)
-        except (ValueError, RecursionError):
-            end = len(text)
-        if not text[end:].lstrip().startswith("\ufeff"):
-            end = len(text)
-        records.append(text[:end].encode(errors="surrogateescape"))
-        text = text[end:]
-    return records
 
 
 def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
@@ -328,13 +292,6 @@ def json_object(line: bytes, where: str, wanted: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise DataError(f"a JSON {type(record).__name__}; each line must be {wanted}", where=where)
     return record
-
-
-def _text_of_json(record_json: bytes, where: str, key: str) -> str:
-    record = json_object(record_json, where, f"an object with the key {key!r}")
-    if key not in record:
-        raise _missing_key(where, key, list(record))
-    return _text_of_value(record[key], where, key)
 
 
 def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Chunk, Position]]:
@@ -379,17 +336,14 @@ def _read_parquet(config: SourceConfig, position: Position) -> Iterator[tuple[Ch
 
 def python_values(column: Any) -> list[object]:
     """Return the values of an Arrow array. A text that is not UTF-8 is returned as bytes; the others stay text."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        return [_python_value(value) for value in column]
 
+    def python_value(value: Any) -> object:
+        try:
+            return value.as_py()
+        except UnicodeDecodeError:
+            return value.as_buffer().to_pybytes()
 
-def _python_value(value: Any) -> object:
-    try:
-        return value.as_py()
-    except UnicodeDecodeError:
-        return value.as_buffer().to_pybytes()
+    return [python_value(value) for value in column]
 
 
 def _texts(where: tuple[str, str], first_row: int, values: list[object], key: str) -> Iterator[Record]:

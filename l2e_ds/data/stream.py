@@ -83,18 +83,8 @@ class TokenStream:
         workers: int,
         shuffle_buffer: int | None = None,
     ) -> None:
-        shuffle_buffer = config.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
-        if config.source == "indexed":
-            raise DataError("indexed holds tokens, a stream needs text", where="data.source")
-        if config.max_tokens is not None:
-            raise DataError(
-                f"got {config.max_tokens}, but a stream is read as far as the steps go; remove it",
-                where="data.max_tokens",
-            )
-        if sequence_length < 1 or shuffle_buffer < 0:
-            raise ValueError(f"sequence_length {sequence_length}, shuffle_buffer {shuffle_buffer}")
-        self.name = name_of(config)
-        self.sequence_length, self.seed, self.shuffle_buffer = sequence_length, seed, shuffle_buffer
+        self.name, self.sequence_length, self.seed = name_of(config), sequence_length, seed
+        self.shuffle_buffer = config.shuffle_buffer if shuffle_buffer is None else shuffle_buffer
         self._split = find_split(config)
         self._files = source_files(config)
         if config.source not in ("hub", "stdlib"):  # a file that is added or removed later must not move the others
@@ -105,7 +95,13 @@ class TokenStream:
         arguments = (tokenizer.backend_tokenizer.to_str(), config.text_key, self._end, dtype, False)
         self._encoder = Encoder(*arguments)
         self._pool: WorkerPool[Chunk, Encoded] = WorkerPool(workers, Encoder, *arguments)
-        self._fingerprint = self._describe(tokenizer.get_vocab())
+        parts: dict[str, Any] = {name: getattr(config, name) for name in _FIELDS}
+        parts["files"] = [(path.name, path.stat().st_size) for path in self._files]
+        if config.source == "hub" and not self._files:
+            parts["path"] = config.path
+        parts["tokenizer"] = [self._end, sorted(tokenizer.get_vocab().items())]
+        parts["order"] = [self.seed, self.shuffle_buffer]
+        self._fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
         self._tokenizer = tokenizer_digest(tokenizer)
         self._go_to(_Mark(_Block(), 0, 0))
 
@@ -139,9 +135,7 @@ class TokenStream:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Resume from a `state()`, also with another sequence length. Raises DataError if another stream made it."""
-        # Earlier versions did not write the key `tokenizer`.
-        is_same_tokenizer = state.get("tokenizer", self._tokenizer) == self._tokenizer
-        if state["fingerprint"] != self._fingerprint or not is_same_tokenizer:
+        if (state["fingerprint"], state["tokenizer"]) != (self._fingerprint, self._tokenizer):
             raise DataError(
                 "data: the checkpoint is from another stream: data.*, names or sizes of its files, the tokenizer or"
                 " training.seed have changed; give the same again, or start a new run"
@@ -180,34 +174,23 @@ class TokenStream:
         needed = n * self.sequence_length + 1
         available = sum(len(tokens) for *_, tokens in self._ready) - self._offset
         while available < needed:
-            block, used, tokens = next(self._results)
-            if not self._ready and len(tokens) <= self._offset:
-                raise self._changed()
-            available += len(tokens) - (0 if self._ready else self._offset)
-            self._ready.append((block, used, tokens))
-        flat = self._next_tokens(needed)
+            self._ready.append(next(self._results))
+            available += len(self._ready[-1][2]) - (self._offset if len(self._ready) == 1 else 0)
+        first, *others = (tokens for *_, tokens in self._ready)
+        if len(first) <= self._offset:
+            raise self._changed()
+        flat = np.concatenate([first[self._offset : self._offset + needed], *others])[:needed]
         rows = np.lib.stride_tricks.sliding_window_view(flat, width)[:: self.sequence_length].astype(np.int64)
         self._offset += n * self.sequence_length
         while self._offset >= len(self._ready[0][2]):  # the last target stays, as the first input of the next sequence
             self._offset -= len(self._ready.popleft()[2])
         return rows
 
-    def _next_tokens(self, size: int) -> np.ndarray:
-        """Return the next tokens of `_ready`, [size]. Copies no others, however long a document is."""
-        parts, start = [], self._offset
-        for *_, tokens in self._ready:
-            parts.append(tokens[start : start + size])
-            size -= len(parts[-1])
-            start = 0
-        return np.concatenate(parts)
-
     def _tokenised(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
         """Yield every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
         submitted: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
-        failure: L2EError | None = None
 
         def batches() -> Iterator[Chunk]:
-            nonlocal failure
             texts: list[str] = []
             characters = 0
             try:
@@ -219,60 +202,30 @@ class TokenStream:
                         submitted.append((block, place))
                     texts.append(text)
                     characters += len(text)
-            except L2EError as error:  # raised after all that was read before it
-                failure = error
-            if texts:
-                yield partial(_records, texts)
+            except L2EError:  # raised after all that was read before it
+                if texts:
+                    yield partial(_records, texts)
+                raise
 
         for encoded in self._pool.map(batches()):
             block, first = submitted.popleft()
             ends = np.cumsum(encoded.lengths)
             for place, tokens in enumerate(np.split(encoded.tokens, ends[:-1]), first):
                 yield block, place, tokens
-        assert failure is not None  # only an error ends `_shuffled`
-        raise failure
 
     def _shuffled(self, mark: _Mark) -> Iterator[tuple[_Block, int, str]]:
         """Yield the training documents from `mark` on, in the order in which they are trained on, without end.
 
-        For each document that is yielded, one of the next block is read, so that the end of a block makes no pause. An
-        error in the next block is raised when that block begins.
+        An error in a block is raised when the block begins.
         """
-        source = self._documents(mark.block)
-        read = deque([next(source)])
-        if read[0][0] is not mark.block:
-            raise self._changed()
         used = mark.used
-        failure: L2EError | None = None
-
-        def read_one() -> None:
-            nonlocal failure
-            try:
-                if failure is None:
-                    read.append(next(source))
-            except L2EError as error:
-                failure = error
-
-        full_size = self.shuffle_buffer or _UNSHUFFLED
-        while True:
-            if not read:
-                assert failure is not None
-                raise failure
-            block = read[0][0]
-            size = sum(other is block for other, _ in read)
-            while size < full_size and read[-1][0] is block:
-                read_one()
-                if failure is not None:
-                    raise failure
-                size += read[-1][0] is block
-            texts = [read.popleft()[1] for _ in range(size)]
-            if used >= len(texts):
+        for number, (block, texts) in enumerate(self._blocks(mark.block)):
+            if used >= len(texts) or (number == 0 and block != mark.block):
                 raise self._changed()
             order = self._order(block, len(texts))
             for place in range(used, len(texts)):
                 yield block, place, texts[order[place]]
                 texts[order[place]] = ""  # frees its memory for the next block
-                read_one()
             used = 0
 
     def _order(self, block: _Block, size: int) -> np.ndarray:
@@ -285,18 +238,20 @@ class TokenStream:
         )
         return np.argsort(random.random_raw(size), kind="stable")
 
-    def _documents(self, block: _Block) -> Iterator[tuple[_Block, str]]:
-        """Yield the training documents from `block` on in the source's order, each with its block, without end."""
+    def _blocks(self, block: _Block) -> Iterator[tuple[_Block, list[str]]]:
+        """Yield the blocks from `block` on, each with its training documents in the source's order, without end."""
+        size = self.shuffle_buffer or _UNSHUFFLED
         while True:
-            size = 0  # documents of this block so far
+            texts: list[str] = []
             for text, position, records, found in self._texts(block):
-                if self._split.holds_out(text):
-                    continue
-                yield block, text
-                size += 1
-                if size == (self.shuffle_buffer or _UNSHUFFLED):
-                    block, size = _Block(block.epoch, block.number + 1, position, records, found), 0
-            if block.number == size == 0:
+                if not self._split.holds_out(text):
+                    texts.append(text)
+                if len(texts) == size:
+                    yield block, texts
+                    block, texts = _Block(block.epoch, block.number + 1, position, records, found), []
+            if texts:
+                yield block, texts
+            elif block.number == 0:
                 raise DataError(f"{self.name} holds no text to train on", where="data.path")
             block = _Block(block.epoch + 1)
 
@@ -313,15 +268,6 @@ class TokenStream:
                     found += 1
                     yield record, position, number, found
             position, skipped = position_after, 0
-
-    def _describe(self, vocabulary: dict[str, int]) -> str:
-        parts: dict[str, Any] = {name: getattr(self.config, name) for name in _FIELDS}
-        parts["files"] = [(path.name, path.stat().st_size) for path in self._files]
-        if self.config.source == "hub" and not parts["files"]:
-            parts["path"] = self.config.path
-        parts["tokenizer"] = [self._end, sorted(vocabulary.items())]
-        parts["order"] = [self.seed, self.shuffle_buffer]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def _changed(self) -> DataError:
         return DataError(

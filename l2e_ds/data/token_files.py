@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from l2e_ds.data.indexed import write_index
 from l2e_ds.errors import DataError
-from l2e_ds.system.files import fsync_path, write_whole
+from l2e_ds.system.files import fsync_path, still_named, write_whole
 
 JOURNAL = "journal.json"
 LOCK = "lock"
@@ -53,24 +53,18 @@ class TokenFiles:
         self._journal: dict[str, Any] | None = None
 
     def __enter__(self) -> TokenFiles:
-        try:
-            self._open()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    def _open(self) -> None:
-        self._journal = _read_journal(self.folder)
+        self._journal = read_journal(self.folder, self._asked)
         if self._journal is not None:
-            check_asked(self.folder, self._asked)
             self._sizes.update(self._journal["sizes"])
             self.position, self.notes = self._journal["position"], self._journal["notes"]
-        for name, size in self._sizes.items():
-            file = self._files[name] = open(self.folder / name, "ab", buffering=0)  # noqa: SIM115
-            if os.fstat(file.fileno()).st_size < size:
-                raise DataError(f"{file.name}: shorter than when it was left; remove {self.folder} to start over")
-            file.truncate(size)
+        with ExitStack() as stack:
+            for name, size in self._sizes.items():
+                file = self._files[name] = stack.enter_context(open(self.folder / name, "ab", buffering=0))
+                if os.fstat(file.fileno()).st_size < size:
+                    raise DataError(f"{file.name}: shorter than when it was left; remove {self.folder} to start over")
+                file.truncate(size)
+            self._open_files = stack.pop_all()
+        return self
 
     @property
     def goes_on(self) -> bool:
@@ -126,47 +120,35 @@ class TokenFiles:
             fsync_path(self.folder / f"{part}.idx")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        with self._open_files:
             if kind is not None and any(self._sizes.values()):
                 with suppress(OSError):  # leaves the journal before
                     self.commit()
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
 
 
-def _read_journal(folder: Path) -> dict[str, Any] | None:
-    """Return the journal of a folder, or None if there is none. Raises DataError if it is damaged."""
+def read_journal(folder: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the journal of a folder, or None if there is none.
+
+    Raises DataError if it is damaged, or was begun with other input or options than `asked`.
+    """
     path = folder / JOURNAL
     try:
         journal = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(journal[key], dict) for key in ("asked", "position", "notes", "sizes")):
-            return journal
+        before, _, _, _ = (dict(journal[key]) for key in ("asked", "position", "notes", "sizes"))
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
-        pass
-    raise DataError(f"{path}: damaged; remove {folder} to start over")
-
-
-def check_asked(folder: Path, asked: dict[str, Any]) -> None:
-    """Raise DataError if a folder has a journal that is damaged or was begun with other input or options."""
-    journal = _read_journal(folder)
-    if journal is None:
-        return
-    before, asked = journal["asked"], json.loads(json.dumps(asked))
+        raise DataError(f"{path}: damaged; remove {folder} to start over") from None
+    asked = json.loads(json.dumps(asked))
     for key in {**before, **asked}:
         if before.get(key) != asked.get(key):
-            old, new = _short(before.get(key)), _short(asked.get(key))
-            change = f"{key} was {old}, now it is {new}" if old != new else f"{key} changed"
+            old, new = (json.dumps(one.get(key)) for one in (before, asked))
+            change = f"{key} was {old}, now it is {new}" if len(old + new) <= 120 else f"{key} changed"
             raise DataError(
                 f"{folder} holds the beginning of other work: {change}; resume with the first command, or remove the"
                 " folder to start over"
             )
+    return journal
 
 
 class Exclusive:
@@ -184,15 +166,14 @@ class Exclusive:
         while True:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / LOCK).exists() and any(self.folder.iterdir()):
-                raise DataError(
-                    f"{self.folder}: is not ours and would be removed; take it away, or give another output"
-                )
+                problem = "is not ours and would be removed; take it away, or give another output"
+                raise DataError(problem, where=str(self.folder))
             try:
                 self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:  # another process has just removed the folder
                 continue
-            if self._is_locked() and self._is_current():
-                return self
+            if self._is_locked() and still_named(self._descriptor, self.folder / LOCK):
+                return self  # else its last holder has removed the folder
             os.close(self._descriptor)
             time.sleep(0.2)
 
@@ -208,13 +189,6 @@ class Exclusive:
             pass
         return True
 
-    def _is_current(self) -> bool:
-        """Return whether the lock's file is still there. Its last holder may have removed the folder."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.folder / LOCK))
-        except FileNotFoundError:
-            return False
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not (self.folder / JOURNAL).exists():
             self.remove()
@@ -222,8 +196,3 @@ class Exclusive:
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,7 +7,7 @@ tokenise them. What is written does not depend on the number of workers. n: docu
 from __future__ import annotations
 
 import math
-import time
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.console import say
 from l2e_ds.data.encode import Encoded, Encoder, digest
 from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes, name_of
 from l2e_ds.data.token_files import TokenFiles
@@ -33,7 +32,7 @@ OPTIONS = {
     "data.train_tokenizer": "--vocab-size",
 }
 """The options that errors of `l2e-ds tokenize` and `tokenizer train` name in place of a run file's keys."""
-_SAY_EVERY = 30.0  # seconds between two lines of progress, if stderr is no terminal
+_SAY_EVERY = 30.0  # seconds between two reports of progress, if stderr is no terminal
 
 
 @dataclass(frozen=True)
@@ -61,22 +60,16 @@ def find_split(config: DataConfig, skip_bad: bool = False) -> Split:
     split = Split(config.held_out)
     if config.held_out == 0:
         return split
-    first = last = None
-    has_several = False
+    last: int | None = None
+    is_other = False  # whether any document differs from the one before it
     for text in documents(config, skip_bad):
         if split.holds_out(text):
             return split
-        last = digest(text)
-        first = last if first is None else first
-        has_several = has_several or last != first
-    if not has_several:
-        raise DataError(
-            f"{name_of(config)} holds fewer than 2 different documents, one to train on and"
-            " one to hold out; give more, or set ",
-            "data.held_out",
-            " to 0",
-            where="data.held_out",
-        )
+        before, last = last, digest(text)
+        is_other = is_other or before not in (None, last)
+    if not is_other:
+        problem = f"{name_of(config)} holds fewer than 2 different documents, one to train on and one to hold out;"
+        raise DataError(f"{problem} give more, or set ", "data.held_out", " to 0", where="data.held_out")
     return Split(config.held_out, also=last)
 
 
@@ -151,30 +144,27 @@ def tokenise(
     seen = Seen(files.digests()) if deduplicate else None
     start = files.position
     positions: deque[dict[str, Any]] = deque()
-    failures: list[DataError] = []
 
     def raw_chunks() -> Iterator[Chunk]:
-        try:
-            for chunk, position in chunks(config, start):
-                positions.append(position)
-                yield chunk
-        except DataError as error:  # raised below, unless a limit is reached before
-            failures.append(error)
+        for chunk, position in chunks(config, start):
+            positions.append(position)
+            yield chunk
 
     pool: WorkerPool[Chunk, Encoded] = WorkerPool(
         workers, Encoder, tokenizer, config.text_key, end_of_text, files.dtype, skip_bad
     )
-    with _Progress(config, start) as progress, pool:
+    pause = 0.1 if sys.stderr.isatty() else _SAY_EVERY
+    size: dict[str, Any] = {"total": input_bytes(config), "initial": start["bytes"] if start else 0, "unit": "B"}
+    with tqdm(desc="tokenising", unit_scale=True, mininterval=pause, delay=pause, **size) as bar, pool:
         for encoded in () if counts.complete else pool.map(raw_chunks()):
             _add_chunk(encoded, config, split, seen, counts, files, skip_bad)
             position = positions.popleft()
             files.advance(position, {"also": split.also, "counts": asdict(counts)})
-            progress.show(position["bytes"], sum(counts.tokens.values()))
+            bar.set_postfix_str(f"{sum(counts.tokens.values()):,} tokens", refresh=False)
+            bar.update(position["bytes"] - bar.n)
             if counts.complete:
                 break
         else:
-            if failures:
-                raise failures[0]
             counts.complete = True
     if not sum(counts.documents.values()):
         raise DataError(f"{name_of(config)} holds no text", where="data.path")
@@ -205,7 +195,7 @@ def _add_chunk(
         is_new[wanted] = seen.add(digests[wanted])
         counts.duplicates += int((wanted & ~is_new).sum())
         wanted = is_new
-    new_digests = digests[wanted]
+        files.add_digests(digests[wanted])
     if config.max_tokens is not None:
         train_lengths = lengths * (wanted & ~held_out)
         tokens_before = counts.tokens["train"] + np.cumsum(train_lengths) - train_lengths  # before each document
@@ -230,41 +220,3 @@ def _add_chunk(
         files.add(part, tokens, lengths[chosen])
         counts.documents[part] += int(chosen.sum())
         counts.tokens[part] += len(tokens)
-    if seen is not None:
-        files.add_digests(new_digests)
-
-
-class _Progress:
-    """Shows progress: on a terminal a bar with the time left, else a line now and then. A context manager."""
-
-    def __init__(self, config: DataConfig, position: dict[str, Any] | None) -> None:
-        self._total_bytes = input_bytes(config)
-        self._first_byte = position["bytes"] if position else 0
-        self._begun = self._last_line = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        self._bar = tqdm(
-            desc="tokenising",
-            total=self._total_bytes,
-            initial=self._first_byte,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        )
-        return self
-
-    def show(self, bytes_read: int, tokens: int) -> None:
-        """Show how many bytes of the input were read and how many tokens were written so far."""
-        now, total = time.monotonic(), self._total_bytes
-        self._bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-        self._bar.update(bytes_read - self._bar.n)
-        if self._bar.disable and now - self._last_line >= _SAY_EVERY:
-            self._last_line = now
-            line = f"tokenising: {tokens:,} tokens"
-            if total and bytes_read > self._first_byte:
-                left = (now - self._begun) * (total - bytes_read) / (bytes_read - self._first_byte)
-                line += f", {bytes_read / total:.1%} of {total / 1e9:.2f} GB, {tqdm.format_interval(left)} left"
-            say(line)
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()

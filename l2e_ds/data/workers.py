@@ -10,7 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Generic, TypeVar
 
-from l2e_ds.errors import WorkerError
+from l2e_ds.errors import L2EError, WorkerError
 from l2e_ds.system.process import serve_parent, without_stop_signals
 
 Item = TypeVar("Item")
@@ -36,7 +36,8 @@ class WorkerPool(Generic[Item, Result]):
     def map(self, items: Iterable[Item]) -> Iterator[Result]:
         """Yield the results in the order of the items, of which only a few for each worker are taken ahead.
 
-        Raises what the function raises, and WorkerError if a worker dies.
+        Raises what the function raises, an L2EError of the items after the results of all items before it, and
+        WorkerError if a worker dies.
         """
         if self.count == 0:
             self._own_function = self._own_function or self._make_function(*self._arguments)
@@ -54,14 +55,24 @@ class WorkerPool(Generic[Item, Result]):
                 except OSError as error:  # it does not name /dev/shm, where its locks are files
                     raise WorkerError(f"/dev/shm, where worker processes keep their locks: {error.strerror}") from None
         pending: deque[Future[Result]] = deque()
+        failures: list[L2EError] = []
+
+        def items_before_failure() -> Iterator[Item]:
+            try:
+                yield from items
+            except L2EError as error:
+                failures.append(error)
+
         try:
-            for item in items:
+            for item in items_before_failure():
                 with without_stop_signals():  # a signal would end a process that is just starting
                     pending.append(self._executor.submit(_apply, item))
                 if len(pending) > _AHEAD * self.count:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+            if failures:
+                raise failures[0]
         except BrokenProcessPool:
             self._kill()
             raise WorkerError(

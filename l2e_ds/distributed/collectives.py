@@ -20,9 +20,6 @@ _patience = timedelta(minutes=30)  # timeout of the collectives; set by `open_co
 _control: Any = None  # gloo group of all ranks, for decisions that wait for no GPU and mix with no gradient
 
 
-# --- ranks and collectives ---------------------------------------------------------------------------------------
-
-
 def rank() -> int:
     """Return this process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -48,19 +45,14 @@ def all_reduce_sum(tensor: Tensor, group: Any = None) -> Tensor:
     return tensor
 
 
-def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], None]:
+def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], Any]:
     """Begin an `all_reduce_sum` that proceeds while this rank computes, and return a function that waits for it.
 
     On a GPU only the device waits, not the host. Until then nothing may read or write the tensor. Collective.
     """
     if size(group) == 1:
         return lambda: None
-    work = dist.all_reduce(tensor, group=group, async_op=True)
-
-    def wait() -> None:
-        work.wait()
-
-    return wait
+    return dist.all_reduce(tensor, group=group, async_op=True).wait
 
 
 def ask_all(*flags: bool) -> Callable[[], list[bool]]:
@@ -171,15 +163,12 @@ def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group
 
     array: None on the other ranks. Collective over the group.
     """
-    failed = torch.tensor([isinstance(array, L2EError)])
+    error = [array if isinstance(array, L2EError) else None]
     if group is not None:
-        dist.broadcast(failed, src=0, group=group)
-    if failed:
-        box: list[Any] = [array]
-        if group is not None:
-            dist.broadcast_object_list(box, src=0, group=group)
-        box[0].on_every_rank = True
-        raise box[0]
+        dist.broadcast_object_list(error, src=0, group=group)
+    if error[0] is not None:
+        error[0].on_every_rank = True
+        raise error[0]
     assert not isinstance(array, L2EError)
     tensor = torch.empty(shape, dtype=torch.int32) if array is None else torch.from_numpy(array)
     if group is not None:

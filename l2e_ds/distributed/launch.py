@@ -36,14 +36,15 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
             raise ConfigError(f"launcher: expected numbers, got {given}") from None
 
     if "RANK" in env:
-        rank, size, local = read("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        launch = Launch("torchrun or deepspeed", rank, size, local)
+        launch = Launch("torchrun or deepspeed", *read("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        read("RANK", "MASTER_PORT")
+        if not env.get("MASTER_ADDR"):
+            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
     elif "OMPI_COMM_WORLD_SIZE" in env:
-        rank, size, local = read("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-        launch = Launch("mpirun", rank, size, local)
+        prefix = "OMPI_COMM_WORLD"
+        launch = Launch("mpirun", *read(f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK"))
     elif "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # inside srun; a bare batch script has no step of its own
-        rank, size, local = read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        launch = Launch("srun", rank, size, local)
+        launch = Launch("srun", *read("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"))
     elif "PMI_SIZE" in env:  # MPICH, Intel MPI; mpi4py then finds the rest
         rank, size = read("PMI_RANK", "PMI_SIZE")
         launch = Launch("mpirun", rank, size, int(env.get("MPI_LOCALRANKID", rank)))
@@ -56,10 +57,6 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         launch = Launch("alone", 0, 1, 0)
     if not 0 <= launch.rank < launch.size:
         raise ConfigError(f"launcher: rank {launch.rank} of {launch.size} ranks ({launch.launcher})")
-    if "RANK" in env:
-        read("RANK", "MASTER_PORT")
-        if not env.get("MASTER_ADDR"):
-            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
     return launch
 
 
@@ -84,20 +81,17 @@ def reported_once(action: Callable[[Launch], None]) -> int:
     return 0
 
 
+def scontrol(*words: str) -> str:
+    """Return what a command of SLURM's scontrol prints. Raises OSError and SubprocessError."""
+    return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
 def first_host() -> str:
     """Return the address by which SLURM reaches the first node of this step, or of this job. Raises ConfigError."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-        ).stdout.split()
-        address = subprocess.run(
-            ["scontrol", "show", "node", listed[0], "--oneliner"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=30,
-        ).stdout
+        listed = scontrol("show", "hostnames", nodes).split()
+        address = scontrol("show", "node", listed[0], "--oneliner")
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise ConfigError(f"srun: cannot find the first node of {nodes!r} ({error}); set MASTER_ADDR") from None
     # NodeAddr is what SLURM itself connects to; a node's name need not resolve

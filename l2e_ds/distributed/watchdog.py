@@ -112,14 +112,14 @@ class Watchdog:
             changed[rank] += late
         return over
 
+    def _report(self) -> None:
+        if self._store is not None:
+            self._write_report(self._store)
+
     def _look(self) -> None:
         if self._reads:
             self._read()
             self._name_silent()
-
-    def _report(self) -> None:
-        if self._store is not None:
-            self._write_report(self._store)
 
     def _write_report(self, store: Any) -> dict[str, Any]:
         self._beats += 1
@@ -156,8 +156,6 @@ class Watchdog:
         silent = set(self._silent())
         for rank in sorted(silent - self._missed):
             _say(f"{self._who(rank)} has been silent for {SILENT:.0f} s: killed, stopped or cut off")
-        for rank in sorted(self._missed - silent):
-            _say(f"{self._who(rank)} is back")
         self._missed = silent
 
     def _say_why(self) -> None:
@@ -170,8 +168,7 @@ class Watchdog:
                     where[report["doing"]].append(rank)
             lost = [f"{self._who(rank)} is silent" for rank in silent]
             busy = [f"{_ranks(ranks)} in {doing}" for doing, ranks in where.items()]
-            reason = "; ".join([*lost, *busy])
-            _say(f"no progress for {minutes:g} minutes (training.timeout): {reason}", "error")
+            _say(f"no progress for {minutes:g} minutes (training.timeout): {'; '.join([*lost, *busy])}", "error")
         elif self._store is None:
             _say(f"no progress for {minutes:g} minutes (training.timeout) in {heartbeat.doing()}", "error")
 

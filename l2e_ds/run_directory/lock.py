@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import still_named
 
 NAME = "lock"
 RENEWED_EVERY = 5.0
@@ -50,7 +51,7 @@ class RunLock:
                 raise self._refusal(holder) from None
             except OSError:
                 trusted = [None]  # a file system without locks (Lustre without -o flock): only signs of life remain
-            if not self._is_current(descriptor):  # removed by its holder between our open and our lock
+            if not still_named(descriptor, self.path):  # removed by its holder between our open and our lock
                 os.close(descriptor)
                 continue
             holder = self._holder(descriptor)
@@ -75,18 +76,12 @@ class RunLock:
             self.path.unlink(missing_ok=True)
             os.close(descriptor)
 
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
     def _is_renewed(self, descriptor: int) -> bool:
         """Return whether another process touches the file while this one watches."""
         before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCHED_FOR
         while time.monotonic() < deadline:
             time.sleep(1)
-            if not self._is_current(descriptor) or os.stat(self.path).st_mtime_ns != before:
+            if not still_named(descriptor, self.path) or os.stat(self.path).st_mtime_ns != before:
                 return True
         return False
 

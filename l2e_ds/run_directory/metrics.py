@@ -1,4 +1,4 @@
-"""Read metrics.jsonl, also of a run that is still writing it. metric_table.py says what each key means.
+"""Read metrics.jsonl, also of a run that is still writing it. metric_table.yaml says what each key means.
 
 A last line that is still being written does not count. Imports nothing heavy.
 """

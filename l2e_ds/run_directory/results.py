@@ -1,13 +1,6 @@
 """Read and write the results of evaluation tasks: `evaluations.jsonl` of a run directory, one evaluation a line.
 
-    {"step": 150, "tokens": 655360, "time": "2026-11-25T09:00:00Z", "seconds": 12.3, "ranks": 2, "precision": "fp32",
-     "asked": {"tasks": ["arc_easy"], "num_fewshot": 0}, "limit": null, "versions": {"lm_eval": "0.4.13", ...},
-     "tasks": {"arc_easy": {"samples": 2376, "num_fewshot": 0, "cut": 0, "version": 1.0, "part_of": null,
-                            "metrics": {"acc": {"value": 0.3813, "stderr": 0.0100, "higher_is_better": true}}}}}
-
-`part_of` names the group (mmlu) that includes a task; a group's `samples` are those of its parts. `limit` is the number
-of documents a task was cut to; `cut` counts the documents whose prompt did not fit the model's context and was cut from
-the left; `value` is null where it is not finite. `step` and `tokens` are null if the model does not say them.
+docs/evaluation.md describes the keys of a line.
 """
 
 from __future__ import annotations
@@ -40,7 +33,7 @@ class TaskResult:
     samples: int
     part_of: str | None
     limit: int | None
-    cut: int = 0
+    cut: int
 
 
 def read_results(run: Path) -> list[TaskResult]:

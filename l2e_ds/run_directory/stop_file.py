@@ -18,15 +18,18 @@ def stop_file(run_directory: Path) -> Path:
     return run_directory / "stop"
 
 
-def ask_to_stop(run_directory: Path) -> None:
-    """Ask the run to stop for good; print a line if the file cannot be written."""
-    _write(run_directory, "")
+def ask_to_stop(run_directory: Path, to_restart: bool = False) -> None:
+    """Ask the run to stop for good, or in order to be restarted; print a line if the file cannot be written.
 
-
-def ask_to_restart(run_directory: Path) -> None:
-    """Ask the run to stop in order to be restarted, unless somebody asks it to stop for good."""
-    if not stop_file(run_directory).exists():
-        _write(run_directory, _RESTART)
+    A wish that it stop for good is not overwritten by the other one.
+    """
+    path = stop_file(run_directory)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not (to_restart and path.exists()):
+            path.write_text(_RESTART if to_restart else "")
+    except OSError as error:
+        say(f"l2e-ds: cannot write {path}: {error.strerror}")
 
 
 def is_asked_to_stop(run_directory: Path) -> bool:
@@ -57,12 +60,3 @@ def honour(run_directory: Path) -> None:
         remove(run_directory)
     except ConfigError as error:
         say(f"l2e-ds: {error}")
-
-
-def _write(run_directory: Path, content: str) -> None:
-    path = stop_file(run_directory)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    except OSError as error:
-        say(f"l2e-ds: cannot write {path}: {error.strerror}")

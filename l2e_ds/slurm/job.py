@@ -16,12 +16,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from l2e_ds import console
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.distributed.launch import first_host
+from l2e_ds.distributed.launch import first_host, scontrol
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 from l2e_ds.run_directory import names
 from l2e_ds.supervise import supervisor
@@ -108,27 +108,20 @@ def list_entry(path: Path, task: int) -> list[str]:
 
     Raises ConfigError (file and line) for a line that cannot be read, and for two lines that write to one directory.
     """
-    entries: list[tuple[int, list[str]]] = []
+    entries: list[list[str]] = []
+    directories: dict[Path, int] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'is not UTF-8 text'}") from None
     for number, line in enumerate(lines, start=1):
         try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{number}: {error}") from None
-        if words and words[0].startswith("-"):
-            raise ConfigError(f"{path}:{number}: got {words[0]!r}, a line is RUN.yaml [section.key=value ...]")
-        if words:
-            entries.append((number, words))
-    if not 0 <= task < len(entries):
-        raise ConfigError(f"{path}: has {len(entries)} runs, there is none for array task {task} (counted from 0)")
-    directories: dict[Path, int] = {}
-    for number, words in entries:
-        try:
+            if not (words := shlex.split(line, comments=True)):
+                continue
+            if words[0].startswith("-"):
+                raise ConfigError(f"got {words[0]!r}, a line is RUN.yaml [section.key=value ...]")
             directory = Path(load_run_config(words[0], words[1:]).training.run_directory).absolute()
-        except ConfigError as error:
+        except (ConfigError, ValueError) as error:
             raise ConfigError(f"{path}:{number}: {error}") from None
         if directory in directories:
             raise ConfigError(
@@ -136,16 +129,18 @@ def list_entry(path: Path, task: int) -> list[str]:
                 " give each line its own training.run_directory=..."
             )
         directories[directory] = number
-    return entries[task][1]
+        entries.append(words)
+    if task >= len(entries):
+        raise ConfigError(f"{path}: has {len(entries)} runs, there is none for array task {task} (counted from 0)")
+    return entries[task]
 
 
 def entry_of_this_task(path: Path) -> list[str]:
     """Return the `list_entry` of this array task. Raises ConfigError."""
-    try:
-        task = int(os.environ["SLURM_ARRAY_TASK_ID"])
-    except (KeyError, ValueError):
-        raise ConfigError("--list: this is no task of an array job; use sbatch --array=0-N") from None
-    return list_entry(path, task)
+    task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not task.isdecimal():
+        raise ConfigError("--list: this is no task of an array job; use sbatch --array=0-N")
+    return list_entry(path, int(task))
 
 
 # --- requeueing --------------------------------------------------------------------------------------------------
@@ -160,7 +155,9 @@ def requeue_if_due(code: int, broke_stopping: bool) -> None:
     The job is not requeued if the user cancelled it (that would bring it back to life), or if SLURM has requeued it
     already. One line on stderr says what was done and why.
     """
-    job = job_name_for_scontrol(os.environ)
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # one task of an array has the array's own id, which would mean all tasks
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if code == Interrupted.exit_code:
         reason = "the run stopped on request"
     elif code == 0 or code in supervisor.FINAL:
@@ -172,29 +169,17 @@ def requeue_if_due(code: int, broke_stopping: bool) -> None:
     else:
         return
     try:
-        state, why = job_state(job)
+        # a job that is ending is COMPLETING for any cause; only Reason shows a time limit
+        shown = dict(re.findall(r"\b(JobState|Reason)=(\S+)", scontrol("show", "job", job, "--oneliner")))
+        state, why = (shown.get(key, "unknown") for key in ("JobState", "Reason"))
         if state != "RUNNING" and why != "TimeLimit":
             _say(f"{reason}; job {job} is not requeued: it was cancelled, or SLURM has requeued it (state {state})")
             return
         _say(f"{reason}; requeueing job {job}")
-        _scontrol("requeue", job)
+        scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip()
         _say(f"{reason}, but job {job} could not be requeued ({detail}); submit it again to resume")
-
-
-def job_name_for_scontrol(environment: Mapping[str, str]) -> str:
-    """Return the id of this job alone: of an array, one task has the array's own id, which would mean all tasks."""
-    if "SLURM_ARRAY_JOB_ID" in environment:
-        return f"{environment['SLURM_ARRAY_JOB_ID']}_{environment['SLURM_ARRAY_TASK_ID']}"
-    return environment["SLURM_JOB_ID"]
-
-
-def job_state(job: str) -> tuple[str, str]:
-    """Return state and reason. A job that is ending is COMPLETING for any cause; only Reason shows a time limit."""
-    shown = _scontrol("show", "job", job, "--oneliner")
-    found = dict(re.findall(r"\b(JobState|Reason)=(\S+)", shown))
-    return found.get("JobState", "unknown"), found.get("Reason", "unknown")
 
 
 def nodes_answer() -> bool:
@@ -205,11 +190,6 @@ def nodes_answer() -> bool:
         return subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS).returncode == 0
     except (OSError, subprocess.SubprocessError):
         return False
-
-
-def _scontrol(*words: str) -> str:
-    done = subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=60)
-    return done.stdout
 
 
 def _say(line: str) -> None:

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from l2e_ds.config.sections import slurm_seconds
 from l2e_ds.console import at_least
@@ -162,29 +163,18 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         raise ConfigError(
             f"--signal-seconds: got {arguments.signal_seconds}, allowed: 1 to less than the {limit} s of --time"
         )
-    extra = tuple(arguments.for_sbatch)
+    extra, srun = tuple(arguments.for_sbatch), tuple(arguments.srun_option or ())
     for word in extra:
         refuse_control_characters("submit", word)
     if extra and not extra[0].startswith("-"):
         raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
-    srun = tuple(arguments.srun_option or ())
     for word in srun:
         if not word.startswith("-"):  # srun would take it for the program
             raise ConfigError(f"--srun-option: got {word!r}, allowed: an option of srun such as --mpi=pmix")
         refuse_control_characters("--srun-option", word)
-    return Resources(
-        nodes=arguments.nodes,
-        gpus_per_node=gpus,
-        tasks_per_node=gpus or tasks,
-        time=arguments.time,
-        signal_seconds=arguments.signal_seconds,
-        job_name=arguments.job_name,
-        partition=arguments.partition,
-        account=arguments.account,
-        qos=arguments.qos,
-        extra=extra,
-        srun=srun,
-    )
+    given: dict[str, Any] = {field.name: getattr(arguments, field.name, None) for field in fields(Resources)}
+    given |= {"tasks_per_node": gpus or tasks, "extra": extra, "srun": srun}
+    return Resources(**given)
 
 
 def refuse_control_characters(where: str, text: str) -> None:

@@ -1,13 +1,7 @@
 """`l2e-ds submit RUN.yaml [section.key=value ...] --gpus-per-node G --time HH:MM:SS [...] [-- options of sbatch]`.
 
-Checks the run, freezes it in a folder `submit-N` of its run directory, and submits the script in there with sbatch:
-
-    submit-1/
-      submit.sbatch     readable; `sbatch submit.sbatch` starts the same again
-      run.yaml          the resolved configuration, and deepspeed.json, which it names
-      code.json         command, git commit, whether files were changed, versions of packages
-      code.diff         the changes, if there are any
-      slurm-JOB.log     what the job prints
+Checks the run, freezes it in a folder `submit-N` of its run directory (docs/slurm.md lists its files), and submits the
+script in there with sbatch.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ RESULT_COLUMNS = (
     *("evaluated_step", "held_out_loss", *LAYER_MEANS),
     *("observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib"),
 )
-"""Columns of metrics (run_directory/metric_table.py), but for those of tasks."""
+"""Columns of metrics (run_directory/metric_table.yaml), but for those of tasks."""
 
 
 class Evaluation(Section):

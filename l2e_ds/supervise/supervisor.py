@@ -149,8 +149,7 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
                 if signals.received or orphaned:
                     asked_at = now
                     say("asking the run to save and stop" + (": its launcher has ended" if ended_at else ""))
-                    ask = stop_file.ask_to_stop if signals.received else stop_file.ask_to_restart
-                    ask(directory)
+                    stop_file.ask_to_stop(directory, to_restart=not signals.received)
             if not killed:
                 frozen = life.are_missing_for(patience)
                 late = asked_at is not None and now > asked_at + patience
@@ -216,7 +215,7 @@ def wait_until_free(directory: Path, patience: float) -> None:
             lock.acquire()
         except ConfigError as error:
             say(f"asking the run that is still there to stop: {error}")
-            stop_file.ask_to_restart(directory)
+            stop_file.ask_to_stop(directory, to_restart=True)
             time.sleep(5)
         else:
             lock.release()

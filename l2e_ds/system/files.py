@@ -39,6 +39,14 @@ def write_whole(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def still_named(descriptor: int, path: Path) -> bool:
+    """Return whether the file that was opened has still this name, and was not removed meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def is_free(path: Path) -> bool:
     """Return whether a folder may be made there: nothing stands there, or an empty folder."""
     return not path.exists() or (path.is_dir() and not any(path.iterdir()))

@@ -1,6 +1,6 @@
 """Write what a run reports: metrics.jsonl, the monitors of the section `logging`, and the progress on the terminal.
 
-`l2e_ds/run_directory/metric_table.py` says what each key means; a new key needs an entry there.
+`l2e_ds/run_directory/metric_table.yaml` says what each key means; a new key needs an entry there.
 """
 
 from __future__ import annotations

@@ -10,21 +10,21 @@ from l2e_ds.train import main
 
 
 def broken_pair(folder: Path) -> None:
-    from l2e_ds.data.indexed import IndexedWriter
+    from l2e_ds.data.indexed import write_pair
 
-    with IndexedWriter(folder / "pair", np.uint16) as writer:
-        for start in range(100):
-            writer.add(np.arange(start, start + 50, dtype=np.uint16))
+    write_pair(folder / "pair", (np.arange(start, start + 50, dtype=np.uint16) for start in range(100)), np.uint16)
     with open(folder / "pair.bin", "r+b") as file:
         file.truncate(1000)
 
 
 def large_token(folder: Path) -> None:
-    from l2e_ds.data.indexed import IndexedWriter
+    from l2e_ds.data.indexed import write_pair
 
-    with IndexedWriter(folder / "large", np.uint16) as writer:
-        for start in range(100):
-            writer.add(np.full(50, 999 if start == 37 else start, dtype=np.uint16))
+    write_pair(
+        folder / "large",
+        (np.full(50, 999 if start == 37 else start, dtype=np.uint16) for start in range(100)),
+        np.uint16,
+    )
 
 
 def write_json(path: Path, content: object) -> str:

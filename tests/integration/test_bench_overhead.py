@@ -54,7 +54,7 @@ def test_interval_of_the_median():
         (["--models", "pythia-13m"], "--models: got 'pythia-13m', allowed: pythia-14m"),
         (["--rounds", "0"], "--rounds: got 0, allowed: an integer >= 1"),
         (["--wide-tokens", "-1"], "--wide-tokens: got -1, allowed: an integer >= 0"),
-        (["--precision", "fp8"], "--precision: got 'fp8'"),
+        (["--precision", "fp8"], "bench: training.precision: got 'fp8'"),
         (["--deepspeed", "none.json"], "--deepspeed: no such file: none.json"),
         (["training.seed=1"], "override 'training.seed=1'"),
     ],

@@ -72,8 +72,8 @@ def test_memory(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["scaling", "--neurons", "0"], "--neurons: got [0], allowed: integers >= 1"),
-        (["scaling", "--rounds", "0"], "--rounds: got 0, allowed: integers >= 1"),
+        (["scaling", "--neurons", "0"], "--neurons: got 0, allowed: an integer >= 1"),
+        (["scaling", "--rounds", "0"], "--rounds: got 0, allowed: an integer >= 1"),
         (["scaling", "--models", "pythia-1"], "--models: got 'pythia-1', allowed: pythia-14m"),
         (["memory", "--model", "pythia-1"], "--model: got 'pythia-1', allowed: pythia-14m"),
         (["memory", "--micro-batches", "4"], "--micro-batches: got 4, allowed: at least two"),

@@ -135,7 +135,6 @@ def test_bad_words_are_refused(tmp_path, capsys):
         (["--faults", "0"], "--faults: got 0, allowed: an integer >= 1"),
         (["--ranks", "1"], "--ranks: got 1, allowed: an integer >= 2"),
         (["--output", str(tmp_path / "full")], "exists and is not an empty folder"),
-        (["--page", str(tmp_path / "full/file")], "is not a file with the lines"),
     ):
         assert main(["faults", "--output", str(tmp_path / "new"), *words]) == 2
         said = capsys.readouterr().err

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from l2e_ds.run_directory.stop_file import ask_to_restart, ask_to_stop, is_asked_to_restart, is_asked_to_stop
+from l2e_ds.run_directory.stop_file import ask_to_stop, is_asked_to_restart, is_asked_to_stop
 from l2e_ds.supervise.processes import SignsOfLife
 from l2e_ds.supervise.supervisor import End, judge, killed_by
 
@@ -46,11 +46,11 @@ def test_the_signal_behind_an_exit_code(code, name):
 def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
     run = tmp_path / "new"
     assert not is_asked_to_restart(run) and not is_asked_to_stop(run)
-    ask_to_restart(run)
+    ask_to_stop(run, to_restart=True)
     assert is_asked_to_restart(run) and not is_asked_to_stop(run)
     ask_to_stop(run)
     assert is_asked_to_stop(run) and not is_asked_to_restart(run)
-    ask_to_restart(run)
+    ask_to_stop(run, to_restart=True)
     assert is_asked_to_stop(run) and not is_asked_to_restart(run)
 
 

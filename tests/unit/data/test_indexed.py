@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 
-from l2e_ds.data.indexed import IndexedTokens, IndexedWriter, best_dtype
+from l2e_ds.data.indexed import IndexedTokens, best_dtype, write_pair
 from l2e_ds.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [65499], [0, 1]]
@@ -23,7 +23,11 @@ def index(lengths=(3, 1), pointers=(0, 6), documents=(0, 1, 2), **changes):
     )
 
 
-def write_pair(tmp_path, idx):
+def lengths(read):
+    return [length for chunk in read.lengths_in_chunks() for length in chunk.tolist()]
+
+
+def write_raw(tmp_path, idx):
     (tmp_path / "a.idx").write_bytes(idx)
     (tmp_path / "a.bin").write_bytes(struct.pack("<4H", 1, 2, 3, 4))
     return tmp_path / "a"
@@ -31,14 +35,11 @@ def write_pair(tmp_path, idx):
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
 def test_round_trip(tmp_path, dtype):
-    with IndexedWriter(tmp_path / "a", dtype) as writer:
-        for document in DOCUMENTS:
-            writer.add(document)
-        assert (writer.tokens, writer.documents) == (6, 4)
+    write_pair(tmp_path / "a", DOCUMENTS, dtype)
     read = IndexedTokens(tmp_path / "a")
     assert read.dtype == dtype
     assert (read.num_documents, read.num_tokens) == (4, 6)
-    assert read.lengths.tolist() == [3, 0, 1, 2]
+    assert lengths(read) == [3, 0, 1, 2]
     assert [read.document(i).tolist() for i in range(4)] == DOCUMENTS
     assert type(read.tokens) is np.ndarray and isinstance(read.tokens.base.obj, mmap.mmap)
     assert not read.tokens.flags.writeable
@@ -48,9 +49,7 @@ def test_round_trip(tmp_path, dtype):
 
 
 def test_layout_is_megatrons(tmp_path):
-    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
-        writer.add([1, 2, 3])
-        writer.add(np.array([4]))
+    write_pair(tmp_path / "a", [[1, 2, 3], np.array([4])], np.uint16)
     assert (tmp_path / "a.bin").read_bytes() == struct.pack("<4H", 1, 2, 3, 4)
     assert (tmp_path / "a.idx").read_bytes() == (
         b"MMIDIDX\x00\x00"
@@ -65,24 +64,23 @@ def test_layout_is_megatrons(tmp_path):
 
 
 def test_documents_of_several_sequences(tmp_path):
-    read = IndexedTokens(write_pair(tmp_path, index((1, 2, 1), (0, 2, 6), (0, 2, 3), sequences=3)))
+    read = IndexedTokens(write_raw(tmp_path, index((1, 2, 1), (0, 2, 6), (0, 2, 3), sequences=3)))
     assert read.num_documents == 2
-    assert read.lengths.tolist() == [3, 1]
+    assert lengths(read) == [3, 1]
     assert [read.document(i).tolist() for i in range(2)] == [[1, 2, 3], [4]]
     assert [read.start(i) for i in range(3)] == [0, 3, 4]
 
 
 @pytest.mark.parametrize("documents", [(), (0,)])
 def test_without_a_document_index_sequences_are_documents(tmp_path, documents):
-    read = IndexedTokens(write_pair(tmp_path, index(documents=documents, entries=len(documents))))
+    read = IndexedTokens(write_raw(tmp_path, index(documents=documents, entries=len(documents))))
     assert [read.document(i).tolist() for i in range(read.num_documents)] == [[1, 2, 3], [4]]
 
 
 def test_empty_pair(tmp_path):
-    with IndexedWriter(tmp_path / "a", np.uint16):
-        pass
+    write_pair(tmp_path / "a", [], np.uint16)
     read = IndexedTokens(tmp_path / "a")
-    assert (read.num_documents, read.num_tokens, read.lengths.tolist()) == (0, 0, [])
+    assert (read.num_documents, read.num_tokens, lengths(read)) == (0, 0, [])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +106,7 @@ def test_empty_pair(tmp_path):
 )
 def test_bad_index(tmp_path, idx, message):
     with pytest.raises(DataError, match=message) as caught:
-        IndexedTokens(write_pair(tmp_path, idx))
+        IndexedTokens(write_raw(tmp_path, idx))
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "a") in str(caught.value)
 
@@ -183,7 +181,7 @@ def test_all_documents_hold(tmp_path):
     read = IndexedTokens(many(tmp_path, put("lengths", 5, 2)))
     assert read.all_documents_hold(2)
     assert not read.all_documents_hold(1)
-    assert not IndexedTokens(write_pair(tmp_path, index())).all_documents_hold(2)  # 2 documents, 4 tokens: 3 and 1
+    assert not IndexedTokens(write_raw(tmp_path, index())).all_documents_hold(2)  # 2 documents, 4 tokens: 3 and 1
 
 
 # --- several files ----------------------------------------------------------------------------------------------
@@ -197,9 +195,7 @@ def cut_bin(prefix, cuts, names):
 
 
 def written(prefix, documents, dtype=np.uint16):
-    with IndexedWriter(prefix, dtype) as writer:
-        for document in documents:
-            writer.add(document)
+    write_pair(prefix, documents, dtype)
     return prefix
 
 
@@ -251,7 +247,7 @@ def test_pairs_one_after_the_other(tmp_path):
     cut_bin(prefixes[2], (4,), ["s2-00000-of-00001.bin", "s2-00001-of-00001.bin"])
     read, documents = IndexedTokens(prefixes), flat(sets)
     assert [read.document(i).tolist() for i in range(read.num_documents)] == documents
-    assert read.lengths.tolist() == [len(document) for document in documents]
+    assert lengths(read) == [len(document) for document in documents]
     assert [read.document_at(position) for position in range(8)] == [0, 0, 2, 3, 3, 3, 5, 5]
     assert read.start(read.num_documents) == 8
     assert_equal_slices(read, flat(documents))
@@ -268,33 +264,20 @@ def test_pairs_of_different_dtypes_are_refused(tmp_path):
 
 @pytest.mark.parametrize("missing", ["a.bin", "a.idx"])
 def test_missing_file_is_named(tmp_path, missing):
-    write_pair(tmp_path, index())
+    write_raw(tmp_path, index())
     (tmp_path / missing).unlink()
     with pytest.raises(DataError, match=f"{missing}: no such file"):
         IndexedTokens(tmp_path / "a")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tokens"), [(np.uint16, [65536]), (np.uint16, [-1]), (np.int32, [2**31]), (np.uint16, [0.5])]
-)
-def test_tokens_that_do_not_fit_are_refused_and_nothing_is_left(tmp_path, dtype, tokens):
-    with pytest.raises(DataError), IndexedWriter(tmp_path / "a", dtype) as writer:
-        writer.add([1, 2])
-        writer.add(tokens)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_float_dtype_is_refused(tmp_path):
-    with pytest.raises(DataError, match="float32"):
-        IndexedWriter(tmp_path / "a", np.float32)
-
-
 def test_interrupted_writing_keeps_the_old_pair(tmp_path):
-    with IndexedWriter(tmp_path / "a", np.uint16) as writer:
-        writer.add([1])
-    with pytest.raises(KeyboardInterrupt), IndexedWriter(tmp_path / "a", np.uint16) as writer:
-        writer.add([2, 3])
+    def interrupted():
+        yield [2, 3]
         raise KeyboardInterrupt
+
+    write_pair(tmp_path / "a", [[1]], np.uint16)
+    with pytest.raises(KeyboardInterrupt):
+        write_pair(tmp_path / "a", interrupted(), np.uint16)
     assert IndexedTokens(tmp_path / "a").tokens.tolist() == [1]
     assert len(list(tmp_path.iterdir())) == 2
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from l2e_ds.data.indexed import DTYPE_CODES, IndexedTokens, IndexedWriter
+from l2e_ds.data.indexed import DTYPE_CODES, IndexedTokens, write_pair
 
 DTYPES = [dtype.__name__ for dtype in DTYPE_CODES.values()]
 
@@ -31,9 +31,7 @@ def folder(tmp_path_factory):
     content = {"several": ("uint16", SEVERAL)}
     for dtype in DTYPES:
         content[dtype] = (dtype, [[document] for document in documents_of(dtype)])
-        with IndexedWriter(folder / "ours" / dtype, getattr(np, dtype)) as writer:
-            for document in documents_of(dtype):
-                writer.add(document)
+        write_pair(folder / "ours" / dtype, documents_of(dtype), getattr(np, dtype))
     (folder / "documents.json").write_text(json.dumps(content))
     script = Path(__file__).with_name("foreign_indexed.py")
     done = subprocess.run([sys.executable, str(script), str(folder)], capture_output=True, text=True, timeout=600)
@@ -69,6 +67,6 @@ def test_we_read_what_megatron_writes(folder, dtype):
 def test_we_read_documents_of_several_sequences(folder):
     read = IndexedTokens(folder / "foreign" / "several")
     assert [read.document(i).tolist() for i in range(read.num_documents)] == [[], [1, 2, 3], [], [4]]
-    assert read.lengths.tolist() == [0, 3, 0, 1]
+    assert [one for chunk in read.lengths_in_chunks() for one in chunk.tolist()] == [0, 3, 0, 1]
     assert read.num_sequences == 4
     read.check_index(lambda count: None)

@@ -11,7 +11,6 @@ from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import Schedule
-from l2e_ds.data.prepare import input_notes
 from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.errors import DataError
 
@@ -231,13 +230,6 @@ def test_sets_must_be_of_one_tokenizer(tmp_path):
     (tmp_path / "a_held_out.json").write_bytes((tmp_path / "c.json").read_bytes())
     with pytest.raises(DataError, match=rf"^data\.path: {a}_held_out was .*, but {a} was"):
         check([a])
-    # PREFIX.json of an earlier version: usable, and said not to be checked
-    about = json.loads((tmp_path / "b.json").read_text())
-    about["tokenizer_sha256"] = about.pop("tokenizer_digest")
-    (tmp_path / "b.json").write_text(json.dumps(about))
-    check([b], tokenizer=two)
-    notes = input_notes(DataConfig(source="indexed", path=[c, b], sequence_length=8))
-    assert len(notes) == 1 and notes[0].startswith(f"{b}.json is of an earlier version")
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(DataError, match=r"b\.json: cannot be read as JSON"):
         check([b])

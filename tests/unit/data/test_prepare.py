@@ -14,7 +14,7 @@ import pytest
 
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import check_data, encode, prepare, prepare_data, sources
-from l2e_ds.data.indexed import IndexedTokens, IndexedWriter
+from l2e_ds.data.indexed import IndexedTokens, write_pair
 from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.errors import DataError
@@ -54,7 +54,7 @@ def cache(tmp_path):
 
 
 def test_bytes_of_a_text(tmp_path, cache):
-    """Of the documents that are evaluated, in UTF-8; counted anew for tokens of an earlier version."""
+    """Of the documents that are evaluated, in UTF-8; counted anew where the file is missing."""
     texts = [text(i) + "été 中文\n" for i in range(20)]
     path, plain = corpus(tmp_path, [*texts, "  "]), {"held_out": 0.0, "sequence_length": 16}
     whole = prepare.prepare_text(config(path, **plain), cache, 300, "own")
@@ -144,9 +144,9 @@ def test_max_tokens_stops_after_the_document_that_reaches_it(tmp_path, cache, mo
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
     path = corpus(tmp_path, [text(i) for i in range(300)])
     whole = prepare_data(config(path), cache, 300)
-    longest = int(IndexedTokens(whole.directory / "train").lengths.max())
+    (lengths,) = IndexedTokens(whole.directory / "train").lengths_in_chunks()
     prepared = prepare_data(config(path, max_tokens=1000), cache, 300)
-    assert 1000 <= prepared.train_tokens < 1000 + longest
+    assert 1000 <= prepared.train_tokens < 1000 + lengths.max()
     assert prepared.train.tokens.tolist() == whole.train.tokens[: prepared.train_tokens].tolist()
     assert 0 < prepared.held_out_tokens < whole.held_out_tokens
 
@@ -347,9 +347,7 @@ def test_too_short(tmp_path, cache, length, held_out, message):
 
 
 def indexed(tmp_path, documents, name="tokens"):
-    with IndexedWriter(tmp_path / name, np.uint16) as writer:
-        for document in documents:
-            writer.add(document)
+    write_pair(tmp_path / name, documents, np.uint16)
     return tmp_path / name
 
 

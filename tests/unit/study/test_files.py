@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from l2e_ds.config.reading import find_file
-from l2e_ds.data.indexed import IndexedWriter
+from l2e_ds.data.indexed import write_pair
 from l2e_ds.study.checking import plan_runs
 from l2e_ds.study.definition import read_study
 from l2e_ds.system.process import quiet_libraries
@@ -28,9 +28,7 @@ def test_there_is_one_for_every_table():
 def tokens(tmp_path_factory) -> Path:
     """Write a set of documents of 2,049 tokens, in place of the preshuffled Pile."""
     prefix = tmp_path_factory.mktemp("pile") / "pile"
-    with IndexedWriter(prefix, np.uint16) as writer:
-        for document in np.random.default_rng(0).integers(0, 50_000, (64, 2049), dtype=np.uint16):
-            writer.add(document)
+    write_pair(prefix, np.random.default_rng(0).integers(0, 50_000, (64, 2049), dtype=np.uint16), np.uint16)
     return prefix
 
 
