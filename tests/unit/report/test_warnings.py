@@ -9,7 +9,7 @@ import pytest
 from l2e_ds.errors import DataError
 from l2e_ds.report import runs
 from l2e_ds.report.warnings import all_warnings
-from tests.unit.report.making import paired_study, write_run, write_study
+from tests.unit.report.making import write_run, write_study
 
 KINDS = {
     "lost": "loss that is not finite",
@@ -19,16 +19,12 @@ KINDS = {
     "skipped": "skipped steps",
     "dead": "neurons that die",
     "repeated": "run that is no further seed",
-    "other": "compared with another configuration",
-    "differ": "runs that differ in more than inhibition",
     "unfinished": "not finished",
 }
 
 
 def warnings_of(*folders):
-    page = runs.read(folders)
-    now = max(run.written for run in page.runs) + timedelta(minutes=5)
-    return [(warning.kind, warning.text, warning.where) for warning in all_warnings(page, now)]
+    return [(warning.kind, warning.text, warning.where) for warning in all_warnings(runs.read(folders))]
 
 
 def texts(kind, *folders):
@@ -105,14 +101,8 @@ def test_when_the_last_line_was_written(tmp_path):
     folder = write_run(tmp_path / "l2e", until=50)
     written = runs.read([folder]).runs[0].written
     assert abs(written - datetime.now(timezone.utc)) < timedelta(minutes=1)
-    for passed, words in [
-        (timedelta(seconds=20), "less than a minute"),
-        (timedelta(minutes=90), "90 min"),
-        (timedelta(hours=30), "30 h"),
-        (timedelta(days=3), "3 days"),
-    ]:
-        (warning,) = all_warnings(runs.read([folder]), written + passed)
-        assert warning.text.endswith(f"UTC, {words} before this page")
+    (text,) = texts("unfinished", folder)
+    assert text == f"l2e: at step 50 of 100, last line written {written:%Y-%m-%d %H:%M} UTC"
 
 
 def test_loss_that_is_not_finite(tmp_path):
@@ -163,37 +153,6 @@ def test_second_run_of_a_seed(tmp_path):
     assert texts("repeated", first, tmp_path / "copy", other) == [
         "copy has the seed and configuration of first: counted once"
     ]
-
-
-# --- other configurations ----------------------------------------------------------------------------------------
-
-
-def test_runs_that_nobody_can_pair(tmp_path):
-    none = write_run(tmp_path / "none", "none")
-    other = write_run(tmp_path / "l2e", training__seed=7, training__global_batch=32)
-    assert texts("differ", none, other) == ["2 runs: training.global_batch 16, 32; training.seed 1234, 7"]
-
-
-@pytest.mark.parametrize("keys", [{}, {"inhibition__coefficient": 0.5}, {"training__micro_batch": 2}])
-def test_runs_that_differ_in_inhibition_or_nothing_that_matters(tmp_path, keys):
-    assert texts("differ", write_run(tmp_path / "a"), write_run(tmp_path / "b", **keys)) == []
-
-
-def test_two_sizes_each_with_its_baseline(tmp_path):
-    folders = [write_run(tmp_path / f"{m}{s}", m, size=s, loss=4.9) for m in ("none", "l2e") for s in ("70m", "410m")]
-    assert texts("differ", *folders) == []
-
-
-def test_study_that_compares_with_another_configuration(tmp_path):
-    entries = [
-        {"name": name, "levels": {"method": name}, "seed": 1, "baseline": "none" if name == "l2e" else None}
-        for name in ("none", "l2e")
-    ]
-    study = write_study(tmp_path / "study", entries)
-    write_run(study / "runs/none", "none")
-    write_run(study / "runs/l2e", loss=4.9, training__global_batch=32)
-    assert texts("other", study) == ["none and l2e: training.global_batch 16 and 32"]
-    assert warnings_of(paired_study(tmp_path / "proper", ("70m", "410m"))) == []
 
 
 def test_runs_of_a_study_that_have_not_begun(tmp_path):
