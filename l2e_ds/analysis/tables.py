@@ -13,7 +13,7 @@ feature. Means over own features and samples of neurons leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ def first_tables(
         )
     sample = np.sort(np.random.default_rng(seed).choice(live, min(RANDOM_NEURONS, len(live)), replace=False))
     best = probing.best_places(found["f1_train"], alive)
-    chosen = _choose(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
+    scores = _scores_of(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
     sizes = [len(part["own"]) for part in parts]
     place = pd.DataFrame(
         {"layer": np.repeat(np.arange(len(sizes)), sizes), "neuron": np.concatenate([np.arange(n) for n in sizes])}
@@ -111,9 +111,9 @@ def first_tables(
     tables = {
         "neurons": _neurons(found, features, place),
         "neuron_features": _neuron_features(found, features, place),
-        "probes": _probes(found, features, best, chosen, place),
-        "significance": _significance(features, best, sample, chosen),
-        "scale": _scale(parameters, sample, chosen),
+        "probes": _probes(found, features, best, scores, np.bincount(labels), place),
+        "significance": _significance(features, best, sample, scores),
+        "scale": _scale(parameters, sample, scores),
     }
     own = [LayerOwn(part["mean"], part["s"], part["own"]) for part in parts]
     return FirstTables(tables, own, tokens, weights, np.stack(own_score), np.stack(mean_s))
@@ -219,28 +219,13 @@ def _layer_moments(
     return found, own_score_sum / alive if alive else np.full(resamples, np.nan), s_sum / neurons
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Scores of the few neurons of which each resample is kept.
-
-    neurons: [chosen], sorted indices among all layers' neurons in order; texts: [F], texts of each feature; inside:
-    [F, chosen]; resampled: [B, F, chosen].
-    """
-
-    neurons: Array
-    texts: Array
-    inside: Array
-    resampled: Array
-
-    def of(self, neurons: Array) -> tuple[Array, Array]:
-        """Return the scores of these neurons, [F, neurons], and those of each resample, [B, F, neurons]."""
-        at = np.searchsorted(self.neurons, neurons)
-        return self.inside[:, at], self.resampled[..., at]
+Scores = Callable[[Array], tuple[Array, Array]]
+"""Returns the scores inside each feature of some neurons, [F, neurons], and those of each resample, [B, F, neurons]."""
 
 
-def _choose(
+def _scores_of(
     layers: Sequence[Moments], labels: Array, features: int, tokens: int, weights: Array, neurons: Array
-) -> _Chosen:
+) -> Scores:
     """Return the scores of `neurons`, which are sorted indices among all layers' neurons in order."""
     starts = np.cumsum([0, *(means.shape[1] for means, _ in layers)])
     inside, resampled = [], []
@@ -253,8 +238,13 @@ def _choose(
             resampled.append(
                 measures.mean_scores(bootstrap.resampled_moments(weights, mean, variance, labels, moments))
             )
-    texts = np.bincount(labels, minlength=features)
-    return _Chosen(neurons, texts, np.concatenate(inside, axis=-1), np.concatenate(resampled, axis=-1))
+    all_inside, all_resampled = np.concatenate(inside, axis=-1), np.concatenate(resampled, axis=-1)
+
+    def scores(some: Array) -> tuple[Array, Array]:
+        at = np.searchsorted(neurons, some)
+        return all_inside[:, at], all_resampled[..., at]
+
+    return scores
 
 
 def _neurons(found: Mapping[str, Array], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
@@ -285,12 +275,12 @@ def _neuron_features(found: Mapping[str, Array], features: Sequence[str], place:
 
 
 def _probes(
-    found: Mapping[str, Array], features: Sequence[str], best: Array, chosen: _Chosen, place: pd.DataFrame
+    found: Mapping[str, Array], features: Sequence[str], best: Array, scores: Scores, texts: Array, place: pd.DataFrame
 ) -> pd.DataFrame:
     tables = []
     for f, neurons in enumerate(best):
-        inside, resampled = chosen.of(neurons)
-        outside, resampled_outside = (measures.scores_outside(a, chosen.texts) for a in (inside, resampled))
+        inside, resampled = scores(neurons)
+        outside, resampled_outside = (measures.scores_outside(a, texts) for a in (inside, resampled))
         tables.append(
             pd.DataFrame(
                 {
@@ -309,7 +299,7 @@ def _probes(
     return pd.concat(tables, ignore_index=True)
 
 
-def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _Chosen) -> pd.DataFrame:
+def _significance(features: Sequence[str], best: Array, sample: Array, scores: Scores) -> pd.DataFrame:
     """Return one-sided Mann-Whitney tests of the probed neurons' scores inside the feature against random neurons'.
 
     A probed neuron that is also in the sample is left out of the sample. The probed neurons were found on the same
@@ -319,8 +309,8 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
 
     rows = []
     for f, probed in enumerate(best):
-        inside, resampled = chosen.of(probed)
-        random_inside, random_resampled = chosen.of(np.setdiff1d(sample, probed))
+        inside, resampled = scores(probed)
+        random_inside, random_resampled = scores(np.setdiff1d(sample, probed))
         monosemantic, random = inside[f], random_inside[f]
         row: dict[str, Any] = {"feature": features[f], "monosemantic_score": monosemantic.mean()}
         if len(random):
@@ -337,8 +327,8 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
     return table
 
 
-def _scale(parameters: int, sample: Array, chosen: _Chosen) -> pd.DataFrame:
-    inside, resampled = chosen.of(sample)
+def _scale(parameters: int, sample: Array, scores: Scores) -> pd.DataFrame:
+    inside, resampled = scores(sample)
     ks = np.array([measures.own_against_all(replicate) for replicate in resampled])
     row = {"parameters": parameters, "neurons": len(sample), "ks": measures.own_against_all(inside)}
     own, own_score = measures.own_features(inside)

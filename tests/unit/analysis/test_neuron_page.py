@@ -1,4 +1,4 @@
-"""The page and the lines of one neuron, on real tokens of awkward texts, parsed back and held against plain NumPy."""
+"""The page of one neuron, on real tokens of awkward texts, parsed back and held against plain NumPy."""
 
 import re
 import warnings
@@ -7,12 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from l2e_ds.analysis.neuron import (
-    measure_neuron,
-    pieces_around,
-    strongest_tokens,
-    write_neuron_page,
-)
+from l2e_ds.analysis.neuron import measure_neuron, pieces_around, strongest_tokens, write_neuron_page
 from l2e_ds.data.tokenizer import train_tokenizer
 
 FEATURES = ["Ελληνικά", "code <b>", "emoji & co"]
