@@ -131,11 +131,7 @@ def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Ar
         taken = np.take_along_axis(np.where(upwards[:, None], total - taken_high, taken_low), column, axis=1)
         # `bounded` is shifted by one: the training values on both sides of the threshold are at taken and taken + 1.
         sides = np.take_along_axis(bounded, np.hstack([taken, taken + 1]), axis=1)
-        f1_test[feature] = _f1(test_values, test_labels == feature, sides.mean(axis=1), upwards)
+        predicted = (test_values > sides.mean(axis=1, keepdims=True)) == upwards[:, None]
+        positive = test_labels == feature
+        f1_test[feature] = 2 * predicted[:, positive].sum(axis=1) / (predicted.sum(axis=1) + positive.sum())
     return f1_train, f1_test, directions
-
-
-def _f1(values: Array, positive: Array, threshold: Array, upwards: Array) -> Array:
-    """Return the F1 of each neuron's probe, [C]. values: [C, texts]; positive: [texts]; threshold, upwards: [C]."""
-    predicted = (values > threshold[:, None]) == upwards[:, None]
-    return 2 * predicted[:, positive].sum(axis=1) / (predicted.sum(axis=1) + positive.sum())

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     notices = warnings.all_warnings(collection)
     text = page.render(collection, all_tables, notices, analysis_folders, output, folder.name)
     try:
-        _write({**{folder / name: content for name, content in _files(all_tables).items()}, output: text}, folder)
+        _write({**_files(all_tables, folder), output: text}, folder)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
     print(f"report: {output} (runs: {len(collection.runs)}, warnings: {len(notices)})")
@@ -80,16 +80,15 @@ def _beginning(path: Path) -> str:
         return file.read(1000).decode("utf-8", errors="replace")
 
 
-def _files(all_tables: Sequence[Table]) -> dict[str, str]:
-    """Return the content of each file in the folder of tables, by name."""
-    lines = [
-        f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"
-        for table in all_tables
-    ]
-    files = {_INDEX: "\n".join([_MARK, "# Tables", "", *lines, ""])}
+def _files(all_tables: Sequence[Table], folder: Path) -> dict[Path, str]:
+    """Return the content of each file in the folder of tables."""
+    files: dict[Path, str] = {}
+    lines = [_MARK, "# Tables", ""]
     for table in all_tables:
-        files |= {f"{table.name}.csv": table.csv(), f"{table.name}.md": table.markdown()}
-    return files
+        csv, md = f"{table.name}.csv", f"{table.name}.md"
+        lines.append(f"- {table.title}: [{md}]({md}), [{csv}]({csv})")
+        files |= {folder / csv: table.csv(), folder / md: table.markdown()}
+    return {folder / _INDEX: "\n".join([*lines, ""]), **files}
 
 
 def _write(files: Mapping[Path, str], folder: Path) -> None:

@@ -60,13 +60,14 @@ def render(
         return Markup(re.sub(r"docs/[\w-]+\.md", lambda name: linked(REPOSITORY / name[0], name[0]), escape(text)))
 
     configs = [(run, read_config(run.directory).model_dump(mode="json")) for run in page.runs]
+    names = [variant.name for variant in page.variants]
     facts = _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
     file = Path(__file__).with_suffix(".html")
     return template(file, linked=linked, documented=documented, shown=shown).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=datetime.now(timezone.utc),
-        title=_title(page),
+        title="; ".join(page.titles) or (", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"),
         sentence=_sentence(page),
         facts=[(label, text_of(cell, form)) for label, cell, form in facts],
         about_facts=" ".join(about_errors(cell for _, cell, _ in facts)),
@@ -82,13 +83,6 @@ def render(
         analyses=[(folder, _figures(folder)) for folder in analyses],
         configs=[(run, yaml.safe_dump(config, sort_keys=False)) for run, config in configs],
     )
-
-
-def _title(page: Collection) -> str:
-    if page.titles:
-        return "; ".join(page.titles)
-    names = [variant.name for variant in page.variants]
-    return ", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"
 
 
 def _sentence(page: Collection) -> str:
@@ -122,8 +116,8 @@ def _facts_of_runs(page: Collection) -> list[_Fact]:
         ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}", ""),
         ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1]))), ""),
     ]
-    one_model = len({run.model for run in page.runs}) == 1
-    losses, seeds, step = (one_model and comparable_losses(page.variants)) or ([], [], 0)
+    found = comparable_losses(page.variants) if len({run.model for run in page.runs}) == 1 else None
+    losses, seeds, step = found or ([], [], 0)
     if len(losses) > 1:
         variant, loss = min(losses, key=lambda pair: pair[1].value)
         which = f"seed {seeds[0]}" if loss.n == 1 else f"mean over {loss.n} seeds"

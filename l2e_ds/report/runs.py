@@ -240,12 +240,14 @@ def read_run(directory: Path) -> Run | None:
     except OSError as error:
         raise DataError(f"{directory}: is no run directory, or has no metrics yet: {error.filename}") from None
     config = flat(read_config(directory))
-    kinds = {kind: metrics.of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")}
-    if not kinds["train"] and not kinds["evaluation"]:
+    starts, training, evaluations, findings = (
+        metrics.of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")
+    )
+    if not training and not evaluations:
         return None
     steady = metrics.after_first_intervals(lines)
     name = directory.resolve().name
-    run = Run(name, directory, config, *kinds.values(), steady, results, written)
+    run = Run(name, directory, config, starts, training, evaluations, findings, steady, results, written)
     # A run that was resumed from an older checkpoint may have results of steps that it has not reached again.
     reached = (result for result in results if result.step is None or result.step <= run.step)
     kept = [

@@ -26,9 +26,6 @@ def all_tables(page: Collection) -> list[Table]:
     return [table for make in makers if (table := make(page)).rows]
 
 
-# --- loss --------------------------------------------------------------------------------------------------------
-
-
 def _variants(page: Collection) -> Table:
     """Return a row for each variant, if several runs are compared."""
     loss, against = "held-out loss", "against the baseline"
@@ -67,9 +64,6 @@ def _variants(page: Collection) -> Table:
 
 def _about_errors(rows: list[dict[Column, Any]]) -> list[str]:
     return about_errors(cell for row in rows for cell in row.values())
-
-
-# --- time, shares ------------------------------------------------------------------------------------------------
 
 
 def _time(page: Collection) -> Table:
@@ -132,9 +126,6 @@ def _shares(page: Collection) -> Table:
         " that these runs have evaluated."
     )
     return table_of("shares", "Share to inhibit", " ".join([note, *_about_errors(rows)]), rows)
-
-
-# --- each run ----------------------------------------------------------------------------------------------------
 
 
 def _runs(page: Collection) -> Table:
@@ -241,9 +232,6 @@ def _texts(page: Collection) -> Table:
             )
     note = "Texts of evaluation.texts, at the first and the last held-out evaluation. LM loss in nats/token."
     return table_of("texts", "Each evaluated text", note, rows)
-
-
-# --- what was run ------------------------------------------------------------------------------------------------
 
 
 def differences(page: Collection) -> Table:

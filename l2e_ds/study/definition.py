@@ -282,28 +282,26 @@ def _runs(
         for levels in kept:
             baseline = None if file.baseline is None else baseline_of(levels, kept, file.baseline, factors)
             chosen = [factors[factor][name] for factor, name in levels.items()]
-            base = next((level["base"] for level in chosen if "base" in level), file.base)
-            if base is None:
-                raise ConfigError(f"base: is required; the run {_name(levels, seed)} has none")
+            name = _name(levels, seed)
             settings, given_by = dict(file.set), dict(sources)
             for (factor, text), level in zip(levels.items(), chosen, strict=True):
                 settings |= level
                 where = f"{path}: factors.{factor}" + f".{text}" * (factor not in level)
                 given_by |= dict.fromkeys(level, where)
-            settings.pop("base", None)
+            base = settings.pop("base", file.base)
+            if base is None:
+                raise ConfigError(f"base: is required; the run {name} has none")
             overrides = [
                 f"{key}={value if isinstance(value, str) and takes_text(key) else text_of(value)}"
                 for key, value in settings.items()
             ]
-            other = None if baseline is None else _name(baseline, seed)
-            name = _name(levels, seed)
             runs.append(
                 StudyRun(
                     name=name,
                     directory=f"runs/{name}",
                     levels=levels,
                     seed=seed,
-                    baseline=other,
+                    baseline=None if baseline is None else _name(baseline, seed),
                     overrides=[*overrides, f"training.seed={seed}"],
                     base=base,
                     sources=given_by,
