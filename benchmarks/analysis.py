@@ -110,7 +110,7 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
         layers = collect_activations(model, texts, Path(folder))
         seconds["first"] = time.perf_counter() - begin
         first = tables.first_tables(
-            [tables.LayerTexts(layer.mean, layer.variance, layer.mean) for layer in layers],
+            [(layer.mean, layer.variance) for layer in layers],
             labels,
             features,
             tokens=tokens.shape[1],
@@ -128,7 +128,7 @@ def _whole(model: Any, tokens: np.ndarray, labels: np.ndarray, batch: int, devic
 
 def run_plain(model: Any, texts: Any) -> None:
     """Run the texts through the network, and nothing else."""
-    for rows in texts:
+    for rows in texts.own:
         model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
 
 

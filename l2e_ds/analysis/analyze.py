@@ -1,19 +1,11 @@
 """`l2e-ds analyze MODEL [MODEL ...] --features FILE --output DIR`: the analyses of the paper (docs/analysis.md).
 
-    DIR/
-      analysis.json              which models, options and texts were analysed
-      summary.md                 the most important results, a table for each question
-      figures/*.png, *.svg
-      models/LABEL/*.parquet     tables that pandas opens (docs/analysis.md names the columns)
-      changes.parquet            with --all-checkpoints: the change from each checkpoint to the next
-
 Under a launcher, any number of ranks share the texts. DIR appears when everything is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import glob
 import json
 import shutil
 import signal
@@ -22,25 +14,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
-from l2e_ds.analysis import PACKAGES, options, tables
-from l2e_ds.analysis.collect import (
-    BINS,
-    Distribution,
-    LayerActivations,
-    Shown,
-    Texts,
-    bin_edges,
-    collect_activations,
-    count_scores,
-    count_scores_of_samples,
-    distributions_of_samples,
-)
-from l2e_ds.analysis.features import format_report
+from l2e_ds.analysis import PACKAGES, collect, options, tables
+from l2e_ds.analysis.features import FeatureSet, format_report
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.analysis.summary import Result, sample_of, summary
 from l2e_ds.analysis.tables import Tables
@@ -55,11 +36,6 @@ from l2e_ds.system.installed import check_extra
 from l2e_ds.system.process import quiet_libraries
 from l2e_ds.system.provenance import versions
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from l2e_ds.analysis.features import FeatureSet
-
 SAMPLES = ("token", "mean", "max")
 TIMEOUT_MINUTES = 60.0
 
@@ -69,28 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="a new or empty folder")
     options.add_feature_arguments(parser)
     options.add_model_arguments(parser)
-    group = parser.add_argument_group("analysis")
-    group.add_argument(
-        "--layers", type=int, nargs="+", metavar="L", help="layers to analyse, counted from 0 (default: all)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("analysis").add_argument
+    add("--layers", type=int, nargs="+", metavar="L", help="layers to analyse, counted from 0 (default: all)")
+    add(
         "--samples",
         choices=SAMPLES,
         default="token",
         help="what counts as one sample: every token, or a text by its neurons' mean or largest activation"
         " (default: %(default)s)",
     )
-    group.add_argument(
-        "--resamples", type=int, default=200, metavar="B", help="bootstrap resamples (default: %(default)s)"
-    )
-    group.add_argument(
-        "--suggest-share", action="store_true", help="print the share k with the lowest FKR, with its interval"
-    )
-    group.add_argument("--all-checkpoints", action="store_true", help="MODEL is one run: show how it changed")
-    group.add_argument("--zero3", action="store_true", help="shard the weights over the ranks (ZeRO-3)")
-    group.add_argument(
-        "--scratch", type=Path, metavar="DIR", help="folder for tables of texts (default: that of --output)"
-    )
+    add("--resamples", type=int, default=200, metavar="B", help="bootstrap resamples (default: %(default)s)")
+    add("--suggest-share", action="store_true", help="print the share k with the lowest FKR, with its interval")
+    add("--all-checkpoints", action="store_true", help="MODEL is one run: show how it changed")
+    add("--zero3", action="store_true", help="shard the weights over the ranks (ZeRO-3)")
+    add("--scratch", type=Path, metavar="DIR", help="folder for tables of texts (default: that of --output)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,7 +77,9 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         sources = collectives.all_work(lambda: _sources(arguments))
         # All are checked before anything is written, as each may then take hours.
         texts = collectives.all_work(lambda: _texts_of_each(arguments, sources))
-        _check_same_texts(arguments, texts)
+        digests = [model_texts.report["digest"] for model_texts in texts]
+        differs = digests != collectives.main_decides(digests)
+        collectives.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
         with _folders(arguments) as (scratch, output):
             results = _analyse_all(arguments, sources, texts, device, scratch, output)
     finally:
@@ -134,17 +104,20 @@ def _analyse_all(
         result = _analyse(arguments, source, model_texts, device, scratch / source.label)
         if output is None:
             continue
-        _write_tables(output / "models" / source.label, result)
+        folder = output / "models" / source.label
+        folder.mkdir(parents=True)
+        for name, table in result.tables.items():
+            if name != "resamples":  # which only `layer_change` needs
+                table.to_parquet(folder / f"{name}.parquet", index=False)
         if arguments.all_checkpoints and results:
-            changes.append(_change(results[-1], result))
-            results[-1] = results[-1].without_neurons()
+            before = results[-1]
+            change = tables.layer_change(before.tables, result.tables)
+            changes.append(change.assign(from_step=before.source.step, to_step=source.step))
+            results[-1] = before.without_neurons()
         results.append(result.without_features())
     if output is not None:
         _write(output, arguments, results, changes)
     return results
-
-
-# --- what was asked for ------------------------------------------------------------------------------------------
 
 
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
@@ -166,10 +139,7 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
 
 
 def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]) -> list[FeatureSet]:
-    """Return the texts in each model's tokens. Models with the same tokenizer get the same object.
-
-    Raises ConfigError and DataError, also for texts that a model cannot take.
-    """
+    """Return the texts in each model's tokens, those of one tokenizer as one object. Raises ConfigError, DataError."""
     by_tokenizer: dict[str, FeatureSet] = {}
     texts = []
     for source in sources:
@@ -185,31 +155,18 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
     return texts
 
 
-def _check_same_texts(arguments: argparse.Namespace, texts: Sequence[FeatureSet]) -> None:
-    """Raise ConfigError unless all ranks have read the same texts. Collective."""
-    digests = [model_texts.report["digest"] for model_texts in texts]
-    differs = digests != collectives.main_decides(digests)
-    collectives.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
-
-
 @contextmanager
 def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]]:
     """Yield this rank's scratch folder, and on rank 0 the folder that becomes --output if all goes well. Collective."""
     target = arguments.output
-    parent = target.absolute().parent
-    prefix = f".{target.name}."
     with ExitStack() as stack:
 
         def make() -> tuple[Path, Path | None]:
             try:
-                if collectives.is_main():
-                    left = sorted(map(str, parent.glob(f"{glob.escape(prefix)}????????")))
-                    if left:
-                        say(f"l2e-ds: left by a command that was killed, or of one that still runs: {', '.join(left)}")
-                place = arguments.scratch or parent
+                place = arguments.scratch or target.absolute().parent
                 place.mkdir(parents=True, exist_ok=True)
                 scratch = stack.enter_context(
-                    tempfile.TemporaryDirectory(prefix=prefix, dir=place, ignore_cleanup_errors=True)
+                    tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=place, ignore_cleanup_errors=True)
                 )
                 output = stack.enter_context(whole_folder(target)) if collectives.is_main() else None
             except OSError as error:
@@ -226,9 +183,6 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
             raise
 
 
-# --- one model ---------------------------------------------------------------------------------------------------
-
-
 def _analyse(
     arguments: argparse.Namespace, source: ModelSource, texts: FeatureSet, device: torch.device, folder: Path
 ) -> Result:
@@ -241,46 +195,42 @@ def _analyse(
     )
     folder.mkdir()
     _check_disk(model, texts, folder)
-    rows = Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
-    layers = collect_activations(model, rows, folder)
+    rows = collect.Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
+    layers = collect.collect_activations(model, rows, folder)
     if arguments.samples != "token":
         layers = [layer.as_one_sample(arguments.samples) for layer in layers]
 
-    first = collectives.main_works(lambda: _first_tables(arguments, layers, texts, model))
+    first = collectives.main_works(
+        lambda: tables.first_tables(
+            [(layer.mean, layer.variance) for layer in layers],
+            texts.labels,
+            texts.features,
+            tokens=layers[0].tokens,
+            parameters=model.parameters,
+            seed=arguments.seed,
+            resamples=arguments.resamples,
+        )
+    )
     own, shown = collectives.main_decides((first.own, _shown(first, layers)) if first is not None else None)
     if arguments.samples == "token":
-        counts, distributions = count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
+        counts, activations = collect.count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
     else:  # needs the tables of the first pass, which only rank 0 has
         counts = [
-            count_scores_of_samples(layer, texts.labels, layer_own, folder / f"scores-{layer.layer:03d}.npy")
+            collect.count_scores_of_samples(layer, texts.labels, layer_own, folder / f"scores-{layer.layer:03d}.npy")
             for layer, layer_own in zip(layers, own[: len(layers)], strict=True)
         ]
-        distributions = distributions_of_samples(layers, texts.labels, len(texts.features), shown if layers else [])
+        shown = shown if layers else []
+        activations = collect.distributions_of_samples(layers, texts.labels, len(texts.features), shown)
     model.close()
-    model_tables = collectives.main_works(lambda: _all_tables(first, model, texts, counts, distributions)) or {}
+    model_tables = collectives.main_works(lambda: _all_tables(first, model, texts, counts, shown, activations)) or {}
     shutil.rmtree(folder, ignore_errors=True)
     return Result(source, model_tables, model.parameters, model.tokens, texts.report)
-
-
-def _first_tables(
-    arguments: argparse.Namespace, layers: Sequence[LayerActivations], texts: FeatureSet, model: LoadedModel
-) -> tables.FirstTables:
-    probed = [layer.top if arguments.samples == "max" else layer.mean for layer in layers]
-    return tables.first_tables(
-        [tables.LayerTexts(layer.mean, layer.variance, value) for layer, value in zip(layers, probed, strict=True)],
-        texts.labels,
-        texts.features,
-        tokens=layers[0].tokens,
-        parameters=model.parameters,
-        seed=arguments.seed,
-        resamples=arguments.resamples,
-    )
 
 
 def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
     """Raise ConfigError if the tables of texts do not fit on the disk. Collective."""
     count = len(texts.labels)
-    needed = count * sum(12 * site.neurons + 8 * BINS for site in model.sites)
+    needed = count * sum(12 * site.neurons + 8 * collect.BINS for site in model.sites)
     needed *= min(2, collectives.size())  # the other ranks' parts may be on the same disk
     free = shutil.disk_usage(folder).free
     error = None
@@ -292,14 +242,15 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
     collectives.agree(error)
 
 
-def _shown(first: tables.FirstTables, layers: Sequence[LayerActivations]) -> list[Shown]:
+def _shown(first: tables.FirstTables, layers: Sequence[collect.LayerActivations]) -> list[collect.Shown]:
     """Return the best probed neuron of each feature, once each, with its lowest and highest activation."""
     probes = first.tables["probes"]
     best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
     shown = []
     for index, neuron in best.itertuples(index=False):  # in these tables `layer` counts the analysed layers only
         layer = layers[index]
-        shown.append(Shown(layer.layer, int(neuron), float(layer.lowest[neuron]), float(layer.top[:, neuron].max())))
+        lowest, highest = float(layer.lowest[neuron]), float(layer.top[:, neuron].max())
+        shown.append(collect.Shown(layer.layer, int(neuron), lowest, highest))
     return shown
 
 
@@ -308,66 +259,47 @@ def _all_tables(
     model: LoadedModel,
     texts: FeatureSet,
     counts: Sequence[tables.LayerCounts],
-    distributions: Sequence[Distribution],
+    shown: Sequence[collect.Shown],
+    activations: np.ndarray,
 ) -> Tables:
     """Return all tables of a model. Their column `layer` is the model's number of the layer, not that of the site."""
-    model_tables = tables.build_tables(first, counts, bin_edges())
+    model_tables = tables.build_tables(first, counts, collect.bin_edges())
     numbers = {-1: -1} | {index: site.layer for index, site in enumerate(model.sites)}
     for table in model_tables.values():
         if "layer" in table:
             table["layer"] = table["layer"].map(numbers)
     model_tables["layers"]["depth"] = model_tables["layers"]["layer"] / max(1, model.layers - 1)
-    model_tables["distributions"] = _distributions(model_tables["probes"], distributions, texts.features)
+    model_tables["distributions"] = _distributions(model_tables["probes"], shown, activations, texts.features)
     return model_tables
 
 
 def _distributions(
-    probes: pd.DataFrame, distributions: Sequence[Distribution], features: Sequence[str]
+    probes: pd.DataFrame, shown: Sequence[collect.Shown], activations: np.ndarray, features: Sequence[str]
 ) -> pd.DataFrame:
     """Return a row for each probed feature, feature and bin."""
-    import pandas as pd
-
-    by_neuron = {(each.layer, each.neuron): each.trimmed() for each in distributions}
+    by_neuron = {
+        (neuron.layer, neuron.neuron): collect.trimmed(neuron, counts)
+        for neuron, counts in zip(shown, activations, strict=True)
+    }
     parts = []
     for row in probes[probes["place"] == 1].itertuples():
-        distribution = by_neuron[row.layer, row.neuron]
-        bins = len(distribution.edges) - 1
-        parts.append(
-            pd.DataFrame(
-                {
-                    "probe_feature": row.feature,
-                    "layer": row.layer,
-                    "neuron": row.neuron,
-                    "feature": np.repeat(np.array(features, dtype=object), bins),
-                    "left": np.tile(distribution.edges[:-1], len(features)),
-                    "right": np.tile(distribution.edges[1:], len(features)),
-                    "count": distribution.counts.ravel(),
-                }
-            )
-        )
+        edges, counts = by_neuron[row.layer, row.neuron]
+        columns = {
+            "probe_feature": row.feature,
+            "layer": row.layer,
+            "neuron": row.neuron,
+            "feature": np.repeat(np.array(features, dtype=object), len(edges) - 1),
+            "left": np.tile(edges[:-1], len(features)),
+            "right": np.tile(edges[1:], len(features)),
+            "count": counts.ravel(),
+        }
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
-
-
-# --- what is written ---------------------------------------------------------------------------------------------
-
-
-def _write_tables(folder: Path, result: Result) -> None:
-    folder.mkdir(parents=True)
-    for name, table in result.tables.items():
-        if name != "resamples":  # which only `layer_change` needs
-            table.to_parquet(folder / f"{name}.parquet", index=False)
-
-
-def _change(before: Result, after: Result) -> pd.DataFrame:
-    change = tables.layer_change(before.tables, after.tables)
-    return change.assign(from_step=before.source.step, to_step=after.source.step)
 
 
 def _write(
     output: Path, arguments: argparse.Namespace, results: Sequence[Result], changes: Sequence[pd.DataFrame]
 ) -> None:
-    import pandas as pd
-
     from l2e_ds.analysis.figures import write_figures  # with matplotlib, an extra
 
     report = results[0].report

@@ -4,9 +4,6 @@ A resample is a row of weights, which say how often each text was drawn. Its mom
 texts. The weights depend on the seed and the labels only, so two models that are analysed on the same texts have the
 same resamples, and their difference has a paired interval.
 
-Mean, S and scores are computed for each resample. The neurons' own features are held fixed for the own score and the
-FKR (see `held_own_scores`, `resampled_histogram`).
-
 Shapes: B resamples, F features, T tokens of a text, C neurons (a block of a layer's), BINS bins of the score.
 """
 
@@ -35,8 +32,7 @@ def resampled_moments(
 ) -> FeatureMoments:
     """Return the moments of each resample, as those of `feature_moments` with a leading axis, [B, F, C].
 
-    weights: [B, texts]; mean, variance: [texts, C]; moments: those of the texts as they are. Sums are of distances from
-    their means.
+    weights: [B, texts]; mean, variance: [texts, C]; moments: those of the texts as they are.
     """
     shape = (len(weights), *moments.mean.shape)
     means, variances = np.empty(shape), np.empty(shape)
@@ -53,13 +49,8 @@ def resampled_moments(
 def held_own_scores(inside: Array, own: Array) -> Array:
     """Return each resample's mean score of the neurons' own features, held fixed, [B, C]; 0 for own = -1.
 
-    inside: [B, F, C]; own: [C].
-
-    The own score is a maximum over features, so noise alone increases it. Choosing l* anew in a resample would increase
-    it twice: in simulations such intervals lay entirely above the estimate. With l* held fixed, they are intervals of
-    the value that this many texts give on average. That value is larger than for infinitely many texts, the more so
-    the fewer texts there are and the less features differ (1.14 instead of 1.05 with 5 features of 60 texts that hardly
-    differ), which no interval shows.
+    inside: [B, F, C]; own: [C]. The own score is a maximum over features, so noise alone increases it. Choosing l* anew
+    in a resample would increase it twice: in simulations such intervals lay entirely above the estimate.
     """
     chosen = np.take_along_axis(inside, np.maximum(own, 0)[None, None], axis=1)[:, 0]
     return np.where(own >= 0, chosen, 0.0)
@@ -68,9 +59,7 @@ def held_own_scores(inside: Array, own: Array) -> Array:
 def resampled_histogram(weights: Array, histogram: Array) -> Array:
     """Return each resample's histogram, float64 [B, 2, BINS]: each text's counts as often as it was drawn.
 
-    weights: [B, texts]; histogram: [texts, 2, BINS]. The neurons' own features, means and S are those of the whole set,
-    by which the scores were counted. So the interval of the FKR shows the variation of the texts, not that of these
-    three.
+    weights: [B, texts]; histogram: [texts, 2, BINS]. The neurons' own features, means and S are those of the whole set.
     """
     texts, kinds, bins = histogram.shape
     total = np.zeros((len(weights), kinds * bins))

@@ -2,8 +2,7 @@
 
 The batches of texts are dealt out to the ranks, and are the same for any number of ranks. The ranks' results are
 summed, a block at a time, on rank 0, which alone computes the measures, so that tables are bit-identical for any number
-of ranks. Tables of texts are on disk. Only the texts' tokens and the weights of the bootstrap take memory that grows
-with the number of texts.
+of ranks. Tables of texts are on disk.
 
 Shapes: B texts of a batch, T tokens a text, N neurons of a layer, F features, BINS bins of the score.
 """
@@ -11,8 +10,8 @@ Shapes: B texts of a batch, T tokens a text, N neurons of a layer, F features, B
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ LOWEST, HIGHEST = -8, 16
 BINS = (HIGHEST - LOWEST) * 2**MANTISSA_BITS + 1
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
-# Bins of equal width over the range of one neuron's activations, which `Distribution.trimmed` joins.
+# Bins of equal width over the range of one neuron's activations, which `trimmed` joins.
 VALUE_BINS = 512
 BLOCK = 1024  # rows of a table (or, squared, values of it) that are in memory at a time
 
@@ -69,8 +68,7 @@ class LayerActivations:
     """A layer's table of texts.
 
     mean, variance, top: mean, population variance and largest of the activations of a text's T tokens, each float32
-    [texts, N] on disk. lowest: each neuron's lowest activation of all, [N]. tokens: T, or 1 if a text is one sample
-    (`as_one_sample`).
+    [texts, N] on disk. lowest: each neuron's lowest activation of all, [N]. tokens: T, or 1 if a text is one sample.
     """
 
     layer: int
@@ -81,10 +79,7 @@ class LayerActivations:
     tokens: int
 
     def as_one_sample(self, kind: str) -> LayerActivations:
-        """Return a table in which each text is one sample, by its mean or its largest activation ("max").
-
-        Sparse probing does so.
-        """
+        """Return a table in which each text is one sample, by its mean or its largest activation ("max")."""
         value = self.mean if kind == "mean" else self.top
         lowest = np.minimum.reduce([value[first : first + BLOCK].min(0) for first in range(0, len(value), BLOCK)])
         return LayerActivations(self.layer, value, np.broadcast_to(np.float32(0), value.shape), value, lowest, 1)
@@ -105,49 +100,32 @@ class Shown(NamedTuple):
     highest: float
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """Activations of one neuron by feature: counts [F, bins] int64 between edges [bins + 1]."""
+def trimmed(neuron: Shown, counts: np.ndarray, most: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Return a neuron's distribution without the empty bins at both ends, in at most `most` bins.
 
-    layer: int
-    neuron: int
-    edges: np.ndarray
-    counts: np.ndarray
-
-    def trimmed(self, most: int = 64) -> Distribution:
-        """Return the distribution without the empty bins at both ends, in at most `most` bins."""
-        used = np.flatnonzero(self.counts.sum(0))
-        first, last = int(used[0]), int(used[-1]) + 1
-        width = math.ceil((last - first) / most)
-        last = min(first + width * math.ceil((last - first) / width), self.counts.shape[1])
-        starts = np.arange(first, last, width)
-        return replace(
-            self,
-            edges=self.edges[[*starts, last]],
-            counts=np.add.reduceat(self.counts[:, :last], starts, axis=1),
-        )
+    counts: activations by feature and bin, int64 [F, VALUE_BINS]. Returns edges [bins + 1] and counts [F, bins].
+    """
+    used = np.flatnonzero(counts.sum(0))
+    first, last = int(used[0]), int(used[-1]) + 1
+    width = math.ceil((last - first) / most)
+    last = min(first + width * math.ceil((last - first) / width), VALUE_BINS)
+    starts = np.arange(first, last, width)
+    edges = np.linspace(neuron.lowest, neuron.highest, VALUE_BINS + 1)
+    return edges[[*starts, last]], np.add.reduceat(counts[:, :last], starts, axis=1)
 
 
 class Texts:
-    """This rank's batches of texts, as the rows of each batch.
+    """This rank's batches of texts.
 
-    tokens: of all texts, [texts, T]. in_step: with ZeRO-3 every rank must run equally often; some then run `idle` times
-    more, on texts whose results are not used.
+    tokens: of all texts, [texts, T]. own: the rows of each of this rank's batches. in_step: with ZeRO-3 every rank must
+    run equally often; some then run `idle` times more, on texts whose results are not used.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, in_step: bool = False) -> None:
         self.tokens, self.batch, self.in_step = tokens, batch, in_step
-        starts = range(0, len(tokens), batch)
-        self._own_starts = starts[collectives.rank() :: collectives.size()]
-        most = math.ceil(len(starts) / collectives.size())
-        self.idle = most - len(self._own_starts) if in_step else 0
-
-    def __iter__(self) -> Iterator[slice]:
-        for start in self._own_starts:
-            yield slice(start, min(start + self.batch, len(self.tokens)))
-
-    def __len__(self) -> int:
-        return len(self._own_starts)
+        batches = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
+        self.own = batches[collectives.rank() :: collectives.size()]
+        self.idle = math.ceil(len(batches) / collectives.size()) - len(self.own) if in_step else 0
 
 
 def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor], None], doing: str) -> None:
@@ -168,7 +146,7 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
         except AnalysisError as raised:  # ranks that gather weights would wait for ever if it left a forward pass
             error = raised
 
-    progress_bar = tqdm(texts, doing, unit="batch", disable=None if collectives.is_main() else True)
+    progress_bar = tqdm(texts.own, doing, unit="batch", disable=None if collectives.is_main() else True)
     with observed(model.sites, seen), progress_bar as batches:
         for rows in batches:
             model.run(torch.from_numpy(texts.tokens[rows].astype(np.int64)))
@@ -184,8 +162,7 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:
     """Run the first pass and return the layers on rank 0, and nothing elsewhere. Collective.
 
-    folder: this rank's own, for its part of the tables and, on rank 0, for the whole tables. Raises AnalysisError that
-    names layer, neuron and text of an activation that is not finite.
+    folder: this rank's own, for its part of the tables and, on rank 0, for the whole tables. Raises AnalysisError.
     """
     count, length = texts.tokens.shape
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,18 +195,14 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     lowest_by_rank = collectives.all_gather_objects([values.cpu().numpy() for values in lowest])
     if not collectives.is_main():
         return []
-    layers = []
-    for index, (site, (mean, variance, top)) in enumerate(zip(model.sites, tables, strict=True)):
-        site_lowest = np.minimum.reduce([by_site[index] for by_site in lowest_by_rank])
-        layers.append(LayerActivations(site.layer, mean, variance, top, site_lowest, length))
-    return layers
+    return [
+        LayerActivations(site.layer, *table, np.minimum.reduce(site_lowest), length)
+        for site, table, site_lowest in zip(model.sites, tables, zip(*lowest_by_rank, strict=True), strict=True)
+    ]
 
 
 def _sum_on_main(array: np.ndarray) -> None:
-    """Sum an array over the ranks, in place on rank 0, a block of rows at a time. Collective.
-
-    The sum is exact, as each row is zero on all ranks but one.
-    """
+    """Sum an array, of which each row is zero on all ranks but one, in place on rank 0, in blocks. Collective."""
     rows = max(1, BLOCK * BLOCK // math.prod(array.shape[1:]))
     for first in range(0, len(array) if collectives.size() > 1 else 0, rows):
         block = slice(first, first + rows)
@@ -248,11 +221,12 @@ def count_scores(
     features: int,
     shown: Sequence[Shown],
     folder: Path,
-) -> tuple[list[LayerCounts], list[Distribution]]:
+) -> tuple[list[LayerCounts], np.ndarray]:
     """Run the second pass: count scores by bins, and the activations of the neurons in `shown`. Collective.
 
     labels: index of each text's feature, int64 [texts]; own: by site, the same on every rank; folder: as in
-    `collect_activations`. Returns scores and distributions on rank 0, and empty lists elsewhere.
+    `collect_activations`. Returns on rank 0 the scores, and activations by feature and bin, int64 [shown, F,
+    VALUE_BINS].
     """
     count, length = texts.tokens.shape
     device = model.device
@@ -302,11 +276,7 @@ def count_scores(
         histograms.append(LayerCounts(table, part.cpu().numpy() / samples))
     if len(shown):
         _sum_on_main(values.numpy())
-    distributions = [
-        Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), values[number].long().numpy())
-        for number, (layer, neuron, low, high) in enumerate(shown)
-    ]
-    return (histograms, distributions) if collectives.is_main() else ([], [])
+    return histograms, values.long().numpy()
 
 
 def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: LayerOwn, path: Path) -> LayerCounts:
@@ -332,12 +302,11 @@ def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: La
 
 def distributions_of_samples(
     layers: Sequence[LayerActivations], labels: np.ndarray, features: int, shown: Sequence[Shown]
-) -> list[Distribution]:
-    """Return the distributions of the neurons in `shown` if a text is one sample."""
+) -> np.ndarray:
+    """Return the activations of the neurons in `shown` as `count_scores` does, if a text is one sample."""
     by_number = {layer.layer: layer for layer in layers}
-    distributions = []
-    for layer, neuron, low, high in shown:
+    counts = np.empty((len(shown), features, VALUE_BINS), np.int64)
+    for of_neuron, (layer, neuron, low, high) in zip(counts, shown, strict=True):
         values = np.clip(by_number[layer].mean[:, neuron], low, high)
-        counts = [np.histogram(values[labels == feature], VALUE_BINS, (low, high))[0] for feature in range(features)]
-        distributions.append(Distribution(layer, neuron, np.linspace(low, high, VALUE_BINS + 1), np.stack(counts)))
-    return distributions
+        of_neuron[:] = [np.histogram(values[labels == f], VALUE_BINS, (low, high))[0] for f in range(features)]
+    return counts

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import cycle
 from pathlib import Path
@@ -16,30 +15,21 @@ import numpy as np
 import pandas as pd
 from matplotlib import font_manager, style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
-
-from l2e_ds.system.files import temporary_name
 
 Tables = Mapping[str, pd.DataFrame]
 Results = Mapping[str, Tables]
 # Paul Tol's "muted" colours, in an order that makes neighbours differ, and black. Most colour-blind readers can tell
 # them apart. In a black-and-white print, marker and dash do.
-_COLOURS = [
-    "#332288",
-    "#CC6677",
-    "#117733",
-    "#88CCEE",
-    "#882255",
-    "#DDCC77",
-    "#44AA99",
-    "#AA4499",
-    "#999933",
-    "#222222",
-]
+_COLOURS = (
+    *("#332288", "#CC6677", "#117733", "#88CCEE", "#882255"),
+    *("#DDCC77", "#44AA99", "#AA4499", "#999933", "#222222"),
+)
 _MARKERS = "osD^vP<X>ph"
 _DASHES = ("-", "--", "-.", (0, (1, 1)))
 OWN, _NEXT, _OTHERS, INK = "#CC3311", "#0077BB", "#B5B5B5", "#222222"
@@ -87,14 +77,8 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     """Write a figure as STEM.png (150 dpi) and STEM.svg, and return the paths. Raises OSError."""
     paths = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-        path = stem.with_name(f"{stem.name}.{kind}")
-        temporary = temporary_name(path)
-        try:
-            figure.savefig(temporary, format=kind, dpi=150, metadata=metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+        figure.savefig(paths[-1], format=kind, dpi=150, metadata=metadata)
         figure.set_layout_engine("none")  # keeps the layout, which would take seconds to compute again
     return paths
 
@@ -138,6 +122,15 @@ def frame(
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def frame_with_legend(
+    title: str, subtitle: str, note: str, panels: int, panel: tuple[float, float], results: Results
+) -> tuple[Figure, Any]:
+    """Return a figure as `frame` does, with a row of axes, of at least the panel's height, and a legend of models."""
+    height = max(panel[1], 0.8 + sum(0.07 + 0.165 * (2 + _model_name(label).count("\n")) for label in results))
+    figure, grid = frame(title, subtitle, note, 1, panels, (panel[0], height), LEGEND_INCHES)
+    return figure, grid[0]
+
+
 def new_figure(inches: tuple[float, float], rectangle: tuple[float, float, float, float]) -> Figure:
     layout = ConstrainedLayoutEngine(rect=rectangle, w_pad=0.08, h_pad=0.08, wspace=0.03, hspace=0.05)
     figure = Figure(figsize=inches, layout=layout)
@@ -145,10 +138,12 @@ def new_figure(inches: tuple[float, float], rectangle: tuple[float, float, float
     return figure
 
 
-def draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mapping[str, float]) -> None:
+def draw_distribution(
+    axes: Axes, table: pd.DataFrame, own: str, scores: Mapping[str, float], title: str | None = None
+) -> None:
     """Draw a neuron's distribution on each feature, in red for the own one, in blue for that of the next highest score.
 
-    table: columns feature, left, right, count.
+    table: columns feature, left, right, count. title: of the legend.
     """
     features = list(dict.fromkeys(table["feature"]))
     others = sorted((f for f in features if f != own), key=lambda f: -scores[f])
@@ -170,12 +165,17 @@ def draw_distribution(axes: Axes, table: pd.DataFrame, own: str, scores: Mapping
         more = f"{len(others) - 1} more feature{'s' if len(others) > 2 else ''}"
         axes.plot([], [], color=_OTHERS, linewidth=0.8, label=more)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=6))
-    axes.yaxis.set_minor_locator(NullLocator())
+    set_ticks(axes.yaxis, LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5), numticks=6), "{:g}".format)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.set(xlabel="activation", ylabel="density (log scale)")
+    place: dict[str, Any] = {
+        "loc": "lower left",
+        "bbox_to_anchor": (-0.02, 1.0),
+        "borderaxespad": 0,
+        "labelspacing": 0.25,
+    }
+    axes.legend(title=title, alignment="left", title_fontproperties={"weight": "bold"}, **place)
 
 
 def draw_significance(axes: Axes, tables: Tables) -> None:
@@ -197,17 +197,15 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
             label="_probed",
             markerfacecolor=OWN if is_significant else "white",
         )
+        p = "p < 0.001" if row["p_adjusted"] < 0.001 else f"p = {row['p_adjusted']:.2g}"
         ratio = f"{row['ratio']:.3g}x ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})"
         right = axes.get_yaxis_transform()
-        axes.text(1.02, y, f"{ratio}, {_p_value(row['p_adjusted'])}", transform=right, va="center", size=8, color=INK)
+        axes.text(1.02, y, f"{ratio}, {p}", transform=right, va="center", size=8, color=INK)
     axes.plot(rows["random_score"], rows.index, "D", color=INK, markersize=5, zorder=3, label="_random")
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     ticks = (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)
-    axes.xaxis.set_major_locator(LogLocator(subs=ticks, numticks=20))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    set_ticks(axes.xaxis, LogLocator(subs=ticks, numticks=20), "{:g}".format)
     axes.set_yticks(list(rows.index), [shown(name, 26) for name in rows["feature"]])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -215,15 +213,8 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
 
 
 def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series], column: str) -> None:
-    """Draw a value with its interval for each model, over its number of parameters.
-
-    A thin line joins models whose labels differ in nothing but their size. Models of the same size are drawn side by
-    side, a few points apart.
-    """
+    """Draw a value with its interval for each model over its number of parameters, those of one size side by side."""
     parameters = {label: float(tables["scale"]["parameters"].iloc[0]) for label, tables in results.items()}
-    families: dict[str, list[str]] = {}
-    for label in sorted(results, key=lambda label: parameters[label]):
-        families.setdefault(re.sub(r"\d+(\.\d+)?[kmb](?![a-z])", "", label, flags=re.IGNORECASE), []).append(label)
     by_size = {count: [label for label in results if parameters[label] == count] for count in parameters.values()}
     most = max(map(len, by_size.values()))
 
@@ -234,18 +225,7 @@ def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series],
         return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
     axes.set_xscale("log")
-    for family in families.values():
-        if len({parameters[label] for label in family}) == len(family) > 1:
-            axes.plot(
-                [parameters[label] for label in family],
-                [rows[label][column] for label in family],
-                color="#AAAAAA",
-                linewidth=1,
-                zorder=1,
-                label="_family",
-                transform=shifted(family[0]),
-            )
-    for label, look in zip(results, looks(results), strict=True):
+    for label, look in looks(results).items():
         row, x, transform = rows[label], parameters[label], shifted(label)
         ends = [row[f"{column}_low"]], [row[f"{column}_high"]]
         axes.vlines([x], *ends, color=look["color"], linewidth=1.6, zorder=2, transform=transform)
@@ -254,9 +234,7 @@ def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series],
     low, high = min(by_size), max(by_size)
     margin = 1.5 if high > low else 4.0
     axes.set_xlim(low / margin, high * margin)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 40 else (1, 3), numticks=20))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _magnitude(value)))
+    set_ticks(axes.xaxis, LogLocator(subs=(1, 2, 5) if high / low < 40 else (1, 3), numticks=20), magnitude)
     axes.set_xlabel(
         "parameters (log scale)" if most == 1 else "parameters (log scale; models of one size side by side)"
     )
@@ -277,18 +255,21 @@ def depth_axis(axes: Axes) -> None:
 
 def step_axis(axes: Axes, steps: Sequence[int]) -> None:
     positive = [step for step in steps if step > 0]
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _magnitude(value)))
     if positive and positive[-1] >= 100 * positive[0]:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
         first, last = math.ceil(math.log10(positive[0])), math.floor(math.log10(positive[-1]))
         decades = [10.0**power for power in range(first, last + 1)]
-        axes.xaxis.set_major_locator(FixedLocator([*([0] if steps[0] == 0 else []), *decades]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _magnitude(value)))
+        set_ticks(axes.xaxis, FixedLocator([*([0] if steps[0] == 0 else []), *decades]), magnitude)
         axes.set_xlabel("step (log scale)")
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        set_ticks(axes.xaxis, MaxNLocator(5, integer=True), magnitude)
         axes.set_xlabel("step")
+
+
+def set_ticks(axis: Axis, locator: Locator, text: Callable[[float], str]) -> None:
+    axis.set_major_locator(locator)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 def add_legend(axes: Axes, source: Axes, results: Results, endings: Sequence[str] = ()) -> None:
@@ -303,11 +284,6 @@ def add_legend(axes: Axes, source: Axes, results: Results, endings: Sequence[str
     )
 
 
-def legend_height(results: Results) -> float:
-    """Return the height in inches that `add_legend` may need, including axis labels and titles."""
-    return 0.8 + sum(0.07 + 0.165 * (2 + _model_name(label).count("\n")) for label in results)
-
-
 def _model_name(label: str) -> str:
     return "\n".join(textwrap.wrap(shown(label, 84), 30))
 
@@ -317,26 +293,25 @@ def hide_unused(grid: np.ndarray, used: int) -> None:
         axes.set_axis_off()
 
 
-def looks(results: Results) -> list[dict[str, Any]]:
+def looks(results: Results) -> dict[str, dict[str, Any]]:
     """Return colour, marker and dash of each model, the same in every figure."""
-    colours, markers, dashes = cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES)
-    return [{"color": next(colours), "marker": next(markers), "linestyle": next(dashes)} for _ in results]
+    styles = zip(cycle(_COLOURS), cycle(_MARKERS), cycle(_DASHES), strict=False)
+    return {
+        label: {"color": colour, "marker": marker, "linestyle": dash}
+        for label, (colour, marker, dash) in zip(results, styles, strict=False)
+    }
 
 
 def percent(share: float) -> str:
     return f"{share * 100:.3g} %"
 
 
-def _p_value(value: float) -> str:
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
-
-
-def _magnitude(value: float) -> str:
-    """Return a number with a unit, such as 70M or 1.4B."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+def magnitude(value: float) -> str:
+    """Return a number as text, a large one with a unit, such as 70M or 1.4B."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit * 0.9995:
             return f"{value / unit:.3g}{letter}"
-    return f"{value:g}"
+    return f"{value:.4g}".replace("-", "−")
 
 
 @cache
@@ -346,10 +321,7 @@ def _glyphs() -> frozenset[int]:
 
 
 def shown(text: str, most: int | None = None) -> str:
-    """Return a text in which characters that are not visible, or have no glyph in the font, are escaped.
-
-    A text that is then longer than `most` loses its middle.
-    """
+    """Return a text, longer ones without their middle, with escapes for characters that the font cannot show."""
     text = "".join(c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     if most is not None and len(text) > most:
         return f"{text[: most // 2]}…{text[-(most - most // 2 - 1) :]}"

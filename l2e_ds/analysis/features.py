@@ -1,7 +1,6 @@
-"""Read feature sets: texts that are labelled with one feature each (docs/analysis.md), as tokens of one length.
+"""Read feature sets: texts that are labelled with one feature each (docs/feature-sets.md), as tokens of one length.
 
-The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept. So
-memory grows with the resulting set, and by 8 bytes for each long enough text of the source.
+The source is read twice: first every record is checked and counted, then the tokens of the chosen texts are kept.
 
 F: features. T: tokens of a text.
 """
@@ -13,32 +12,24 @@ import hashlib
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from l2e_ds.config.sections import SourceConfig
-from l2e_ds.data.sources import (
-    COMPRESSED,
-    json_object,
-    load_hub,
-    looks_local,
-    opened,
-    printable,
-    python_values,
-    source_files,
-)
+from l2e_ds.console import aligned
+from l2e_ds.data import sources
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.system.files import one_line
 
 if TYPE_CHECKING:  # importing transformers takes seconds
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 MINIMUM_TEXTS = 20
@@ -63,8 +54,7 @@ class FeatureSet:
     """The index of each text's feature in `features`, int64 [texts]."""
     report: dict[str, Any]
     """A description for JSON: `source`, `tokenizer`, `digest` (SHA-256 of features, tokens and labels), `seed`,
-    `sequence_length`, `texts_per_feature`; `features`: of each its `feature`, `found` texts, `too_short` and `kept`
-    ones, kept `tokens`, and `share` of the kept texts; `total`: the same for all together."""
+    `sequence_length`, `texts_per_feature`; counts of each of the `features`, and the `total`."""
 
 
 def load_feature_set(
@@ -85,8 +75,7 @@ def load_feature_set(
     that the data set's ClassLabel names. Texts of fewer tokens are left out and counted.
 
     texts_per_feature: by default as many as the scarcest feature has. Which texts of a feature are chosen depends only
-    on the seed, the feature's name and the order of its own texts. The texts for a smaller `texts_per_feature` are
-    among those for a larger one.
+    on the seed, the feature's name and the order of its own texts.
 
     Raises DataError (with file and line) for a bad record, and ConfigError for a set that cannot be balanced.
     """
@@ -97,7 +86,9 @@ def load_feature_set(
     ):
         if value is not None and value < least:
             raise ConfigError(f"{option}: got {value}, must be at least {least}")
-    truncating = _truncating(tokenizer, sequence_length)
+    truncating = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the original keeps its settings
+    truncating.no_padding()
+    truncating.enable_truncation(sequence_length)
 
     found: Counter[str] = Counter()
     long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # the numbers of the rows
@@ -154,23 +145,19 @@ def load_feature_set(
 
 def format_report(report: dict[str, Any]) -> str:
     """Return the report of a FeatureSet as text: a description, then an aligned table."""
-    facts = {
-        "source": report["source"],
-        "tokenizer": report["tokenizer"],
-        "tokens of a text": f"{report['sequence_length']:,}",
-        "seed": report["seed"],
-        "SHA-256": report["digest"],
-    }
+    facts = [
+        ("source", report["source"]),
+        ("tokenizer", report["tokenizer"]),
+        ("tokens of a text", f"{report['sequence_length']:,}"),
+        ("seed", str(report["seed"])),
+        ("SHA-256", report["digest"]),
+    ]
     rows = [["feature", "found", "too short", "kept", "tokens", "share"]]
     for line in [*report["features"], {"feature": "all", **report["total"]}]:
         rows.append([line["feature"], *(f"{line[key]:,}" for key in _COUNTS), f"{line['share']:.1%}"])
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
-    lines = [f"{name:<16}  {fact}" for name, fact in facts.items()] + [""]
-    lines += ["  ".join([name.ljust(first), *map(str.rjust, numbers, widths)]) for name, *numbers in rows]
-    return "\n".join(lines)
-
-
-# --- choosing ----------------------------------------------------------------------------------------------------
+    lines = ["  ".join([name.ljust(first), *map(str.rjust, numbers, widths)]) for name, *numbers in rows]
+    return "\n".join([aligned(facts), "", *lines])
 
 
 def _texts_of_each(
@@ -183,7 +170,7 @@ def _texts_of_each(
     if scarce := [feature for feature, count in available.items() if count < MINIMUM_TEXTS]:
         raise ConfigError(
             f"--features: {source} has fewer than {MINIMUM_TEXTS} texts of at least {sequence_length} tokens of:"
-            f" {_named(f'{_short(name)} ({available[name]} of {found[name]} texts)' for name in scarce)}; give a"
+            f" {_named({name: f'{available[name]} of {found[name]} texts' for name in scarce})}; give a"
             " smaller --sequence-length, add or join texts, or take these features out of the source"
         )
     fewest = min(available.values())
@@ -191,7 +178,7 @@ def _texts_of_each(
         scarce = [feature for feature, count in available.items() if count < asked]
         raise ConfigError(
             f"--texts-per-feature: got {asked}, {source} has fewer texts of at least {sequence_length} tokens of:"
-            f" {_named(f'{_short(name)} ({available[name]})' for name in scarce)}; allowed: {MINIMUM_TEXTS} to {fewest}"
+            f" {_named({name: str(available[name]) for name in scarce})}; allowed: {MINIMUM_TEXTS} to {fewest}"
         )
     return asked or fewest
 
@@ -200,16 +187,6 @@ def _choice(rows: array[int], count: int, seed: int, feature: str) -> np.ndarray
     """Choose `count` of a feature's rows, independently of all other features."""
     random = np.random.default_rng([seed, *hashlib.sha256(feature.encode()).digest()])
     return np.frombuffer(rows, np.int64)[random.permutation(len(rows))[:count]]
-
-
-def _truncating(tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Tokenizer:
-    """Return a copy of a tokenizer that cuts texts off after T tokens. The original keeps its settings."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.enable_truncation(sequence_length)
-    return backend
 
 
 def _encoded(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int]]]:
@@ -227,39 +204,30 @@ def _encoded(rows: Iterator[Row], tokenizer: Tokenizer) -> Iterator[tuple[str, l
             yield feature, encoding.ids
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
 def _rows(source: str, text_column: str, feature_column: str, split: str) -> Iterator[Row]:
     """Yield all records, checked, in the order of the source. Raises DataError."""
     columns = {"--text-column": text_column, "--feature-column": feature_column}
-    with _named_as_options():
-        path = Path(source).expanduser()
-        uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
+    path = Path(source).expanduser()
+    try:
+        uncompressed = path.with_suffix("") if path.suffix in sources.COMPRESSED else path
         if path.is_dir():
             yield from _data_set_rows(SourceConfig(source="hub", path=source, split=split), columns)
         elif uncompressed.suffix == ".jsonl":
-            for file in source_files(SourceConfig(source="jsonl", path=source)):
+            for file in sources.source_files(SourceConfig(source="jsonl", path=source)):
                 yield from _jsonl_rows(file, columns)
         elif path.suffix == ".parquet":
-            for file in source_files(SourceConfig(source="parquet", path=source)):
+            for file in sources.source_files(SourceConfig(source="parquet", path=source)):
                 yield from _parquet_rows(file, columns)
         elif path.exists():
             raise DataError(
-                f"{source} must be .jsonl (also {', '.join(COMPRESSED)}), .parquet or a folder", where="data.path"
+                f"{source} must be .jsonl (also {', '.join(sources.COMPRESSED)}), .parquet or a folder",
+                where="data.path",
             )
-        elif looks_local(source):
+        elif sources.looks_local(source):
             raise DataError(f"no such file or folder: {source}", where="data.path")
         else:
             yield from _data_set_rows(_on_hub(source, split), columns)
-
-
-@contextmanager
-def _named_as_options() -> Iterator[None]:
-    """Make errors about keys of a run file name the command's options instead."""
-    try:
-        yield
-    except DataError as error:
+    except DataError as error:  # about keys of a run file, in place of which the command has options
         error.rename({"data.path": "--features", "data.split": "--split"})
         raise
 
@@ -281,12 +249,12 @@ def _on_hub(source: str, split: str) -> SourceConfig:
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
-    with opened(path) as (stream, _):
+    with sources.opened(path) as (stream, _):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
-            record = json_object(line.removeprefix(codecs.BOM_UTF8), where, "an object")
+            record = sources.json_object(line.removeprefix(codecs.BOM_UTF8), where, "an object")
             _check_columns(columns, list(record), where)
             yield _row(record, columns, None, where)
 
@@ -301,7 +269,7 @@ def _parquet_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
             names = _label_names(file.schema_arrow, columns["--feature-column"])
             number = 0
             for batch in file.iter_batches(_BATCH_ROWS, columns=list(columns.values())):
-                values = [python_values(batch.column(name)) for name in columns.values()]
+                values = [sources.python_values(batch.column(name)) for name in columns.values()]
                 for pair in zip(*values, strict=True):
                     yield _row(dict(zip(columns.values(), pair, strict=True)), columns, names, f"{path}: row {number}")
                     number += 1
@@ -319,21 +287,17 @@ def _label_names(schema: Any, column: str) -> list[str] | None:
 
 
 def _data_set_rows(config: SourceConfig, columns: dict[str, str]) -> Iterator[Row]:
-    stream = load_hub(config)
-    records = iter(stream)
-    number = 0
-    while True:
-        try:
-            record = next(records, None)
-        except Exception as error:
-            raise DataError(f"reading {config.path!r} failed: {one_line(error)}", where="data.path") from None
-        if record is None:
-            return
-        where = f"{config.path}: row {number}"
-        _check_columns(columns, list(record), where)
-        label = (stream.features or {}).get(columns["--feature-column"])
-        yield _row(record, columns, getattr(label, "names", None), where)
-        number += 1
+    stream = sources.load_hub(config)
+    label = (stream.features or {}).get(columns["--feature-column"])
+    try:
+        for number, record in enumerate(stream):
+            where = f"{config.path}: row {number}"
+            _check_columns(columns, list(record), where)
+            yield _row(record, columns, getattr(label, "names", None), where)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"reading {config.path!r} failed: {one_line(error)}", where="data.path") from None
 
 
 def _check_columns(columns: dict[str, str], there: list[str], where: str) -> None:
@@ -343,16 +307,10 @@ def _check_columns(columns: dict[str, str], there: list[str], where: str) -> Non
             raise DataError(f"{where}: no column {column!r}; set {option} to one of: {allowed}")
 
 
-def _named(things: Iterable[str], most: int = 12) -> str:
-    """Return a list for a message, cut off, as a column that holds no features may have thousands of values."""
-    names = list(things)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _short(name: str, most: int = 40) -> str:
-    """Return a name on one line, cut off after `most` characters."""
-    name = " ".join(name.split())
-    return name if len(name) <= most else f"{name[: most - 3]}..."
+def _named(counts: dict[str, str], most: int = 12) -> str:
+    """Return names with counts, cut off, as a column that holds no features may have thousands of values."""
+    parts = [f"{shorten(name, 40, placeholder='...')} ({count})" for name, count in islice(counts.items(), most)]
+    return ", ".join(parts) + (f" and {len(counts) - most} more" if len(counts) > most else "")
 
 
 def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | None, where: str) -> Row:
@@ -368,4 +326,4 @@ def _row(record: dict[str, Any], columns: dict[str, str], names: list[str] | Non
             raise DataError(f"{where}: {column!r} is empty")
         if not isinstance(value, str):
             raise DataError(f"{where}: {column!r} is a {type(value).__name__}, must be text")
-    return printable(feature.strip()), printable(text)
+    return sources.printable(feature.strip()), sources.printable(text)

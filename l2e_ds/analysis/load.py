@@ -29,7 +29,8 @@ class LoadedModel:
     """A model in evaluation mode, whose neurons can be observed.
 
     network: without its output matrix; sites: those of the layers that were asked for; layers, parameters: how many
-    the whole model has; tokens: how many it has seen in training, or None if that is not known.
+    the whole model has; tokens: how many it has seen in training, or None if that is not known; close: releases sharded
+    weights (ZeRO-3).
     """
 
     source: ModelSource
@@ -39,12 +40,7 @@ class LoadedModel:
     parameters: int
     tokens: int | None
     device: torch.device
-    release: Callable[[], None] | None = None
-
-    def close(self) -> None:
-        """Release sharded weights (ZeRO-3)."""
-        if self.release is not None:
-            self.release()
+    close: Callable[[], None] = lambda: None
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor) -> None:
@@ -53,10 +49,7 @@ class LoadedModel:
 
 
 def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
-    """Return the network's configuration, without loading weights.
-
-    Raises ConfigError for a missing model, an unknown family or a layer that the model does not have.
-    """
+    """Return the network's configuration. Raises ConfigError for a missing model, an unknown family or layer."""
     network = network_config(source)
     family_of(network, source.given)
     count = network.num_hidden_layers
@@ -76,26 +69,22 @@ def load_model(
     """Load a model that `check_model` has accepted.
 
     zero3: shard the weights over the ranks by DeepSpeed, which gathers them layer by layer. Every rank must then run
-    equally often, and close the model before the next is loaded. Raises ConfigError or CheckpointError if the weights
-    cannot be loaded.
+    equally often, and close the model before the next is loaded. Raises ConfigError, CheckpointError.
     """
-    sharded = {**ZERO3, **_dtype_section(precision)} if zero3 else None
+    sharded = {**ZERO3, **({} if precision == "fp32" else {precision: {"enabled": True}})} if zero3 else None
     network, tokens = load_causal_model(source, precision, sharded)
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
     sites = neuron_sites(network, sorted(set(layers)) if layers else "all")
     body = network.base_model.eval().requires_grad_(False)
-    close = _shard(body, precision) if zero3 else None
-    if not zero3:
+    loaded = LoadedModel(source, body, sites, network.config.num_hidden_layers, parameters, tokens, device)
+    if sharded:
+        loaded.close = _shard(body, sharded)
+    else:
         body.to(device)
-    count = network.config.num_hidden_layers
-    return LoadedModel(source, body, sites, count, parameters, tokens, device, close)
+    return loaded
 
 
-def _dtype_section(precision: str) -> dict[str, Any]:
-    return {} if precision == "fp32" else {precision: {"enabled": True}}
-
-
-def _shard(network: nn.Module, precision: str) -> Callable[[], None]:
+def _shard(network: nn.Module, config: dict[str, Any]) -> Callable[[], None]:
     """Shard a network, so that it gathers weights as it runs. Returns a function that releases it."""
     import contextlib
     import io
@@ -103,7 +92,6 @@ def _shard(network: nn.Module, precision: str) -> Callable[[], None]:
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-    config = {**ZERO3, **_dtype_section(precision)}
     with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it does
         if not any(hasattr(p, "ds_id") for p in network.parameters()):
             # Shards one parameter at a time; `initialize` alone would first bring all of them to the device.

@@ -48,10 +48,9 @@ class FeatureMoments:
 
 
 def feature_moments(mean: Array, variance: Array, labels: Array, features: int, tokens: int) -> FeatureMoments:
-    """Merge the moments of the texts, which are of equal length, into those of their features.
+    """Merge the moments of the texts, which are of equal length, into those of their features, which all have one.
 
-    mean, variance: [texts, C], a text's mean and population variance; labels: [texts] int64 in [0, F). Every feature
-    must have a text.
+    mean, variance: [texts, C], a text's mean and population variance; labels: [texts] int64 in [0, F).
     """
     means = np.empty((features, mean.shape[1]))
     variances = np.empty_like(means)
@@ -78,11 +77,7 @@ def is_alive(mean: Array, variance: Array) -> Array:
 
 
 def mean_scores(moments: FeatureMoments) -> Array:
-    """Return the mean score phi (eq. 1) inside each feature, [..., F, C], by the mean and S of all tokens.
-
-    It is 0 for dead neurons. The mean of (z - mean)^2 over a feature is the feature's variance plus the squared
-    distance of its mean.
-    """
+    """Return the mean score phi (eq. 1) inside each feature, [..., F, C], by mean and S of all tokens; 0 if dead."""
     mean, variance = pooled(moments)
     alive = is_alive(mean, variance)
     inverse = np.where(alive, 1 / np.where(alive, variance, 1.0), 0.0)[..., None, :]
@@ -90,10 +85,7 @@ def mean_scores(moments: FeatureMoments) -> Array:
 
 
 def scores_outside(inside: Array, texts: Array) -> Array:
-    """Return the mean score over the tokens of all other features (eq. 2), [..., F, C].
-
-    inside: mean scores inside each feature, [..., F, C]; texts: of each feature, [F].
-    """
+    """Return the mean score over the tokens of all other features (eq. 2), [..., F, C]. texts: of each feature, [F]."""
     others = texts * (1 - np.eye(len(texts)))
     return (others / others.sum(axis=1, keepdims=True)) @ inside
 
@@ -109,10 +101,7 @@ def own_features(inside: Array) -> tuple[Array, Array]:
 
 
 def own_against_all(inside: Array) -> float:
-    """Return the K-S statistic between the scores of own features and those of all (neuron, feature) pairs.
-
-    inside: [F, C] of live neurons. The statistic decreases as neurons get polysemantic (docs/analysis.md).
-    """
+    """Return the K-S statistic between scores of own features and of all pairs. inside: [F, C] of live neurons."""
     from scipy import stats  # an optional dependency, which options and help of the commands do without
 
     return float(stats.ks_2samp(inside.max(axis=0), inside.ravel(), method="asymp").statistic)
@@ -156,8 +145,7 @@ def false_killing(histogram: Array, edges: Array, shares: tuple[float, ...], pai
 
     Only a part of the bin that holds tau_k is selected. Its scores are assumed to be spread evenly over the bin, and
     the two kinds to be mixed evenly. So the error of tau is below the bin's width (in the last bin, which has no end,
-    tau is the bin's lower edge), and that of the rate is at most `error`: the largest for any distribution of the
-    scores within the bin, even if several equal tau_k. All other bins are exact, so fine bins make it small.
+    tau is the bin's lower edge), and that of the rate is at most `error`, for any distribution within the bin.
     """
     wrong, own = (np.asarray(histogram[..., kind, :], dtype=np.float64) for kind in (0, 1))
     above, wrong_above = (_counts_from(counts) for counts in (wrong + own, wrong))
@@ -199,8 +187,7 @@ def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: A
 def together(layers: list[FalseKilling]) -> FalseKilling:
     """Return all layers as one, of which each keeps its own tau_k: selected and falsely killed are summed, tau is NaN.
 
-    `error` is the mean of the layers' errors, weighted by their selected. It bounds the error of the rate unless
-    several scores equal tau_k.
+    `error`, the mean weighted by selected, bounds the error of the rate unless several scores equal tau_k.
     """
     selected = np.sum([layer.selected for layer in layers], axis=0)
     false = np.sum([layer.false for layer in layers], axis=0)
@@ -209,10 +196,7 @@ def together(layers: list[FalseKilling]) -> FalseKilling:
 
 
 def suggested_share(curve: FalseKilling, shares: tuple[float, ...]) -> tuple[Array, Array]:
-    """Return the share with the lowest FKR, or the smallest of several, and that FKR, [...] each.
-
-    Both are NaN if all neurons are dead.
-    """
+    """Return the share with the lowest FKR, or the least of several, and that FKR, [...] each; NaN if all are dead."""
     rate = curve.rate
     best = np.where(np.isnan(rate), np.inf, rate).argmin(axis=-1)
     lowest = np.take_along_axis(rate, best[..., None], axis=-1)[..., 0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from l2e_ds.analysis.features import load_feature_set
+from l2e_ds.analysis.features import FeatureSet, load_feature_set
 from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.console import say
 from l2e_ds.distributed import collectives
@@ -17,50 +17,40 @@ from l2e_ds.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-    from l2e_ds.analysis.features import FeatureSet
-
 
 def add_feature_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("texts")
-    group.add_argument(
+    add = parser.add_argument_group("texts").add_argument
+    add(
         "--features",
         required=True,
         metavar="FILE|DATASET",
         help="texts with one feature each: .jsonl, .parquet, a folder or a hub data set (docs/feature-sets.md)",
     )
-    group.add_argument(
-        "--text-column", default="text", metavar="NAME", help="column of the texts (default: %(default)s)"
-    )
-    group.add_argument(
-        "--feature-column", default="feature", metavar="NAME", help="column of the features (default: %(default)s)"
-    )
-    group.add_argument("--split", default="train", metavar="NAME", help="split of a data set (default: %(default)s)")
-    group.add_argument(
+    add("--text-column", default="text", metavar="NAME", help="column of the texts (default: %(default)s)")
+    add("--feature-column", default="feature", metavar="NAME", help="column of the features (default: %(default)s)")
+    add("--split", default="train", metavar="NAME", help="split of a data set (default: %(default)s)")
+    add(
         "--sequence-length",
         type=int,
         default=128,
         metavar="T",
         help="tokens a text; shorter texts are left out (default: %(default)s)",
     )
-    group.add_argument(
+    add(
         "--texts-per-feature",
         type=int,
         metavar="N",
         help="texts of each feature (default: as many as the scarcest feature has)",
     )
-    group.add_argument(
-        "--seed", type=int, default=1234, metavar="S", help="seed of every random choice (default: %(default)s)"
-    )
+    add("--seed", type=int, default=1234, metavar="S", help="seed of every random choice (default: %(default)s)")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
-    group.add_argument(
-        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
-    )
-    group.add_argument("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
-    group.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    add = parser.add_argument_group("model").add_argument
+    add("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)")
+    add("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:
@@ -75,18 +65,13 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
         feature_column=arguments.feature_column,
         split=arguments.split,
     )
-    if collectives.is_main():
-        _warn_of_repeated(texts.tokens)
-    return texts
-
-
-def _warn_of_repeated(tokens: np.ndarray) -> None:
-    repeated = 1 - len(np.unique(tokens, axis=0)) / len(tokens)
-    if repeated > 0.01:
+    repeated = 1 - len(np.unique(texts.tokens, axis=0)) / len(texts.tokens)
+    if repeated > 0.01 and collectives.is_main():
         say(
-            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first {tokens.shape[1]}"
-            " tokens; probes and intervals take them for independent (docs/feature-sets.md)"
+            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first"
+            f" {texts.tokens.shape[1]} tokens; probes and intervals take them for independent (docs/feature-sets.md)"
         )
+    return texts
 
 
 def name_of_set(features: str) -> str:

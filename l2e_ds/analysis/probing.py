@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from l2e_ds.analysis.measures import Array, column_blocks
-from l2e_ds.errors import ConfigError
 
 TRAIN_SHARE = 0.8
 SPLITS = 3
@@ -36,16 +35,11 @@ class Probes:
 
 
 def training_masks(labels: Array, splits: int, seed: int) -> Array:
-    """Return which texts are training texts, bool [splits, texts]: four fifths of each feature's texts.
-
-    Training and test each have at least one text of every feature. Raises ConfigError if a feature has only one text.
-    """
+    """Return which texts are training texts, bool [splits, texts]: four fifths of each feature's, but never all."""
     random = np.random.default_rng(seed)
     masks = np.zeros((splits, len(labels)), dtype=bool)
     for feature in np.unique(labels):
         rows = np.flatnonzero(labels == feature)
-        if len(rows) < 2:
-            raise ConfigError(f"probing: feature {feature} has 1 text; training and test need one each at least")
         train = min(max(1, round(TRAIN_SHARE * len(rows))), len(rows) - 1)
         for mask in masks:
             mask[random.permutation(rows)[:train]] = True
@@ -67,51 +61,41 @@ def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Pr
     return Probes(f1_train, f1_test, f1_test_sd, direction)
 
 
-def best_places(f1_train: list[Array], alive: list[Array], places: int = PLACES) -> Array:
+def best_places(f1_train: Array, alive: Array, places: int = PLACES) -> Array:
     """Return the live neurons with the highest training F1 for each feature, best first, int64 [F, places].
 
-    There are fewer places if fewer neurons are alive. f1_train: [F, N] of each layer; alive: [N] bool of each. A place
-    holds the neuron's index among all layers' neurons in order, and equal neurons come in that order.
+    There are fewer places if fewer neurons are alive. f1_train: [F, neurons]; alive: [neurons] bool.
     """
-    f1 = np.where(np.concatenate(alive), np.concatenate(f1_train, axis=1), -1.0)
-    order = np.argsort(-f1, axis=1, kind="stable")
-    return order[:, : min(places, int(np.concatenate(alive).sum()))]
-
-
-@dataclass(frozen=True)
-class _Sorted:
-    """The texts in the order of each neuron's values, sorted once for all features and splits.
-
-    order: [C, texts], the text at each place; value: [C, texts], ascending; first, last: [C, texts], the first and
-    last place with the same value; places: [C, texts], places grouped by the text's feature, ascending within each.
-    """
-
-    order: Array
-    value: Array
-    first: Array
-    last: Array
-    places: Array
-
-
-def _sort(values: Array, labels: Array) -> _Sorted:
-    order = np.argsort(values, axis=1, kind="stable")
-    value = np.take_along_axis(values, order, axis=1)
-    place = np.arange(value.shape[1])
-    edge = np.ones((len(value), 1), dtype=bool)
-    new = value[:, 1:] != value[:, :-1]
-    first = np.maximum.accumulate(np.where(np.hstack([edge, new]), place, 0), axis=1)
-    ends = np.where(np.hstack([new, edge]), place, value.shape[1])
-    last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
-    return _Sorted(order, value, first, last, np.argsort(labels[order], axis=1, kind="stable"))
+    order = np.argsort(-np.where(alive, f1_train, -1.0), axis=1, kind="stable")
+    return order[:, : min(places, int(alive.sum()))]
 
 
 def _probe_block(values: Array, labels: Array, features: int, masks: Array) -> tuple[Array, Array, Array, Array]:
     """Return the four arrays of `Probes` for a block, [F, C] each. values: [C, texts]."""
-    ordered = _sort(values, labels)
+    ordered = _Sorted(values, labels)
     fits = [_fit(ordered, values, labels, features, mask) for mask in masks]
     train, test, direction = (np.stack(parts) for parts in zip(*fits, strict=True))
     sd = test.std(axis=0, ddof=1) if len(masks) > 1 else np.full(test.shape[1:], np.nan)
     return train.mean(axis=0), test.mean(axis=0), sd, np.where(direction.sum(axis=0) >= 0, 1, -1)
+
+
+class _Sorted:
+    """The texts in the order of each neuron's values, sorted once for all features and splits, [C, texts] each.
+
+    order: the text at each place; value: ascending; first, last: the first and last place with the same value; places:
+    grouped by the text's feature, ascending within each.
+    """
+
+    def __init__(self, values: Array, labels: Array) -> None:
+        self.order = np.argsort(values, axis=1, kind="stable")
+        self.value = np.take_along_axis(values, self.order, axis=1)
+        place = np.arange(values.shape[1])
+        edge = np.ones((len(values), 1), dtype=bool)
+        new = self.value[:, 1:] != self.value[:, :-1]
+        self.first = np.maximum.accumulate(np.where(np.hstack([edge, new]), place, 0), axis=1)
+        ends = np.where(np.hstack([new, edge]), place, values.shape[1])
+        self.last = np.minimum.accumulate(ends[:, ::-1], axis=1)[:, ::-1]
+        self.places = np.argsort(labels[self.order], axis=1, kind="stable")
 
 
 def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Array) -> tuple[Array, Array, Array]:
@@ -147,11 +131,7 @@ def _fit(ordered: _Sorted, values: Array, labels: Array, features: int, mask: Ar
         taken = np.take_along_axis(np.where(upwards[:, None], total - taken_high, taken_low), column, axis=1)
         # `bounded` is shifted by one: the training values on both sides of the threshold are at taken and taken + 1.
         sides = np.take_along_axis(bounded, np.hstack([taken, taken + 1]), axis=1)
-        f1_test[feature] = _f1(test_values, test_labels == feature, sides.mean(axis=1), upwards)
+        predicted = (test_values > sides.mean(axis=1, keepdims=True)) == upwards[:, None]
+        positive = test_labels == feature
+        f1_test[feature] = 2 * predicted[:, positive].sum(axis=1) / (predicted.sum(axis=1) + positive.sum())
     return f1_train, f1_test, directions
-
-
-def _f1(values: Array, positive: Array, threshold: Array, upwards: Array) -> Array:
-    """Return the F1 of each neuron's probe, [C]. values: [C, texts]; positive: [texts]; threshold, upwards: [C]."""
-    predicted = (values > threshold[:, None]) == upwards[:, None]
-    return 2 * predicted[:, positive].sum(axis=1) / (predicted.sum(axis=1) + positive.sum())

@@ -4,16 +4,8 @@ Shapes: F features, T tokens of a text, N neurons of a layer, L layers, B bootst
 
 There are two stages, as the model runs over the texts twice. `first_tables` needs only each text's moments. It gives
 the mean, S and own feature by which the second pass counts scores. `build_tables` takes that pass's histograms and
-returns all tables:
-
-    neurons: layer, neuron, mean, s, kurtosis (E[phi^2]), alive, own_feature ("" if dead), own_score
-    neuron_features: layer, neuron, feature, score_inside, score_outside (eq. 2), mean, s, f1_train, f1_test
-    probes: the ten best probes of each feature with both scores and their intervals
-    significance: scores of the probed neurons against those of random ones, a row for each feature
-    scale: one row: K-S statistic, mean own score and suggested share of the model
-    layers: kurtosis, dead share, scale, own score and suggested share, a row for each layer
-    fkr: false killing rate, a row for each layer (-1: all together) and share
-    resamples: what `layer_change` pairs, a row for each layer and bootstrap resample
+returns all tables, whose columns docs/analysis.md names ("What is written"), and `resamples`: what `layer_change`
+pairs, a row for each layer and bootstrap resample.
 
 Columns *_low and *_high are 95 % bootstrap intervals over texts. Dead neurons have scores and F1 of 0 and no own
 feature. Means over own features and samples of neurons leave them out.
@@ -21,7 +13,7 @@ feature. Means over own features and samples of neurons leave them out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,25 +30,15 @@ REPORTED_SHARES = (0.01, REPORTED_SHARE, 0.05)
 Tables = dict[str, pd.DataFrame]
 
 
-@dataclass(frozen=True)
-class LayerTexts:
-    """What the first pass collected of a layer, each [texts, N] float32, possibly mapped from a file.
-
-    mean, variance: moments of a text's activations; the variance is divided by T (0 if a text is one sample). probed:
-    the value by which a text is probed, its mean or its largest activation.
-    """
-
-    mean: Array
-    variance: Array
-    probed: Array
+Moments = tuple[Array, Array]
+"""Of a layer: mean and population variance (0 if a text is a sample) of each text's activations, float32 [texts, N]."""
 
 
 @dataclass(frozen=True)
 class LayerOwn:
     """The moments and own features by which the second pass counts the scores of a layer, [N] each.
 
-    mean, s: float64, over all tokens; own: int64, index of the own feature l*, or -1 for dead neurons, which are not
-    counted.
+    mean, s: float64, over all tokens; own: int64, index of the own feature l*, or -1 for dead neurons.
     """
 
     mean: Array
@@ -91,23 +73,8 @@ class FirstTables:
     mean_s: Array
 
 
-@dataclass(frozen=True)
-class _LayerMoments:
-    """All neurons of a layer. inside, mean, s: [F, N]; alive, own_score: [N]; resampled_*: [B]."""
-
-    own: LayerOwn
-    alive: Array
-    own_score: Array
-    inside: Array
-    mean: Array
-    s: Array
-    probes: probing.Probes
-    resampled_own_score: Array
-    resampled_mean_s: Array
-
-
 def first_tables(
-    layers: Sequence[LayerTexts],
+    layers: Sequence[Moments],
     labels: Array,
     features: Sequence[str],
     *,
@@ -120,40 +87,36 @@ def first_tables(
 
     labels: [texts] int64, index into `features`; tokens: T, or 1 if a text is one sample; parameters: the model's, for
     `scale`. The same seed and labels give the same splits, samples and resamples for every model. Raises ConfigError
-    for fewer than two features, a feature with fewer than two texts, or activations that are not finite.
+    if no neuron varies.
     """
-    _check(labels, features)
     weights = bootstrap.resample_weights(labels, resamples, seed)
     masks = probing.training_masks(labels, probing.SPLITS, seed)
-    found = [
-        _layer_moments(index, layer, labels, len(features), tokens, weights, masks)
-        for index, layer in enumerate(layers)
-    ]
-    alive = np.concatenate([layer.alive for layer in found])
+    parts, own_score, mean_s = zip(
+        *(_layer_moments(layer, labels, len(features), tokens, weights, masks) for layer in layers), strict=True
+    )
+    found = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+    alive = found["own"] >= 0
     live = np.flatnonzero(alive)
     if not len(live):
         raise ConfigError(
             "analysis: no neuron of any layer varies over the texts; is the model trained and read right?"
         )
     sample = np.sort(np.random.default_rng(seed).choice(live, min(RANDOM_NEURONS, len(live)), replace=False))
-    best = probing.best_places([layer.probes.f1_train for layer in found], [layer.alive for layer in found])
-    chosen = _choose(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
-    place = _places(found)
+    best = probing.best_places(found["f1_train"], alive)
+    scores = _scores_of(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
+    sizes = [len(part["own"]) for part in parts]
+    place = pd.DataFrame(
+        {"layer": np.repeat(np.arange(len(sizes)), sizes), "neuron": np.concatenate([np.arange(n) for n in sizes])}
+    )
     tables = {
         "neurons": _neurons(found, features, place),
-        "neuron_features": _neuron_features(found, np.bincount(labels), features, place),
-        "probes": _probes(found, features, best, chosen, place),
-        "significance": _significance(features, best, sample, chosen),
-        "scale": _scale(parameters, sample, chosen),
+        "neuron_features": _neuron_features(found, features, place),
+        "probes": _probes(found, features, best, scores, np.bincount(labels), place),
+        "significance": _significance(features, best, sample, scores),
+        "scale": _scale(parameters, sample, scores),
     }
-    return FirstTables(
-        tables,
-        [layer.own for layer in found],
-        tokens,
-        weights,
-        np.stack([layer.resampled_own_score for layer in found]),
-        np.stack([layer.resampled_mean_s for layer in found]),
-    )
+    own = [LayerOwn(part["mean"], part["s"], part["own"]) for part in parts]
+    return FirstTables(tables, own, tokens, weights, np.stack(own_score), np.stack(mean_s))
 
 
 def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array) -> Tables:
@@ -195,26 +158,16 @@ def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array
 def layer_change(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Return the change between two models of one shape, a row for each layer: values after minus values before.
 
-    Both were analysed on the same texts with the same seed and B. Columns: layer, kurtosis (of medians), dead_share,
-    and with paired intervals own_score, mean_s, suggested_share and fkr (at a share of 2 %). Of the neurons that are
-    alive in both, own_changed is the share with another own feature, and own_correlation is the correlation of their
-    own scores. These two have no interval: resampling texts adds noise to each model, which increases the first and
-    decreases the second. Raises ConfigError if layers, neurons or resamples differ.
+    Both were analysed on the same texts with the same seed and B. docs/analysis.md names the columns. own_changed and
+    own_correlation have no interval: resampling texts adds noise to each model, which increases the first and decreases
+    the second.
     """
-    for name, keys in (("neurons", ["layer", "neuron"]), ("resamples", ["layer", "resample"])):
-        old, new = before[name][keys], after[name][keys]
-        if not old.equals(new):
-            raise ConfigError(
-                f"change between two models: {name} {len(old)} and {len(new)} do not pair; they must be of one shape"
-                " and analysed on the same texts with the same resamples"
-            )
     columns: dict[str, Any] = {"layer": before["layers"]["layer"]}
     for name in ("kurtosis", "dead_share"):
         columns[name] = after["layers"][name] - before["layers"][name]
-    reported = [_at_reported_share(tables["fkr"]) for tables in (before, after)]
     layers = len(before["layers"])
     for name in ("own_score", "mean_s", "suggested_share", "fkr"):
-        old, new = reported if name == "fkr" else (before["layers"][name], after["layers"][name])
+        old, new = (_at_reported_share(of["fkr"]) if name == "fkr" else of["layers"][name] for of in (before, after))
         difference = after["resamples"][name] - before["resamples"][name]
         columns[name] = new - old
         columns |= _bounds(name, difference.to_numpy().reshape(layers, -1).T)
@@ -226,141 +179,108 @@ def layer_change(before: Mapping[str, pd.DataFrame], after: Mapping[str, pd.Data
     return pd.DataFrame(columns)
 
 
-def _check(labels: Array, features: Sequence[str]) -> None:
-    if len(features) < 2:
-        raise ConfigError(f"features: {len(features)} given ({', '.join(features)}), two or more are needed to compare")
-    for feature, texts in zip(features, np.bincount(labels, minlength=len(features)), strict=True):
-        if texts < 2:
-            raise ConfigError(f"features: {feature} has {texts} text(s); the minimum is 2")
-
-
 def _layer_moments(
-    index: int, layer: LayerTexts, labels: Array, features: int, tokens: int, weights: Array, masks: Array
-) -> _LayerMoments:
-    """Return the moments of one layer, computed in blocks of neurons. Raises ConfigError."""
-    texts, neurons = layer.mean.shape
+    layer: Moments, labels: Array, features: int, tokens: int, weights: Array, masks: Array
+) -> tuple[dict[str, Array], Array, Array]:
+    """Return the measures of a layer's neurons by name, and the own score and mean S of its resamples, [B] each.
+
+    mean, s, own, own_score: [N]; inside, outside, feature_mean, feature_s, and the arrays of `Probes`: [F, N].
+    """
+    means, variances = layer
+    texts, neurons = means.shape
     resamples = len(weights)
     own_score_sum, s_sum = np.zeros(resamples), np.zeros(resamples)
-    parts = []
+    blocks: list[dict[str, Array]] = []
     for columns in measures.column_blocks(neurons, max(texts, resamples * features)):
-        mean, variance = np.asarray(layer.mean[:, columns]), np.asarray(layer.variance[:, columns])
+        mean, variance = np.asarray(means[:, columns]), np.asarray(variances[:, columns])
         moments = measures.feature_moments(mean, variance, labels, features, tokens)
         overall, square = measures.pooled(moments)
-        if not np.isfinite(square).all():
-            neuron = columns.start + int(np.flatnonzero(~np.isfinite(square))[0])
-            raise ConfigError(f"layer {index}, neuron {neuron}: activations are not all finite; is the model broken?")
         inside = measures.mean_scores(moments)
         count = moments.texts * tokens
-        s = np.sqrt(moments.variance * (count / np.maximum(count - 1, 1))[:, None])
         own, own_score = measures.own_features(inside)
-        parts.append((overall, np.sqrt(square), own, own_score, inside, moments.mean, s))
+        blocks.append(
+            {
+                "mean": overall,
+                "s": np.sqrt(square),
+                "own": own,
+                "own_score": own_score,
+                "inside": inside,
+                "feature_mean": moments.mean,
+                "feature_s": np.sqrt(moments.variance * (count / np.maximum(count - 1, 1))[:, None]),
+            }
+        )
         resampled = bootstrap.resampled_moments(weights, mean, variance, labels, moments)
         own_score_sum += bootstrap.held_own_scores(measures.mean_scores(resampled), own).sum(axis=1)
         s_sum += np.sqrt(measures.pooled(resampled)[1]).sum(axis=1)
-    overall, s_all, own, own_score, inside, mean, s = (
-        np.concatenate(part, axis=-1) for part in zip(*parts, strict=True)
-    )
-    alive = own >= 0
-    return _LayerMoments(
-        LayerOwn(overall, s_all, own),
-        alive,
-        own_score,
-        inside,
-        mean,
-        s,
-        probing.probe_layer(layer.probed, labels, features, masks),
-        own_score_sum / alive.sum() if alive.any() else np.full(resamples, np.nan),
-        s_sum / neurons,
-    )
+    found = {name: np.concatenate([block[name] for block in blocks], axis=-1) for name in blocks[0]}
+    found["outside"] = measures.scores_outside(found["inside"], np.bincount(labels))
+    found |= vars(probing.probe_layer(means, labels, features, masks))
+    alive = int((found["own"] >= 0).sum())
+    return found, own_score_sum / alive if alive else np.full(resamples, np.nan), s_sum / neurons
 
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Scores of the few neurons of which each resample is kept.
-
-    neurons: [chosen], sorted indices among all layers' neurons in order; texts: [F], texts of each feature; inside:
-    [F, chosen]; resampled: [B, F, chosen].
-    """
-
-    neurons: Array
-    texts: Array
-    inside: Array
-    resampled: Array
-
-    def of(self, neurons: Array) -> tuple[Array, Array]:
-        """Return the scores of these neurons, [F, neurons], and those of each resample, [B, F, neurons]."""
-        at = np.searchsorted(self.neurons, neurons)
-        return self.inside[:, at], self.resampled[..., at]
+Scores = Callable[[Array], tuple[Array, Array]]
+"""Returns the scores inside each feature of some neurons, [F, neurons], and those of each resample, [B, F, neurons]."""
 
 
-def _choose(
-    layers: Sequence[LayerTexts], labels: Array, features: int, tokens: int, weights: Array, neurons: Array
-) -> _Chosen:
+def _scores_of(
+    layers: Sequence[Moments], labels: Array, features: int, tokens: int, weights: Array, neurons: Array
+) -> Scores:
     """Return the scores of `neurons`, which are sorted indices among all layers' neurons in order."""
-    starts = np.cumsum([0, *(layer.mean.shape[1] for layer in layers)])
+    starts = np.cumsum([0, *(means.shape[1] for means, _ in layers)])
     inside, resampled = [], []
-    for layer, start, end in zip(layers, starts[:-1], starts[1:], strict=True):
+    for (means, variances), start, end in zip(layers, starts[:-1], starts[1:], strict=True):
         within = neurons[(neurons >= start) & (neurons < end)] - start
         for block in measures.column_blocks(len(within), max(len(labels), len(weights) * features)):
-            mean, variance = layer.mean[:, within[block]], layer.variance[:, within[block]]
+            mean, variance = means[:, within[block]], variances[:, within[block]]
             moments = measures.feature_moments(mean, variance, labels, features, tokens)
             inside.append(measures.mean_scores(moments))
             resampled.append(
                 measures.mean_scores(bootstrap.resampled_moments(weights, mean, variance, labels, moments))
             )
-    texts = np.bincount(labels, minlength=features)
-    return _Chosen(neurons, texts, np.concatenate(inside, axis=-1), np.concatenate(resampled, axis=-1))
+    all_inside, all_resampled = np.concatenate(inside, axis=-1), np.concatenate(resampled, axis=-1)
+
+    def scores(some: Array) -> tuple[Array, Array]:
+        at = np.searchsorted(neurons, some)
+        return all_inside[:, at], all_resampled[..., at]
+
+    return scores
 
 
-def _places(found: list[_LayerMoments]) -> pd.DataFrame:
-    """Return the columns layer and neuron of all neurons in order."""
-    sizes = [len(layer.alive) for layer in found]
-    return pd.DataFrame(
-        {"layer": np.repeat(np.arange(len(sizes)), sizes), "neuron": np.concatenate([np.arange(n) for n in sizes])}
-    )
-
-
-def _neurons(found: list[_LayerMoments], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
+def _neurons(found: Mapping[str, Array], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
     names = np.array([*features, ""], dtype=object)  # the index of dead neurons, -1, is the last
     return place.assign(
-        mean=np.concatenate([layer.own.mean for layer in found]),
-        s=np.concatenate([layer.own.s for layer in found]),
-        alive=np.concatenate([layer.alive for layer in found]),
-        own_feature=names[np.concatenate([layer.own.own for layer in found])],
-        own_score=np.concatenate([layer.own_score for layer in found]),
+        mean=found["mean"],
+        s=found["s"],
+        alive=found["own"] >= 0,
+        own_feature=names[found["own"]],
+        own_score=found["own_score"],
     )
 
 
-def _neuron_features(
-    found: list[_LayerMoments], texts: Array, features: Sequence[str], place: pd.DataFrame
-) -> pd.DataFrame:
-    def rows(parts: list[Array]) -> Array:
-        """Return the values of all layers, [F, N] each, in the order of the rows: neuron by neuron."""
-        return np.concatenate([part.T.ravel() for part in parts])
-
+def _neuron_features(found: Mapping[str, Array], features: Sequence[str], place: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of all neurons, neuron by neuron."""
+    alive = found["own"] >= 0
+    columns = {
+        "score_inside": found["inside"],
+        "score_outside": found["outside"],
+        "mean": found["feature_mean"],
+        "s": found["feature_s"],
+        "f1_train": np.where(alive, found["f1_train"], 0.0),
+        "f1_test": np.where(alive, found["f1_test"], 0.0),
+    }
     repeated = place.loc[place.index.repeat(len(features))].reset_index(drop=True)
-    return repeated.assign(
-        feature=np.tile(np.array(features, dtype=object), len(place)),
-        score_inside=rows([layer.inside for layer in found]),
-        score_outside=rows([measures.scores_outside(layer.inside, texts) for layer in found]),
-        mean=rows([layer.mean for layer in found]),
-        s=rows([layer.s for layer in found]),
-        f1_train=rows([np.where(layer.alive, layer.probes.f1_train, 0.0) for layer in found]),
-        f1_test=rows([np.where(layer.alive, layer.probes.f1_test, 0.0) for layer in found]),
-    )
+    names = np.tile(np.array(features, dtype=object), len(place))
+    return repeated.assign(feature=names, **{name: values.T.ravel() for name, values in columns.items()})
 
 
 def _probes(
-    found: list[_LayerMoments], features: Sequence[str], best: Array, chosen: _Chosen, place: pd.DataFrame
+    found: Mapping[str, Array], features: Sequence[str], best: Array, scores: Scores, texts: Array, place: pd.DataFrame
 ) -> pd.DataFrame:
-    probes = {
-        name: np.concatenate([getattr(layer.probes, name) for layer in found], axis=1)
-        for name in ("direction", "f1_train", "f1_test", "f1_test_sd")
-    }
     tables = []
     for f, neurons in enumerate(best):
-        inside, resampled = chosen.of(neurons)
-        outside, resampled_outside = (measures.scores_outside(a, chosen.texts) for a in (inside, resampled))
+        inside, resampled = scores(neurons)
+        outside, resampled_outside = (measures.scores_outside(a, texts) for a in (inside, resampled))
         tables.append(
             pd.DataFrame(
                 {
@@ -368,7 +288,7 @@ def _probes(
                     "place": np.arange(1, len(neurons) + 1),
                     "layer": place["layer"].to_numpy()[neurons],
                     "neuron": place["neuron"].to_numpy()[neurons],
-                    **{name: values[f, neurons] for name, values in probes.items()},
+                    **{name: found[name][f, neurons] for name in ("direction", "f1_train", "f1_test", "f1_test_sd")},
                     "score_inside": inside[f],
                     **_bounds("score_inside", resampled[:, f]),
                     "score_outside": outside[f],
@@ -379,7 +299,7 @@ def _probes(
     return pd.concat(tables, ignore_index=True)
 
 
-def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _Chosen) -> pd.DataFrame:
+def _significance(features: Sequence[str], best: Array, sample: Array, scores: Scores) -> pd.DataFrame:
     """Return one-sided Mann-Whitney tests of the probed neurons' scores inside the feature against random neurons'.
 
     A probed neuron that is also in the sample is left out of the sample. The probed neurons were found on the same
@@ -389,8 +309,8 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
 
     rows = []
     for f, probed in enumerate(best):
-        inside, resampled = chosen.of(probed)
-        random_inside, random_resampled = chosen.of(np.setdiff1d(sample, probed))
+        inside, resampled = scores(probed)
+        random_inside, random_resampled = scores(np.setdiff1d(sample, probed))
         monosemantic, random = inside[f], random_inside[f]
         row: dict[str, Any] = {"feature": features[f], "monosemantic_score": monosemantic.mean()}
         if len(random):
@@ -407,8 +327,8 @@ def _significance(features: Sequence[str], best: Array, sample: Array, chosen: _
     return table
 
 
-def _scale(parameters: int, sample: Array, chosen: _Chosen) -> pd.DataFrame:
-    inside, resampled = chosen.of(sample)
+def _scale(parameters: int, sample: Array, scores: Scores) -> pd.DataFrame:
+    inside, resampled = scores(sample)
     ks = np.array([measures.own_against_all(replicate) for replicate in resampled])
     row = {"parameters": parameters, "neurons": len(sample), "ks": measures.own_against_all(inside)}
     own, own_score = measures.own_features(inside)

@@ -57,6 +57,11 @@ class Exported:
         return self.state["config"]
 
     @property
+    def sets(self) -> list[dict[str, Any]]:
+        """The sets of data, as in the run file."""
+        return self.config["data"]["sets"] or [self.config["data"]]
+
+    @property
     def name(self) -> str:
         return self.repository.rpartition("/")[2] if self.repository else self.run.resolve().name
 
@@ -89,7 +94,7 @@ def model_card(of: Exported) -> str:
         schedule=_schedule(config["inhibition"]),
         learning_rate=schedule_of(saved_config(config, of.run)),
         layers=[values for values in layers if None not in values],
-        sets=_sets(of),
+        sets=of.sets,
         start={"train_tokens": None, "versions": None} | start,
         git={"commit": None, "changed": False} | (start.get("git") or {}),
         line=line,
@@ -120,37 +125,25 @@ def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[
-            "l2e-ds",
-            *([] if method == "none" else [method]),
-            *(["pythia"] if model["name"] else []),
-            of.network.model_type,
+            tag
+            for tag in ("l2e-ds", method, model["name"] and "pythia", of.network.model_type)
+            if tag and tag != "none"
         ],
         base_model=model["pretrained"] if model["pretrained"] and _is_on_hub(model["pretrained"]) else None,
-        datasets=[part["path"] for part in _sets(of) if part["source"] == "hub" and _is_on_hub(part["path"])] or None,
+        datasets=[part["path"] for part in of.sets if part["source"] == "hub" and _is_on_hub(part["path"])] or None,
         model_name=of.name if eval_results else None,
         eval_results=eval_results or None,
     )
 
 
 def _weight(section: dict[str, Any]) -> str | None:
-    """Return the key that says how strong the inhibition loss is, or None for a deactivation.
-
-    The section may be one of an earlier version, which had no `strength`.
-    """
+    """Return the key that says how strong the inhibition loss is (earlier ones: no `strength`), else None."""
     return next((key for key in ("strength", "coefficient") if section.get(key) is not None), None)
 
 
 def _schedule(section: dict[str, Any]) -> str:
     """Return start, warm-up, decay and end of inhibition, or "" if it lasts from the first step to the last."""
-    steps = {key: section.get(key) for key in ("start", "warmup", "decay", "end")}
-    steps["warmup"] = section.get("coefficient_warmup", steps["warmup"])  # the key's name in an earlier version
-    return ", ".join(f"{key} {value}" for key, value in steps.items() if value)
-
-
-def _sets(of: Exported) -> list[dict[str, Any]]:
-    """Return the sets of data, as in the run file."""
-    data = of.config["data"]
-    return data["sets"] or [data]
+    return ", ".join(f"{key} {section[key]}" for key in ("start", "warmup", "decay", "end") if section[key])
 
 
 def _source(part: dict[str, Any]) -> str:
@@ -163,19 +156,13 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
-    """Return a clause on a model that takes longer sequences than it was trained on, or None for another model.
-
-    network: its transformers configuration; config: that of the run.
-    """
+    """Return a clause on a model that takes longer sequences than it was trained on, else None. config: the run's."""
     longest, trained = getattr(network, "max_position_embeddings", None), config["data"]["sequence_length"]
     if longest is not None and longest <= trained:
         return None
     context = "its context, which has no limit," if longest is None else f"its context of {longest:,} tokens"
     where = " in this run" if config["model"]["pretrained"] else ""
     return f"{context} is longer than the sequences of {trained:,} tokens that it was trained on{where}"
-
-
-# --- text --------------------------------------------------------------------------------------------------------
 
 
 def _escaped(value: object) -> str:

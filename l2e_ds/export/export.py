@@ -44,27 +44,19 @@ def export(
     precision: str | None = None,
     licence: str | None = None,
     repository: str | None = None,
-) -> dict[str, Any]:
+) -> Exported:
     """Write model, tokenizer and model card of a run or checkpoint to `output`.
 
     precision: that of the written weights, by default the run's, with which logits equal the engine's. licence,
-    repository: for the card, which says how to load the model from there. Returns step, precision, parameters, and
-    whether there is a tokenizer. Raises CheckpointError, ConfigError.
+    repository: for the card, which says how to load the model from there. Raises CheckpointError, ConfigError.
     """
-    _check_licence(licence)
     checkpoint = find_checkpoint(source, step)
     if not is_free(output):
         raise CheckpointError(f"--output: {output} exists and is not an empty folder")
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CheckpointError(f"--output: cannot write below {existing}")
-    exported = _export(checkpoint, output, "--output", precision, licence, repository)
-    return {
-        "step": exported.step,
-        "precision": exported.precision,
-        "parameters": exported.parameters,
-        "tokenizer": exported.tokenizer,
-    }
+    return _export(checkpoint, output, "--output", precision, licence, repository)
 
 
 def export_all(
@@ -72,13 +64,11 @@ def export_all(
 ) -> None:
     """Push every checkpoint of a run to a branch `stepN` of one repository, and the last also to the main branch.
 
-    Print a line for each that is pushed. A branch that has the same content is passed over, so that the same command
-    resumes. The checkpoints are exported one at a time, to a temporary folder.
+    A branch that has the same content is passed over, so that the same command resumes.
 
     private: whether a new repository is private; precision, licence: as of `export`. Raises CheckpointError, in the end
     also for damaged checkpoints, which are left out; ConfigError; L2EError if the hub fails.
     """
-    _check_licence(licence)
     if not (run_directory / "checkpoints").is_dir():
         raise CheckpointError(f"{run_directory}: is not a run directory (it has no folder checkpoints)")
     checkpoints = published_checkpoints(run_directory)
@@ -115,11 +105,6 @@ def export_all(
     print(f"{pushed} checkpoints pushed to {address}; {passed} passed over, which were there with the same content")
     if damaged:
         raise CheckpointError(f"{run_directory}: damaged and not pushed: {', '.join(damaged)}")
-
-
-def _check_licence(licence: str | None) -> None:
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
 
 
 def _export(
@@ -162,7 +147,12 @@ def _write(model: Any, run_directory: Path, state: dict, folder: Path) -> None:
         from transformers import GenerationConfig
 
         tokenizer = _plain_tokenizer(load_tokenizer(str(run_directory / "tokenizer")))
-        _save_tokenizer(tokenizer, folder)
+        tokenizer.save_pretrained(folder)
+        path = folder / "tokenizer_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        del settings["backend"]
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # which transformers 4, llama.cpp and CTranslate2 know
+        write_whole(path, json.dumps(settings, indent=2) + "\n")
         take_special_tokens(model.config, tokenizer)
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -199,27 +189,16 @@ def _plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerF
     )
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Save a tokenizer under a class name that transformers 4, llama.cpp and CTranslate2 know, too."""
-    tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    del config["backend"]
-    write_whole(path, json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
-
-
 def _name_rotary_settings_twice(path: Path) -> None:
-    """Write the rotary settings of a config.json also under the keys of transformers 4 and llama.cpp.
-
-    They do not know `rope_parameters` and would use defaults of their own.
-    """
+    """Write the rotary settings of a config.json also under the keys of transformers 4 and llama.cpp."""
     config = json.loads(path.read_text(encoding="utf-8"))
     rotary = config.get("rope_parameters") or {}
     if "rope_theta" not in rotary:
         return
-    names = {"rope_theta": "rope_theta", "partial_rotary_factor": "partial_rotary_factor"}
-    if config["model_type"] == "gpt_neox":
-        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    keys = ("rope_theta", "partial_rotary_factor")
+    names = dict(
+        zip(keys, ("rotary_emb_base", "rotary_pct") if config["model_type"] == "gpt_neox" else keys, strict=True)
+    )
     config |= {name: rotary[key] for key, name in names.items() if key in rotary}
     if rotary.get("rope_type", "default") != "default":
         config["rope_scaling"] = {key: value for key, value in rotary.items() if key not in names}
@@ -227,20 +206,19 @@ def _name_rotary_settings_twice(path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="a new or empty folder")
-    parser.add_argument("--step", type=int, help="step of a run's checkpoint (default: the newest)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: the run's own)"
-    )
-    parser.add_argument("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
-    parser.add_argument("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
-    parser.add_argument(
+    add = parser.add_argument
+    add("source", type=Path, metavar="RUN|CHECKPOINT")
+    add("--output", type=Path, metavar="DIR", help="a new or empty folder")
+    add("--step", type=int, help="step of a run's checkpoint (default: the newest)")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="precision of the weights (default: the run's own)")
+    add("--license", metavar="ID", help="for the model card, e.g. apache-2.0 (default: it names none)")
+    add("--push", metavar="REPO", help="then upload the folder to the Hugging Face Hub")
+    add(
         "--all-checkpoints",
         action="store_true",
         help="with --push, instead of --output: each to a branch stepN, the last also to main",
     )
-    parser.add_argument("--private", action="store_true", help="with --push: make a new repository private")
+    add("--private", action="store_true", help="with --push: make a new repository private")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -253,17 +231,20 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option}: does not go with --all-checkpoints, which keeps no folder of any step")
     if arguments.output is None and not arguments.all_checkpoints:
         raise ConfigError("--output: is required, a new or empty folder")
+    licence = arguments.license
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
     quiet_libraries()
     if repository is not None:
         check_push(repository)  # so that an error comes before the work
     if arguments.all_checkpoints:
-        export_all(arguments.source, repository, arguments.private, arguments.precision, arguments.license)
+        export_all(arguments.source, repository, arguments.private, arguments.precision, licence)
         return 0
-    options = (arguments.step, arguments.precision, arguments.license, repository)
+    options = (arguments.step, arguments.precision, licence, repository)
     done = export(arguments.source, arguments.output, *options)
     print(
-        f"exported step {done['step']} ({done['parameters']:,} parameters, {done['precision']},"
-        f" {'with' if done['tokenizer'] else 'without a'} tokenizer) to {arguments.output}"
+        f"exported step {done.step} ({done.parameters:,} parameters, {done.precision},"
+        f" {'with' if done.tokenizer else 'without a'} tokenizer) to {arguments.output}"
     )
     if repository is not None:
         print(f"pushed to {push(arguments.output, repository, arguments.private)}")

@@ -7,28 +7,22 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.hf_api import RepoFile, RepoFolder
+from huggingface_hub.utils import validate_repo_id
 
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.run_directory.manifest import sha256
 from l2e_ds.system.files import one_line
-
-if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoFile, RepoFolder
 
 AGAIN = "; the same command resumes"
 WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def check_push(repository: str) -> None:
-    """Check all that can be known before anything is pushed: the name's form, and a token that the hub accepts.
-
-    Raises ConfigError, and L2EError if the hub cannot be reached or refuses the token.
-    """
-    from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+    """Check the name's form, and that there is a token that the hub accepts. Raises ConfigError, L2EError."""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
@@ -46,13 +40,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     private: whether a new repository is private. Raises L2EError, which says how to push again.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
     with _explained(f"; {folder} is complete, push it by: hf upload {repository} {folder}"):
-        address = api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
+        address = HfApi().create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
         # The full name, as a repository without an owner belongs to the token's.
-        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="l2e-ds export")
+        HfApi().upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="l2e-ds export")
     return str(address)
 
 
@@ -61,12 +52,9 @@ def open_repository(repository: str, private: bool) -> tuple[str, str, list[str]
 
     private: whether a new repository is private. Raises L2EError.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi()
     with _explained(AGAIN):
-        address = api.create_repo(repository, private=private or None, exist_ok=True)  # None: the owner's default
-        names = [branch.name for branch in api.list_repo_refs(address.repo_id).branches]
+        address = HfApi().create_repo(repository, private=private or None, exist_ok=True)
+        names = [branch.name for branch in HfApi().list_repo_refs(address.repo_id).branches]
     return address.repo_id, str(address), [name for name in names if re.fullmatch(r"step\d+", name)]
 
 
@@ -76,8 +64,6 @@ def push_branch(folder: Path, repository: str, branch: str, exists: bool, others
     repository: its full name; exists: whether it has the branch; others_stay: keep files of other names, but for
     weights, such as a license or pictures that someone put there. Raises L2EError.
     """
-    from huggingface_hub import HfApi
-
     api = HfApi()
     with _explained(AGAIN):
         if exists and _holds(api.list_repo_tree(repository, recursive=True, revision=branch), folder, others_stay):
@@ -97,8 +83,6 @@ def push_branch(folder: Path, repository: str, branch: str, exists: bool, others
 
 def _holds(tree: Iterable[RepoFile | RepoFolder], folder: Path, others_stay: bool) -> bool:
     """Return whether a listing of the hub has the files of a folder with the same content, and no others to remove."""
-    from huggingface_hub.hf_api import RepoFile
-
     theirs = {file.path: file for file in tree if isinstance(file, RepoFile) and file.path != ".gitattributes"}
     ours = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     if others_stay:
@@ -109,27 +93,18 @@ def _holds(tree: Iterable[RepoFile | RepoFolder], folder: Path, others_stay: boo
 def _is_same(file: RepoFile, path: Path) -> bool:
     if file.lfs is not None:
         return file.lfs.sha256 == sha256(path)
-    return file.blob_id == _git_id(path)
-
-
-def _git_id(path: Path) -> str:
-    """Return the id that git gives to a file's content."""
-    content = path.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    content = path.read_bytes()  # a small file has the id that git gives to its content
+    return file.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @contextmanager
 def _explained(then: str) -> Iterator[None]:
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
-
     where = constants.ENDPOINT
     try:
         yield
     except HfHubHTTPError as error:
         status = error.response.status_code
         meaning = {401: "the token is not valid", 403: "the token may not do this"}.get(status)
-        reason = meaning or one_line(error)
-        raise L2EError(f"--push: {where} answers {status}: {reason}{then}") from None
+        raise L2EError(f"--push: {where} answers {status}: {meaning or one_line(error)}{then}") from None
     except (HTTPError, OSError) as error:
         raise L2EError(f"--push: cannot reach {where}: {one_line(error)}{then}") from None

@@ -1,8 +1,5 @@
 """`l2e-ds report RUN_OR_STUDY ... --output report.html`: one page, and a folder with every table as CSV and Markdown.
 
-    report.html        opens in any browser, without a network
-    report-tables/     index.md, and NAME.csv, NAME.md of each table
-
 A run that is not finished is shown as far as it is. The same command replaces the page.
 """
 
@@ -14,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
@@ -24,15 +20,14 @@ from l2e_ds.system.files import write_whole
 from l2e_ds.system.installed import check_extra
 
 _INDEX = "index.md"
-_MARK = f"<!-- {GENERATOR} -->"  # first line of the index, by which a report's folder is recognised
+_MARK = f"<!-- {GENERATOR} -->"  # the first line of the index, by which a report's folder is recognised
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folder of a run or of a study")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.html", help="a new file, or a report to replace"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("paths", nargs="+", type=Path, metavar="RUN_OR_STUDY", help="folder of a run or of a study")
+    add("--output", type=Path, required=True, metavar="FILE.html", help="a new file, or a report to replace")
+    add(
         "--analysis",
         type=Path,
         action="append",
@@ -50,16 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
     output = arguments.output
     folder = output.with_name(f"{output.stem}-tables")
     _check_output(output, folder)
-    analysis_folders = _analyses(arguments.analysis)
+    for given in arguments.analysis:
+        if not analyses.is_analysis(given):
+            raise ConfigError(f"--analysis: {given} has no analysis.json; allowed: a folder that l2e-ds analyze wrote")
     collection = runs.read(arguments.paths)
     own = (run.directory / "analysis" for run in collection.runs)
-    analysis_folders += filter(analyses.is_analysis, own)
-    now = datetime.now(timezone.utc)
+    analysis_folders = [*arguments.analysis, *filter(analyses.is_analysis, own)]
     all_tables = [*tables.all_tables(collection), *analyses.all_tables(analysis_folders)]
-    notices = warnings.all_warnings(collection, now)
-    text = page.render(collection, all_tables, notices, analysis_folders, output, folder.name, now)
+    notices = warnings.all_warnings(collection)
+    text = page.render(collection, all_tables, notices, analysis_folders, output, folder.name)
     try:
-        _write({**{folder / name: content for name, content in _files(all_tables).items()}, output: text}, folder)
+        _write({**_files(all_tables, folder), output: text}, folder)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {output}: {error}") from None
     print(f"report: {output} (runs: {len(collection.runs)}, warnings: {len(notices)})")
@@ -84,31 +80,19 @@ def _beginning(path: Path) -> str:
         return file.read(1000).decode("utf-8", errors="replace")
 
 
-def _analyses(given: Sequence[Path]) -> list[Path]:
-    """Return the folders given with --analysis. Raises ConfigError for one that holds no analysis."""
-    for folder in given:
-        if not analyses.is_analysis(folder):
-            raise ConfigError(f"--analysis: {folder} has no analysis.json; allowed: a folder that l2e-ds analyze wrote")
-    return list(given)
-
-
-def _files(all_tables: Sequence[Table]) -> dict[str, str]:
-    """Return the content of each file in the folder of tables, by name."""
-    lines = [
-        f"- {table.title}: [{table.name}.md]({table.name}.md), [{table.name}.csv]({table.name}.csv)"
-        for table in all_tables
-    ]
-    files = {_INDEX: "\n".join([_MARK, "# Tables", "", *lines, ""])}
+def _files(all_tables: Sequence[Table], folder: Path) -> dict[Path, str]:
+    """Return the content of each file in the folder of tables."""
+    files: dict[Path, str] = {}
+    lines = [_MARK, "# Tables", ""]
     for table in all_tables:
-        files |= {f"{table.name}.csv": table.csv(), f"{table.name}.md": table.markdown()}
-    return files
+        csv, md = f"{table.name}.csv", f"{table.name}.md"
+        lines.append(f"- {table.title}: [{md}]({md}), [{csv}]({csv})")
+        files |= {folder / csv: table.csv(), folder / md: table.markdown()}
+    return {folder / _INDEX: "\n".join([*lines, ""]), **files}
 
 
 def _write(files: Mapping[Path, str], folder: Path) -> None:
-    """Write all files or, on a full disk, none. Removes files of the previous report that this one does not have.
-
-    folder: that of the tables. Raises OSError.
-    """
+    """Write all files or none, and remove those of the report before. folder: that of the tables. Raises OSError."""
     index = folder / _INDEX
     old = set(re.findall(r"\]\((\w+\.(?:csv|md))\)", index.read_text(encoding="utf-8"))) if index.is_file() else set()
     for path in files:

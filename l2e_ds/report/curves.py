@@ -1,14 +1,10 @@
-"""The charts of a report, one for each quantity, with all runs in one chart.
-
-A run has the same colour and dash in all charts.
-"""
+"""The charts of a report, one for each quantity. A run has the same colour and dash in all charts."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,118 +42,45 @@ class Chart:
 class Quantity:
     """What a chart shows.
 
-    key: that of a line of metrics.jsonl; `layers/NAME` is the mean over layers, or with a single run one line for each
-    layer. kind: attribute of Run that holds the lines. scale: linear or log. factor: from the metric's unit to the
-    chart's. falls: whether its high beginning would hide the rest.
+    kind, key: of the lines of metrics.jsonl and of the value in them; `layers/NAME` is the mean over layers, or with a
+    single run one line for each layer. title, unit: by default those of the table of metrics. factor: from the metric's
+    unit to the chart's. log: use a logarithmic axis. falls: whether its high beginning would hide the rest.
     """
 
     name: str
-    title: str
-    unit: str
-    note: str
     kind: str
     key: str
-    scale: str = "linear"
+    note: str
+    title: str = ""
+    unit: str = ""
     factor: float = 1.0
+    log: bool = False
     falls: bool = False
 
 
-_LINES = {"train": "training", "evaluation": "evaluations"}  # attributes of Run
-
-
-def _quantity(name: str, kind: str, key: str, note: str, title: str = "", unit: str = "", **form: Any) -> Quantity:
-    """Return the quantity of a metric. By default title and unit are those of the table of metrics."""
-    metric = described(kind, key)
-    title = title or metric.title[0].upper() + metric.title[1:]
-    return Quantity(name, title, unit or metric.unit, note, _LINES[kind], key, **form)
-
-
-_DIFFERENCE = Quantity(
-    "loss-difference",
-    "Held-out loss less the baseline's",
-    described("evaluation", "held_out_loss").unit,
-    "Paired runs at the same step; below 0 is better than the baseline.",
-    "",
-    "",
-)
+_TRAIN, _EVAL = "train", "evaluation"
+_SELECTED = "Selected for inhibition; dotted: the target."
+_TAU = "Activations whose MS is at least tau are selected."
+_DISTANCE = "Squared distance from the neuron's mean, in variances."
+_SHRINKS = "Standard deviation of a neuron. A run in which it only falls shrinks its layers."
+_HIGHEST = "Of the share with the highest MS, inhibition or not: lower is less monosemantic."
+_BELOW = "Paired runs at the same step; below 0 is better than the baseline."
+_SCALE = "The layer's scale, inhibition off."
+_MEDIAN = "Median over neurons; 3 for a normal distribution."
 _QUANTITIES = (
-    _quantity(
-        "training-loss", "train", "lm_loss", "Without the inhibition loss.", "LM loss, training text", falls=True
-    ),
-    _quantity("held-out-loss", "evaluation", "held_out_loss", "Inhibition off.", "LM loss, held-out text", falls=True),
-    _quantity(
-        "observed-share",
-        "train",
-        "layers/observed_share",
-        "Selected for inhibition; dotted: the target.",
-        unit="% of (token, neuron) pairs",
-        factor=100,
-    ),
-    _quantity(
-        "tau",
-        "train",
-        "layers/tau",
-        "Activations whose MS is at least tau are selected.",
-        unit="MS",
-        scale="log",
-    ),
-    _quantity(
-        "selected-score",
-        "train",
-        "layers/selected_score",
-        "Squared distance from the neuron's mean, in variances.",
-        unit="MS",
-        scale="log",
-    ),
-    _quantity(
-        "training-mean-s",
-        "train",
-        "layers/mean_s",
-        "Standard deviation of a neuron. A run in which it only falls shrinks its layers.",
-        "Mean S, training text",
-        scale="log",
-    ),
-    _quantity(
-        "top-score",
-        "evaluation",
-        "layers/top_share_score",
-        "Of the share with the highest MS, inhibition or not: lower is less monosemantic.",
-        "MS of the top share, held-out text",
-        "MS",
-    ),
-    _quantity(
-        "mean-s",
-        "evaluation",
-        "layers/mean_s",
-        "The layer's scale, inhibition off.",
-        "Mean S, held-out text",
-        scale="log",
-    ),
-    _quantity(
-        "kurtosis",
-        "evaluation",
-        "layers/kurtosis",
-        "Median over neurons; 3 for a normal distribution.",
-        "Kurtosis, held-out text",
-        "E[MS²]",
-    ),
-    _quantity(
-        "dead-share",
-        "evaluation",
-        "layers/dead_share",
-        "Never vary on the held-out text.",
-        unit="% of neurons",
-        factor=100,
-    ),
-    _quantity(
-        "gradient-norm",
-        "train",
-        "gradient_norm",
-        "Before clipping, loss scale removed.",
-        unit="2-norm",
-        scale="log",
-    ),
-    _quantity("speed", "train", "tokens_per_second", "All ranks, evaluation and checkpoints not counted."),
+    Quantity("training-loss", _TRAIN, "lm_loss", "Without the inhibition loss.", "LM loss, training text", falls=True),
+    Quantity("held-out-loss", _EVAL, "held_out_loss", "Inhibition off.", "LM loss, held-out text", falls=True),
+    Quantity("loss-difference", _EVAL, "held_out_loss", _BELOW, "Held-out loss less the baseline's"),
+    Quantity("observed-share", _TRAIN, "layers/observed_share", _SELECTED, "", "% of (token, neuron) pairs", 100),
+    Quantity("tau", _TRAIN, "layers/tau", _TAU, "", "MS", log=True),
+    Quantity("selected-score", _TRAIN, "layers/selected_score", _DISTANCE, "", "MS", log=True),
+    Quantity("training-mean-s", _TRAIN, "layers/mean_s", _SHRINKS, "Mean S, training text", log=True),
+    Quantity("top-score", _EVAL, "layers/top_share_score", _HIGHEST, "MS of the top share, held-out text", "MS"),
+    Quantity("mean-s", _EVAL, "layers/mean_s", _SCALE, "Mean S, held-out text", log=True),
+    Quantity("kurtosis", _EVAL, "layers/kurtosis", _MEDIAN, "Kurtosis, held-out text", "E[MS²]"),
+    Quantity("dead-share", _EVAL, "layers/dead_share", "Never vary on the held-out text.", "", "% of neurons", 100),
+    Quantity("gradient-norm", _TRAIN, "gradient_norm", "Before clipping, loss scale removed.", "", "2-norm", log=True),
+    Quantity("speed", _TRAIN, "tokens_per_second", "All ranks, evaluation and checkpoints not counted."),
 )
 
 
@@ -200,99 +123,72 @@ def all_charts(page: Collection) -> list[Chart]:
     charts = []
     for quantity in _quantities(runs):
         own = by_layer if quantity.key.startswith("layers/") else {}
-        lines = _layer_lines(runs[0], quantity, axis, own) if own else _run_lines(runs, quantity, axis, by_run)
+        key, kind = quantity.key, quantity.kind
+        if quantity.name == "loss-difference":
+            series = [(run.name, by_run[run.name], _differences(page, run), "difference") for run in page.runs]
+        elif own:
+            of_run = runs[0].lines(kind)
+            series = [(f"layer {i}", look, of_run, key.replace("layers", f"layer{i}")) for i, look in own.items()]
+        else:
+            shown = [run for run in runs if run.has_threshold or quantity.name != "tau"]
+            series = [(run.name, by_run[run.name], run.lines(kind), key) for run in shown]
+        lines = [_line(*one, axis, quantity.factor) for one in series]
         if quantity.name == "dead-share" and not any(line.y.any() for line in lines):
             continue
-        targets = _targets(runs) if quantity.name == "observed-share" else []
-        charts.append(_chart(quantity, lines, axis, targets, bool(own)))
-        if quantity.name == "held-out-loss":
-            charts.append(_chart(_DIFFERENCE, _difference_lines(page, axis, by_run), axis, [0.0]))
+        targets = sorted({100 * run.config["inhibition.target_share"] for run in runs if run.method != "none"})
+        marks = {"observed-share": targets, "loss-difference": [0.0]}.get(quantity.name, [])
+        charts.append(_chart(quantity, lines, axis, marks, bool(own)))
     for index, (task, shots) in enumerate(tasks_of(runs)):
         charts.append(_task_chart(runs, index, task, shots, axis, by_run))
     return [chart for chart in charts if chart is not None]
 
 
-# --- lines -------------------------------------------------------------------------------------------------------
-
-
 def _quantities(runs: Sequence[Run]) -> list[Quantity]:
     """Return all quantities, with one for each set of a mixture and each text after the held-out loss."""
-    names = dict.fromkeys(name for run in runs for name in run.sets)
+    sets = dict.fromkeys(name for run in runs for name in run.sets)
     texts = dict.fromkeys(name for run in runs for name in run.texts)
-    quantities = []
-    for quantity in _QUANTITIES:
-        quantities.append(quantity)
-        if quantity.name == "held-out-loss":
-            for index, name in enumerate(names):
-                title, note = f"LM loss, held-out text of {name}", "One set of the mixture."
-                key = f"held_out_loss/{name}"
-                quantities.append(replace(quantity, name=f"set-{index}", title=title, note=note, key=key))
-            for index, name in enumerate(texts):
-                title, note, key = f"LM loss, {name}", "A text of evaluation.texts.", f"text_loss/{name}"
-                quantities.append(replace(quantity, name=f"text-{index}", title=title, note=note, key=key))
-    return quantities
+    note = "One set of the mixture."
+    own = [
+        Quantity(f"set-{i}", _EVAL, f"held_out_loss/{name}", note, f"LM loss, held-out text of {name}", falls=True)
+        for i, name in enumerate(sets)
+    ]
+    note = "A text of evaluation.texts."
+    own += [
+        Quantity(f"text-{i}", _EVAL, f"text_loss/{name}", note, f"LM loss, {name}", falls=True)
+        for i, name in enumerate(texts)
+    ]
+    after = [quantity.name for quantity in _QUANTITIES].index("loss-difference") + 1
+    return [*_QUANTITIES[:after], *own, *_QUANTITIES[after:]]
 
 
-def _points(lines: Iterable[dict], key: str, axis: Axis, factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return x and y of the lines that have a finite value, float64 [points] each."""
+def _line(name: str, look: Look, lines: Iterable[dict], key: str, axis: Axis, factor: float = 1.0) -> Line:
+    """Return a line of the finite values under a key, float64 [points]."""
     points = [(line[axis.key], value * factor) for line in lines if (value := number(line, key)) is not None]
-    x, y = np.array(points, dtype=float).reshape(-1, 2).T
-    return x, y
+    return Line(name, look, *np.array(points, dtype=float).reshape(-1, 2).T)
 
 
-def _run_lines(runs: Sequence[Run], quantity: Quantity, axis: Axis, by_run: dict[str, Look]) -> list[Line]:
-    if quantity.name == "tau":
-        runs = [run for run in runs if run.has_threshold]
+def _differences(page: Collection, run: Run) -> list[dict]:
+    """Return lines of the difference in held-out loss to the run's baseline, at the steps that both have."""
+    base = page.baseline_of(run)
+    other = held_out(base) if base is not None else {}
     return [
-        Line(run.name, by_run[run.name], *_points(getattr(run, quantity.kind), quantity.key, axis, quantity.factor))
-        for run in runs
+        line | {"difference": loss - other[line["step"]]}
+        for line in run.evaluations
+        if line["step"] in other and (loss := number(line, "held_out_loss")) is not None
     ]
-
-
-def _layer_lines(run: Run, quantity: Quantity, axis: Axis, by_layer: dict[int, Look]) -> list[Line]:
-    lines = getattr(run, quantity.kind)
-    return [
-        Line(
-            f"layer {layer}",
-            look,
-            *_points(lines, quantity.key.replace("layers", f"layer{layer}"), axis, quantity.factor),
-        )
-        for layer, look in by_layer.items()
-    ]
-
-
-def _difference_lines(page: Collection, axis: Axis, by_run: dict[str, Look]) -> list[Line]:
-    lines = []
-    for run in page.runs:
-        base = page.baseline_of(run)
-        other = held_out(base) if base is not None else {}
-        both = [
-            {axis.key: line[axis.key], "difference": loss - other[line["step"]]}
-            for line in run.evaluations
-            if line["step"] in other and (loss := number(line, "held_out_loss")) is not None
-        ]
-        lines.append(Line(run.name, by_run[run.name], *_points(both, "difference", axis, 1.0)))
-    return lines
-
-
-def _targets(runs: Sequence[Run]) -> list[float]:
-    return sorted({100 * run.config["inhibition.target_share"] for run in runs if run.method != "none"})
 
 
 def _task_chart(
     runs: Sequence[Run], index: int, task: str, shots: int, axis: Axis, by_run: dict[str, Look]
 ) -> Chart | None:
-    """Return the chart of a task's accuracy, or None unless a run was evaluated at several steps.
-
-    Shows only the results that are of as many documents as most results are.
-    """
+    """Return the chart of a task's results of the most frequent limit, or None unless a run has several steps."""
     point = (task, shots, "acc")
     results = [[one for one in run.results if (one.task, one.num_fewshot, one.metric) == point] for run in runs]
     counts = Counter(one.limit for run_results in results for one in run_results)
     limit = max(counts, key=lambda limit: (counts[limit], limit is None), default=None)
     note = "Evaluation task." if limit is None else f"Evaluation task, its first {limit:,} documents."
     title = f"{task_name(runs, task, shots)}, {shots}-shot"
-    quantity = Quantity(f"task-{index}", title, "accuracy", note, "", "value")
+    quantity = Quantity(f"task-{index}", "", "value", note, title, "accuracy")
     lines = []
     for run, run_results in zip(runs, results, strict=True):
         points = [
@@ -300,13 +196,8 @@ def _task_chart(
             for one in run_results
             if one.step is not None and one.limit == limit
         ]
-        lines.append(Line(run.name, by_run[run.name], *_points(points, "value", axis, 1.0)))
-    if all(len(line.x) < 2 for line in lines):
-        return None
-    return _chart(quantity, lines, axis, [])
-
-
-# --- charts ------------------------------------------------------------------------------------------------------
+        lines.append(_line(run.name, by_run[run.name], points, "value", axis))
+    return None if all(len(line.x) < 2 for line in lines) else _chart(quantity, lines, axis, [])
 
 
 def _chart(
@@ -316,7 +207,11 @@ def _chart(
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return None
-    svg = draw(quantity.name, quantity.unit, lines, axis, quantity.scale == "log", quantity.falls, marks)
+    title = quantity.title
+    if not title:
+        label = described(quantity.kind, quantity.key).title
+        title = label[0].upper() + label[1:]
+    unit = quantity.unit or described(quantity.kind, quantity.key).unit
     about = [f"{line.name} {line.y[0]:.4g} to {line.y[-1]:.4g}" for line in lines[:12]]
     about += [f"and {len(lines) - 12} more"] if len(lines) > 12 else []
     notes = [quantity.note]
@@ -324,10 +219,10 @@ def _chart(
     notes += ["Points are means of neighbours."] if is_thinned(lines) else []
     return Chart(
         quantity.name,
-        quantity.title,
+        title,
         " ".join(notes),
-        svg,
-        f"{quantity.title}, {quantity.unit}, over {axis.key}s: {'; '.join(about)}",
+        draw(quantity.name, unit, lines, axis, quantity.log, quantity.falls, marks),
+        f"{title}, {unit}, over {axis.key}s: {'; '.join(about)}",
         axis.key,
         readings(lines, axis),
     )

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib import style
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from l2e_ds.analysis.drawing import STYLE, magnitude
+
 _MOST_POINTS = 500  # points of a line; of longer lines, means of neighbouring points are drawn
 _ALL_POINTS = 8000  # points of a chart, at most
-_BANDS = 3  # with at most so many lines, a thinned line has a band between the lowest and highest neighbour
 _LONG = 100  # a line of more points than this may have its beginning cut
 _SIZE = (3.6, 2.3)  # inches
 _AXES = (0.13, 0.17, 0.85, 0.73)  # left, bottom, width, height as shares of _SIZE; equal, as charts are in rows
@@ -37,29 +37,21 @@ _TEXT, _EDGE, _GRID = "#444444", "#888888", "#e6e6e6"
 _OF_THE_PAGE = {PLAIN: "var(--ink)", _TEXT: "var(--quiet)", _GRID: "var(--line)"}
 
 _STYLE: list[Any] = [
-    "default",  # overrides the user's matplotlibrc
+    *STYLE,
     {
-        "font.family": ["DejaVu Sans"],  # which matplotlib brings along; the page replaces it by the reader's own
         "font.size": _FONT_SIZE,
         "axes.titlesize": _FONT_SIZE,
-        "axes.labelsize": _FONT_SIZE,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
         "axes.edgecolor": _EDGE,
         "axes.labelcolor": _TEXT,
         "axes.titlecolor": _TEXT,
-        "axes.titlelocation": "left",
+        "axes.titleweight": "normal",
         "axes.titlepad": 6,
-        "axes.grid": True,
-        "axes.axisbelow": True,
         "axes.xmargin": 0.02,
         "xtick.color": _EDGE,
         "ytick.color": _EDGE,
         "xtick.labelcolor": _TEXT,
         "ytick.labelcolor": _TEXT,
         "grid.color": _GRID,
-        "grid.linewidth": 0.7,
-        "svg.fonttype": "none",  # text stays text: it can be searched and read aloud, and its size seen
     },
 ]
 
@@ -142,7 +134,17 @@ def draw(
     FigureCanvasSVG(figure)
     axes = figure.add_axes(_AXES)
     for line in lines:
-        _plot(axes, line, len(lines), _most_points(lines))
+        x, y = (_thinned(values, _most_points(lines)) for values in (line.x, line.y))
+        dashes = tuple(map(float, line.look.dash.split()))
+        axes.plot(
+            x,
+            y,
+            color=line.look.colour,
+            linestyle=(0, dashes) if dashes else "-",
+            linewidth=1.4 if len(lines) <= 6 else 0.9,
+            marker="o" if len(x) <= 12 else "",
+            markersize=2.5,
+        )
     for height in marks:
         axes.axhline(height, color=_EDGE, linewidth=1, linestyle=(0, (1, 2)))
     axes.set_title(unit)
@@ -157,9 +159,11 @@ def draw(
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
     for ticks in (axes.xaxis, axes.yaxis):
-        ticks.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    if falls:
-        _cut_beginning(axes, lines, axis)
+        ticks.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+    if falls and max(len(line.x) for line in lines) > _LONG:
+        late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
+        space = 0.05 * np.ptp(late)
+        axes.set_ylim(late.min() - space, late.max() + space)
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return _inline(text.getvalue(), name)
@@ -197,41 +201,9 @@ def shown(value: float) -> str:
     return (f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}").replace("-", "−")
 
 
-def _plot(axes: Axes, line: Line, lines: int, most: int) -> None:
-    x, y, between = _thin(line, most)
-    dashes = tuple(map(float, line.look.dash.split())) or None
-    axes.plot(
-        x,
-        y,
-        color=line.look.colour,
-        linestyle=(0, dashes) if dashes else "-",
-        linewidth=1.4 if lines <= 6 else 0.9,
-        marker="o" if len(x) <= 12 else "",
-        markersize=2.5,
-    )
-    if between is not None and lines <= _BANDS:
-        axes.fill_between(x, *between, color=line.look.colour, alpha=0.15, linewidth=0)
-
-
-def _thin(line: Line, most: int) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
-    """Return x and y of at most `most` points, and the lowest and highest y of the neighbours of which they are means.
-
-    A line that has no more points is returned as it is, with None.
-    """
-    if len(line.x) <= most:
-        return line.x, line.y, None
-
-    def reduced(values: np.ndarray, reduce: Callable[[np.ndarray], float]) -> np.ndarray:
-        return np.array([reduce(part) for part in np.array_split(values, most)])
-
-    return reduced(line.x, np.mean), reduced(line.y, np.mean), (reduced(line.y, np.min), reduced(line.y, np.max))
-
-
-def _cut_beginning(axes: Axes, lines: Sequence[Line], axis: Axis) -> None:
-    if max(len(line.x) for line in lines) > _LONG:
-        late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
-        space = 0.05 * np.ptp(late)
-        axes.set_ylim(late.min() - space, late.max() + space)
+def _thinned(values: np.ndarray, most: int) -> np.ndarray:
+    """Return at most `most` values, which are means of neighbours if there are more."""
+    return values if len(values) <= most else np.array([part.mean() for part in np.array_split(values, most)])
 
 
 def _log_locator(low: float, high: float) -> Locator:
@@ -242,19 +214,8 @@ def _log_locator(low: float, high: float) -> Locator:
     return LogLocator(subs=parts, numticks=8)
 
 
-def _short(value: float) -> str:
-    """Return a number as text, a large one with a unit, such as 70M or 1.4B."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= unit * 0.9995:
-            return f"{value / unit:.3g}{letter}"
-    return f"{value:.4g}".replace("-", "−")
-
-
 def _inline(svg: str, name: str) -> str:
-    """Return the element of an SVG file, without width and height, with ids that no other chart has.
-
-    Colours that the page chooses become its variables.
-    """
+    """Return the element of an SVG file, without width and height, with own ids and the page's colours."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^(<svg\b[^>]*?) (?:width|height)="[^"]*"([^>]*?) (?:width|height)="[^"]*"', r"\1\2", svg)

@@ -6,8 +6,7 @@ import base64
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from markupsafe import Markup, escape
 
 import l2e_ds
 from l2e_ds.report import GENERATOR, curves
-from l2e_ds.report.drawing import AXES_INSET, Look, shown
-from l2e_ds.report.runs import Collection, Run, Variant
+from l2e_ds.report.drawing import AXES_INSET, shown
+from l2e_ds.report.runs import Collection, Run
 from l2e_ds.report.statistics import comparable_losses, loss_difference, steady_median
 from l2e_ds.report.table import Table, about_errors, text_of
 from l2e_ds.report.warnings import Notice
+from l2e_ds.run_directory.configuration import read_config
 from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
 from l2e_ds.system.files import REPOSITORY
 from l2e_ds.system.templates import template
@@ -35,22 +35,6 @@ _Fact = tuple[str, Any, str]  # label, value and the value's format, as of a cel
 _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A figure of an analysis. source: the image as a data: address."""
-
-    title: str
-    source: str
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """The figures of an analysis. folder: that of its tables."""
-
-    folder: Path
-    figures: list[Figure]
-
-
 def render(
     page: Collection,
     tables: Sequence[Table],
@@ -58,12 +42,11 @@ def render(
     analyses: Sequence[Path],
     output: Path,
     beside: str,
-    now: datetime,
 ) -> str:
     """Return the whole page.
 
     output: the page's file, to which links are relative. beside: the name of the folder of the tables' files, in the
-    page's folder. now: the time to show.
+    page's folder.
     """
 
     def linked(path: Path, text: str = "") -> Markup:
@@ -76,18 +59,20 @@ def render(
         """Return a text with links to the pages of the documentation, where this is a checkout that has them."""
         return Markup(re.sub(r"docs/[\w-]+\.md", lambda name: linked(REPOSITORY / name[0], name[0]), escape(text)))
 
-    facts = _facts(page)
+    configs = [(run, read_config(run.directory).model_dump(mode="json")) for run in page.runs]
+    names = [variant.name for variant in page.variants]
+    facts = _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
     file = Path(__file__).with_suffix(".html")
     return template(file, linked=linked, documented=documented, shown=shown).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
-        made=now,
-        title=_title(page),
+        made=datetime.now(timezone.utc),
+        title="; ".join(page.titles) or (", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"),
         sentence=_sentence(page),
         facts=[(label, text_of(cell, form)) for label, cell, form in facts],
-        about_facts=" ".join(about_errors([cell] for _, cell, _ in facts)),
+        about_facts=" ".join(about_errors(cell for _, cell, _ in facts)),
         notices=[(kind, list(group)) for kind, group in groupby(notices, key=lambda notice: notice.kind)],
-        legend=_legend(page),
+        legend=list(zip(curves.looks(page.variants), page.variants, strict=True)) if len(page.runs) > 1 else [],
         layers=curves.layer_looks(page),
         charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(page)],
         axes_inset=AXES_INSET,
@@ -95,19 +80,9 @@ def render(
         after=[table for table in tables if table.name in _AFTER],
         beside=beside,
         of_analyses=[table for table in tables if table.name in _OF_ANALYSES],
-        analyses=[_analysis(folder) for folder in analyses],
-        configs=[(run, yaml.safe_dump(_nested(run.config), sort_keys=False)) for run in page.runs],
+        analyses=[(folder, _figures(folder)) for folder in analyses],
+        configs=[(run, yaml.safe_dump(config, sort_keys=False)) for run, config in configs],
     )
-
-
-# --- head --------------------------------------------------------------------------------------------------------
-
-
-def _title(page: Collection) -> str:
-    if page.titles:
-        return "; ".join(page.titles)
-    names = [variant.name for variant in page.variants]
-    return ", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"
 
 
 def _sentence(page: Collection) -> str:
@@ -116,11 +91,6 @@ def _sentence(page: Collection) -> str:
     seeds = sorted({run.seed for run in page.runs})
     which = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     return f"Pretraining of {models}; {methods}; {which}."
-
-
-def _facts(page: Collection) -> list[_Fact]:
-    """Return the results that a reader looks for first."""
-    return _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
 
 
 def _facts_of_run(run: Run) -> list[_Fact]:
@@ -147,10 +117,11 @@ def _facts_of_runs(page: Collection) -> list[_Fact]:
         ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1]))), ""),
     ]
     found = comparable_losses(page.variants) if len({run.model for run in page.runs}) == 1 else None
-    if found is not None and len(found.losses) > 1:
-        variant, loss = min(found.losses, key=lambda pair: pair[1].value)
-        seeds = f"seed {found.seeds[0]}" if loss.n == 1 else f"mean over {loss.n} seeds"
-        facts.append((f"lowest held-out loss at step {found.step:,}, {seeds}: {variant.name}", loss, ".4f"))
+    losses, seeds, step = found or ([], [], 0)
+    if len(losses) > 1:
+        variant, loss = min(losses, key=lambda pair: pair[1].value)
+        which = f"seed {seeds[0]}" if loss.n == 1 else f"mean over {loss.n} seeds"
+        facts.append((f"lowest held-out loss at step {step:,}, {which}: {variant.name}", loss, ".4f"))
     for variant in page.variants:
         difference = loss_difference(page, variant)
         base = page.baseline_variant(variant)
@@ -159,28 +130,11 @@ def _facts_of_runs(page: Collection) -> list[_Fact]:
     return facts
 
 
-def _legend(page: Collection) -> list[tuple[Look, Variant]]:
-    """Return the look of each variant, or nothing if there is only one run."""
-    looks = curves.looks(page.variants)
-    return list(zip(looks, page.variants, strict=True)) if len(page.runs) > 1 else []
-
-
-# --- the rest ----------------------------------------------------------------------------------------------------
-
-
-def _analysis(folder: Path) -> Analysis:
+def _figures(folder: Path) -> list[tuple[str, str]]:
+    """Return title and image, as a data: address, of each figure of an analysis."""
     figures = []
     for path in sorted((folder / "figures").glob("*.svg")):
         drawing = path.read_text(encoding="utf-8").replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
         data = base64.b64encode(drawing.encode()).decode("ascii")
-        figures.append(Figure(path.stem.replace("_", " ").replace("-", " "), f"data:image/svg+xml;base64,{data}"))
-    return Analysis(folder, figures)
-
-
-def _nested(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration with dotted keys as sections."""
-    sections: dict[str, Any] = {}
-    for key, value in config.items():
-        section, _, name = key.partition(".")
-        sections.setdefault(section, {})[name] = value
-    return sections
+        figures.append((path.stem.replace("_", " ").replace("-", " "), f"data:image/svg+xml;base64,{data}"))
+    return figures

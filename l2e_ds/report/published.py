@@ -40,10 +40,7 @@ BEST_SHARE = {"70m": 0.01, "410m": 0.02, "2.8b": 0.03}
 
 
 def fkr(features: str, parameters: int) -> float | None:
-    """Return the published FKR of a set of features, or None.
-
-    A set whose name contains that of one of the paper's sets, such as natural-language, is taken for it.
-    """
+    """Return the published FKR of a set of features whose name contains that of one of the paper's, or None."""
     name = re.sub(r"[\W_]+", "_", features).lower()
     rate = next((rate for known, rate in FKR.items() if known in name), None)
     return rate if parameters == FKR_PARAMETERS else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -14,22 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.config.sections import DECIDES_NO_RESULT, METHODS, flat
-from l2e_ds.errors import DataError
+from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.report import published
+from l2e_ds.run_directory import metrics
 from l2e_ds.run_directory.configuration import check_folder, read_config
-from l2e_ds.run_directory.metrics import (
-    FILE,
-    after_first_intervals,
-    comparison_key,
-    finite,
-    layers_of,
-    of_kind,
-    read_lines,
-    texts_of,
-)
 from l2e_ds.run_directory.results import TaskResult, read_results
 from l2e_ds.study.definition import INDEX
-from l2e_ds.study.state import read_study
+from l2e_ds.study.state import read_index
 
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 
@@ -71,14 +63,28 @@ class Run:
         """The number of steps after which the run ends."""
         return self.config["training.steps"]
 
+    def lines(self, kind: str) -> list[dict]:
+        """Return the lines of a kind, train or evaluation."""
+        return self.training if kind == "train" else self.evaluations
+
+    @property
+    def newest(self) -> list[dict]:
+        """The newest line of training and of evaluations, of those that it has."""
+        return [*self.training[-1:], *self.evaluations[-1:]]
+
     @property
     def step(self) -> int:
-        """The newest step in its metrics."""
-        return max((line["step"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
+        return max((line["step"] for line in self.newest), default=0)
 
     @property
     def tokens(self) -> int:
-        return max((line["tokens"] for line in (*self.training[-1:], *self.evaluations[-1:])), default=0)
+        return max((line["tokens"] for line in self.newest), default=0)
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of batches that were consumed without changing a weight."""
+        line = self.training[-1] if self.training else {}
+        return line.get("step", 0) - line.get("applied_steps", line.get("step", 0))
 
     @property
     def tokens_per_step(self) -> int:
@@ -108,7 +114,7 @@ class Run:
     @property
     def layers(self) -> list[int]:
         """The layers of which its newest lines have metrics."""
-        return layers_of((*self.training[-1:], *self.evaluations[-1:]))
+        return metrics.layers_of(self.newest)
 
     @property
     def sets(self) -> list[str]:
@@ -118,20 +124,16 @@ class Run:
     @property
     def texts(self) -> list[str]:
         """The texts of `evaluation.texts` of which its newest evaluation has the loss."""
-        return texts_of((self.evaluations or [{}])[-1])
+        return metrics.texts_of((self.evaluations or [{}])[-1])
 
     @property
     def comparison_layers(self) -> list[int]:
         """The layers without inhibition that its newest evaluation has for comparison."""
-        return layers_of(self.evaluations[-1:], comparison_key)
+        return metrics.layers_of(self.evaluations[-1:], metrics.comparison_key)
 
     @property
     def is_published_method(self) -> bool:
-        """Whether the paper has results of the run's method.
-
-        These are plain pretraining, and its own methods with eq. 5 on the two middle layers with the share that did
-        best at this size.
-        """
+        """Whether it is plain, or the paper's: eq. 5 on the two middle layers with the best share of its size."""
         if self.method == "none":
             return True
         return (
@@ -146,10 +148,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """The runs that differ in nothing but their seed. treatment: the name without the model's size."""
+    """The runs that differ in nothing but their seed.
+
+    treatment: the name without the model's size. shown_size: the size, or None if all variants have the same or the
+    name tells it.
+    """
 
     name: str
     treatment: str
+    shown_size: str | None
     runs: list[Run]
 
     @property
@@ -168,6 +175,10 @@ class Variant:
     def method(self) -> str:
         return self.runs[0].method
 
+    @property
+    def is_published_method(self) -> bool:
+        return all(run.is_published_method for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Collection:
@@ -179,10 +190,7 @@ class Collection:
     waiting: list[str]
 
     def baseline_of(self, run: Run) -> Run | None:
-        """Return the run that its study names, or else the one without inhibition that has the same seed and settings.
-
-        Returns None if there is no such run.
-        """
+        """Return the run that its study names, or else that of the same settings without inhibition, or None."""
         if run.baseline is not None:
             return next((other for other in self.runs if other.directory == run.baseline), None)
         if run.method == "none":
@@ -190,11 +198,6 @@ class Collection:
         wanted = comparable(run, inhibition=False)
         plain = (other for other in self.runs if other.method == "none")
         return next((other for other in plain if comparable(other, inhibition=False) == wanted), None)
-
-    def shown_sizes(self) -> list[str | None]:
-        """Return each variant's size, or None if all have the same or the variant's name tells it."""
-        several = len({variant.size for variant in self.variants}) > 1
-        return [variant.size if several and variant.size not in variant.name else None for variant in self.variants]
 
     def baseline_variant(self, variant: Variant) -> Variant | None:
         """Return the variant of the first baseline of a variant's runs, or None."""
@@ -211,53 +214,62 @@ def read(paths: Sequence[Path]) -> Collection:
     titles: list[str] = []
     waiting: list[str] = []
     for path in {os.path.realpath(path): path for path in paths}.values():
-        check_folder(path)
         if os.path.isfile(path / INDEX):
             title, begun, not_begun = _read_study(path, titles)
             titles.append(title)
             runs += begun
             waiting += not_begun
         else:
-            run = _read_run(path)
+            run = read_run(path)
             if run is None:
-                raise DataError(f"{path / FILE}: has no metrics yet")
+                raise DataError(f"{path / metrics.FILE}: has no metrics yet")
             runs.append(run)
-    runs = _with_unique_names(_without_repeated(runs))
+    runs = _without_repeated(runs)
+    names = Counter(run.name for run in runs)
+    runs = [replace(run, name=str(run.directory)) if names[run.name] > 1 else run for run in runs]
     return Collection(runs, _variants(runs), titles, waiting)
 
 
-def _read_run(directory: Path) -> Run | None:
+def read_run(directory: Path) -> Run | None:
     """Return the run in a directory, or None if it has no metrics yet. Raises DataError."""
+    check_folder(directory)
     try:
-        lines = read_lines(directory)
-        written = datetime.fromtimestamp((directory / FILE).stat().st_mtime, timezone.utc)
+        lines = metrics.read_lines(directory)
+        written = datetime.fromtimestamp((directory / metrics.FILE).stat().st_mtime, timezone.utc)
         results = read_results(directory)
     except OSError as error:
-        raise DataError(f"{directory}: is no run directory or study, or has no metrics yet: {error.filename}") from None
+        raise DataError(f"{directory}: is no run directory, or has no metrics yet: {error.filename}") from None
     config = flat(read_config(directory))
     starts, training, evaluations, findings = (
-        of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")
+        metrics.of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")
     )
     if not training and not evaluations:
         return None
-    steady = after_first_intervals(lines)
+    steady = metrics.after_first_intervals(lines)
     name = directory.resolve().name
     run = Run(name, directory, config, starts, training, evaluations, findings, steady, results, written)
     # A run that was resumed from an older checkpoint may have results of steps that it has not reached again.
     reached = (result for result in results if result.step is None or result.step <= run.step)
-    kept = [replace(result, stderr=finite(result.stderr)) for result in reached if finite(result.value) is not None]
+    kept = [
+        replace(result, stderr=metrics.finite(result.stderr))
+        for result in reached
+        if metrics.finite(result.value) is not None
+    ]
     return replace(run, results=kept)
 
 
 def _read_study(directory: Path, others: Sequence[str]) -> tuple[str, list[Run], list[str]]:
     """Return a study's title, made unlike the others, the runs that have begun and the names of those that have not."""
-    index = read_study(directory)
+    try:
+        index = read_index(directory)
+    except ConfigError as error:
+        raise DataError(str(error)) from None
     places = {entry.name: directory / entry.directory for entry in index.runs}
     title = f"{index.title} ({directory})" if index.title in others else index.title
     runs = []
     for entry in index.runs:
         place = places[entry.name]
-        run = _read_run(place) if os.path.isfile(place / FILE) else None
+        run = read_run(place) if os.path.isfile(place / metrics.FILE) else None
         if run is not None:
             base = places.get(entry.baseline) if entry.baseline is not None else None
             runs.append(replace(run, name=entry.name, study=title, levels=entry.levels, baseline=base))
@@ -271,23 +283,10 @@ def _without_repeated(runs: Sequence[Run]) -> list[Run]:
     """Return each run once. A run that is given both by itself and in a study is the study's."""
     found: dict[Path, Run] = {}
     for run in runs:
-        place = run.directory.resolve()
-        if place not in found or (run.study and not found[place].study):
-            found[place] = run
+        first = found.setdefault(run.directory.resolve(), run)
+        if run.study and not first.study:
+            found[run.directory.resolve()] = run
     return list(found.values())
-
-
-def _with_unique_names(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs, with as many folders of the path before equal names as it takes to make them differ."""
-    names = [run.name for run in runs]
-    parts = [run.directory.resolve().parts for run in runs]
-    for depth in range(2, max(map(len, parts)) + 1):
-        twice = {name for name in names if names.count(name) > 1}
-        names = ["/".join(own[-depth:]) if name in twice else name for name, own in zip(names, parts, strict=True)]
-    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-
-
-# --- what is compared with what ----------------------------------------------------------------------------------
 
 
 def comparable(run: Run, inhibition: bool = True, seed: bool = True) -> dict[str, Any]:
@@ -316,6 +315,7 @@ def _variants(runs: Sequence[Run]) -> list[Variant]:
     alone = [group[0] for group in groups.values() if group[0].levels is None]
     names = _names(alone, all(len(group) == 1 for group in groups.values()))
     several_studies = len({run.study for run in runs}) > 1
+    several_sizes = len({run.size for run in runs}) > 1
     variants = []
     for group in groups.values():
         first = group[0]
@@ -326,7 +326,8 @@ def _variants(runs: Sequence[Run]) -> list[Variant]:
             treatment = " ".join(level for factor, level in first.levels.items() if factor != "size") or name
             if several_studies:
                 name, treatment = (f"{first.study}: {part}" for part in (name, treatment))
-        variants.append(Variant(name, treatment, group))
+        shown_size = first.size if several_sizes and first.size not in name else None
+        variants.append(Variant(name, treatment, shown_size, group))
     sizes = list(dict.fromkeys(variant.size for variant in variants))
     return sorted(variants, key=lambda variant: (sizes.index(variant.size), variant.method != "none"))
 
@@ -334,22 +335,22 @@ def _variants(runs: Sequence[Run]) -> list[Variant]:
 def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
     """Return (name, treatment) of the variants outside studies, by the name of each one's first run.
 
-    single: if every variant has one run, its name is the run's, else the settings by which it differs.
+    These are the run's name if every variant has one run (single), else the settings by which it differs.
     """
     if single:
         return {run.name: (run.name, run.name) for run in firsts}
     inhibited = [run for run in firsts if run.method != "none"]  # others do not use the settings of inhibition
     keys = differing([comparable(run, inhibition=False, seed=False) for run in firsts])
-    keys += [key for key in differing([comparable(run) for run in inhibited]) if key.startswith("inhibition.")]
-    keys = [key for key in keys if not key.startswith("model.")]
+    of_inhibition = [key for key in differing([comparable(run) for run in inhibited]) if key.startswith("inhibition.")]
     sizes = len({run.size for run in firsts}) > 1
     names = {}
     for run in firsts:
-        own = [key for key in keys if key != "inhibition.method"]
-        if run.method == "none":
-            own = [key for key in own if not key.startswith("inhibition.")]
-        own = [key for key in own if run.config.get(key) is not None]  # e.g. a deactivation has no strength
-        others = [f"{key.rpartition('.')[2]} {run.config.get(key)}" for key in own]
+        settings = {key: run.config.get(key) for key in [*keys, *(of_inhibition if run in inhibited else ())]}
+        others = [
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in settings.items()
+            if value is not None and not key.startswith("model.") and key != "inhibition.method"
+        ]
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)
     return names

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -13,6 +14,8 @@ from l2e_ds.report.runs import Collection, Run, Variant
 from l2e_ds.run_directory.metrics import number, numbers
 from l2e_ds.run_directory.results import TaskResult
 from l2e_ds.study.collect import paired_differences
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -51,25 +54,42 @@ class Paired:
 
 def paired(page: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
     """Return the paired differences of a value, or None if no run and its baseline both have it."""
-    rows: dict[str, dict] = {}
-    for run in variant.seeds:
-        base = page.baseline_of(run)
-        rows[run.name] = {"combination": "own", "baseline": base.name if base else None, "value": value(run)}
-        if base is not None:
-            rows.setdefault(base.name, {"combination": "other", "baseline": None, "value": value(base)})
-    table = pd.DataFrame([{"run": name, **row} for name, row in rows.items()])
-    found = paired_differences(table, "value").loc["own"]
-    if not found["pairs"]:
+    both = pairs(page, variant)
+    rows = [(run.name, "own", base.name, value(run)) for run, base in both]
+    rows += [(base.name, "other", "", value(base)) for _, base in both]
+    table = pd.DataFrame(rows, columns=["run", "combination", "baseline", "value"]).drop_duplicates("run")
+    found = paired_differences(table, "value")
+    if not found["pairs"].sum():
         return None
+    own = found.loc["own"]
 
     def measured(name: str, error: str) -> Measured:
-        error_of = None if pd.isna(found[error]) else float(found[error])
-        return Measured(float(found[name]), error_of, int(found["pairs"]))
+        return Measured(float(own[name]), None if pd.isna(own[error]) else float(own[error]), int(own["pairs"]))
 
     return Paired(measured("difference", "stderr"), measured("relative", "relative_stderr"))
 
 
-# --- held-out loss -----------------------------------------------------------------------------------------------
+def last_common(found: Sequence[Mapping[Key, Any]], rank: Callable[[Key], Any] = lambda key: key) -> Key | None:
+    """Return the last key, by `rank`, that all of these have, or None."""
+    return max(set.intersection(*map(set, found)), key=rank, default=None) if found else None
+
+
+def difference_at_last(
+    page: Collection,
+    variant: Variant,
+    values: Callable[[Run], Mapping[Key, float]],
+    rank: Callable[[Key], Any] = lambda key: key,
+) -> tuple[Paired, Key] | None:
+    """Return the paired differences at the last key (a step) that all pairs with values have, and that key, or None."""
+    known = {run.name: values(run) for pair in pairs(page, variant) for run in pair}
+    whole = [pair for pair in pairs(page, variant) if all(known[run.name] for run in pair)]
+    names = {run.name for pair in whole for run in pair}
+    key = last_common([known[name] for name in names], rank)
+    if key is None:
+        return None
+    at = {name: known[name][key] for name in names}
+    found = paired(page, variant, lambda run: at.get(run.name))
+    return None if found is None else (found, key)
 
 
 def held_out(run: Run) -> dict[int, float]:
@@ -77,52 +97,24 @@ def held_out(run: Run) -> dict[int, float]:
     return {line["step"]: loss for line in run.evaluations if (loss := number(line, "held_out_loss")) is not None}
 
 
-def last_common_step(runs: Sequence[Run]) -> int | None:
-    """Return the last step at which every run was evaluated, or None."""
-    common = set.intersection(*(set(held_out(run)) for run in runs)) if runs else set()
-    return max(common, default=None)
-
-
 def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | None:
-    """Return the difference in held-out loss to the paired baselines, and the last step that all pairs have evaluated.
+    """Return the difference in held-out loss to the paired baselines, and the last step of all pairs, or None."""
+    return difference_at_last(page, variant, held_out)
 
-    Returns None if there is no such step.
+
+def comparable_losses(variants: Sequence[Variant]) -> tuple[list[tuple[Variant, Measured]], list[int], int] | None:
+    """Return the held-out losses of the variants that have any, over their common seeds at their last common step.
+
+    Returns them with these seeds and the step, or None if there is no such seed or step.
     """
-    evaluated = [pair for pair in pairs(page, variant) if all(run.evaluations for run in pair)]
-    members = [run for pair in evaluated for run in pair]
-    step = last_common_step(members)
-    if step is None:
-        return None
-    found = paired(page, variant, lambda run: held_out(run)[step] if run in members else None)
-    return None if found is None else (found, step)
-
-
-@dataclass(frozen=True)
-class Comparable:
-    """Held-out losses of variants, each a mean over the same seeds at the same step."""
-
-    step: int
-    seeds: list[int]
-    losses: list[tuple[Variant, Measured]]
-
-
-def comparable_losses(variants: Sequence[Variant]) -> Comparable | None:
-    """Return the losses of the variants that have any, over the seeds that all of these have.
-
-    They are of the last step at which all of these runs were evaluated. Returns None if there is no such seed or step.
-    """
-    by_seed = [{run.seed: losses for run in variant.seeds if (losses := held_out(run))} for variant in variants]
-    found = [(variant, losses) for variant, losses in zip(variants, by_seed, strict=True) if losses]
+    by_seed = [(one, {run.seed: losses for run in one.seeds if (losses := held_out(run))}) for one in variants]
+    found = [(variant, losses) for variant, losses in by_seed if losses]
     seeds = sorted(set.intersection(*(set(losses) for _, losses in found))) if found else []
-    steps = [set(losses[seed]) for _, losses in found for seed in seeds]
-    step = max(set.intersection(*steps), default=None) if steps else None
+    step = last_common([losses[seed] for _, losses in found for seed in seeds])
     if step is None:
         return None
-    means = [(variant, over_seeds([losses[seed][step] for seed in seeds])) for variant, losses in found]
-    return Comparable(step, seeds, [(variant, mean) for variant, mean in means if mean is not None])
-
-
-# --- evaluation tasks --------------------------------------------------------------------------------------------
+    means = ((variant, over_seeds([losses[seed][step] for seed in seeds])) for variant, losses in found)
+    return [(variant, mean) for variant, mean in means if mean is not None], seeds, step
 
 
 @dataclass(frozen=True)
@@ -133,7 +125,6 @@ class Point:
     limit: int | None
     metric: str
 
-    @property
     def rank(self) -> tuple:
         """A key to sort by: the newest step is the highest, then all documents, then the accuracy."""
         limit = float("inf") if self.limit is None else self.limit
@@ -146,26 +137,18 @@ def results_of(run: Run, task: str, shots: int) -> dict[Point, TaskResult]:
     return {Point(result.step, result.limit, result.metric): result for result in found}
 
 
-def last_common_point(runs: Sequence[Run], task: str, shots: int) -> Point | None:
-    """Return the highest point at which every run has a result of a task, or None."""
-    found = [results_of(run, task, shots) for run in runs]
-    common = [point for point in found[0] if all(point in other for other in found)] if found else []
-    return max(common, key=lambda point: point.rank, default=None)
-
-
 def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
     """Return the mean over the seeds that were evaluated, and the last point that they all have, or None.
 
     Its error is that over documents and, with several seeds, over seeds.
     """
-    evaluated = [run for run in variant.seeds if results_of(run, task, shots)]
-    point = last_common_point(evaluated, task, shots)
+    evaluated = [results for run in variant.seeds if (results := results_of(run, task, shots))]
+    point = last_common(evaluated, Point.rank)
     if point is None:
         return None
-    found = [results_of(run, task, shots)[point] for run in evaluated]
+    found = [results[point] for results in evaluated]
     seeds = over_seeds([result.value for result in found])
-    if seeds is None:
-        return None
+    assert seeds is not None  # of at least one result
     errors = [result.stderr for result in found if result.stderr is not None]
     if not errors:
         return seeds, point
@@ -177,23 +160,20 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
 
     The error is that over pairs, or for one pair sqrt(error^2 + error of the other^2).
     """
-    evaluated = [pair for pair in pairs(page, variant) if all(results_of(run, task, shots) for run in pair)]
-    members = [run for pair in evaluated for run in pair]
-    point = last_common_point(members, task, shots)
-    if point is None:
-        return None
-    results = {run.name: results_of(run, task, shots)[point] for run in members}
-    found = paired(page, variant, lambda run: results[run.name].value if run.name in results else None)
+
+    def values(run: Run) -> dict[Point, float]:
+        return {point: result.value for point, result in results_of(run, task, shots).items()}
+
+    found = difference_at_last(page, variant, values, Point.rank)
     if found is None:
         return None
-    if found.difference.n > 1:
-        return found.difference, point
-    known = [results[run.name].stderr for run in evaluated[0]]
-    errors = [error for error in known if error is not None]
-    return Measured(found.difference.value, math.hypot(*errors) if len(errors) == 2 else None), point
-
-
-# --- time --------------------------------------------------------------------------------------------------------
+    difference, point = found[0].difference, found[1]
+    if difference.n > 1:
+        return difference, point
+    (one,) = [pair for pair in pairs(page, variant) if all(values(run) for run in pair)]
+    errors = [results_of(run, task, shots)[point].stderr for run in one]
+    known = [error for error in errors if error is not None]
+    return Measured(difference.value, math.hypot(*known) if len(known) == 2 else None), point
 
 
 def steady_median(run: Run, key: str) -> float | None:

@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import aligned
 from l2e_ds.errors import DataError
-from l2e_ds.run_directory.configuration import check_folder, read_config
-from l2e_ds.run_directory.metrics import FILE, after_first_intervals, layers_of, numbers, of_kind, read_lines, texts_of
+from l2e_ds.report.runs import Run, comparable, read_run
+from l2e_ds.report.statistics import steady_median
+from l2e_ds.run_directory.configuration import read_config
+from l2e_ds.run_directory.metrics import FILE, layer_key
 from l2e_ds.training import guard
 
 
-def summarise(run: Path, baseline: Path | None = None) -> str:
+def summarise(directory: Path, baseline: Path | None = None) -> str:
     """Return a run's first and last metrics as aligned lines.
 
     baseline: a run without inhibition. Its metrics at the same step are shown, too, if all else is the same. Raises
     DataError for a path that is no run directory, for one without metrics, and for a broken file.
     """
-    lines = _lines(run)
-    training, evaluations = of_kind(lines, "train"), of_kind(lines, "evaluation")
-    if not training:
-        raise DataError(f"{run}: has no training metrics yet")
-    config = read_config(run)
-    inhibition = config.inhibition
-    target = inhibition.target_share
-    last = training[-1]
-    speeds = numbers(after_first_intervals(lines), "tokens_per_second")  # the same lines as for the report
-    rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {inhibition.method}")]
+    run = read_run(directory)
+    if run is None or not run.training:
+        raise DataError(f"{directory}: has no training metrics yet")
+    target, last = run.config["inhibition.target_share"], run.training[-1]
+    rows = [("steps", f"{last['step']:,} ({last['tokens']:,} tokens), method {run.method}")]
     plain: dict[str, Any] = {}  # the baseline's evaluation
-    if evaluations:
-        first, final = evaluations[0], evaluations[-1]
+    if run.evaluations:
+        first, final = run.evaluations[0], run.evaluations[-1]
         if baseline is not None:
-            plain, about = _baseline(baseline, config, lines, final["step"])
+            plain, about = _baseline(baseline, run, final["step"])
         rows.append(
             (
                 "held-out LM loss",
@@ -44,44 +40,34 @@ def summarise(run: Path, baseline: Path | None = None) -> str:
                 f" (step {final['step']}){_beside(plain, 'held_out_loss', _loss)}",
             )
         )
-        for name in (key.partition("/")[2] for key in final if key.startswith("held_out_loss/")):
+        for name in run.sets:
             losses = " -> ".join(_loss(line.get(f"held_out_loss/{name}")) for line in (first, final))
             tokens = last.get(f"tokens/{name}")
             rows.append((f"  of {name}", losses if tokens is None else f"{losses} ({tokens:,} tokens)"))
-        for name in texts_of(final):
+        for name in run.texts:
             key = f"text_loss/{name}"
-            since = next(line for line in evaluations if key in line)  # a resumed run may have added it
+            since = next(line for line in run.evaluations if key in line)  # a resumed run may have added it
             losses = f"{_loss(since[key])} (step {since['step']}) -> {_loss(final[key])} (step {final['step']}"
             rows.append((f"text {name}", f"{losses}, {_loss(final[f'text_bits_per_byte/{name}'])} bits a byte)"))
     if last.get("observed_share") is not None:
         rows.append(("observed share", f"{last['observed_share']:.2%} (target {target:.2%})"))
-    if evaluations:
-        start = _before_inhibition(config, evaluations)
+    if run.evaluations:
+        start = _before_inhibition(read_config(directory), run.evaluations)
         when = f" (step {start['step']}, before inhibition)" if start is not first else ""
-        for layer in layers_of([final]):
+        for layer in run.layers:
             for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
-                key = f"layer{layer}/{name}"
+                key = layer_key(layer, name)
                 then, now = _number(start.get(key)), _number(final.get(key))
                 rows.append((f"layer {layer}: {label}", f"{then}{when} -> {now}{_beside(plain, key, _number)}"))
         if baseline is not None:
             rows.append(("without inhibition", about))
-    starts, findings = of_kind(lines, "start"), of_kind(lines, "guard")
-    rows += [
-        ("warning", f"{seen} (docs/looking-inside.md)") for _, seen, _ in guard.seen_in(starts, evaluations, findings)
-    ]
-    rows.append(("tokens/s", f"{statistics.median(speeds):,.0f} (median)" if speeds else "-"))
-    rows.append(("metrics", str(run / FILE)))
-    rows.append(("checkpoints", str(run / "checkpoints")))
+    harmed = guard.seen_in(run.starts, run.evaluations, run.findings)
+    rows += [("warning", f"{seen} (docs/looking-inside.md)") for _, seen, _ in harmed]
+    speed = steady_median(run, "tokens_per_second")
+    rows.append(("tokens/s", "-" if speed is None else f"{speed:,.0f} (median)"))
+    rows.append(("metrics", str(directory / FILE)))
+    rows.append(("checkpoints", str(directory / "checkpoints")))
     return aligned(rows)
-
-
-def _lines(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics. Raises DataError."""
-    check_folder(run)
-    try:
-        return read_lines(run)
-    except OSError as error:
-        raise DataError(f"{run}: is no run directory ({error.strerror}: {error.filename})") from None
 
 
 def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,36 +78,32 @@ def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> 
     return before[-1] if is_inhibited and before else evaluations[0]
 
 
-def _baseline(directory: Path, config: RunConfig, lines: list[dict[str, Any]], step: int) -> tuple[dict[str, Any], str]:
-    """Return the baseline's evaluation at a step and a description of the baseline, or {} and why it is not compared.
+def _baseline(directory: Path, run: Run, step: int) -> tuple[dict[str, Any], str]:
+    """Return the baseline's evaluation at a step and a description of it, or {} and why it is not compared.
 
-    config, lines: those of the run that it is compared with. Raises DataError.
+    run: the one that it is compared with. Raises DataError.
     """
-    base_lines, base_config = _lines(directory), read_config(directory)
-    evaluation = next((line for line in of_kind(base_lines, "evaluation") if line["step"] == step), None)
-    own, base = _decisive(config), _decisive(base_config)
-    different = ", ".join([key for key in own if own[key] != base[key]][:3])
-    if base_config.inhibition.method != "none":
+    plain = read_run(directory)
+    if plain is None:
+        raise DataError(f"{directory}: has no metrics yet")
+    evaluation = next((line for line in plain.evaluations if line["step"] == step), None)
+    own, base = (comparable(one, inhibition=False) for one in (run, plain))
+    decisive = [key for key in own if key not in ("training.precision", "training.steps")]
+    different = ", ".join([key for key in decisive if own[key] != base[key]][:3])
+    if plain.method != "none":
         return {}, f"{directory} is inhibited itself: not compared"
     if different:
         return {}, f"{directory} has another {different}: not compared"
-    base_starts, own_starts = of_kind(base_lines, "start"), of_kind(lines, "start")
-    if evaluation is None or not base_starts:
+    if evaluation is None or not plain.starts:
         return {}, f"{directory} has no evaluation at step {step}: not compared"
-    start = base_starts[-1]
+    start = plain.starts[-1]
     versions = start.get("versions", {})
-    about = [str(start.get("time"))[:10], base_config.training.precision]
+    about = [str(start.get("time"))[:10], plain.config["training.precision"]]
     about += [f"{name} {versions[name]}" for name in ("python", "torch", "deepspeed") if name in versions]
     sizes = ("train_tokens", "held_out_tokens")
-    if own_starts and any(own_starts[-1].get(key) != start.get(key) for key in sizes):
+    if run.starts and any(run.starts[-1].get(key) != start.get(key) for key in sizes):
         about.append("other text")
     return evaluation, f"{directory}, same seed ({', '.join(about)})"
-
-
-def _decisive(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide the results, but for inhibition, precision and the number of steps."""
-    left_out = (*DECIDES_NO_RESULT, "inhibition.", "training.precision", "training.steps")
-    return {key: value for key, value in flat(config).items() if not key.startswith(left_out)}
 
 
 def _beside(plain: dict[str, Any], key: str, text: Callable[[float | None], str]) -> str:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress, groupby
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from l2e_ds.console import markdown
 from l2e_ds.report.statistics import Measured
-
-_EMPTY = "–"
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,6 @@ class Table:
         note = html.escape(self.note, quote=False)
         return f"## {html.escape(self.title, quote=False)}\n\n{markdown(safe[0], safe[1:])}\n{note}\n"
 
-    def without(self, head: str) -> Table:
-        """Return the table without the columns that have this head."""
-        return self._only([column.head != head for column in self.columns])
-
-    def without_empty_columns(self) -> Table:
-        return self._only([any(row[i] is not None for row in self.rows) for i in range(len(self.columns))])
-
-    def _only(self, kept: Sequence[bool]) -> Table:
-        rows = [list(compress(row, kept)) for row in self.rows]
-        return replace(self, columns=list(compress(self.columns, kept)), rows=rows)
-
     def csv(self) -> str:
         """Return the table as CSV with all digits.
 
@@ -93,18 +80,16 @@ class Table:
         return text.getvalue()
 
 
-def filled(
-    name: str, title: str, note: str, columns: Sequence[tuple[Column, Callable[..., Any]]], items: Iterable[tuple]
-) -> Table:
-    """Return a table with a row for each item. columns: each with a function that makes its cell from an item."""
-    rows = [[cell(*item) for _, cell in columns] for item in items]
-    return Table(name, title, note, [column for column, _ in columns], rows)
+def table_of(name: str, title: str, note: str, rows: Sequence[Mapping[Column, Any]]) -> Table:
+    """Return a table of rows that hold a cell for each column, without the columns in which no row has one."""
+    columns = [column for column in (rows[0] if rows else ()) if any(row[column] is not None for row in rows)]
+    return Table(name, title, note, columns, [[row[column] for column in columns] for row in rows])
 
 
 def text_of(cell: Any, form: str) -> str:
     """Return a cell as formatted text."""
     if cell is None or cell == "":
-        return _EMPTY
+        return "–"
     if isinstance(cell, Measured):
         value = text_of(cell.value, form)
         if cell.error is None:
@@ -113,11 +98,9 @@ def text_of(cell: Any, form: str) -> str:
     return format(cell, form).replace("-", "−") if form and not isinstance(cell, str) else str(cell)
 
 
-def about_errors(rows: Iterable[Sequence[Any]]) -> list[str]:
+def about_errors(cells: Iterable[Any]) -> list[str]:
     """Return sentences that say what ± is in these cells, or [] if none has a standard error over seeds or pairs."""
-    counts = {
-        cell.n for row in rows for cell in row if isinstance(cell, Measured) and cell.error is not None and cell.n > 1
-    }
+    counts = {cell.n for cell in cells if isinstance(cell, Measured) and cell.error is not None and cell.n > 1}
     if not counts:
         return []
     two = "With n = 2 it is half the distance between the two: too few for a confidence interval."

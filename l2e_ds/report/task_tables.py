@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from l2e_ds.report import published
 from l2e_ds.report.runs import Collection, Run, Variant
-from l2e_ds.report.statistics import Measured, Point, benchmark, benchmark_difference, last_common_point
-from l2e_ds.report.table import Column, Table, filled, text_of
-from l2e_ds.run_directory.results import TaskResult
+from l2e_ds.report.statistics import Measured, Point, benchmark, benchmark_difference, results_of
+from l2e_ds.report.table import Column, Table, table_of, text_of
 
 _TASKS = {
     "mmlu": "MMLU",
@@ -22,48 +21,40 @@ _TASKS = {
 def benchmarks(page: Collection) -> Table:
     """Return a row for each benchmark and number of shots, with columns by size and method, as in the paper."""
     tasks = tasks_of(page.runs)
-    columns = [Column("benchmark"), Column("shots", "d")]
-    rows: list[list[Any]] = [[task_name(page.runs, task, shots), shots] for task, shots in tasks]
+    evaluated = [variant for variant in page.variants if any(run.results for run in variant.runs)]
+    rows: list[dict[Column, Any]] = []
     points: set[Point] = set()
     tokens: set[int] = set()  # seen by the models that are compared with published results
-    for variant, size in zip(page.variants, page.shown_sizes(), strict=True):
-        if not any(run.results for run in variant.runs):
-            continue
-        base = page.baseline_variant(variant)
-        group = f"{size} {variant.name}" if size else variant.name
-        columns += [
-            Column("ours", ".4f", group),
-            Column("step", ",d", group),
-            Column("published", ".4f", group),
-            Column("ours − published", "+.4f", group),
-        ]
-        if base is not None:
-            compared = f"{group} − {base.treatment}"
-            columns += [
-                Column("ours", "+.4f", compared),
-                Column("step", ",d", compared),
-                Column("published", "+.4f", compared),
-            ]
-        for cells, (task, shots) in zip(rows, tasks, strict=True):
+    for task, shots in tasks:
+        row = {Column("benchmark"): task_name(page.runs, task, shots), Column("shots", "d"): shots}
+        for variant in evaluated:
+            group = f"{variant.shown_size} {variant.name}" if variant.shown_size else variant.name
             ours, point = benchmark(variant, task, shots) or (None, None)
             theirs = _published(variant, task, shots)
-            cells += [ours, _step(point), theirs, ours.minus(theirs) if ours and theirs is not None else None]
-            points |= {point} if point else set()
+            row |= {
+                Column("ours", ".4f", group): ours,
+                Column("step", ",d", group): _step(point),
+                Column("published", ".4f", group): theirs,
+                Column("ours − published", "+.4f", group): ours.minus(theirs) if ours and theirs is not None else None,
+            }
             if theirs is not None and point and point.step is not None:
                 tokens.add(point.step * variant.runs[0].tokens_per_step)
-            if base is not None:
-                plain = _published(base, task, shots)
-                published_difference = None if theirs is None or plain is None else theirs - plain
-                difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
-                cells += [difference, _step(common), published_difference]
-                points |= {common} if common else set()
+            points |= {point} if point else set()
+            base = page.baseline_variant(variant)
+            if base is None:
+                continue
+            compared = f"{group} − {base.treatment}"
+            plain = _published(base, task, shots)
+            difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
+            row |= {
+                Column("ours", "+.4f", compared): difference,
+                Column("step", ",d", compared): _step(common),
+                Column("published", "+.4f", compared): None if theirs is None or plain is None else theirs - plain,
+            }
+            points |= {common} if common else set()
+        rows.append(row)
     note = _about_tasks(page, tasks, points, tokens)
-    table = Table("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, columns, rows)
-    return table if _several(points) else table.without("step")
-
-
-def _several(points: set[Point]) -> bool:
-    return len({(point.step, point.limit) for point in points}) > 1
+    return table_of("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, rows)
 
 
 def _step(point: Point | None) -> int | str | None:
@@ -84,16 +75,15 @@ def tasks_of(runs: Sequence[Run]) -> list[tuple[str, int]]:
 
 def task_name(runs: Sequence[Run], task: str, shots: int) -> str:
     """Return what the report calls a task, with its metric if that is not the accuracy."""
-    metrics = {point.metric for run in runs if (point := last_common_point([run], task, shots)) is not None}
+    found = [results_of(run, task, shots) for run in runs]
+    metrics = {max(results, key=Point.rank).metric for results in found if results}
     other = ", ".join(sorted(metrics - {"acc"}))
     name = _TASKS.get(task, task)
     return f"{name} ({other})" if other else name
 
 
 def _published(variant: Variant, task: str, shots: int) -> float | None:
-    if not all(run.is_published_method for run in variant.runs):
-        return None
-    return published.benchmark(task, shots, variant.size, variant.method)
+    return published.benchmark(task, shots, variant.size, variant.method) if variant.is_published_method else None
 
 
 def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
@@ -103,11 +93,7 @@ def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Poi
         " error, over documents and, where there are several (n), over seeds; of a difference of two models it is"
         " sqrt(a² + b²), of several pairs (n) theirs.",
     ]
-    if not _several(points):
-        for point in list(points)[:1]:
-            only = "" if point.limit is None else f", of the first {point.limit:,} documents of each task only"
-            parts.append(f"All at step {text_of(point.step, ',d')}{only}.")
-    elif any(point.limit is not None for point in points):
+    if any(point.limit is not None for point in points):
         parts.append('"First": of this many documents of each task only.')
     if any(task == "bigbench_lite" for task, _ in tasks):
         parts.append(
@@ -141,16 +127,19 @@ def without_published(page: Collection) -> list[str]:
 
 def evaluations(page: Collection) -> Table:
     """Return a row for each result of every task and part of a task, at every step."""
-    columns: list[tuple[Column, Callable[[Run, TaskResult], Any]]] = [
-        (Column("run"), lambda run, result: run.name),
-        (Column("step", ",d"), lambda run, result: result.step),
-        (Column("task"), lambda run, result: result.task),
-        (Column("part of"), lambda run, result: result.part_of),
-        (Column("shots", ",d"), lambda run, result: result.num_fewshot),
-        (Column("metric"), lambda run, result: result.metric),
-        (Column("value", ".4f"), lambda run, result: Measured(result.value, result.stderr)),
-        (Column("documents", ",d"), lambda run, result: result.samples),
-        (Column("limit", ",d"), lambda run, result: result.limit),
+    rows = [
+        {
+            Column("run"): run.name,
+            Column("step", ",d"): result.step,
+            Column("task"): result.task,
+            Column("part of"): result.part_of,
+            Column("shots", ",d"): result.num_fewshot,
+            Column("metric"): result.metric,
+            Column("value", ".4f"): Measured(result.value, result.stderr),
+            Column("documents", ",d"): result.samples,
+            Column("limit", ",d"): result.limit,
+        }
+        for run in page.runs
+        for result in run.results
     ]
-    results = ((run, result) for run in page.runs for result in run.results)
-    return filled("evaluations", "All results of the evaluation tasks", "", columns, results)
+    return table_of("evaluations", "All results of the evaluation tasks", "", rows)

@@ -1,19 +1,9 @@
-"""`l2e-ds study ... --slurm`: submit the runs that are not done as an array job, one task a run.
-
-slurm-1/
-  study.sbatch      readable; `sbatch study.sbatch` starts the same again
-  list              one run a line, as l2e_ds.slurm reads it
-  code.json         command, git commit, whether files were changed, versions of packages
-  code.diff         the changes, if there are any
-  job               the id of the array job
-  slurm-JOB_TASK.log
-"""
+"""`l2e-ds study ... --slurm`: submit the runs that are not done as an array job, one task a run."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -63,14 +53,12 @@ def check(directory: Path, words: Sequence[str]) -> None:
 
 def refuse_queued(directory: Path) -> None:
     """Raise ConfigError if tasks of an earlier submission are still queued or running."""
-    if shutil.which("squeue") is None:
-        return
     for path in sorted(directory.glob(f"{FOLDER}-*/job")):
         job = path.read_text().strip()
         listing = ["squeue", "--noheader", f"--jobs={job}", "--format=%i"]
         try:
             done = subprocess.run(listing, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, subprocess.SubprocessError):  # also where there is no SLURM
             continue
         if done.returncode == 0 and done.stdout.strip():  # a job that SLURM has forgotten is an error to squeue
             raise ConfigError(

@@ -19,9 +19,9 @@ from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import CommandParser, say, split_at_dashes
 from l2e_ds.errors import Interrupted, L2EError
 from l2e_ds.slurm import job
-from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.collect import collect, write_results
 from l2e_ds.study.definition import Evaluation
+from l2e_ds.study.processes import Child, evaluation_words
 from l2e_ds.study.state import read_index, state_of
 from l2e_ds.system import signals
 
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code != 0:
                 return code
         code = _evaluate(run, state_of(run, training.steps, evaluations).missing, launcher)
-        _write_results(study)
+        table = None
+        while table is None or not collect(study).equals(table):  # tasks that end together may overwrite each other's
+            table = collect(study)
+            write_results(study, table)
     except L2EError as error:
         say(f"l2e-ds: error: {error}")
         return error.exit_code
@@ -65,14 +68,6 @@ def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[s
         if child.process.returncode != 0:
             return child.process.returncode
     return 0
-
-
-def _write_results(study: Path) -> None:
-    """Write results.csv until it is up to date: tasks that end together may overwrite each other's."""
-    table = None
-    while table is None or not collect(study).equals(table):
-        table = collect(study)
-        write_results(study, table)
 
 
 if __name__ == "__main__":

@@ -6,23 +6,19 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.run_directory.lock import RunLock, described
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
-from l2e_ds.study.state import config_file, read_index, run_directory
+from l2e_ds.study.state import config_file, run_directory
 from l2e_ds.system.files import write_whole
 from l2e_ds.training.preflight import Plan, preflight, resolve_run
 
 
 class StudyLock(RunLock):
-    """Ensures that one `l2e-ds study` at a time works in a study's folder.
-
-    where: what gave the folder, to begin an error's line.
-    """
+    """Ensures that one `l2e-ds study` at a time works in a study's folder. where: what gave it, to begin an error."""
 
     def __init__(self, directory: Path, where: str = "directory") -> None:
         super().__init__(directory)
@@ -48,11 +44,14 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
     """
     plans: dict[str, Plan] = {}
     looked_at: set[str] = set()
+    seen: dict[str, str] = {}
     for run in study.runs:
         own = [f"training.run_directory={run_directory(study.directory, run.name)}"]
         try:
-            asked = load_run_config(_base(run), [*run.overrides, *own])
-            words = (_base(run), [*run.overrides, *own], ranks)
+            base = find_file(run.base)
+            assert base is not None  # `read_study` has found it
+            words = (base, [*run.overrides, *own], ranks)
+            asked = load_run_config(*words[:2])
             # data and machine are checked once for all runs that differ only in how they train
             needs = json.dumps([asked.model_dump(mode="json", exclude={"inhibition", "optimizer", "training"})])
             needs += f"{asked.training.precision} {asked.training.resume}"
@@ -60,23 +59,20 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
             raise type(error)(_with_source(str(error), run)) from None
-        plans[run.name] = replace(plan, config=_as_started(plan.config, asked, study.directory))
-    _refuse_duplicates(study, plans)
+        # as it is started: the device that runs it resolves the precision, and all runs share one cache
+        config = plan.config.replace("training", precision=asked.training.precision)
+        if config.data.cache is None:
+            config = config.replace("data", cache=str(study.directory / "data"))
+        plans[run.name] = replace(plan, config=config)
+        content = json.dumps(flat(config.replace("training", run_directory="")))
+        same = seen.setdefault(content, run.name)
+        if same != run.name:
+            raise ConfigError(f"factors: {same} and {run.name} would be the same run; leave one of them out")
     return plans
 
 
-def _base(run: StudyRun) -> Path:
-    found = find_file(run.base)
-    if found is None:
-        raise ConfigError(f"base: no such run file: {run.base}")
-    return found
-
-
 def _with_source(line: str, run: StudyRun) -> str:
-    """Return an error's line, beginning with the place where the study gives the key that the line names.
-
-    The first such key counts; a key that the study does not give is the base's.
-    """
+    """Return an error's line, beginning with the place where the study gives the first of its keys in the line."""
     said = line.removeprefix(f"{find_file(run.base)}: ")
     for override in run.overrides:
         said = said.removeprefix(f"override {override!r}: ")
@@ -84,26 +80,6 @@ def _with_source(line: str, run: StudyRun) -> str:
     if unknown := re.match(r"([a-z_]+): unknown key", said):  # a section
         own = next((key for key in run.sources if key.startswith(f"{unknown[1]}.")), None)
     return f"{run.name}: {line}" if own is None else f"{run.sources[own]}: {run.name}: {said}"
-
-
-def _as_started(config: RunConfig, asked: RunConfig, directory: Path) -> RunConfig:
-    """Return the configuration to start: with the precision that was asked for, and one cache for all runs.
-
-    The device that runs it resolves the precision.
-    """
-    config = config.replace("training", precision=asked.training.precision)
-    if config.data.cache is None:
-        config = config.replace("data", cache=str(directory / "data"))
-    return config
-
-
-def _refuse_duplicates(study: Study, plans: dict[str, Plan]) -> None:
-    seen: dict[str, str] = {}
-    for run in study.runs:
-        content = json.dumps(flat(plans[run.name].config.replace("training", run_directory="")))
-        if content in seen:
-            raise ConfigError(f"factors: {seen[content]} and {run.name} would be the same run; leave one of them out")
-        seen[content] = run.name
 
 
 def changes(directory: Path, new: RunConfig) -> list[str]:
@@ -115,6 +91,7 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     if not path.is_file():
         return []
     old, now = flat(load_run_config(path)), flat(new)
+    begins_elsewhere = not {old["training.resume"], now["training.resume"]} <= {"auto", "never"}
     if now["training.precision"] == "auto":
         old["training.precision"] = "auto"
     if now["optimizer.schedule_steps"] is not None and now["training.steps"] > old["training.steps"]:
@@ -122,22 +99,13 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     return [
         f"{key}: {text_of(old[key])} -> {text_of(now[key])}"
         for key in now
-        if old[key] != now[key] and not _may_change(key, old[key], now[key])
+        if old[key] != now[key]
+        and (not key.startswith(DECIDES_NO_RESULT) or (key == "training.resume" and begins_elsewhere))
     ]
 
 
-def _may_change(key: str, old: Any, new: Any) -> bool:
-    if key == "training.resume":  # a path is where the run began
-        return {old, new} == {"auto", "never"}
-    return key.startswith(DECIDES_NO_RESULT)
-
-
-def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
-    """Return a line for each change since the last call that is allowed.
-
-    Raises ConfigError for a run that has begun and would become another one.
-    """
-    lines = []
+def refuse_changes(study: Study, plans: dict[str, Plan]) -> None:
+    """Raise ConfigError if a run that has begun would become another one."""
     for run in study.runs:
         found = changes(run_directory(study.directory, run.name), plans[run.name].config)
         if found:
@@ -146,15 +114,6 @@ def refuse_changes(study: Study, plans: dict[str, Plan]) -> list[str]:
                 f"{study.directory}: the run {run.name} has begun, and its configuration has changed since: {found[0]}"
                 f"{more}; give the same overrides again (they are in {study.directory / FILE}), or another --directory"
             )
-    if (study.directory / INDEX).is_file():
-        now = {run.name: run for run in study.runs}
-        for entry in read_index(study.directory).runs:
-            if entry.name not in now:
-                place = study.directory / "runs"
-                lines.append(f"{entry.name} is no longer in the study; what it did stays in {place}")
-            elif (entry.base, tuple(entry.overrides)) != (now[entry.name].base, now[entry.name].overrides):
-                lines.append(f"the configuration of {entry.name} has changed since the last call")
-    return lines
 
 
 def write_study(study: Study, plans: dict[str, Plan]) -> None:
@@ -164,6 +123,6 @@ def write_study(study: Study, plans: dict[str, Plan]) -> None:
         for run in study.runs:
             write_whole(config_file(study.directory, run.name), plans[run.name].config.dump())
         write_whole(study.directory / FILE, study.dump())
-        write_whole(study.directory / INDEX, json.dumps(study.index(), indent=1) + "\n")
+        write_whole(study.directory / INDEX, json.dumps(study.index().model_dump(), indent=1) + "\n")
     except OSError as error:
         raise ConfigError(f"directory: cannot write {error.filename or study.directory}: {error.strerror}") from None

@@ -1,13 +1,6 @@
 """Collect the results of a study: one line a run, means over seeds, and paired differences to the baseline.
 
-Columns of the table of runs (results.csv): `run`, `combination` (its levels), one column a factor, `seed`, `baseline`
-(the run it is compared with), `state`, `step` (of the newest checkpoint), `tokens`, then results. From metrics.jsonl:
-of the newest evaluation, whose step is `evaluated_step`: `held_out_loss`, `top_share_score`, `mean_s`, `kurtosis`
-(means over the hooked layers), `text_loss/NAME` and `text_bits_per_byte/NAME` of each evaluated text; the newest
-`observed_share`; medians over the lines of training without the first after each start: `step_seconds`,
-`tokens_per_second`; the largest `peak_memory_gib`. From evaluations.jsonl, at the last step: `TASK/N-shot/METRIC` and
-`TASK/N-shot/METRIC_stderr` (over the task's documents), a group without those of its parts. A cell is empty while there
-is no such result.
+docs/studies.md ("Results") names the columns of the table of runs.
 """
 
 from __future__ import annotations
@@ -116,13 +109,9 @@ def write_results(directory: Path, table: pd.DataFrame) -> None:
 
 
 def figures_of(table: pd.DataFrame) -> list[str]:
-    """Return the columns of evaluation tasks, `TASK/N-shot/METRIC`, and of evaluated texts."""
+    """Return the columns of evaluated texts and of evaluation tasks, `TASK/N-shot/METRIC`."""
     tasks = [name for name in table.columns if re.search(r"/\d+-shot/", name) and not name.endswith("_stderr")]
-    return [*_texts_of(table), *tasks]
-
-
-def _texts_of(table: pd.DataFrame) -> list[str]:
-    return [name for name in table.columns if name.startswith(TEXTS)]
+    return [*(name for name in table.columns if name.startswith(TEXTS)), *tasks]
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -131,27 +120,34 @@ def summary(table: pd.DataFrame) -> str:
     They are of runs that are trained to their end, at their end, and of pairs of equally many steps.
     """
     table = table.copy()
+    evaluated = [*SHOWN, *(name for name in table.columns if name.startswith(TEXTS))]
     table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
-    table.loc[table["evaluated_step"] != table["step"], [*SHOWN, *_texts_of(table)]] = math.nan
+    table.loc[table["evaluated_step"] != table["step"], evaluated] = math.nan
     step_of = table.set_index("run")["step"]
     table["baseline"] = table["baseline"].where(table["baseline"].map(step_of) == table["step"])
-    metrics = {name: paired_differences(table, name) for name in (*SHOWN, "step_seconds")}
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
-    for name, form in SHOWN.items():
-        if metrics[name]["runs"].any():
+    for name, form in {**SHOWN, "step_seconds": "{:.4f}"}.items():
+        metric = paired_differences(table, name)
+        if not metric["runs"].any():
+            continue
+        if name == "step_seconds":
+            heads += ["s a step", "more"]
+        else:
             key = f"layers/{name}" if name in LAYER_MEANS else name
             heads += [described("evaluation", key).title, "difference"]
-            for row, (_, found) in zip(rows, metrics[name].iterrows(), strict=True):
-                row += [_text(found["mean"], form), _plus_minus(found["difference"], found["stderr"], form)]
-    if metrics["step_seconds"]["runs"].any():
-        heads += ["s a step", "more"]
-        for row, (_, found) in zip(rows, metrics["step_seconds"].iterrows(), strict=True):
-            more = _plus_minus(100 * found["relative"], 100 * found["relative_stderr"], "{:.1f}", " %")
-            row += [_text(found["mean"], "{:.4f}"), more]
+        for row, (_, found) in zip(rows, metric.iterrows(), strict=True):
+            difference = _plus_minus(found["difference"], found["stderr"], form)
+            if name == "step_seconds":
+                difference = _plus_minus(100 * found["relative"], 100 * found["relative_stderr"], "{:.1f}", " %")
+            row += ["" if pd.isna(found["mean"]) else form.format(found["mean"]), difference]
     parts = [markdown(heads, rows)]
+    form = "{:.4f}"
     tasks = [
-        [name, combination, str(int(found["runs"])), _text(found["mean"], "{:.4f}"), _difference(found)]
+        [
+            *(name, str(combination), str(int(found["runs"])), form.format(found["mean"])),
+            _plus_minus(found["difference"], found["stderr"], form),
+        ]
         for name in figures_of(table)
         for combination, found in paired_differences(table, name).iterrows()
         if found["runs"]
@@ -165,22 +161,11 @@ def summary(table: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def _difference(found: pd.Series) -> str:
-    return _plus_minus(found["difference"], found["stderr"], "{:.4f}")
-
-
-def _text(value: float, form: str) -> str:
-    return "" if pd.isna(value) else form.format(value)
-
-
 def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
     if pd.isna(value):
         return ""
     signed = form.replace(":", ":+").format(value)
     return f"{signed}{unit}" if pd.isna(error) else f"{signed} ± {form.format(error)}{unit}"
-
-
-# --- one run -----------------------------------------------------------------------------------------------------
 
 
 def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -203,10 +188,7 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
 def _wanted_results(
     lines: Sequence[dict[str, Any]], step: int, evaluations: Sequence[Evaluation]
 ) -> dict[str, float | None]:
-    """Return the results that the study asks for, whichever command evaluated them.
-
-    If it asks for a task twice, those of more documents.
-    """
+    """Return the results that the study asks for; if it asks for a task twice, those of more documents."""
     values: dict[str, float | None] = {}
     for evaluation in sorted(evaluations, key=lambda evaluation: _documents(evaluation.limit)):
         for line in lines:

@@ -1,8 +1,4 @@
-"""`l2e-ds study STUDY.yaml [section.key=value ...]`: run what is left of a grid of runs.
-
-Every run's configuration is checked before anything starts. The results are collected at the end of every call:
-results.csv in the study's folder, and a table of means and paired differences. docs/studies.md has the details.
-"""
+"""`l2e-ds study STUDY.yaml [section.key=value ...]`: run what is left of a grid of runs (docs/studies.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ from l2e_ds.study import array
 from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
 from l2e_ds.study.collect import RESULTS, collect, summary, write_results
 from l2e_ds.study.definition import FILE, INDEX, Study, read_study
-from l2e_ds.study.places import places
+from l2e_ds.study.processes import places
 from l2e_ds.study.runner import Runner, say
 from l2e_ds.study.state import State, run_directory, state_of
 from l2e_ds.system.process import quiet_libraries
@@ -41,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-run", action="store_true", help="check all but the tasks, print the runs and how far they are"
     )
     what.add_argument("--collect", action="store_true", help="only collect the results so far")
-    where = parser.add_argument_group("on this machine")
-    where.add_argument("--devices", type=int, metavar="N", help="N runs at a time, each on one device")
-    where.add_argument(
+    here = parser.add_argument_group("on this machine")
+    here.add_argument("--devices", type=int, metavar="N", help="N runs at a time, each on one device")
+    here.add_argument(
         "--ranks", type=int, metavar="R", help="one run at a time, on R ranks (default: all GPUs; without any 1)"
     )
     cluster = parser.add_argument_group("on a cluster")
@@ -62,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     """
     _check_options(arguments)
     if arguments.collect:
-        return _collect(_directory(arguments))
+        own = arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file()
+        beside = arguments.study.parent if own else None
+        return _collect(arguments.directory or beside or read_study(arguments.study).directory)
     quiet_libraries()
     study = read_study(arguments.study, arguments.overrides, arguments.directory)
     if study.file.evaluate:
@@ -71,63 +69,54 @@ def run(arguments: argparse.Namespace) -> int:
     where = [] if resources else places(arguments.devices, arguments.ranks, os.environ)
     ranks = resources.ranks if resources else where[0].ranks
     plans = plan_runs(study, ranks, this_machine=not (arguments.slurm or arguments.dry_run))
-    lines = refuse_changes(study, plans)
+    refuse_changes(study, plans)
     names = [name for name, state in _states(study, plans).items() if not state.is_done]
     if arguments.dry_run:
-        print(describe(study, plans, lines))
+        print(describe(study, plans))
         if resources is not None:
             print(array.script(study.directory / "slurm-N", len(names), resources, arguments.restarts), end="")
         return 0
 
     if names:
         _load_tasks(study)
-    words = ["study", *_words(arguments)]
+    folder = [] if arguments.directory is None else ["--directory", str(arguments.directory)]
+    words = ["study", str(arguments.study), *arguments.overrides, *folder, "--slurm"]
     if resources is not None:
         array.check(study.directory, words)
     array.refuse_queued(study.directory)
     lock = StudyLock(study.directory, study.runs[0].sources["training.run_directory"])
     lock.acquire()
     try:
-        for line in lines:
-            say(line)
         write_study(study, plans)
-        if resources is None:
-            runner = Runner(study.directory, names, study.file.evaluate, where, arguments.restarts, lock.renew)
-            code = runner.run()
-        elif names:
+        if resources is not None and names:
             array.submit(study.directory, names, resources, arguments.restarts, words)
             return 0
-        else:
-            code = 0
+        runner = Runner(study.directory, names, study.file.evaluate, where, arguments.restarts, lock.renew)
+        code = runner.run()
     finally:
         lock.release()
     _collect(study.directory)
-    if resources is None:
-        for name, (_, why) in runner.failed.items():
-            say(f"{name}: failed: {why}")
-        for name in runner.stopped:
-            say(f"{name}: was stopped; the same command resumes it")
+    for name, (_, why) in runner.failed.items():
+        say(f"{name}: failed: {why}")
+    for name in runner.stopped:
+        say(f"{name}: was stopped; the same command resumes it")
     return code
 
 
 def _load_tasks(study: Study) -> None:
-    """Check that the harness has the tasks and their data, before the first run takes its hours.
-
-    Compute nodes without a hub then find the data in the cache. Raises ConfigError, DataError.
-    """
-    wanted = {(tuple(part.tasks), tuple(part.include_path)) for part in study.file.evaluate}
-    if not wanted:
+    """Load the tasks and their data, so that compute nodes find them in the cache. Raises ConfigError, DataError."""
+    if not study.file.evaluate:
         return
     from l2e_ds.evaluation.harness import load_tasks  # only now: it imports lm-eval, an extra
 
-    for tasks, include_path in sorted(wanted):
+    for tasks, include_path in sorted({(tuple(part.tasks), tuple(part.include_path)) for part in study.file.evaluate}):
         try:
             load_tasks(tasks, include_path)
         except (ConfigError, DataError) as error:
             raise type(error)(f"evaluate: {error}") from None
 
 
-def describe(study: Study, plans: dict[str, Plan], lines: list[str]) -> str:
+def describe(study: Study, plans: dict[str, Plan]) -> str:
     """Return what `--dry-run` prints: a table of the runs, and what is left to do."""
     common = set.intersection(*(set(run.overrides) for run in study.runs))
     states = _states(study, plans)
@@ -150,16 +139,12 @@ def describe(study: Study, plans: dict[str, Plan], lines: list[str]) -> str:
     said += [f"evaluation  {' '.join(part.tasks)}, {part.num_fewshot}-shot" for part in study.file.evaluate]
     said += [f"runs        {len(rows)}: {', '.join(f'{count} {state}' for state, count in counts.items())}"]
     said += [f"to go       {steps_left:,} steps, {tokens_left:,} tokens"]
-    return "\n".join([markdown(heads, rows), *said, *lines])
+    return "\n".join([markdown(heads, rows), *said])
 
 
 def _states(study: Study, plans: dict[str, Plan]) -> dict[str, State]:
-    return {
-        run.name: state_of(
-            run_directory(study.directory, run.name), plans[run.name].config.training.steps, study.file.evaluate
-        )
-        for run in study.runs
-    }
+    steps = {name: plan.config.training.steps for name, plan in plans.items()}
+    return {name: state_of(run_directory(study.directory, name), steps[name], study.file.evaluate) for name in steps}
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -172,35 +157,19 @@ def _check_options(arguments: argparse.Namespace) -> None:
         if not arguments.directory:
             raise ConfigError("--directory: got '', allowed: a folder; . is the current one")
         arguments.directory = Path(arguments.directory)
+    given = [option for option in SLURM_ONLY if getattr(arguments, option) is not None]
     if arguments.slurm:
-        for option, default in arguments.slurm_defaults.items():
-            if getattr(arguments, option) is None:
-                setattr(arguments, option, default)
+        for option in set(SLURM_ONLY) - set(given):
+            setattr(arguments, option, arguments.slurm_defaults[option])
         for option in ("devices", "ranks"):
             if getattr(arguments, option) is not None:
                 raise ConfigError(f"--{option}: is for runs on this machine; leave it or --slurm out")
         for option in ("gpus_per_node", "time"):
             if getattr(arguments, option) is None:
                 raise ConfigError(f"--slurm: needs --{option.replace('_', '-')}")
-    else:
-        given = next((option for option in SLURM_ONLY if getattr(arguments, option) is not None), None)
-        if given is not None or arguments.for_sbatch:
-            option = f"--{given.replace('_', '-')}" if given else "--"
-            raise ConfigError(f"{option}: is for --slurm; give that too, or leave it out")
-
-
-def _directory(arguments: argparse.Namespace) -> Path:
-    """Return the study's folder; its runs are not checked."""
-    if arguments.directory is not None:
-        return arguments.directory
-    if arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file():
-        return arguments.study.parent
-    return read_study(arguments.study).directory
-
-
-def _words(arguments: argparse.Namespace) -> list[str]:
-    directory = [] if arguments.directory is None else ["--directory", str(arguments.directory)]
-    return [str(arguments.study), *arguments.overrides, *directory, "--slurm"]
+    elif given or arguments.for_sbatch:
+        option = f"--{given[0].replace('_', '-')}" if given else "--"
+        raise ConfigError(f"{option}: is for --slurm; give that too, or leave it out")
 
 
 def _collect(directory: Path) -> int:

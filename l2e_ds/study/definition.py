@@ -1,24 +1,11 @@
-"""Read a study file, and make the runs that it stands for: all combinations of its factors' levels, with every seed.
-
-title: Main comparison
-base: launch/recipes/pythia-70m.yaml     # a run file: as given, beside the study file, or in the repository
-directory: studies/main                  # default: studies/ and the file's name
-seeds: [1234, 1235]                      # paired: every combination runs with every seed
-set: {training.steps: 400}               # for all runs
-factors:
-  method: {none: {inhibition.method: none}, l2e: {inhibition.method: l2e}}
-  inhibition.target_share: [0.01, 0.02]  # in short: a key and its values
-exclude: [{method: none, inhibition.target_share: 0.02}]
-baseline: {method: none}                 # what the others are compared with
-evaluate: [{tasks: [paper], num_fewshot: 0}]
-"""
+"""Read a study file (docs/studies.md, "A study file"), and make its runs: all combinations of levels, by seed."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -76,33 +63,40 @@ class StudyFile(Section):
     evaluate: list[Evaluation] = Field([])
 
 
-@dataclass(frozen=True)
-class Level:
-    """Holds one value of a factor: what it sets, by dotted key, and the run file that replaces `base`, if any."""
-
-    settings: dict[str, Any]
-    base: str | None = None
-
+Level = dict[str, Any]
+"""What one value of a factor sets, by dotted key; under `base` the run file that replaces the study's, if any."""
 
 Levels = dict[str, str]
 """The name of the level of each factor."""
 
 
-@dataclass(frozen=True)
-class StudyRun:
-    """Holds one run of a study.
+class StudyRun(Section, extra="ignore"):
+    """A run of a study, as in study.json.
 
     overrides: of the run file `base`, without the run directory and the cache; baseline: the name of the run that this
     one is compared with, or None; sources: where the study gives each dotted key, to begin an error's line.
     """
 
     name: str
-    levels: Levels
-    seed: int
-    base: str
-    overrides: tuple[str, ...]
-    baseline: str | None
-    sources: dict[str, str] = field(compare=False)
+    directory: str
+    levels: Levels = Field({})
+    seed: int | None = None
+    baseline: str | None = None
+    overrides: list[str] = Field([])
+    base: str = ""
+    sources: dict[str, str] = Field({}, exclude=True)
+
+
+class Index(Section, extra="ignore"):
+    """The content of study.json, for readers that do not know study files."""
+
+    title: str
+    name: str = ""
+    factors: dict[str, list[str]] = Field({})
+    seeds: list[int] = Field([])
+    baseline: Levels | None = None
+    evaluate: list[Evaluation] = Field([])
+    runs: list[StudyRun]
 
 
 @dataclass(frozen=True)
@@ -118,28 +112,16 @@ class Study:
     factors: dict[str, dict[str, Level]]
     runs: tuple[StudyRun, ...]
 
-    def index(self) -> dict[str, Any]:
-        """Return the content of study.json, for readers that do not know study files."""
-        return {
-            "title": self.file.title,
-            "name": self.directory.absolute().name,
-            "factors": {factor: list(levels) for factor, levels in self.factors.items()},
-            "seeds": self.file.seeds,
-            "baseline": self.file.baseline,
-            "evaluate": [evaluation.model_dump() for evaluation in self.file.evaluate],
-            "runs": [
-                {
-                    "name": run.name,
-                    "directory": f"runs/{run.name}",
-                    "levels": run.levels,
-                    "seed": run.seed,
-                    "baseline": run.baseline,
-                    "overrides": list(run.overrides),
-                    "base": run.base,
-                }
-                for run in self.runs
-            ],
-        }
+    def index(self) -> Index:
+        return Index(
+            title=self.file.title,
+            name=self.directory.absolute().name,
+            factors={factor: list(levels) for factor, levels in self.factors.items()},
+            seeds=self.file.seeds,
+            baseline=self.file.baseline,
+            evaluate=self.file.evaluate,
+            runs=list(self.runs),
+        )
 
     def dump(self) -> str:
         """Return the file, as YAML, which gives the same runs from anywhere."""
@@ -149,15 +131,17 @@ class Study:
 def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None = None) -> Study:
     """Read a study file and make its runs.
 
-    overrides: `section.key=value` for all runs, in addition to the file's `set`. directory: replaces the file's.
-
-    Raises ConfigError naming the file and the key, what was given and what is allowed.
+    overrides: `section.key=value` for all runs, in addition to the file's `set`. directory: replaces the file's. Raises
+    ConfigError naming the file and the key, what was given and what is allowed.
     """
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a study file is a mapping with the keys {', '.join(StudyFile.model_fields)}")
     file = checked(StudyFile, raw, str(path))
-    own = _overrides(overrides)
+    own: dict[str, Any] = {}
+    for override in overrides:
+        section, key, value = split_override(override)
+        own |= _settings({f"{section}.{key}": value}, f"override {override!r}")
     sources = {key: f"{path}: set.{key}" for key in file.set}
     sources |= {key: f"override '{key}={text_of(value)}'" for key, value in own.items()}
     sources["training.seed"] = f"{path}: seeds"
@@ -167,14 +151,18 @@ def read_study(path: Path, overrides: Sequence[str] = (), directory: Path | None
         directory = path.parent if beside else Path(file.directory or f"studies/{path.stem}")
     try:
         factors = _factors(file, path)
-        _refuse_overridden_factors(own, factors)
+        for name, levels in factors.items():
+            for key in (key for level in levels.values() for key in level if key in own):
+                raise ConfigError(f"override {key}: the factor {name} sets it; change the study file")
         file = file.model_copy(
             update={
                 "title": file.title or path.stem,
                 "directory": "",
                 "base": None if file.base is None else _run_file_name(file.base, path, "base"),
                 "set": _settings(file.set, "set") | own,
-                "factors": {name: _as_in_a_file(name, levels) for name, levels in factors.items()},
+                "factors": {
+                    name: given if isinstance(given, list) else factors[name] for name, given in file.factors.items()
+                },
                 "exclude": [_levels(given, f"exclude.{i}", factors) for i, given in enumerate(file.exclude)],
                 "baseline": None if file.baseline is None else _levels(file.baseline, "baseline", factors),
                 "evaluate": [_with_found_folders(part, path, f"evaluate.{i}") for i, part in enumerate(file.evaluate)],
@@ -195,9 +183,6 @@ def text_of(value: Any) -> str:
     return json.dumps(value)
 
 
-# --- checking the file -------------------------------------------------------------------------------------------
-
-
 def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
     factors: dict[str, dict[str, Level]] = {}
     set_by: dict[str, str] = {}
@@ -206,7 +191,7 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
         if name in (*COLUMNS, *RESULT_COLUMNS):
             raise ConfigError(f"{where}: is a column of the results already; give the factor another name")
         if isinstance(given, list) and KEY.fullmatch(name):
-            levels = {text_of(value): Level(_settings({name: value}, "factors")) for value in given}
+            levels = {text_of(value): _settings({name: value}, "factors") for value in given}
             if len(levels) < len(given):
                 raise ConfigError(f"{where}: {given} names a value twice")
         elif isinstance(given, dict) and LEVEL.fullmatch(name):
@@ -224,10 +209,7 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
         if not levels:
             raise ConfigError(f"{where}: got {given!r}, give at least one level")
         factors[name] = levels
-        keys = {key for level in levels.values() for key in level.settings}
-        if any(level.base for level in levels.values()):
-            keys.add("base")
-        for key in sorted(keys):
+        for key in sorted({key for level in levels.values() for key in level}):
             if set_by.setdefault(key, name) != name:
                 raise ConfigError(f"{where}: sets {key}, as the factor {set_by[key]} does")
     return factors
@@ -236,9 +218,9 @@ def _factors(file: StudyFile, path: Path) -> dict[str, dict[str, Level]]:
 def _level(given: Any, where: str, path: Path) -> Level:
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: got {given!r}, must be a mapping of dotted keys, e.g. {{inhibition.method: l2e}}")
+    level = _settings({key: value for key, value in given.items() if key != "base"}, where)
     base = given.get("base")
-    settings = _settings({key: value for key, value in given.items() if key != "base"}, where)
-    return Level(settings, None if base is None else _run_file_name(base, path, f"{where}.base"))
+    return level if base is None else {"base": _run_file_name(base, path, f"{where}.base")} | level
 
 
 def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
@@ -250,22 +232,6 @@ def _settings(given: dict[Any, Any], where: str) -> dict[str, Any]:
         if takes_text(key) and not isinstance(value, str | list | None):
             raise ConfigError(f"{where}: {key}: got {value!r}; must be text (in quotes)")
     return given
-
-
-def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
-    for override in overrides:
-        section, key, value = split_override(override)
-        settings |= _settings({f"{section}.{key}": value}, f"override {override!r}")
-    return settings
-
-
-def _refuse_overridden_factors(settings: dict[str, Any], factors: dict[str, dict[str, Level]]) -> None:
-    for name, levels in factors.items():
-        for level in levels.values():
-            both = next((key for key in level.settings if key in settings), None)
-            if both is not None:
-                raise ConfigError(f"override {both}: the factor {name} sets it; change the study file")
 
 
 def _run_file_name(base: Any, path: Path, where: str) -> str:
@@ -301,16 +267,6 @@ def _levels(given: dict[str, Any], where: str, factors: dict[str, dict[str, Leve
     return levels
 
 
-def _as_in_a_file(name: str, levels: dict[str, Level]) -> Any:
-    """Return a factor as it stands in a file."""
-    if KEY.fullmatch(name) and all(list(level.settings) == [name] for level in levels.values()):
-        return [level.settings[name] for level in levels.values()]
-    return {text: ({"base": level.base} if level.base else {}) | level.settings for text, level in levels.items()}
-
-
-# --- the runs ----------------------------------------------------------------------------------------------------
-
-
 def _runs(
     file: StudyFile, factors: dict[str, dict[str, Level]], sources: dict[str, str], path: Path
 ) -> tuple[StudyRun, ...]:
@@ -321,25 +277,36 @@ def _runs(
     kept = [levels for levels in grid if not any(excluded.items() <= levels.items() for excluded in file.exclude)]
     if not kept:
         raise ConfigError("exclude: leaves no run")
-    baselines = [
-        None if file.baseline is None else baseline_of(levels, kept, file.baseline, factors) for levels in kept
-    ]
     runs = []
     for seed in file.seeds:
-        for levels, baseline in zip(kept, baselines, strict=True):
+        for levels in kept:
+            baseline = None if file.baseline is None else baseline_of(levels, kept, file.baseline, factors)
             chosen = [factors[factor][name] for factor, name in levels.items()]
-            base = next((level.base for level in chosen if level.base), file.base)
-            if base is None:
-                raise ConfigError(f"base: is required; the run {_name(levels, seed)} has none")
+            name = _name(levels, seed)
             settings, given_by = dict(file.set), dict(sources)
             for (factor, text), level in zip(levels.items(), chosen, strict=True):
-                settings |= level.settings
-                where = f"{path}: factors.{factor}" + f".{text}" * (factor not in level.settings)
-                given_by |= dict.fromkeys(level.settings, where)
-            overrides = [f"{key}={_override_text(key, value)}" for key, value in settings.items()]
-            other = None if baseline is None else _name(baseline, seed)
-            name = _name(levels, seed)
-            runs.append(StudyRun(name, levels, seed, base, (*overrides, f"training.seed={seed}"), other, given_by))
+                settings |= level
+                where = f"{path}: factors.{factor}" + f".{text}" * (factor not in level)
+                given_by |= dict.fromkeys(level, where)
+            base = settings.pop("base", file.base)
+            if base is None:
+                raise ConfigError(f"base: is required; the run {name} has none")
+            overrides = [
+                f"{key}={value if isinstance(value, str) and takes_text(key) else text_of(value)}"
+                for key, value in settings.items()
+            ]
+            runs.append(
+                StudyRun(
+                    name=name,
+                    directory=f"runs/{name}",
+                    levels=levels,
+                    seed=seed,
+                    baseline=None if baseline is None else _name(baseline, seed),
+                    overrides=[*overrides, f"training.seed={seed}"],
+                    base=base,
+                    sources=given_by,
+                )
+            )
     names = [run.name for run in runs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -347,10 +314,6 @@ def _runs(
     if len(longest := max(names, key=len)) > LONGEST_NAME:
         raise ConfigError(f"factors: {longest[:40]}... has {len(longest)} characters, allowed: {LONGEST_NAME}")
     return tuple(runs)
-
-
-def _override_text(key: str, value: Any) -> str:
-    return value if isinstance(value, str) and takes_text(key) else text_of(value)
 
 
 def _name(levels: Levels, seed: int) -> str:
@@ -370,9 +333,7 @@ def baseline_of(
     meaningless = {
         name
         for name, found in factors.items()
-        if all(
-            not level.base and all(key.startswith("inhibition.") for key in level.settings) for level in found.values()
-        )
+        if all(key.startswith("inhibition.") for level in found.values() for key in level)
     }
     fitting: dict[int, list[Levels]] = {}
     for other in kept:

@@ -18,9 +18,8 @@ from l2e_ds.config.reading import load_run_config
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError, Interrupted
 from l2e_ds.run_directory.lock import RENEWED_EVERY, RunLock
-from l2e_ds.study.child import Child, evaluation_words
 from l2e_ds.study.definition import Evaluation
-from l2e_ds.study.places import Place
+from l2e_ds.study.processes import Child, Place, evaluation_words
 from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
 from l2e_ds.system import signals
 
@@ -33,17 +32,15 @@ STOPPED = Interrupted.exit_code
 class Job:
     """Holds a run and the process that works for it.
 
-    doing: "train" or an evaluation's command; done: what was begun before; log_begins: the size of its log in bytes
-    when the process began; waits_since, look_at: times, while another process works in its directory.
+    begun: "train" and the commands of evaluations, of which the last is under way; log_begins: the size of its log in
+    bytes when the process began; waits_since, look_at: times, while another process works in its directory.
     """
 
     name: str
     place: Place | None = None
     child: Child | None = None
-    doing: str = ""
-    done: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)
     began: float = 0.0
-    began_at_step: int = 0
     log_begins: int = 0
     waits_since: float | None = None
     look_at: float = 0.0
@@ -68,8 +65,7 @@ class Runner:
         self.failed: dict[str, tuple[int, str]] = {}
         """Exit code and reason, by name."""
         self.stopped: list[str] = []
-        self.total, self.places = len(names), len(where)
-        self.seconds: list[float] = []  # durations of the runs that this call began and finished
+        self.total = len(names)
         self._renew, self._renewed = renew, 0.0
         self._signals_passed = 0
 
@@ -108,12 +104,10 @@ class Runner:
         self._signals_passed = len(signals.received)
         for job in self.running:
             assert job.child is not None
-            if job.doing == "train":
+            if job.begun[-1] == "train":
                 job.child.process.terminate()
             else:
                 job.child.kill()
-
-    # --- one run -------------------------------------------------------------------------------------------------
 
     def _state(self, job: Job) -> State:
         return state_of(run_directory(self.directory, job.name), steps_of(self.directory, job.name), self.evaluations)
@@ -131,16 +125,13 @@ class Runner:
             state = self._state(job)
             if state.is_done:
                 continue
-            job.place, job.began, job.began_at_step = self.free.pop(0), time.monotonic(), state.step
+            job.place, job.began = self.free.pop(0), time.monotonic()
             self.running.append(job)
             say(f"{job.name}: begins ({state}); log: {self._log(job)}")
             self._continue(job)
 
     def _is_busy(self, job: Job) -> bool:
-        """Return whether another process writes there: perhaps one that a killed study has left, which saves and stops.
-
-        After `training.timeout` the run counts as failed.
-        """
+        """Return whether another process writes there. After `training.timeout` the run counts as failed."""
         now = time.monotonic()
         if now < job.look_at:
             return True
@@ -168,7 +159,7 @@ class Runner:
         state = self._state(job)
         directory = run_directory(self.directory, job.name)
         if state.is_done:
-            self._finish(job, state)
+            self._finish(job)
             return
         if not state.trained:
             doing = "train"
@@ -179,13 +170,12 @@ class Runner:
             words = evaluation_words(directory, state.missing[0])
             doing = " ".join(["l2e-ds", *words])
             command = [*job.place.launcher(), "l2e_ds.cli", *words]
-        if doing in job.done:
+        if doing in job.begun:
             what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such results"
             self._free_place(job)
             self._fail(job, 1, f"{'training' if doing == 'train' else doing} {what}; see {self._log(job)}")
             return
-        job.done.append(doing)
-        job.doing = doing
+        job.begun.append(doing)
         log = self._log(job)
         job.log_begins = log.stat().st_size if log.is_file() else 0
         job.child = Child(command, {**without_launcher(os.environ), **job.place.environment}, log)
@@ -194,10 +184,7 @@ class Runner:
         """Deal with a process that has ended."""
         assert job.child is not None
         code = job.child.process.returncode
-        if code == 0:
-            if signals.received:
-                self._free_place(job)
-                return
+        if code == 0 and not signals.received:
             self._continue(job)
             return
         self._free_place(job)
@@ -209,17 +196,11 @@ class Runner:
         else:
             self._fail(job, code, self._reason(job, code))
 
-    def _finish(self, job: Job, state: State) -> None:
-        seconds = time.monotonic() - job.began
+    def _finish(self, job: Job) -> None:
         self._free_place(job)
-        if job.began_at_step == 0:
-            self.seconds.append(seconds)
-        left = len(self.waiting) + len(self.running)
-        done = self.total - left - len(self.failed) - len(self.stopped)
-        text = f"{job.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
-        if left and self.seconds:
-            text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
-        say(text)
+        done = self.total - len(self.waiting) - len(self.running) - len(self.failed) - len(self.stopped)
+        duration = console.duration(time.monotonic() - job.began)
+        say(f"{job.name}: done in {duration}; {done} of {self.total} runs")
 
     def _free_place(self, job: Job) -> None:
         assert job.place is not None

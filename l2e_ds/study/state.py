@@ -1,15 +1,4 @@
-"""Find out how far each run of a study is, from the files in the study's folder.
-
-STUDY/
-  study.yaml        the study file, as it was read
-  study.json        the index: every run with its levels, seed and baseline; written before anything runs
-  configs/NAME.yaml the resolved configuration of each run, which is what is started
-  runs/NAME/        run directories
-  data/             tokenised text, shared by the runs
-  logs/NAME.log     what the run printed
-  results.csv       one line a run
-  slurm-1/          by --slurm: batch script, list of runs, code version, logs
-"""
+"""Find out how far each run of a study is, from the files in the study's folder (docs/studies.md, "The folder")."""
 
 from __future__ import annotations
 
@@ -19,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from l2e_ds.config.reading import checked, load_run_config
-from l2e_ds.config.sections import Section
-from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.manifest import check_files
 from l2e_ds.run_directory.names import checkpoint_name, newest_step
-from l2e_ds.study.definition import INDEX, Evaluation
+from l2e_ds.study.definition import INDEX, Evaluation, Index
 
 PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 
@@ -48,7 +34,6 @@ class State:
 
     @property
     def is_done(self) -> bool:
-        """Return whether the run is trained and evaluated."""
         return self.trained and not self.missing
 
     def __str__(self) -> str:
@@ -83,9 +68,7 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
     """Return whether this line of evaluations.jsonl holds what an evaluation of the study asks for.
 
-    It must hold all the tasks, with these shots and this limit, at this step, and be computed as `l2e-ds evaluate`
-    does: evaluations while training may be in half precision. A line that does not say what it was asked for does not
-    count.
+    It must hold all the tasks, with these shots and this limit, at this step, in the precision of `l2e-ds evaluate`.
     """
     asked = line.get("asked") or {}
     found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
@@ -104,28 +87,6 @@ def steps_of(directory: Path, name: str) -> int:
     return load_run_config(config_file(directory, name)).training.steps
 
 
-class Entry(Section, extra="ignore"):
-    """A run in study.json. baseline: the name of the run that it is compared with."""
-
-    name: str
-    directory: str
-    levels: dict[str, str] = Field({})
-    seed: int | None = None
-    baseline: str | None = None
-    base: str = ""
-    overrides: list[str] = Field([])
-
-
-class Index(Section, extra="ignore"):
-    """The content of study.json."""
-
-    title: str
-    name: str = ""
-    factors: dict[str, list[str]] = Field({})
-    evaluate: list[Evaluation] = Field([])
-    runs: list[Entry]
-
-
 def read_index(directory: Path) -> Index:
     """Return the checked content of study.json. Raises ConfigError."""
     path = directory / INDEX
@@ -141,11 +102,3 @@ def read_index(directory: Path) -> Index:
     if len({entry.name for entry in index.runs}) < len(index.runs):
         raise ConfigError(f"{path}: runs: two have the same name")
     return index
-
-
-def read_study(directory: Path) -> Index:
-    """Return what `read_index` returns, for reports. Raises DataError."""
-    try:
-        return read_index(directory)
-    except ConfigError as error:
-        raise DataError(str(error)) from None

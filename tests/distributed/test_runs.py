@@ -456,7 +456,7 @@ def test_exported_logits_equal_the_engine_s(runs, tmp_path, name):
 
     run = runs / f"straight{name}"
     done = export(run, tmp_path / "model")
-    assert done["step"] == 10
+    assert done.step == 10
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto").eval()
     precision = name.partition("-")[2] or "fp32"
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -68,8 +68,8 @@ def test_trained_and_exported(family, key, pretrained, launch, run_file, tmp_pat
     report = export(run, out)
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     start = AutoModelForCausalLM.from_pretrained(pretrained).eval()
-    assert type(model) is type(start) and report["tokenizer"] and len(AutoTokenizer.from_pretrained(out)) <= VOCABULARY
-    assert report["parameters"] == sum(p.numel() for p in start.parameters())
+    assert type(model) is type(start) and report.tokenizer and len(AutoTokenizer.from_pretrained(out)) <= VOCABULARY
+    assert report.parameters == sum(p.numel() for p in start.parameters())
     assert model.config.tie_word_embeddings == (family == "gpt2")
     stored = checkpoint_weights(find_checkpoint(run, None), "fp32")
     assert all(torch.equal(stored[name], parameter) for name, parameter in model.named_parameters())

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, sync_playwright
 
-from l2e_ds.analysis.neuron_page import write_neuron_page
+from l2e_ds.analysis.neuron import write_neuron_page
 from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import train_tokenizer
 from tests.integration.running import Launch

@@ -105,13 +105,12 @@ def test_scores_by_bins(model, tokens, activations, tmp_path):
         # float32 may put a score that lies on an edge into the neighbouring bin
         assert np.abs(found.histogram.cumsum(2) - expected.cumsum(2)).max() <= 1
         assert np.abs(found.histogram - expected).sum() <= 0.01 * expected.sum()
-    for distribution, (layer, neuron, low, high) in zip(distributions, shown, strict=True):
-        assert (distribution.layer, distribution.neuron) == (layer, neuron)
+    for of_neuron, (layer, neuron, low, high) in zip(distributions, shown, strict=True):
         for feature in range(FEATURES):
             values = np.clip(activations[layer][feature == LABELS, :, neuron], low, high)
-            counts = np.histogram(values, distribution.edges)[0]
-            assert np.abs(distribution.counts[feature] - counts).sum() <= 2
-            assert distribution.counts[feature].sum() == values.size
+            counts = np.histogram(values, collect.VALUE_BINS, (low, high))[0]
+            assert np.abs(of_neuron[feature] - counts).sum() <= 2
+            assert of_neuron[feature].sum() == values.size
 
 
 def test_samples_of_texts_are_counted_as_tokens_would_be(model, tokens, activations, tmp_path):

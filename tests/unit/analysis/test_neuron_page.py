@@ -1,4 +1,4 @@
-"""The page and the lines of one neuron, on real tokens of awkward texts, parsed back and held against plain NumPy."""
+"""The page of one neuron, on real tokens of awkward texts, parsed back and held against plain NumPy."""
 
 import re
 import warnings
@@ -7,15 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from l2e_ds.analysis.neuron_page import (
-    describe_neuron,
-    measure_neuron,
-    pieces_around,
-    strongest_tokens,
-    write_neuron_page,
-)
+from l2e_ds.analysis.neuron import measure_neuron, pieces_around, strongest_tokens, write_neuron_page
 from l2e_ds.data.tokenizer import train_tokenizer
-from l2e_ds.errors import ConfigError
 
 FEATURES = ["Ελληνικά", "code <b>", "emoji & co"]
 ABOUT = {"model": "pythia-70m", "layer": 3, "neuron": 17, "name": "Awkward <texts>"}
@@ -150,15 +143,6 @@ def test_strongest_tokens_are_at_most_two_of_a_text():
     assert strongest_tokens(activations, 5) == [(0, 1), (0, 2), (2, 0), (1, 1), (1, 0)]
     assert strongest_tokens(activations, 3, lowest=True) == [(2, 2), (2, 3), (1, 0)]
     assert len(strongest_tokens(activations, 20)) == 6
-
-
-def test_not_finite_is_refused_before_anything_is_written(neuron, tokenizer, tmp_path):
-    activations, tokens, labels = neuron
-    broken = activations.copy()
-    broken[2, 3], broken[4, 5] = np.nan, np.inf
-    with pytest.raises(ConfigError, match="2 of 576 activations are NaN or infinite") as error:
-        write_neuron_page(tmp_path / "page.html", broken, tokens, labels, FEATURES, tokenizer, ABOUT)
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
 # --- text -------------------------------------------------------------------------------------------------------
@@ -329,23 +313,3 @@ def test_a_dead_neuron(neuron, tokenizer, tmp_path):
     facts = dict(zip(page.facts[::2], page.facts[1::2], strict=True))
     assert facts["state"] == "dead: it does not vary" and facts["own feature"] == "none" and facts["mean"] == "0.125"
     assert len(page.items) == 28 and {tint for item in page.items for _, tint in item["tints"]} == {0}
-    assert "none: the neuron is dead" in describe_neuron(dead, tokens, labels, FEATURES, tokenizer, ABOUT)
-
-
-def test_lines_for_a_terminal(neuron, tokenizer):
-    activations, tokens, labels = neuron
-    text = describe_neuron(activations, tokens, labels, FEATURES, tokenizer, ABOUT)
-    mean, variance, phi, scores = plainly(activations, labels)
-    lines = text.splitlines()
-    assert all(c.isprintable() for line in lines for c in line)
-    assert lines[0] == "neuron       pythia-70m, layer 3, neuron 17"
-    assert lines[1] == "feature set  Awkward <texts>: 9 texts, 576 tokens"
-    assert lines[2] == f"own feature  code <b> (MS {scores[1][0]:.4g} inside, {scores[1][1]:.4g} outside)"
-    assert lines[4:6] == [
-        f"mean, S      {mean:.4g}, {variance**0.5:.4g}",
-        f"kurtosis     {(phi**2).mean():.4g}",
-    ]
-    assert len(lines) == 6 + 5
-    for line, (which, position) in zip(lines[6:], strongest_tokens(activations, 5), strict=True):
-        assert line[13:].startswith(f"{activations[which, position]:.4g}".rjust(9))
-        assert line.count("[") >= 1 and f"  {FEATURES[labels[which]]}: " in line

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from l2e_ds.analysis import measures, probing
-from l2e_ds.errors import ConfigError
 from tests.unit.analysis.single_tokens import planted
 
 
@@ -82,11 +81,6 @@ def test_splits_are_stratified_and_seeded():
     assert np.any(masks != probing.training_masks(labels, 4, seed=8))
 
 
-def test_one_text_cannot_be_split():
-    with pytest.raises(ConfigError, match="feature 1 has 1 text"):
-        probing.training_masks(np.array([0, 0, 1]), 1, seed=0)
-
-
 def test_blocks_do_not_change_the_result(tmp_path, monkeypatch):
     """Read from a file in blocks of a few neurons."""
     values, labels = example(8, (9, 9, 9), 11, True)
@@ -119,8 +113,8 @@ def test_inverted_neuron_has_direction_below():
 
 def test_places_by_training_f1_then_layer_then_neuron():
     """Equal neurons in order of layer and neuron; dead ones never; fewer places than asked where few live."""
-    f1_train = [np.array([[0.5, 0.9, 0.9], [0.1, 0.1, 0.1]]), np.array([[0.9, 1.0, 0.2], [0.1, 0.3, 0.1]])]
-    alive = [np.array([True, True, True]), np.array([True, False, True])]
+    f1_train = np.array([[0.5, 0.9, 0.9, 0.9, 1.0, 0.2], [0.1, 0.1, 0.1, 0.1, 0.3, 0.1]])
+    alive = np.array([True, True, True, True, False, True])
     best = probing.best_places(f1_train, alive, places=10)
     assert best.tolist() == [[1, 2, 3, 0, 5], [0, 1, 2, 3, 5]]
     assert probing.best_places(f1_train, alive, places=2).tolist() == [[1, 2], [0, 1]]
@@ -130,7 +124,7 @@ def test_planted_neuron_is_found():
     """The neuron built for a feature comes first for it; one that answers to three features is found for none."""
     z, labels = planted([*((f, (f + 1) % 5, (f + 2) % 5) for f in range(5)), *((f,) for f in range(5))])
     found = probing.probe_layer(z.mean(axis=1).astype(np.float32), labels, 5, probing.training_masks(labels, 3, 0))
-    best = probing.best_places([found.f1_train], [np.ones(10, dtype=bool)], places=1)
+    best = probing.best_places(found.f1_train, np.ones(10, dtype=bool), places=1)
     assert best[:, 0].tolist() == [5, 6, 7, 8, 9]
     assert found.f1_test[:, 5:].diagonal().min() > 0.8
     assert found.f1_test[:, :5].max() < 0.8

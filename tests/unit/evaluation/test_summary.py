@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from l2e_ds.cli import main
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.report.runs import read
+from l2e_ds.config.sections import flat
+from l2e_ds.report.runs import read, read_run
 from l2e_ds.report.statistics import steady_median
 from l2e_ds.report.summary import _baseline
 from l2e_ds.run_directory.metrics import of_kind, read_lines
@@ -126,6 +128,6 @@ def test_stored_baseline_is_the_quick_start_s():
     recipe = load_run_config(REPOSITORY / "launch/recipes/quickstart.yaml")
     stored = REPOSITORY / "launch/quickstart-none"
     (begin,) = [line for line in of_kind(read_lines(stored), "evaluation") if line["step"] == recipe.inhibition.start]
-    found, about = _baseline(stored, recipe, read_lines(stored), 160)
+    found, about = _baseline(stored, replace(read_run(stored), config=flat(recipe)), 160)
     assert about.startswith(f"{stored}, same seed") and found["step"] == 160
     assert found["layer2/top_share_score"] > begin["layer2/top_share_score"] > 0  # it rises by itself

@@ -146,9 +146,10 @@ def write_analysis(
     """Write an analysis as `l2e-ds analyze` does, of random activations of one layer, and return its tables."""
     z, labels = activations(1, (12, 10, 14))
     mean, variance = (values.astype("float32") for values in text_moments(z))
-    texts = tables.LayerTexts(mean, variance, mean)
     names = ("Danish", "French", "Greek")
-    first = tables.first_tables([texts], labels, names, tokens=7, parameters=parameters, seed=0, resamples=20)
+    first = tables.first_tables(
+        [(mean, variance)], labels, names, tokens=7, parameters=parameters, seed=0, resamples=20
+    )
     counts = tables.LayerCounts(slow_histogram(z, labels, first.own[0].own), kurtosis(z))
     found = tables.build_tables(first, [counts], EDGES)
     place = folder / "models" / label

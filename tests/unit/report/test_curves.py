@@ -153,12 +153,11 @@ def test_zero_has_no_logarithm():
 
 
 def test_long_lines_are_thinned():
-    """100,000 points: the drawing is small, and shows what they lie between."""
+    """100,000 points: the drawing is small."""
     y = np.random.default_rng(0).normal(5.0, 1.0, 100_000)
     line = Line("a", Look("#123456"), np.arange(100_000.0), y)
     svg = draw("x", "MS", [line], Axis("step", 100_000))
     assert len(svg) < 80_000
-    assert "fill-opacity: 0.15" in svg or "opacity: 0.15" in svg
 
 
 def test_beginning_of_a_long_loss_is_cut():

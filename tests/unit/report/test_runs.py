@@ -46,7 +46,7 @@ def test_results_of_steps_that_a_run_has_not_come_to_again(tmp_path):
     "name, content, words",
     [
         (None, None, "there is no such folder"),
-        ("other.txt", "", "no run directory or study, or has no metrics yet"),
+        ("other.txt", "", "is no run directory, or has no metrics yet"),
         ("metrics.jsonl", '{"kind": "start", "step": 0}\n', "config.yaml"),
         ("study.json", '{"title": "", "factors": {}, "seeds": [], "evaluate": [], "runs": []}', "none of its 0 runs"),
     ],
@@ -85,7 +85,7 @@ def test_same_names_are_told_apart(tmp_path):
         write_run(tmp_path / folder / "x" / "l2e")
     write_run(tmp_path / "none", "none")
     page = runs.read([tmp_path / "a/x/l2e", tmp_path / "b/x/l2e", tmp_path / "none"])
-    assert [run.name for run in page.runs] == ["a/x/l2e", "b/x/l2e", "none"]
+    assert [run.name for run in page.runs] == [*(str(tmp_path / folder / "x/l2e") for folder in ("a", "b")), "none"]
 
 
 # --- variants and baselines --------------------------------------------------------------------------------------

@@ -189,13 +189,13 @@ def test_first_documents_are_not_compared_with_all(tmp_path):
     assert "of this many documents of each task only" in found.note
 
 
-def test_one_step_is_told_once(tmp_path):
+def test_note_of_the_tasks(tmp_path):
     study = paired_study(tmp_path / "study", seeds=(1234,))
     for method in ("none", "l2e"):
         add_results(study / f"runs/70m-{method}-seed1234", 50, {("bigbench_lite", 0): (0.25, 0.01)}, limit=20)
     found = table(runs.read([study]), "benchmarks")
-    assert not [column.full_head for column in found.columns if column.head == "step"]
-    assert "All at step 50, of the first 20 documents of each task only." in found.note
+    assert cells(found)["BIG-bench lite"]["70m none: step"] == "50, first 20"
+    assert "of this many documents of each task only" in found.note
     assert "19 of its 24 tasks" in found.note
     assert "Ours: after 204,800 tokens." in found.note  # 50 steps of 16 x 256
 
@@ -440,14 +440,11 @@ def test_a_value_says_over_how_many_seeds_its_error_is(cell, text):
 
 def test_what_plus_or_minus_is():
     """Two seeds have a half-range, and nobody's interval."""
-    assert about_errors([["a", Measured(1.0), Measured(0.24, 0.003), None]]) == []
-    assert about_errors([["a", Measured(1.0, 0.1, 3)]]) == [
+    assert about_errors(["a", Measured(1.0), Measured(0.24, 0.003), None]) == []
+    assert about_errors(["a", Measured(1.0, 0.1, 3)]) == [
         "±: standard error over n seeds, of a difference over n pairs."
     ]
-    assert (
-        "With n = 2 it is half the distance between the two"
-        in about_errors([["a", Measured(1.0, 0.1, 3)], ["b", Measured(1.0, 0.1, 2)]])[1]
-    )
+    assert "With n = 2 it is half the distance" in about_errors([Measured(1.0, 0.1, 3), Measured(1.0, 0.1, 2)])[1]
 
 
 @pytest.mark.parametrize("seeds, two", [((1234,), False), ((1234, 1235), True), ((1, 2, 3), False)])

@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from l2e_ds.study.child import Child
+from l2e_ds.study.processes import Child
 
 
 def test_all_that_was_started_ends(tmp_path):

@@ -12,7 +12,7 @@ import yaml
 from l2e_ds import cli
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
-from l2e_ds.study.places import places
+from l2e_ds.study.processes import places
 from tests.processes import REPOSITORY
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 

@@ -59,23 +59,21 @@ def test_which_figures_an_evaluation_stands_for(tmp_path):
     assert state_of(tmp_path, 20, [Evaluation(tasks=["piqa"])]).missing
 
 
-def change(tmp_path, *overrides: str, **changes: object) -> list[str]:
+def change(tmp_path, *overrides: str, **changes: object) -> None:
     study = read_study(study_file(tmp_path, **changes), overrides)
-    return refuse_changes(study, plan_runs(study, 1, this_machine=False))
+    refuse_changes(study, plan_runs(study, 1, this_machine=False))
 
 
 def test_a_begun_run_stays_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study, plans = begun_study(tmp_path)
-    assert change(tmp_path) == []
     begin_run(study, plans, "l2e-seed1")
-    assert change(tmp_path) == []
+    change(tmp_path)
     # where and how safely it is computed may change
     how = ["training.timeout=5", "checkpoint.every=3", "training.micro_batch=4", "data.workers=1"]
     how += ["training.evaluate_every=7", "training.max_skipped_steps=9", "training.resume=never"]
     how += ["deepspeed.config=ds_configs/zero2.json"]
-    said = [f"the configuration of {run.name} has changed since the last call" for run in study.runs]
-    assert change(tmp_path, *how) == said
+    change(tmp_path, *how)
     refused = r"^out: the run l2e-seed1 has begun, and its configuration has changed since: {}; .*out/study.yaml"
     with pytest.raises(ConfigError, match=refused.format("optimizer.eps: 1e-08 -> 1e-06")):
         change(tmp_path, "optimizer.eps=1e-6")
@@ -107,13 +105,11 @@ def test_what_has_not_begun_may_change_and_a_schedule_of_its_own_may_be_gone_on_
     monkeypatch.chdir(tmp_path)
     study, plans = begun_study(tmp_path, set={"optimizer.schedule_steps": 100})
     begin_run(study, plans, "none-seed1")
-    longer = change(tmp_path, "training.steps=30", set={"optimizer.schedule_steps": 100})
-    assert longer[0] == "the configuration of none-seed1 has changed since the last call"
+    change(tmp_path, "training.steps=30", set={"optimizer.schedule_steps": 100})
     with pytest.raises(ConfigError, match=r"training\.steps: 20 -> 10"):
         change(tmp_path, "training.steps=10", set={"optimizer.schedule_steps": 100})
     factors = {"method": {"none": {"inhibition.method": "none"}, "memel": {"inhibition.method": "memel"}}}
-    lines = change(tmp_path, factors=factors, set={"optimizer.schedule_steps": 100})
-    assert lines == [f"l2e-seed{n} is no longer in the study; what it did stays in out/runs" for n in (1, 2, 3)]
+    change(tmp_path, factors=factors, set={"optimizer.schedule_steps": 100})
 
 
 def test_the_keys_that_decide_no_figure_are_keys():
