@@ -38,7 +38,7 @@ from l2e_ds.checkpoint.state import TrainState, reseed, rng_state, set_rng_state
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import say
 from l2e_ds.distributed import collectives
-from l2e_ds.engine.engine import hyper_parameters, set_hyper_parameters
+from l2e_ds.engine.engine import keeping_hyper_parameters
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.run_directory import manifest
@@ -64,16 +64,6 @@ class Identity:
     order: str
     network: str
     layers: list[int]  # hooked
-
-
-@dataclass(frozen=True)
-class Published:
-    """Holds what a save cost: the seconds that training stood still, the seconds until it was published, its bytes."""
-
-    step: int
-    blocked_seconds: float
-    published_seconds: float
-    bytes: int
 
 
 @dataclass
@@ -225,10 +215,11 @@ class CheckpointManager:
         task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
         self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
 
-    def advance(self, until_done: bool = False) -> Published | None:
-        """Look how far the pending checkpoint is, and return what it cost once it has been published. Collective.
+    def advance(self, until_done: bool = False) -> tuple[int, dict[str, float]] | None:
+        """Look how far the pending checkpoint is, and return its step and what it cost once it has been published.
 
-        Raises SaveError on every rank if any rank failed; what was written is then removed.
+        What it cost are the values of `kind: checkpoint` in the metrics. Collective. Raises SaveError on every rank if
+        any rank failed; what was written is then removed.
         """
         while self._pending is not None:
             pending = self._pending
@@ -245,8 +236,11 @@ class CheckpointManager:
                 pending.task = self._background.submit(publish)
                 continue
             self._pending = None
-            size = sum(int(entry["bytes"]) for entry in pending.entries.values())
-            return Published(pending.step, pending.blocked_seconds, time.perf_counter() - pending.began, size)
+            return pending.step, {
+                "blocked_seconds": pending.blocked_seconds,
+                "published_seconds": time.perf_counter() - pending.began,
+                "bytes": sum(int(entry["bytes"]) for entry in pending.entries.values()),
+            }
         return None
 
     @property
@@ -352,9 +346,8 @@ class CheckpointManager:
 
     @staticmethod
     def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
-        own = hyper_parameters(engine)
-        loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-        set_hyper_parameters(engine, own)  # those of the run file, which the user may have changed
+        with keeping_hyper_parameters(engine):
+            loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
             raise CheckpointError(f"{path}: DeepSpeed did not load it")
 

@@ -214,37 +214,37 @@ def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     tasks: Tasks | None,
     num_fewshot: int | None,
     batch_size: int,
     limit: int | None = None,
-    call: Callable[..., Any] | None = None,
     tick: Callable[[], None] = heartbeat.beat,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Return the metrics of tasks in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
 
-    tasks: from `load_tasks`, on rank 0. num_fewshot: examples in a prompt; None is each task's own number. limit:
-    documents of each task. call: runs the network in place of `model`, as a DeepSpeed engine around it does. tick:
-    called before each round on every rank; if it raises, it must do so on all ranks. report: called on rank 0 with the
-    numbers of finished and of all requests of a kind. Random states and the model's mode are left unchanged. Raises
-    L2EError for a task that fails.
+    model: a transformers model, or the DeepSpeed engine around it. tasks: from `load_tasks`, on rank 0. num_fewshot:
+    examples in a prompt; None is each task's own number. limit: documents of each task. tick: called before each round
+    on every rank; if it raises, it must do so on all ranks. report: called on rank 0 with the numbers of finished and
+    of all requests of a kind. Random states and the model's mode are left unchanged. Raises L2EError for a task that
+    fails.
     """
-    begin = time.perf_counter()
-    was_training, states = model.training, rng_state(model.device)
+    begin, network = time.perf_counter(), getattr(model, "module", model)
+    was_training, states = network.training, rng_state(network.device)
+    model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seed_everything(SEED, 0)
-            lm = SharedModel(model, tokenizer, batch_size, call, tick, report)
+            lm = SharedModel(network, tokenizer, batch_size, model, tick, report)
             if collectives.is_main():
                 assert tasks is not None
                 values = lm.lead(functools.partial(_run_tasks, lm, tasks, num_fewshot, limit))
             else:
                 values = lm.follow()
     finally:
-        set_rng_state(states, model.device)
+        set_rng_state(states, network.device)
         model.train(was_training)
     return {"seconds": time.perf_counter() - begin, "limit": limit, "ranks": collectives.size(), "tasks": values}
 
@@ -257,7 +257,7 @@ class SharedModel(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         batch_size: int,
-        call: Callable[..., Any] | None,
+        call: Callable[..., Any],
         tick: Callable[[], None],
         report: Callable[[int, int], None],
     ) -> None:
@@ -267,9 +267,7 @@ class SharedModel(HFLM):
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         self.cut: dict[str, set[int]] = defaultdict(set)  # documents whose prompt is longer than the context, by task
         self._requests: Sequence[Any] = ()
-        self._size = batch_size
-        self._call = call or model
-        self._tick, self._report = tick, report
+        self._size, self._call, self._tick, self._report = batch_size, call, tick, report
         self._is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
     # --- sharing batches -----------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.distributed import collectives
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.run_directory.metrics import comparison_key, layer_key
+from l2e_ds.training import preemption
 from l2e_ds.training.loss import LossHead
 
 
@@ -29,23 +31,20 @@ from l2e_ds.training.loss import LossHead
 def evaluate(
     engine: Any,
     head: LossHead,
+    config: RunConfig,
+    micro_batch: int,
     sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
     comparison: Sequence[NeuronSite],
-    share: float,
-    sequences: int,
-    micro_batch: int,
-    tick: Callable[[], None],
 ) -> dict[str, float]:
     """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective.
 
-    sets: those with held-out text; up to `sequences` of each are read, and together they weigh what the set weighs in
-    training. sites, comparison: the layers to measure; metrics of the latter have the names of `comparison_key`. share:
-    of the (token, neuron) pairs, for `top_share_score`. micro_batch: B. tick: called before each round on every rank;
-    it may raise, on all ranks alike, which abandons the evaluation.
+    micro_batch: B. sets: those with held-out text; up to `training.evaluation_sequences` of each are read, and together
+    they weigh what the set weighs in training. sites, comparison: the layers to measure; metrics of the latter have the
+    names of `comparison_key`. Raises Interrupted.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
-    counts = np.array([min(sequences, len(dataset)) for dataset in datasets])
+    counts = np.array([min(config.training.evaluation_sequences, len(dataset)) for dataset in datasets])
     count = int(counts.sum())
     shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
     emphasis = shares * count / counts  # weight of one sequence of each set, 1 on average
@@ -58,7 +57,7 @@ def evaluate(
 
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
-        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
+        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device):
             set_weight(of_tokens(real * emphasis[owners]))
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:])
             for owner in np.unique(owners):
@@ -66,7 +65,7 @@ def evaluate(
                 sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])
 
     with evaluating(engine):
-        scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
+        scores = measure_scores([*sites, *comparison], one_pass, config.inhibition.target_share, engine.device)
     collectives.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
@@ -81,19 +80,17 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_texts(
-    engine: Any, head: LossHead, texts: Sequence[PreparedText], micro_batch: int, tick: Callable[[], None]
-) -> dict[str, float]:
-    """Return the loss and the bits a byte of each text, all of whose sequences are read. Collective.
+def evaluate_texts(engine: Any, head: LossHead, micro_batch: int, texts: Sequence[PreparedText]) -> dict[str, float]:
+    """Return the loss and the bits a byte of each text, all of whose sequences are read, the same on every rank.
 
-    The same on every rank. tick: as for `evaluate`.
+    Collective. Raises Interrupted.
     """
     datasets = [text.dataset for text in texts]
     counts = np.array([len(dataset) for dataset in datasets])
     # of every sequence, so that the order in which they are added does not depend on the number of ranks
     sums = torch.zeros(int(counts.sum()), dtype=torch.float64, device=engine.device)
     with evaluating(engine):
-        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
+        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device):
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(micro_batch, -1).double().sum(1)
             sums[rows[real]] = losses[: real.sum()]
     collectives.all_reduce_sum(sums)
@@ -117,11 +114,7 @@ def evaluating(engine: Any) -> Iterator[None]:
 
 
 def _micro_batches(
-    datasets: Sequence[TokenDataset],
-    counts: np.ndarray,
-    micro_batch: int,
-    device: torch.device,
-    tick: Callable[[], None],
+    datasets: Sequence[TokenDataset], counts: np.ndarray, micro_batch: int, device: torch.device
 ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield this rank's share of the first `counts[i]` sequences of each dataset, as many times on every rank.
 
@@ -131,7 +124,7 @@ def _micro_batches(
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
     rank, ranks = collectives.rank(), collectives.size()
     for index in range(-(-count // (micro_batch * ranks))):
-        tick()
+        preemption.stop_if_asked()
         rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
         real = rows < count
         rows = np.minimum(rows, count - 1)

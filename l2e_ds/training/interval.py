@@ -33,14 +33,12 @@ class Interval:
     """Adds up steps from its creation to the next line of metrics.
 
     steps, skipped, spikes: the number of optimizer steps so far, of those among them that changed no weight, and of
-    these that were spikes. gradient_norm: that of the newest step; None if it is DeepSpeed that knows it. Only `values`
-    and `is_loss_finite` wait for the device.
+    these that were spikes. Only `values` and `is_loss_finite` wait for the device.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
         self._batch, self._device = batch, device
         self.steps = self.skipped = self.spikes = 0
-        self.gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._begin = time.perf_counter()
         self._paused = self._data_wait = 0.0  # seconds
@@ -67,14 +65,7 @@ class Interval:
         self._newest_loss = loss.detach()
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
 
-    def add_step(
-        self,
-        applied: bool,
-        learning_rate: float,
-        gradient_norm: float | None,
-        statistics: Tensor | None,
-        is_spike: bool = False,
-    ) -> None:
+    def add_step(self, applied: bool, learning_rate: float, statistics: Tensor | None, is_spike: bool = False) -> None:
         """Add one optimizer step.
 
         applied: whether it changed the weights. statistics: `Inhibitor.last`, [L, len(Inhibitor.STATISTICS)] float64,
@@ -83,7 +74,7 @@ class Interval:
         self.steps += 1
         self.skipped += not applied
         self.spikes += is_spike
-        self._learning_rate, self.gradient_norm = learning_rate, gradient_norm
+        self._learning_rate = learning_rate
         if statistics is not None:
             self._statistics.append(statistics)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,13 @@ from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import less_memory
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.memory import cgroup_room
-from l2e_ds.training.micro_batch_trial import Measured, ask_child, end_child, start_child
+from l2e_ds.training.micro_batch_trial import Measured, child_process
 
 FILE = "micro_batch.json"
 USABLE = 0.9  # share of memory; the rest is for evaluations, checkpoints, fragmentation and other processes
 GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measuring takes long and memory is plentiful
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Found:
-    """Holds a micro-batch that was found. record: the text to write to FILE; None if there is nothing to remember."""
-
-    micro_batch: int
-    record: str | None
 
 
 def find(
@@ -50,29 +41,26 @@ def find(
     device: torch.device,
     limit: float | None = None,
     by_speed: bool | None = None,
-) -> Found:
-    """Return the micro-batch of a run that was resolved with `auto`, remembered or measured. Collective.
+) -> tuple[int, str | None]:
+    """Return the micro-batch of a run that was resolved with `auto`, and the text to write to FILE if it was measured.
 
     network: the Hugging Face configuration of the model. limit: bytes that a rank may use (default: USABLE of the
     device's memory, on CPUs USABLE of what is free, divided by the ranks of this host). by_speed: whether a larger
-    micro-batch must also be faster (default: on CPUs). Raises ConfigError if not even 1 fits, WorkerError if measuring
-    fails, and Interrupted.
+    micro-batch must also be faster (default: on CPUs). Collective. Raises ConfigError if not even 1 fits, WorkerError
+    if measuring fails, and Interrupted.
     """
     path = Path(config.training.run_directory) / FILE
     candidates = divisors(config.training.global_batch // collectives.size())
     if candidates == [1]:
-        return Found(1, None)  # a rank has one sequence
+        return 1, None  # a rank has one sequence
     about = circumstances(config, ds, collectives.size()) | {"devices": _devices(device)}
-    number, problem = collectives.main_decides(
-        remembered(path, about, candidates) if collectives.is_main() else (None, None)
-    )
+    number, problem = collectives.main_decides(remembered(path, about, candidates))
     if number is not None:
         _say(f"micro-batch {number} (remembered in {path})")
-        return Found(number, None)
+        return number, None
     if problem is not None:
         _say(f"{path}: {problem}; measuring the micro-batch again")
-    if limit is None:
-        limit = min(collectives.all_gather_objects(_usable(device)))
+    limit = _usable(device) if limit is None else limit
     by_speed = device.type == "cpu" if by_speed is None else by_speed
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
@@ -90,10 +78,7 @@ def find(
         },
         "circumstances": about,
     }
-    return Found(number, json.dumps(record, indent=2) + "\n")
-
-
-# --- remembering ---------------------------------------------------------------------------------------------------
+    return number, json.dumps(record, indent=2) + "\n"
 
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
@@ -156,9 +141,6 @@ def _devices(device: torch.device) -> list[str]:
 def _say(line: str) -> None:
     if collectives.is_main():
         say(f"l2e-ds: {line}")
-
-
-# --- which sizes to try ---------------------------------------------------------------------------------------------
 
 
 def next_size(candidates: list[int], known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
@@ -226,20 +208,16 @@ def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
     )
 
 
-# --- memory of a rank -----------------------------------------------------------------------------------------------
-
-
 def _usable(device: torch.device) -> float:
-    """Return the number of bytes that this rank may use. Collective."""
+    """Return the number of bytes that every rank may use. Collective."""
     hosts = collectives.all_gather_objects(socket.gethostname())
     if device.type == "cuda":
-        return USABLE * torch.cuda.get_device_properties(device).total_memory
-    free = min(psutil.virtual_memory().available, cgroup_room())
-    free = min(collectives.all_gather_objects(free))  # read by all before any begins to use it
-    return USABLE * free / hosts.count(socket.gethostname())
-
-
-# --- the ranks' side ------------------------------------------------------------------------------------------------
+        usable = torch.cuda.get_device_properties(device).total_memory
+    else:
+        free = min(psutil.virtual_memory().available, cgroup_room())
+        free = min(collectives.all_gather_objects(free))  # read by all before any begins to use it
+        usable = free / hosts.count(socket.gethostname())
+    return min(collectives.all_gather_objects(USABLE * usable))
 
 
 def _measure(
@@ -250,19 +228,13 @@ def _measure(
     Collective. Raises WorkerError and Interrupted.
     """
     known: dict[int, Measured] = {}
-    child = None
-    try:
-        while (size := next_size(candidates, known, limit, by_speed)) is not None:
-            heartbeat.progress(f"measuring micro-batch {size}")
-            child = child or start_child(config, ds, network)
-            found = ask_child(child, size, 60 * config.training.timeout)
-            if found is not None:
+    while next_size(candidates, known, limit, by_speed) is not None:
+        with child_process(config, ds, network) as ask:
+            while (size := next_size(candidates, known, limit, by_speed)) is not None:
+                heartbeat.progress(f"measuring micro-batch {size}")
+                found = ask(size)
+                if found is None:  # out of memory, which this child does not survive
+                    candidates = [smaller for smaller in candidates if smaller < size]
+                    break
                 known[size] = found
-                continue
-            candidates = [smaller for smaller in candidates if smaller < size]
-            end_child(child)
-            child = None
-    finally:
-        if child is not None:
-            end_child(child)
     return known

@@ -96,7 +96,6 @@ def _check_machine(plan: Plan) -> None:
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise ConfigError(f"training.run_directory: cannot write below {place}")
     _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
-    _check_extensions(plan.ds)
     resume = Path(config.training.resume)
     if config.training.resume not in ("auto", "never") and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
@@ -130,64 +129,30 @@ def _nearest(key: str, folder: Path) -> Path:
     return place
 
 
-def _check_extensions(ds: dict) -> None:
-    """Check that DeepSpeed can build or find its Adam for CPUs, if the JSON names an optimizer and offloads it.
-
-    Raises ConfigError.
-    """
-    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if "optimizer" not in ds or offload.get("device", "none") == "none":
-        return
-    from deepspeed.git_version_info import installed_ops  # here, as it takes seconds and most runs offload nothing
-    from torch.utils.cpp_extension import get_default_build_root
-
-    if installed_ops.get("cpu_adam"):
-        return
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(
-            f"zero_optimization.offload_optimizer: DeepSpeed builds its optimizer below {root}, but cannot write to"
-            f" {place}; set TORCH_EXTENSIONS_DIR"
-        )
-
-
 def describe(plan: Plan) -> str:
     """Return what `--dry-run` prints."""
-    return "\n".join(
-        [
-            "# resolved configuration",
-            plan.config.dump().rstrip(),
-            "",
-            "# DeepSpeed configuration",
-            json.dumps(plan.ds),
-            "",
-            aligned(what_it_is(plan)),
-        ]
-    )
+    run_file, ds = plan.config.dump(), json.dumps(plan.ds)
+    return f"# resolved configuration\n{run_file}\n# DeepSpeed configuration\n{ds}\n\n{aligned(what_it_is(plan))}"
 
 
 def what_it_is(plan: Plan) -> list[tuple[str, str]]:
     """Return label and value of what a reader wants to know of a run before it begins."""
-    config, network = plan.config, plan.network
+    config, network, section = plan.config, plan.network, plan.config.inhibition
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
     neurons = neurons_of(network)
     tokens = plan.batch.tokens_per_step * config.training.steps
-    retrieval, mechanism = config.inhibition.parts
-    method = config.inhibition.method
-    total_weight = sum(weight for _, weight, _ in config.data.parts())
-    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in config.data.parts() if name)
-    if method == "none":
-        what = "none (no inhibition; observed at evaluation)"
-    else:
-        start = config.inhibition.in_steps("start", config.training.steps)
-        what = f"{method} ({retrieval} + {mechanism}) from step {start:,}"
-    if config.inhibition.strength is not None:
-        what += f", {config.inhibition.loss} loss at strength {config.inhibition.strength:g}"
-    size = f"{network.num_hidden_layers} layers x {network.hidden_size}"
+    sets = config.data.parts()
+    total_weight = sum(weight for _, weight, _ in sets)
+    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in sets if name)
+    what = "none (no inhibition; observed at evaluation)"
+    if section.method != "none":
+        what = f"{section.method} ({' + '.join(section.parts)}) from step"
+        what += f" {section.in_steps('start', config.training.steps):,}"
+    if section.strength is not None:
+        what += f", {section.loss} loss at strength {section.strength:g}"
     return [
-        ("model", f"{config.model.origin}: {size}"),
+        ("model", f"{config.model.origin}: {network.num_hidden_layers} layers x {network.hidden_size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),
         *([("mixture", mixture)] if mixture else []),
         ("batch", batch),
@@ -213,15 +178,12 @@ def _checkpoints(plan: Plan, parameters: int, neurons: int) -> list[tuple[str, s
 
 def _unfound_batch(plan: Plan) -> str:
     """Return what a dry run can say of the batch with `training.micro_batch: auto`."""
-    path = Path(plan.config.training.run_directory) / micro_batch.FILE
-    about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
-    number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
-    found = "found at the start"
-    if number is not None:
-        found = f"{number}, if the devices are those of {path}"
-    elif problem is not None:
-        found += f", because {path} {problem}"
-    batch = plan.batch
+    path, batch = Path(plan.config.training.run_directory) / micro_batch.FILE, plan.batch
+    about = micro_batch.circumstances(plan.config, plan.ds, batch.ranks)
+    number, problem = micro_batch.remembered(path, about, divisors(batch.global_batch // batch.ranks))
+    found = f"{number}, if the devices are those of {path}"
+    if number is None:
+        found = f"found at the start, because {path} {problem}" if problem else "found at the start"
     return (
         f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (1 in what"
         " is printed above)"

@@ -38,12 +38,22 @@ def freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bo
         temporary.rename(directory / "tokenizer")
 
 
-def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData]) -> dict[str, Any]:
+def record_circumstances(
+    plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData], texts: Sequence[PreparedText]
+) -> dict[str, Any]:
     """Return the values of the line `kind: start` (docs/metrics.md), without `guard` and `changes`. Collective."""
     sets = {
         part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
         for part in data
         if part.name
+    }
+    sizes = {
+        text.name: {
+            "tokens": text.dataset.num_tokens,
+            "evaluated_tokens": text.evaluated_tokens,
+            "bytes": text.num_bytes,
+        }
+        for text in texts
     }
     commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
     return {
@@ -61,16 +71,5 @@ def record_circumstances(plan: Plan, launch: Launch, device: Any, data: Sequence
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),
         "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
-    }
-
-
-def described_texts(texts: Sequence[PreparedText]) -> dict[str, dict[str, int]]:
-    """Return the sizes of each text, for the line `kind: start` of the metrics."""
-    return {
-        text.name: {
-            "tokens": text.dataset.num_tokens,
-            "evaluated_tokens": text.evaluated_tokens,
-            "bytes": text.num_bytes,
-        }
-        for text in texts
+        **({"texts": sizes} if sizes else {}),
     }

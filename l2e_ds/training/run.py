@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.preflight import Plan, what_it_is
-from l2e_ds.training.records import described_texts, freeze, record_circumstances
+from l2e_ds.training.records import freeze, record_circumstances
 from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
@@ -40,13 +38,17 @@ def train(plan: Plan, launch: Launch) -> None:
         device = process_group.join(launch, config.training.timeout)
         watchdog.meet()
         preemption.watch(directory, config.training.time_limit)
-        with _locked(directory) as lock:
-            watchdog.also = lock.renew
+        lock = RunLock(directory)  # no other run may write there
+        collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
+        watchdog.also = lock.renew
+        try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.main_decides(is_finished(config, checkpoints)):
                 _train_on(plan, launch, device, checkpoints)
             elif collectives.is_main():
                 say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
+        finally:
+            lock.release()
     process_group.leave()
 
 
@@ -65,13 +67,14 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
 
     record = None
     if config.training.micro_batch == "auto":
-        found = micro_batch.find(config, plan.ds, plan.network, device)
-        config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
-        plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
+        number, record = micro_batch.find(config, plan.ds, plan.network, device)
+        config, ds, batch = with_micro_batch(config, plan.ds, number, launch.size)
+        plan = replace(plan, config=config, ds=ds, batch=batch)
     if device.type == "cpu":
         keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
-    data, texts = _main_first(prepare)
+    found = collectives.main_works(prepare, preemption.stop_if_asked)
+    data, texts = collectives.all_work(lambda: found or prepare())  # the other ranks find the files on disk
     for text in texts if collectives.is_main() else ():
         rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
         say(
@@ -96,8 +99,7 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
                 freeze(plan, directory, data, is_new=trainer.state.step == 0)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
-            about = record_circumstances(plan, launch, device, data)
-            about |= {"texts": described_texts(texts)} if texts else {}
+            about = record_circumstances(plan, launch, device, data, texts)
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)
@@ -105,7 +107,8 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
                 _say_what_begins(plan, about, trainer)
             trainer.train()
         if collectives.is_main():
-            _say_what_is_next(directory)
+            name = shlex.quote(str(directory))
+            say(f"the run is complete; what it gave: l2e-ds summary {name}   (or: report, evaluate, analyze, export)")
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -127,11 +130,6 @@ def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> Non
     trainer.metrics.say(aligned(rows))
 
 
-def _say_what_is_next(directory: Path) -> None:
-    name = shlex.quote(str(directory))
-    say(f"the run is complete; what it gave: l2e-ds summary {name}   (or: report, evaluate, analyze, export)")
-
-
 def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
     """Return an error of one line that says what would need less memory.
 
@@ -146,26 +144,3 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
         return shown
     problem = f"got {plan.batch.micro_batch}, for which the memory is too small ({reason})"
     return OutOfMemory(f"{problem}; try {advice}", where="training.micro_batch")
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[RunLock]:
-    """Hold the lock of the run directory, in which no other run may write. Collective.
-
-    Raises ConfigError on every rank.
-    """
-    lock = RunLock(directory)
-    collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def _main_first(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and then on the others, which find its result on disk, and return its result. Collective.
-
-    An L2EError of any rank is raised on all.
-    """
-    result = collectives.main_works(action, preemption.stop_if_asked)
-    return collectives.all_work(lambda: result if collectives.is_main() else action())

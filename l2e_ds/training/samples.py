@@ -24,6 +24,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.generate import decode_continuation, encode_prompt
 from l2e_ds.run_directory.names import SAMPLES
 from l2e_ds.run_directory.results import append_result
+from l2e_ds.training import preemption
 from l2e_ds.training.held_out import evaluating
 
 if TYPE_CHECKING:
@@ -39,12 +40,11 @@ class Samples:
     tokenizer: PreTrainedTokenizerFast
 
     @torch.no_grad()
-    def write(self, engine: Any, state: TrainState, tick: Callable[[], None], say: Callable[[str], None]) -> None:
+    def write(self, engine: Any, state: TrainState, say: Callable[[str], None]) -> None:
         """Append a line for each prompt. Collective.
 
         Every rank computes every token, as ZeRO-3 needs that, and rank 0 writes. Draws from a generator of its own, so
-        that training's random states stay as they are. tick: called before each token on every rank; may raise, on all
-        ranks alike. say: prints a warning.
+        that training's random states stay as they are. say: prints a warning. Raises Interrupted.
         """
         end = find_end_of_text(self.tokenizer)
         lines = []
@@ -53,7 +53,7 @@ class Samples:
                 generator, is_finite = torch.Generator().manual_seed(self.config.training.seed), True
                 new: list[int] = []
                 for _ in range(self.config.evaluation.sample_tokens):
-                    tick()
+                    preemption.stop_if_asked()
                     batch = torch.tensor([ids + new], device=engine.device)
                     logits = engine(input_ids=batch, use_cache=False).logits[0, -1].float().cpu()
                     is_finite = is_finite and bool(logits.isfinite().all())
