@@ -33,9 +33,9 @@ def ceilings(scale: Scale) -> Outcome:
     results: Results = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
     peak = peak_tflops(scale.device, None)
     if peak is None:
-        return Outcome("ceilings", None, results)
+        return Outcome(None, results)
     results["share of peak"] = reached / peak
-    return Outcome("ceilings", reached / peak >= 0.5, results)
+    return Outcome(reached / peak >= 0.5, results)
 
 
 def _copying_speed(scale: Scale) -> float:
@@ -65,7 +65,7 @@ def activation(scale: Scale) -> Outcome:
         passed &= error < max(2 * torch.finfo(dtype).eps, 1e-5) < effect / 4
         if scale.on_gpu:
             torch.cuda.empty_cache()
-    return Outcome("activation", passed, results)
+    return Outcome(passed, results)
 
 
 class Layer(nn.Module):
@@ -169,7 +169,7 @@ def lm_loss(scale: Scale) -> Outcome:
             error = float((tensor.grad.double() - exact).norm() / exact.norm())
             results[f"{precision} {name} error"] = error
             passed &= error < max(4 * torch.finfo(dtype).eps, 1e-5)
-    return Outcome("loss", passed, results)
+    return Outcome(passed, results)
 
 
 def _exact_loss(inputs: Tensor, weight: Tensor, targets: Tensor, scaled: float) -> tuple[float, Tensor, Tensor]:
@@ -210,9 +210,7 @@ def timings(scale: Scale) -> Outcome:
         results[f"{model} GELU share"] = ideal / without
         results[f"{model} L2E share"] = ideal / with_it
         results[f"{model} added ms"] = 1e3 * (with_it - without)
-    if scale.on_gpu:
-        results |= _other_kernels(scale, max(scale.widths.values()))
-    return Outcome("timings", None, results)
+    return Outcome(None, results)
 
 
 def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> float:
@@ -228,18 +226,5 @@ def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> floa
         inhibitor.detach()
 
 
-def _other_kernels(scale: Scale, neurons: int) -> Results:
-    """Time forward and backward under inhibition with other numbers than the kernels have (triton_gelu.py)."""
-    from l2e_ds.inhibition import triton_gelu
-
-    results: Results = {}
-    chosen = (triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH)
-    x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
-    incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
-    try:
-        for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):
-            triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
-            results[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * _seconds_under_inhibition(scale, x, incoming)
-    finally:
-        triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
-    return results
+PARTS = {"ceilings": ceilings, "activation": activation, "loss": lm_loss, "timings": timings}
+"""The function of each part of `l2e-ds accept` that needs the scale only."""

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.benchmark import Timer
 
-Results = dict[str, float | str]
+Results = dict[str, float]
 
 
 @dataclass
 class Outcome:
     """What one part found. passed: None where it only measures; results: by name, with the unit in the name."""
 
-    part: str
     passed: bool | None
     results: Results = field(default_factory=dict)
     reason: str = ""
+    part: str = ""
     seconds: float = 0.0
 
     def line(self) -> str:
         """Return the part as one line of the table."""
         word = {True: "pass", False: "FAIL", None: "-"}[self.passed]
-        shown = ", ".join(f"{name} {_shown(value)}" for name, value in self.results.items())
+        values = self.results.items()
+        shown = ", ".join(
+            f"{name} {value:.3g}" if abs(value) < 1000 else f"{name} {value:,.0f}" for name, value in values
+        )
         return f"{word:<5} {self.part:<11} {self.seconds:5.0f} s  {'; '.join(filter(None, [self.reason, shown]))}"
 
 
@@ -63,31 +66,11 @@ class Scale:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return ["fp32", *(["bf16"] if has_bf16 else []), "fp16"]
 
-    def seconds(self, action: Callable[[], Any], repeats: int = 20, rounds: int = 5) -> float:
-        """Return the seconds of one call: the median over rounds of many calls between two events (or clock readings).
+    def seconds(self, action: Callable[[], Any]) -> float:
+        """Return the seconds of one call: the median over five rounds of 20 calls (on a CPU 2).
 
-        The device is not waited for between the calls; where Python launches more slowly than the device computes, as
-        for small layers, it is the launching that is measured.
+        The device is waited for between rounds, not between calls; where Python launches more slowly than the device
+        computes, as for small layers, it is the launching that is measured.
         """
-        repeats = repeats if self.on_gpu else 2
-        action()
-        found = []
-        for _ in range(rounds):
-            if self.on_gpu:
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(repeats):
-                    action()
-                end.record()
-                end.synchronize()
-                found.append(begin.elapsed_time(end) / 1e3 / repeats)
-            else:
-                started = time.perf_counter()
-                for _ in range(repeats):
-                    action()
-                found.append((time.perf_counter() - started) / repeats)
-        return statistics.median(found)
-
-
-def _shown(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        timer = Timer("action()", globals={"action": action}, num_threads=torch.get_num_threads())
+        return statistics.median(timer.timeit(20 if self.on_gpu else 2).mean for _ in range(5))

@@ -86,32 +86,29 @@ def settings(scale: Scale, folder: Path) -> Outcome:
     some 1e-7 of their value, which four steps amplify, and the few activations near the threshold by more; a wrong
     scale or a lost gradient changes both by percents. TF32 is off, as PyTorch has it by default.
     """
-    ways: dict[str, dict[str, Any]] = {
-        "ZeRO-1": {},
-        "ZeRO-3": {"deepspeed": {"config": "ds_configs/zero3.json"}},
-        "not accumulated": {"training": {"micro_batch": 4}},
+    ways = {
+        "ZeRO-1": "deepspeed.config=ds_configs/zero1.json",
+        "ZeRO-3": "deepspeed.config=ds_configs/zero3.json",
+        "not-accumulated": "training.micro_batch=4",
     }
     if scale.on_gpu:
         ways |= {
-            "ZeRO-2": {"deepspeed": {"config": "ds_configs/zero2.json"}},
-            "recomputed": {"model": {"activation_checkpointing": True}},
-            "plain operations": {"inhibition": {"fused": False}},
-            "compiled": {"model": {"compile": True}},
+            "ZeRO-2": "deepspeed.config=ds_configs/zero2.json",
+            "recomputed": "model.activation_checkpointing=true",
+            "plain-operations": "inhibition.fused=false",
+            "compiled": "model.compile=true",
         }
-    shared = {"global_batch": 4}
     published = {"loss": "published", "coefficient": 1e-3}
+    content = _run_file(scale, "14m", training={"global_batch": 4}, inhibition=published)
+    content["data"]["sequence_length"] = 512 if scale.on_gpu else 64
     reference: dict[str, Any] = {}
     largest = 0.0
-    for name, sections in ways.items():
-        training = shared | sections.get("training", {})
-        inhibition = published | sections.get("inhibition", {})
-        content = _run_file(scale, "14m", **{**sections, "training": training, "inhibition": inhibition})
-        content["data"]["sequence_length"] = 64 if not scale.on_gpu else 512
-        found = _last(train(folder, name.replace(" ", "-"), content))
+    for name, override in ways.items():
+        found = _last(train(folder, name, content, override))
         reference = reference or found
         for key in ("lm_loss", "gradient_norm"):
             largest = max(largest, abs(found[key] / reference[key] - 1))
-    return Outcome("settings", largest < 1e-4, {"ways": float(len(ways)), "largest relative difference": largest})
+    return Outcome(largest < 1e-4, {"ways": float(len(ways)), "largest relative difference": largest})
 
 
 def resume(scale: Scale, folder: Path) -> Outcome:
@@ -119,16 +116,15 @@ def resume(scale: Scale, folder: Path) -> Outcome:
 
     With `training.deterministic`, without which a GPU does not promise it.
     """
-    content = _run_file(scale, "70m" if scale.on_gpu else "14m")
-    content["training"]["deterministic"] = True
-    content["training"]["precision"] = "bf16" if scale.on_gpu else "fp32"
-    precision = content["training"]["precision"]
+    precision = "bf16" if scale.on_gpu else "fp32"
+    training = {"deterministic": True, "precision": precision}
+    content = _run_file(scale, "70m" if scale.on_gpu else "14m", training=training)
     train(folder, "at-once", content)
     train(folder, "in-two", content, "training.steps=2")
     train(folder, "in-two", content)
     one, two = (checkpoint_weights(find_checkpoint(folder / run, 4), precision) for run in ("at-once", "in-two"))
     same = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    return Outcome("resume", same, {"tensors": float(len(one))}, "" if same else "weights differ")
+    return Outcome(same, {"tensors": float(len(one))}, "" if same else "weights differ")
 
 
 def steps(scale: Scale, folder: Path) -> Outcome:
@@ -154,7 +150,7 @@ def steps(scale: Scale, folder: Path) -> Outcome:
                 if re.search(r"\bH[12]00\b", name):
                     passed = passed is not False and found["mfu"] >= GOALS.get(model, 0.0)
             results[f"{model}{label} GiB"] = found["peak_memory_gib"]
-    return Outcome("steps", passed, results)
+    return Outcome(passed, results)
 
 
 def waits(scale: Scale, folder: Path) -> Outcome:
@@ -162,10 +158,10 @@ def waits(scale: Scale, folder: Path) -> Outcome:
 
     Fails where a step synchronises the device, or reads more values than DeepSpeed's three for the gradient norm.
     """
-    content = _run_file(scale, "70m" if scale.on_gpu else "14m")
-    content["training"] |= {"global_batch": 4, "precision": "bf16" if scale.on_gpu else "fp32"}
+    training = {"global_batch": 4, "precision": "bf16" if scale.on_gpu else "fp32"}
+    content = _run_file(scale, "70m" if scale.on_gpu else "14m", training=training)
     found = counts_of(_written(folder, "waits", content))
-    return Outcome("waits", found["synchronisations"] == 0 and found["reads"] <= 3, {**found})
+    return Outcome(found["synchronisations"] == 0 and found["reads"] <= 3, {**found})
 
 
 def automatic(scale: Scale, folder: Path) -> Outcome:
@@ -176,4 +172,8 @@ def automatic(scale: Scale, folder: Path) -> Outcome:
     lines = train(folder, "auto", _run_file(scale, model, training=training))
     loss = _last(lines, "evaluation")["held_out_loss"]
     chosen = yaml.safe_load((folder / "auto" / "config.yaml").read_text())["training"]["micro_batch"]
-    return Outcome("auto", math.isfinite(loss), {f"{model} micro-batch": float(chosen)})
+    return Outcome(math.isfinite(loss), {f"{model} micro-batch": float(chosen)})
+
+
+PARTS = {"settings": settings, "resume": resume, "steps": steps, "waits": waits, "auto": automatic}
+"""The function of each part of `l2e-ds accept` that needs the scale and a folder to train in."""

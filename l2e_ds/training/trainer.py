@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,7 @@ class Trainer(AbstractContextManager):
             self.comparison = neuron_sites(stack.model, layers) if layers else []
         order = config.data.order
         self.sequences = TrainingSequences(
-            data,
-            batch.global_batch,
-            config.training.seed,
-            order,
-            lambda part, seed: StreamedSequences(part, seed, order),
+            data, batch.global_batch, config.training.seed, order, partial(StreamedSequences, order=order)
         )
         self.identity = Identity(
             ranks=collectives.size(),
