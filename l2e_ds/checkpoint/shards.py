@@ -15,8 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """Says that `count` elements of a parameter, from element `start` on, lie in flat tensor `flat` from `offset`
-    on."""
+    """Says that `count` elements of a parameter, from `start` on, lie in flat tensor `flat` from `offset` on."""
 
     start: int
     count: int
@@ -25,12 +24,10 @@ class Piece:
 
 
 class Shards:
-    """Reads any range of a parameter's master weights ("fp32") and Adam moments from DeepSpeed's shards of any
-    stage."""
+    """Reads any range of a parameter's master weights ("fp32") and Adam moments from shards of any stage."""
 
     def __init__(self, checkpoint: Path, names: list[str]) -> None:
-        """Map the shards of a checkpoint. names: the parameters in the optimizer's order, which ZeRO-0 does not
-        record."""
+        """Map a checkpoint's shards. names: the parameters in the optimizer's order, which ZeRO-0 does not record."""
         self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.flats: list[dict[str, Tensor]] = []
@@ -76,8 +73,7 @@ class Shards:
             self.pieces[name] = [Piece(0, weights.numel(), self._add(weights, states.get(place, {})), 0)]
 
     def _map_stages_1_and_2(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """Map a group's parameters, which follow each other and are cut into one part a rank; the last lacks the
-        padding."""
+        """Map a group's parameters, which follow each other and are cut into one part a rank, the last padded."""
         for group, group_shapes in enumerate(shapes):
             self.shapes |= group_shapes
             parts = [state["single_partition_of_fp32_groups"][group] for state in states]
@@ -92,8 +88,7 @@ class Shards:
                 begin += shape.numel() + padding
 
     def _map_stage_3(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """Map parameters that are each cut into one part a rank, the last ones padded; a rank's parts follow each
-        other."""
+        """Map parameters that are each cut into one part a rank, the last padded; a rank's parts follow each other."""
         for group_shapes in shapes:
             self.shapes |= group_shapes
         for rank, state in enumerate(states):
@@ -108,10 +103,7 @@ class Shards:
 
 
 def read_shard(shard: Path) -> dict[str, Any]:
-    """Return the content of a shard, which must be listed in its manifest: it is a pickle of more than tensors.
-
-    Its tensors are mapped, so that only what is used is read from the disk.
-    """
+    """Return the content of a shard, a pickle: verify its manifest first. Its tensors are mapped and read when used."""
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
 
 
@@ -121,8 +113,7 @@ def _rank_of(shard: Path) -> int:
 
 
 def _cut(begin: int, numel: int, part: int, first: int) -> Iterator[Piece]:
-    """Yield the pieces of elements [begin, begin + numel) of a sequence of which flats first, first + 1 ... hold `part`
-    each."""
+    """Yield the pieces of elements [begin, begin + numel) of flats first, first + 1 ..., which hold `part` each."""
     start = 0
     while start < numel:
         flat, offset = divmod(begin + start, part)

@@ -32,14 +32,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """Return a DeepSpeedEngine with AdamW, or with the optimizer that the JSON names.
-
-    The learning rate is set before each step from the run's `Schedule`. Raises ConfigError where DeepSpeed does not
-    take the JSON's optimizer.
-    """
+    """Return a DeepSpeedEngine with AdamW, or with the JSON's optimizer. Raises ConfigError where that does not
+    work."""
     import deepspeed
 
-    section, optimizer = config.optimizer, None
+    section = config.optimizer
+    optimizer: torch.optim.Optimizer | None = None
     groups = parameter_groups(model, section.weight_decay)
     if "optimizer" not in ds:  # else DeepSpeed builds the JSON's on our groups
         # One pass over memory, on CPUs and GPUs. Offloaded it is as fast as DeepSpeed's own (docs/speed.md), which each
@@ -70,8 +68,8 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
 def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: float) -> None:
     """Make an optimizer clip the gradients before its step, and leave the step out if their norm is not finite.
 
-    The engine reads the norm and whether the step is left out from two attributes, which only DeepSpeed's own
-    optimizers have (docs/deepspeed.md). All ranks have the same gradients then and decide alike.
+    The engine reads both from attributes that only DeepSpeed's own optimizers have (docs/deepspeed.md). All ranks have
+    the same gradients then and decide alike.
     """
 
     def before(*_: Any) -> None:
@@ -85,10 +83,7 @@ def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: flo
 
 
 def group_rates(engine: Any) -> list[float]:
-    """Return the learning rate of each parameter group, as DeepSpeed has built them.
-
-    Muon and muP give their groups different ones, which the schedule must keep in proportion.
-    """
+    """Return the learning rate of each parameter group as built: Muon and muP give them different ones."""
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -111,9 +106,8 @@ def keeping_hyper_parameters(engine: Any) -> Iterator[None]:
 def skip_steps_when(engine: Any, is_skipped: Callable[[], bool]) -> None:
     """Let the engine's Adam skip a step, if `is_skipped` says so: weights, moments and step counts stay as they are.
 
-    `is_skipped` is called when the optimizer is about to step. The gradients are then reduced and their norm is known
-    (`norm_within_step`). It may step several times, once for each parameter group or part of one, on all ranks equally
-    often.
+    It is called when the optimizer is about to step, on all ranks equally often, perhaps several times: once for each
+    parameter group or part of one. `norm_within_step` is known then.
     """
     wrapper = engine.optimizer
     # ZeRO-3 has a second one for the part that `offload_optimizer.ratio` leaves on the GPU
@@ -139,10 +133,7 @@ def _skip_steps_when(optimizer: torch.optim.Optimizer, is_skipped: Callable[[], 
 
 
 def norm_within_step(engine: Any) -> float:
-    """Return the global 2-norm of the gradients before clipping, loss scale removed, while the optimizer steps.
-
-    The engine's own `get_global_grad_norm` is that of the step before until then.
-    """
+    """Return the gradients' global 2-norm, before clipping and without loss scale, while the optimizer steps."""
     return float(engine.optimizer._global_grad_norm)
 
 

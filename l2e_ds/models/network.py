@@ -27,10 +27,10 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     """Return the network in float32 with its initial weights, in training mode, on the CPU.
 
     zero3: the DeepSpeed configuration under ZeRO-3, else None. Parameters are then sharded while the network is built,
-    so that no rank ever holds more than the whole tensors of one module and its parts. The initial weights depend on
-    the seed only, not on the number of ranks, the ZeRO stage or the order of construction.
+    module by module. The initial weights depend on the seed only, not on ranks, ZeRO stage or order of construction.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     if config.pretrained is not None:
         with loading_sharded(zero3):
@@ -38,7 +38,7 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
                 config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
             )
     else:
-        with _sharded(zero3, network), without_default_init():
+        with _sharded(zero3, network), no_init_weights():  # every weight is written afterwards
             model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
         if config.name is not None:
             initialise(model, seed)
@@ -99,21 +99,11 @@ def loading_sharded(zero3: dict | None) -> Iterator[None]:
         integration.unset_hf_deepspeed_config()
 
 
-@contextlib.contextmanager
-def without_default_init() -> Iterator[None]:
-    """Skip transformers' own initialisation, as every weight is written afterwards."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield
-
-
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Initialise as Pythia: small_init, wang_init on residual outputs, zero biases, norms of one.
+    """Initialise as Pythia: small_init, wang_init on residual outputs, zero biases, norms of one (docs/method.md, 10).
 
-    small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers
-    (docs/method.md, 10).
+    small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers.
     """
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
     small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]
@@ -135,8 +125,7 @@ def initialise(model: nn.Module, seed: int) -> None:
 def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
     """Initialise as transformers does in the model's family, each module with a generator of its own.
 
-    Parts come before what they are parts of, which in some families writes their weights once more (GPT-2's residual
-    projections).
+    Parts come before what contains them, which in some families writes their weights once more (GPT-2).
     """
     for name, module in reversed(list(model.named_modules())):
         own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]

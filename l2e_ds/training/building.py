@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class TrainingStack:
     """Holds a network and everything that trains it, on one rank.
 
-    sites: where the neurons of `inhibition.layers` are. inhibitor: attached to them; None with `inhibition.method:
-    none`. engine: the DeepSpeedEngine around `model`.
+    sites: of `inhibition.layers`; inhibitor: attached to them, or None with `inhibition.method: none`; engine: the
+    DeepSpeedEngine around `model`.
     """
 
     model: PreTrainedModel
@@ -39,10 +39,9 @@ class TrainingStack:
 def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> TrainingStack:
     """Build the network with its initial weights, the hooks, the loss head and the engine. Collective.
 
-    The weights are float32, unless ds tells the engine otherwise. network: the Hugging Face configuration of the model;
-    ds: the resolved DeepSpeed configuration. Raises ConfigError for layers that the network does not have, or a
-    CUBLAS_WORKSPACE_CONFIG that `training.deterministic` does not allow, and ValueError for a schedule that does not
-    fit into the run.
+    network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Raises ConfigError
+    for layers that the network does not have or a CUBLAS_WORKSPACE_CONFIG that `training.deterministic` does not allow,
+    and ValueError for a schedule that does not fit into the run.
     """
     if config.training.deterministic:
         allow_deterministic_products()
@@ -59,10 +58,7 @@ def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig,
 def forward_and_backward(
     engine: Any, head: LossHead, inhibitor: Inhibitor | None, micro_batch: Tensor, is_last: bool = False
 ) -> Tensor:
-    """Run forward and backward of a micro-batch, and return its LM loss, [] float32 in nats/token.
-
-    micro_batch: [B, T+1] int64; is_last: as for `Inhibitor.attach_loss`.
-    """
+    """Run a micro-batch, [B, T+1] int64, forward and backward; return its LM loss, [] float32 in nats/token."""
     lm_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
     engine.backward(lm_loss if inhibitor is None else inhibitor.attach_loss(lm_loss, is_last=is_last))
     return lm_loss
@@ -72,19 +68,8 @@ def inhibition_settings(config: RunConfig) -> Settings:
     """Return the method's settings from the section `inhibition` of the run file. Raises ValueError."""
     section = config.inhibition
     retrieval, mechanism = section.parts
-    return Settings(
-        retrieval=retrieval,
-        mechanism=mechanism,
-        loss=section.loss,
-        power=section.power,
-        target_share=section.target_share,
-        strength=section.strength,
-        coefficient=section.coefficient,
-        start=section.start,
-        warmup=section.warmup,
-        decay=section.decay,
-        end=section.end,
-        statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
-        reduce=section.reduce,
-        fused=None if section.fused == "auto" else section.fused,
-    )
+    alike = ("loss", "power", "target_share", "strength", "coefficient", "start", "warmup", "decay", "end", "reduce")
+    values: dict[str, Any] = {key: getattr(section, key) for key in alike}
+    values["statistics_window"] = None if section.statistics_window == "cumulative" else section.statistics_window
+    values["fused"] = None if section.fused == "auto" else section.fused
+    return Settings(retrieval=retrieval, mechanism=mechanism, **values)

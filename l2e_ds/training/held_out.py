@@ -1,5 +1,5 @@
-"""Evaluate on held-out text: the LM loss, and how monosemantic the neurons of the hooked layers are. On texts that are
-never trained on: the LM loss alone.
+"""Evaluate on held-out text: the LM loss, how monosemantic the neurons are, and how the model continues prompts. On
+texts that are never trained on: the LM loss.
 
 Which sequences are read depends neither on the number of ranks nor on the micro-batch, and every rank runs the same
 number of forward passes, which ZeRO-3 requires.
@@ -11,20 +11,31 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
+from l2e_ds.data.tokenizer import find_end_of_text
 from l2e_ds.distributed import collectives
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.generate import decode_continuation, encode_prompt
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.run_directory.metrics import comparison_key, layer_key
+from l2e_ds.run_directory.names import SAMPLES
+from l2e_ds.run_directory.results import append_result
 from l2e_ds.training import preemption
 from l2e_ds.training.loss import LossHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @torch.no_grad()
@@ -37,11 +48,11 @@ def evaluate(
     sites: Sequence[NeuronSite],
     comparison: Sequence[NeuronSite],
 ) -> dict[str, float]:
-    """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective.
+    """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective. Raises
+    Interrupted.
 
-    micro_batch: B. sets: those with held-out text; up to `training.evaluation_sequences` of each are read, and together
-    they weigh what the set weighs in training. sites, comparison: the layers to measure; metrics of the latter have the
-    names of `comparison_key`. Raises Interrupted.
+    micro_batch: B. sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the
+    layers to measure; metrics of the latter have the names of `comparison_key`.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
     counts = np.array([min(config.training.evaluation_sequences, len(dataset)) for dataset in datasets])
@@ -81,10 +92,7 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_texts(engine: Any, head: LossHead, micro_batch: int, texts: Sequence[PreparedText]) -> dict[str, float]:
-    """Return the loss and the bits a byte of each text, all of whose sequences are read, the same on every rank.
-
-    Collective. Raises Interrupted.
-    """
+    """Return loss and bits a byte of each text, the same on every rank. Collective. Raises Interrupted."""
     datasets = [text.dataset for text in texts]
     counts = np.array([len(dataset) for dataset in datasets])
     # of every sequence, so that the order in which they are added does not depend on the number of ranks
@@ -118,8 +126,8 @@ def _micro_batches(
 ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield this rank's share of the first `counts[i]` sequences of each dataset, as many times on every rank.
 
-    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and the number
-    of its dataset, int64 [B]; and whether it counts, bool [B]: the last round is filled up with some that do not.
+    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and its
+    dataset's, int64 [B]; and whether it counts, bool [B]: the last round is filled up.
     """
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
     rank, ranks = collectives.rank(), collectives.size()
@@ -131,3 +139,62 @@ def _micro_batches(
         owners = np.searchsorted(begins, rows, side="right") - 1
         tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
         yield torch.from_numpy(np.concatenate(tokens)).to(device), rows, owners, real
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Continues the prompts of `evaluation.samples`, with their tokens, into samples.jsonl in the run directory.
+
+        {"step": 1000, "tokens": 2097152000, "prompt": "The old pilot", "text": " had not been on the"}
+
+    `text` is null where the logits are not finite. Tokens are drawn at temperature 1, each prompt's by the run's seed.
+    """
+
+    config: RunConfig
+    prompts: list[list[int]]
+    tokenizer: PreTrainedTokenizerFast
+
+    @torch.no_grad()
+    def write(self, engine: Any, state: TrainState, say: Callable[[str], None]) -> None:
+        """Append a line for each prompt. Collective. Raises Interrupted. say: prints a warning.
+
+        Every rank computes every token, as ZeRO-3 needs that. Draws from a generator of its own: training's random
+        states stay.
+        """
+        end = find_end_of_text(self.tokenizer)
+        lines = []
+        with evaluating(engine):
+            for prompt, ids in zip(self.config.evaluation.samples, self.prompts, strict=True):
+                generator, is_finite = torch.Generator().manual_seed(self.config.training.seed), True
+                new: list[int] = []
+                for _ in range(self.config.evaluation.sample_tokens):
+                    preemption.stop_if_asked()
+                    batch = torch.tensor([ids + new], device=engine.device)
+                    logits = engine(input_ids=batch, use_cache=False).logits[0, -1].float().cpu()
+                    is_finite = is_finite and bool(logits.isfinite().all())
+                    chances = logits.softmax(-1) if is_finite else torch.ones_like(logits)
+                    new.append(int(torch.multinomial(chances, 1, generator=generator)))
+                if end in new:
+                    new = new[: new.index(end) + 1]
+                text = decode_continuation(ids, new, self.tokenizer) if is_finite else None
+                lines.append({"step": state.step, "tokens": state.tokens, "prompt": prompt, "text": text})
+        path = Path(self.config.training.run_directory) / SAMPLES
+        try:
+            for line in lines if collectives.is_main() else ():
+                append_result(path, line)
+        except OSError as error:  # a full disk costs lines, not the run, as with metrics.jsonl
+            say(f"l2e-ds: warning: {path}: {error.strerror}; the samples are lost")
+
+
+def load_samples(config: RunConfig, network: Any, data: Sequence[PreparedData]) -> Samples | None:
+    """Return the prompts of a run, or None. Raises ConfigError for one that the model (network) cannot continue."""
+    if not config.evaluation.samples:
+        return None
+    tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
+    tokens = config.evaluation.sample_tokens
+    try:
+        prompts = [encode_prompt(one, tokenizer, network, tokens, "the model") for one in config.evaluation.samples]
+    except ConfigError as error:
+        error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
+        raise
+    return Samples(config, prompts, tokenizer)

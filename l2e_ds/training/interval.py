@@ -30,10 +30,11 @@ _LAYER_REDUCTIONS = {
 
 
 class Interval:
-    """Adds up steps from its creation to the next line of metrics.
+    """Adds up steps from its creation to the next line of metrics. Only `values` and `is_loss_finite` wait for the
+    device.
 
-    steps, skipped, spikes: the number of optimizer steps so far, of those among them that changed no weight, and of
-    these that were spikes. Only `values` and `is_loss_finite` wait for the device.
+    steps, skipped, spikes: the number of optimizer steps, of those that changed no weight, and of these that were
+    spikes.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
@@ -66,11 +67,8 @@ class Interval:
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
 
     def add_step(self, applied: bool, learning_rate: float, statistics: Tensor | None, is_spike: bool = False) -> None:
-        """Add one optimizer step.
-
-        applied: whether it changed the weights. statistics: `Inhibitor.last`, [L, len(Inhibitor.STATISTICS)] float64,
-        or None without inhibition or if the step was not applied.
-        """
+        """Add one optimizer step. applied: whether it changed the weights. statistics: `Inhibitor.last`, [L,
+        len(Inhibitor.STATISTICS)] float64, or None without inhibition or if the step was not applied."""
         self.steps += 1
         self.skipped += not applied
         self.spikes += is_spike
@@ -83,10 +81,8 @@ class Interval:
         return math.isfinite(float(self._newest_loss))
 
     def values(self, layers: Sequence[int]) -> dict[str, Any]:
-        """Return the interval's part of the line `kind: train`, with the keys of docs/metrics.md. Collective.
-
-        layers: the numbers of the hooked layers, in the inhibitor's order. There must be at least one step.
-        """
+        """Return the interval's part of the line `kind: train` (docs/metrics.md); there must be a step. layers: the
+        numbers of the hooked layers, in the inhibitor's order. Collective."""
         lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self.steps * collectives.size())
         seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
         costs = collectives.all_gather_objects((self._data_wait, memory.peak_memory_bytes(self._device)))

@@ -37,8 +37,8 @@ _MEETING = 0.5  # seconds between two collectives of the ranks while their child
 class Measured:
     """Holds what was measured of two micro-batches of one size, in bytes and seconds.
 
-    base: the memory held before forward of the second one. working: the peak of its forward and backward. stepping: the
-    peak of the optimizer step. seconds: the time of forward and backward, of the faster of the two.
+    base: held before forward of the second one. working: the peak of its forward and backward. stepping: the peak of
+    the optimizer step. seconds: of forward and backward, of the faster of the two.
     """
 
     base: float
@@ -80,10 +80,8 @@ def _peak(device: torch.device) -> float:
 
 @contextmanager
 def child_process(config: RunConfig, ds: dict, network: Any) -> Iterator[Callable[[int], Measured | None]]:
-    """Start a child that has this rank's place in a process group of the children, and yield `_ask` for it. Collective.
-
-    It is ended at once in the end, whatever it does; its memory on the device is free then.
-    """
+    """Start a child in this rank's place in a process group of the children, and yield `_ask` for it; end it at once in
+    the end, which frees its memory on the device. Collective."""
     port = collectives.main_decides(free_port() if collectives.is_main() else None)
     variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
     context = multiprocessing.get_context("spawn")
@@ -101,11 +99,10 @@ def child_process(config: RunConfig, ds: dict, network: Any) -> Iterator[Callabl
 
 
 def _ask(process: BaseProcess, connection: Connection, size: int, patience: float) -> Measured | None:
-    """Let all children train micro-batches of a size, and return what was measured, the worst of all ranks.
+    """Return what all children measure of a size, the worst of all ranks, or None if any ran out of memory. Collective.
 
-    None is returned if any rank ran out of memory. patience: the seconds to wait for this rank's child. The ranks meet
-    in a collective again and again meanwhile, as the child of one may have failed and the others wait for it for ever.
-    Collective. Raises WorkerError if a child failed or did not answer, and Interrupted.
+    patience: in seconds. The ranks meet again and again meanwhile, as one child may have failed and the others wait for
+    it for ever. Raises WorkerError if a child failed or did not answer, and Interrupted.
     """
     with suppress(OSError):  # the child has ended, which `_answer` finds
         connection.send(size)
@@ -170,11 +167,10 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
-    """Build the run's network, inhibitor and engine, and return a function that measures a size.
+    """Build the run's network, inhibitor and engine, take a step, and return a function that measures a size.
 
-    A first step has been taken then, so that the optimizer has all of its states. The function trains two micro-batches
-    of a size, as the trainer does, and measures the second. If one micro-batch is a whole global batch, each is a step;
-    otherwise both together are one.
+    It trains two micro-batches of the size, as the trainer does, and measures the second. If one micro-batch is a whole
+    global batch, each is a step; otherwise both together are one.
     """
     # imported here, after the libraries were made quiet
     from l2e_ds.training.building import build_training_stack, forward_and_backward

@@ -30,11 +30,8 @@ from l2e_ds.training import micro_batch
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds a checked run.
-
-    ds: the resolved DeepSpeed configuration. batch: with micro-batch 1 if that is `auto`. network: the Hugging Face
-    configuration. layers: the numbers of the hooked layers.
-    """
+    """Holds a checked run: the resolved DeepSpeed configuration, the batch (with micro-batch 1 if that is `auto`), the
+    Hugging Face configuration of the network and the numbers of the hooked layers."""
 
     config: RunConfig
     ds: dict
@@ -44,11 +41,8 @@ class Plan:
 
 
 def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
-    """Check a run completely, without making a process group or a model, and without writing anything.
-
-    run_file, overrides: as for `load_run_config`. this_machine: whether to check that this machine can do the run, too.
-    Raises ConfigError and DataError.
-    """
+    """Check a run, and with `this_machine` whether this machine can do it, without writing anything or making a process
+    group or a model. The arguments are those of `load_run_config`. Raises ConfigError and DataError."""
     plan = resolve_run(run_file, overrides, ranks)
     if this_machine:
         check_device(plan.config)
@@ -63,11 +57,8 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
 
 def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
-    """Return what `preflight` does, without a look at the data or the machine.
-
-    has_bf16: whether the run's device computes in bf16, for `training.precision: auto` (default: whether this machine's
-    does). Raises ConfigError.
-    """
+    """Return what `preflight` does, without a look at the data or the machine. has_bf16: whether the run's device
+    computes in bf16 (default: whether this machine's does). Raises ConfigError."""
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
     config = load_run_config(run_file, overrides)
@@ -109,10 +100,7 @@ def _check_machine(plan: Plan) -> None:
 
 
 def _nearest(key: str, folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists.
-
-    Raises ConfigError for names that no folder can have, and for links to nowhere.
-    """
+    """Return the folder, or the nearest one above it that exists. Raises ConfigError for what cannot be a folder."""
     for place in (folder, *folder.absolute().parents):
         try:
             place.lstat()
@@ -162,17 +150,23 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         ("method", what),
         ("layers", f"{', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}"),
         ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
-        *_checkpoints(plan, total, neurons),
+        *checkpoints_of(plan),
     ]
 
 
-def _checkpoints(plan: Plan, parameters: int, neurons: int) -> list[tuple[str, str]]:
-    """Return what is to be said of the checkpoints' size; nothing for an optimizer whose states are unknown."""
-    if not is_adam(plan.ds):
-        return []
+def checkpoint_size(plan: Plan) -> int:
+    """Return the bytes of one checkpoint of a run with Adam or AdamW."""
     hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
     element = 4 if plan.config.training.precision == "fp32" else 2
-    line, warning = disk_space(plan.config, checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons))
+    parameters, neurons = parameter_counts(plan.network)[0], neurons_of(plan.network)
+    return checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons)
+
+
+def checkpoints_of(plan: Plan) -> list[tuple[str, str]]:
+    """Return label and value of what its checkpoints take of the disk; nothing of an optimizer with unknown states."""
+    if not is_adam(plan.ds):
+        return []
+    line, warning = disk_space(plan.config, checkpoint_size(plan))
     return [("checkpoints", line), *([("warning", warning)] if warning else [])]
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import shlex
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
 from l2e_ds.console import aligned, say
@@ -16,22 +24,20 @@ from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import less_memory, with_micro_batch
 from l2e_ds.errors import OutOfMemory
+from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
+from l2e_ds.system.provenance import commit_and_changes, versions
 from l2e_ds.training import micro_batch, preemption
+from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.preflight import Plan, what_it_is
-from l2e_ds.training.records import freeze, record_circumstances
-from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
 
 
 def train(plan: Plan, launch: Launch) -> None:
-    """Join the other ranks, train what is left of the run, and leave. Every rank calls this.
-
-    Raises an `L2EError` of any kind, which ends the command with its exit code.
-    """
+    """Join the other ranks, train what is left of the run, and leave. Collective. Raises an L2EError of any kind."""
     config = plan.config
     directory = Path(config.training.run_directory)
     with Watchdog(config.training.timeout) as watchdog:
@@ -96,10 +102,10 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
             begun = trainer.state.step
             if collectives.is_main():
                 # Only now, as a refused resume must leave the run as it was.
-                freeze(plan, directory, data, is_new=trainer.state.step == 0)
+                _freeze(plan, directory, data, is_new=trainer.state.step == 0)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
-            about = record_circumstances(plan, launch, device, data, texts)
+            about = _circumstances(plan, launch, device, data, texts)
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)
@@ -131,10 +137,8 @@ def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> Non
 
 
 def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
-    """Return an error of one line that says what would need less memory.
-
-    has_fitted: whether this process has taken steps before. A restart may then help, and the exit code is 1.
-    """
+    """Return an error that says what would need less memory. After steps that have fitted a restart may help: exit code
+    1."""
     reason = one_line(error)[:200]
     advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
     if has_fitted:
@@ -144,3 +148,54 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
         return shown
     problem = f"got {plan.batch.micro_batch}, for which the memory is too small ({reason})"
     return OutOfMemory(f"{problem}; try {advice}", where="training.micro_batch")
+
+
+def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
+    """Write configuration, network and tokenizer of a run into its directory. is_new: replaces a tokenizer. Raises
+    OSError."""
+    write_whole(directory / "config.yaml", plan.config.dump())
+    write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
+    write_whole(directory / "model" / "config.json", plan.network.to_json_string())
+    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
+        temporary = directory / "tokenizer.tmp"
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)
+        temporary.rename(directory / "tokenizer")
+
+
+def _circumstances(
+    plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData], texts: Sequence[PreparedText]
+) -> dict[str, Any]:
+    """Return the values of the line `kind: start` (docs/metrics.md), without `guard` and `changes`. Collective."""
+    sets = {
+        part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
+        for part in data
+        if part.name
+    }
+    sizes = {
+        text.name: {
+            "tokens": text.dataset.num_tokens,
+            "evaluated_tokens": text.evaluated_tokens,
+            "bytes": text.num_bytes,
+        }
+        for text in texts
+    }
+    commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
+    return {
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "git": {"commit": commit, "changed": bool(changes)},
+        "host": platform.node(),
+        "hosts": len(set(collectives.all_gather_objects(platform.node()))),
+        "cores": os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
+        "ranks": collectives.size(),
+        "launcher": launch.launcher,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "parameters": parameter_counts(plan.network)[0],
+        "train_tokens": sum(part.train_tokens or 0 for part in data),
+        "held_out_tokens": sum(part.held_out_tokens for part in data),
+        **({"sets": sets} if sets else {}),
+        "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
+        **({"texts": sizes} if sizes else {}),
+    }

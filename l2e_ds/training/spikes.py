@@ -40,10 +40,8 @@ def find_spike(norm: float, before: Sequence[float], deviations: float, window: 
 
 
 class SkippedSteps:
-    """Has the engine skip spikes (`training.spike_deviations`), and counts the skipped steps in a row.
-
-    spike: that of the step that is taken or was taken last, if it was one.
-    """
+    """Has the engine skip spikes (`training.spike_deviations`), and counts the skipped steps in a row. spike: that of
+    the newest step, if it was one."""
 
     def __init__(self, engine: Any, section: TrainingConfig, state: TrainState) -> None:
         """state: that of the run, once it is loaded; `gradient_norms` of it is kept here."""

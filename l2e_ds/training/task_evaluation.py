@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """Holds what is evaluated, and with which tokenizer.
-
-    tasks: on rank 0, else None. batch_size: the number of requests in a rank's batch.
-    """
+    """Holds the tasks (on rank 0, else None), the tokenizer, and the number of requests in a rank's batch."""
 
     config: RunConfig
     tasks: Tasks | None
@@ -38,8 +35,7 @@ class TaskEvaluation:
     def evaluate(self, engine: Any, state: TrainState) -> dict[str, float]:
         """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Collective.
 
-        Nothing that training continues with is changed: weights, random states, statistics. Raises DataError for tasks
-        that fail, and Interrupted.
+        Nothing that training continues with is changed. Raises DataError for tasks that fail, and Interrupted.
         """
         from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
@@ -64,10 +60,7 @@ class TaskEvaluation:
 
 
 def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
-    """Load the tasks that a run evaluates on while training, or return None if there are none. Collective.
-
-    Raises ConfigError and DataError.
-    """
+    """Load the tasks that a run evaluates on while training, or None. Collective. Raises ConfigError and DataError."""
     section = config.evaluation
     if not section.every:
         return None

@@ -38,11 +38,10 @@ from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import build_training_stack, forward_and_backward
-from l2e_ds.training.held_out import evaluate, evaluate_texts
+from l2e_ds.training.held_out import Samples, evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.profile import Profile
-from l2e_ds.training.samples import Samples
 from l2e_ds.training.spikes import SkippedSteps
 from l2e_ds.training.streams import StreamedSequences
 from l2e_ds.training.task_evaluation import TaskEvaluation
@@ -72,20 +71,9 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
     return state.step >= config.training.steps and not on_held_out and not on_tasks
 
 
-def _given_file(config: RunConfig) -> str:
-    """Return what identifies the content of `model.config`: a run must not resume as another network."""
-    if config.model.config is None:
-        return ""
-    path = find_file(config.model.config)
-    assert path is not None  # network_config has read it
-    return f", config.json {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-
-
 class Trainer(AbstractContextManager):
-    """Trains one run on this rank: holds engine, inhibitor, data position, checkpoints and metrics.
-
-    As a context manager it closes them at the end.
-    """
+    """Trains one run on this rank: holds engine, inhibitor, data, checkpoints and metrics, and closes them as a
+    context."""
 
     def __init__(
         self,
@@ -102,9 +90,9 @@ class Trainer(AbstractContextManager):
     ) -> None:
         """Build everything, and load the checkpoint to resume from, if there is one. Collective.
 
-        ds: the resolved DeepSpeed configuration. network: the Hugging Face configuration of the model. data: the sets.
-        tasks: of `load_task_evaluation`. checkpoints: of `open_checkpoints` (default: it is called). texts, samples:
-        for each held-out evaluation. Raises CheckpointError, and what `build_training_stack` raises.
+        network: the Hugging Face configuration of the model. data: the sets. checkpoints: of `open_checkpoints`
+        (default: it is called). texts, samples: for each held-out evaluation. Raises CheckpointError, and what
+        `build_training_stack` raises.
         """
         self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
         self.texts, self.samples = texts, samples
@@ -132,19 +120,22 @@ class Trainer(AbstractContextManager):
         self.sequences = TrainingSequences(
             data, batch.global_batch, config.training.seed, order, partial(StreamedSequences, order=order)
         )
-        self.identity = Identity(
-            ranks=collectives.size(),
-            zero_stage=zero_stage(ds),
-            precision=config.training.precision,
-            data=self.sequences.fingerprint(),
-            sequence_length=config.data.sequence_length,
-            global_batch=batch.global_batch,
-            seed=config.training.seed,
-            order=config.data.order,
-            network=f"{network.num_hidden_layers} layers x {network.hidden_size}, {network.num_attention_heads} heads,"
-            f" {network.vocab_size} rows{_given_file(config)}",
-            layers=[site.layer for site in self.sites] if self.inhibitor else [],
-        )
+        given_file = ""  # what identifies its content: a run must not resume as another network
+        if config.model.config is not None and (path := find_file(config.model.config)) is not None:
+            given_file = f", config.json {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+        self.identity: Identity = {
+            "ranks": collectives.size(),
+            "zero_stage": zero_stage(ds),
+            "precision": config.training.precision,
+            "data": self.sequences.fingerprint(),
+            "sequence_length": config.data.sequence_length,
+            "global_batch": batch.global_batch,
+            "seed": config.training.seed,
+            "order": config.data.order,
+            "network": f"{network.num_hidden_layers} layers x {network.hidden_size},"
+            f" {network.num_attention_heads} heads, {network.vocab_size} rows{given_file}",
+            "layers": [site.layer for site in self.sites] if self.inhibitor else [],
+        }
         if resume_from is not None:
             self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
             if self.checkpoints.is_own(resume_from):
@@ -174,9 +165,10 @@ class Trainer(AbstractContextManager):
 
     def train(self) -> None:
         """Train from the current step to `training.steps`, with evaluations, metrics and checkpoints on the way.
+        Collective.
 
         Raises Interrupted, after saving, if any rank was asked to stop; TrainingError if the run cannot continue; and
-        SaveError if a checkpoint that must not fail fails. Collective.
+        SaveError if a checkpoint that must not fail fails.
         """
         try:
             self._train()
@@ -246,15 +238,15 @@ class Trainer(AbstractContextManager):
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
     def train_step(self) -> bool:
-        """Take one optimizer step on one global batch, and return whether it changed the weights. Collective.
-
-        The result is the same on every rank. Raises TrainingError after `training.max_skipped_steps` steps in a row
-        that did not.
-        """
+        """Take one optimizer step on one global batch, and return, the same on every rank, whether it changed the
+        weights. Collective. Raises TrainingError after too many steps in a row that did not (`SkippedSteps`)."""
         rate = self._schedule.rate(self.state.applied)
         set_learning_rate(self.engine, rate, self._rate_shares)
         self._skipped.begin_step()
-        *others, last = self._next_batch()  # [B, T+1] int64 each
+        heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
+        with self._interval.waiting_for_data():
+            *others, last = self.loader.take()  # [B, T+1] int64 each
+        heartbeat.progress(f"step {self.state.step + 1}")
         for micro_batch in others:
             self._forward_and_backward(micro_batch, is_last=False)
             self.engine.step()
@@ -288,19 +280,8 @@ class Trainer(AbstractContextManager):
         """Return this rank's sequences of a global batch, [accumulation, B, T+1] int64. Runs in the loader's thread."""
         return self.sequences.read(step, collectives.rank(), collectives.size(), self.batch.micro_batch)
 
-    def _next_batch(self) -> Tensor:
-        """Return what `_read_step` does for the current step, on the device."""
-        heartbeat.progress(f"step {self.state.step + 1}, reading a batch")
-        with self._interval.waiting_for_data():
-            batch = self.loader.take()
-        heartbeat.progress(f"step {self.state.step + 1}")
-        return batch
-
     def evaluate(self) -> None:
-        """Evaluate on held-out text, without inhibition, and write the metrics of `kind: evaluation`. Collective.
-
-        Raises Interrupted.
-        """
+        """Evaluate on held-out text and write the metrics of `kind: evaluation`. Collective. Raises Interrupted."""
         heartbeat.progress(f"the evaluation of step {self.state.step}")
         with self._interval.paused():
             engine, head, size = self.engine, self.head, self.batch.micro_batch
@@ -337,9 +318,7 @@ class Trainer(AbstractContextManager):
 
     def evaluate_on_tasks(self) -> None:
         """Evaluate on the tasks of the section `evaluation`, without inhibition, and write `kind: tasks`. Collective.
-
-        Raises DataError if tasks fail at step 0; later it prints a warning. Raises Interrupted.
-        """
+        Raises Interrupted, and DataError if tasks fail at step 0; later it prints a warning."""
         assert self.tasks is not None
         step = self.state.step
         heartbeat.progress(f"the evaluation on tasks of step {step}")
@@ -395,10 +374,7 @@ class Trainer(AbstractContextManager):
     # --- metrics -------------------------------------------------------------------------------------------------
 
     def log(self) -> None:
-        """Write the metrics of `kind: train`, and begin a new interval. Collective.
-
-        Only here are the sums of the steps read back from the device.
-        """
+        """Write the metrics of `kind: train`, read back from the device, and begin a new interval. Collective."""
         layers = [hook.site.layer for hook in self.inhibitor.hooks] if self.inhibitor is not None else []
         values = self._interval.values(layers)
         norm = self.engine.get_global_grad_norm()
