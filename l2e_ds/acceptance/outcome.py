@@ -69,8 +69,7 @@ class Scale:
     def seconds(self, action: Callable[[], Any]) -> float:
         """Return the seconds of one call: the median over five rounds of 20 calls (on a CPU 2).
 
-        The device is waited for between rounds, not between calls; where Python launches more slowly than the device
-        computes, as for small layers, it is the launching that is measured.
+        The device is not waited for between calls; of small layers Python's launching is measured.
         """
         timer = Timer("action()", globals={"action": action}, num_threads=torch.get_num_threads())
         return statistics.median(timer.timeit(20 if self.on_gpu else 2).mean for _ in range(5))

@@ -1,8 +1,7 @@
-"""Run EleutherAI's lm-evaluation-harness on the ranks of a launch.
+"""Run EleutherAI's lm-evaluation-harness (the extra `eval`) on the ranks of a launch.
 
 Rank 0 loads the tasks, writes the prompts and computes the metrics. The forward passes are shared: in each round every
-rank takes one batch. The requests of a batch do not depend on the number of ranks, so neither do the metrics. Every
-rank runs the same number of forward passes, as ZeRO-3 requires. Needs the extra `eval`.
+rank takes one batch, as ZeRO-3 requires. A batch does not depend on the number of ranks, so neither do the metrics.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
     """Return the tasks of these names.
 
     include_path: folders of task files (YAML), which replace known tasks of the same name. shots: the numbers of
-    examples that will be asked for. Raises ConfigError for an unknown name, a file that cannot be read or more examples
-    than there are, and DataError for a data set that cannot be loaded.
+    examples that will be asked for. Raises ConfigError and, for a data set that cannot be loaded, DataError.
     """
     for folder in include_path:
         _check_files(Path(folder))
@@ -132,9 +130,8 @@ def _split_of_examples(task: Any) -> str | None:
 def _leave_out_own_question(task: Any) -> None:
     """Make sure that no prompt of a task has its own question, answered, among its examples.
 
-    The harness leaves a document out only if `fewshot_split` is the test split, but not if the examples come from the
-    evaluated split because there is no other. It also compares all fields, so that it misses a question that occurs
-    twice. A task in which this never happens keeps the prompts that the harness writes.
+    The harness does so only if `fewshot_split` is the test split, and compares all fields, so that it misses a question
+    that occurs twice. A task in which this never happens keeps the prompts that the harness writes.
     """
     sampler, write = task.sampler, task.fewshot_context
     draw, pool = sampler.sample, sampler.fewshot_docs()
@@ -177,10 +174,8 @@ def _leave_out_own_question(task: Any) -> None:
 
 
 def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
-    """Return what identifies a question: its text with its choices, and its text with its answer.
-
-    form: the task's configuration, or that of its examples.
-    """
+    """Return what identifies a question: its text with its choices, and its text with its answer. form: the
+    configuration of the task, or of its examples."""
     text = task.doc_to_text(document, form.doc_to_text)
     choices = task.doc_to_choice(document, form.doc_to_choice) if form.doc_to_choice else None
     answer = task.doc_to_target(document, form.doc_to_target)
@@ -226,10 +221,9 @@ def evaluate(
     """Return the metrics of tasks in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
 
     model: a transformers model, or the DeepSpeed engine around it. tasks: from `load_tasks`, on rank 0. num_fewshot:
-    examples in a prompt; None is each task's own number. limit: documents of each task. tick: called before each round
-    on every rank; if it raises, it must do so on all ranks. report: called on rank 0 with the numbers of finished and
-    of all requests of a kind. Random states and the model's mode are left unchanged. Raises L2EError for a task that
-    fails.
+    examples in a prompt; None is each task's own number. tick: called before each round on every rank; it may raise, on
+    all alike. report: called on rank 0 with the numbers of finished and of all requests of a kind. Random states and
+    the model's mode are left unchanged. Raises L2EError for a task that fails.
     """
     begin, network = time.perf_counter(), getattr(model, "module", model)
     was_training, states = network.training, rng_state(network.device)
@@ -307,26 +301,26 @@ class SharedModel(HFLM):
         return answers
 
     def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return the answers to each of the dealt batches. Collective.
+        """Return the answers to each of the dealt batches, of which `first` is the number of the first one. Collective.
 
-        first: number of the first batch. A rank without a batch of its own computes the first one, too, but its answers
-        are not used. Raises DataError on every rank if one of them fails.
+        A rank without a batch of its own computes the first one, too. Raises DataError on every rank if one of them
+        fails.
         """
         self._tick()
         own = collectives.rank() if collectives.rank() < len(dealt) else 0
         torch.manual_seed(SEED + first + own)  # tasks that sample give the same on any number of ranks
-        answer, problem = None, None
+        answer: Any
         try:
             answer = getattr(HFLM, kind)(self, dealt[own], disable_tqdm=True)
         except Exception as error:
             problem = f"rank {collectives.rank()}: {type(error).__name__}: {one_line(error)}"
-        gathered = collectives.all_gather_objects((answer, problem))
-        failed = next((problem for _, problem in gathered if problem is not None), None)
+            answer = DataError(problem, where="tasks")
+        answers = collectives.all_gather_objects(answer)
+        failed = next((answer for answer in answers if isinstance(answer, DataError)), None)
         if failed is not None:
-            agreed = DataError(failed, where="tasks")
-            agreed.on_every_rank = True
-            raise agreed
-        return [answer for answer, _ in gathered[: len(dealt)]]
+            failed.on_every_rank = True
+            raise failed
+        return answers[: len(dealt)]
 
     # --- what the harness calls ----------------------------------------------------------------------------------
 
@@ -340,10 +334,8 @@ class SharedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Return (log-probability in nats, whether greedy decoding gives it) of the continuation of each request.
-
-        A request is ((text, text), context tokens, continuation tokens).
-        """
+        """Return (log-probability in nats, whether greedy decoding gives it) for each of the requests, which are
+        ((text, text), context tokens, continuation tokens)."""
 
         def length_and_tokens(index: int) -> tuple[int, list[int]]:
             # Requests that differ only in their last token become neighbours, which share one row of a batch.
