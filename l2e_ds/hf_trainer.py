@@ -32,10 +32,8 @@ IGNORED = -100  # a label that is not predicted, in transformers
 
 
 class InhibitionCallback(TrainerCallback, ExportableState):
-    """Trains with inhibition. Evaluation is untouched, and after training the model has no hooks left.
-
-    Logs gain `Inhibitor.metrics`. Moments and thresholds are saved in trainer_state.json and resumed.
-    """
+    """Trains with inhibition; after training the model has no hooks left. Logs gain `Inhibitor.metrics`. Moments and
+    thresholds are saved in trainer_state.json and resumed."""
 
     def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
         """Check the settings. layers: as for `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""

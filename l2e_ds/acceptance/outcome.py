@@ -67,9 +67,7 @@ class Scale:
         return ["fp32", *(["bf16"] if has_bf16 else []), "fp16"]
 
     def seconds(self, action: Callable[[], Any]) -> float:
-        """Return the seconds of one call: the median over five rounds of 20 calls (on a CPU 2).
-
-        The device is not waited for between calls; of small layers Python's launching is measured.
-        """
+        """Return the seconds of one call: the median over five rounds of 20 calls (on a CPU 2), between which the
+        device is not waited for; of small layers Python's launching is measured."""
         timer = Timer("action()", globals={"action": action}, num_threads=torch.get_num_threads())
         return statistics.median(timer.timeit(20 if self.on_gpu else 2).mean for _ in range(5))

@@ -106,10 +106,8 @@ def resume(scale: Scale, folder: Path) -> Outcome:
 
 
 def steps(scale: Scale, folder: Path) -> Outcome:
-    """Time whole steps, compiled as the recipes are, with and without inhibition: tokens a second, MFU, memory.
-
-    Fails where an H100 or H200 stays below GOALS.
-    """
+    """Time whole steps, compiled as the recipes are, with and without inhibition: tokens a second, MFU, memory. Fails
+    where an H100 or H200 stays below GOALS."""
     results: Results = {}
     passed: bool | None = None
     name = torch.cuda.get_device_name(scale.device) if scale.on_gpu else ""

@@ -26,11 +26,8 @@ MAY_MOVE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
-    """Return the run file that a checkpoint's state.json has under `config`. Raises ConfigError; `where` begins its
-    line.
-
-    If another version wrote it, keys that this version lacks are left out, and new keys have their defaults.
-    """
+    """Return the run file of a checkpoint's state.json; keys that this version lacks are left out. Raises ConfigError
+    (`where`)."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
         name: {key: value for key, value in saved[name].items() if key in _known_names(section)}

@@ -67,10 +67,8 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def prune_checkpoints(arguments: argparse.Namespace) -> int:
-    """Remove all but the newest undamaged checkpoints and those of every so many steps.
-
-    Raises ConfigError or CheckpointError, before anything is removed.
-    """
+    """Remove all but the newest undamaged checkpoints and those of every so many steps. Raises, before anything is
+    removed, ConfigError or CheckpointError."""
     run, keep_every = arguments.run, arguments.keep_every
     at_least("--keep-last", arguments.keep_last, 1)
     if keep_every is not None:

@@ -40,10 +40,8 @@ def loss_scaler_state(engine: Any) -> dict[str, Any]:
 
 
 class ElasticLoad:
-    """Loads master weights, low-precision weights, Adam's moments and step count and fp16's loss scale into an engine.
-
-    It takes two steps, after each of which the ranks must agree: in the first a rank may fail alone.
-    """
+    """Loads master and low-precision weights, Adam's moments and step count and fp16's loss scale into an engine, in
+    two steps, after each of which the ranks must agree: in the first a rank may fail alone."""
 
     def __init__(self, checkpoint: Path, engine: Any, state: dict[str, Any]) -> None:
         """state: the content of the checkpoint's state.json."""

@@ -179,11 +179,8 @@ class CheckpointManager:
         self._pending = _Pending(final, began, time.perf_counter() - began, task)
 
     def advance(self, until_done: bool = False) -> tuple[int, dict[str, float]] | None:
-        """Return the step of the pending checkpoint and its values of `kind: checkpoint`, once it is published.
-        Collective.
-
-        until_done: whether to wait for that. Raises SaveError as `save` does.
-        """
+        """Return the pending checkpoint's step and values of `kind: checkpoint` once it is published (until_done: wait
+        for it), else None. Collective. Raises SaveError as `save` does."""
         while self._pending is not None:
             pending = self._pending
             if collectives.any_rank(not pending.task.done()):
@@ -338,10 +335,8 @@ def _together(action: Callable[[], Any], path: Path) -> None:
 
 
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
-    """Return the manager of a run's checkpoints; its `resume_from` is the one to resume from, if any. Collective.
-
-    Raises CheckpointError where there is no such checkpoint, or where the run would become another one.
-    """
+    """Return the manager of a run's checkpoints, with the one to resume from. Collective. Raises CheckpointError where
+    there is no such checkpoint, or where the run would become another one."""
     checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
     path = checkpoints.resume_from = checkpoints.find(config.training.resume)
     if path is not None and checkpoints.is_own(path):
@@ -358,10 +353,7 @@ def changes_since(path: Path, config: RunConfig) -> Changes:
 @contextlib.contextmanager
 def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
     """Yield a list of the errors of DeepSpeed's writes, so that a rank that cannot write meets the others at its
-    barriers.
-
-    DeepSpeed's recovery scripts are left out: `l2e-ds export` does their work.
-    """
+    barriers; leave out its recovery scripts, whose work `l2e-ds export` does."""
     failed: list[Exception] = []
     write = engine.checkpoint_engine.save
 

@@ -45,11 +45,8 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def checkpoint_weights(checkpoint: Path, precision: str) -> dict[str, torch.Tensor]:
-    """Return the full weights by name in `precision`, on the CPU, put together from the shards.
-
-    In the run's own precision they are those that the engine computed with. Raises CheckpointError where there are
-    none.
-    """
+    """Return the full weights by name in `precision`, on the CPU; in the run's own, those that the engine computed
+    with. Raises CheckpointError where there are none."""
     identity = read_state(checkpoint)["identity"]
     if identity["zero_stage"] <= 2 and precision == identity["precision"]:
         weights = read_shard(checkpoint / "mp_rank_00_model_states.pt")["module"]

@@ -301,11 +301,8 @@ class SharedModel(HFLM):
         return answers
 
     def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return the answers to each of the dealt batches, of which `first` is the number of the first one. Collective.
-
-        A rank without a batch of its own computes the first one, too. Raises DataError on every rank if one of them
-        fails.
-        """
+        """Return the answers to the dealt batches; `first` is the first one's number. A rank without one computes the
+        first one, too. Collective. Raises DataError on every rank if one of them fails."""
         self._tick()
         own = collectives.rank() if collectives.rank() < len(dealt) else 0
         torch.manual_seed(SEED + first + own)  # tasks that sample give the same on any number of ranks

@@ -23,10 +23,8 @@ MODEL = "a run directory, one of its checkpoints, a folder that transformers loa
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, but is not loaded: a run's verified checkpoint, or what transformers loads.
-
-    given: the word on the command line; label: a short name for tables and folders.
-    """
+    """A model that was found, but is not loaded: a run's verified checkpoint, or what transformers loads. given: the
+    word on the command line; label: a short name for tables and folders."""
 
     given: str
     label: str

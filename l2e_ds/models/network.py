@@ -123,10 +123,8 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
-    """Initialise as transformers does in the model's family, each module with a generator of its own.
-
-    Parts come before what contains them, which in some families writes their weights once more (GPT-2).
-    """
+    """Initialise as transformers does in the model's family, each module with a generator of its own, parts before what
+    contains them, which in some families writes their weights once more (GPT-2)."""
     for name, module in reversed(list(model.named_modules())):
         own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]
         with torch.random.fork_rng(devices=[]), _gathered(*own):

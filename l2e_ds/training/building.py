@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingStack:
-    """Holds a network and everything that trains it, on one rank.
-
-    sites: of `inhibition.layers`; inhibitor: attached to them, or None with `inhibition.method: none`; engine: the
-    DeepSpeedEngine around `model`.
-    """
+    """Holds a network and everything that trains it, on one rank: the sites of `inhibition.layers`, the inhibitor
+    attached to them (None with `inhibition.method: none`), and the DeepSpeedEngine around `model`."""
 
     model: PreTrainedModel
     sites: list[NeuronSite]

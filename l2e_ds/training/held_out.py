@@ -156,11 +156,8 @@ class Samples:
 
     @torch.no_grad()
     def write(self, engine: Any, state: TrainState, say: Callable[[str], None]) -> None:
-        """Append a line for each prompt. Collective. Raises Interrupted. say: prints a warning.
-
-        Every rank computes every token, as ZeRO-3 needs that. Draws from a generator of its own: training's random
-        states stay.
-        """
+        """Append a line for each prompt. Every rank computes every token, as ZeRO-3 needs that, with a generator of its
+        own. Collective. Raises Interrupted."""
         end = find_end_of_text(self.tokenizer)
         lines = []
         with evaluating(engine):

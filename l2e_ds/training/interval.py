@@ -30,11 +30,9 @@ _LAYER_REDUCTIONS = {
 
 
 class Interval:
-    """Adds up steps from its creation to the next line of metrics. Only `values` and `is_loss_finite` wait for the
-    device.
+    """Adds up steps from its creation to the next line of metrics; `values` and `is_loss_finite` wait for the device.
 
-    steps, skipped, spikes: the number of optimizer steps, of those that changed no weight, and of these that were
-    spikes.
+    steps, skipped, spikes: the number of steps, of those that changed no weight, and of these that were spikes.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:

@@ -29,10 +29,8 @@ CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class LossHead:
-    """Makes a network's output projection return losses instead of logits, where it is called through this class.
-
-    It does so within the projection's own forward, so that ZeRO-3 still gathers the weight there.
-    """
+    """Makes a network's output projection return losses instead of logits, where it is called through this class;
+    within the projection's own forward, so that ZeRO-3 still gathers the weight there."""
 
     def __init__(self, model: nn.Module) -> None:
         """Take over the forward of the model's `get_output_embeddings()`, which must return its logits."""

@@ -123,10 +123,8 @@ def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tupl
 
 
 def _devices(device: torch.device) -> tuple[list[str], float]:
-    """Return each kind of device of all ranks once, and the number of bytes that every rank may use. Collective.
-
-    A kind is name, memory, and for CPUs how many ranks share it.
-    """
+    """Return each kind of device of all ranks once (name, memory, of CPUs how many ranks share it), and the number of
+    bytes that every rank may use. Collective."""
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         found = collectives.all_gather_objects((f"{name}, {memory / GIB:.0f} GiB", memory))
@@ -169,10 +167,8 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, b
 
 
 def estimate(known: dict[int, Measured], size: int) -> float:
-    """Return the estimated peak of a size, in bytes, on the line through the two largest known sizes.
-
-    With one known size, all that forward and backward added to it is taken to grow, which is the most that it can.
-    """
+    """Return the estimated peak of a size, in bytes: on the line through the two largest known sizes, or with one as if
+    all that forward and backward added grew with the size."""
     last = max(known)
     one = known[last]
     slope = (one.working - one.base) / last

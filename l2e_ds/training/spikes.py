@@ -70,10 +70,8 @@ class SkippedSteps:
         return self.spike is not None
 
     def count(self, applied: bool, is_loss_finite: Callable[[], bool]) -> None:
-        """Count a step. is_loss_finite: asks for this rank's newest loss. Collective.
-
-        Raises TrainingError after `training.max_skipped_steps` steps in a row that were not applied.
-        """
+        """Count a step. is_loss_finite: of this rank's newest loss. Collective. Raises TrainingError after
+        `training.max_skipped_steps` steps in a row that were not applied."""
         if applied and self._norm is not None:
             norms = [*self._state.gradient_norms, self._norm]
             self._state.gradient_norms = norms[-self._section.spike_window :]

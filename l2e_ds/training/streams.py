@@ -41,10 +41,9 @@ class StreamedSequences:
         self._remember(0)
 
     def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Read `count` sequences from running number `first`, and return those at offsets `wanted`, [n] int: [n, T+1]
-        int64.
+        """Read `count` sequences from number `first`, and return those at offsets `wanted`, [n] int: [n, T+1] int64.
 
-        Raises DataError on every rank if something is wrong with the text, and ValueError if the last call did not end
+        Raises DataError on every rank for what is wrong with the text, and ValueError if the last call did not end
         there.
         """
         taken: np.ndarray | L2EError | None = None

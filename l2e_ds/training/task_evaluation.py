@@ -33,10 +33,8 @@ class TaskEvaluation:
     batch_size: int
 
     def evaluate(self, engine: Any, state: TrainState) -> dict[str, float]:
-        """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Collective.
-
-        Nothing that training continues with is changed. Raises DataError for tasks that fail, and Interrupted.
-        """
+        """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Training's
+        state stays. Collective. Raises DataError for tasks that fail, and Interrupted."""
         from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
         section, values = self.config.evaluation, dict[str, float]()

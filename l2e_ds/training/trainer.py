@@ -164,8 +164,7 @@ class Trainer(AbstractContextManager):
     # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Train from the current step to `training.steps`, with evaluations, metrics and checkpoints on the way.
-        Collective.
+        """Train from the current step to `training.steps`, with evaluations, metrics and checkpoints. Collective.
 
         Raises Interrupted, after saving, if any rank was asked to stop; TrainingError if the run cannot continue; and
         SaveError if a checkpoint that must not fail fails.
@@ -338,9 +337,7 @@ class Trainer(AbstractContextManager):
 
     def save(self, must_succeed: bool = False) -> None:
         """Write a checkpoint of this step, which counts once `_carry_on_saving` has seen it published. Collective.
-
-        must_succeed: whether to raise SaveError even with `checkpoint.on_error: continue`, as for the last step.
-        """
+        must_succeed: raise SaveError also with `checkpoint.on_error: continue`, as for the last step."""
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
         self._carry_on_saving(wait=True)
         heartbeat.progress(f"the checkpoint of step {self.state.step}")
