@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     from l2e_ds.acceptance.outcome import Outcome, Scale
     from l2e_ds.system.provenance import cpu_name, machine, versions
 
-    scale = Scale.of_this_machine()
+    scale = Scale()
     device = torch.cuda.get_device_name(scale.device) if scale.on_gpu else cpu_name()
     installed = versions("l2e_ds", "python", "torch", "deepspeed", "transformers", "triton")
     about = {"date": time.strftime("%Y-%m-%d"), "device": device, "machine": machine(), "versions": installed}

@@ -33,38 +33,21 @@ class Outcome:
         return f"{word:<5} {self.part:<11} {self.seconds:5.0f} s  {'; '.join(filter(None, [self.reason, shown]))}"
 
 
-@dataclass(frozen=True)
 class Scale:
-    """How large the parts are: those of a GPU, or, on a CPU, as small as shows that they work.
+    """How large the parts are: those of a GPU, or, on a CPU, as small as shows that they work."""
 
-    tokens: of a micro-batch; widths: neurons of a layer by the model that has them; models: whose steps are timed;
-    large: [M, N] of more elements than an int32 counts, or None.
-    """
-
-    device: torch.device
-    tokens: int
-    widths: dict[str, int]
-    models: tuple[str, ...]
-    large: tuple[int, int] | None
-
-    @classmethod
-    def of_this_machine(cls) -> Scale:
-        if torch.cuda.is_available():
-            widths = {"70m": 2048, "410m": 4096, "1b": 8192, "2.8b": 10_240}
-            return cls(torch.device("cuda"), 32_768, widths, ("70m", "410m", "1.4b"), (131_072, 20_480))
-        return cls(torch.device("cpu"), 512, {"14m": 512}, ("14m",), None)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def precisions(self) -> list[str]:
-        """The precisions that the device computes in; of a CPU those that every one has."""
-        if not self.on_gpu:
-            return ["fp32", "bf16"]
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ["fp32", *(["bf16"] if has_bf16 else []), "fp16"]
+    def __init__(self) -> None:
+        self.on_gpu = on_gpu = torch.cuda.is_available()
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.tokens = 32_768 if on_gpu else 512  # of a micro-batch
+        # neurons of a layer, by the model that has them
+        self.widths = {"70m": 2048, "410m": 4096, "1b": 8192, "2.8b": 10_240} if on_gpu else {"14m": 512}
+        self.models = ("70m", "410m", "1.4b") if on_gpu else ("14m",)  # whose steps are timed
+        self.large = (131_072, 20_480) if on_gpu else None  # [M, N] of more elements than an int32 counts
+        self.precisions = ["fp32", "bf16"]  # that the device computes in; of a CPU those that every one has
+        if on_gpu:
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            self.precisions = ["fp32", "bf16", "fp16"] if has_bf16 else ["fp32", "fp16"]
 
     def seconds(self, action: Callable[[], Any]) -> float:
         """Return the seconds of one call: the median over five rounds of 20 calls (on a CPU 2), between which the

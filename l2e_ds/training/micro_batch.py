@@ -34,18 +34,13 @@ GIB = 2**30
 
 
 def find(
-    config: RunConfig,
-    ds: dict,
-    network: Any,
-    device: torch.device,
-    limit: float | None = None,
-    by_speed: bool | None = None,
+    config: RunConfig, ds: dict, network: Any, device: torch.device, limit: float | None = None
 ) -> tuple[int, str | None]:
     """Return the micro-batch of a run that was resolved with `auto`, and the text to write to FILE if it was measured.
 
-    network: the Hugging Face configuration of the model. limit: bytes that a rank may use (default: by `_devices`).
-    by_speed: whether a larger micro-batch must also be faster (default: on CPUs). Collective. Raises ConfigError if not
-    even 1 fits, WorkerError if measuring fails, and Interrupted.
+    network: the Hugging Face configuration of the model. On CPUs a larger micro-batch must also be faster, unless
+    `limit`, in bytes, replaces what a rank may use (`_devices`). Collective. Raises ConfigError if not even 1 fits,
+    WorkerError if measuring fails, and Interrupted.
     """
     path = Path(config.training.run_directory) / FILE
     candidates = divisors(config.training.global_batch // collectives.size())
@@ -59,8 +54,8 @@ def find(
         return number, None
     if problem is not None:
         _say(f"{path}: {problem}; measuring the micro-batch again")
+    by_speed = device.type == "cpu" and limit is None
     limit = usable if limit is None else limit
-    by_speed = device.type == "cpu" if by_speed is None else by_speed
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
