@@ -173,7 +173,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     global batch, each is a step; otherwise both together are one.
     """
     # imported here, after the libraries were made quiet
-    from l2e_ds.training.building import build_training_stack, forward_and_backward
+    from l2e_ds.training.building import TrainingStack, forward_and_backward
 
     ranks = collectives.size()
     share = config.training.global_batch // ranks
@@ -182,7 +182,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     config = config.replace("inhibition", start=0, warmup=0, decay=0, end=None)
     ds = ds | {"train_batch_size": accumulation * ranks, "train_micro_batch_size_per_gpu": 1}
     ds |= {"gradient_accumulation_steps": accumulation}
-    stack = build_training_stack(config, ds, network, device)
+    stack = TrainingStack(config, ds, network, device)
     engine, inhibitor = stack.engine, stack.inhibitor
     random = torch.Generator().manual_seed(collectives.rank())
 

@@ -37,7 +37,7 @@ from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
-from l2e_ds.training.building import build_training_stack, forward_and_backward
+from l2e_ds.training.building import TrainingStack, forward_and_backward
 from l2e_ds.training.held_out import Samples, evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.loader import Loader
@@ -92,7 +92,7 @@ class Trainer(AbstractContextManager):
 
         network: the Hugging Face configuration of the model. data: the sets. checkpoints: of `open_checkpoints`
         (default: it is called). texts, samples: for each held-out evaluation. Raises CheckpointError, and what
-        `build_training_stack` raises.
+        `TrainingStack` raises.
         """
         self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
         self.texts, self.samples = texts, samples
@@ -104,7 +104,7 @@ class Trainer(AbstractContextManager):
         resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, collectives.rank())
-        stack = build_training_stack(config, ds, network, device)
+        stack = TrainingStack(config, ds, network, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
         self._schedule = schedule_of(config)
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
