@@ -26,8 +26,7 @@ MAY_MOVE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
-    """Return the run file of a checkpoint's state.json; keys that this version lacks are left out. Raises ConfigError
-    (`where`)."""
+    """Return the run file in a checkpoint's state.json, without keys that this version lacks. Raises ConfigError."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
         name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
@@ -60,8 +59,7 @@ class Changes:
         self._moved = {f"inhibition.{key}": (steps[key], new_steps.get(key)) for key in moved}
 
     def lines(self) -> list[str]:
-        """Return each changed key as `section.key: old -> new`, what moves with the run's length, and the learning
-        rate."""
+        """Return each changed key as `section.key: old -> new`, what moves with the run's length, and other rates."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":

@@ -83,7 +83,7 @@ def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: flo
 
 
 def group_rates(engine: Any) -> list[float]:
-    """Return the learning rate of each parameter group as built: Muon and muP give them different ones."""
+    """Return the learning rate of each parameter group as DeepSpeed built it: Muon and muP have different ones."""
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 

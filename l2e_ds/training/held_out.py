@@ -184,7 +184,8 @@ class Samples:
 
 
 def load_samples(config: RunConfig, network: Any, data: Sequence[PreparedData]) -> Samples | None:
-    """Return the prompts of a run, or None. Raises ConfigError for one that the model (network) cannot continue."""
+    """Return the prompts of a run, or None if it has none. Raises ConfigError for one that `network` cannot
+    continue."""
     if not config.evaluation.samples:
         return None
     tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)

@@ -151,7 +151,7 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
 
 
 def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
-    """Write configuration, network and tokenizer of a run into its directory. is_new: replaces a tokenizer. Raises
+    """Write configuration, network and tokenizer into the run directory, and over a tokenizer if is_new. Raises
     OSError."""
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")

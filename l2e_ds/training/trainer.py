@@ -72,8 +72,8 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
 
 
 class Trainer(AbstractContextManager):
-    """Trains one run on this rank: holds engine, inhibitor, data, checkpoints and metrics, and closes them as a
-    context."""
+    """Trains one run on this rank: holds engine, inhibitor, data, checkpoints and metrics. As a context it closes
+    them."""
 
     def __init__(
         self,
