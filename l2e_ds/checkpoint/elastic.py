@@ -88,7 +88,7 @@ class ElasticLoad:
         for name, parameter in self.parameters.items():
             heartbeat.beat()
             held = {key: self._gather(parameter, key) for key in self.keys}
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 held["weights"] = parameter.detach().clone()
             for key, tensor in held.items() if collectives.is_main() else ():
                 expected = self.shards.read(name, "fp32" if key == "weights" else key, 0, _numel(parameter))

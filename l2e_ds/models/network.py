@@ -105,10 +105,12 @@ def initialise(model: nn.Module, seed: int) -> None:
 
     small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers.
     """
+    from deepspeed.runtime.zero import GatheredParameters  # a parameter that is not sharded stays as it is
+
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
     small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]
     for name, parameter in model.named_parameters():
-        with _gathered(parameter):
+        with GatheredParameters([parameter], modifier_rank=0):  # what rank 0 writes counts
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:
@@ -125,9 +127,11 @@ def initialise(model: nn.Module, seed: int) -> None:
 def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
     """Initialise as transformers does in the model's family, each module with a generator of its own, parts before what
     contains them, which in some families writes their weights once more (GPT-2)."""
+    from deepspeed.runtime.zero import GatheredParameters
+
     for name, module in reversed(list(model.named_modules())):
         own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]
-        with torch.random.fork_rng(devices=[]), _gathered(*own):
+        with torch.random.fork_rng(devices=[]), GatheredParameters(own, modifier_rank=0):
             # not torch.manual_seed, which would give the GPUs of all ranks one state: dropout draws from it
             torch.default_generator.manual_seed(_own_seed(seed, name))
             model._init_weights(module)
@@ -136,15 +140,3 @@ def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
 def _own_seed(seed: int, name: str) -> int:
     """Return the seed of one part of the network, which depends neither on the order of construction nor the rank."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-
-
-@contextlib.contextmanager
-def _gathered(*parameters: nn.Parameter) -> Iterator[None]:
-    """Hold these parameters whole on every rank; what rank 0 writes counts. Collective under ZeRO-3."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):  # not under ZeRO-3
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
-        yield
