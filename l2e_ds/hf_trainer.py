@@ -82,8 +82,8 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         """Return the model's output with its loss attached. Raises ConfigError."""
         if self.inhibitor is None or not model.training or not torch.is_grad_enabled():
             return None
-        loss = _loss_of(output)
-        if loss is None:
+        loss = output.get("loss") if isinstance(output, dict) else output[0]  # where the Trainer looks for it
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ConfigError(
                 "InhibitionCallback: the model returned no loss of its own; batches need labels, and"
                 " label_smoothing_factor and compute_loss_func, which take them away, are not supported"
@@ -128,12 +128,6 @@ class InhibitionCallback(TrainerCallback, ExportableState):
             self.inhibitor.load_state_dict(load(base64.b64decode(saved)))
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """Return the loss where the Trainer looks for it: by its name in a dictionary, in first place in a tuple."""
-    loss = output.get("loss") if isinstance(output, dict) else output[0]
-    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
 
 def _weight(kwargs: dict[str, Any]) -> Tensor | float:

@@ -31,7 +31,8 @@ class Shards:
         self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.flats: list[dict[str, Tensor]] = []
-        files = sorted(checkpoint.glob("*_optim_states.pt"), key=_rank_of)
+        files = list(checkpoint.glob("*_optim_states.pt"))  # [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+        files.sort(key=lambda file: int(file.name.partition("pp_rank_")[2].partition("_")[0]))
         states = [read_shard(file)["optimizer_state_dict"] for file in files]
         if not states:
             self._map_whole(read_shard(checkpoint / "mp_rank_00_model_states.pt"), names)
@@ -105,11 +106,6 @@ class Shards:
 def read_shard(shard: Path) -> dict[str, Any]:
     """Return the content of a shard, a pickle: verify its manifest first. Its tensors are mapped and read when used."""
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
-
-
-def _rank_of(shard: Path) -> int:
-    """Return R of a file named [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt."""
-    return int(shard.name.partition("pp_rank_")[2].partition("_")[0])
 
 
 def _cut(begin: int, numel: int, part: int, first: int) -> Iterator[Piece]:
