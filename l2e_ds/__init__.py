@@ -10,13 +10,8 @@ __version__ = "0.1.0"
 __all__ = ["InhibitionCallback", "Inhibitor", "NeuronSite", "Settings", "__version__", "neuron_sites"]
 
 # The Python API (docs/python-api.md): imported when it is asked for, so that the package itself needs no torch.
-_HOMES = {
-    "InhibitionCallback": "l2e_ds.hf_trainer",
-    "Inhibitor": "l2e_ds.inhibition",
-    "NeuronSite": "l2e_ds.inhibition",
-    "Settings": "l2e_ds.inhibition",
-    "neuron_sites": "l2e_ds.models.sites",
-}
+_HOMES = dict.fromkeys(("Inhibitor", "NeuronSite", "Settings"), "l2e_ds.inhibition")
+_HOMES |= {"InhibitionCallback": "l2e_ds.hf_trainer", "neuron_sites": "l2e_ds.models.sites"}
 
 
 def __getattr__(name: str) -> object:

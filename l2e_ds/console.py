@@ -31,10 +31,8 @@ def reader_is_gone() -> bool:
 
 
 def open_streams() -> None:
-    """Open standard streams that cron or a daemon has closed, so that what is printed there goes nowhere.
-
-    Else files of the run would get their numbers, and with them what libraries print. Commands begin with this.
-    """
+    """Open standard streams that cron or a daemon has closed, so that what is printed there goes nowhere. Else files of
+    the run would get their numbers. Commands begin with this."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # Python's sign of a closed stream
             stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (stays open)
@@ -44,10 +42,7 @@ def open_streams() -> None:
 
 
 def flush_streams() -> None:
-    """Flush standard output and error, and drop what cannot be written.
-
-    The interpreter would try again at its end, and end with exit code 120 for it.
-    """
+    """Flush standard output and error, and drop what cannot be written: Python would end with exit code 120 for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -80,18 +75,14 @@ def duration(seconds: float) -> str:
 def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table, the first column aligned to the left, the others to the right."""
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines) + "\n"
+    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def aligned(rows: Sequence[tuple[str, str]]) -> str:
     """Return the label and value of each row on a line, with all values below each other."""
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
-
-
-def _cell(text: str) -> str:
-    """Return the text on one line, with `|` escaped, so that it stays one cell."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
@@ -103,10 +94,7 @@ def at_least(option: str, value: int, least: int, at_most: int | None = None) ->
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parses arguments without abbreviations, so that a mistyped option is never taken for another one.
-
-    Its sub-commands are parsed alike.
-    """
+    """Parses arguments, also of sub-commands, without abbreviations: no mistyped option is taken for another one."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})

@@ -26,41 +26,30 @@ from transformers.trainer_callback import ExportableState
 
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
-from l2e_ds.inhibition.settings import in_steps
 from l2e_ds.models.sites import neuron_sites
 
-_SCHEDULE = ("start", "warmup", "decay", "end")
 IGNORED = -100  # a label that is not predicted, in transformers
 
 
 class InhibitionCallback(TrainerCallback, ExportableState):
-    """Trains with inhibition. Evaluation is untouched, and after training the model has no hooks left.
-
-    Logs gain `Inhibitor.metrics` of the newest step. Moments and thresholds are saved within the checkpoint's
-    trainer_state.json and resumed with it.
-    """
+    """Trains with inhibition; after training the model has no hooks left. Logs gain `Inhibitor.metrics`. Moments and
+    thresholds are saved in trainer_state.json and resumed."""
 
     def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
         """Check the settings. layers: as for `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
         self.layers, self.settings = layers, Settings(**settings)
         self.inhibitor: Inhibitor | None = None  # while the Trainer trains
         self._handles: list[Any] = []
-        self._run_steps: int | None = None
-
-    # --- on and off ----------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Attach the inhibitor to the model, which the Trainer has wrapped and given a checkpoint's weights by now.
-
-        Raises ConfigError, CheckpointError.
-        """
+        """Attach the inhibitor to the model, which has its weights by now. Raises ConfigError, CheckpointError."""
         self.detach()  # left over from a training that failed
         if args.n_gpu > 1:
             raise ConfigError(
                 f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
                 " process a GPU: torchrun --nproc-per-node=gpu ..."
             )
-        sites, self._run_steps = neuron_sites(model, self.layers), state.max_steps
+        sites = neuron_sites(model, self.layers)
         self.inhibitor = Inhibitor(sites, self.settings, args.device, run_steps=state.max_steps)
         self._resume(state)
         self.inhibitor.attach()
@@ -80,8 +69,6 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         if self.inhibitor is not None:
             self.inhibitor.detach()
 
-    # --- every micro-batch ---------------------------------------------------------------------------------------
-
     # A compiled graph, traced once, would not run what these two note and change.
     @torch.compiler.disable
     def _before_forward(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -95,8 +82,8 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         """Return the model's output with its loss attached. Raises ConfigError."""
         if self.inhibitor is None or not model.training or not torch.is_grad_enabled():
             return None
-        loss = _loss_of(output)
-        if loss is None:
+        loss = output.get("loss") if isinstance(output, dict) else output[0]  # where the Trainer looks for it
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
             raise ConfigError(
                 "InhibitionCallback: the model returned no loss of its own; batches need labels, and"
                 " label_smoothing_factor and compute_loss_func, which take them away, are not supported"
@@ -107,8 +94,6 @@ class InhibitionCallback(TrainerCallback, ExportableState):
             output["loss"] = attached
             return output
         return (attached, *output[1:])
-
-    # --- every step ----------------------------------------------------------------------------------------------
 
     def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
         """Update moments and thresholds."""
@@ -122,38 +107,16 @@ class InhibitionCallback(TrainerCallback, ExportableState):
             logs |= values
             state.log_history[-1] |= values
 
-    # --- checkpoints ---------------------------------------------------------------------------------------------
-
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer writes into trainer_state.json: this callback's arguments and
-        `Inhibitor.state_dict`."""
-        statistics = None if self.inhibitor is None else _encode(self.inhibitor.state_dict())
-        arguments = {"layers": self.layers, **asdict(self.settings)}
-        return {"args": arguments, "attributes": {}, "statistics": statistics, "run_steps": self._run_steps}
-
-    def _compare(self, of_checkpoint: dict[str, Any], run_steps: int) -> None:
-        """Warn where the checkpoint was trained in another way. of_checkpoint: what `state` returned then."""
-
-        def resolved(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
-            given = {key: settings[key] for key in _SCHEDULE if settings.get(key) is not None}
-            return settings | ({key: in_steps(value, steps) for key, value in given.items()} if steps else {})
-
-        before = resolved(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
-        now = resolved({"layers": self.layers, **asdict(self.settings)}, run_steps)
-        different = [
-            f"{key}: {before.get(key)} -> {now.get(key)}" for key in before | now if before.get(key) != now.get(key)
-        ]
-        if before and different:
-            logging.getLogger(__name__).warning(
-                f"{type(self).__name__}: differs from the checkpoint's (the schedule in steps): {', '.join(different)}"
-            )
+        """Return what trainer_state.json gets: this callback's arguments and `Inhibitor.state_dict`."""
+        saved = None if self.inhibitor is None else base64.b64encode(save(self.inhibitor.state_dict())).decode("ascii")
+        return {"args": {"layers": self.layers, **asdict(self.settings)}, "attributes": {}, "statistics": saved}
 
     def _resume(self, state: Any) -> None:
         name = type(self).__name__
         of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer expects this entry when it saves
         if state.global_step == 0:
             return
-        self._compare(of_checkpoint, state.max_steps)
         saved = of_checkpoint.get("statistics")
         if saved is None:
             logging.getLogger(__name__).warning(
@@ -165,16 +128,6 @@ class InhibitionCallback(TrainerCallback, ExportableState):
             self.inhibitor.load_state_dict(load(base64.b64decode(saved)))
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}") from None
-
-
-def _encode(state: dict[str, Tensor]) -> str:
-    return base64.b64encode(save(state)).decode("ascii")
-
-
-def _loss_of(output: Any) -> Tensor | None:
-    """Return the loss where the Trainer looks for it: by its name in a dictionary, in first place in a tuple."""
-    loss = output.get("loss") if isinstance(output, dict) else output[0]
-    return loss if isinstance(loss, Tensor) and loss.dim() == 0 else None
 
 
 def _weight(kwargs: dict[str, Any]) -> Tensor | float:

@@ -48,10 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train, or print what would be trained, and return the exit code; one line on stderr says why it is not 0.
-
-    2: the user can fix it; 3: the run cannot continue; 75: it was asked to stop, and the same command resumes it.
-    """
+    """Train, or print what would be trained, and return the exit code (docs/run-directory.md)."""
     preemption.listen()  # before the slow imports below: a signal during them is noted, too
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its warnings of lost connections are pages of stack
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
@@ -70,16 +67,14 @@ def run(arguments: argparse.Namespace) -> int:
         rank = launch.rank
         if arguments.ranks is not None and not arguments.dry_run:
             raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
-        if arguments.dry_run:
-            ranks = launch.size if arguments.ranks is None else arguments.ranks
-            plan = preflight(arguments.run_file, arguments.overrides, ranks)
-            if launch.rank == 0:
-                print(describe(plan), flush=True)
-        else:
-            plan = preflight(arguments.run_file, arguments.overrides, launch.size, this_machine=True)
+        ranks = launch.size if arguments.ranks is None else arguments.ranks
+        plan = preflight(arguments.run_file, arguments.overrides, ranks, this_machine=not arguments.dry_run)
+        if not arguments.dry_run:
             from l2e_ds.training.run import train  # only now: a mistake in the run file need not wait for DeepSpeed
 
             train(plan, launch)
+        elif launch.rank == 0:
+            print(describe(plan), flush=True)
     except Interrupted as stopped:
         preemption.honoured()
         _note_exit_code(stopped.exit_code)

@@ -15,16 +15,11 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import one_line, write_whole
-
-if TYPE_CHECKING:
-    from l2e_ds.acceptance.outcome import Outcome, Scale
 
 # In order of value: --minutes leaves out the last ones.
 PARTS = {
@@ -63,10 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     import torch
 
+    from l2e_ds.acceptance import operations, runs
     from l2e_ds.acceptance.outcome import Outcome, Scale
     from l2e_ds.system.provenance import cpu_name, machine, versions
 
-    scale = Scale.of_this_machine()
+    scale = Scale()
     device = torch.cuda.get_device_name(scale.device) if scale.on_gpu else cpu_name()
     installed = versions("l2e_ds", "python", "torch", "deepspeed", "transformers", "triton")
     about = {"date": time.strftime("%Y-%m-%d"), "device": device, "machine": machine(), "versions": installed}
@@ -76,47 +72,26 @@ def run(arguments: argparse.Namespace) -> int:
     outcomes: list[Outcome] = []
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="l2e-ds-accept-") as folder:
-        for part in PARTS:
-            if part not in chosen:
-                continue
-            if time.monotonic() - begin > 60 * arguments.minutes:
-                outcomes.append(Outcome(part, None, reason="not run: --minutes is over"))
-            else:
-                outcomes.append(_outcome(part, scale, Path(folder)))
-            print(outcomes[-1].line(), flush=True)
+        for part in (part for part in PARTS if part in chosen):
+            torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
+            started = time.monotonic()
+            try:
+                if started - begin > 60 * arguments.minutes:
+                    outcome = Outcome(None, reason="not run: --minutes is over")
+                elif part in runs.PARTS:
+                    outcome = runs.PARTS[part](scale, Path(folder))
+                else:
+                    outcome = operations.PARTS[part](scale)
+            except Exception as error:  # whatever a machine does wrong, the other parts are to be done
+                outcome = Outcome(False, reason=f"{type(error).__name__}: {one_line(error)}")
+            outcome.part, outcome.seconds = part, time.monotonic() - started
+            if scale.on_gpu:
+                torch.cuda.empty_cache()  # for the runs of the next parts, which are other processes
+            outcomes.append(outcome)
+            print(outcome.line(), flush=True)
             content = about | {"parts": [asdict(outcome) for outcome in outcomes]}
             write_whole(arguments.output, json.dumps(content, indent=1) + "\n")
     failed = [outcome.part for outcome in outcomes if outcome.passed is False]
-    said = ", ".join(failed)
-    print(f"{f'failed: {said}' if failed else 'nothing failed'}; {arguments.output}", flush=True)
+    said = f"failed: {', '.join(failed)}" if failed else "nothing failed"
+    print(f"{said}; {arguments.output}", flush=True)
     return 1 if failed else 0
-
-
-def _outcome(part: str, scale: Scale, folder: Path) -> Outcome:
-    """Do one part; what it raises is a failure, with its reason."""
-    import torch
-
-    from l2e_ds.acceptance import operations, runs
-    from l2e_ds.acceptance.outcome import Outcome
-
-    torch.compiler.reset()  # after eight shapes torch.compile would give up and run uncompiled
-    parts: dict[str, Callable[[], Outcome]] = {
-        "ceilings": lambda: operations.ceilings(scale),
-        "activation": lambda: operations.activation(scale),
-        "loss": lambda: operations.lm_loss(scale),
-        "settings": lambda: runs.settings(scale, folder),
-        "resume": lambda: runs.resume(scale, folder),
-        "steps": lambda: runs.steps(scale, folder),
-        "timings": lambda: operations.timings(scale),
-        "waits": lambda: runs.waits(scale, folder),
-        "auto": lambda: runs.automatic(scale, folder),
-    }
-    begin = time.monotonic()
-    try:
-        outcome = parts[part]()
-    except Exception as error:  # whatever a machine does wrong, the other parts are to be done
-        outcome = Outcome(part, False, reason=f"{type(error).__name__}: {one_line(error)}")
-    outcome.seconds = time.monotonic() - begin
-    if scale.on_gpu:
-        torch.cuda.empty_cache()  # for the runs of the next parts, which are other processes
-    return outcome

@@ -23,19 +23,16 @@ ROWS = 4096  # of which a float64 reference is made at a time
 
 
 def ceilings(scale: Scale) -> Outcome:
-    """Measure what the device can do at best: copying memory, and one large product of matrices in bf16.
-
-    Fails where the product reaches less than half of the peak in the vendor's data sheet.
-    """
+    """Measure copying, and one large product of matrices in bf16, which should reach half of the data sheet's peak."""
     size = 8192 if scale.on_gpu else 256
     left, right = (torch.randn(size, size, device=scale.device).bfloat16() for _ in range(2))
     reached = 2 * size**3 / scale.seconds(lambda: left @ right) / 1e12
     results: Results = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
     peak = peak_tflops(scale.device, None)
     if peak is None:
-        return Outcome("ceilings", None, results)
+        return Outcome(None, results)
     results["share of peak"] = reached / peak
-    return Outcome("ceilings", reached / peak >= 0.5, results)
+    return Outcome(reached / peak >= 0.5, results)
 
 
 def _copying_speed(scale: Scale) -> float:
@@ -46,11 +43,10 @@ def _copying_speed(scale: Scale) -> float:
 
 
 def activation(scale: Scale) -> Outcome:
-    """Compare the hooked GELU, forward and backward, with float64; on a GPU also with more elements than an int32
-    counts.
+    """Compare the hooked GELU with float64; on a GPU also with more elements than an int32 counts.
 
-    The inhibited gradient is rounded from float32 to its dtype once, which is half an eps in the norm; 2 eps are
-    allowed. What inhibition adds is many times as much, so that an error in it would be seen.
+    The gradient is rounded to its dtype once, which is half an eps in the norm; 2 eps are allowed. What inhibition adds
+    is many times as much.
     """
     results: Results = {}
     passed = True
@@ -65,7 +61,7 @@ def activation(scale: Scale) -> Outcome:
         passed &= error < max(2 * torch.finfo(dtype).eps, 1e-5) < effect / 4
         if scale.on_gpu:
             torch.cuda.empty_cache()
-    return Outcome("activation", passed, results)
+    return Outcome(passed, results)
 
 
 class Layer(nn.Module):
@@ -103,10 +99,7 @@ def _gradient(layer: Layer, inhibitor: Inhibitor | None, x: Tensor, incoming: Te
 
 
 def _error_of_activation(dtype: torch.dtype, tokens: int, neurons: int, device: torch.device) -> tuple[float, float]:
-    """Return the error of the inhibited gradient and what inhibition changes of it; norms, over the gradient's.
-
-    Inhibition is that of the published loss, 2 / d for a selected activation d away from its mean.
-    """
+    """Return the error of the inhibited gradient, and what inhibition by the published loss changes, relative to it."""
     generator = torch.Generator(device).manual_seed(0)
     share = 0.02
     settings = Settings(loss="published", coefficient=share * tokens * neurons, target_share=share)
@@ -117,13 +110,10 @@ def _error_of_activation(dtype: torch.dtype, tokens: int, neurons: int, device: 
         return torch.randn(1, tokens, neurons, generator=generator, device=device, dtype=dtype)
 
     x, incoming = draw().requires_grad_(), draw()
-    try:
-        _gradient(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
-        inhibitor.step()
-        frozen = inhibitor.hooks[0].frozen
-        found = _gradient(layer, inhibitor, x, incoming)
-    finally:
-        inhibitor.detach()
+    _gradient(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
+    inhibitor.step()
+    frozen = inhibitor.hooks[0].frozen
+    found = _gradient(layer, inhibitor, x, incoming)
     squares = torch.zeros(3, dtype=torch.float64, device=device)
     for first in range(0, tokens, ROWS):
         part = slice(first, first + ROWS)
@@ -169,35 +159,26 @@ def lm_loss(scale: Scale) -> Outcome:
             error = float((tensor.grad.double() - exact).norm() / exact.norm())
             results[f"{precision} {name} error"] = error
             passed &= error < max(4 * torch.finfo(dtype).eps, 1e-5)
-    return Outcome("loss", passed, results)
+    return Outcome(passed, results)
 
 
 def _exact_loss(inputs: Tensor, weight: Tensor, targets: Tensor, scaled: float) -> tuple[float, Tensor, Tensor]:
-    """Return the mean cross-entropy in float64 and the gradients of `scaled` times it, [M, h] and [V, h].
-
-    Some tokens at a time.
-    """
+    """Return the mean cross-entropy in float64 and the gradients of `scaled` times it, [M, h] and [V, h]."""
+    x, wide = inputs.double().requires_grad_(), weight.double().requires_grad_()
     total = 0.0
-    wide = weight.double()
-    of_inputs, of_weight = torch.empty_like(inputs, dtype=torch.float64), torch.zeros_like(wide)
-    for first in range(0, len(targets), ROWS // 8):
-        part = slice(first, first + ROWS // 8)
-        x = inputs[part].double()
-        logits = x @ wide.T
-        total += float(functional.cross_entropy(logits, targets[part], reduction="sum"))
-        gradient = torch.softmax(logits, 1)
-        gradient[torch.arange(len(x), device=x.device), targets[part]] -= 1
-        gradient *= scaled / len(targets)
-        of_inputs[part] = gradient @ wide
-        of_weight += gradient.T @ x
-    return total / len(targets), of_inputs, of_weight
+    for rows, wanted in zip(x.split(ROWS // 8), targets.split(ROWS // 8), strict=True):
+        loss = functional.cross_entropy(rows @ wide.T, wanted, reduction="sum") / len(targets)
+        (loss * scaled).backward()
+        total += float(loss.detach())
+    assert x.grad is not None and wide.grad is not None
+    return total, x.grad, wide.grad
 
 
 def timings(scale: Scale) -> Outcome:
     """Time forward and backward of GELU alone and under inhibition, at the widths of some models.
 
-    Shares are of the copying speed: GELU reads and writes one tensor of [M, N] in forward, and reads two and writes one
-    in backward. `added ms` is what one hooked layer takes more, without what follows once a step.
+    Shares are of the copying speed: GELU reads three tensors of [M, N] and writes two. `added ms` is what one hooked
+    layer takes more, without what follows once a step.
     """
     results: Results = {}
     copied = _copying_speed(scale)
@@ -205,41 +186,18 @@ def timings(scale: Scale) -> Outcome:
         x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
         incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
         without = scale.seconds(partial(_gradient, Layer(), None, x, incoming))
-        with_it = _seconds_under_inhibition(scale, x, incoming)
+        layer = Layer()
+        inhibitor = hooked([layer], neurons, Settings(), scale.device)
+        for _ in range(3):  # history, the self-test, compilation
+            _gradient(layer, inhibitor, x, incoming)
+            inhibitor.step()
+        with_it = scale.seconds(partial(_gradient, layer, inhibitor, x, incoming))
         ideal = 5 * x.nbytes / copied
         results[f"{model} GELU share"] = ideal / without
         results[f"{model} L2E share"] = ideal / with_it
         results[f"{model} added ms"] = 1e3 * (with_it - without)
-    if scale.on_gpu:
-        results |= _other_kernels(scale, max(scale.widths.values()))
-    return Outcome("timings", None, results)
+    return Outcome(None, results)
 
 
-def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> float:
-    """Return the seconds of forward and backward of an inhibited layer of [1, M, N] activations."""
-    layer = Layer()
-    inhibitor = hooked([layer], x.shape[-1], Settings(), scale.device)
-    try:
-        for _ in range(3):  # history, the self-test, compilation
-            _gradient(layer, inhibitor, x, incoming)
-            inhibitor.step()
-        return scale.seconds(partial(_gradient, layer, inhibitor, x, incoming))
-    finally:
-        inhibitor.detach()
-
-
-def _other_kernels(scale: Scale, neurons: int) -> Results:
-    """Time forward and backward under inhibition with other numbers than the kernels have (triton_gelu.py)."""
-    from l2e_ds.inhibition import triton_gelu
-
-    results: Results = {}
-    chosen = (triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH)
-    x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
-    incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
-    try:
-        for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):
-            triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
-            results[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * _seconds_under_inhibition(scale, x, incoming)
-    finally:
-        triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
-    return results
+PARTS = {"ceilings": ceilings, "activation": activation, "loss": lm_loss, "timings": timings}
+"""The function of each part of `l2e-ds accept` that needs the scale only."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 import yaml
 
 from l2e_ds.acceptance.outcome import Outcome, Results, Scale
-from l2e_ds.acceptance.waits import counts_of
+from l2e_ds.acceptance.waits import run_module
 from l2e_ds.checkpoint.weights import checkpoint_weights, find_checkpoint
-from l2e_ds.errors import L2EError
 from l2e_ds.run_directory.json_lines import json_lines
 
 GOALS = {"410m": 0.45, "1.4b": 0.5}  # MFU on one H100 (issue 18)
@@ -23,30 +21,20 @@ GOALS = {"410m": 0.45, "1.4b": 0.5}  # MFU on one H100 (issue 18)
 
 def _run_file(scale: Scale, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
     """Return a run of a Pythia shape on this machine's standard library, with L2E from the first step on."""
+    on_gpu = scale.on_gpu
     content: dict[str, dict[str, Any]] = {
         "model": {"name": f"pythia-{name}"},
-        "data": {
-            "source": "stdlib",
-            "train_tokenizer": 4096 if scale.on_gpu else 300,
-            "sequence_length": 2048 if scale.on_gpu else 64,
-            "max_tokens": 4_000_000 if scale.on_gpu else 60_000,
-            "held_out": 0.05,
-        },
+        "data": {"source": "stdlib", "train_tokenizer": 4096 if on_gpu else 300, "held_out": 0.05},
         "optimizer": {"peak_learning_rate": 1e-3, "schedule_steps": 100},
-        "training": {
-            "steps": 4,
-            "global_batch": 16 if scale.on_gpu else 4,
-            "micro_batch": 2,
-            "precision": "fp32",
-            "evaluate_every": 0,
-            "evaluation_sequences": 4,
-        },
+        "training": {"steps": 4, "global_batch": 16 if on_gpu else 4, "micro_batch": 2, "precision": "fp32"},
         "inhibition": {"guard": "off"},
         "deepspeed": {"config": "ds_configs/zero1.json"},
         "checkpoint": {"every": 0},
         "logging": {"every": 2, "progress": False},
     }
-    if not scale.on_gpu:
+    content["data"] |= {"sequence_length": 2048 if on_gpu else 64, "max_tokens": 4_000_000 if on_gpu else 60_000}
+    content["training"] |= {"evaluate_every": 0, "evaluation_sequences": 4}
+    if not on_gpu:
         content["model"] |= {"vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2}
     for key, section in sections.items():
         content[key] |= section
@@ -61,17 +49,10 @@ def _written(folder: Path, name: str, content: dict[str, Any]) -> Path:
 
 
 def train(folder: Path, name: str, content: dict[str, Any], *overrides: str) -> list[dict[str, Any]]:
-    """Train in a process of its own, in `folder / name`, and return the lines of its metrics.
-
-    The texts are prepared once for all runs of a folder. Raises L2EError with what the run said, where it failed.
-    """
+    """Train in a process of its own, in `folder / name`, and return the lines of its metrics. Raises L2EError."""
     run_file, directory = _written(folder, name, content), folder / name
     places = [f"training.run_directory={directory}", f"data.cache={folder / 'data'}"]
-    command = [sys.executable, "-m", "l2e_ds.train", str(run_file), *places, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("l2e-ds: error")] or [done.stderr[-300:]]
-        raise L2EError(f"the run {name} ended with exit code {done.returncode}: {said[-1].strip()}")
+    run_module("l2e_ds.train", str(run_file), *places, *overrides)
     return [line.value for line in json_lines(directory / "metrics.jsonl")]
 
 
@@ -86,56 +67,47 @@ def settings(scale: Scale, folder: Path) -> Outcome:
     some 1e-7 of their value, which four steps amplify, and the few activations near the threshold by more; a wrong
     scale or a lost gradient changes both by percents. TF32 is off, as PyTorch has it by default.
     """
-    ways: dict[str, dict[str, Any]] = {
-        "ZeRO-1": {},
-        "ZeRO-3": {"deepspeed": {"config": "ds_configs/zero3.json"}},
-        "not accumulated": {"training": {"micro_batch": 4}},
+    ways = {
+        "ZeRO-1": "deepspeed.config=ds_configs/zero1.json",
+        "ZeRO-3": "deepspeed.config=ds_configs/zero3.json",
+        "not-accumulated": "training.micro_batch=4",
     }
     if scale.on_gpu:
         ways |= {
-            "ZeRO-2": {"deepspeed": {"config": "ds_configs/zero2.json"}},
-            "recomputed": {"model": {"activation_checkpointing": True}},
-            "plain operations": {"inhibition": {"fused": False}},
-            "compiled": {"model": {"compile": True}},
+            "ZeRO-2": "deepspeed.config=ds_configs/zero2.json",
+            "recomputed": "model.activation_checkpointing=true",
+            "plain-operations": "inhibition.fused=false",
+            "compiled": "model.compile=true",
         }
-    shared = {"global_batch": 4}
     published = {"loss": "published", "coefficient": 1e-3}
+    content = _run_file(scale, "14m", training={"global_batch": 4}, inhibition=published)
+    content["data"]["sequence_length"] = 512 if scale.on_gpu else 64
     reference: dict[str, Any] = {}
     largest = 0.0
-    for name, sections in ways.items():
-        training = shared | sections.get("training", {})
-        inhibition = published | sections.get("inhibition", {})
-        content = _run_file(scale, "14m", **{**sections, "training": training, "inhibition": inhibition})
-        content["data"]["sequence_length"] = 64 if not scale.on_gpu else 512
-        found = _last(train(folder, name.replace(" ", "-"), content))
+    for name, override in ways.items():
+        found = _last(train(folder, name, content, override))
         reference = reference or found
         for key in ("lm_loss", "gradient_norm"):
             largest = max(largest, abs(found[key] / reference[key] - 1))
-    return Outcome("settings", largest < 1e-4, {"ways": float(len(ways)), "largest relative difference": largest})
+    return Outcome(largest < 1e-4, {"ways": float(len(ways)), "largest relative difference": largest})
 
 
 def resume(scale: Scale, folder: Path) -> Outcome:
-    """Train four steps at once, and two and two with a restart between them; the weights must be the same bit for bit.
-
-    With `training.deterministic`, without which a GPU does not promise it.
-    """
-    content = _run_file(scale, "70m" if scale.on_gpu else "14m")
-    content["training"]["deterministic"] = True
-    content["training"]["precision"] = "bf16" if scale.on_gpu else "fp32"
-    precision = content["training"]["precision"]
+    """Train four steps at once, and two and two after a restart; the weights must be the same bit for bit."""
+    precision = "bf16" if scale.on_gpu else "fp32"
+    training = {"deterministic": True, "precision": precision}
+    content = _run_file(scale, "70m" if scale.on_gpu else "14m", training=training)
     train(folder, "at-once", content)
     train(folder, "in-two", content, "training.steps=2")
     train(folder, "in-two", content)
     one, two = (checkpoint_weights(find_checkpoint(folder / run, 4), precision) for run in ("at-once", "in-two"))
     same = one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    return Outcome("resume", same, {"tensors": float(len(one))}, "" if same else "weights differ")
+    return Outcome(same, {"tensors": float(len(one))}, "" if same else "weights differ")
 
 
 def steps(scale: Scale, folder: Path) -> Outcome:
-    """Time whole steps in bf16, compiled as the recipes are, and without inhibition: tokens a second, MFU, memory.
-
-    Fails where an H100 or H200 stays below the goals for MFU.
-    """
+    """Time whole steps, compiled as the recipes are, with and without inhibition: tokens a second, MFU, memory. Fails
+    where an H100 or H200 stays below GOALS."""
     results: Results = {}
     passed: bool | None = None
     name = torch.cuda.get_device_name(scale.device) if scale.on_gpu else ""
@@ -154,18 +126,16 @@ def steps(scale: Scale, folder: Path) -> Outcome:
                 if re.search(r"\bH[12]00\b", name):
                     passed = passed is not False and found["mfu"] >= GOALS.get(model, 0.0)
             results[f"{model}{label} GiB"] = found["peak_memory_gib"]
-    return Outcome("steps", passed, results)
+    return Outcome(passed, results)
 
 
 def waits(scale: Scale, folder: Path) -> Outcome:
-    """Count what one step of two micro-batches launches and asks of the device.
-
-    Fails where a step synchronises the device, or reads more values than DeepSpeed's three for the gradient norm.
-    """
-    content = _run_file(scale, "70m" if scale.on_gpu else "14m")
-    content["training"] |= {"global_batch": 4, "precision": "bf16" if scale.on_gpu else "fp32"}
-    found = counts_of(_written(folder, "waits", content))
-    return Outcome("waits", found["synchronisations"] == 0 and found["reads"] <= 3, {**found})
+    """Count what a step of two micro-batches launches; it may read DeepSpeed's three values and not wait otherwise."""
+    training = {"global_batch": 4, "precision": "bf16" if scale.on_gpu else "fp32"}
+    content = _run_file(scale, "70m" if scale.on_gpu else "14m", training=training)
+    printed = run_module("l2e_ds.acceptance.waits", str(_written(folder, "waits", content)))
+    found = json.loads(printed.splitlines()[-1])
+    return Outcome(found["synchronisations"] == 0 and found["reads"] <= 3, {**found})
 
 
 def automatic(scale: Scale, folder: Path) -> Outcome:
@@ -176,4 +146,8 @@ def automatic(scale: Scale, folder: Path) -> Outcome:
     lines = train(folder, "auto", _run_file(scale, model, training=training))
     loss = _last(lines, "evaluation")["held_out_loss"]
     chosen = yaml.safe_load((folder / "auto" / "config.yaml").read_text())["training"]["micro_batch"]
-    return Outcome("auto", math.isfinite(loss), {f"{model} micro-batch": float(chosen)})
+    return Outcome(math.isfinite(loss), {f"{model} micro-batch": float(chosen)})
+
+
+PARTS = {"settings": settings, "resume": resume, "steps": steps, "waits": waits, "auto": automatic}
+"""The function of each part of `l2e-ds accept` that needs the scale and a folder to train in."""

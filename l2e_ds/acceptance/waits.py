@@ -1,7 +1,7 @@
-"""The part of an acceptance that counts what a training step launches, and how often it waits for the device.
+"""Count what a training step launches, and how often it waits for the device: a part of an acceptance.
 
-`python -m l2e_ds.acceptance.waits RUN.yaml [KEY=VALUE ...]` takes some steps of a run on one rank, in a process
-of its own, and prints the counts of the last one as JSON. Nothing is written.
+`python -m l2e_ds.acceptance.waits RUN.yaml` takes some steps of a run on one rank, and prints the counts of the last
+one as JSON.
 """
 
 from __future__ import annotations
@@ -44,20 +44,19 @@ class Operations(TorchDispatchMode):
 
 
 def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
-    """Return how many operations, reads of values and synchronisations the fifth step of a run has, and, on a GPU, how
-    many kernels it launches."""
+    """Return what the fifth step of a run has: operations, reads, synchronisations, and on a GPU kernels."""
     from deepspeed.accelerator import get_accelerator
 
     from l2e_ds.distributed import process_group
     from l2e_ds.distributed.launch import find_launch
     from l2e_ds.system.process import quiet_libraries
-    from l2e_ds.training.building import build_training_stack, forward_and_backward
+    from l2e_ds.training.building import TrainingStack, forward_and_backward
     from l2e_ds.training.preflight import resolve_run
 
     quiet_libraries()
     plan = resolve_run(run_file, overrides, 1)
     device = process_group.join(find_launch(), 5)
-    stack = build_training_stack(plan.config, plan.ds, plan.network, device)
+    stack = TrainingStack(plan.config, plan.ds, plan.network, device)
     accelerator: Any = get_accelerator()
     synchronise, synchronised = accelerator.synchronize, [0]
 
@@ -101,14 +100,14 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     return found
 
 
-def counts_of(run_file: Path, *overrides: str) -> dict[str, int]:
-    """Do `count_a_step` in a process of its own. Raises L2EError with the last line of what it said, where it fails."""
-    command = [sys.executable, "-m", "l2e_ds.acceptance.waits", str(run_file), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run_module(*words: str) -> str:
+    """Return what `python -m` prints of a process of its own. Raises L2EError with its last error, where it fails."""
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True, check=False)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise L2EError(f"counting ended with exit code {done.returncode}: {said[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        lines = done.stderr.strip().splitlines() or ["nothing was said"]
+        said = [line for line in lines if line.startswith("l2e-ds: error")] or lines
+        raise L2EError(f"{' '.join(words[:2])} ended with exit code {done.returncode}: {said[-1].strip()}")
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -26,11 +26,7 @@ MAY_MOVE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
-    """Return the run file that a checkpoint's state.json has under `config`.
-
-    If another version wrote it, keys that this version lacks are left out, and new keys have their defaults. Raises
-    ConfigError; `where` begins its line.
-    """
+    """Return the run file in a checkpoint's state.json, without keys that this version lacks. Raises ConfigError."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
         name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
@@ -47,34 +43,35 @@ def _known_names(section: Any) -> set[str]:
 
 
 class Changes:
-    """Holds the changes from the run file in a checkpoint to that of the run which resumes from it.
-
-    applied: the optimizer steps that the checkpoint has seen.
-    """
+    """Holds the changes from a checkpoint's run file to that of the run which resumes after `applied` steps."""
 
     def __init__(self, old: RunConfig, new: RunConfig, applied: int) -> None:
         self.old, self.new, self.applied = with_absolute_paths(old), with_absolute_paths(new), applied
         before, now = flat(self.old), flat(self.new)
         changed = [key for key in now if before[key] != now[key] and key != "training.allow_changes"]
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
-        self._inhibition = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        steps, new_steps = _inhibition_steps(self.old), _inhibition_steps(self.new)
+        self._has_other_steps = steps != new_steps
+        # inhibition's schedule: the keys that stand for the steps they stood for, in whatever form, and what the others
+        # were and are in steps, where the run file says the same
+        self._same = {f"inhibition.{key}" for key, step in steps.items() if step == new_steps.get(key)}
+        moved = [key for key in steps if f"inhibition.{key}" not in self._same | self._texts.keys()]
+        self._moved = {f"inhibition.{key}": (steps[key], new_steps.get(key)) for key in moved}
 
     def lines(self) -> list[str]:
-        """Return every changed key as `section.key: old -> new`, what moves with the run's length, and the learning
-        rate if it changes."""
+        """Return each changed key as `section.key: old -> new`, what moves with the run's length, and other rates."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":
             texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2)"
-        moved = [f"inhibition.{key}: {old} -> {new} steps" for key, (old, new) in self._moved().items()]
+        moved = [f"{key}: {old} -> {new} steps" for key, (old, new) in self._moved.items()]
         return [*texts.values(), *moved, *self._rates()]
 
     def refuse(self, checkpoint: Path) -> None:
         """Raise CheckpointError if a changed key decides the results and is not in `training.allow_changes`."""
+        may_change = self._same | {key for key in self._texts if key in MAY_MOVE and self._has_moved(key)}
         found = {
-            key: text
-            for key, text in self._texts.items()
-            if not key.startswith(MAY_CHANGE) and not (key in MAY_MOVE and self._has_moved(key))
+            key: text for key, text in self._texts.items() if not key.startswith(MAY_CHANGE) and key not in may_change
         }
         length = schedule_of(self.old).steps
         if self._has_other_past():
@@ -85,13 +82,8 @@ class Changes:
         else:
             for key in SCHEDULE:
                 found.pop(f"optimizer.{key}", None)
-        before, now = self._inhibition
-        for key in before:  # a share of the old run, and the step that it stood for
-            if before[key] == now.get(key):
-                found.pop(f"inhibition.{key}", None)
-        moved = self._moved()
-        if moved and "training.steps" in self._texts:
-            kept = " ".join(f"inhibition.{key}={old}" for key, (old, _) in moved.items())
+        if self._moved and "training.steps" in self._texts:
+            kept = " ".join(f"{key}={old}" for key, (old, _) in self._moved.items())
             note = f"inhibition's schedule moves with it; {kept} keeps it"
             found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
         refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
@@ -104,35 +96,19 @@ class Changes:
 
     def other_inhibition(self) -> bool:
         """Return whether inhibition differs in more than how its schedule is written."""
-        before, now = self._inhibition
-        same = {f"inhibition.{key}" for key in before if before[key] == now.get(key)}
-        return before != now or any(
-            key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in self._texts.keys() - same
+        changed = self._texts.keys() - self._same
+        return self._has_other_steps or any(
+            key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in changed
         )
 
-    def _moved(self) -> dict[str, tuple[int | None, int | None]]:
-        """Return what inhibition's schedule was and is in steps, where it differs though the run file says the same."""
-        before, now = self._inhibition
-        return {
-            key: (before[key], now.get(key))
-            for key in before
-            if before[key] != now.get(key) and f"inhibition.{key}" not in self._texts
-        }
-
     def _has_moved(self, key: str) -> bool:
-        """Return whether nothing is left where the checkpoint's run read this.
-
-        Whether the run reads the same now is checked by the data's fingerprint, which the checkpoint holds too.
-        """
+        """Return whether nothing is left where the checkpoint's run read this; the data's fingerprint is checked."""
         old = flat(self.old)[key]
         paths = [old] if isinstance(old, str) else old or []
         return bool(paths) and all(Path(path).is_absolute() and not Path(path).exists() for path in paths)
 
     def _has_other_past(self) -> bool:
-        """Return whether the new schedule would have given a step before the checkpoint another learning rate.
-
-        One that would not, such as an earlier decay of warmup-stable-decay, leaves the run what it was until now.
-        """
+        """Return whether the new schedule would have given a step before the checkpoint another learning rate."""
         old, new = schedule_of(self.old), schedule_of(self.new)
         return old != new and any(old.rate(step) != new.rate(step) for step in range(self.applied))
 
@@ -151,16 +127,10 @@ def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
 
 
 def _difference(old: Any, new: Any) -> str:
-    """Return the old and the new value; of `data.sets` of equal length only what differs, as `position.key: old ->
-    new`."""
-    if not (
-        isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new and isinstance(new[0], dict)
-    ):
-        return f"{_text(old)} -> {_text(new)}"
+    """Return the old and the new value; of `data.sets` of equal length only what differs, with `position.key`."""
+    are_lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and bool(new)
+    if not are_lists or not isinstance(new[0], dict):
+        return " -> ".join(value if isinstance(value, str) else json.dumps(value) for value in (old, new))
     pairs = enumerate(zip(old, new, strict=True))
     found = [(f"{i}.{key}", before[key], now[key]) for i, (before, now) in pairs for key in now]
     return ", ".join(f"{key}: {_difference(before, now)}" for key, before, now in found if before != now)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

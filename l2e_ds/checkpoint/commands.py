@@ -7,24 +7,24 @@ import sys
 import time
 from pathlib import Path
 
-from l2e_ds.checkpoint.manager import CheckpointManager, read_state, remove_checkpoint
+from l2e_ds.checkpoint.manager import read_state, remove_checkpoint
 from l2e_ds.console import at_least
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
-from l2e_ds.run_directory.names import is_checkpoint, step_of
+from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
 
 
 def _published(run: Path) -> list[Path]:
     if not (run / "checkpoints").is_dir():
         raise CheckpointError(f"{run}: is not a run directory (it has no folder checkpoints)")
-    return CheckpointManager(run).published()
+    return published_checkpoints(run)
 
 
-def list_checkpoints(run: Path) -> int:
+def list_checkpoints(arguments: argparse.Namespace) -> int:
     """Print a run's checkpoints and what names and sizes show to be wrong with them. Raises CheckpointError."""
     rows = [("step", "written", "GB", "ranks", "ZeRO", "state")]
-    for path in _published(run):
+    for path in _published(arguments.run):
         files, problem = read_manifest(path), check_files(path)
         size = "?" if isinstance(files, str) else f"{sum(int(file['bytes']) for file in files.values()) / 1e9:.3f}"
         ranks = stage = "?"
@@ -36,27 +36,23 @@ def list_checkpoints(run: Path) -> int:
                 problem = str(error)
         written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
         rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
-    rows += [(path.name, "", "", "", "", "set aside: a resume passed over it") for path in _folders(run, ".damaged")]
-    rows += [(path.name, "", "", "", "", "not finished") for path in _folders(run, ".tmp")]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    for suffix, state in ((".damaged", "set aside: a resume passed over it"), (".tmp", "not finished")):
+        rows += [(path.name, "", "", "", "", state) for path in _folders(arguments.run, suffix)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:5]
     for row in rows:
         print("  ".join([*(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=False)), row[5]]))
     return 0
 
 
-def verify_checkpoints(run: Path, step: int | None) -> int:
-    """Read every byte of a run's checkpoints (or of one) and print what is wrong.
-
-    Raises CheckpointError if anything is wrong.
-    """
+def verify_checkpoints(arguments: argparse.Namespace) -> int:
+    """Read every byte of a run's checkpoints (or of one) and print what is wrong. Raises CheckpointError."""
+    run, step = arguments.run, arguments.step
     if is_checkpoint(run) and run.is_dir():
         if step is not None:
             raise CheckpointError(f"--step: goes with a run directory, {run} is a checkpoint")
         paths = [run]
     else:
-        paths = _published(run)
-        if step is not None:
-            paths = [path for path in paths if step_of(path) == step]
+        paths = [path for path in _published(run) if step in (None, step_of(path))]
         if not paths:
             wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
             raise CheckpointError(f"{run}: has no {wanted}")
@@ -70,19 +66,18 @@ def verify_checkpoints(run: Path, step: int | None) -> int:
     return 0
 
 
-def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run: bool) -> int:
-    """Remove all but the newest `keep_last` undamaged ones and those whose step is a multiple of `keep_every`.
-
-    Raises ConfigError or CheckpointError, before anything is removed.
-    """
-    at_least("--keep-last", keep_last, 1)
+def prune_checkpoints(arguments: argparse.Namespace) -> int:
+    """Remove all but the newest undamaged checkpoints and those of every so many steps. Raises, before anything is
+    removed, ConfigError or CheckpointError."""
+    run, keep_every = arguments.run, arguments.keep_every
+    at_least("--keep-last", arguments.keep_last, 1)
     if keep_every is not None:
         at_least("--keep-every", keep_every, 1)
     published = _published(run)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []
     for path in reversed(good):  # every byte of what is kept is verified: it must be worth keeping
-        if len(kept) == keep_last:
+        if len(kept) == arguments.keep_last:
             break
         problem = verify(path)
         if problem is None:
@@ -96,8 +91,8 @@ def prune_checkpoints(run: Path, keep_last: int, keep_every: int | None, dry_run
     doomed = [path for path in published if path not in kept] + _folders(run, ".damaged")
     doomed += _folders(run, ".tmp") if _is_idle(run) else []
     for path in doomed:
-        print(f"{'would remove' if dry_run else 'removed'} {path.name}")
-        if not dry_run:
+        print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
+        if not arguments.dry_run:
             remove_checkpoint(path)
     print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
     return 0
@@ -119,23 +114,22 @@ def _is_idle(run: Path) -> bool:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="checkpoint_verb", required=True, metavar="list|verify|prune")
+    verbs = parser.add_subparsers(required=True, metavar="list|verify|prune")
     listing = verbs.add_parser("list", help="steps, sizes, ranks and what is wrong with them by name and size")
     listing.add_argument("run", type=Path, metavar="RUN")
+    listing.set_defaults(of_checkpoints=list_checkpoints)
     verifying = verbs.add_parser("verify", help="read every byte and compare with the manifest")
     verifying.add_argument("run", type=Path, metavar="RUN|CHECKPOINT")
     verifying.add_argument("--step", type=int, help="of a run: only this checkpoint")
+    verifying.set_defaults(of_checkpoints=verify_checkpoints)
     pruning = verbs.add_parser("prune", help="remove old checkpoints")
     pruning.add_argument("run", type=Path, metavar="RUN")
     pruning.add_argument("--keep-last", type=int, required=True, metavar="N", help="keep the newest N good ones")
     pruning.add_argument("--keep-every", type=int, metavar="K", help="also keep those whose step is a multiple of K")
     pruning.add_argument("--dry-run", action="store_true", help="print what would be removed, and stop")
+    pruning.set_defaults(of_checkpoints=prune_checkpoints)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run one of the three commands. Raises ConfigError or CheckpointError."""
-    if arguments.checkpoint_verb == "list":
-        return list_checkpoints(arguments.run)
-    if arguments.checkpoint_verb == "verify":
-        return verify_checkpoints(arguments.run, arguments.step)
-    return prune_checkpoints(arguments.run, arguments.keep_last, arguments.keep_every, arguments.dry_run)
+    return arguments.of_checkpoints(arguments)

@@ -1,11 +1,9 @@
-"""Load a checkpoint of any number of ranks and ZeRO stage into an engine of any other: elastic resume.
+"""Load a checkpoint of any number of ranks and ZeRO stage into an engine of any other: elastic resume
+(docs/checkpoints.md).
 
-The shards are mapped, not read; each rank copies just the elements that it holds, parameter by parameter, into its
-float32 master weights and Adam moments, and DeepSpeed makes the low-precision weights of them. Nothing is written, and
-no format lies in between: DeepSpeed's own, universal checkpoints, does not lead between stages 1 or 2 and 3, and mixes
-up parameter groups under 3 (docs/deepspeed.md, row 4). docs/checkpoints.md says what was measured.
-
-The shards are pickles: verify the manifest first, and resume only from a source you trust.
+The shards are mapped, not read; each rank copies just the elements that it holds into its float32 master weights and
+Adam moments, and DeepSpeed makes the low-precision weights of them. DeepSpeed's own universal checkpoints do not lead
+between stages 1 or 2 and 3, and mix up parameter groups under 3 (docs/deepspeed.md, row 4).
 """
 
 from __future__ import annotations
@@ -42,30 +40,18 @@ def loss_scaler_state(engine: Any) -> dict[str, Any]:
 
 
 class ElasticLoad:
-    """Loads master weights, low-precision weights, Adam's moments and step count and fp16's loss scale into an engine.
+    """Loads master and low-precision weights, Adam's moments and step count and fp16's loss scale into an engine, in
+    two steps, after each of which the ranks must agree: in the first a rank may fail alone."""
 
-    It takes two steps, after each of which the ranks must agree: in the first a rank works by itself and may fail
-    alone. Hyper-parameters stay the engine's own, group by group.
-    """
-
-    def __init__(
-        self, checkpoint: Path, engine: Any, zero_stage: int, applied_steps: int, loss_scaler: dict[str, Any]
-    ) -> None:
-        """Hold what to load, and into what.
-
-        zero_stage, applied_steps, loss_scaler: the checkpoint's stage, its optimizer steps that changed the weights,
-        and what `loss_scaler_state` returned when it was written.
-        """
-        self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, zero_stage
-        self.applied_steps, self.loss_scaler = applied_steps, loss_scaler
+    def __init__(self, checkpoint: Path, engine: Any, state: dict[str, Any]) -> None:
+        """state: the content of the checkpoint's state.json."""
+        self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, state["identity"]["zero_stage"]
+        self.applied_steps, self.loss_scaler = state["train"]["applied"], state.get("loss_scaler", {})
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
-        self.keys = ("fp32", *MOMENTS) if applied_steps else ("fp32",)
+        self.keys = ("fp32", *MOMENTS) if self.applied_steps else ("fp32",)
 
     def copy_own_part(self) -> None:
-        """Copy from the shards what this rank holds.
-
-        Raises CheckpointError where the pair of checkpoint and engine is not supported.
-        """
+        """Copy from the shards what this rank holds. Raises CheckpointError where the two do not go together."""
         _refuse_unsupported(self.checkpoint, self.engine, self.zero_stage)
         names = {parameter: name for name, parameter in self.parameters.items()}
         groups = parameter_groups(self.engine.module, weight_decay=0.0)
@@ -93,11 +79,8 @@ class ElasticLoad:
             setattr(self.engine.optimizer.loss_scaler, attribute, value)
 
     def spread_and_check(self) -> None:
-        """Compute the low-precision weights from the master weights, and compare all of them with the shards.
-
-        Rank 0 compares, with what DeepSpeed's own functions gather from all ranks. Collective. Raises CheckpointError
-        where they differ.
-        """
+        """Compute the low-precision weights from the master weights, and compare all of them with the shards, on rank
+        0. Collective. Raises CheckpointError where they differ."""
         import deepspeed
 
         _make_low_precision_weights(self.engine)
@@ -105,7 +88,7 @@ class ElasticLoad:
         for name, parameter in self.parameters.items():
             heartbeat.beat()
             held = {key: self._gather(parameter, key) for key in self.keys}
-            with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 held["weights"] = parameter.detach().clone()
             for key, tensor in held.items() if collectives.is_main() else ():
                 expected = self.shards.read(name, "fp32" if key == "weights" else key, 0, _numel(parameter))
@@ -158,8 +141,7 @@ def _master_weights(engine: Any) -> list[Tensor]:
 
 
 def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, Piece]]:
-    """Yield the pieces of parameters that this rank holds, with the name of each; `flat` is the place in
-    `_master_weights`."""
+    """Yield name and piece of the parameters that this rank holds; `flat` is the place in `_master_weights`."""
     wrapper, stage = engine.optimizer, engine.zero_optimization_stage()
     whole = {parameter: place for place, parameter in enumerate(_master_weights(engine))} if stage == 0 else {}
     for name, parameter in parameters.items():
@@ -177,11 +159,8 @@ def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, 
 
 
 def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int) -> None:
-    """Have the optimizer make its moments, and set its count of steps. Raises CheckpointError if it is no Adam.
-
-    An optimizer makes its moments, in its own form, at its first step: let it take one with gradients of zero at a
-    rate of zero.
-    """
+    """Have the optimizer make its moments, by a step with gradients and a rate of zero, and set its count of steps.
+    Raises CheckpointError if it is no Adam."""
     wrapper, adam = engine.optimizer, _adam(engine.optimizer)
     stage_3 = engine.zero_optimization_stage() == 3
     lent = [flat for flat in flats if flat.grad is None]  # with offload there are gradients already

@@ -1,18 +1,9 @@
-"""Save, find and load checkpoints: DeepSpeed's shards plus a small state of l2e-ds, published only when complete.
+"""Save, find and load checkpoints, published only when complete (docs/checkpoints.md has their files).
 
-    checkpoints/
-      latest                         name of the newest checkpoint
-      step00000150/
-        *_states.pt                  DeepSpeed's shards (pickles: resume only from a source you trust)
-        state.json                   step, tokens, data position, configuration, versions
-        inhibition.safetensors       moments and tau of every hooked layer
-        rng-rank00000.safetensors    random states, one file a rank
-        manifest.json                every file with its size and checksum; written last
-
-DeepSpeed writes `latest` before the other ranks' shards are on disk (docs/deepspeed.md, row 5), so we
-publish: all files into `stepN.tmp`; each rank flushes its own to the disk and computes their checksums, in the
-background while training continues; when all have, rank 0 writes the manifest, renames the folder and moves `latest`.
-All ranks agree once a step whether that has happened (`advance`).
+DeepSpeed writes `latest` before the other ranks' shards are on disk (docs/deepspeed.md, row 5). So all files are
+written into `stepN.tmp`; each rank flushes its own to the disk and computes their checksums, in the background while
+training continues; when all have, rank 0 writes the manifest, renames the folder and moves `latest`. All ranks agree
+once a step whether that has happened (`advance`).
 """
 
 from __future__ import annotations
@@ -38,49 +29,26 @@ from l2e_ds.checkpoint.state import TrainState, reseed, rng_state, set_rng_state
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import say
 from l2e_ds.distributed import collectives
-from l2e_ds.engine.engine import hyper_parameters, set_hyper_parameters
+from l2e_ds.engine.engine import keeping_hyper_parameters
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
 from l2e_ds.inhibition import Inhibitor
 from l2e_ds.run_directory import manifest
 from l2e_ds.run_directory.manifest import STATE
-from l2e_ds.run_directory.names import checkpoint_name, published_checkpoints
+from l2e_ds.run_directory.names import checkpoint_name, published_checkpoints, step_of
 from l2e_ds.system.files import fsync_path
 from l2e_ds.system.provenance import versions
 
 ELASTIC = ("ranks", "zero_stage")
 
 
-@dataclass(frozen=True)
-class Identity:
-    """Holds what must not change between a checkpoint and the run that resumes from it, except ELASTIC."""
-
-    ranks: int
-    zero_stage: int
-    precision: str
-    data: str  # fingerprint of the training tokens
-    sequence_length: int
-    global_batch: int
-    seed: int
-    order: str
-    network: str
-    layers: list[int]  # hooked
-
-
-@dataclass(frozen=True)
-class Published:
-    """Holds what a save cost: the seconds that training stood still, the seconds until it was published, its bytes."""
-
-    step: int
-    blocked_seconds: float
-    published_seconds: float
-    bytes: int
+Identity = dict[str, Any]
+"""What must not change, except ELASTIC, between a checkpoint and the run that resumes from it, by name."""
 
 
 @dataclass
 class _Pending:
     """Holds a checkpoint that is written, but not published yet."""
 
-    step: int
     final: Path
     began: float
     blocked_seconds: float
@@ -102,41 +70,33 @@ class CheckpointManager:
     # --- finding -------------------------------------------------------------------------------------------------
 
     def published(self) -> list[Path]:
-        """Return the checkpoints under their final names, oldest first, undamaged or not."""
+        """Return the checkpoints under their final names, oldest first, damaged or not."""
         return published_checkpoints(self.directory.parent)
 
     def complete(self) -> list[Path]:
         """Return the published checkpoints that have every file of their manifest, oldest first; print the others."""
         found = []
         for path in self.published():
-            problem = manifest.check_files(path)
-            if problem:
-                _say_not_used(path, problem)
+            if problem := manifest.check_files(path):
+                say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
             else:
                 found.append(path)
         return found
 
     def find(self, resume: str) -> Path | None:
-        """Return the checkpoint that `training.resume` means, or None for a fresh start.
-
-        It is the newest whose every byte is as it was written. Collective; the ranks share the reading. Raises
-        CheckpointError on every rank.
-        """
-        candidates: list[Path] | L2EError = []
-        if collectives.is_main():
-            try:
-                candidates = self._candidates(resume)
-            except CheckpointError as error:
-                candidates = error
-        candidates = collectives.main_decides(candidates)
-        if isinstance(candidates, L2EError):
-            raise candidates
+        """Return the newest undamaged checkpoint that `training.resume` allows, or None for a fresh start. Collective;
+        the ranks share the reading. Raises CheckpointError on every rank."""
+        found = collectives.all_work(lambda: self._candidates(resume) if collectives.is_main() else [])
+        candidates: list[Path] = collectives.main_decides(found)
         for path in reversed(candidates):
-            problem = verify_together(path)
+            problem = collectives.main_decides(manifest.check_files(path) if collectives.is_main() else None)
+            if problem is None:  # each rank reads its share
+                own = manifest.check_contents(path, collectives.rank(), collectives.size())
+                problem = next(filter(None, collectives.all_gather_objects(own)), None)
             if problem is None:
                 return path
             if collectives.is_main():
-                _say_not_used(path, problem)
+                say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
         if candidates:
             raise CheckpointError(
                 f"training.resume: {candidates[-1].parent} holds checkpoints, but none is complete and undamaged;"
@@ -145,8 +105,7 @@ class CheckpointManager:
         return None
 
     def _candidates(self, resume: str) -> list[Path]:
-        """Return the checkpoints that `training.resume` allows, oldest first, undamaged or not. Raises
-        CheckpointError."""
+        """Return the checkpoints that `training.resume` allows, oldest first. Raises CheckpointError."""
         own = self.published()
         if resume == "never" and own:
             raise CheckpointError(
@@ -164,7 +123,7 @@ class CheckpointManager:
                 )
             return own
         if (path / "checkpoints").is_dir():
-            found = [checkpoint.resolve() for checkpoint in CheckpointManager(path).published()]
+            found = [checkpoint.resolve() for checkpoint in published_checkpoints(path)]
             if not found:
                 raise CheckpointError(f"training.resume: no complete checkpoint in {path}")
             return found
@@ -182,10 +141,8 @@ class CheckpointManager:
     def save(
         self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
     ) -> None:
-        """Write a checkpoint and begin to publish it, which `advance` completes. Collective.
-
-        Raises SaveError on every rank if any rank failed; what was written is then removed.
-        """
+        """Write a checkpoint and begin to publish it, which `advance` completes. Collective. Raises SaveError on every
+        rank if any rank failed; what was written is then removed."""
         self.advance(until_done=True)
         began = time.perf_counter()
         final = self.directory / checkpoint_name(state.step)
@@ -201,12 +158,8 @@ class CheckpointManager:
         def write() -> None:
             with _noting_failed_writes(engine) as failed:
                 # all of our state under one key: other keys could overwrite the engine's (docs/deepspeed.md, row 7)
-                engine.save_checkpoint(
-                    str(self.directory),
-                    tag=temporary.name,
-                    client_state={"l2e_ds": {"step": state.step}},
-                    save_latest=False,
-                )
+                ours = {"l2e_ds": {"step": state.step}}
+                engine.save_checkpoint(str(self.directory), temporary.name, client_state=ours, save_latest=False)
             if failed:
                 raise failed[0]
             # not by `save_file`, which lets only the owner read, whatever the umask
@@ -214,7 +167,7 @@ class CheckpointManager:
             if collectives.is_main():
                 if inhibitor is not None:
                     (temporary / "inhibition.safetensors").write_bytes(save(inhibitor.state_dict()))
-                content = {"train": asdict(state), "identity": asdict(identity), "config": config}
+                content = {"train": asdict(state), "identity": identity, "config": config}
                 content |= {"versions": versions("l2e_ds", "torch", "deepspeed")}
                 content |= {"layout": layout(engine), "loss_scaler": loss_scaler_state(engine)}
                 (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -223,13 +176,11 @@ class CheckpointManager:
             self._agree_or_remove(_error_of(part), final)
         rank = collectives.rank()
         task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
-        self._pending = _Pending(state.step, final, began, time.perf_counter() - began, task)
+        self._pending = _Pending(final, began, time.perf_counter() - began, task)
 
-    def advance(self, until_done: bool = False) -> Published | None:
-        """Look how far the pending checkpoint is, and return what it cost once it has been published. Collective.
-
-        Raises SaveError on every rank if any rank failed; what was written is then removed.
-        """
+    def advance(self, until_done: bool = False) -> tuple[int, dict[str, float]] | None:
+        """Return the pending checkpoint's step and values of `kind: checkpoint` once it is published (until_done: wait
+        for it), else None. Collective. Raises SaveError as `save` does."""
         while self._pending is not None:
             pending = self._pending
             if collectives.any_rank(not pending.task.done()):
@@ -245,8 +196,11 @@ class CheckpointManager:
                 pending.task = self._background.submit(publish)
                 continue
             self._pending = None
-            size = sum(int(entry["bytes"]) for entry in pending.entries.values())
-            return Published(pending.step, pending.blocked_seconds, time.perf_counter() - pending.began, size)
+            return step_of(pending.final), {
+                "blocked_seconds": pending.blocked_seconds,
+                "published_seconds": time.perf_counter() - pending.began,
+                "bytes": sum(int(entry["bytes"]) for entry in pending.entries.values()),
+            }
         return None
 
     @property
@@ -292,9 +246,9 @@ class CheckpointManager:
                 path.rename(path.with_suffix(".damaged"))
         if self.keep_last is not None:
             good = [path for path in published if path <= newest and manifest.check_files(path) is None]
-            kept = good[-self.keep_last :]
             for path in published:
-                if kept and path < kept[0]:  # never one that only seems damaged: a reading error may pass
+                # never one that only seems damaged: a reading error may pass
+                if good and path < good[-self.keep_last :][0]:
                     remove_checkpoint(path)
 
     def _agree_or_remove(self, error: BaseException | None, final: Path) -> None:
@@ -319,58 +273,57 @@ class CheckpointManager:
     def load(path: Path, engine: Any, inhibitor: Inhibitor | None, identity: Identity) -> TrainState:
         """Load a checkpoint into engine, inhibitor and this rank's random states. Collective.
 
-        With the same ranks and ZeRO stage the run is bit-identical to one that never stopped. Others get the same
-        weights, moments, tau and global batches; on another number of ranks each rank's random states start anew from
-        (seed, step, rank): nothing in Pythia or the method draws from them in training.
-
-        Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
+        With the same ranks and ZeRO stage the run is bit-identical to one that never stopped (docs/elastic.md: others).
+        On another number of ranks random states start anew from (seed, step, rank); nothing draws from them in
+        training. Raises CheckpointError where the checkpoint belongs to another set-up or a part does not load.
         """
         content = read_state(path)
         saved, state = content["identity"], TrainState(**content["train"])
-        check_identity(path, saved, asdict(identity))
+        for key, value in identity.items():
+            if key not in ELASTIC and saved.get(key) != value:
+                raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
         old, new = content.get("layout", {}), layout(engine)
-        stages = saved["zero_stage"], identity.zero_stage
         elastic = any(new[key] != old.get(key, saved.get(key, new[key])) for key in new)
-        if elastic and stages != (0, 0):  # stage 0 keeps everything in one file
-            CheckpointManager._load_elastic(path, engine, content, identity)
+        # stage 0 keeps everything in one file
+        if elastic and (saved["zero_stage"], identity["zero_stage"]) != (0, 0):
+            _load_elastic(path, engine, content, identity)
         else:
-            _together(lambda: CheckpointManager._load_as_saved(path, engine, state), path)
+            _together(lambda: _load_as_saved(path, engine, state), path)
 
         def load_ours() -> None:
             if inhibitor is not None:
                 inhibitor.load_state_dict(load_file(path / "inhibition.safetensors"))
-            if saved["ranks"] == identity.ranks:
+            if saved["ranks"] == identity["ranks"]:
                 set_rng_state(load_file(path / f"rng-rank{collectives.rank():05d}.safetensors"), engine.device)
             else:
-                reseed(identity.seed, state.step, collectives.rank())
+                reseed(identity["seed"], state.step, collectives.rank())
 
         _together(load_ours, path)
         if elastic and collectives.is_main():
-            before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, asdict(identity)))
+            before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, identity))
             say(f"resumed elastically: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
         return state
 
-    @staticmethod
-    def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
-        own = hyper_parameters(engine)
-        loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
-        set_hyper_parameters(engine, own)  # those of the run file, which the user may have changed
-        if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
-            raise CheckpointError(f"{path}: DeepSpeed did not load it")
 
-    @staticmethod
-    def _load_elastic(path: Path, engine: Any, content: dict, identity: Identity) -> None:
-        saved, state = content["identity"], TrainState(**content["train"])
-        if identity.precision == "fp16" and "loss_scaler" not in content:
-            raise CheckpointError(
-                f"{path}: was written by a version that did not note the loss scale; save once more with"
-                f" {saved['ranks']} ranks and ZeRO stage {saved['zero_stage']} before changing them"
-            )
-        load = ElasticLoad(path, engine, saved["zero_stage"], state.applied, content.get("loss_scaler", {}))
-        _together(load.copy_own_part, path)
-        _together(load.spread_and_check, path)
-        engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
-        engine.global_samples = state.step * identity.global_batch
+def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
+    with keeping_hyper_parameters(engine):
+        loaded, client = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None or client.get("l2e_ds", {}).get("step") != state.step:
+        raise CheckpointError(f"{path}: DeepSpeed did not load it")
+
+
+def _load_elastic(path: Path, engine: Any, content: dict, identity: Identity) -> None:
+    saved, state = content["identity"], TrainState(**content["train"])
+    if identity["precision"] == "fp16" and "loss_scaler" not in content:
+        raise CheckpointError(
+            f"{path}: was written by a version that did not note the loss scale; save once more with"
+            f" {saved['ranks']} ranks and ZeRO stage {saved['zero_stage']} before changing them"
+        )
+    load = ElasticLoad(path, engine, content)
+    _together(load.copy_own_part, path)
+    _together(load.spread_and_check, path)
+    engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
+    engine.global_samples = state.step * identity["global_batch"]
 
 
 def _together(action: Callable[[], Any], path: Path) -> None:
@@ -381,19 +334,9 @@ def _together(action: Callable[[], Any], path: Path) -> None:
     collectives.agree(error)
 
 
-def check_identity(path: Path, saved: dict, current: dict) -> None:
-    """Compare a checkpoint with a run. Raises CheckpointError, naming the first thing in which they differ."""
-    for key, value in current.items():
-        if key not in ELASTIC and saved.get(key) != value:
-            raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
-
-
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
-    """Return the manager of a run's checkpoints; its `resume_from` is the one to resume from, if any. Collective.
-
-    Raises CheckpointError where there is no such checkpoint, or where the run would become another one: a run that
-    begins at another run's checkpoint may have values of its own.
-    """
+    """Return the manager of a run's checkpoints, with the one to resume from. Collective. Raises CheckpointError where
+    there is no such checkpoint, or where the run would become another one."""
     checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
     path = checkpoints.resume_from = checkpoints.find(config.training.resume)
     if path is not None and checkpoints.is_own(path):
@@ -402,30 +345,15 @@ def open_checkpoints(config: RunConfig) -> CheckpointManager:
 
 
 def changes_since(path: Path, config: RunConfig) -> Changes:
-    """Return in what a run file differs from the one that a checkpoint was written with.
-
-    Raises CheckpointError, and ConfigError for a broken configuration in state.json.
-    """
+    """Return in what a run file differs from a checkpoint's. Raises CheckpointError, ConfigError."""
     content = read_state(path)
     return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
 
 
-def verify_together(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None; each rank reads its share of the files. Collective."""
-    problem = collectives.main_decides(manifest.check_files(path) if collectives.is_main() else None)
-    if problem is not None:
-        return problem
-    problem = manifest.check_contents(path, collectives.rank(), collectives.size())
-    return next((found for found in collectives.all_gather_objects(problem) if found is not None), None)
-
-
 @contextlib.contextmanager
 def _noting_failed_writes(engine: Any) -> Iterator[list[Exception]]:
-    """Yield a list of the errors of DeepSpeed's writes, which do not raise meanwhile.
-
-    DeepSpeed writes between barriers: a rank that cannot write must still meet the others there. Its recovery scripts,
-    which rank 0 would copy beside the checkpoints, are left out: `l2e-ds export` does their work.
-    """
+    """Yield a list of the errors of DeepSpeed's writes, so that a rank that cannot write meets the others at its
+    barriers; leave out its recovery scripts, whose work `l2e-ds export` does."""
     failed: list[Exception] = []
     write = engine.checkpoint_engine.save
 
@@ -473,10 +401,6 @@ def _in_one_line(error: BaseException) -> str:
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _say_not_used(path: Path, problem: str) -> None:
-    say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
 
 
 def read_state(path: Path) -> dict:

@@ -12,8 +12,7 @@ MOMENTS = 8  # bytes of Adam's two float32 moments
 
 
 def is_due(step: int, last: int, every: int, early: bool) -> bool:
-    """Return whether a checkpoint is due after `step` steps: at the end, every N, and early as Pythia (0, 1, 2, 4 ...
-    512)."""
+    """Return whether a checkpoint is due: at the end, every N steps, and early as Pythia (0, 1, 2, 4 ... 512)."""
     if step == last or (every and step % every == 0 and step > 0):
         return True
     return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
@@ -22,11 +21,8 @@ def is_due(step: int, last: int, every: int, early: bool) -> bool:
 def checkpoint_bytes(parameters: int, stage: int, element: int, hooked: int, neurons: int) -> int:
     """Return the bytes of one checkpoint of a run with Adam or AdamW.
 
-    stage: of ZeRO; element: bytes of a weight in the network; hooked: number of inhibited layers; neurons: of one
-    layer, N.
-
-    Master weights and Adam's moments are 12 bytes a parameter, and the network's weights `element` bytes, left out by
-    stage 3; in float32 stage 0 has one copy of the weights. Inhibition's state is 3 N + 3 float64 a layer.
+    stage: of ZeRO; element: bytes of a weight in the network, which stage 3 leaves out; hooked: number of inhibited
+    layers, each with 3 N + 3 float64; neurons: N. In float32 stage 0 has one copy of the weights.
     """
     states = MOMENTS + (0 if stage == 0 and element == 4 else MASTER)
     weights = 0 if stage == 3 else element
@@ -34,10 +30,7 @@ def checkpoint_bytes(parameters: int, stage: int, element: int, hooked: int, neu
 
 
 def disk_space(config: RunConfig, size: int) -> tuple[str, str | None]:
-    """Return what the checkpoints of a run take of the disk, as one line, and a warning if it has less, or None.
-
-    size: bytes of one checkpoint.
-    """
+    """Return what checkpoints of `size` bytes take of the disk, and a warning if it has less, or None; a line each."""
     steps, section = config.training.steps, config.checkpoint
     written = sum(is_due(done, steps, section.every, section.early) for done in range(steps + 1))
     kept = min(written, section.keep_last or written)

@@ -15,8 +15,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Piece:
-    """Says that `count` elements of a parameter, from element `start` on, lie in flat tensor `flat` from `offset`
-    on."""
+    """Says that `count` elements of a parameter, from `start` on, lie in flat tensor `flat` from `offset` on."""
 
     start: int
     count: int
@@ -25,16 +24,15 @@ class Piece:
 
 
 class Shards:
-    """Reads any range of a parameter's master weights ("fp32") and Adam moments from DeepSpeed's shards of any
-    stage."""
+    """Reads any range of a parameter's master weights ("fp32") and Adam moments from shards of any stage."""
 
     def __init__(self, checkpoint: Path, names: list[str]) -> None:
-        """Map the shards of a checkpoint. names: the parameters in the optimizer's order, which ZeRO-0 does not
-        record."""
+        """Map a checkpoint's shards. names: the parameters in the optimizer's order, which ZeRO-0 does not record."""
         self.shapes: dict[str, torch.Size] = {}
         self.pieces: dict[str, list[Piece]] = {}
         self.flats: list[dict[str, Tensor]] = []
-        files = sorted(checkpoint.glob("*_optim_states.pt"), key=_rank_of)
+        files = list(checkpoint.glob("*_optim_states.pt"))  # [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt
+        files.sort(key=lambda file: int(file.name.partition("pp_rank_")[2].partition("_")[0]))
         states = [read_shard(file)["optimizer_state_dict"] for file in files]
         if not states:
             self._map_whole(read_shard(checkpoint / "mp_rank_00_model_states.pt"), names)
@@ -76,8 +74,7 @@ class Shards:
             self.pieces[name] = [Piece(0, weights.numel(), self._add(weights, states.get(place, {})), 0)]
 
     def _map_stages_1_and_2(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """Map a group's parameters, which follow each other and are cut into one part a rank; the last lacks the
-        padding."""
+        """Map a group's parameters, which follow each other and are cut into one part a rank, the last padded."""
         for group, group_shapes in enumerate(shapes):
             self.shapes |= group_shapes
             parts = [state["single_partition_of_fp32_groups"][group] for state in states]
@@ -92,8 +89,7 @@ class Shards:
                 begin += shape.numel() + padding
 
     def _map_stage_3(self, states: list[dict[str, Any]], shapes: list[dict[str, torch.Size]]) -> None:
-        """Map parameters that are each cut into one part a rank, the last ones padded; a rank's parts follow each
-        other."""
+        """Map parameters that are each cut into one part a rank, the last padded; a rank's parts follow each other."""
         for group_shapes in shapes:
             self.shapes |= group_shapes
         for rank, state in enumerate(states):
@@ -108,21 +104,12 @@ class Shards:
 
 
 def read_shard(shard: Path) -> dict[str, Any]:
-    """Return the content of a shard, which must be listed in its manifest: it is a pickle of more than tensors.
-
-    Its tensors are mapped, so that only what is used is read from the disk.
-    """
+    """Return the content of a shard, a pickle: verify its manifest first. Its tensors are mapped and read when used."""
     return torch.load(shard, map_location="cpu", weights_only=False, mmap=True)
 
 
-def _rank_of(shard: Path) -> int:
-    """Return R of a file named [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt."""
-    return int(shard.name.partition("pp_rank_")[2].partition("_")[0])
-
-
 def _cut(begin: int, numel: int, part: int, first: int) -> Iterator[Piece]:
-    """Yield the pieces of elements [begin, begin + numel) of a sequence of which flats first, first + 1 ... hold `part`
-    each."""
+    """Yield the pieces of elements [begin, begin + numel) of flats first, first + 1 ..., which hold `part` each."""
     start = 0
     while start < numel:
         flat, offset = divmod(begin + start, part)

@@ -49,8 +49,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor], device: torch.device) -> None:
-    """Set the random states that `rng_state` returned; a device's is left alone if there is none for it (CPU to
-    GPU)."""
+    """Set the random states that `rng_state` returned; a GPU's is left alone if they are of a CPU."""
     has_gauss, gauss = state["python_gauss"].tolist()
     random.setstate((3, tuple(state["python"].tolist()), gauss if has_gauss else None))
     position, numpy_gauss, cached = state["numpy_rest"].tolist()

@@ -10,7 +10,6 @@ import torch
 from l2e_ds.checkpoint.manager import CheckpointManager, read_state
 from l2e_ds.checkpoint.shards import Shards, read_shard
 from l2e_ds.errors import CheckpointError
-from l2e_ds.models.network import without_default_init
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.names import is_checkpoint, step_of
 
@@ -22,10 +21,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def find_checkpoint(path: Path, step: int | None) -> Path:
-    """Return the checkpoint meant by a run directory (its newest, or the one of `step`) or a checkpoint's folder.
-
-    Raises CheckpointError.
-    """
+    """Return the checkpoint that a run directory (its newest, or that of `step`) or a folder means. Raises
+    CheckpointError."""
     instead = ""
     if (path / "checkpoints").is_dir():
         complete = {step_of(checkpoint): checkpoint for checkpoint in CheckpointManager(path).complete()}
@@ -48,11 +45,8 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
 
 
 def checkpoint_weights(checkpoint: Path, precision: str) -> dict[str, torch.Tensor]:
-    """Return the full weights by name in `precision`, on the CPU, put together from the shards.
-
-    In the run's own precision these are the very weights that the engine computed with; in float32 its master weights.
-    Raises CheckpointError where the checkpoint does not hold that precision.
-    """
+    """Return the full weights by name in `precision`, on the CPU; in the run's own, those that the engine computed
+    with. Raises CheckpointError where there are none."""
     identity = read_state(checkpoint)["identity"]
     if identity["zero_stage"] <= 2 and precision == identity["precision"]:
         weights = read_shard(checkpoint / "mp_rank_00_model_states.pt")["module"]
@@ -70,11 +64,10 @@ def checkpoint_weights(checkpoint: Path, precision: str) -> dict[str, torch.Tens
 
 
 def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return the network of a verified checkpoint, on the CPU, and the checkpoint's state (`state.json`).
-
-    precision: of the weights; default: the run's, with which logits equal the engine's. Raises CheckpointError.
-    """
+    """Return the network of a verified checkpoint, on the CPU, and the checkpoint's state (`state.json`). precision:
+    default: the run's, with which logits equal the engine's. Raises CheckpointError."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     state = read_state(checkpoint)
     precision = precision or state["identity"]["precision"]
@@ -83,15 +76,12 @@ def load_network(checkpoint: Path, precision: str | None = None) -> tuple[PreTra
         raise CheckpointError(f"{run_directory / 'model'}: the network's config.json is missing")
     network = AutoConfig.from_pretrained(run_directory / "model")
     network.use_cache = True
-    with without_default_init():
+    with no_init_weights():  # all are loaded below
         model = AutoModelForCausalLM.from_config(network, dtype=DTYPES[precision])
     weights = checkpoint_weights(checkpoint, precision)
-    expected = {name for name, _ in model.named_parameters()}
-    if expected - weights.keys():
-        raise CheckpointError(f"{checkpoint}: lacks the weights {', '.join(sorted(expected - weights.keys())[:3])}")
-    wrong = [name for name, p in model.named_parameters() if p.shape != weights[name].shape]
-    if wrong:
-        raise CheckpointError(f"{checkpoint}: {wrong[0]} is of another shape than {run_directory / 'model'} says")
+    for name, parameter in model.named_parameters():
+        if name not in weights or weights[name].shape != parameter.shape:
+            raise CheckpointError(f"{checkpoint}: {name} is missing, or not as {run_directory / 'model'} says")
     model.load_state_dict(weights, strict=False, assign=True)  # but for buffers, made above
     model.tie_weights()  # assigning has untied the embedding from the output matrix, if they were one
     return model, state

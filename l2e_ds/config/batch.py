@@ -27,11 +27,8 @@ class BatchArithmetic:
 
 
 def batch_arithmetic(config: RunConfig, ranks: int) -> BatchArithmetic:
-    """Return how a run's global batch is divided among so many ranks.
-
-    `micro_batch: auto` counts as 1 until it is found, which fits every number of accumulation steps. Raises ConfigError
-    if no whole number of accumulation steps gives the global batch.
-    """
+    """Return how a run's global batch is divided among so many ranks; `micro_batch: auto` counts as 1 until it is
+    found. Raises ConfigError if no whole number of accumulation steps gives the global batch."""
     batch, micro = config.training.global_batch, config.training.micro_batch
     if micro == "auto":
         if batch % ranks:

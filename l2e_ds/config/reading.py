@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ValidationError
 
@@ -20,32 +20,27 @@ RECIPES = "launch/recipes"
 
 
 def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run file, or a recipe by its name (`pythia-70m`), and apply `section.key=value` overrides.
-
-    Raises ConfigError naming the file or the dotted key, what was given and what is allowed.
-    """
-    path = _recipe(path) or Path(path)
+    """Read a run file, or a recipe by its name (`pythia-70m`), and apply overrides. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file() and len(path.parts) == 1 and path.suffix not in (".yaml", ".yml"):
+        path = find_recipe(str(path))
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a run file is a mapping with the sections {', '.join(RunConfig.model_fields)}")
     for override in overrides:
-        _apply_override(raw, override)
+        name, key, value = split_override(override)
+        if not isinstance(raw.setdefault(name, {}), dict):
+            raise ConfigError(f"{name}: got {raw[name]!r}, must be a mapping")
+        raw[name][key] = value
     config = checked(RunConfig, raw, str(path), overrides)
     given = any(override.partition("=")[0].strip() == "training.run_directory" for override in overrides)
-    if not given and _is_frozen(path):
+    is_frozen = (path.parent / "deepspeed.json").is_file() or any(path.parent.glob("checkpoints/step????????"))
+    if not given and path.name == "config.yaml" and is_frozen:  # that of a run directory, not a user's run file
         config = config.replace("training", run_directory=str(path.parent.absolute()))
     elif not config.training.run_directory:
         name = path.parent.name if path.stem == "config" else path.stem
         config = config.replace("training", run_directory=f"runs/{name}")
     return with_absolute_paths(config, path)
-
-
-def _recipe(name: str | Path) -> Path | None:
-    """Return the recipe of this name, or None where the name is that of a file. Raises ConfigError if it is neither."""
-    path = Path(name)
-    if path.is_file() or len(path.parts) != 1 or path.suffix in (".yaml", ".yml"):
-        return None
-    return find_recipe(str(name))
 
 
 def find_recipe(name: str) -> Path:
@@ -57,50 +52,36 @@ def find_recipe(name: str) -> Path:
     return recipe
 
 
-def _is_frozen(path: Path) -> bool:
-    """Return whether this is the `config.yaml` of a run directory, not a user's run file of that name."""
-    beside = path.parent
-    return path.name == "config.yaml" and (
-        (beside / "deepspeed.json").is_file() or any(beside.glob("checkpoints/step????????"))
-    )
-
-
 def with_absolute_paths(config: RunConfig, run_file: Path | None = None) -> RunConfig:
-    """Return the configuration with absolute paths to what the run reads.
-
-    They are then found from any working directory, and two runs that read other files differ. Names of the hub and of
-    files of this repository stay, and so does the run directory.
-    """
-    data, training = config.data, config.training
-    if data.sets is not None:
-        data = data.model_copy(update={"sets": [_with_absolute_path(part) for part in data.sets]})
-    tokenizer, cache = _absolute_if_there(data.tokenizer), data.cache and str(Path(data.cache).absolute())
-    data = _with_absolute_path(data).model_copy(update={"tokenizer": tokenizer, "cache": cache})
-    if training.resume not in ("auto", "never"):
-        training = training.model_copy(update={"resume": str(Path(training.resume).absolute())})
-    folders = [str(Path(folder).absolute()) for folder in config.evaluation.include_path]
-    texts = config.evaluation.texts and [_with_absolute_path(text) for text in config.evaluation.texts]
-    deepspeed = find_file(config.deepspeed.config, run_file)
-    config = config.model_copy(update={"data": data, "training": training})
-    model = config.model
-    given = model.config and find_model_config(model.config, run_file)
+    """Return the configuration with absolute paths to what the run reads, so that two runs that read other files
+    differ. Names of the hub and of files of this repository stay, and so does the run directory."""
+    data, model, evaluation, resume = config.data, config.model, config.evaluation, config.training.resume
     config = config.replace(
-        "model", pretrained=_absolute_if_there(model.pretrained), config=portable(given) if given else model.config
+        "data",
+        path=_absolute_source(data),
+        sets=data.sets and [part.model_copy(update={"path": _absolute_source(part)}) for part in data.sets],
+        tokenizer=_absolute_if_there(data.tokenizer),
+        cache=data.cache and str(Path(data.cache).absolute()),
     )
+    if resume not in ("auto", "never"):
+        config = config.replace("training", resume=str(Path(resume).absolute()))
+    network = model.config and find_model_config(model.config, run_file)
+    config = config.replace(
+        "model", pretrained=_absolute_if_there(model.pretrained), config=portable(network) if network else model.config
+    )
+    deepspeed = find_file(config.deepspeed.config, run_file)
     config = config.replace("deepspeed", config=portable(deepspeed) if deepspeed else config.deepspeed.config)
+    texts = evaluation.texts and [text.model_copy(update={"path": _absolute_source(text)}) for text in evaluation.texts]
+    folders = [str(Path(folder).absolute()) for folder in evaluation.include_path]
     return config.replace("evaluation", include_path=folders, texts=texts)
 
 
-Source = TypeVar("Source", bound=SourceConfig)
-
-
-def _with_absolute_path(part: Source) -> Source:
-    if part.path is None:
-        return part
+def _absolute_source(part: SourceConfig) -> str | list[str] | None:
     if isinstance(part.path, list):
-        return part.model_copy(update={"path": [str(Path(path).absolute()) for path in part.path]})
-    path = _absolute_if_there(part.path) if part.source == "hub" else str(Path(part.path).absolute())
-    return part.model_copy(update={"path": path})
+        return [str(Path(path).absolute()) for path in part.path]
+    if part.path is None or part.source == "hub":
+        return _absolute_if_there(part.path)
+    return str(Path(part.path).absolute())
 
 
 def _absolute_if_there(name: str | None) -> str | None:
@@ -114,10 +95,8 @@ def run_config_from_dict(raw: dict, where: str) -> RunConfig:
 
 
 def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str] = ()) -> Checked:
-    """Return a nested mapping as a section of this kind.
-
-    `where`, or the override that set the key, begins the error's line. Raises ConfigError.
-    """
+    """Return a nested mapping as a section of this kind. Raises ConfigError, about `where` or the override that set the
+    key."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -130,14 +109,6 @@ def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str]
         given = [one for one in overrides if f"{one.partition('=')[0].strip()}.".startswith(f"{key}.")]
         where = f"override {given[-1]!r}" if given else where
         raise ConfigError(f"{_describe(kind, key, alike)}{more}", where=where) from None
-
-
-def _apply_override(raw: dict, override: str) -> None:
-    section_name, key, value = split_override(override)
-    section = raw.setdefault(section_name, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{section_name}: got {section!r}, must be a mapping")
-    section[key] = value
 
 
 def split_override(override: str) -> tuple[str, str, Any]:
@@ -171,10 +142,8 @@ def _kinds_of(section: str, key: str) -> tuple[Any, ...]:
 
 
 def _dotted_key(kind: type[Section], location: Sequence[int | str]) -> str:
-    """Return the `section.key` of a pydantic location, without the names of union branches or positions in a list.
-
-    The key of one of several sections contains its position (`data.sets.I.key`).
-    """
+    """Return the `section.key` of a pydantic location, without names of union branches or positions in a list of
+    values. The key of one of several sections contains its position (`data.sets.I.key`)."""
     parts: list[str] = []
     section: type[Section] | None = kind
     for part in location:
@@ -198,13 +167,14 @@ def _section_of(kind: type[Section], key: str) -> type[Section] | None:
 
 
 def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
-    """Return one line that says what is wrong with one key: what was given, what is allowed (in a union: any
-    branch)."""
+    """Return one line on what is wrong with one key: what was given, what is allowed (in a union: any branch)."""
     problems = [problem for problem in problems if problem["type"] == "path"] or problems
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        *section, name = key.split(".")
-        allowed = _keys_of(kind, section)
+        *sections, name = key.split(".")
+        for section in sections:
+            kind = (None if section.isdigit() else _section_of(kind, section)) or kind
+        allowed = list(kind.model_fields)
         close = difflib.get_close_matches(name, allowed, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
         return f"{key}: unknown key; {hint}"
@@ -216,19 +186,9 @@ def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
         problem["msg"].removeprefix("Input should be ").replace("List should", "it should") for problem in problems
     ]
     be = "must be " if first["msg"].startswith("Input should be ") else ""
-    return f"{key}: got {_given(problems)!r}; {be}{' or '.join(dict.fromkeys(messages))}"
-
-
-def _given(problems: Sequence[Any]) -> Any:
-    """Return the value of the key itself: the input of a problem that does not lie deeper than the key."""
-    return min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
-
-
-def _keys_of(kind: type[Section], path: Sequence[str]) -> list[str]:
-    for part in path:
-        if not part.isdigit():
-            kind = _section_of(kind, part) or kind
-    return list(kind.model_fields)
+    # the input of a problem that does not lie deeper than the key
+    given = min(problems, key=lambda problem: sum(isinstance(part, int) for part in problem["loc"]))["input"]
+    return f"{key}: got {given!r}; {be}{' or '.join(dict.fromkeys(messages))}"
 
 
 def find_file(name: str, beside: str | Path | None = None) -> Path | None:

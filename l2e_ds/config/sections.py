@@ -1,8 +1,7 @@
 """Define the sections of a run file: one run file (YAML) becomes one frozen, fully checked `RunConfig`.
 
-Unknown keys, wrong types and values out of range are refused with the key's dotted path; nothing is dropped
-or converted silently. What depends on the number of ranks (`batch_arithmetic`) and on the DeepSpeed JSON
-(`l2e_ds.engine.configuration`) is checked elsewhere, also before any process group is made.
+Unknown keys, wrong types and values out of range are refused with the key's dotted path. What depends on the number of
+ranks (`batch_arithmetic`) and on the DeepSpeed JSON (`l2e_ds.engine.configuration`) is checked elsewhere.
 """
 
 from __future__ import annotations
@@ -203,6 +202,9 @@ class TextConfig(SourceConfig):
     """Its name in the metrics (`text_loss/NAME`)."""
 
 
+_TRAIN_FIRST = "train one first (l2e-ds tokenizer train) and give it as data.tokenizer"
+
+
 class DataConfig(SourceConfig):
     """The source of the text, and how it becomes sequences of tokens."""
 
@@ -236,10 +238,7 @@ class DataConfig(SourceConfig):
         elif (self.tokenizer is None) == (self.train_tokenizer is None):
             raise ValueError("give exactly one of data.tokenizer and data.train_tokenizer")
         elif self.streaming and self.tokenizer is None:
-            raise ValueError(
-                "data.train_tokenizer cannot be used with data.streaming; train one first (l2e-ds tokenizer train) and"
-                " give it as data.tokenizer"
-            )
+            raise ValueError(f"data.train_tokenizer cannot be used with data.streaming; {_TRAIN_FIRST}")
         return self
 
     def _check_sets(self, sets: list[SetConfig]) -> None:
@@ -247,10 +246,7 @@ class DataConfig(SourceConfig):
             if getattr(self, key) != field.default:
                 raise ValueError(f"data.{key} cannot stand beside data.sets; put it into each set")
         if self.train_tokenizer is not None:
-            raise ValueError(
-                "data.train_tokenizer cannot be used with data.sets; train one first (l2e-ds tokenizer train) and give"
-                " it as data.tokenizer"
-            )
+            raise ValueError(f"data.train_tokenizer cannot be used with data.sets; {_TRAIN_FIRST}")
         names = [part.name for part in sets]
         total = sum(part.weight for part in sets)
         for index, part in enumerate(sets):
@@ -268,20 +264,12 @@ class DataConfig(SourceConfig):
 
     def parts(self) -> list[tuple[str, float, DataConfig]]:
         """Return name, weight and configuration of each set; without `sets` one set with an empty name."""
-        if self.sets is None:
-            return [("", 1.0, self)]
-        keys = SourceConfig.model_fields
-        return [
-            (
-                part.name,
-                part.weight,
-                self.model_copy(
-                    update={key: getattr(part, key) for key in keys}
-                    | {"sets": None, "held_out": self.held_out if part.held_out is None else part.held_out}
-                ),
-            )
-            for part in self.sets
-        ]
+        found = [("", 1.0, self)] if self.sets is None else []
+        for part in self.sets or []:
+            own = {key: getattr(part, key) for key in SourceConfig.model_fields} | {"sets": None}
+            own |= {} if part.held_out is None else {"held_out": part.held_out}
+            found.append((part.name, part.weight, self.model_copy(update=own)))
+        return found
 
 
 def _duration(value: float) -> float:
@@ -326,10 +314,8 @@ class OptimizerConfig(Section):
         return self
 
     def in_steps(self, run_steps: int) -> tuple[int, float, float]:
-        """Return the length of the schedule, its warm-up and its decay (0 without one), in steps.
-
-        Shares are not rounded to whole steps, as in Megatron and GPT-NeoX.
-        """
+        """Return length, warm-up and decay (0 without one) of the schedule, in steps, which as in Megatron are not
+        rounded."""
         steps = self.schedule_steps or run_steps
         decay = self.decay if self.schedule == "warmup-stable-decay" else 0
         warmup, decay = (value * steps if isinstance(value, float) else value for value in (self.warmup, decay))
@@ -559,7 +545,7 @@ class EvaluationConfig(Section):
     """Tokens of each continuation."""
 
     @model_validator(mode="after")
-    def _tasks_and_shots(self) -> EvaluationConfig:
+    def _tasks_and_texts(self) -> EvaluationConfig:
         if self.every and not self.tasks:
             raise ValueError("evaluation.tasks is required with evaluation.every")
         for shots in self.shots:
@@ -567,10 +553,6 @@ class EvaluationConfig(Section):
                 raise ValueError(f"evaluation.num_fewshot: got {shots}, allowed: an integer >= 0 or a list of them")
         if not self.shots:
             raise ValueError("evaluation.num_fewshot: got [], give at least one number")
-        return self
-
-    @model_validator(mode="after")
-    def _text_sources(self) -> EvaluationConfig:
         names = [text.name for text in self.texts or []]
         for index, text in enumerate(self.texts or []):
             where = f"evaluation.texts.{index}"
@@ -610,37 +592,36 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
-    def _allow_known_keys(self) -> RunConfig:
+    def _sections_go_together(self) -> RunConfig:
         unknown = next((key for key in self.training.allow_changes if key not in flat(self)), None)
         if unknown is not None:
             raise ValueError(
                 f"training.allow_changes: got {unknown!r}, allowed: keys of a run file, e.g. inhibition.coefficient"
             )
+        profile, steps = self.logging.profile, self.training.steps
+        if profile is not None and profile[1] > steps:
+            raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
+        key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
+        if key is not None and not self.training.evaluate_every:
+            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
+        if key is not None and not any(part.held_out for _, _, part in self.data.parts()):
+            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
+        if key is not None and self.data.tokenizer is None and self.data.train_tokenizer is None:
+            raise ValueError(f"data.tokenizer is required with evaluation.{key}")
         return self
 
     @model_validator(mode="after")
     def _schedule_within_the_run(self) -> RunConfig:
         section = self.optimizer
         steps, warmup, decay = section.in_steps(self.training.steps)
-        if section.schedule in ("inverse-square-root", "constant"):  # they have no end
-            return self
-        parts = {"warmup": section.warmup}
-        if section.schedule == "warmup-stable-decay":
-            parts["decay"] = section.decay
-        taken = warmup + decay
-        if taken > steps * (1 + 1e-6):
-            given = " and ".join(f"{key} {value:g}" for key, value in parts.items())
+        has_end = section.schedule not in ("inverse-square-root", "constant")
+        if has_end and warmup + decay > steps * (1 + 1e-6):
+            keys = ["warmup", "decay"] if section.schedule == "warmup-stable-decay" else ["warmup"]
+            given = " and ".join(f"{key} {getattr(section, key):g}" for key in keys)
             raise ValueError(
-                f"optimizer.{list(parts)[-1]}: got {given}, in all {taken:,.0f} steps, allowed: up to"
+                f"optimizer.{keys[-1]}: got {given}, in all {warmup + decay:,.0f} steps, allowed: up to"
                 f" optimizer.schedule_steps, which is {steps:,}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _profile_within_the_run(self) -> RunConfig:
-        profile, steps = self.logging.profile, self.training.steps
-        if profile is not None and profile[1] > steps:
-            raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
         return self
 
     @model_validator(mode="after")
@@ -662,19 +643,6 @@ class RunConfig(Section):
             )
         return self
 
-    @model_validator(mode="after")
-    def _texts_are_evaluated(self) -> RunConfig:
-        key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
-        if key is None:
-            return self
-        if not self.training.evaluate_every:
-            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
-        if not any(part.held_out for _, _, part in self.data.parts()):
-            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
-        if self.data.tokenizer is None and self.data.train_tokenizer is None:
-            raise ValueError(f"data.tokenizer is required with evaluation.{key}")
-        return self
-
     def dump(self) -> str:
         """Return the resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
         return dump_yaml(self.model_dump(mode="json"))
@@ -686,8 +654,7 @@ class RunConfig(Section):
 
 
 def slurm_seconds(limit: str) -> int | None:
-    """Return the seconds of a time as sbatch takes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S), or None for another
-    text."""
+    """Return the seconds of a time as sbatch takes it (M, M:S, H:M:S, D-H, D-H:M or D-H:M:S), else None."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if match is None:
         return None

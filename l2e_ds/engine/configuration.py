@@ -1,8 +1,7 @@
-"""A DeepSpeed JSON and a run file become one consistent pair.
+"""Make a DeepSpeed JSON, which is taken as it is, and a run file one consistent pair.
 
-The JSON is taken as it is. Where run file and JSON speak of the same value, one may leave it out (or write
-"auto", as with the Hugging Face Trainer) and the other's value holds; two different values are an error. What
-DeepSpeed would ignore or do wrong without a word is refused here, before any process group or model is made.
+Where both speak of the same value, one may leave it out (or write "auto") and the other's value holds; two different
+values are an error. What DeepSpeed would ignore or do wrong without a word is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
+from pydantic import BaseModel, ValidationError
+
 from l2e_ds.config.batch import BatchArithmetic, batch_arithmetic
 from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import RunConfig
@@ -19,62 +20,7 @@ from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.pythia import published_learning_rate
 
-# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (docs/deepspeed.md,
-# row 9). A unit test compares this list with the keys that the installed version asks for.
-_KEYS: dict[type, str] = {
-    bool: "dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting"
-    " managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients"
-    " use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer"
-    " zero_force_ds_cpu_optimizer",
-    int: "gradient_accumulation_steps steps_per_print train_batch_size train_micro_batch_size_per_gpu vocabulary_size",
-    float: "gradient_clipping gradient_predivide_factor",
-    str: "communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
-    dict: "activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger compile"
-    " compression_training csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue"
-    " elasticity expert_parallel flops_profiler fp16 hybrid_engine nebula optimizer pipeline progressive_layer_drop"
-    " quantize_training scheduler sparse_attention tensor_parallel tensorboard timers torch_autocast wandb"
-    " weight_quantization zero_optimization",
-}
-
-
-def _types(keys: dict[type, str]) -> dict[str, type]:
-    return {key: kind for kind, names in keys.items() for key in names.split()}
-
-
-TOP_LEVEL_KEYS = _types(_KEYS)
-
-# What DeepSpeed reads of the blocks that it does not check itself.
-BLOCK_KEYS = {
-    "activation_checkpointing": _types(
-        {
-            bool: "contiguous_memory_optimization cpu_checkpointing partition_activations profile"
-            " synchronize_checkpoint_boundary",
-            int: "number_checkpoints",
-        }
-    ),
-    "checkpoint": _types(
-        {
-            bool: "checkpoint_serialization load_universal use_node_local_storage",
-            str: "tag_validation",
-            dict: "parallel_write writer",
-        }
-    ),
-    "data_types": _types({str: "buffer_dtype grad_accum_dtype param_dtype", list: "keep_in_fp32_modules"}),
-    "flops_profiler": _types(
-        {
-            bool: "detailed enabled",
-            int: "module_depth profile_step top_modules",
-            float: "recompute_fwd_factor",
-            str: "output_file",
-        }
-    ),
-    "optimizer": _types({bool: "legacy_fusion", str: "type", dict: "params"}),
-    "timers": _types({dict: "throughput"}),
-}
-ADAM_PARAMETERS = _types(
-    {bool: "torch_adam adam_w_mode bias_correction amsgrad", float: "lr eps weight_decay", list: "betas"}
-)
-_TYPE_NAMES = {
+_KINDS = {
     bool: "true or false",
     int: "a whole number",
     float: "a number",
@@ -82,6 +28,54 @@ _TYPE_NAMES = {
     list: "a list",
     dict: "an object",
 }
+
+
+def _types(**names: str) -> dict[str, type]:
+    """Return the type of each key. names: the keys of each type, by the type's name."""
+    return {key: kind for kind in _KINDS for key in names.get(kind.__name__, "").split()}
+
+
+# What DeepSpeed 0.19.8 reads at the top level, by the type of the value; it ignores anything else (docs/deepspeed.md,
+# row 9). A unit test compares this list with the keys that the installed version asks for.
+TOP_LEVEL_KEYS = _types(
+    bool="dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting"
+    " managed_gradient_accumulation memory_breakdown prescale_gradients sparse_gradients"
+    " use_data_before_expert_parallelism wall_clock_breakdown zero_allow_untested_optimizer"
+    " zero_force_ds_cpu_optimizer",
+    int="gradient_accumulation_steps steps_per_print train_batch_size train_micro_batch_size_per_gpu vocabulary_size",
+    float="gradient_clipping gradient_predivide_factor",
+    str="communication_data_type gradient_allreduce_op log_level seq_parallel_communication_data_type",
+    dict="activation_checkpointing aio amp autotuning bf16 bfloat16 checkpoint comet comms_logger compile"
+    " compression_training csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue"
+    " elasticity expert_parallel flops_profiler fp16 hybrid_engine nebula optimizer pipeline progressive_layer_drop"
+    " quantize_training scheduler sparse_attention tensor_parallel tensorboard timers torch_autocast wandb"
+    " weight_quantization zero_optimization",
+)
+# What it reads of the blocks that it does not check itself.
+BLOCK_KEYS = {
+    "activation_checkpointing": _types(
+        bool="contiguous_memory_optimization cpu_checkpointing partition_activations profile"
+        " synchronize_checkpoint_boundary",
+        int="number_checkpoints",
+    ),
+    "checkpoint": _types(
+        bool="checkpoint_serialization load_universal use_node_local_storage",
+        str="tag_validation",
+        dict="parallel_write writer",
+    ),
+    "data_types": _types(str="buffer_dtype grad_accum_dtype param_dtype", list="keep_in_fp32_modules"),
+    "flops_profiler": _types(
+        bool="detailed enabled",
+        int="module_depth profile_step top_modules",
+        float="recompute_fwd_factor",
+        str="output_file",
+    ),
+    "optimizer": _types(bool="legacy_fusion", str="type", dict="params"),
+    "timers": _types(dict="throughput"),
+}
+ADAM_PARAMETERS = _types(
+    bool="torch_adam adam_w_mode bias_correction amsgrad", float="lr eps weight_decay", list="betas"
+)
 
 # Values that DeepSpeed would take: JSON path -> (the only one allowed; why). None: none at all.
 FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
@@ -138,12 +132,8 @@ REFUSED = {
 def resolve(
     config: RunConfig, ranks: int, run_file: str | Path | None = None, has_bf16: bool | None = None
 ) -> tuple[RunConfig, dict, BatchArithmetic]:
-    """Return the run configuration and the DeepSpeed configuration, each completed by the other, and the batch
-    arithmetic.
-
-    has_bf16: whether the device that the run is for computes in bf16; default: this machine's.
-    Raises ConfigError (dotted key, what was given, what is allowed).
-    """
+    """Return the run and the DeepSpeed configuration, each completed by the other, and the batch arithmetic. has_bf16:
+    whether the run's device computes in bf16 (default: this machine's). Raises ConfigError."""
     path = find_file(config.deepspeed.config, run_file)
     if path is None:
         raise ConfigError(f"deepspeed.config: no such file: {config.deepspeed.config}")
@@ -166,11 +156,8 @@ def resolve(
 def with_micro_batch(
     config: RunConfig, ds: dict, micro_batch: int, ranks: int
 ) -> tuple[RunConfig, dict, BatchArithmetic]:
-    """Return what `resolve` returned with `micro_batch: auto`, with the number in its place: as `resolve` would have
-    returned for a run file that gives it.
-
-    Raises ConfigError where it does not divide the sequences of a rank.
-    """
+    """Return what `resolve`, which returned config and ds, would have returned with this number in place of `auto`.
+    Raises ConfigError where it does not divide the sequences of a rank."""
     config = config.replace("training", micro_batch=micro_batch)
     batch = batch_arithmetic(config, ranks)
     ds = ds | {"train_micro_batch_size_per_gpu": batch.micro_batch, "gradient_accumulation_steps": batch.accumulation}
@@ -190,19 +177,14 @@ def _check_keys(ds: dict, where: str) -> None:
     _check_block(ds, TOP_LEVEL_KEYS, where)
     for name, keys in BLOCK_KEYS.items():
         _check_block(ds.get(name, {}), keys, f"{where}: {name}")
-    models = {
-        "bf16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-        "zero_optimization": DeepSpeedZeroConfig,
-        "comms_logger": CommsLoggerConfig,
-        "compile": CompileConfig,
-    }
+    models = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config, "zero_optimization": DeepSpeedZeroConfig}
+    models |= {"comms_logger": CommsLoggerConfig, "compile": CompileConfig}
     for name, model in models.items():
         _check_by_model(ds.get(name, {}), model, f"{where}: {name}")
     if "optimizer" in ds:
         if ds["optimizer"].get("type") is None:
             raise ConfigError(f"{where}: optimizer.type: is required, e.g. AdamW")
-        if ds["optimizer"]["type"].lower() in ("adam", "adamw"):
+        if is_adam(ds):
             _check_block(ds["optimizer"].get("params", {}), ADAM_PARAMETERS, f"{where}: optimizer.params")
 
 
@@ -216,10 +198,8 @@ def _check_block(given: dict, types: dict[str, type], where: str) -> None:
 
 
 def _check_by_model(given: dict, model: Any, where: str) -> None:
-    """Types of a block that DeepSpeed has a pydantic model of, which would take "1", true and 1 for one another.
-    (Unknown keys it refuses itself.)"""
-    from pydantic import BaseModel
-
+    """Check the types of a block that DeepSpeed has a pydantic model of, which takes "1", true and 1 for one
+    another."""
     for name, field in model.model_fields.items():
         union = get_args(field.annotation) if get_origin(field.annotation) is Union else (field.annotation,)
         kinds = [kind for kind in union if kind is not type(None)]
@@ -242,15 +222,14 @@ def _check_type(value: Any, kind: type, where: str) -> None:
     else:
         fits = isinstance(value, kind)
     if not fits:
-        raise ConfigError(f"{where}: got {json.dumps(value)}, must be {_TYPE_NAMES[kind]}")
+        raise ConfigError(f"{where}: got {json.dumps(value)}, must be {_KINDS[kind]}")
 
 
 def _check_fixed(ds: dict, where: str) -> None:
     """Refuse what would break a promise of this project without a word."""
     fixed = FIXED_VALUES
-    if (
-        _lookup(ds, ("zero_optimization", "stage")) or 0
-    ) >= 2:  # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
+    # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
+    if (_lookup(ds, ("zero_optimization", "stage")) or 0) >= 2:
         why = "DeepSpeed's stages 2 and 3 do not support it"
         fixed = fixed | {("gradient_predivide_factor",): (1.0, why), ("prescale_gradients",): (False, why)}
     for path, (allowed, why) in fixed.items():
@@ -284,16 +263,17 @@ def less_memory(config: RunConfig, ds: dict) -> str:
         remedies.append("offload")
     if not config.model.activation_checkpointing:
         remedies.append("model.activation_checkpointing=true")
-    return " or ".join([", ".join(remedies[:-1])] * (len(remedies) > 1) + remedies[-1:])
+    return " or ".join(filter(None, [", ".join(remedies[:-1]), remedies[-1]]))
 
 
 def _read_json(path: Path) -> dict:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise ConfigError(f"deepspeed.config: {path}: key {twice!r} is given twice")
-        return dict(pairs)
+        content = dict[str, Any]()
+        for key, value in pairs:
+            if key in content:
+                raise ConfigError(f"deepspeed.config: {path}: key {key!r} is given twice")
+            content[key] = value
+        return content
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
@@ -328,29 +308,22 @@ def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
                 f"{section}.{key}: got {own}, but {where} says {'.'.join(path)}: {given};"
                 ' make them equal, or write "auto" there'
             )
-        config = _checked(config, section, key, given, f"{where}: {'.'.join(path)}")
+        kept = {name: getattr(part, name) for name in part.model_fields_set}
+        try:  # its type and range, as in a run file
+            part = type(part).model_validate(kept | {key: given})
+        except ValidationError as error:
+            message = f"got {given!r}; {error.errors()[0]['msg']}"
+            raise ConfigError(f"{where}: {'.'.join(path)}: {message}") from None
+        config = config.model_copy(update={section: part})
     return config
-
-
-def _checked(config: RunConfig, section: str, key: str, value: Any, where: str) -> RunConfig:
-    """Return a copy with one key changed, its type and range checked as in a run file."""
-    from pydantic import ValidationError
-
-    part = getattr(config, section)
-    given = {k: getattr(part, k) for k in part.model_fields_set} | {key: value}
-    try:
-        checked = type(part).model_validate(given)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: got {value!r}; {error.errors()[0]['msg']}") from None
-    return config.model_copy(update={section: checked})
 
 
 def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | None = None) -> RunConfig:
     enabled = {name: _lookup(ds, (name, "enabled")) for name in ("bf16", "fp16")}
-    if enabled["bf16"] and enabled["fp16"]:
+    if all(enabled.values()):
         raise ConfigError(f"{where}: bf16 and fp16 are both enabled")
     given = next((name for name, on in enabled.items() if on), None)
-    if given is None and all(on is False for on in enabled.values()):
+    if list(enabled.values()) == [False, False]:
         given = "fp32"
     own: str = config.training.precision
     excluded = own in enabled and enabled[own] is False
@@ -359,35 +332,28 @@ def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | No
             f"training.precision: got {own}, but {where} says"
             f' {given or f"{own}.enabled: false"}; make them equal, or write "auto" there'
         )
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
     if own == "auto":
-        if has_bf16 is None:
-            has_bf16 = accelerator.device_name() == "cuda" and _has_bf16()
-        own = given or ("bf16" if has_bf16 else "fp32")
+        own = given or ("bf16" if (_gpu_has_bf16() if has_bf16 is None else has_bf16) else "fp32")
     return config.replace("training", precision=own)
 
 
-def _has_bf16() -> bool:
-    """Return whether the GPU computes in bf16 itself; DeepSpeed also counts emulation, which is slower than float32."""
+def _gpu_has_bf16() -> bool | None:
+    """Return whether this machine's GPU computes in bf16 itself (DeepSpeed counts emulation), or None without one."""
     import torch
+    from deepspeed.accelerator import get_accelerator
 
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    on_gpu = get_accelerator().device_name() == "cuda"
+    return torch.cuda.is_bf16_supported(including_emulation=False) if on_gpu else None
 
 
 def check_device(config: RunConfig) -> None:
     """Raises ConfigError where the resolved precision is not to be had on this machine's device."""
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
-    supported = {
-        "fp32": True,
-        "bf16": accelerator.device_name() != "cuda" or _has_bf16(),
-        "fp16": bool(accelerator.is_fp16_supported()),
-    }
+    has_fp16 = bool(get_accelerator().is_fp16_supported())
+    supported = {"fp32": True, "bf16": _gpu_has_bf16() is not False, "fp16": has_fp16}
     if not supported[config.training.precision]:
-        device = "CPU" if accelerator.device_name() == "cpu" else "device"
+        device = "CPU" if get_accelerator().device_name() == "cpu" else "device"
         raise ConfigError(
             f"training.precision: got {config.training.precision}, which this {device} does not support;"
             f" allowed: {', '.join(name for name, able in supported.items() if able)}"
@@ -460,10 +426,8 @@ def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
     if "optimizer" in ds:
         parameters = ds["optimizer"].setdefault("params", {})
         parameters["lr"] = config.optimizer.peak_learning_rate
-        if str(ds["optimizer"].get("type", "")).lower() in ("adam", "adamw"):
-            parameters.update(
-                betas=config.optimizer.betas, eps=config.optimizer.eps, weight_decay=config.optimizer.weight_decay
-            )
+        if is_adam(ds):
+            parameters |= config.optimizer.model_dump(include={"betas", "eps", "weight_decay"})
     for name in ("bf16", "fp16"):
         if config.training.precision == name or name in ds:
             ds.setdefault(name, {})["enabled"] = config.training.precision == name
@@ -475,7 +439,6 @@ def _complete(ds: dict, config: RunConfig, batch: BatchArithmetic) -> None:
 def _check_by_deepspeed(ds: dict, batch: BatchArithmetic, where: str) -> None:
     """Let DeepSpeed read it now, rather than after the model is built."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-    from pydantic import ValidationError
 
     # before the process group is made, DeepSpeed counts one rank
     alone = ds | {"train_batch_size": batch.micro_batch * batch.accumulation * collectives.size()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +32,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """Return a DeepSpeedEngine with AdamW, or with the optimizer that the JSON names.
-
-    The learning rate is set before each step from the run's `Schedule`. Raises ConfigError where DeepSpeed does not
-    take the JSON's optimizer.
-    """
+    """Return a DeepSpeedEngine with AdamW, or with the JSON's optimizer. Raises ConfigError where that does not
+    work."""
     import deepspeed
 
-    optimizer_config = config.optimizer
-    groups = parameter_groups(model, optimizer_config.weight_decay)
-    arguments: dict[str, Any] = {
-        "lr": config.optimizer.peak_learning_rate,
-        "betas": tuple(optimizer_config.betas),
-        "eps": optimizer_config.eps,
-    }
-    optimizer: torch.optim.Optimizer | None
-    if "optimizer" in ds:
-        optimizer = None  # the user's own JSON names one; DeepSpeed builds it on our groups
-    else:
+    section = config.optimizer
+    optimizer: torch.optim.Optimizer | None = None
+    groups = parameter_groups(model, section.weight_decay)
+    if "optimizer" not in ds:  # else DeepSpeed builds the JSON's on our groups
         # One pass over memory, on CPUs and GPUs. Offloaded it is as fast as DeepSpeed's own (docs/speed.md), which each
         # machine would have to compile at its first run, for a minute and a half.
-        optimizer = torch.optim.AdamW(groups, fused=True, **arguments)
+        rate, betas = section.peak_learning_rate, (section.betas[0], section.betas[1])
+        assert rate is not None  # filled in by engine.configuration.resolve
+        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=section.eps, fused=True)
         ds = ds | {"zero_force_ds_cpu_optimizer": False}
-    if is_plain_float32(config, ds):
-        ds = ds | {"gradient_clipping": 0.0}  # the trainer clips, measures and skips
+    # ZeRO-0 in float32: DeepSpeed wraps no optimizer of its own around AdamW
+    is_plain = zero_stage(ds) == 0 and config.training.precision == "fp32"
+    if is_plain:
+        ds = ds | {"gradient_clipping": 0.0}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
             engine, *_ = deepspeed.initialize(
@@ -65,19 +60,30 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
             raise
         problem = f"DeepSpeed builds no engine with optimizer.type {ds['optimizer']['type']}: {one_line(error)}"
         raise ConfigError(problem, where=f"deepspeed.config: {Path(config.deepspeed.config).name}") from error
+    if is_plain:
+        _clip_and_measure(engine.optimizer, list(model.parameters()), section.gradient_clipping or math.inf)
     return engine
 
 
-def is_plain_float32(config: RunConfig, ds: dict) -> bool:
-    """Return whether DeepSpeed wraps no optimizer of its own around AdamW: ZeRO-0 in float32."""
-    return zero_stage(ds) == 0 and config.training.precision == "fp32"
+def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: float) -> None:
+    """Make an optimizer clip the gradients before its step, and leave the step out if their norm is not finite.
+
+    The engine reads both from attributes that only DeepSpeed's own optimizers have (docs/deepspeed.md). All ranks have
+    the same gradients then and decide alike.
+    """
+
+    def before(*_: Any) -> None:
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None  # AdamW skips parameters without a gradient
+
+    optimizer.register_step_pre_hook(before)
 
 
 def group_rates(engine: Any) -> list[float]:
-    """Return the learning rate of each parameter group, as DeepSpeed has built them.
-
-    Muon and muP give their groups different ones, which the schedule must keep in proportion.
-    """
+    """Return the learning rate of each parameter group as DeepSpeed built it: Muon and muP have different ones."""
     return [group["lr"] for group in engine.optimizer.param_groups]
 
 
@@ -87,28 +93,25 @@ def set_learning_rate(engine: Any, rate: float, shares: Sequence[float]) -> None
         group["lr"] = rate * share
 
 
-def hyper_parameters(engine: Any) -> list[dict[str, Any]]:
-    """Return what loading a checkpoint would overwrite in each parameter group."""
+@contextlib.contextmanager
+def keeping_hyper_parameters(engine: Any) -> Iterator[None]:
+    """Set again what loading a checkpoint overwrites in each parameter group: the user may have changed it."""
     names = ("weight_decay", "betas", "eps")
-    return [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
-
-
-def set_hyper_parameters(engine: Any, values: list[dict[str, Any]]) -> None:
-    for group, own in zip(engine.optimizer.param_groups, values, strict=True):
-        group.update(own)
+    own = [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
+    yield
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def skip_steps_when(engine: Any, is_skipped: Callable[[], bool]) -> None:
     """Let the engine's Adam skip a step, if `is_skipped` says so: weights, moments and step counts stay as they are.
 
-    `is_skipped` is called when the optimizer is about to step. DeepSpeed has then reduced the gradients, found them
-    finite and computed their norm (`norm_within_step`). It may step several times, once for each parameter group or
-    part of one, on all ranks equally often.
+    It is called when the optimizer is about to step, on all ranks equally often, perhaps several times: once for each
+    parameter group or part of one. `norm_within_step` is known then.
     """
     wrapper = engine.optimizer
     # ZeRO-3 has a second one for the part that `offload_optimizer.ratio` leaves on the GPU
-    optimizers = [getattr(wrapper, "optimizer", wrapper), getattr(wrapper, "backup_optimizer", None)]
-    for optimizer in optimizers:
+    for optimizer in (getattr(wrapper, "optimizer", wrapper), getattr(wrapper, "backup_optimizer", None)):
         if optimizer is not None:
             _skip_steps_when(optimizer, is_skipped)
 
@@ -130,11 +133,7 @@ def _skip_steps_when(optimizer: torch.optim.Optimizer, is_skipped: Callable[[], 
 
 
 def norm_within_step(engine: Any) -> float:
-    """Return the global 2-norm of the gradients before clipping, loss scale removed, while the optimizer steps.
-
-    The engine's own `get_global_grad_norm` is that of the step before until then. Not of `is_plain_float32`, where
-    DeepSpeed computes none.
-    """
+    """Return the gradients' global 2-norm, before clipping and without loss scale, while the optimizer steps."""
     return float(engine.optimizer._global_grad_norm)
 
 

@@ -11,11 +11,8 @@ from l2e_ds.config.sections import OptimizerConfig, RunConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of one run.
-
-    steps: its length. warmup, decay: its first and last steps, over which the rate rises and (with
-    warmup-stable-decay) falls; not always whole numbers, because they may be given as shares.
-    """
+    """The schedule of one run: its length and, not always whole numbers, its first steps, over which the rate rises,
+    and its last ones, over which it falls with warmup-stable-decay."""
 
     optimizer: OptimizerConfig
     steps: int
@@ -29,10 +26,8 @@ class Schedule:
         return self.optimizer.peak_learning_rate
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of the step with this index; the first step has index 0, and a rate above 0.
-
-        As in Megatron and GPT-NeoX the warm-up reaches the peak with its last step.
-        """
+        """Return the learning rate of the step with this index, from 0 on; as in Megatron and GPT-NeoX the first is
+        above 0 and the warm-up reaches the peak with its last step."""
         peak, lowest = self.peak, self.optimizer.final_ratio
         done = step + 1
         if done < self.warmup:

@@ -48,33 +48,22 @@ SECONDS_BETWEEN_LINES = 30.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument(
-        "--tasks", nargs="+", required=True, metavar="TASK", help="tasks and groups by the harness's names, or `paper`"
-    )
-    parser.add_argument(
-        "--num-fewshot",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="examples in each prompt, each N in turn (default: the task's own number)",
-    )
-    parser.add_argument(
-        "--include-path", nargs="+", default=[], metavar="DIR", help="folders of task files of your own (YAML)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents of each task")
-    parser.add_argument(
-        "--batch-size", type=int, default=16, metavar="B", help="requests a rank answers at once (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=MODEL)
+    add("--tasks", nargs="+", required=True, metavar="TASK", help="tasks and groups by the harness's names, or `paper`")
+    shots = "examples in each prompt, each N in turn (default: the task's own number)"
+    add("--num-fewshot", type=int, nargs="+", metavar="N", help=shots)
+    add("--include-path", nargs="+", default=[], metavar="DIR", help="folders of task files of your own (YAML)")
+    add("--limit", type=int, metavar="N", help="only the first N documents of each task")
+    size = "requests a rank answers at once (default: %(default)s)"
+    add("--batch-size", type=int, default=16, metavar="B", help=size)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--step", type=int, metavar="K", help="step of a run's checkpoint (default: the newest)")
     which.add_argument("--all-checkpoints", action="store_true", help="evaluate all checkpoints of a run")
-    parser.add_argument(
-        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
-    )
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl", help="append the results to this file instead")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)")
+    add("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    add("--output", type=Path, metavar="FILE.jsonl", help="append the results to this file instead")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,13 +91,14 @@ def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
         at_least("--limit", arguments.limit, 1)
     for shots in arguments.num_fewshot or []:
         at_least("--num-fewshot", shots, 0)
+    arguments.num_fewshot = list(dict.fromkeys(arguments.num_fewshot or [None]))
     if arguments.all_checkpoints:
         sources = all_checkpoints(arguments.model)
     else:
         sources = [find_model(arguments.model, arguments.step)]
     for source in sources:
         network_config(source)
-        _progress_of(source)
+        _provenance(source)
     _check_output(_output(arguments, sources[0]))
     return sources
 
@@ -135,15 +125,11 @@ def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
     return Path(str(source.name)) / results.FILE
 
 
-def _shots(arguments: argparse.Namespace) -> list[int | None]:
-    return list(dict.fromkeys(arguments.num_fewshot or [None]))
-
-
 def _load_tasks(arguments: argparse.Namespace) -> Tasks:
     from l2e_ds.evaluation.harness import load_tasks  # imports lm-eval, an optional dependency
 
     try:
-        return load_tasks(arguments.tasks, arguments.include_path, _shots(arguments))
+        return load_tasks(arguments.tasks, arguments.include_path, arguments.num_fewshot)
     except ConfigError as error:
         error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
         raise
@@ -156,17 +142,19 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     tokenizer = collectives.all_work(lambda: _tokenizer(arguments, source))
     network, tokens = collectives.all_work(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
-    step, tokens = _progress_of(source) or (source.step, tokens)
+    provenance = _provenance(source)
+    step, tokens = (provenance["step"], provenance["tokens"]) if provenance else (source.step, tokens)
     reporter = _Reporter(source.label)
     if collectives.is_main():
         with contextlib.suppress(KeyError, TypeError):  # there may be no configuration, or one without these keys
-            longer = longer_than_trained(model.config, _configuration_of(source))
+            made_by = provenance if source.checkpoint is None else read_state(source.checkpoint)
+            longer = longer_than_trained(model.config, (made_by or {})["config"])
             if longer is not None:
                 say(f"l2e-ds: warning: {source.label}: {longer}")
     evaluations = [
         results.about(step, tokens, arguments.precision, arguments.tasks, shots)
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
-        for shots in _shots(arguments)
+        for shots in arguments.num_fewshot
     ]
     if not collectives.is_main():
         return
@@ -193,22 +181,14 @@ def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrained
     return tokenizer
 
 
-def _configuration_of(source: ModelSource) -> dict[str, Any]:
-    """Return the configuration of the run that made the model, or {} for another model."""
-    if source.checkpoint is not None:
-        return read_state(source.checkpoint)["config"]
-    path = Path(str(source.name)) / PROVENANCE
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["config"] if path.is_file() else {}
-
-
-def _progress_of(source: ModelSource) -> tuple[int, int] | None:
-    """Return step and tokens of an exported folder, or None for another model. Raises ConfigError."""
+def _provenance(source: ModelSource) -> dict[str, Any] | None:
+    """Return what an exported folder says of its run (step, tokens, config), or None. Raises ConfigError."""
     path = Path(str(source.name)) / PROVENANCE
     if source.checkpoint is not None or not path.is_file():
         return None
     try:
-        provenance = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return int(provenance["step"]), int(provenance["tokens"])
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {**found, "step": int(found["step"]), "tokens": int(found["tokens"])}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         raise ConfigError(f"{path}: does not say step and tokens of the model; fix or remove it") from None
 

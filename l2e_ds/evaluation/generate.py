@@ -27,41 +27,31 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument(
-        "--prompt", nargs="+", required=True, metavar="TEXT", help='texts to continue; "" begins after an end of text'
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=64, metavar="N", help="largest number of new tokens (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest token (default: 1)"
-    )
-    parser.add_argument(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample among the likeliest tokens that have this probability together (default: 1, all)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1234, metavar="S", help="seed of each continuation (default: %(default)s)"
-    )
-    parser.add_argument("--step", type=int, metavar="K", help="step of a run's checkpoint (default: the newest)")
-    parser.add_argument(
-        "--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)"
-    )
-    parser.add_argument("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=MODEL)
+    prompts = 'texts to continue; "" begins after an end of text'
+    add("--prompt", nargs="+", required=True, metavar="TEXT", help=prompts)
+    add("--tokens", type=int, default=64, metavar="N", help="largest number of new tokens (default: %(default)s)")
+    likeliest = "0: always the likeliest token (default: 1)"
+    add("--temperature", type=float, default=1.0, metavar="X", help=likeliest)
+    top = "sample among the likeliest tokens that have this probability together (default: 1, all)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=top)
+    add("--seed", type=int, default=1234, metavar="S", help="seed of each continuation (default: %(default)s)")
+    add("--step", type=int, metavar="K", help="step of a run's checkpoint (default: the newest)")
+    add("--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)")
+    add("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Return the exit code. Under a launcher only rank 0 works.
-
-    Raises ConfigError, CheckpointError, DataError, AnalysisError.
-    """
+    """Return the exit code. Under a launcher only rank 0 works. Raises any error of this project."""
     if find_launch().rank != 0:
         return 0
-    _check_options(arguments)
+    at_least("--tokens", arguments.tokens, 1)
+    at_least("--seed", arguments.seed, 0, at_most=2**63 - 1)
+    if arguments.temperature != 0 and not 1e-6 <= arguments.temperature < float("inf"):  # logits are divided by it
+        raise ConfigError(f"--temperature: got {arguments.temperature:g}, allowed: 0, or a number >= 1e-6")
+    if not 0 < arguments.top_p <= 1:
+        raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
     source = find_model(arguments.model, arguments.step)
     quiet_libraries()
     network = network_config(source)
@@ -79,24 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check_options(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError for an option that is out of range."""
-    at_least("--tokens", arguments.tokens, 1)
-    at_least("--seed", arguments.seed, 0, at_most=2**63 - 1)
-    if arguments.temperature != 0 and not 1e-6 <= arguments.temperature < float("inf"):  # logits are divided by it
-        raise ConfigError(f"--temperature: got {arguments.temperature:g}, allowed: 0, or a number >= 1e-6")
-    if not 0 < arguments.top_p <= 1:
-        raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
-
-
 def encode_prompt(
     prompt: str, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig, tokens: int, model: str
 ) -> list[int]:
-    """Return a prompt's tokens, at least one.
-
-    tokens: how many will follow; model: what errors call it. Raises ConfigError, about `--prompt` or `--tokens`, if the
-    model cannot continue them.
-    """
+    """Return a prompt's tokens, at least one. tokens: how many will follow; model: what errors call it. Raises
+    ConfigError, about `--prompt` or `--tokens`, if the model cannot continue them."""
     try:
         ids = list(tokenizer(prompt)["input_ids"])
     except TypeError:  # what the shell passes on without being text

@@ -1,8 +1,7 @@
-"""Run EleutherAI's lm-evaluation-harness on the ranks of a launch.
+"""Run EleutherAI's lm-evaluation-harness (the extra `eval`) on the ranks of a launch.
 
 Rank 0 loads the tasks, writes the prompts and computes the metrics. The forward passes are shared: in each round every
-rank takes one batch. The requests of a batch do not depend on the number of ranks, so neither do the metrics. Every
-rank runs the same number of forward passes, as ZeRO-3 requires. Needs the extra `eval`.
+rank takes one batch, as ZeRO-3 requires. A batch does not depend on the number of ranks, so neither do the metrics.
 """
 
 from __future__ import annotations
@@ -63,8 +62,7 @@ def load_tasks(names: Sequence[str], include_path: Sequence[str | Path], shots: 
     """Return the tasks of these names.
 
     include_path: folders of task files (YAML), which replace known tasks of the same name. shots: the numbers of
-    examples that will be asked for. Raises ConfigError for an unknown name, a file that cannot be read or more examples
-    than there are, and DataError for a data set that cannot be loaded.
+    examples that will be asked for. Raises ConfigError and, for a data set that cannot be loaded, DataError.
     """
     for folder in include_path:
         _check_files(Path(folder))
@@ -132,9 +130,8 @@ def _split_of_examples(task: Any) -> str | None:
 def _leave_out_own_question(task: Any) -> None:
     """Make sure that no prompt of a task has its own question, answered, among its examples.
 
-    The harness leaves a document out only if `fewshot_split` is the test split, but not if the examples come from the
-    evaluated split because there is no other. It also compares all fields, so that it misses a question that occurs
-    twice. A task in which this never happens keeps the prompts that the harness writes.
+    The harness does so only if `fewshot_split` is the test split, and compares all fields, so that it misses a question
+    that occurs twice. A task in which this never happens keeps the prompts that the harness writes.
     """
     sampler, write = task.sampler, task.fewshot_context
     draw, pool = sampler.sample, sampler.fewshot_docs()
@@ -177,10 +174,8 @@ def _leave_out_own_question(task: Any) -> None:
 
 
 def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
-    """Return what identifies a question: its text with its choices, and its text with its answer.
-
-    form: the task's configuration, or that of its examples.
-    """
+    """Return what identifies a question: its text with its choices, and its text with its answer. form: the
+    configuration of the task, or of its examples."""
     text = task.doc_to_text(document, form.doc_to_text)
     choices = task.doc_to_choice(document, form.doc_to_choice) if form.doc_to_choice else None
     answer = task.doc_to_target(document, form.doc_to_target)
@@ -214,37 +209,36 @@ def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerFast,
     tasks: Tasks | None,
     num_fewshot: int | None,
     batch_size: int,
     limit: int | None = None,
-    call: Callable[..., Any] | None = None,
     tick: Callable[[], None] = heartbeat.beat,
     report: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Return the metrics of tasks in the form of evaluations.jsonl (results.py), the same on every rank. Collective.
 
-    tasks: from `load_tasks`, on rank 0. num_fewshot: examples in a prompt; None is each task's own number. limit:
-    documents of each task. call: runs the network in place of `model`, as a DeepSpeed engine around it does. tick:
-    called before each round on every rank; if it raises, it must do so on all ranks. report: called on rank 0 with the
-    numbers of finished and of all requests of a kind. Random states and the model's mode are left unchanged. Raises
-    L2EError for a task that fails.
+    model: a transformers model, or the DeepSpeed engine around it. tasks: from `load_tasks`, on rank 0. num_fewshot:
+    examples in a prompt; None is each task's own number. tick: called before each round on every rank; it may raise, on
+    all alike. report: called on rank 0 with the numbers of finished and of all requests of a kind. Random states and
+    the model's mode are left unchanged. Raises L2EError for a task that fails.
     """
-    begin = time.perf_counter()
-    was_training, states = model.training, rng_state(model.device)
+    begin, network = time.perf_counter(), getattr(model, "module", model)
+    was_training, states = network.training, rng_state(network.device)
+    model.eval()
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             seed_everything(SEED, 0)
-            lm = SharedModel(model, tokenizer, batch_size, call, tick, report)
+            lm = SharedModel(network, tokenizer, batch_size, model, tick, report)
             if collectives.is_main():
                 assert tasks is not None
                 values = lm.lead(functools.partial(_run_tasks, lm, tasks, num_fewshot, limit))
             else:
                 values = lm.follow()
     finally:
-        set_rng_state(states, model.device)
+        set_rng_state(states, network.device)
         model.train(was_training)
     return {"seconds": time.perf_counter() - begin, "limit": limit, "ranks": collectives.size(), "tasks": values}
 
@@ -257,7 +251,7 @@ class SharedModel(HFLM):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerFast,
         batch_size: int,
-        call: Callable[..., Any] | None,
+        call: Callable[..., Any],
         tick: Callable[[], None],
         report: Callable[[int, int], None],
     ) -> None:
@@ -267,9 +261,7 @@ class SharedModel(HFLM):
         super().__init__(model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype=torch.float32)
         self.cut: dict[str, set[int]] = defaultdict(set)  # documents whose prompt is longer than the context, by task
         self._requests: Sequence[Any] = ()
-        self._size = batch_size
-        self._call = call or model
-        self._tick, self._report = tick, report
+        self._size, self._call, self._tick, self._report = batch_size, call, tick, report
         self._is_sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
     # --- sharing batches -----------------------------------------------------------------------------------------
@@ -309,26 +301,23 @@ class SharedModel(HFLM):
         return answers
 
     def _round(self, kind: str, first: int, dealt: Sequence[Sequence[Any]]) -> list[list[Any]]:
-        """Return the answers to each of the dealt batches. Collective.
-
-        first: number of the first batch. A rank without a batch of its own computes the first one, too, but its answers
-        are not used. Raises DataError on every rank if one of them fails.
-        """
+        """Return the answers to the dealt batches; `first` is the first one's number. A rank without one computes the
+        first one, too. Collective. Raises DataError on every rank if one of them fails."""
         self._tick()
         own = collectives.rank() if collectives.rank() < len(dealt) else 0
         torch.manual_seed(SEED + first + own)  # tasks that sample give the same on any number of ranks
-        answer, problem = None, None
+        answer: Any
         try:
             answer = getattr(HFLM, kind)(self, dealt[own], disable_tqdm=True)
         except Exception as error:
             problem = f"rank {collectives.rank()}: {type(error).__name__}: {one_line(error)}"
-        gathered = collectives.all_gather_objects((answer, problem))
-        failed = next((problem for _, problem in gathered if problem is not None), None)
+            answer = DataError(problem, where="tasks")
+        answers = collectives.all_gather_objects(answer)
+        failed = next((answer for answer in answers if isinstance(answer, DataError)), None)
         if failed is not None:
-            agreed = DataError(failed, where="tasks")
-            agreed.on_every_rank = True
-            raise agreed
-        return [answer for answer, _ in gathered[: len(dealt)]]
+            failed.on_every_rank = True
+            raise failed
+        return answers[: len(dealt)]
 
     # --- what the harness calls ----------------------------------------------------------------------------------
 
@@ -342,10 +331,8 @@ class SharedModel(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Return (log-probability in nats, whether greedy decoding gives it) of the continuation of each request.
-
-        A request is ((text, text), context tokens, continuation tokens).
-        """
+        """Return (log-probability in nats, whether greedy decoding gives it) for each of the requests, which are
+        ((text, text), context tokens, continuation tokens)."""
 
         def length_and_tokens(index: int) -> tuple[int, list[int]]:
             # Requests that differ only in their last token become neighbours, which share one row of a batch.

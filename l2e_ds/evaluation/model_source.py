@@ -23,11 +23,8 @@ MODEL = "a run directory, one of its checkpoints, a folder that transformers loa
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, but is not loaded.
-
-    given: the word on the command line; label: a short name for tables and folders; checkpoint: that of a run,
-    verified; name, revision: what transformers loads if there is no checkpoint.
-    """
+    """A model that was found, but is not loaded: a run's verified checkpoint, or what transformers loads. given: the
+    word on the command line; label: a short name for tables and folders."""
 
     given: str
     label: str
@@ -41,10 +38,7 @@ class ModelSource:
 
 
 def find_model(given: str, step: int | None = None) -> ModelSource:
-    """Return the model that `given` names. step: that of a run's checkpoint, by default the newest.
-
-    Raises CheckpointError for a damaged checkpoint or a run without one, and ConfigError for what is not a model.
-    """
+    """Return the model that `given` names; step: default the newest. Raises CheckpointError, ConfigError."""
     path = Path(given)
     if (path / "checkpoints").is_dir() or (is_checkpoint(path) and path.parent.name == "checkpoints"):
         checkpoint = find_checkpoint(path, step)
@@ -99,10 +93,8 @@ def load_tokenizer_of(source: ModelSource, instead: str | None) -> PreTrainedTok
 def load_causal_model(
     source: ModelSource, precision: str, zero3: dict | None = None
 ) -> tuple[PreTrainedModel, int | None]:
-    """Return the network with its output matrix, on the CPU, and the tokens it has seen in training, or None.
-
-    zero3: a DeepSpeed configuration by which transformers shards what it loads. Raises ConfigError or CheckpointError.
-    """
+    """Return the network with its output matrix, on the CPU, and the tokens it has seen in training, or None. zero3: a
+    DeepSpeed configuration by which it is sharded. Raises ConfigError or CheckpointError."""
     from transformers import AutoModelForCausalLM
 
     if source.checkpoint is not None:

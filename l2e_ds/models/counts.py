@@ -34,10 +34,7 @@ def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
 
 
 def matrix_parameters(model: Any) -> int:
-    """Return the number of parameters with which every token is multiplied.
-
-    Embeddings are looked up and do not count, unless they are also the output matrix.
-    """
+    """Return the number of parameters that every token is multiplied with: of embeddings only an output matrix."""
     output = model.get_output_embeddings().weight
     looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in looked_up)
@@ -46,7 +43,7 @@ def matrix_parameters(model: Any) -> int:
 def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
     """Return the operations of forward and backward pass without recomputation: 6 P + 6 L h T.
 
-    6 P is for the matrices, where P are all parameters but the input embedding; 6 L h T is for causal attention. PaLM
-    (Chowdhery et al. 2022, appendix B) has 12 L h T for full attention, of which a causal mask needs half.
+    P are all parameters but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
+    attention, of which a causal mask needs half.
     """
     return 6 * parameters + 6 * layers * hidden * sequence_length

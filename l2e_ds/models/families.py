@@ -1,9 +1,8 @@
 """The registry of model families, which says where the neurons of a model are.
 
 A neuron is one coordinate of the input of the output projection of a block's MLP (docs/method.md, 2). If an activation
-module alone computes that input, the hook replaces the module: this works under torch.compile, and the hook can compute
-the exact GELU itself. In a gated MLP no module returns the neurons, which are act(gate) * up, so the hook is placed
-before the output projection. docs/families.md says how to add a family.
+module alone computes that input, the hook replaces the module, which works under torch.compile. In a gated MLP no
+module returns the neurons, act(gate) * up, so the hook is placed before the output projection.
 
 Shapes: N neurons of a layer.
 """
@@ -26,8 +25,7 @@ class Family:
     """One model family of transformers.
 
     blocks: path of the list of blocks, from the model without its head; site: path, from a block, of the module that
-    returns the neurons (kind "activation") or reads them ("projection"); neurons: N, by the model's configuration;
-    attention: the values of `model.attention` that the family supports.
+    returns the neurons (kind "activation") or reads them ("projection"); attention: the values of `model.attention`.
     """
 
     blocks: str
@@ -75,19 +73,15 @@ def blocks_of(model: Any) -> nn.ModuleList:
 
 def site_of(model: Any, layer: int) -> NeuronSite:
     """Return where the neurons of a layer are. Raises ConfigError."""
+    from transformers.activations import GELUActivation
+
     family = family_of(model.config)
     parent, _, attribute = family.site.rpartition(".")
     module = blocks_of(model)[layer].get_submodule(parent)
-    is_gelu = family.kind == "activation" and _is_exact_gelu(getattr(module, attribute))
+    site = getattr(module, attribute)  # is it the exact GELU, not one of its approximations?
+    is_gelu = family.kind == "activation" and isinstance(site, GELUActivation) and site.act is functional.gelu
     neurons = family.neurons(model.config)
     return NeuronSite(layer, module, attribute, family.kind, neurons, "gelu" if is_gelu else None)
-
-
-def _is_exact_gelu(activation: nn.Module) -> bool:
-    """Return whether the activation is the exact GELU, not one of its approximations."""
-    from transformers.activations import GELUActivation
-
-    return isinstance(activation, GELUActivation) and activation.act is functional.gelu
 
 
 def check_trainable(network: Any, attention: str, where: str) -> None:

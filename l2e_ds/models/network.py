@@ -27,10 +27,10 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
     """Return the network in float32 with its initial weights, in training mode, on the CPU.
 
     zero3: the DeepSpeed configuration under ZeRO-3, else None. Parameters are then sharded while the network is built,
-    so that no rank ever holds more than the whole tensors of one module and its parts. The initial weights depend on
-    the seed only, not on the number of ranks, the ZeRO stage or the order of construction.
+    module by module. The initial weights depend on the seed only, not on ranks, ZeRO stage or order of construction.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     if config.pretrained is not None:
         with loading_sharded(zero3):
@@ -38,7 +38,7 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
                 config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
             )
     else:
-        with _sharded(zero3, network), without_default_init():
+        with _sharded(zero3, network), no_init_weights():  # every weight is written afterwards
             model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
         if config.name is not None:
             initialise(model, seed)
@@ -99,26 +99,18 @@ def loading_sharded(zero3: dict | None) -> Iterator[None]:
         integration.unset_hf_deepspeed_config()
 
 
-@contextlib.contextmanager
-def without_default_init() -> Iterator[None]:
-    """Skip transformers' own initialisation, as every weight is written afterwards."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        yield
-
-
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Initialise as Pythia: small_init, wang_init on residual outputs, zero biases, norms of one.
+    """Initialise as Pythia: small_init, wang_init on residual outputs, zero biases, norms of one (docs/method.md, 10).
 
-    small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers
-    (docs/method.md, 10).
+    small_init is N(0, 2 / (5 h)) and wang_init is N(0, (2 / (L sqrt(h)))^2) with hidden size h and L layers.
     """
+    from deepspeed.runtime.zero import GatheredParameters  # a parameter that is not sharded stays as it is
+
     hidden, layers = model.config.hidden_size, model.config.num_hidden_layers  # type: ignore[union-attr]
     small, wang = math.sqrt(2 / (5 * hidden)), 2 / (layers * math.sqrt(hidden))  # type: ignore[operator,arg-type]
     for name, parameter in model.named_parameters():
-        with _gathered(parameter):
+        with GatheredParameters([parameter], modifier_rank=0):  # what rank 0 writes counts
             if name.endswith("bias"):
                 parameter.zero_()
             elif parameter.dim() == 1:
@@ -133,14 +125,13 @@ def initialise(model: nn.Module, seed: int) -> None:
 
 @torch.no_grad()
 def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
-    """Initialise as transformers does in the model's family, each module with a generator of its own.
+    """Initialise as transformers does in the model's family, each module with a generator of its own, parts before what
+    contains them, which in some families writes their weights once more (GPT-2)."""
+    from deepspeed.runtime.zero import GatheredParameters
 
-    Parts come before what they are parts of, which in some families writes their weights once more (GPT-2's residual
-    projections).
-    """
     for name, module in reversed(list(model.named_modules())):
         own = [parameter for part in (module, *module.children()) for parameter in part.parameters(recurse=False)]
-        with torch.random.fork_rng(devices=[]), _gathered(*own):
+        with torch.random.fork_rng(devices=[]), GatheredParameters(own, modifier_rank=0):
             # not torch.manual_seed, which would give the GPUs of all ranks one state: dropout draws from it
             torch.default_generator.manual_seed(_own_seed(seed, name))
             model._init_weights(module)
@@ -149,15 +140,3 @@ def initialise_as_transformers(model: PreTrainedModel, seed: int) -> None:
 def _own_seed(seed: int, name: str) -> int:
     """Return the seed of one part of the network, which depends neither on the order of construction nor the rank."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-
-
-@contextlib.contextmanager
-def _gathered(*parameters: nn.Parameter) -> Iterator[None]:
-    """Hold these parameters whole on every rank; what rank 0 writes counts. Collective under ZeRO-3."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):  # not under ZeRO-3
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
-        yield

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PythiaSize:
-    """One size of the family, from Biderman et al. 2023 and the released configuration files (docs/method.md, 10).
-
-    learning_rate: the published peak; vocabulary: rows of the embedding.
-    """
+    """One size, from Biderman et al. 2023 and the released configuration files (docs/method.md, 10): learning_rate is
+    the published peak, vocabulary the rows of the embedding."""
 
     layers: int
     hidden: int

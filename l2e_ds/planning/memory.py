@@ -21,7 +21,7 @@ class States:
 
     gradients: as they are when backward ends; held: of these, what stays allocated after the step; buffers: DeepSpeed's
     own, held through forward and backward; gathered: ZeRO-3's full parameters; reducing, stepping: what comes on top
-    after backward, when no activation is left.
+    after backward.
     """
 
     weights: float
@@ -154,11 +154,10 @@ class Memory:
 
 
 def memory(work: Work, ranks: int, micro_batch: int, accumulation: int) -> Memory:
-    """Return the peak memory a GPU: the largest of (1) the beginning of the last micro-batch's backward, when all
-    activations and logits are there, and the gradients of the micro-batches before; (2) the reduction of gradients;
-    (3) the step.
+    """Return the peak memory a GPU: the largest of (1) the beginning of the last micro-batch's backward; (2) the
+    reduction of gradients; (3) the step.
 
-    Within backward what a layer needs for a while (recomputed activations, gradients of [M, N], float32 copies of a
+    What a layer needs for a while within backward (recomputed activations, gradients of [M, N], float32 copies of a
     hooked layer, 24 M N) counts where it is more than the logits, which are gone by then.
     """
     states = model_states(work, ranks)

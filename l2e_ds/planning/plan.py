@@ -1,8 +1,7 @@
-"""What `l2e-ds plan` prints: memory, time and traffic of a run, from formulae alone.
-
-Nothing is built or measured; docs/planning.md says how well each formula was checked.
+"""What `l2e-ds plan` prints, from formulae alone; docs/planning.md says how well each was checked.
 
 Sources, by the names that the docstrings of this package use:
+
     ZeRO        Rajbhandari et al. 2020, arXiv 1910.02054: model states under data parallelism, stages 1 to 3
     Korthikanti Korthikanti et al. 2022, arXiv 2205.05198: activations that a transformer layer keeps for backward
     PaLM        Chowdhery et al. 2022, arXiv 2204.02311, appendix B: FLOPs a token
@@ -10,8 +9,7 @@ Sources, by the names that the docstrings of this package use:
     DeepSpeed   its 0.19.8 source, for what it keeps beyond the papers; file names in the docstrings
 
 Shapes: B micro-batch sequences, T tokens a sequence, M = B * T, h hidden size, N neurons of a layer, L layers, V
-vocabulary rows, P parameters, R ranks (one a GPU). Sizes are bytes of one GPU unless said otherwise; GiB = 2**30, GB =
-10**9.
+vocabulary rows, P parameters, R ranks (one a GPU). Sizes are bytes of one GPU unless said otherwise.
 """
 
 from __future__ import annotations
@@ -19,15 +17,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from l2e_ds.checkpoint.schedule import disk_space
 from l2e_ds.console import at_least
 from l2e_ds.engine.configuration import less_memory
 from l2e_ds.errors import ConfigError
 from l2e_ds.planning.memory import GIB, accumulation_of, largest_micro_batch, memory, model_states
-from l2e_ds.planning.speed import inhibition_payload, mfu_range, step_flops, traffic
-from l2e_ds.planning.work import Work, work_of
+from l2e_ds.planning.work import Work, inhibition_payload, mfu_range, step_flops, traffic
 from l2e_ds.system.gpus import GPUS, Gpu
-from l2e_ds.training.preflight import Plan, resolve_run
+from l2e_ds.training.preflight import Plan, checkpoints_of, resolve_run
 
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory that a run can use, not measured by this project; the rest goes to the CUDA context, NCCL and
@@ -35,10 +31,7 @@ fragmentation."""
 
 
 def find_gpu(name: str) -> tuple[str, Gpu]:
-    """Return the name and the data of a GPU, found by any name that people or nvidia-smi write for it.
-
-    Raises ConfigError, naming those known.
-    """
+    """Return the name and the data of a GPU, by any name that people or nvidia-smi write for it. Raises ConfigError."""
     plain = re.sub("[^a-z0-9]", "", name.lower())
     plain = re.sub("^(nvidia)?(tesla|geforce)?", "", plain)
     for known, gpu in GPUS.items():
@@ -48,10 +41,7 @@ def find_gpu(name: str) -> tuple[str, Gpu]:
 
 
 def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, mfu: float | None) -> str:
-    """Return what `l2e-ds plan` prints.
-
-    mfu: the share of the peak that a step reaches; None: `mfu_range`. Raises ConfigError.
-    """
+    """Return what `l2e-ds plan` prints. mfu: the share of the peak, or None: `mfu_range`. Raises ConfigError."""
     name, gpu = find_gpu(gpu_name)
     at_least("--gpus", gpus, 1)
     if mfu is not None and not 0 < mfu <= 1:
@@ -59,7 +49,7 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     plan = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)
     if plan.config.training.precision == "bf16" and not gpu.bf16:
         raise ConfigError(f"training.precision: got bf16, which a {name} does not have; allowed: fp16, fp32")
-    work = work_of(plan)
+    work = Work(plan)
     model = plan.config.model.origin
     checkpointing = ", activation checkpointing" if work.checkpointing else ""
     largest = largest_micro_batch(work, gpus, plan.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
@@ -122,7 +112,6 @@ def _run_lines(plan: Plan, work: Work, micro_batch: int, speeds: Sequence[float]
     hours = [steps * step / 3600 for step in (fast, slow)]
     gradients = work.parameters * work.communication
     sent, payload = traffic(work, gpus, accumulation), inhibition_payload(work, accumulation)
-    checkpoints, warning = disk_space(config, work.checkpoint_bytes)
     return [
         f"with micro-batch {micro_batch} and {accumulation} accumulation steps:",
         f"step          {_span(_seconds(fast), _seconds(slow))},"
@@ -131,6 +120,5 @@ def _run_lines(plan: Plan, work: Work, micro_batch: int, speeds: Sequence[float]
         f" {_span(*(f'{h * gpus:,.0f}' for h in hours))} GPU-hours",
         f"traffic       a GPU sends in a step: gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B,"
         f" inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)",
-        f"checkpoints   {checkpoints}",
-        *([f"warning       {warning}"] if warning else []),
+        *(f"{label:<14}{text}" for label, text in checkpoints_of(plan)),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,58 +10,46 @@ from torch import Tensor
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.engine.engine import build_engine
-from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
+from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system.determinism import allow_deterministic_products
 from l2e_ds.training.loss import LossHead
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 
-@dataclass(frozen=True)
 class TrainingStack:
     """Holds a network and everything that trains it, on one rank.
 
-    sites: where the neurons of `inhibition.layers` are. inhibitor: attached to them; None with `inhibition.method:
-    none`. engine: the DeepSpeedEngine around `model`.
+    sites: of `inhibition.layers`. inhibitor: attached to them, or None with `inhibition.method: none`. engine: the
+    DeepSpeedEngine around `model`.
     """
 
-    model: PreTrainedModel
-    sites: list[NeuronSite]
-    inhibitor: Inhibitor | None
-    head: LossHead
-    engine: Any
+    def __init__(self, config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> None:
+        """Build everything, with the network's initial weights. Collective.
 
-
-def build_training_stack(config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> TrainingStack:
-    """Build the network with its initial weights, the hooks, the loss head and the engine. Collective.
-
-    The weights are float32, unless ds tells the engine otherwise. network: the Hugging Face configuration of the model;
-    ds: the resolved DeepSpeed configuration. Raises ConfigError for layers that the network does not have, or a
-    CUBLAS_WORKSPACE_CONFIG that `training.deterministic` does not allow, and ValueError for a schedule that does not
-    fit into the run.
-    """
-    if config.training.deterministic:
-        allow_deterministic_products()
-    model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
-    sites = neuron_sites(model, config.inhibition.layers)
-    inhibitor = None
-    if config.inhibition.method != "none":
-        inhibitor = Inhibitor(sites, inhibition_settings(config), device, run_steps=config.training.steps)
-        inhibitor.attach()  # before the engine is built, as ZeRO-3 requires
-    head = LossHead(model)
-    return TrainingStack(model, sites, inhibitor, head, build_engine(model, config, ds, device))
+        network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Raises
+        ConfigError for layers that the network does not have or a CUBLAS_WORKSPACE_CONFIG that `training.deterministic`
+        does not allow, and ValueError for a schedule that does not fit into the run.
+        """
+        if config.training.deterministic:
+            allow_deterministic_products()
+        self.model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
+        self.sites = neuron_sites(self.model, config.inhibition.layers)
+        self.inhibitor: Inhibitor | None = None
+        if config.inhibition.method != "none":
+            self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
+            self.inhibitor.attach()  # before the engine is built, as ZeRO-3 requires
+        self.head = LossHead(self.model)
+        self.engine = build_engine(self.model, config, ds, device)
 
 
 def forward_and_backward(
     engine: Any, head: LossHead, inhibitor: Inhibitor | None, micro_batch: Tensor, is_last: bool = False
 ) -> Tensor:
-    """Run forward and backward of a micro-batch, and return its LM loss, [] float32 in nats/token.
-
-    micro_batch: [B, T+1] int64; is_last: as for `Inhibitor.attach_loss`.
-    """
+    """Run a micro-batch, [B, T+1] int64, forward and backward; return its LM loss, [] float32 in nats/token."""
     lm_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
     engine.backward(lm_loss if inhibitor is None else inhibitor.attach_loss(lm_loss, is_last=is_last))
     return lm_loss
@@ -72,19 +59,8 @@ def inhibition_settings(config: RunConfig) -> Settings:
     """Return the method's settings from the section `inhibition` of the run file. Raises ValueError."""
     section = config.inhibition
     retrieval, mechanism = section.parts
-    return Settings(
-        retrieval=retrieval,
-        mechanism=mechanism,
-        loss=section.loss,
-        power=section.power,
-        target_share=section.target_share,
-        strength=section.strength,
-        coefficient=section.coefficient,
-        start=section.start,
-        warmup=section.warmup,
-        decay=section.decay,
-        end=section.end,
-        statistics_window=None if isinstance(section.statistics_window, str) else section.statistics_window,
-        reduce=section.reduce,
-        fused=None if section.fused == "auto" else section.fused,
-    )
+    alike = ("loss", "power", "target_share", "strength", "coefficient", "start", "warmup", "decay", "end", "reduce")
+    values: dict[str, Any] = {key: getattr(section, key) for key in alike}
+    values["statistics_window"] = None if section.statistics_window == "cumulative" else section.statistics_window
+    values["fused"] = None if section.fused == "auto" else section.fused
+    return Settings(retrieval=retrieval, mechanism=mechanism, **values)

@@ -1,5 +1,5 @@
-"""Evaluate on held-out text: the LM loss, and how monosemantic the neurons of the hooked layers are. On texts that are
-never trained on: the LM loss alone.
+"""Evaluate on held-out text: the LM loss, how monosemantic the neurons are, and how the model continues prompts. On
+texts that are never trained on: the LM loss.
 
 Which sequences are read depends neither on the number of ranks nor on the micro-batch, and every rank runs the same
 number of forward passes, which ZeRO-3 requires.
@@ -11,41 +11,51 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l2e_ds.checkpoint.state import TrainState
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
+from l2e_ds.data.tokenizer import find_end_of_text
 from l2e_ds.distributed import collectives
+from l2e_ds.errors import ConfigError
+from l2e_ds.evaluation.generate import decode_continuation, encode_prompt
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.run_directory.metrics import comparison_key, layer_key
+from l2e_ds.run_directory.names import SAMPLES
+from l2e_ds.run_directory.results import append_result
+from l2e_ds.training import preemption
 from l2e_ds.training.loss import LossHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @torch.no_grad()
 def evaluate(
     engine: Any,
     head: LossHead,
+    config: RunConfig,
+    micro_batch: int,
     sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
     comparison: Sequence[NeuronSite],
-    share: float,
-    sequences: int,
-    micro_batch: int,
-    tick: Callable[[], None],
 ) -> dict[str, float]:
-    """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective.
+    """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective. Raises
+    Interrupted.
 
-    sets: those with held-out text; up to `sequences` of each are read, and together they weigh what the set weighs in
-    training. sites, comparison: the layers to measure; metrics of the latter have the names of `comparison_key`. share:
-    of the (token, neuron) pairs, for `top_share_score`. micro_batch: B. tick: called before each round on every rank;
-    it may raise, on all ranks alike, which abandons the evaluation.
+    micro_batch: B. sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the
+    layers to measure; metrics of the latter have the names of `comparison_key`.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
-    counts = np.array([min(sequences, len(dataset)) for dataset in datasets])
+    counts = np.array([min(config.training.evaluation_sequences, len(dataset)) for dataset in datasets])
     count = int(counts.sum())
     shares = np.array([part.weight for part in sets]) / sum(part.weight for part in sets)
     emphasis = shares * count / counts  # weight of one sequence of each set, 1 on average
@@ -58,7 +68,7 @@ def evaluate(
 
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
-        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
+        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device):
             set_weight(of_tokens(real * emphasis[owners]))
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:])
             for owner in np.unique(owners):
@@ -66,7 +76,7 @@ def evaluate(
                 sums[owner] += torch.stack([(losses * weight[:, 0]).sum().double(), weight.double().sum()])
 
     with evaluating(engine):
-        scores = measure_scores([*sites, *comparison], one_pass, share, engine.device)
+        scores = measure_scores([*sites, *comparison], one_pass, config.inhibition.target_share, engine.device)
     collectives.all_reduce_sum(sums)
     losses = (sums[:, 0] / sums[:, 1]).tolist()
     values = {"held_out_loss": sum(share * loss for share, loss in zip(shares.tolist(), losses, strict=True))}
@@ -81,19 +91,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_texts(
-    engine: Any, head: LossHead, texts: Sequence[PreparedText], micro_batch: int, tick: Callable[[], None]
-) -> dict[str, float]:
-    """Return the loss and the bits a byte of each text, all of whose sequences are read. Collective.
-
-    The same on every rank. tick: as for `evaluate`.
-    """
+def evaluate_texts(engine: Any, head: LossHead, micro_batch: int, texts: Sequence[PreparedText]) -> dict[str, float]:
+    """Return loss and bits a byte of each text, the same on every rank. Collective. Raises Interrupted."""
     datasets = [text.dataset for text in texts]
     counts = np.array([len(dataset) for dataset in datasets])
     # of every sequence, so that the order in which they are added does not depend on the number of ranks
     sums = torch.zeros(int(counts.sum()), dtype=torch.float64, device=engine.device)
     with evaluating(engine):
-        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device, tick):
+        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device):
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(micro_batch, -1).double().sum(1)
             sums[rows[real]] = losses[: real.sum()]
     collectives.all_reduce_sum(sums)
@@ -117,24 +122,77 @@ def evaluating(engine: Any) -> Iterator[None]:
 
 
 def _micro_batches(
-    datasets: Sequence[TokenDataset],
-    counts: np.ndarray,
-    micro_batch: int,
-    device: torch.device,
-    tick: Callable[[], None],
+    datasets: Sequence[TokenDataset], counts: np.ndarray, micro_batch: int, device: torch.device
 ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield this rank's share of the first `counts[i]` sequences of each dataset, as many times on every rank.
 
-    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and the number
-    of its dataset, int64 [B]; and whether it counts, bool [B]: the last round is filled up with some that do not.
+    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and its
+    dataset's, int64 [B]; and whether it counts, bool [B]: the last round is filled up.
     """
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
     rank, ranks = collectives.rank(), collectives.size()
     for index in range(-(-count // (micro_batch * ranks))):
-        tick()
+        preemption.stop_if_asked()
         rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
         real = rows < count
         rows = np.minimum(rows, count - 1)
         owners = np.searchsorted(begins, rows, side="right") - 1
         tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
         yield torch.from_numpy(np.concatenate(tokens)).to(device), rows, owners, real
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Continues the prompts of `evaluation.samples`, with their tokens, into samples.jsonl in the run directory.
+
+        {"step": 1000, "tokens": 2097152000, "prompt": "The old pilot", "text": " had not been on the"}
+
+    `text` is null where the logits are not finite. Tokens are drawn at temperature 1, each prompt's by the run's seed.
+    """
+
+    config: RunConfig
+    prompts: list[list[int]]
+    tokenizer: PreTrainedTokenizerFast
+
+    @torch.no_grad()
+    def write(self, engine: Any, state: TrainState, say: Callable[[str], None]) -> None:
+        """Append a line for each prompt. Every rank computes every token, as ZeRO-3 needs that, with a generator of its
+        own. Collective. Raises Interrupted."""
+        end = find_end_of_text(self.tokenizer)
+        lines = []
+        with evaluating(engine):
+            for prompt, ids in zip(self.config.evaluation.samples, self.prompts, strict=True):
+                generator, is_finite = torch.Generator().manual_seed(self.config.training.seed), True
+                new: list[int] = []
+                for _ in range(self.config.evaluation.sample_tokens):
+                    preemption.stop_if_asked()
+                    batch = torch.tensor([ids + new], device=engine.device)
+                    logits = engine(input_ids=batch, use_cache=False).logits[0, -1].float().cpu()
+                    is_finite = is_finite and bool(logits.isfinite().all())
+                    chances = logits.softmax(-1) if is_finite else torch.ones_like(logits)
+                    new.append(int(torch.multinomial(chances, 1, generator=generator)))
+                if end in new:
+                    new = new[: new.index(end) + 1]
+                text = decode_continuation(ids, new, self.tokenizer) if is_finite else None
+                lines.append({"step": state.step, "tokens": state.tokens, "prompt": prompt, "text": text})
+        path = Path(self.config.training.run_directory) / SAMPLES
+        try:
+            for line in lines if collectives.is_main() else ():
+                append_result(path, line)
+        except OSError as error:  # a full disk costs lines, not the run, as with metrics.jsonl
+            say(f"l2e-ds: warning: {path}: {error.strerror}; the samples are lost")
+
+
+def load_samples(config: RunConfig, network: Any, data: Sequence[PreparedData]) -> Samples | None:
+    """Return the prompts of a run, or None if it has none. Raises ConfigError for one that `network` cannot
+    continue."""
+    if not config.evaluation.samples:
+        return None
+    tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
+    tokens = config.evaluation.sample_tokens
+    try:
+        prompts = [encode_prompt(one, tokenizer, network, tokens, "the model") for one in config.evaluation.samples]
+    except ConfigError as error:
+        error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
+        raise
+    return Samples(config, prompts, tokenizer)

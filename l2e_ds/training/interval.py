@@ -30,17 +30,14 @@ _LAYER_REDUCTIONS = {
 
 
 class Interval:
-    """Adds up steps from its creation to the next line of metrics.
+    """Adds up steps from its creation to the next line of metrics; `values` and `is_loss_finite` wait for the device.
 
-    steps, skipped, spikes: the number of optimizer steps so far, of those among them that changed no weight, and of
-    these that were spikes. gradient_norm: that of the newest step; None if it is DeepSpeed that knows it. Only `values`
-    and `is_loss_finite` wait for the device.
+    steps, skipped, spikes: the number of steps, of those that changed no weight, and of these that were spikes.
     """
 
     def __init__(self, batch: BatchArithmetic, device: torch.device) -> None:
         self._batch, self._device = batch, device
         self.steps = self.skipped = self.spikes = 0
-        self.gradient_norm: float | None = None
         self._learning_rate = 0.0
         self._begin = time.perf_counter()
         self._paused = self._data_wait = 0.0  # seconds
@@ -67,23 +64,13 @@ class Interval:
         self._newest_loss = loss.detach()
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
 
-    def add_step(
-        self,
-        applied: bool,
-        learning_rate: float,
-        gradient_norm: float | None,
-        statistics: Tensor | None,
-        is_spike: bool = False,
-    ) -> None:
-        """Add one optimizer step.
-
-        applied: whether it changed the weights. statistics: `Inhibitor.last`, [L, len(Inhibitor.STATISTICS)] float64,
-        or None without inhibition or if the step was not applied.
-        """
+    def add_step(self, applied: bool, learning_rate: float, statistics: Tensor | None, is_spike: bool = False) -> None:
+        """Add one optimizer step. applied: whether it changed the weights. statistics: `Inhibitor.last`, [L,
+        len(Inhibitor.STATISTICS)] float64, or None without inhibition or if the step was not applied."""
         self.steps += 1
         self.skipped += not applied
         self.spikes += is_spike
-        self._learning_rate, self.gradient_norm = learning_rate, gradient_norm
+        self._learning_rate = learning_rate
         if statistics is not None:
             self._statistics.append(statistics)
 
@@ -92,10 +79,8 @@ class Interval:
         return math.isfinite(float(self._newest_loss))
 
     def values(self, layers: Sequence[int]) -> dict[str, Any]:
-        """Return the interval's part of the line `kind: train`, with the keys of docs/metrics.md. Collective.
-
-        layers: the numbers of the hooked layers, in the inhibitor's order. There must be at least one step.
-        """
+        """Return the interval's part of the line `kind: train` (docs/metrics.md); there must be a step. layers: the
+        numbers of the hooked layers, in the inhibitor's order. Collective."""
         lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self.steps * collectives.size())
         seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
         costs = collectives.all_gather_objects((self._data_wait, memory.peak_memory_bytes(self._device)))

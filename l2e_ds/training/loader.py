@@ -26,10 +26,7 @@ class Loader:
     """
 
     def __init__(self, read: Callable[[int], np.ndarray], first: int, last: int, device: torch.device) -> None:
-        """Start the thread.
-
-        read(step): returns int64 [accumulation, B, T+1]; called for the steps from `first` to `last` - 1, in order.
-        """
+        """Start the thread. read(step): returns int64 [accumulation, B, T+1], for `first` to `last` - 1, in order."""
         self._read, self._device = read, device
         self._next, self._last = first, last
         self._allowed = min(first + AHEAD, last)  # the first step that may not be read yet
@@ -40,10 +37,8 @@ class Loader:
         self._thread.start()
 
     def take(self) -> Tensor:
-        """Wait for the next step, and return it, int64 [accumulation, B, T+1] on the device.
-
-        Raises what `read` raised, and ValueError after the last step.
-        """
+        """Wait for the next step, and return it, int64 [accumulation, B, T+1] on the device. Raises what `read` raised,
+        and ValueError after the last step."""
         if self._next >= self._last:
             raise ValueError(f"Loader.take: step {self._next} comes after the last one, {self._last - 1}")
         found = self._ready.get()
@@ -62,10 +57,8 @@ class Loader:
         return batch
 
     def close(self) -> bool:
-        """End the thread after the step that it is reading, and return whether it has ended.
-
-        A thread that hangs, in a file system or with a lost rank, is left behind after some seconds.
-        """
+        """End the thread after the step that it is reading, and return whether it has ended: one that hangs, in a file
+        system or with a lost rank, is left behind after some seconds."""
         with self._changed:
             self._closing = True
             self._changed.notify()

@@ -1,10 +1,9 @@
 """Compute the language-model loss without ever holding the logits of a whole micro-batch (docs/speed.md).
 
-With V = 50,304, the float32 logits, their log-probabilities and two gradients are the largest part of a small model's
-memory and traffic. As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989), the output projection,
-the loss and its gradient are computed together for some tokens at a time, in forward, and backward only scales. Unlike
-in Liger, the gradient of the logits is divided by the number of tokens only in backward, after the matrix products: in
-fp16, most of (softmax - one-hot) / M would be rounded to zero.
+As in Liger's fused linear cross-entropy (Hsu et al. 2024, arXiv 2410.10989), the output projection, the loss and its
+gradient are computed together for some tokens at a time, in forward, and backward only scales. Unlike in Liger, the
+gradient of the logits is divided by the number of tokens only in backward: in fp16, most of (softmax - one-hot) / M
+would be rounded to zero.
 
 Shapes: B sequences, T tokens per sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
 """
@@ -30,17 +29,11 @@ CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class LossHead:
-    """Makes a network's output projection return losses instead of logits.
-
-    It does so within the projection's own forward, so that ZeRO-3 still gathers the weight there. In a forward pass
-    that is not called through this class, the projection returns logits as before.
-    """
+    """Makes a network's output projection return losses instead of logits, where it is called through this class;
+    within the projection's own forward, so that ZeRO-3 still gathers the weight there."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take over the projection's forward.
-
-        model: a Hugging Face causal language model whose logits are the output of its `get_output_embeddings()`.
-        """
+        """Take over the forward of the model's `get_output_embeddings()`, which must return its logits."""
         self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._logits = self.projection.forward
         self._targets: Tensor | None = None
@@ -58,25 +51,23 @@ class LossHead:
         return self._call(model, inputs, targets, "mean")
 
     def token_losses(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of each token, [M] float32 in nats; the arguments and errors are those of `loss`.
-
-        There is no gradient if the logits are not computed in one piece.
-        """
+        """Return the cross-entropy of each token, [M] float32 in nats, with the arguments and errors of `loss`. There
+        is no gradient if the logits are not computed in one piece."""
         return self._call(model, inputs, targets, "none")
 
     def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
-        with self._returning(targets, reduction):
+        self._targets, self._reduction = targets.flatten(), reduction
+        try:
             with _one_text_a_sequence():
                 loss = model(input_ids=inputs, use_cache=False).logits
             if not self._is_checked:
                 self._check(loss)
             return loss
+        finally:
+            self._targets = self._returned = None
 
     def _check(self, found: Tensor) -> None:
-        """Check once that the network returns what its projection returned, as some scale or cap their logits.
-
-        Raises SelfTestError.
-        """
+        """Check once that the network returns what its projection did: some scale logits. Raises SelfTestError."""
         given = self._returned
         if given is None or found.shape != given.shape or not torch.equal(found.nan_to_num(), given.nan_to_num()):
             raise SelfTestError(
@@ -85,36 +76,24 @@ class LossHead:
             )
         self._is_checked = True
 
-    @contextmanager
-    def _returning(self, targets: Tensor, reduction: Literal["mean", "none"]) -> Iterator[None]:
-        self._targets, self._reduction = targets.flatten(), reduction
-        try:
-            yield
-        finally:
-            self._targets = self._returned = None
-
     def _forward(self, hidden: Tensor) -> Tensor:
         """Return the loss, [] or [M], or without targets the logits, [B, T, V]. hidden: [B, T, h]."""
         if self._targets is None:
             return self._logits(hidden)
-        loss = self._losses(hidden, self._targets, self.projection.weight)
+        weight = self.projection.weight
+        if self._targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
+            logits = self._logits(hidden).float().flatten(0, 1)
+            loss = functional.cross_entropy(logits, self._targets, reduction=self._reduction)
+        else:
+            loss = chunked_cross_entropy(hidden.flatten(0, 1), weight, self._targets, self._reduction)
         self._returned = None if self._is_checked else loss.detach()
         return loss
-
-    def _losses(self, hidden: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        if targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
-            logits = self._logits(hidden)
-            return functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction=self._reduction)
-        return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets, self._reduction)
 
 
 @contextmanager
 def _one_text_a_sequence() -> Iterator[None]:
-    """Tell transformers that no sequence is packed from several texts that attend to themselves only.
-
-    Otherwise it would look for packed texts in the positions of every micro-batch, for which the host waits for the
-    device. No positions are passed here, so there are none to find.
-    """
+    """Tell transformers that no sequence is packed from several texts that attend to themselves only, for which it
+    would look in the positions of every micro-batch, and the host would wait for the device."""
     from transformers import masking_utils
 
     look = masking_utils.find_packed_sequence_indices
@@ -129,9 +108,7 @@ def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
     """Return the cross-entropy of the logits hidden @ weight.T: their mean, [], or that of each token, [M]; float32.
-
-    hidden: [M, h]; weight: [V, h]; targets: [M] int64. Only the mean has a gradient.
-    """
+    Only the mean has a gradient. hidden: [M, h]; weight: [V, h]; targets: [M] int64."""
     if reduction == "none":
         with torch.no_grad():
             return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
@@ -150,11 +127,8 @@ def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Te
 
 
 def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
-    """Return the sum of a chunk's losses, [] float64.
-
-    The gradient of this sum is written to of_hidden, [C, h], and added to of_weight, [V, h] float32. Raises
-    CompileError on a GPU.
-    """
+    """Return the sum of a chunk's losses, [] float64; its gradient is written to of_hidden, [C, h], and added to
+    of_weight, [V, h] float32. Raises CompileError on a GPU."""
     if hidden.is_cuda:
         from l2e_ds.inhibition.fused import compiling  # imports PyTorch's compiler, which CPUs do not need here
 
@@ -174,10 +148,8 @@ def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tenso
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's loss, [C] float32, and its gradient with respect to the logits, [C, V] in their dtype.
-
-    The gradient is softmax - one-hot. torch.compile makes one pass for the sums and one for the gradient of this.
-    """
+    """Return each token's loss, [C] float32, and its gradient with respect to the logits, softmax - one-hot, [C, V] in
+    their dtype. torch.compile makes one pass for the sums and one for the gradient of this."""
     log_p = functional.log_softmax(logits.float(), dim=1)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = -log_p.gather(1, targets[:, None])[:, 0]

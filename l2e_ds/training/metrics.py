@@ -24,20 +24,27 @@ from l2e_ds.run_directory.metrics import FILE, drop_lines_after
 from l2e_ds.run_directory.names import SAMPLES
 from l2e_ds.training.monitors import Monitors
 
+_SHOWN = {
+    "lm_loss": ("loss", ".3f"),
+    "observed_share": ("share", ".2%"),
+    "learning_rate": ("lr", ".2e"),
+    "gradient_norm": ("grad", ".3g"),
+    "tokens_per_second": ("tok/s", ",.0f"),
+    "mfu": ("mfu", ".0%"),
+}
+"""The metrics of `kind: train` that are shown, with their label and format."""
+
 
 class MetricsWriter:
     """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
     def __init__(self, config: RunConfig, first_step: int, main: bool, is_new: bool = False) -> None:
-        """Open the files, and remove the lines after first_step, from which a run resumes. Raises OSError.
-
-        main: whether this is rank 0; on other ranks every method does nothing.
-        """
+        """Open the files, and remove the lines after first_step, from which a run resumes. main: whether this is rank
+        0; on other ranks every method does nothing. Raises OSError."""
         self.main = main
         run_directory = Path(config.training.run_directory)
         self.path = run_directory / FILE
         self.bar: tqdm | None = None
-        self.plain = False
         self._clock: tuple[float, int] | None = None  # seconds and step from which the time left is reckoned
         if not main:
             return
@@ -48,17 +55,16 @@ class MetricsWriter:
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True
-        if config.logging.progress:
-            self.plain = not sys.stderr.isatty()
-            if not self.plain:
-                self.bar = tqdm(total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._is_shown = config.logging.progress
+        if self._is_shown and sys.stderr.isatty():
+            self.bar = tqdm(total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True)
         self._monitors = Monitors(config, first_step, self.say)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line, and its numbers to the monitors under `kind/key`, except for `kind: start`.
 
-        values: what can be written as JSON, by the keys that `metric_table.KINDS` has for this kind. A number that is
-        not finite becomes null, as JSON has no NaN.
+        values: what can be written as JSON, by the keys of `metric_table.KINDS`; a number that is not finite becomes
+        null.
         """
         if not self.main:
             return
@@ -85,23 +91,13 @@ class MetricsWriter:
             self._writable = True
 
     def show(self, step: int, values: dict[str, Any], steps: int) -> None:
-        """Show the metrics of `kind: train`: beside the progress bar on a terminal, otherwise as a line.
-
-        steps: those of the whole run. The time left is reckoned from all steps since the first call, with evaluations
-        and checkpoints.
-        """
-        norm = values["gradient_norm"]
-        shown = {
-            "loss": f"{values['lm_loss']:.3f}",
-            **({"share": f"{values['observed_share']:.2%}"} if "observed_share" in values else {}),
-            "lr": f"{values['learning_rate']:.2e}",
-            **({"grad": f"{norm:.3g}"} if norm is not None else {}),
-            "tok/s": f"{values['tokens_per_second']:,.0f}",
-            **({"mfu": f"{values['mfu']:.0%}"} if "mfu" in values else {}),
-        }
+        """Show the metrics of `kind: train`: beside the progress bar on a terminal, otherwise as a line. steps: those
+        of the whole run. The time left is reckoned from all that was done since the first call."""
+        found = [(label, values.get(key), form) for key, (label, form) in _SHOWN.items()]
+        shown = {label: format(value, form) for label, value, form in found if value is not None}
         if self.bar is not None:
             self.bar.set_postfix(shown)
-        elif self.plain and self.main:
+        elif self.main and self._is_shown:
             now, seconds = time.perf_counter(), values["step_seconds"]
             if self._clock is None:
                 self._clock = now, step  # the first interval has what is done once: compiling, reading ahead

@@ -1,8 +1,7 @@
 """Find the largest micro-batch that fits, once, and remember it: `training.micro_batch: auto` (docs/micro-batch.md).
 
-Every rank starts a child process that builds the run's network, inhibitor and engine and trains micro-batches of random
-tokens. The ranks decide together which size to try next. A child that runs out of memory, hangs in a collective or is
-killed does no harm to its parent, and the run itself begins as if nothing had been measured.
+Every rank starts a child process that trains micro-batches of random tokens, and the ranks decide together which size
+to try next. A child that runs out of memory, hangs or is killed does no harm to its parent.
 
 A size is a number of sequences per micro-batch; memory is in bytes per rank.
 """
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import less_memory
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.memory import cgroup_room
-from l2e_ds.training.micro_batch_trial import Measured, ask_child, end_child, start_child
+from l2e_ds.training.micro_batch_trial import Measured, child_process
 
 FILE = "micro_batch.json"
 USABLE = 0.9  # share of memory; the rest is for evaluations, checkpoints, fragmentation and other processes
@@ -35,45 +33,29 @@ GAIN = 1.05  # by which a larger micro-batch must be faster on CPUs, where measu
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Found:
-    """Holds a micro-batch that was found. record: the text to write to FILE; None if there is nothing to remember."""
-
-    micro_batch: int
-    record: str | None
-
-
 def find(
-    config: RunConfig,
-    ds: dict,
-    network: Any,
-    device: torch.device,
-    limit: float | None = None,
-    by_speed: bool | None = None,
-) -> Found:
-    """Return the micro-batch of a run that was resolved with `auto`, remembered or measured. Collective.
+    config: RunConfig, ds: dict, network: Any, device: torch.device, limit: float | None = None
+) -> tuple[int, str | None]:
+    """Return the micro-batch of a run that was resolved with `auto`, and the text to write to FILE if it was measured.
 
-    network: the Hugging Face configuration of the model. limit: bytes that a rank may use (default: USABLE of the
-    device's memory, on CPUs USABLE of what is free, divided by the ranks of this host). by_speed: whether a larger
-    micro-batch must also be faster (default: on CPUs). Raises ConfigError if not even 1 fits, WorkerError if measuring
-    fails, and Interrupted.
+    network: the Hugging Face configuration of the model. On CPUs a larger micro-batch must also be faster, unless
+    `limit`, in bytes, replaces what a rank may use (`_devices`). Collective. Raises ConfigError if not even 1 fits,
+    WorkerError if measuring fails, and Interrupted.
     """
     path = Path(config.training.run_directory) / FILE
     candidates = divisors(config.training.global_batch // collectives.size())
     if candidates == [1]:
-        return Found(1, None)  # a rank has one sequence
-    about = circumstances(config, ds, collectives.size()) | {"devices": _devices(device)}
-    number, problem = collectives.main_decides(
-        remembered(path, about, candidates) if collectives.is_main() else (None, None)
-    )
+        return 1, None  # a rank has one sequence
+    devices, usable = _devices(device)
+    about = circumstances(config, ds, collectives.size()) | {"devices": devices}
+    number, problem = collectives.main_decides(remembered(path, about, candidates))
     if number is not None:
         _say(f"micro-batch {number} (remembered in {path})")
-        return Found(number, None)
+        return number, None
     if problem is not None:
         _say(f"{path}: {problem}; measuring the micro-batch again")
-    if limit is None:
-        limit = min(collectives.all_gather_objects(_usable(device)))
-    by_speed = device.type == "cpu" if by_speed is None else by_speed
+    by_speed = device.type == "cpu" and limit is None
+    limit = usable if limit is None else limit
     known = _measure(config, ds, network, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
@@ -90,10 +72,7 @@ def find(
         },
         "circumstances": about,
     }
-    return Found(number, json.dumps(record, indent=2) + "\n")
-
-
-# --- remembering ---------------------------------------------------------------------------------------------------
+    return number, json.dumps(record, indent=2) + "\n"
 
 
 def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
@@ -118,8 +97,8 @@ def circumstances(config: RunConfig, ds: dict, ranks: int) -> dict[str, Any]:
 def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tuple[int | None, str | None]:
     """Return the micro-batch that a file holds for these circumstances and None, or None and why it holds none.
 
-    Without a file both are None. about: of `circumstances`; if it lacks `devices`, as in a dry run, those of the file
-    are not compared. candidates: the micro-batches that divide the rank's share of a global batch.
+    Without a file both are None. If `about` lacks `devices`, as in a dry run, those of the file are not compared.
+    candidates: the micro-batches that divide the rank's share of a global batch.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -138,19 +117,19 @@ def remembered(path: Path, about: dict[str, Any], candidates: list[int]) -> tupl
     return number, None
 
 
-def _devices(device: torch.device) -> list[str]:
-    """Return each kind of device of all ranks once: name, memory, and for CPUs how many ranks share it. Collective."""
-    host = socket.gethostname()
+def _devices(device: torch.device) -> tuple[list[str], float]:
+    """Return each kind of device of all ranks once (name, memory, of CPUs how many ranks share it), and the number of
+    bytes that every rank may use. Collective."""
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        own = f"{torch.cuda.get_device_name(device)}, {memory / GIB:.0f} GiB"
-    else:
-        own = f"cpu, {psutil.virtual_memory().total / GIB:.0f} GiB"
-    found = collectives.all_gather_objects((host, own))
-    if device.type == "cuda":
-        return sorted({name for _, name in found})
-    hosts = [name for name, _ in found]
-    return sorted({f"{name}, {hosts.count(where)} ranks" for where, name in found})
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+        found = collectives.all_gather_objects((f"{name}, {memory / GIB:.0f} GiB", memory))
+        return sorted({kind for kind, _ in found}), USABLE * min(memory for _, memory in found)
+    total, free = f"cpu, {psutil.virtual_memory().total / GIB:.0f} GiB", psutil.virtual_memory().available
+    own = (socket.gethostname(), total, min(free, cgroup_room()))
+    found = collectives.all_gather_objects(own)  # read by all before any begins to use it
+    hosts = [host for host, *_ in found]
+    kinds = {f"{total}, {hosts.count(host)} ranks" for host, total, _ in found}
+    return sorted(kinds), USABLE * min(free for *_, free in found) / max(map(hosts.count, hosts))
 
 
 def _say(line: str) -> None:
@@ -158,15 +137,11 @@ def _say(line: str) -> None:
         say(f"l2e-ds: {line}")
 
 
-# --- which sizes to try ---------------------------------------------------------------------------------------------
-
-
 def next_size(candidates: list[int], known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
     """Return the size to measure next, or None if what is known decides.
 
-    candidates: ascending. known: what was measured, by size. limit: in bytes. Only a size that should fit (`estimate`)
-    is tried, except that without `by_speed` the second one is tried in any case: on a GPU, running out of memory harms
-    nobody. With `by_speed` sizes at most double, as long as that makes them faster.
+    candidates: ascending; known: what was measured, by size; limit: in bytes. Only a size that should fit (`estimate`)
+    is tried, except that without `by_speed` the second one is tried in any case. With it sizes at most double.
     """
     if not known:
         return candidates[0] if candidates else None
@@ -187,11 +162,8 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, b
 
 
 def estimate(known: dict[int, Measured], size: int) -> float:
-    """Return the estimated peak of a size, in bytes.
-
-    Memory is taken to grow linearly, along the line through the two largest known sizes. With one known size, all that
-    forward and backward added to what was held before is taken to grow with the size, which is the most that it can.
-    """
+    """Return the estimated peak of a size, in bytes: on the line through the two largest known sizes, or with one as if
+    all that forward and backward added grew with the size."""
     last = max(known)
     one = known[last]
     slope = (one.working - one.base) / last
@@ -202,10 +174,7 @@ def estimate(known: dict[int, Measured], size: int) -> float:
 
 
 def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | None:
-    """Return the largest measured size that fits, or None if none does.
-
-    With `by_speed`, it is the last one before a size that is not faster, by GAIN, than the one before it.
-    """
+    """Return the largest measured size that fits, or None; with `by_speed`, as long as each is faster by GAIN."""
     fitting = sorted(size for size, one in known.items() if one.peak <= limit)
     if not fitting or not by_speed:
         return fitting[-1] if fitting else None
@@ -226,43 +195,19 @@ def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
     )
 
 
-# --- memory of a rank -----------------------------------------------------------------------------------------------
-
-
-def _usable(device: torch.device) -> float:
-    """Return the number of bytes that this rank may use. Collective."""
-    hosts = collectives.all_gather_objects(socket.gethostname())
-    if device.type == "cuda":
-        return USABLE * torch.cuda.get_device_properties(device).total_memory
-    free = min(psutil.virtual_memory().available, cgroup_room())
-    free = min(collectives.all_gather_objects(free))  # read by all before any begins to use it
-    return USABLE * free / hosts.count(socket.gethostname())
-
-
-# --- the ranks' side ------------------------------------------------------------------------------------------------
-
-
 def _measure(
     config: RunConfig, ds: dict, network: Any, candidates: list[int], limit: float, by_speed: bool
 ) -> dict[int, Measured]:
-    """Return what was measured of each size that was tried and did not run out of memory, the worst of all ranks.
-
-    Collective. Raises WorkerError and Interrupted.
-    """
+    """Return what was measured of each size that did not run out of memory. Collective. Raises WorkerError,
+    Interrupted."""
     known: dict[int, Measured] = {}
-    child = None
-    try:
-        while (size := next_size(candidates, known, limit, by_speed)) is not None:
-            heartbeat.progress(f"measuring micro-batch {size}")
-            child = child or start_child(config, ds, network)
-            found = ask_child(child, size, 60 * config.training.timeout)
-            if found is not None:
+    while next_size(candidates, known, limit, by_speed) is not None:
+        with child_process(config, ds, network) as ask:
+            while (size := next_size(candidates, known, limit, by_speed)) is not None:
+                heartbeat.progress(f"measuring micro-batch {size}")
+                found = ask(size)
+                if found is None:  # out of memory, which this child does not survive
+                    candidates = [smaller for smaller in candidates if smaller < size]
+                    break
                 known[size] = found
-                continue
-            candidates = [smaller for smaller in candidates if smaller < size]
-            end_child(child)
-            child = None
-    finally:
-        if child is not None:
-            end_child(child)
     return known

@@ -8,8 +8,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -37,8 +37,8 @@ _MEETING = 0.5  # seconds between two collectives of the ranks while their child
 class Measured:
     """Holds what was measured of two micro-batches of one size, in bytes and seconds.
 
-    base: the memory held before forward of the second one. working: the peak of its forward and backward. stepping: the
-    peak of the optimizer step. seconds: the time of forward and backward, of the faster of the two.
+    base: held before forward of the second one. working: the peak of its forward and backward. stepping: the peak of
+    the optimizer step. seconds: of forward and backward, of the faster of the two.
     """
 
     base: float
@@ -78,14 +78,10 @@ def _peak(device: torch.device) -> float:
     return process_memory("VmHWM")
 
 
-@dataclass(frozen=True)
-class _Child:
-    process: BaseProcess
-    connection: Connection
-
-
-def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
-    """Start a child that has this rank's place in a process group of the children. Collective."""
+@contextmanager
+def child_process(config: RunConfig, ds: dict, network: Any) -> Iterator[Callable[[int], Measured | None]]:
+    """Start a child in this rank's place in a process group of the children, and yield `_ask` for it; end it at once in
+    the end, which frees its memory on the device. Collective."""
     port = collectives.main_decides(free_port() if collectives.is_main() else None)
     variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
     context = multiprocessing.get_context("spawn")
@@ -94,31 +90,28 @@ def start_child(config: RunConfig, ds: dict, network: Any) -> _Child:
     with without_stop_signals():
         process.start()
     theirs.close()
-    return _Child(process, ours)
+    try:
+        yield lambda size: _ask(process, ours, size, 60 * config.training.timeout)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
 
 
-def end_child(child: _Child) -> None:
-    """End a child at once, whatever it does. Its memory on the device is free when this returns."""
-    child.process.kill()
-    child.process.join()
-    child.connection.close()
+def _ask(process: BaseProcess, connection: Connection, size: int, patience: float) -> Measured | None:
+    """Return what all children measure of a size, the worst of all ranks, or None if any ran out of memory. Collective.
 
-
-def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
-    """Let all children train micro-batches of a size, and return what was measured, the worst of all ranks.
-
-    None is returned if any rank ran out of memory. patience: the seconds to wait for this rank's child. The ranks meet
-    in a collective again and again meanwhile, as the child of one may have failed and the others wait for it for ever.
-    Collective. Raises WorkerError if a child failed or did not answer, and Interrupted.
+    patience: in seconds. The ranks meet again and again meanwhile, as one child may have failed and the others wait for
+    it for ever. Raises WorkerError if a child failed or did not answer, and Interrupted.
     """
     with suppress(OSError):  # the child has ended, which `_answer` finds
-        child.connection.send(size)
+        connection.send(size)
     answer: Measured | str | None = None
     waited, meetings_after_failure = 0.0, 0
     while True:
         preemption.stop_if_asked()
         if answer is None:
-            answer = _answer(child)
+            answer = _answer(process, connection)
             waited += _MEETING  # not by a clock, which runs on while this process is suspended
             if answer is None and waited > patience:
                 answer = f"no answer in {patience / 60:g} minutes (training.timeout)"
@@ -140,14 +133,14 @@ def ask_child(child: _Child, size: int, patience: float) -> Measured | None:
             return Measured(*map(max, columns))
 
 
-def _answer(child: _Child) -> Measured | str | None:
+def _answer(process: BaseProcess, connection: Connection) -> Measured | str | None:
     """Return what the child answers until the next meeting, what became of it, or None if it is still at work."""
     try:
-        return child.connection.recv() if child.connection.poll(_MEETING) else None
+        return connection.recv() if connection.poll(_MEETING) else None
     except (EOFError, OSError):
-        child.process.join()
-        code = child.process.exitcode
-        return _OUT_OF_MEMORY if code == -signal.SIGKILL else f"its process ended with exit code {code}"
+        process.join()
+        killed = process.exitcode == -signal.SIGKILL
+        return _OUT_OF_MEMORY if killed else f"its process ended with exit code {process.exitcode}"
 
 
 def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig, ds: dict, network: Any) -> None:
@@ -174,26 +167,22 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
 
 
 def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
-    """Build the run's network, inhibitor and engine, and return a function that measures a size.
+    """Build the run's network, inhibitor and engine, take a step, and return a function that measures a size.
 
-    A first step has been taken then, so that the optimizer has all of its states. The function trains two micro-batches
-    of a size, as the trainer does, and measures the second. If one micro-batch is a whole global batch, each is a step;
-    otherwise both together are one.
+    It trains two micro-batches of the size, as the trainer does, and measures the second. If one micro-batch is a whole
+    global batch, each is a step; otherwise both together are one.
     """
-    from l2e_ds.training.building import (  # imported here, after the libraries were made quiet
-        build_training_stack,
-        forward_and_backward,
-    )
+    # imported here, after the libraries were made quiet
+    from l2e_ds.training.building import TrainingStack, forward_and_backward
 
     ranks = collectives.size()
     share = config.training.global_batch // ranks
     accumulation = min(2, share)
-    config = config.replace(
-        "inhibition", start=0, warmup=0, decay=0, end=None
-    )  # so that the gradient of the inhibition loss is added, as in later steps
-    ds = ds | {"train_batch_size": accumulation * ranks, "gradient_accumulation_steps": accumulation}
-    ds |= {"train_micro_batch_size_per_gpu": 1}
-    stack = build_training_stack(config, ds, network, device)
+    # so that the gradient of the inhibition loss is added, as in later steps
+    config = config.replace("inhibition", start=0, warmup=0, decay=0, end=None)
+    ds = ds | {"train_batch_size": accumulation * ranks, "train_micro_batch_size_per_gpu": 1}
+    ds |= {"gradient_accumulation_steps": accumulation}
+    stack = TrainingStack(config, ds, network, device)
     engine, inhibitor = stack.engine, stack.inhibitor
     random = torch.Generator().manual_seed(collectives.rank())
 

@@ -23,10 +23,7 @@ class Monitors:
     """Writes to all monitors of a run, on rank 0. One that fails or cannot be reached loses metrics, never the run."""
 
     def __init__(self, config: RunConfig, first_step: int, say: Callable[[str], None]) -> None:
-        """Open the monitors, and remove from their files what was written after first_step.
-
-        say: prints a line for the user.
-        """
+        """Open the monitors, and remove from their files what was written after first_step."""
         self._say = say
         self._writes: dict[str, Write] = {}
         self._opened = {name: ExitStack() for name, open_it in _OPENED_BY.items() if getattr(config.logging, name)}
@@ -84,9 +81,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
         for row in rows
         if row.endswith("\n") and (found := row.partition(",")[0]).isdecimal() and int(found) <= step
     ]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join([heading, *kept]) if heading.endswith("\n") else "", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join([heading, *kept]) if heading.endswith("\n") else "")
 
 
 @contextmanager

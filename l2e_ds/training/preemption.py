@@ -1,8 +1,6 @@
 """Find out when a run must stop early: after a signal, the stop file, a time limit, or the end of its launcher.
 
-Each rank only notes what it hears. All ranks learn in a collective whether any of them heard something, so that they
-leave the same loop at the same step. Every loop asks: steps, evaluation rounds, ticks of data preparation.
-
+Each rank only notes what it hears. Every loop asks in a collective, so that all ranks leave it at the same step.
 Imports nothing heavy, as `listen` is called before torch is imported, which takes seconds.
 """
 
@@ -31,10 +29,8 @@ class _Heard:
 
 
 def listen() -> None:
-    """Begin to note SIGNALS instead of being killed by them, and to count the time limit.
-
-    Of processes forked from this one, such as data workers, SIGTERM ends them, and the other SIGNALS are ignored.
-    """
+    """Begin to note SIGNALS instead of being killed by them, and to count the time limit. Of processes forked from this
+    one, such as data workers, SIGTERM ends them, and the other SIGNALS are ignored."""
     _Heard.began = time.monotonic()
     _Heard.run_directory = _Heard.time_limit = None
     # DeepSpeed's launch.py and torchrun collect their ranks; a rank without them is an orphan (docs/deepspeed.md, 8).
@@ -79,10 +75,7 @@ def is_asked() -> bool:
 
 
 def stop() -> NoReturn:
-    """Raise Interrupted with the first rank's reason, once the ranks know that one of them has a reason. Collective.
-
-    Call `honoured` when the run has been saved.
-    """
+    """Raise Interrupted with the first rank's reason; call `honoured` when the run has been saved. Collective."""
     from l2e_ds.distributed import collectives
 
     reasons = collectives.all_gather_objects(_reason_here())

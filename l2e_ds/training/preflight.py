@@ -30,11 +30,8 @@ from l2e_ds.training import micro_batch
 
 @dataclass(frozen=True)
 class Plan:
-    """Holds a checked run.
-
-    ds: the resolved DeepSpeed configuration. batch: with micro-batch 1 if that is `auto`. network: the Hugging Face
-    configuration. layers: the numbers of the hooked layers.
-    """
+    """Holds a checked run: the resolved DeepSpeed configuration, the batch (with micro-batch 1 if that is `auto`), the
+    Hugging Face configuration of the network and the numbers of the hooked layers."""
 
     config: RunConfig
     ds: dict
@@ -44,11 +41,8 @@ class Plan:
 
 
 def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
-    """Check a run completely, without making a process group or a model, and without writing anything.
-
-    run_file, overrides: as for `load_run_config`. this_machine: whether to check that this machine can do the run, too.
-    Raises ConfigError and DataError.
-    """
+    """Check a run, and with `this_machine` whether this machine can do it, without writing anything or making a process
+    group or a model. The arguments are those of `load_run_config`. Raises ConfigError and DataError."""
     plan = resolve_run(run_file, overrides, ranks)
     if this_machine:
         check_device(plan.config)
@@ -63,11 +57,8 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
 
 
 def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
-    """Return what `preflight` does, without a look at the data or the machine.
-
-    has_bf16: whether the run's device computes in bf16, for `training.precision: auto` (default: whether this machine's
-    does). Raises ConfigError.
-    """
+    """Return what `preflight` does, without a look at the data or the machine. has_bf16: whether the run's device
+    computes in bf16 (default: whether this machine's does). Raises ConfigError."""
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
     config = load_run_config(run_file, overrides)
@@ -96,7 +87,6 @@ def _check_machine(plan: Plan) -> None:
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise ConfigError(f"training.run_directory: cannot write below {place}")
     _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
-    _check_extensions(plan.ds)
     resume = Path(config.training.resume)
     if config.training.resume not in ("auto", "never") and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
@@ -110,10 +100,7 @@ def _check_machine(plan: Plan) -> None:
 
 
 def _nearest(key: str, folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists.
-
-    Raises ConfigError for names that no folder can have, and for links to nowhere.
-    """
+    """Return the folder, or the nearest one above it that exists. Raises ConfigError for what cannot be a folder."""
     for place in (folder, *folder.absolute().parents):
         try:
             place.lstat()
@@ -130,64 +117,30 @@ def _nearest(key: str, folder: Path) -> Path:
     return place
 
 
-def _check_extensions(ds: dict) -> None:
-    """Check that DeepSpeed can build or find its Adam for CPUs, if the JSON names an optimizer and offloads it.
-
-    Raises ConfigError.
-    """
-    offload = ds.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if "optimizer" not in ds or offload.get("device", "none") == "none":
-        return
-    from deepspeed.git_version_info import installed_ops  # here, as it takes seconds and most runs offload nothing
-    from torch.utils.cpp_extension import get_default_build_root
-
-    if installed_ops.get("cpu_adam"):
-        return
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    place = _nearest("TORCH_EXTENSIONS_DIR", Path(root))
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(
-            f"zero_optimization.offload_optimizer: DeepSpeed builds its optimizer below {root}, but cannot write to"
-            f" {place}; set TORCH_EXTENSIONS_DIR"
-        )
-
-
 def describe(plan: Plan) -> str:
     """Return what `--dry-run` prints."""
-    return "\n".join(
-        [
-            "# resolved configuration",
-            plan.config.dump().rstrip(),
-            "",
-            "# DeepSpeed configuration",
-            json.dumps(plan.ds),
-            "",
-            aligned(what_it_is(plan)),
-        ]
-    )
+    run_file, ds = plan.config.dump(), json.dumps(plan.ds)
+    return f"# resolved configuration\n{run_file}\n# DeepSpeed configuration\n{ds}\n\n{aligned(what_it_is(plan))}"
 
 
 def what_it_is(plan: Plan) -> list[tuple[str, str]]:
     """Return label and value of what a reader wants to know of a run before it begins."""
-    config, network = plan.config, plan.network
+    config, network, section = plan.config, plan.network, plan.config.inhibition
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
     total, rest = parameter_counts(network)
     neurons = neurons_of(network)
     tokens = plan.batch.tokens_per_step * config.training.steps
-    retrieval, mechanism = config.inhibition.parts
-    method = config.inhibition.method
-    total_weight = sum(weight for _, weight, _ in config.data.parts())
-    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in config.data.parts() if name)
-    if method == "none":
-        what = "none (no inhibition; observed at evaluation)"
-    else:
-        start = config.inhibition.in_steps("start", config.training.steps)
-        what = f"{method} ({retrieval} + {mechanism}) from step {start:,}"
-    if config.inhibition.strength is not None:
-        what += f", {config.inhibition.loss} loss at strength {config.inhibition.strength:g}"
-    size = f"{network.num_hidden_layers} layers x {network.hidden_size}"
+    sets = config.data.parts()
+    total_weight = sum(weight for _, weight, _ in sets)
+    mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in sets if name)
+    what = "none (no inhibition; observed at evaluation)"
+    if section.method != "none":
+        what = f"{section.method} ({' + '.join(section.parts)}) from step"
+        what += f" {section.in_steps('start', config.training.steps):,}"
+    if section.strength is not None:
+        what += f", {section.loss} loss at strength {section.strength:g}"
     return [
-        ("model", f"{config.model.origin}: {size}"),
+        ("model", f"{config.model.origin}: {network.num_hidden_layers} layers x {network.hidden_size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),
         *([("mixture", mixture)] if mixture else []),
         ("batch", batch),
@@ -197,31 +150,34 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         ("method", what),
         ("layers", f"{', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}"),
         ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
-        *_checkpoints(plan, total, neurons),
+        *checkpoints_of(plan),
     ]
 
 
-def _checkpoints(plan: Plan, parameters: int, neurons: int) -> list[tuple[str, str]]:
-    """Return what is to be said of the checkpoints' size; nothing for an optimizer whose states are unknown."""
-    if not is_adam(plan.ds):
-        return []
+def checkpoint_size(plan: Plan) -> int:
+    """Return the bytes of one checkpoint of a run with Adam or AdamW."""
     hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
     element = 4 if plan.config.training.precision == "fp32" else 2
-    line, warning = disk_space(plan.config, checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons))
+    parameters, neurons = parameter_counts(plan.network)[0], neurons_of(plan.network)
+    return checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons)
+
+
+def checkpoints_of(plan: Plan) -> list[tuple[str, str]]:
+    """Return label and value of what its checkpoints take of the disk; nothing of an optimizer with unknown states."""
+    if not is_adam(plan.ds):
+        return []
+    line, warning = disk_space(plan.config, checkpoint_size(plan))
     return [("checkpoints", line), *([("warning", warning)] if warning else [])]
 
 
 def _unfound_batch(plan: Plan) -> str:
     """Return what a dry run can say of the batch with `training.micro_batch: auto`."""
-    path = Path(plan.config.training.run_directory) / micro_batch.FILE
-    about = micro_batch.circumstances(plan.config, plan.ds, plan.batch.ranks)
-    number, problem = micro_batch.remembered(path, about, divisors(plan.batch.global_batch // plan.batch.ranks))
-    found = "found at the start"
-    if number is not None:
-        found = f"{number}, if the devices are those of {path}"
-    elif problem is not None:
-        found += f", because {path} {problem}"
-    batch = plan.batch
+    path, batch = Path(plan.config.training.run_directory) / micro_batch.FILE, plan.batch
+    about = micro_batch.circumstances(plan.config, plan.ds, batch.ranks)
+    number, problem = micro_batch.remembered(path, about, divisors(batch.global_batch // batch.ranks))
+    found = f"{number}, if the devices are those of {path}"
+    if number is None:
+        found = f"found at the start, because {path} {problem}" if problem else "found at the start"
     return (
         f"{batch.global_batch} sequences; {batch.tokens_per_step:,} tokens a step; micro-batch auto: {found} (1 in what"
         " is printed above)"

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.run_directory.names import checkpoint_name
@@ -36,14 +36,18 @@ class Profile:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Trace the step within, whose number it is, if it is to be traced."""
-        if self._profiler is not None:
-            self._begin()
-            self._traced.append(step)
-            with record_function(f"ProfilerStep#{step}"):  # the name that tools look for
-                yield
-        else:
+        if self._profiler is None:
             if self._first - 1 <= step < self._last:
-                self._prepare()
+                self._profiler = profile(record_shapes=True, acc_events=True)
+                self._profiler.prepare_trace()
+            yield
+            return
+        if not self._traced:
+            self._profiler.start_trace()
+            if self._device.type == "cuda":
+                torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        self._traced.append(step)
+        with record_function(f"ProfilerStep#{step}"):  # the name that tools look for
             yield
 
     def is_complete(self, step: int) -> bool:
@@ -67,21 +71,6 @@ class Profile:
         finally:
             if self._device.type == "cuda":
                 torch.cuda.memory._record_memory_history(enabled=None)
-
-    def _prepare(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        self._profiler = profile(activities=activities, record_shapes=True, acc_events=True)
-        self._profiler.prepare_trace()
-
-    def _begin(self) -> None:
-        if self._traced:
-            return
-        assert self._profiler is not None
-        self._profiler.start_trace()
-        if self._device.type == "cuda":
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
 
     def _write(self, profiler: profile, name: str) -> None:
         self._folder.mkdir(exist_ok=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import platform
 import shlex
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
 from l2e_ds.console import aligned, say
@@ -18,35 +24,37 @@ from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import less_memory, with_micro_batch
 from l2e_ds.errors import OutOfMemory
+from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
+from l2e_ds.system.provenance import commit_and_changes, versions
 from l2e_ds.training import micro_batch, preemption
+from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.preflight import Plan, what_it_is
-from l2e_ds.training.records import described_texts, freeze, record_circumstances
-from l2e_ds.training.samples import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
 
 
 def train(plan: Plan, launch: Launch) -> None:
-    """Join the other ranks, train what is left of the run, and leave. Every rank calls this.
-
-    Raises an `L2EError` of any kind, which ends the command with its exit code.
-    """
+    """Join the other ranks, train what is left of the run, and leave. Collective. Raises an L2EError of any kind."""
     config = plan.config
     directory = Path(config.training.run_directory)
     with Watchdog(config.training.timeout) as watchdog:
         device = process_group.join(launch, config.training.timeout)
         watchdog.meet()
         preemption.watch(directory, config.training.time_limit)
-        with _locked(directory) as lock:
-            watchdog.also = lock.renew
+        lock = RunLock(directory)  # no other run may write there
+        collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
+        watchdog.also = lock.renew
+        try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.main_decides(is_finished(config, checkpoints)):
                 _train_on(plan, launch, device, checkpoints)
             elif collectives.is_main():
                 say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
+        finally:
+            lock.release()
     process_group.leave()
 
 
@@ -65,13 +73,14 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
 
     record = None
     if config.training.micro_batch == "auto":
-        found = micro_batch.find(config, plan.ds, plan.network, device)
-        config, ds, batch = with_micro_batch(config, plan.ds, found.micro_batch, launch.size)
-        plan, record = replace(plan, config=config, ds=ds, batch=batch), found.record
+        number, record = micro_batch.find(config, plan.ds, plan.network, device)
+        config, ds, batch = with_micro_batch(config, plan.ds, number, launch.size)
+        plan = replace(plan, config=config, ds=ds, batch=batch)
     if device.type == "cpu":
         keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
-    data, texts = _main_first(prepare)
+    found = collectives.main_works(prepare, preemption.stop_if_asked)
+    data, texts = collectives.all_work(lambda: found or prepare())  # the other ranks find the files on disk
     for text in texts if collectives.is_main() else ():
         rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
         say(
@@ -93,11 +102,10 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
             begun = trainer.state.step
             if collectives.is_main():
                 # Only now, as a refused resume must leave the run as it was.
-                freeze(plan, directory, data, is_new=trainer.state.step == 0)
+                _freeze(plan, directory, data, is_new=trainer.state.step == 0)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
-            about = record_circumstances(plan, launch, device, data)
-            about |= {"texts": described_texts(texts)} if texts else {}
+            about = _circumstances(plan, launch, device, data, texts)
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)
@@ -105,7 +113,8 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
                 _say_what_begins(plan, about, trainer)
             trainer.train()
         if collectives.is_main():
-            _say_what_is_next(directory)
+            name = shlex.quote(str(directory))
+            say(f"the run is complete; what it gave: l2e-ds summary {name}   (or: report, evaluate, analyze, export)")
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -127,16 +136,9 @@ def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> Non
     trainer.metrics.say(aligned(rows))
 
 
-def _say_what_is_next(directory: Path) -> None:
-    name = shlex.quote(str(directory))
-    say(f"the run is complete; what it gave: l2e-ds summary {name}   (or: report, evaluate, analyze, export)")
-
-
 def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
-    """Return an error of one line that says what would need less memory.
-
-    has_fitted: whether this process has taken steps before. A restart may then help, and the exit code is 1.
-    """
+    """Return an error that says what would need less memory. After steps that have fitted a restart may help: exit code
+    1."""
     reason = one_line(error)[:200]
     advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
     if has_fitted:
@@ -148,24 +150,52 @@ def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfM
     return OutOfMemory(f"{problem}; try {advice}", where="training.micro_batch")
 
 
-@contextmanager
-def _locked(directory: Path) -> Iterator[RunLock]:
-    """Hold the lock of the run directory, in which no other run may write. Collective.
+def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
+    """Write configuration, network and tokenizer into the run directory, and over a tokenizer if is_new. Raises
+    OSError."""
+    write_whole(directory / "config.yaml", plan.config.dump())
+    write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
+    write_whole(directory / "model" / "config.json", plan.network.to_json_string())
+    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
+        temporary = directory / "tokenizer.tmp"
+        tokenizer.save_pretrained(temporary)
+        shutil.rmtree(directory / "tokenizer", ignore_errors=True)
+        temporary.rename(directory / "tokenizer")
 
-    Raises ConfigError on every rank.
-    """
-    lock = RunLock(directory)
-    collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
-    try:
-        yield lock
-    finally:
-        lock.release()
 
-
-def _main_first(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and then on the others, which find its result on disk, and return its result. Collective.
-
-    An L2EError of any rank is raised on all.
-    """
-    result = collectives.main_works(action, preemption.stop_if_asked)
-    return collectives.all_work(lambda: result if collectives.is_main() else action())
+def _circumstances(
+    plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData], texts: Sequence[PreparedText]
+) -> dict[str, Any]:
+    """Return the values of the line `kind: start` (docs/metrics.md), without `guard` and `changes`. Collective."""
+    sets = {
+        part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
+        for part in data
+        if part.name
+    }
+    sizes = {
+        text.name: {
+            "tokens": text.dataset.num_tokens,
+            "evaluated_tokens": text.evaluated_tokens,
+            "bytes": text.num_bytes,
+        }
+        for text in texts
+    }
+    commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
+    return {
+        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "git": {"commit": commit, "changed": bool(changes)},
+        "host": platform.node(),
+        "hosts": len(set(collectives.all_gather_objects(platform.node()))),
+        "cores": os.cpu_count(),
+        "gpus": torch.cuda.device_count(),
+        "ranks": collectives.size(),
+        "launcher": launch.launcher,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "parameters": parameter_counts(plan.network)[0],
+        "train_tokens": sum(part.train_tokens or 0 for part in data),
+        "held_out_tokens": sum(part.held_out_tokens for part in data),
+        **({"sets": sets} if sets else {}),
+        "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
+        **({"texts": sizes} if sizes else {}),
+    }

@@ -19,18 +19,11 @@ _REMEMBERED = 8  # positions, of the newest calls of `read`; the loader is only 
 
 
 class StreamedSequences:
-    """Reads the sequences of a stream by running number, each once.
-
-    All methods are collective, except `state`, `epochs`, `fingerprint` and `close`. `read` may run in a thread of its
-    own, as its collectives have a process group of their own.
-    """
+    """Reads the sequences of a stream by running number, each once. `read` may run in a thread, as its collectives have
+    a process group of their own. All is collective, except `state`, `epochs`, `fingerprint` and `close`."""
 
     def __init__(self, part: PreparedData, seed: int, order: Literal["shuffled", "stored"]) -> None:
-        """Open the stream on rank 0.
-
-        part: a set with `stream` and `tokenizer`. order: `stored` reads without a shuffle buffer. Raises DataError on
-        every rank if the stream cannot be opened.
-        """
+        """Open the stream on rank 0. order: `stored` reads without a shuffle buffer. Raises DataError on every rank."""
         config, tokenizer = part.stream, part.tokenizer
         assert config is not None and tokenizer is not None
 
@@ -48,10 +41,10 @@ class StreamedSequences:
         self._remember(0)
 
     def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray:
-        """Read `count` sequences from running number `first`, and return those at offsets `wanted`, [n, T+1] int64.
+        """Read `count` sequences from number `first`, and return those at offsets `wanted`, [n] int: [n, T+1] int64.
 
-        first: where the last call ended. wanted: [n] int. Raises DataError on every rank if something is wrong with the
-        text, and ValueError for another `first`.
+        Raises DataError on every rank for what is wrong with the text, and ValueError if the last call did not end
+        there.
         """
         taken: np.ndarray | L2EError | None = None
         if self._stream is not None:
@@ -71,17 +64,16 @@ class StreamedSequences:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned. Raises DataError on every rank if it is another stream's."""
-        problem: L2EError | None = None
-        if self._stream is not None:
-            position = dict(state)
-            number = position.pop("number")
-            try:
+
+        def go_there() -> None:
+            if self._stream is not None:
+                position = dict(state)
+                number = position.pop("number")
                 self._stream.restore(position)
                 self._states.clear()
                 self._remember(number)
-            except L2EError as error:
-                problem = error
-        collectives.agree(problem)
+
+        collectives.all_work(go_there)
 
     def epochs(self, number: int) -> float:
         """Return on rank 0 how often the text was gone through before that running number, and elsewhere 0."""

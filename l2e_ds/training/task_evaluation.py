@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,67 +25,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskEvaluation:
-    """Holds what is evaluated, and with which tokenizer.
-
-    tasks: on rank 0, else None. batch_size: the number of requests in a rank's batch.
-    """
+    """Holds the tasks (on rank 0, else None), the tokenizer, and the number of requests in a rank's batch."""
 
     config: RunConfig
     tasks: Tasks | None
     tokenizer: PreTrainedTokenizerFast
     batch_size: int
 
-    def evaluate(self, engine: Any, state: TrainState, precision: str, tick: Callable[[], None]) -> dict[str, float]:
-        """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Collective.
-
-        tick: called before each round on every rank; it may raise, on all ranks alike, which abandons the evaluation.
-        Nothing that training continues with is changed: weights, random states, statistics. Raises DataError for tasks
-        that fail.
-        """
+    def evaluate(self, engine: Any, state: TrainState) -> dict[str, float]:
+        """Append to evaluations.jsonl, and return the metrics of `kind: tasks`, the same on every rank. Training's
+        state stays. Collective. Raises DataError for tasks that fail, and Interrupted."""
         from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
-        values: dict[str, float] = {}
+        section, values = self.config.evaluation, dict[str, float]()
         directory = Path(self.config.training.run_directory)
-        engine.eval()
-        try:
-            for shots in self.config.evaluation.shots:
-                found = harness.evaluate(
-                    engine.module,
-                    self.tokenizer,
-                    self.tasks,
-                    shots,
-                    self.batch_size,
-                    self.config.evaluation.limit,
-                    call=engine,
-                    tick=tick,
-                )
-                about = results.about(state.step, state.tokens, precision, self.config.evaluation.tasks, shots)
-                evaluation = {**about, **found}
+        for shots in section.shots:
+            evaluation = results.about(state.step, state.tokens, self.config.training.precision, section.tasks, shots)
+            evaluation |= harness.evaluate(
+                engine, self.tokenizer, self.tasks, shots, self.batch_size, section.limit, preemption.stop_if_asked
+            )
+            try:
                 if collectives.is_main():
-                    _append(directory, evaluation)
-                values |= {
-                    f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
-                    for result in results.results_of(evaluation)
-                    if result.part_of is None
-                }
-        finally:
-            engine.train()
+                    results.append_result(directory, evaluation)
+            except OSError as error:  # as in metrics.jsonl, a full disk costs lines, but not the run
+                say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the results are lost")
+            values |= {
+                f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
+                for result in results.results_of(evaluation)
+                if result.part_of is None
+            }
         return values
 
 
-def _append(directory: Path, evaluation: dict[str, Any]) -> None:
-    """Append an evaluation to evaluations.jsonl. As in metrics.jsonl, a full disk costs lines, but not the run."""
-    try:
-        results.append_result(directory, evaluation)
-    except OSError as error:
-        say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the results are lost")
-
-
 def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
-    """Load the tasks that a run evaluates on while training, or return None if there are none. Collective.
-
-    Raises ConfigError and DataError.
-    """
+    """Load the tasks that a run evaluates on while training, or None. Collective. Raises ConfigError and DataError."""
     section = config.evaluation
     if not section.every:
         return None

@@ -57,17 +57,6 @@ def test_a_file_where_checkpoints_should_be(run_file, capsys, tmp_path):
     )
 
 
-def test_a_home_where_nothing_can_be_built(run_file, capsys, monkeypatch, tmp_path):
-    """DeepSpeed builds its Adam for CPUs there, where the JSON names the optimizer and offloads it."""
-    (tmp_path / "home").touch()  # root may write to every folder
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    ds = json.loads((REPOSITORY / "ds_configs/zero2_offload.json").read_text())
-    (tmp_path / "own.json").write_text(json.dumps(ds | {"optimizer": {"type": "AdamW", "params": {}}}))
-    line = error_of(capsys, "train", run_file, f"deepspeed.config={tmp_path / 'own.json'}")
-    assert "zero_optimization.offload_optimizer: " in line and f"{tmp_path}/home; set TORCH_EXTENSIONS_DIR" in line
-
-
 @pytest.mark.parametrize(
     ("environment", "words"),
     [

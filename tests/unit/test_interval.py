@@ -28,7 +28,7 @@ def test_values_by_hand(interval):
     for step, (losses, applied) in enumerate([((4.0, 2.0), True), ((5.0, 7.0), False), ((1.0, 2.0), True)]):
         for loss in losses:
             interval.add_loss(torch.tensor(loss))
-        interval.add_step(applied, 0.1 * step, None, statistics(step) if applied else None)
+        interval.add_step(applied, 0.1 * step, statistics(step) if applied else None)
     values = interval.values(LAYERS)
     assert undescribed("train", values) == []
     assert values["lm_loss"] == (3.0 + 6.0 + 1.5) / 3
@@ -50,12 +50,11 @@ def test_values_by_hand(interval):
 @pytest.mark.parametrize("layers", [[], LAYERS], ids=["not inhibited", "every step skipped"])
 def test_without_statistics(interval, layers):
     interval.add_loss(torch.tensor(2.0))
-    interval.add_step(False, 0.1, math.inf, None)
+    interval.add_step(False, 0.1, None)
     assert interval.spikes == 0
     values = interval.values(layers)
     assert "inhibition_loss" not in values and not any(key.startswith("layer") for key in values)
-    assert interval.gradient_norm == math.inf
-    interval.add_step(False, 0.1, 9.0, None, is_spike=True)
+    interval.add_step(False, 0.1, None, is_spike=True)
     assert (interval.skipped, interval.spikes) == (2, 1)
 
 
@@ -76,6 +75,6 @@ def test_pauses_and_waits(interval, monkeypatch):
     with interval.waiting_for_data():
         now[0] += 1
     interval.add_loss(torch.tensor(1.0))
-    interval.add_step(True, 0.1, None, None)
+    interval.add_step(True, 0.1, None)
     values = interval.values([])
     assert (values["step_seconds"], values["data_wait_seconds"]) == (11.0, 1.0)

@@ -1,7 +1,7 @@
 """`l2e-ds plan` against DeepSpeed's estimators, real networks and what autograd really keeps."""
 
+import copy
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
-from l2e_ds.planning import memory, plan, speed
-from l2e_ds.planning.work import work_of as planned_work
+from l2e_ds.planning import memory, plan
+from l2e_ds.planning.work import Work, inhibition_payload, mfu_range, ring_all_reduce, step_flops, traffic
 from l2e_ds.system.gpus import GPUS
 from l2e_ds.training import preflight
 from l2e_ds.training.loss import LossHead
@@ -38,7 +38,13 @@ def run_file(tmp_path):
 
 
 def work_of(run_file, *overrides, ranks=1):
-    return planned_work(resolve_run(run_file, overrides, ranks, has_bf16=True))
+    return Work(resolve_run(run_file, overrides, ranks, has_bf16=True))
+
+
+def replace(work, **changes):
+    changed = copy.copy(work)
+    vars(changed).update(changes)
+    return changed
 
 
 # --- model states -------------------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     assert memory.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
     once = inhibitor._packed.numel() + inhibitor.coefficients.squares.numel()
     projections = 5 * sum(hook.projection_sums.numel() for hook in inhibitor.hooks)
-    assert speed.inhibition_payload(work, 5) == (once + projections) * 8
+    assert inhibition_payload(work, 5) == (once + projections) * 8
 
 
 # --- micro-batch, traffic, time -------------------------------------------------------------------------------------
@@ -208,7 +214,7 @@ def test_ring_all_reduce_by_walking_the_ring():
                     target[chunk] = before[rank][chunk] + (0 if phase else before[(rank + 1) % ranks][chunk])
                     sent += rank == 0
         assert all(value == ranks for row in chunks for value in row)
-        assert speed.ring_all_reduce(ranks * 10, ranks) == pytest.approx(sent * 10)
+        assert ring_all_reduce(ranks * 10, ranks) == pytest.approx(sent * 10)
 
 
 def test_traffic_follows_stage_accumulation_and_reduce(run_file):
@@ -216,34 +222,34 @@ def test_traffic_follows_stage_accumulation_and_reduce(run_file):
     size = 2 * work.parameters
     expected = {0: (1.5, 0), 1: (1.5, 0.75), 2: (1.5 * 8, 0.75), 3: (0.75 * 8, 1.5 * 8)}
     for stage, (gradients, weights) in expected.items():
-        sent = speed.traffic(replace(work, stage=stage), 4, 8)
+        sent = traffic(replace(work, stage=stage), 4, 8)
         assert (sent.gradients, sent.weights) == pytest.approx((gradients * size, weights * size))
     step, forward, exact = (
-        speed.inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
+        inhibition_payload(replace(work, collectives=kind), 8) for kind in ("step", "forward", "forward-exact")
     )
     n = work.neurons
     assert step == 2 * (3 * n + 3 + 2) * 8
     assert forward == step + 16 * (2 * n + 1) * 8
     assert exact == forward + 16 * (3 * n + 1) * 8
-    projected = speed.inhibition_payload(replace(work, projected=True), 8)
+    projected = inhibition_payload(replace(work, projected=True), 8)
     assert projected == step + 8 * 2 * (4 * n + 1) * 8
-    deactivated = speed.inhibition_payload(replace(work, deactivation=True), 8)
+    deactivated = inhibition_payload(replace(work, deactivation=True), 8)
     assert deactivated == 2 * (3 * n + 3) * 8
-    assert speed.inhibition_payload(replace(work, collectives="none"), 8) == 0
+    assert inhibition_payload(replace(work, collectives="none"), 8) == 0
 
 
 def test_operations_of_a_step(run_file):
     work = work_of(run_file, "model.name=pythia-1b", "training.precision=bf16")
     flops = (6 * (work.parameters - 50304 * 2048) + 6 * 16 * 2048 * 2048) * 1024 * 2048
-    assert speed.step_flops(work, 1024) == pytest.approx(flops)
-    assert 1.25 < speed.step_flops(replace(work, checkpointing=True), 1024) / flops < 4 / 3
+    assert step_flops(work, 1024) == pytest.approx(flops)
+    assert 1.25 < step_flops(replace(work, checkpointing=True), 1024) / flops < 4 / 3
 
 
 def test_time_is_operations_over_speed(run_file, capsys):
     words = ["model.name=pythia-1b", "training.precision=bf16", "--gpus", "8", "--gpu", "A100-80GB", "--mfu", "0.5"]
     assert main(["plan", str(run_file), *words]) == 0
     output = capsys.readouterr().out
-    step = speed.step_flops(work_of(run_file, *words[:2], ranks=8), 1024) / (8 * 312e12 * 0.5)
+    step = step_flops(work_of(run_file, *words[:2], ranks=8), 1024) / (8 * 312e12 * 0.5)
     assert f"step          {step:,.2f} s, {1024 * 2048 / step:,.0f} tokens/s" in output
     assert f"run           9 steps, {9 * 1024 * 2048:,} tokens: {9 * step / 86400:,.2f} days" in output
 
@@ -283,18 +289,18 @@ def test_prints_every_part(run_file, gpus, capsys):
 @pytest.mark.parametrize("parameters", [70e6, 160e6, 410e6, 1.4e9, 12e9])
 def test_share_of_the_peak_is_lower_for_small_models_and_on_fast_gpus(parameters):
     for gpu in ("A100-80GB", "H100"):
-        low, high = speed.mfu_range(parameters, GPUS[gpu].peak)
+        low, high = mfu_range(parameters, GPUS[gpu].peak)
         assert 0 < low < high < 1
-        larger = speed.mfu_range(2.5 * parameters, GPUS[gpu].peak)
+        larger = mfu_range(2.5 * parameters, GPUS[gpu].peak)
         assert low <= larger[0] and high <= larger[1]
-    assert speed.mfu_range(parameters, GPUS["H200"].peak) < speed.mfu_range(parameters, GPUS["L40S"].peak)
+    assert mfu_range(parameters, GPUS["H200"].peak) < mfu_range(parameters, GPUS["L40S"].peak)
 
 
 def test_time_is_a_range_without_a_given_share(run_file, capsys):
     words = ["model.name=pythia-1b", "training.precision=bf16", "training.steps=9000", "--gpus", "8"]
     assert main(["plan", str(run_file), *words, "--gpu", "A100-80GB"]) == 0
     output = capsys.readouterr().out
-    flops = speed.step_flops(work_of(run_file, *words[:2], ranks=8), 1024)
+    flops = step_flops(work_of(run_file, *words[:2], ranks=8), 1024)
     fast, slow = (flops / (8 * 312e12 * share) for share in (0.56, 0.32))
     assert f"step          {fast:,.2f} s to {slow:,.2f} s, " in output
     assert f": {9000 * fast / 86400:,.2f} to {9000 * slow / 86400:,.2f} days" in output

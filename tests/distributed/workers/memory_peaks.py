@@ -8,7 +8,7 @@ process lives.
 
 import json
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,10 @@ from l2e_ds.engine.configuration import resolve
 from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import chosen_layers
 from l2e_ds.planning import memory
-from l2e_ds.planning.work import work_of
+from l2e_ds.planning.work import Work
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training.loss import CHUNK
-from l2e_ds.training.preflight import Plan
+from l2e_ds.training.preflight import Plan, checkpoint_size
 from l2e_ds.training.trainer import Trainer
 
 LENGTH = 64
@@ -54,15 +54,16 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += allocated
         peak = max(peak, live)
-    work = work_of(Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4)))
-    work = replace(work, chunk=CHUNK["cpu"])
+    plan = Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4))
+    work = Work(plan)
+    work.chunk = CHUNK["cpu"]
     predicted = memory.memory(work, ranks, batch.micro_batch, batch.accumulation)
     return {
         "peak": peak,
         "predicted": predicted.total,
         "parts": asdict(predicted),
         "checkpoint": size,
-        "predicted_checkpoint": work.checkpoint_bytes,
+        "predicted_checkpoint": checkpoint_size(plan),
     }
 
 

@@ -52,8 +52,8 @@ def find(output: Path, name: str, global_batch: int, limit: float) -> None:
     config, ds, _ = resolve(run_config_from_dict(raw, "case"), launch.size)
     if name == "killed" and launch.rank == 1:
         threading.Thread(target=kill_at_2, daemon=True).start()
-    found = micro_batch.find(config, ds, network_config(config.model, 128), device, limit, by_speed=False)
-    write_whole(output / f"{name}-rank{launch.rank}.json", found.record)
+    _, record = micro_batch.find(config, ds, network_config(config.model, 128), device, limit)
+    write_whole(output / f"{name}-rank{launch.rank}.json", record)
     process_group.leave()
 
 

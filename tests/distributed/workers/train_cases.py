@@ -31,7 +31,7 @@ from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
-from l2e_ds.training.samples import load_samples
+from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.task_evaluation import load_task_evaluation
 from l2e_ds.training.trainer import Trainer
 from tests.distributed.training_case import LENGTH, SPIKE, TINY_RUN, VOCABULARY, Interruption, TrainingCase
