@@ -182,7 +182,7 @@ def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
         peak = _call(_ours(arguments, text, work)[0], work, watched=True)
         shutil.rmtree(work)
         rows.append({"bytes": text.stat().st_size, "peak_bytes": peak})
-        say(f"{rows[-1]['bytes'] / 1e6:.0f} MB of text: peak {peak[0] / 2**20:.0f} MiB")
+        say(f"{rows[-1]['bytes'] / 1e6:.0f} MB of text: peak {peak / 2**20:.0f} MiB")
     return {"rows": rows}
 
 

@@ -196,8 +196,10 @@ def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[
     if not collectives.is_main():
         return []
     return [
-        LayerActivations(site.layer, *table, np.minimum.reduce(site_lowest), length)
-        for site, table, site_lowest in zip(model.sites, tables, zip(*lowest_by_rank, strict=True), strict=True)
+        LayerActivations(site.layer, mean, variance, top, np.minimum.reduce(lowest_of_site), length)
+        for site, (mean, variance, top), lowest_of_site in zip(
+            model.sites, tables, zip(*lowest_by_rank, strict=True), strict=True
+        )
     ]
 
 
