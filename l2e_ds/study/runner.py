@@ -41,6 +41,7 @@ class Job:
     child: Child | None = None
     begun: list[str] = field(default_factory=list)
     began: float = 0.0
+    began_at_step: int = 0
     log_begins: int = 0
     waits_since: float | None = None
     look_at: float = 0.0
@@ -65,7 +66,8 @@ class Runner:
         self.failed: dict[str, tuple[int, str]] = {}
         """Exit code and reason, by name."""
         self.stopped: list[str] = []
-        self.total = len(names)
+        self.total, self.places = len(names), len(where)
+        self.seconds: list[float] = []  # durations of the runs that this call began and finished
         self._renew, self._renewed = renew, 0.0
         self._signals_passed = 0
 
@@ -125,7 +127,7 @@ class Runner:
             state = self._state(job)
             if state.is_done:
                 continue
-            job.place, job.began = self.free.pop(0), time.monotonic()
+            job.place, job.began, job.began_at_step = self.free.pop(0), time.monotonic(), state.step
             self.running.append(job)
             say(f"{job.name}: begins ({state}); log: {self._log(job)}")
             self._continue(job)
@@ -197,10 +199,16 @@ class Runner:
             self._fail(job, code, self._reason(job, code))
 
     def _finish(self, job: Job) -> None:
+        seconds = time.monotonic() - job.began
         self._free_place(job)
-        done = self.total - len(self.waiting) - len(self.running) - len(self.failed) - len(self.stopped)
-        duration = console.duration(time.monotonic() - job.began)
-        say(f"{job.name}: done in {duration}; {done} of {self.total} runs")
+        if job.began_at_step == 0:
+            self.seconds.append(seconds)
+        left = len(self.waiting) + len(self.running)
+        done = self.total - left - len(self.failed) - len(self.stopped)
+        text = f"{job.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
+        if left and self.seconds:
+            text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
+        say(text)
 
     def _free_place(self, job: Job) -> None:
         assert job.place is not None
