@@ -26,8 +26,10 @@ from transformers.trainer_callback import ExportableState
 
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
+from l2e_ds.inhibition.settings import in_steps
 from l2e_ds.models.sites import neuron_sites
 
+_SCHEDULE = ("start", "warmup", "decay", "end")
 IGNORED = -100  # a label that is not predicted, in transformers
 
 
@@ -40,6 +42,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         self.layers, self.settings = layers, Settings(**settings)
         self.inhibitor: Inhibitor | None = None  # while the Trainer trains
         self._handles: list[Any] = []
+        self._run_steps: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Attach the inhibitor to the model, which has its weights by now. Raises ConfigError, CheckpointError."""
@@ -49,7 +52,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
                 f"InhibitionCallback: {args.n_gpu} GPUs in one process (DataParallel) are not supported; start one"
                 " process a GPU: torchrun --nproc-per-node=gpu ..."
             )
-        sites = neuron_sites(model, self.layers)
+        sites, self._run_steps = neuron_sites(model, self.layers), state.max_steps
         self.inhibitor = Inhibitor(sites, self.settings, args.device, run_steps=state.max_steps)
         self._resume(state)
         self.inhibitor.attach()
@@ -110,13 +113,30 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what trainer_state.json gets: this callback's arguments and `Inhibitor.state_dict`."""
         saved = None if self.inhibitor is None else base64.b64encode(save(self.inhibitor.state_dict())).decode("ascii")
-        return {"args": {"layers": self.layers, **asdict(self.settings)}, "attributes": {}, "statistics": saved}
+        arguments = {"layers": self.layers, **asdict(self.settings)}
+        return {"args": arguments, "attributes": {}, "statistics": saved, "run_steps": self._run_steps}
+
+    def _compare(self, of_checkpoint: dict[str, Any]) -> None:
+        """Warn where the checkpoint was trained in another way. of_checkpoint: what `state` returned then."""
+
+        def in_its_steps(settings: dict[str, Any], run_steps: int | None) -> dict[str, Any]:
+            given = {key: settings[key] for key in _SCHEDULE if settings.get(key) is not None}
+            return settings | ({key: in_steps(value, run_steps) for key, value in given.items()} if run_steps else {})
+
+        before = in_its_steps(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
+        now = in_its_steps({"layers": self.layers, **asdict(self.settings)}, self._run_steps)
+        changes = [f"{key}: {before[key]} -> {now.get(key)}" for key in before if before[key] != now.get(key)]
+        if changes:
+            logging.getLogger(__name__).warning(
+                f"{type(self).__name__}: differs from the checkpoint's (the schedule in steps): {', '.join(changes)}"
+            )
 
     def _resume(self, state: Any) -> None:
         name = type(self).__name__
         of_checkpoint = state.stateful_callbacks.setdefault(name, {})  # the Trainer expects this entry when it saves
         if state.global_step == 0:
             return
+        self._compare(of_checkpoint)
         saved = of_checkpoint.get("statistics")
         if saved is None:
             logging.getLogger(__name__).warning(

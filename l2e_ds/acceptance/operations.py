@@ -186,17 +186,31 @@ def timings(scale: Scale) -> Outcome:
         x = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16().requires_grad_()
         incoming = torch.randn(1, scale.tokens, neurons, device=scale.device).bfloat16()
         without = scale.seconds(partial(_gradient, Layer(), None, x, incoming))
-        layer = Layer()
-        inhibitor = hooked([layer], neurons, Settings(), scale.device)
-        for _ in range(3):  # history, the self-test, compilation
-            _gradient(layer, inhibitor, x, incoming)
-            inhibitor.step()
-        with_it = scale.seconds(partial(_gradient, layer, inhibitor, x, incoming))
+        with_it = _seconds_under_inhibition(scale, x, incoming)
         ideal = 5 * x.nbytes / copied
         results[f"{model} GELU share"] = ideal / without
         results[f"{model} L2E share"] = ideal / with_it
         results[f"{model} added ms"] = 1e3 * (with_it - without)
+    if scale.on_gpu:
+        from l2e_ds.inhibition import triton_gelu  # needs Triton, which is there on GPUs
+
+        chosen = triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH
+        for stages, stretch in ((2, 8), (3, 8), (4, 8), (2, 32), (2, 64)):  # the kernels' numbers, to choose by
+            triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = stages, stretch
+            seconds = _seconds_under_inhibition(scale, x, incoming)
+            results[f"{stages} stages, stretch {stretch}: ms"] = 1e3 * seconds
+        triton_gelu.STAGES, triton_gelu.BACKWARD_STRETCH = chosen
     return Outcome(None, results)
+
+
+def _seconds_under_inhibition(scale: Scale, x: Tensor, incoming: Tensor) -> float:
+    """Return the seconds of forward and backward of an inhibited layer of [1, M, N] activations."""
+    layer = Layer()
+    inhibitor = hooked([layer], x.shape[-1], Settings(), scale.device)
+    for _ in range(3):  # history, the self-test, compilation
+        _gradient(layer, inhibitor, x, incoming)
+        inhibitor.step()
+    return scale.seconds(partial(_gradient, layer, inhibitor, x, incoming))
 
 
 PARTS = {"ceilings": ceilings, "activation": activation, "loss": lm_loss, "timings": timings}

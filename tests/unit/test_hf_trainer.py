@@ -235,15 +235,17 @@ def test_resumed_is_uninterrupted(restore, tmp_path):
 
 
 def test_resuming_what_does_not_fit(tmp_path, caplog):
-    """Other layers are refused; a checkpoint without the callback's state starts the statistics anew, with a
-    warning."""
+    """Other settings are named, and other layers are refused; a checkpoint without the callback's state starts the
+    statistics anew, with a warning."""
     rows = sequences(16)
     changes = {"save_strategy": "steps", "save_steps": 1}
     train(tmp_path, rows, **changes)
     checkpoint = tmp_path / "checkpoint-1"
     other = trainer(tmp_path, rows, callbacks=[InhibitionCallback([1], **SETTINGS)], **changes)
-    with pytest.raises(CheckpointError, match="InhibitionCallback: .* does not fit"):
+    misfit = pytest.raises(CheckpointError, match="InhibitionCallback: .* does not fit")
+    with caplog.at_level(logging.WARNING, "l2e_ds.hf_trainer"), misfit:
         other.train(resume_from_checkpoint=str(checkpoint))
+    assert "differs from the checkpoint's (the schedule in steps): layers: [0, 2] -> [1]" in caplog.text
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     del state["stateful_callbacks"]["InhibitionCallback"]
     (checkpoint / "trainer_state.json").write_text(json.dumps(state))
