@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -215,6 +216,9 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
 def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series], column: str) -> None:
     """Draw a value with its interval for each model over its number of parameters, those of one size side by side."""
     parameters = {label: float(tables["scale"]["parameters"].iloc[0]) for label, tables in results.items()}
+    families: dict[str, list[str]] = {}  # the models whose labels differ in their size only, in ascending order
+    for label in sorted(results, key=lambda label: parameters[label]):
+        families.setdefault(re.sub(r"\d+(\.\d+)?[kmb](?![a-z])", "", label, flags=re.IGNORECASE), []).append(label)
     by_size = {count: [label for label in results if parameters[label] == count] for count in parameters.values()}
     most = max(map(len, by_size.values()))
 
@@ -225,6 +229,12 @@ def draw_over_scale(axes: Axes, results: Results, rows: Mapping[str, pd.Series],
         return axes.transData + ScaledTranslation(points / 72, 0, axes.figure.dpi_scale_trans)
 
     axes.set_xscale("log")
+    for family in families.values():
+        if len({parameters[label] for label in family}) == len(family) > 1:
+            sizes = [parameters[label] for label in family]
+            values = [rows[label][column] for label in family]
+            (line,) = axes.plot(sizes, values, color="#AAAAAA", linewidth=1, zorder=1, label="_family")
+            line.set_transform(shifted(family[0]))
     for label, look in looks(results).items():
         row, x, transform = rows[label], parameters[label], shifted(label)
         ends = [row[f"{column}_low"]], [row[f"{column}_high"]]

@@ -37,9 +37,6 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
 
     if "RANK" in env:
         launch = Launch("torchrun or deepspeed", *read("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        read("RANK", "MASTER_PORT")
-        if not env.get("MASTER_ADDR"):
-            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
     elif "OMPI_COMM_WORLD_SIZE" in env:
         prefix = "OMPI_COMM_WORLD"
         launch = Launch("mpirun", *read(f"{prefix}_RANK", f"{prefix}_SIZE", f"{prefix}_LOCAL_RANK"))
@@ -57,6 +54,10 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         launch = Launch("alone", 0, 1, 0)
     if not 0 <= launch.rank < launch.size:
         raise ConfigError(f"launcher: rank {launch.rank} of {launch.size} ranks ({launch.launcher})")
+    if "RANK" in env:
+        read("RANK", "MASTER_PORT")
+        if not env.get("MASTER_ADDR"):
+            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
     return launch
 
 

@@ -71,5 +71,5 @@ def test_it_learns_and_inhibits(tmp_path):
     assert began["held_out_loss"] == pytest.approx(stored[1]["held_out_loss"], rel=0.03)
     for layer in (2, 3):
         key = f"layer{layer}/top_share_score"
-        assert evaluations[-1][key] < 0.9 * min(began[key], stored[-1][key])
-        assert evaluations[-1][f"layer{layer}/mean_s"] > 0.9 * stored[-1][f"layer{layer}/mean_s"]
+        assert evaluations[-1][key] < min(began[key], 0.95 * stored[-1][key])
+        assert evaluations[-1][f"layer{layer}/mean_s"] == pytest.approx(stored[-1][f"layer{layer}/mean_s"], rel=0.1)

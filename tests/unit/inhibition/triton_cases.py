@@ -314,9 +314,6 @@ def test_compiled_model_equals_eager():
         {"coefficient": 0.0},
         {"fused": False},
         {"function": None},
-        {"method": "top-k regulariser"},
-        {"method": "forward"},
-        {"method": "memel"},
     ],
     ids=str,
 )
