@@ -376,16 +376,14 @@ class Inhibitor:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over what `state_dict` returned.
 
-        A state from before there was a strength has no measurements for it; they begin anew. One from before scales
-        were kept has no `variance_at_start`: growth then goes on uncounted. Raises ValueError for a state of other
+        A state from before there was a strength has no measurements for it; they begin anew. With one from before there
+        was `variance_at_start`, the growth of neurons is not counteracted. Raises ValueError for a state of other
         layers or sizes.
         """
-        measured = self.coefficients.state_dict()
-        zeros = {f"layers.{hook.site.layer}.variance_at_start": hook.variance_at_start * 0 for hook in self.hooks}
-        for hook in self.hooks:
-            zeros |= {f"layers.{hook.site.layer}.{name}": measured[name][hook.index] * 0 for name in measured}
-        state = zeros | state
-        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        measured, own = self.coefficients.state_dict(), self.state_dict()
+        newer = {"variance_at_start", *measured}
+        state = {name: torch.zeros_like(own[name]) for name in own if name.rpartition(".")[2] in newer} | state
+        expected = {name: tensor.shape for name, tensor in own.items()}
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))

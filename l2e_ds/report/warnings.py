@@ -86,9 +86,9 @@ def _of_run(run: Run) -> Iterator[Notice]:
             yield Notice("loss that is not finite", text)
     for name, seen, advice in guard.seen_in(run.starts, run.evaluations, run.findings):
         yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}")
-    target = run.config["inhibition.target_share"]
+    target, lines = run.config["inhibition.target_share"], last_tenth(run.training)
     for layer in run.layers:
-        share = mean(numbers(last_tenth(run.training), f"layer{layer}/observed_share"))
+        share = mean(numbers(lines, f"layer{layer}/observed_share"))
         if share is not None and abs(share / target - 1) > OFF_TARGET:
             text = f"{run.name}: layer {layer} had {share:.2%} selected, target {target:.2%}"
             yield Notice("observed share off its target", f"{text} (last tenth of {run.step:,} steps)")
@@ -107,8 +107,9 @@ def _of_run(run: Run) -> Iterator[Notice]:
 
 def _different(page: Collection) -> Iterator[Notice]:
     """Compare each run's configuration with its baseline's, and those of the runs outside studies that have none."""
+    base_of = {run.name: page.baseline_of(run) for run in page.runs}
     for run in page.runs:
-        base = page.baseline_of(run)
+        base = base_of[run.name]
         if base is None:
             continue
         keys = differing([comparable(base, inhibition=False), comparable(run, inhibition=False)])
@@ -116,8 +117,8 @@ def _different(page: Collection) -> Iterator[Notice]:
             values = "; ".join(f"{key} {base.config.get(key)} and {run.config.get(key)}" for key in keys)
             yield Notice("compared with another configuration", f"{base.name} and {run.name}: {values}")
     alone = [run for run in page.runs if not run.study]
-    bases = [page.baseline_of(run) for run in alone]
-    if all(base is not None or run in bases for run, base in zip(alone, bases, strict=True)):
+    bases = [base_of[run.name] for run in alone]
+    if all(run in bases or base_of[run.name] is not None for run in alone):
         return
     keys = differing([comparable(run, inhibition=False, seed=False) for run in alone])
     seeds = {frozenset(run.seed for run in variant.runs) for variant in page.variants if not variant.runs[0].study}
