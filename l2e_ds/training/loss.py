@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from l2e_ds.errors import SelfTestError
 
-# The number of logits up to which PyTorch's cross-entropy computes them in one piece; they are 64 MiB in float32.
-IN_ONE_PIECE = 2**24
+# The number of logits up to which PyTorch's cross-entropy computes them in one piece; they are 16 MiB in float32. More
+# of them leave a processor's cache (docs/speed.md).
+IN_ONE_PIECE = 2**22
 # Tokens of a chunk. On a CPU its logits should stay in the last cache. On a GPU every chunk adds to the projection's
 # float32 gradient, [V, h], whose traffic should be small beside that of the chunk's own products.
 CHUNK = {"cpu": 512, "cuda": 8192}
