@@ -42,9 +42,10 @@ def model_states(work: Work, ranks: int) -> States:
     In the network's precision, e bytes: weights e P, under stage 3 e P / R and the gathered ones. Float32 master
     weights and Adam's moments 12 P, under stages 1 to 3 12 P / R; where the network is float32 itself, stage 0 needs no
     master weights. Accumulated gradients, g bytes (`data_types.grad_accum_dtype`): g P in stages 0 and 1, g P / R in 2
-    and 3; the BF16_Optimizer also keeps those of one micro-batch, e P. A bucket in which gradients are reduced:
-    `reduce_bucket_size` elements, whatever the model's size, twice with `overlap_comm` in stages 1 and 2. What is
-    reduced is copied to the type of `communication_data_type` where it has another.
+    and 3; the BF16_Optimizer also keeps those of one micro-batch, e P, unless `bf16.immediate_grad_update` is set. A
+    bucket in which gradients are reduced: `reduce_bucket_size` elements, whatever the model's size, twice with
+    `overlap_comm` in stages 1 and 2. What is reduced is copied to the type of `communication_data_type` where it has
+    another.
     """
     p, e, g = work.parameters, work.element, work.accumulator
     share, in_bucket = p / ranks, min(p, work.bucket)
@@ -60,7 +61,8 @@ def model_states(work: Work, ranks: int) -> States:
     optimizer = (MASTER + MOMENTS) * share
     if work.stage == 1 and work.precision == "bf16" and g == 4 and not work.offload_optimizer:
         # the BF16_Optimizer (engine.py, _do_optimizer_sanity_check): flattens in float32, converts, reduces
-        return States(e * p, (g + e) * p, optimizer, reducing=reduced(4), held=g * p)
+        of_micro_batch = 0 if work.immediate else e * p
+        return States(e * p, g * p + of_micro_batch, optimizer, reducing=reduced(4), held=g * p)
     staged = g if work.stage == 1 else e  # _gradient_reduction_buffer_dtype
     copies = 2 if work.overlap and work.stage < 3 else 1
     buffers = float(work.bucket * staged * copies) if work.contiguous else 0.0

@@ -64,6 +64,7 @@ class Work:
         self.element = 4 if self.precision == "fp32" else 2  # of a weight in the network
         self.accumulator = size_of(ds.get("data_types", {}).get("grad_accum_dtype"))  # of an accumulated gradient
         self.communication = size_of(ds.get("communication_data_type"))  # of one that is reduced
+        self.immediate = bool(ds.get("bf16", {}).get("immediate_grad_update"))  # whether it is accumulated at once
         self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET))) if self.stage else BUCKET
         self.contiguous = bool(zero.get("contiguous_gradients", True))
         self.overlap = bool(zero["overlap_comm"]) if zero.get("overlap_comm") is not None else self.stage == 3

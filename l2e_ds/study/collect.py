@@ -137,16 +137,17 @@ def summary(table: pd.DataFrame) -> str:
             key = f"layers/{name}" if name in LAYER_MEANS else name
             heads += [described("evaluation", key).title, "difference"]
         for row, (_, found) in zip(rows, metric.iterrows(), strict=True):
-            difference = _plus_minus(found["difference"], found["stderr"], form)
+            difference = _plus_minus(found["difference"], found["stderr"], found["pairs"], form)
             if name == "step_seconds":
-                difference = _plus_minus(100 * found["relative"], 100 * found["relative_stderr"], "{:.1f}", " %")
+                percent = 100 * found[["relative", "relative_stderr"]]
+                difference = _plus_minus(*percent, found["pairs"], "{:.1f}", " %")
             row += ["" if pd.isna(found["mean"]) else form.format(found["mean"]), difference]
     parts = [markdown(heads, rows)]
     form = "{:.4f}"
     tasks = [
         [
             *(name, str(combination), str(int(found["runs"])), form.format(found["mean"])),
-            _plus_minus(found["difference"], found["stderr"], form),
+            _plus_minus(found["difference"], found["stderr"], found["pairs"], form),
         ]
         for name in figures_of(table)
         for combination, found in paired_differences(table, name).iterrows()
@@ -156,16 +157,17 @@ def summary(table: pd.DataFrame) -> str:
         parts.append(markdown(["metric", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
         "Means over seeds, of finished runs; differences to the baseline of the same seed and as many steps, with their"
-        " standard error over seeds.\n"
+        " standard error over n pairs.\n"
     )
     return "\n".join(parts)
 
 
-def _plus_minus(value: float, error: float, form: str, unit: str = "") -> str:
+def _plus_minus(value: float, error: float, pairs: float, form: str, unit: str = "") -> str:
+    """Return a difference with its standard error, which a single pair does not have."""
     if pd.isna(value):
         return ""
     signed = form.replace(":", ":+").format(value)
-    return f"{signed}{unit}" if pd.isna(error) else f"{signed} ± {form.format(error)}{unit}"
+    return f"{signed}{unit}" if pd.isna(error) else f"{signed} ± {form.format(error)}{unit} (n = {pairs:.0f})"
 
 
 def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:

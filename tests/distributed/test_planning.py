@@ -10,7 +10,7 @@ MODEL = {"name": "pythia-14m", "vocab_size": 2048, "num_layers": 4, "hidden_size
 
 
 def case(output, stage, precision, micro_batch=8, accumulation=2, **sections):
-    ds = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage}}
+    ds = {"bf16": {"enabled": "auto", "immediate_grad_update": True}, "zero_optimization": {"stage": stage}}
     if stage:  # as in ds_configs/, but for buckets that would be larger than the model
         ds["zero_optimization"] |= {"reduce_bucket_size": 200_000, "stage3_param_persistence_threshold": 0}
         ds["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -95,7 +95,7 @@ def test_what_each_precision_and_stage_keeps(run_file):
         ("zero0", "fp32"): (4, 4, 8),
         ("zero0", "bf16"): (2, 2, 12),
         ("zero1", "fp32"): (4, 4, 12 / 4),
-        ("zero1", "bf16"): (2, 4 + 2, 12 / 4),  # BF16_Optimizer
+        ("zero1", "bf16"): (2, 4, 12 / 4),  # BF16_Optimizer, with immediate_grad_update
         ("zero1", "fp16"): (2, 4, 12 / 4),
         ("zero2", "bf16"): (2, 4 / 4, 12 / 4),
         ("zero3", "fp16"): (2 / 4, 4 / 4, 12 / 4),

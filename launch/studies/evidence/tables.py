@@ -1,8 +1,8 @@
 """Print the table of docs/results.md for a study: means, and paired differences with 95 % intervals.
 
-    python launch/studies/evidence/tables.py STUDY_FOLDER [MEASURES.csv]
+    python launch/studies/evidence/tables.py RESULTS.csv [MEASURES.csv]
 
-Only finished runs count. A difference is to the baseline run of the same seed: in nats for losses, relative for the
+RESULTS.csv is the study's. Only finished runs count. A difference is to the baseline run of the same seed: in nats for losses, relative for the
 rest. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means
 over the inhibited layers. MEASURES.csv, of measure.py, adds its columns.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pandas as pd
 from scipy.stats import t
 
 from l2e_ds.console import markdown
-from l2e_ds.study.collect import collect, paired_differences
+from l2e_ds.study.collect import paired_differences
 
 LOSSES = {"held_out_loss": "held-out loss"}
 SCORES = {"top_share_score": "MS", "mean_s": "mean S", "kurtosis": "kurtosis"}
@@ -44,7 +43,7 @@ def cells(table: pd.DataFrame, column: str, is_relative: bool) -> dict[str, str]
 def main() -> None:
     if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    table = collect(Path(sys.argv[1]))
+    table = pd.read_csv(sys.argv[1])
     table = table[table["state"] == "done"]
     losses = dict(LOSSES)
     if len(sys.argv) == 3:
