@@ -58,7 +58,7 @@ class ColumnSums:
         count = self.selected.sum()
         if regulariser.force_power:
             return ((self.measure, self.score / 2)[regulariser.force_power - 1]).sum() - count / regulariser.power
-        log_score = self.measure.sum() + count * statistics.tau.double().log()
+        log_score = self.measure.sum() + count * statistics.tau.squeeze().double().log()
         if regulariser.is_projected:
             return log_score / 2
         variance = statistics.variance.double().clamp(min=VARIANCE_FLOOR)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ from l2e_ds.inhibition import losses, memel
 from l2e_ds.inhibition.coefficients import Coefficients
 from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Inhibition
 from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count, shifted_sums
-from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
+from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums, row_of, stacked
 from l2e_ds.inhibition.settings import NeuronSite, Settings
 
 # Activations of a layer and micro-batch from which compiling is worth it on a CPU: it takes ten seconds per function,
@@ -78,6 +78,11 @@ class NeuronHook:
         self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
         # S^2 of each neuron when inhibition began; 0 before that, and for neurons that did not vary
         self.variance_at_start = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)
+        # of `freeze`, constant within an optimizer step
+        self.frozen: FrozenStatistics
+        self.frozen_now: FrozenStatistics
+        self.for_loss: FrozenStatistics
+        self.kept_pull: Tensor
         self.calls = Calls()
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
@@ -86,18 +91,12 @@ class NeuronHook:
         self._plain = Plain(self) if self.settings.mechanism == "regulariser" else Deactivation(self)
         self._one_pass, self._gelu, self._gelu_in_kernel = OnePass(self), Gelu(self), GeluInKernel(self)
         self.way: Way = self._plain  # of this micro-batch
-        self.freeze()
+        freeze([self])
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
         """Return the length of `sums` for a layer of so many neurons."""
         return NeuronHook.HEADER + 3 * neurons
-
-    def freeze(self) -> None:
-        """Make float32 constants of the running statistics, for one optimizer step."""
-        # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
-        self.frozen = self.frozen_now = self.for_loss = self.running.frozen()
-        self.kept_pull = losses.kept_pull(self.running.moments.variance, self.variance_at_start)
 
     def note_start(self) -> None:
         """Note the scale of each neuron, now that inhibition begins."""
@@ -214,28 +213,46 @@ class NeuronHook:
         scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
         return scale / (self.settings.target_share * tokens * self.site.neurons)
 
-    # --- once a step ---------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def update(self, finite: Tensor) -> Tensor:
-        """Move the running statistics by this step's sums over all ranks.
+# --- once a step, for several hooks of one width together: there are many small operations ------------------------
 
-        Returns the first five of `Inhibitor.STATISTICS`, [5] float64. finite: [] bool; if False, the running statistics
-        stay, and what is returned still shows the step.
-        """
-        move: Callable[..., tuple[RunningStatistics, Tensor]] = RunningStatistics.moved
-        if self.way.is_compiled:
-            from l2e_ds.inhibition import fused
 
-            move = fused.moved
-        n = self.site.neurons
-        header, d, d2, selected = self.sums.split([self.HEADER, n, n, n])
-        sums = StepSums(header, d, d2, selected, shift=self.frozen.mean)
-        settings = self.settings
-        seen_before = settings.reduce == "forward"
-        self.running, statistics = move(self.running, sums, finite, self.owner.fade, settings.target_share, seen_before)
-        self.freeze()
-        return statistics
+@torch.no_grad()
+def freeze(hooks: Sequence[NeuronHook]) -> None:
+    """Make float32 constants of the hooks' running statistics, for one optimizer step."""
+    # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
+    running = stacked([hook.running for hook in hooks])
+    frozen = running.frozen()
+    kept = losses.kept_pull(running.moments.variance, torch.stack([hook.variance_at_start for hook in hooks]))
+    for index, hook in enumerate(hooks):
+        hook.frozen = hook.frozen_now = hook.for_loss = row_of(frozen, index)
+        hook.kept_pull = kept[index]
+
+
+@torch.no_grad()
+def update(hooks: Sequence[NeuronHook], finite: Tensor) -> Tensor:
+    """Move the hooks' running statistics by this step's sums over all ranks.
+
+    Returns the first five of `Inhibitor.STATISTICS` of each, [len(hooks), 5] float64. finite: [] bool; if False, the
+    running statistics stay, and what is returned still shows the step.
+    """
+    first = hooks[0]
+    move: Callable[..., tuple[RunningStatistics, Tensor]] = RunningStatistics.moved
+    if first.way.is_compiled:
+        from l2e_ds.inhibition import fused
+
+        move = fused.moved
+    n, settings = first.site.neurons, first.settings
+    parts = torch.stack([hook.sums for hook in hooks]).split([NeuronHook.HEADER, n, n, n], dim=1)
+    header, d, d2, selected = parts
+    sums = StepSums(header, d, d2, selected, shift=torch.stack([hook.frozen.mean for hook in hooks]))
+    running = stacked([hook.running for hook in hooks])
+    seen_before = settings.reduce == "forward"
+    running, statistics = move(running, sums, finite, first.owner.fade, settings.target_share, seen_before)
+    for index, hook in enumerate(hooks):
+        hook.running = row_of(running, index)
+    freeze(hooks)
+    return statistics
 
 
 # --- the ways of a micro-batch -------------------------------------------------------------------------------------
@@ -326,7 +343,7 @@ class Plain(Way):
         hook, n = self.hook, self.hook.site.neurons
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
         count, sum_d, sum_d2 = packed.split([1, n, n])
-        batch = Moments.from_sums(count[0], sum_d, sum_d2, hook.frozen.mean.double())
+        batch = Moments.from_sums(count, sum_d, sum_d2, hook.frozen.mean.double())
         moments = hook.running.moments.fade(self.owner.fade).merge(batch)
         hook.frozen_now = hook.for_loss = hook.running.frozen(moments)
 

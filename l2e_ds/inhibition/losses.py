@@ -67,7 +67,7 @@ def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
 class FrozenStatistics:
     """Holds what a layer's selection and loss are computed from, float32; make it with `of`.
 
-    mean, variance: [N]. tau: []. rate: [N], the share of tokens at which each neuron is selected (for the
+    mean, variance: [N]. tau: [1]. rate: [N], the share of tokens at which each neuron is selected (for the
     scale-invariant loss). alive: [N] bool, of `is_alive`. inverse_variance: [N], 1 / S^2. inverse_s: [N], 1 / S.
     inverse_limit: [N], 1 / (S sqrt(tau)), which times |d| is at least 1 for the selected activations. The last three
     are 0 for dead neurons, so that their score is 0.
@@ -84,7 +84,7 @@ class FrozenStatistics:
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor, tau: Tensor, rate: Tensor) -> FrozenStatistics:
-        """Return these statistics, and what follows from them. mean, variance, rate: [N]; tau: []; all float32."""
+        """Return these statistics, and what follows from them. mean, variance, rate: [N]; tau: [1]; all float32."""
         alive = is_alive(mean, variance)
         inverse_variance = torch.where(alive, 1 / variance.clamp(min=VARIANCE_FLOOR), 0.0)
         inverse_limit = (inverse_variance / tau).sqrt()
@@ -170,10 +170,12 @@ def projection(sums: Tensor, kept: Tensor) -> Correction:
     """Return the correction of the projected loss: for each neuron, the line shift + pull * d that best fits the force.
 
     sums: [1 + 4 N] float64, the `projection_sums` of the global micro-batch, times any number (docs/method.md, 5.2).
-    kept: [N] float64, the share of the pull that stays, of `kept_pull`.
+    kept: [N] float64, the share of the pull that stays, of `kept_pull`. Both may have one more dimension in front, that
+    of several layers.
     """
-    tokens, sums = sums[0], sums[1:].view(4, -1)
-    force, force_d, d, d2 = sums / torch.where(tokens > 0, tokens, 1.0)
+    tokens = sums[..., :1]
+    means = sums[..., 1:] / torch.where(tokens > 0, tokens, 1.0)
+    force, force_d, d, d2 = means.chunk(4, dim=-1)
     variance = d2 - d * d
     pull = torch.where(is_alive(d, variance), kept * (force_d - force * d) / variance, 0.0)
     return Correction((force - pull * d).float(), pull.float())

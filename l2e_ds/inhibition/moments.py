@@ -1,6 +1,7 @@
 """Keep a running mean and variance per neuron, merged by the pairwise formula of Chan, Golub and LeVeque (1983).
 
-Shapes: M samples (tokens), N neurons of a layer.
+Shapes: M samples (tokens), N neurons of a layer. Where a shape ends in N, more dimensions may come before it, as of
+several layers; what is one number a layer is [1], or [..., 1].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _TINY = torch.finfo(torch.float64).tiny
 class Moments:
     """Holds mean and sum of squared deviations of samples, float64; nothing is updated in place.
 
-    count: [] sum of the samples' weights, which is their number if none has faded
+    count: [1] sum of the samples' weights, which is their number if none has faded
     mean:  [N]
     m2:    [N] weighted sum of (z - mean)^2
     """
@@ -30,11 +31,11 @@ class Moments:
     def empty(cls, neurons: int, device: torch.device | str | None = None) -> Moments:
         """Return the moments of no samples."""
         zeros = torch.zeros(neurons, dtype=torch.float64, device=device)
-        return cls(torch.zeros((), dtype=torch.float64, device=device), zeros, zeros.clone())
+        return cls(torch.zeros(1, dtype=torch.float64, device=device), zeros, zeros.clone())
 
     @classmethod
     def from_sums(cls, count: Tensor, sum_d: Tensor, sum_d2: Tensor, shift: Tensor) -> Moments:
-        """Return the moments of samples z from their number [] and their sums of d = z - shift and of d^2, [N] each.
+        """Return the moments of samples z from their number [1] and their sums of d = z - shift and of d^2, [N] each.
 
         shift: [N]; all are float64.
         """

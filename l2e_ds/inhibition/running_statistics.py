@@ -1,11 +1,14 @@
 """Move what a layer remembers by the sums of one step: moments, tau, and how often each neuron was selected.
 
-Shapes: N neurons. Everything float64.
+Shapes: N neurons; what is one number a layer is [1]. All may have one more dimension in front, that of several layers
+of N neurons each. Everything float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,21 @@ from torch import Tensor
 from l2e_ds.inhibition.losses import FrozenStatistics, is_alive
 from l2e_ds.inhibition.moments import Moments
 from l2e_ds.inhibition.threshold import initial_threshold, moved_threshold
+
+
+def stacked(layers: Sequence[Any]) -> Any:
+    """Return the statistics of several layers of N neurons as one, with a dimension more."""
+    if isinstance(layers[0], Tensor):
+        return torch.stack(tuple(layers))
+    names = [field.name for field in fields(layers[0])]
+    return type(layers[0])(*(stacked([getattr(layer, name) for layer in layers]) for name in names))
+
+
+def row_of(layers: Any, index: int) -> Any:
+    """Return the statistics of one layer of those that `stacked` returned."""
+    if isinstance(layers, Tensor):
+        return layers[index]
+    return type(layers)(*(row_of(getattr(layers, field.name), index) for field in fields(layers)))
 
 
 @dataclass(frozen=True)
@@ -34,7 +52,7 @@ class StepSums:
 class RunningStatistics:
     """Holds what a layer remembers of all steps so far; nothing is updated in place.
 
-    tau: []. selected: [N], faded number of tokens at which each neuron was selected. selectable: [], faded number of
+    tau: [1]. selected: [N], faded number of tokens at which each neuron was selected. selectable: [1], faded number of
     tokens at which it could be.
     """
 
@@ -48,9 +66,9 @@ class RunningStatistics:
         """Return the statistics of a layer that has seen nothing yet."""
         return cls(
             Moments.empty(neurons, device),
-            torch.tensor(initial_threshold(target_share), dtype=torch.float64, device=device),
+            torch.tensor([initial_threshold(target_share)], dtype=torch.float64, device=device),
             torch.zeros(neurons, dtype=torch.float64, device=device),
-            torch.zeros((), dtype=torch.float64, device=device),
+            torch.zeros(1, dtype=torch.float64, device=device),
         )
 
     def frozen(self, moments: Moments | None = None) -> FrozenStatistics:
@@ -62,27 +80,28 @@ class RunningStatistics:
     def moved(
         self, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
     ) -> tuple[RunningStatistics, Tensor]:
-        """Return the statistics after a step, and the first five of `Inhibitor.STATISTICS` in it, [5] float64.
+        """Return the statistics after a step, and the first five of `Inhibitor.STATISTICS` in it, [5].
 
         finite: [] bool; if False, nothing moves. fade: the weight that the past keeps, of `fade_factor`. target_share:
         the share of pairs to select. seen_before: whether the moments that the step selected by included its own
         samples (`reduce: forward`). Source: docs/method.md, 3 and 4.
         """
-        tokens, loss, score = sums.header.unbind()
-        pairs = tokens * sums.d.shape[0]
+        tokens, loss, score = sums.header.split(1, dim=-1)
+        pairs = tokens * sums.d.shape[-1]
         batch = Moments.from_sums(tokens, sums.d, sums.d2, sums.shift.double())
         merged = self.moments.fade(fade).merge(batch)
         before = merged if seen_before else self.moments
-        possible = is_alive(before.mean, before.variance).any()
-        total = sums.selected.sum()
-        shown = torch.stack(
+        possible = is_alive(before.mean, before.variance).any(-1, keepdim=True)
+        total = sums.selected.sum(-1, keepdim=True)
+        shown = torch.cat(
             [
                 total / pairs.clamp(min=1),
                 self.tau,
                 score / total.clamp(min=1),
-                merged.variance.sqrt().mean(),
+                merged.variance.sqrt().mean(-1, keepdim=True),
                 loss / (target_share * pairs).clamp(min=1),
-            ]
+            ],
+            dim=-1,
         )
         kept = Moments(
             torch.where(finite, merged.count, self.moments.count),

@@ -24,11 +24,11 @@ def initial_threshold(target_share: float) -> float:
 
 
 def moved_threshold(tau: Tensor, selected: Tensor, pairs: Tensor, target_share: float, possible: Tensor) -> Tensor:
-    """Return the threshold for the next step, [] float64 (docs/method.md, 4).
+    """Return the threshold for the next step, float64, elementwise over layers (docs/method.md, 4).
 
-    tau: [] float64. selected, pairs: [] float64, over all ranks: how many (token, neuron) pairs were at or above tau,
-    and how many there were. possible: [] bool, whether anything could be selected at all; if not (no history yet, or
-    every neuron is dead) the share says nothing about tau, which stays.
+    tau: float64. selected, pairs: float64, over all ranks: how many (token, neuron) pairs were at or above tau, and how
+    many there were. possible: bool, whether anything could be selected at all; if not (no history yet, or every neuron
+    is dead) the share says nothing about tau, which stays.
     """
     smallest = 0.5 / pairs.clamp(min=1)
     share = (selected / pairs.clamp(min=1)).clamp(min=smallest, max=1 - smallest)

@@ -139,8 +139,8 @@ def summary(table: pd.DataFrame) -> str:
         for row, (_, found) in zip(rows, metric.iterrows(), strict=True):
             difference = _plus_minus(found["difference"], found["stderr"], found["pairs"], form)
             if name == "step_seconds":
-                percent = 100 * found[["relative", "relative_stderr"]]
-                difference = _plus_minus(*percent, found["pairs"], "{:.1f}", " %")
+                relative, error = 100 * found["relative"], 100 * found["relative_stderr"]
+                difference = _plus_minus(relative, error, found["pairs"], "{:.1f}", " %")
             row += ["" if pd.isna(found["mean"]) else form.format(found["mean"]), difference]
     parts = [markdown(heads, rows)]
     form = "{:.4f}"

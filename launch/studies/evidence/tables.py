@@ -2,9 +2,9 @@
 
     python launch/studies/evidence/tables.py RESULTS.csv [MEASURES.csv]
 
-RESULTS.csv is the study's. Only finished runs count. A difference is to the baseline run of the same seed: in nats for losses, relative for the
-rest. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means
-over the inhibited layers. MEASURES.csv, of measure.py, adds its columns.
+RESULTS.csv is the study's. Only finished runs count. A difference is to the baseline run of the same seed: in nats for
+losses, relative for the rest. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S
+and kurtosis are means over the inhibited layers. MEASURES.csv, of measure.py, adds its columns.
 """
 
 from __future__ import annotations
