@@ -1,6 +1,6 @@
 """Inhibit in the Hugging Face Trainer, without a subclass of it:
 
-    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(strength=0.1, start=0.3, warmup=0.2)])
+    Trainer(model, args, train_dataset=..., callbacks=[InhibitionCallback(strength=0.05, start=0.3, warmup=0.2)])
 
 While the Trainer trains, a forward hook on the model attaches the inhibition to the loss that the model returns. The
 Trainer has its causal language models divide that loss by the predicted tokens of the whole step (on all ranks, in all

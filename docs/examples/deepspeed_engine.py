@@ -48,7 +48,7 @@ model = GPTNeoXForCausalLM(
     )
 ).train()
 # before deepspeed.initialize, as ZeRO-3 needs it; on the device that DeepSpeed will move the model to
-settings = Settings(target_share=TARGET, strength=0.1, start=0.3, warmup=0.2)  # shares of run_steps
+settings = Settings(target_share=TARGET, strength=0.05, start=0.3, warmup=0.2)  # shares of run_steps
 inhibitor = Inhibitor(neuron_sites(model, "mid-2"), settings, device, run_steps=STEPS)  # 1
 inhibitor.attach()  # 2
 engine, *_ = deepspeed.initialize(

@@ -42,7 +42,7 @@ with tempfile.TemporaryDirectory() as folder:
         disable_tqdm=True,
         save_strategy="no",
     )
-    inhibition = InhibitionCallback(target_share=TARGET, strength=0.1, start=0.3, warmup=0.2)  # shares of max_steps
+    inhibition = InhibitionCallback(target_share=TARGET, strength=0.05, start=0.3, warmup=0.2)  # shares of max_steps
     trainer = Trainer(model, arguments, train_dataset=dataset, callbacks=[inhibition])
     trainer.train()  # its lines show loss, observed_share, layer1/tau ...
 

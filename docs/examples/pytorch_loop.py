@@ -38,7 +38,7 @@ def build():
     torch.manual_seed(0)
     model = GPTNeoXForCausalLM(CONFIG).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    settings = Settings(target_share=TARGET, strength=0.1, start=0.3, warmup=0.2)  # shares of run_steps
+    settings = Settings(target_share=TARGET, strength=0.05, start=0.3, warmup=0.2)  # shares of run_steps
     inhibitor = Inhibitor(neuron_sites(model, "mid-2"), settings, run_steps=STEPS)  # 1
     inhibitor.attach()  # 2
     return model, optimizer, inhibitor

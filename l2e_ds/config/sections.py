@@ -45,7 +45,7 @@ DECIDES_NO_RESULT = (
     *("training.resume", "training.run_directory", "training.time_limit", "training.timeout", "inhibition.guard"),
 )
 
-DEFAULT_STRENGTH = 0.1
+DEFAULT_STRENGTH = 0.05
 """The strength of a regulariser that has neither a strength nor a coefficient."""
 
 SMALLEST_SHARE = 1e-6
@@ -400,7 +400,7 @@ class InhibitionConfig(Section):
     """Share of the (token, neuron) pairs to select."""
     strength: float | None = Field(None, ge=0)
     """Gradient of the inhibition loss relative to the language model's, at each layer's selected activations. Default:
-    0.1 for a regulariser without `coefficient`."""
+    0.05 for a regulariser without `coefficient`."""
     coefficient: float | None = Field(None, ge=0)
     """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0

@@ -13,7 +13,7 @@ from l2e_ds.inhibition.losses import LossName, Power, Regulariser
 
 _KINDS = ("activation", "projection")
 
-DEFAULT_STRENGTH = 0.1
+DEFAULT_STRENGTH = 0.05
 
 
 @dataclass(frozen=True)

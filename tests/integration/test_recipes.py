@@ -41,7 +41,7 @@ def test_recipe_builds(path):
         assert (getattr(sites[1].module, sites[1].attribute) is replaced) == (sites[1].kind == "projection")
     assert zero_stage(ds) in (1, 3)
     section = config.inhibition
-    assert (section.loss, section.power, section.strength, section.coefficient) == ("projected", 1, 0.1, None)
+    assert (section.loss, section.power, section.strength, section.coefficient) == ("projected", 1, 0.05, None)
     if path.stem == "quickstart":
         return
     parameters = sum(p.numel() for p in model.parameters())

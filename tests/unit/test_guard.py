@@ -151,7 +151,7 @@ def test_what_is_said_of_ms():
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({}, "lower inhibition.strength (0.1) or begin later (inhibition.start); docs/looking-inside.md"),
+        ({}, "lower inhibition.strength (0.05) or begin later (inhibition.start); docs/looking-inside.md"),
         (
             {"loss": "published", "coefficient": 0.01},
             "lower inhibition.coefficient (0.01), begin later (inhibition.start) or take inhibition.loss: projected;"
