@@ -105,10 +105,10 @@ def test_paired_differences(table):
 
 def test_the_printed_table(table):
     text = summary(table)
-    assert "| l2e | 3 | 5.3000 | -0.2000 ± 0.0577 |" in text
-    assert "| 1.2000 | +9.1 ± 0.0 % |" in text
-    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
-    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.2000 ± 0.0577 |" in text
+    assert "| l2e | 3 | 5.3000 | -0.2000 ± 0.0577 (n = 3) |" in text
+    assert "| 1.2000 | +9.1 ± 0.0 % (n = 3) |" in text
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 (n = 3) |" in text
+    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.2000 ± 0.0577 (n = 3) |" in text
     single = summary(table[table["seed"] == 1])
     assert "| l2e | 1 | 4.9000 | -0.1000 |" in single and "nan" not in single
 
@@ -118,14 +118,14 @@ def test_only_what_is_equally_long_is_compared(table):
     longer = table.assign(step=table["step"].where(table["run"] != "l2e-seed1", 30))
     longer["evaluated_step"] = longer["step"]
     text = summary(longer)
-    assert "| l2e | 3 | 5.3000 | -0.2500 ± 0.0500 |" in text  # of -0.3, -0.2
-    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0250 ± 0.0050 |" in text
+    assert "| l2e | 3 | 5.3000 | -0.2500 ± 0.0500 (n = 2) |" in text  # of -0.3, -0.2
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0250 ± 0.0050 (n = 2) |" in text
     stale = table.assign(evaluated_step=table["evaluated_step"].where(table["run"] != "none-seed2", 10))
     text = summary(stale)
     assert "| none | 3 | 5.5000 |  |" in text  # of 5.0, 6.0
-    assert "| l2e | 3 | 5.3000 | -0.1500 ± 0.0500 |" in text  # of -0.1, -0.2
-    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.1500 ± 0.0500 |" in text
-    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 |" in text
+    assert "| l2e | 3 | 5.3000 | -0.1500 ± 0.0500 (n = 2) |" in text  # of -0.1, -0.2
+    assert "| text_loss/own | l2e | 3 | 6.3000 | -0.1500 ± 0.0500 (n = 2) |" in text
+    assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 (n = 3) |" in text
 
 
 def test_figures_of_the_documents_that_the_study_asks_for(tmp_path, monkeypatch):

@@ -55,7 +55,7 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
         as_recipe = path.stem == "time" or run.levels.get("method") == "projected"
         if section.method == "l2e" and section.parts[1] == "regulariser":
             weights = (section.loss, section.strength, section.coefficient)
-            assert weights == (("projected", 0.1, None) if as_recipe else ("published", None, 1e-3)), run.name
+            assert weights == (("projected", 0.05, None) if as_recipe else ("published", None, 1e-3)), run.name
         if section.method != "none" and run.levels.get("method") != "projected":
             assert (section.start, section.decay, section.end) == (0, 0, None), run.name
         if run.baseline is not None:
