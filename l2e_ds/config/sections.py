@@ -352,6 +352,8 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations, besides those at the start and the end; 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences per evaluation."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the z-loss (docs/looking-inside.md), which keeps logits small; PaLM's is 1e-4. 0: none."""
     spike_deviations: float | None = Field(None, gt=0)
     """Skip a step whose gradient norm is more than this many standard deviations (say 6) above the mean of the
     `spike_window` applied steps before it (docs/looking-inside.md). Default: skip none."""

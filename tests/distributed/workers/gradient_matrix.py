@@ -1,7 +1,8 @@
 """Runs on two ranks: for stage x precision x accumulation x checkpointing, the gradients that DeepSpeed holds before
 its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Three
 losses: the published one and, with its projection over each micro-batch, the projected one, with `reduce: step`; in
-float32 the scale-invariant one with `reduce: forward`.
+float32 the scale-invariant one with `reduce: forward`. With the projected one there is a z-loss, and with its smaller
+micro-batch the LM loss is computed in chunks.
 
 usage: gradient_matrix.py OUTPUT pairwise|all
 Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
@@ -24,12 +25,15 @@ from l2e_ds.engine.engine import loss_scale
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
 from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.training import loss as lm_loss
 from tests.distributed.training_case import LENGTH, TrainingCase
 from tests.distributed.workers.train_cases import data, make_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARE, WINDOW, SEED = 0.02, 5, 1234
 COEFFICIENT = {"published": 0.3, "scale-invariant": 0.3, "projected": 1.0}
+Z_LOSS = {"published": 0.0, "scale-invariant": 0.0, "projected": 0.1}
+IN_ONE_PIECE = lm_loss.IN_ONE_PIECE
 
 
 def pairwise():
@@ -62,7 +66,13 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
     sections = {
         "model": {"activation_checkpointing": checkpointing},
         "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
-        "training": {"precision": precision, "micro_batch": micro_batch, "evaluate_every": 0, "seed": SEED},
+        "training": {
+            "precision": precision,
+            "micro_batch": micro_batch,
+            "evaluate_every": 0,
+            "seed": SEED,
+            "z_loss": Z_LOSS[loss],
+        },
         "inhibition": {
             "coefficient": COEFFICIENT[loss],
             "loss": loss,
@@ -73,6 +83,7 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
     }
     if loss == "scale-invariant":
         sections["inhibition"]["reduce"] = "forward"
+    lm_loss.IN_ONE_PIECE = 0 if loss == "projected" and micro_batch == 2 else IN_ONE_PIECE
     with make_trainer(TrainingCase(sections), directory, device) as trainer:
         trainer.train_step()
         gradients, calls = {}, {}
@@ -123,7 +134,8 @@ def inhibition_loss(loss, z, mean, variance, selected, micro_batches):
 
 
 def reference(precision, loss, tau, micro_batches):
-    """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, on the whole second batch; by name.
+    """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, z-loss included, on the whole second batch; by
+    name.
 
     tau: [layers], as it was in the second step.
     """
@@ -142,14 +154,15 @@ def reference(precision, loss, tau, micro_batches):
         train = data()[0].train
         rows = SequenceOrder(len(train), SEED).sequences(step * 8 + np.arange(8))
         batch = torch.from_numpy(train.batch(np.asarray(rows)))
-        logits = model(input_ids=batch[:, :-1]).logits
-        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(input_ids=batch[:, :-1]).logits.flatten(0, 1)
+        z_loss = Z_LOSS[loss] * logits.logsumexp(1).square().mean()
+        return functional.cross_entropy(logits, batch[:, 1:].flatten()) + z_loss
 
     with torch.no_grad():
         run(0)
     first = dict(neurons)
-    lm_loss = run(1)
-    total = lm_loss
+    without_inhibition = run(1)
+    total = without_inhibition
     for (layer, z), threshold in zip(neurons.items(), tau, strict=True):
         samples = [first[layer], z.detach()] if loss == "scale-invariant" else [first[layer]]
         mean, variance = moments_of(samples, float(np.exp(-1 / WINDOW)))
@@ -158,7 +171,7 @@ def reference(precision, loss, tau, micro_batches):
         total = total + COEFFICIENT[loss] * value / (SHARE * z.numel())
     names = [name for name, _ in model.named_parameters()]
     whole = torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
-    plain = torch.autograd.grad(lm_loss, list(model.parameters()))
+    plain = torch.autograd.grad(without_inhibition, list(model.parameters()))
     return dict(zip(names, whole, strict=True)), dict(zip(names, plain, strict=True))
 
 
