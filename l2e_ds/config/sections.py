@@ -512,6 +512,8 @@ class LoggingConfig(Section):
     """Also log to this project of Weights & Biases."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators."""
+    layer_gradients: bool = False
+    """On each line also the norm of the gradient of each layer's weights (docs/looking-inside.md)."""
     profile: list[int] | None = Field(None, min_length=2, max_length=2)
     """First and last step of a trace of rank 0, e.g. `[100, 102]` (docs/looking-inside.md)."""
 

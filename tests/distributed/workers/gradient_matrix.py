@@ -6,7 +6,8 @@ micro-batch the LM loss is computed in chunks.
 
 usage: gradient_matrix.py OUTPUT pairwise|all
 Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
-the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share}}.
+the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share, "norms": by layer
+[as logged, of the gradients], "norm": DeepSpeed's}}.
 """
 
 import itertools
@@ -62,7 +63,8 @@ def combinations():
 
 
 def measured(stage, precision, micro_batch, checkpointing, loss, directory, device):
-    """Of the second step: gradients by name (float64), hook calls, share and tau; the first fills the moments."""
+    """Of the second step: gradients by name (float64), hook calls, share, tau, norms by layer and DeepSpeed's; the
+    first fills the moments."""
     sections = {
         "model": {"activation_checkpointing": checkpointing},
         "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
@@ -80,6 +82,7 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
             "statistics_window": WINDOW,
         },
         "deepspeed": {"config": f"ds_configs/zero{stage}.json"},
+        "logging": {"layer_gradients": True},
     }
     if loss == "scale-invariant":
         sections["inhibition"]["reduce"] = "forward"
@@ -106,7 +109,8 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
         applied = trainer.train_step()
         assert applied
         share, tau = trainer.inhibitor.last[:, 0].mean(), trainer.inhibitor.last[:, 1].tolist()
-    return gradients, calls, float(share), tau
+        norms, whole_norm = trainer._layer_gradients.norms(), float(trainer.engine.get_global_grad_norm())
+    return gradients, calls, float(share), tau, norms, whole_norm
 
 
 def moments_of(batches, fade):
@@ -179,6 +183,13 @@ def norm(gradients):
     return float(torch.sqrt(sum((g.double() ** 2).sum() for g in gradients)))
 
 
+def in_part(gradients, key):
+    """Those whose norm is logged under `gradient_norm/layerI` or `gradient_norm/rest`."""
+    parts = (name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest" for name in gradients)
+    part = key.removeprefix("gradient_norm/").removeprefix("layer")
+    return [gradient for gradient, its in zip(gradients.values(), parts, strict=True) if its == part]
+
+
 def main() -> None:
     quiet_libraries()
     from deepspeed.accelerator import get_accelerator
@@ -190,7 +201,7 @@ def main() -> None:
     results, references = {}, {}
     for combination in which():
         name = "-".join(map(str, combination))
-        gradients, calls, share, tau = measured(*combination, output / name, device)
+        gradients, calls, share, tau, norms, whole_norm = measured(*combination, output / name, device)
         if collectives.is_main():
             _, precision, micro_batch, _, loss = combination
             key = (precision, loss, micro_batch if loss == "projected" else None)
@@ -203,6 +214,8 @@ def main() -> None:
                 "part": norm(whole[k] - plain[k] for k in whole) / norm(whole.values()),
                 "calls": calls,
                 "selected": share,
+                "norms": {key: [logged, norm(in_part(gradients, key))] for key, logged in norms.items()},
+                "norm": whole_norm,
             }
     if collectives.is_main():
         (output / "matrix.json").write_text(json.dumps(results, indent=1))
