@@ -352,6 +352,8 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations, besides those at the start and the end; 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences per evaluation."""
+    z_loss: float = Field(0.0, ge=0)
+    """Coefficient of the z-loss (docs/looking-inside.md), which keeps logits small; PaLM's is 1e-4. 0: none."""
     spike_deviations: float | None = Field(None, gt=0)
     """Skip a step whose gradient norm is more than this many standard deviations (say 6) above the mean of the
     `spike_window` applied steps before it (docs/looking-inside.md). Default: skip none."""
@@ -510,6 +512,8 @@ class LoggingConfig(Section):
     """Also log to this project of Weights & Biases."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators."""
+    layer_gradients: bool = False
+    """On each line also the norm of the gradient of each layer's weights (docs/looking-inside.md)."""
     profile: list[int] | None = Field(None, min_length=2, max_length=2)
     """First and last step of a trace of rank 0, e.g. `[100, 102]` (docs/looking-inside.md)."""
 

@@ -402,6 +402,11 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
             f" {optimizer_type(ds)}, whose state may move before its step is skipped; allowed: null, or Adam or AdamW"
             " there"
         )
+    if config.logging.layer_gradients and _lookup(ds, ("zero_optimization", "round_robin_gradients")):
+        raise ConfigError(
+            f"logging.layer_gradients: got true, but {where} has zero_optimization.round_robin_gradients, under which"
+            " DeepSpeed does not say where a parameter's gradient is; use false, or remove it there"
+        )
     accumulation_type = _lookup(ds, ("data_types", "grad_accum_dtype"))
     if config.training.precision == "bf16" and stage == 0 and accumulation_type not in (None, "bf16"):
         raise ConfigError(

@@ -137,6 +137,36 @@ def norm_within_step(engine: Any) -> float:
     return float(engine.optimizer._global_grad_norm)
 
 
+def wait_for_gradients(engine: Any) -> None:
+    """With gradients offloaded by ZeRO-1 or 2, wait for their copies; `own_gradient` may be read then."""
+    if getattr(engine.optimizer, "cpu_offload", False):
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator().synchronize()
+
+
+def own_gradient(engine: Any, parameter: Any) -> torch.Tensor | None:
+    """Return what this rank holds of a parameter's gradient between the last backward and the optimizer's step, or None
+    if that is nothing. It is reduced over the ranks, and times the loss scale.
+
+    Under ZeRO-0 every rank holds all of it, otherwise each a part of its own, under ZeRO-3 with zeros as padding.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return parameter.grad
+    if engine.zero_optimization_stage() == 3:
+        from deepspeed.utils import safe_get_local_grad
+
+        return safe_get_local_grad(parameter)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+    if gradient.numel() < parameter.numel():
+        return gradient
+    own = mapping.lp_fragment_address  # DeepSpeed's BF16_Optimizer keeps the whole gradient on each rank
+    return gradient.narrow(0, own.start, own.numel)
+
+
 def loss_scale(engine: Any) -> float:
     """Return the present loss scale; 1 without fp16."""
     return float(getattr(engine.optimizer, "cur_scale", 1.0)) if engine.fp16_enabled() else 1.0

@@ -42,7 +42,7 @@ class TrainingStack:
         if config.inhibition.method != "none":
             self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
             self.inhibitor.attach()  # before the engine is built, as ZeRO-3 requires
-        self.head = LossHead(self.model)
+        self.head = LossHead(self.model, config.training.z_loss)
         self.engine = build_engine(self.model, config, ds, device)
 
 

@@ -42,6 +42,7 @@ class Interval:
         self._begin = time.perf_counter()
         self._paused = self._data_wait = 0.0  # seconds
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=device)  # of each step's mean loss on this rank
+        self._z_loss_sum: Tensor | None = None  # the same of the z-loss, if there is one
         self._newest_loss = torch.zeros((), device=device)
         self._statistics: list[Tensor] = []  # one of [L, len(STATISTICS)] for each applied step
 
@@ -59,10 +60,13 @@ class Interval:
         yield
         self._data_wait += time.perf_counter() - begin
 
-    def add_loss(self, loss: Tensor) -> None:
-        """Add the LM loss of one micro-batch of the current step, [] in nats/token."""
+    def add_loss(self, loss: Tensor, z_loss: Tensor | None = None) -> None:
+        """Add the LM loss of one micro-batch of the current step, and its z-loss, if there is one: [] in nats/token."""
         self._newest_loss = loss.detach()
         self._loss_sum += self._newest_loss.double() / self._batch.accumulation
+        if z_loss is not None:
+            share = z_loss.double() / self._batch.accumulation
+            self._z_loss_sum = share if self._z_loss_sum is None else self._z_loss_sum + share
 
     def add_step(self, applied: bool, learning_rate: float, statistics: Tensor | None, is_spike: bool = False) -> None:
         """Add one optimizer step. applied: whether it changed the weights. statistics: `Inhibitor.last`, [L,
@@ -81,12 +85,13 @@ class Interval:
     def values(self, layers: Sequence[int]) -> dict[str, Any]:
         """Return the interval's part of the line `kind: train` (docs/metrics.md); there must be a step. layers: the
         numbers of the hooked layers, in the inhibitor's order. Collective."""
-        lm_loss = collectives.all_reduce_sum(self._loss_sum).item() / (self.steps * collectives.size())
+        sums = {"lm_loss": self._loss_sum} | ({} if self._z_loss_sum is None else {"z_loss": self._z_loss_sum})
+        losses = collectives.all_reduce_sum(torch.stack([*sums.values()])).tolist()
         seconds = max(time.perf_counter() - self._begin - self._paused, 1e-9)
         costs = collectives.all_gather_objects((self._data_wait, memory.peak_memory_bytes(self._device)))
         waits, peaks = zip(*costs, strict=True)
         return {
-            "lm_loss": lm_loss,
+            **{name: loss / (self.steps * collectives.size()) for name, loss in zip(sums, losses, strict=True)},
             **self._inhibition_values(layers),
             "learning_rate": self._learning_rate,
             "skipped_steps": self.skipped,

@@ -5,6 +5,10 @@ gradient are computed together for some tokens at a time, in forward, and backwa
 gradient of the logits is divided by the number of tokens only in backward: in fp16, most of (softmax - one-hot) / M
 would be rounded to zero.
 
+The z-loss of PaLM (Chowdhery et al. 2022, section 5) is `coefficient` times the mean square of log Z, where Z is the
+denominator of a token's softmax. Its gradient is part of the LM loss's, whose value stays the cross-entropy: a token's
+gradient is (1 + 2 coefficient log Z) softmax - one-hot.
+
 Shapes: B sequences, T tokens per sequence, M = B * T, h hidden size, V vocabulary rows, C tokens of a chunk.
 """
 
@@ -12,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -31,10 +35,16 @@ CHUNK = {"cpu": 512, "cuda": 8192}
 
 class LossHead:
     """Makes a network's output projection return losses instead of logits, where it is called through this class;
-    within the projection's own forward, so that ZeRO-3 still gathers the weight there."""
+    within the projection's own forward, so that ZeRO-3 still gathers the weight there.
 
-    def __init__(self, model: nn.Module) -> None:
-        """Take over the forward of the model's `get_output_embeddings()`, which must return its logits."""
+    z_loss: the z-loss of the newest micro-batch, [] float32, or None if its coefficient is 0.
+    """
+
+    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
+        """Take over the forward of the model's `get_output_embeddings()`, which must return its logits. z_loss: the
+        coefficient."""
+        self.z_loss: Tensor | None = None
+        self._coefficient = z_loss
         self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._logits = self.projection.forward
         self._targets: Tensor | None = None
@@ -44,7 +54,7 @@ class LossHead:
         self.projection.forward = self._forward
 
     def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch, [] float32 in nats/token.
+        """Return the mean cross-entropy of a micro-batch, [] float32 in nats/token. Its gradient is also the z-loss's.
 
         model: the network, or the engine around it. inputs, targets: [B, T] int64. Raises SelfTestError if the network
         changes its logits after the projection.
@@ -85,6 +95,12 @@ class LossHead:
         if self._targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
             logits = self._logits(hidden).float().flatten(0, 1)
             loss = functional.cross_entropy(logits, self._targets, reduction=self._reduction)
+            if self._coefficient and self._reduction == "mean":
+                z_loss = self._coefficient * logits.logsumexp(1).square().mean()
+                self.z_loss = z_loss.detach()
+                loss = loss + (z_loss - self.z_loss)  # its gradient without its value
+        elif self._coefficient and self._reduction == "mean":
+            loss, self.z_loss = _ChunkedMean.apply(hidden.flatten(0, 1), weight, self._targets, self._coefficient)
         else:
             loss = chunked_cross_entropy(hidden.flatten(0, 1), weight, self._targets, self._reduction)
         self._returned = None if self._is_checked else loss.detach()
@@ -113,7 +129,7 @@ def chunked_cross_entropy(
     if reduction == "none":
         with torch.no_grad():
             return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
-    return _ChunkedMean.apply(hidden, weight, targets)
+    return _ChunkedMean.apply(hidden, weight, targets, 0.0)[0]
 
 
 def _chunks(hidden: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
@@ -121,68 +137,94 @@ def _chunks(hidden: Tensor, *others: Tensor) -> zip[tuple[Tensor, ...]]:
     return zip(*(tensor.split(size) for tensor in (hidden, *others)), strict=True)
 
 
-def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the losses, [C], and the log-probabilities, [C, V], of a chunk, both float32."""
-    log_p = functional.log_softmax((hidden @ weight.T).float(), dim=1)
-    return -log_p.gather(1, targets[:, None])[:, 0], log_p
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses and log Z, [C], and the log-probabilities, [C, V], of a chunk, all float32."""
+    logits = (hidden @ weight.T).float()
+    log_p = functional.log_softmax(logits, dim=1)
+    losses = -log_p.gather(1, targets[:, None])[:, 0]
+    return losses, _log_z(losses, logits, targets), log_p
 
 
-def _gradients(hidden: Tensor, weight: Tensor, targets: Tensor, of_hidden: Tensor, of_weight: Tensor) -> Tensor:
-    """Return the sum of a chunk's losses, [] float64; its gradient is written to of_hidden, [C, h], and added to
-    of_weight, [V, h] float32. Raises CompileError on a GPU."""
+def _log_z(losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return log Z of each token, [C] float32: its loss, log Z less the target's logit, plus that."""
+    return losses + logits.gather(1, targets[:, None])[:, 0].float()
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: float, of_hidden: Tensor, of_weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return a chunk's losses and log Z, [C] float32 each; the latter may be None if the coefficient of the z-loss is
+    0. The gradient of the sum of losses and z-losses is written to of_hidden, [C, h], and added to of_weight, [V, h]
+    float32. Raises CompileError on a GPU."""
+    log_z: Tensor | None
     if hidden.is_cuda:
         from l2e_ds.inhibition.fused import compiling  # imports PyTorch's compiler, which CPUs do not need here
 
+        logits = hidden @ weight.T
         with compiling("LM loss"):
-            losses, gradient = _compiled_logit_gradient()(hidden @ weight.T, targets)
+            losses, gradient = _compiled_logit_gradient(coefficient)(logits, targets)
+        log_z = _log_z(losses, logits, targets) if coefficient else None
         # The products are added in float32 as they are computed, without a copy of [V, h] in half precision.
         torch.addmm(of_weight, gradient.T, hidden, out_dtype=torch.float32, out=of_weight)
     else:
-        losses, log_p = _losses(hidden, weight, targets)
-        gradient = log_p.exp_().scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]).to(hidden.dtype)
+        losses, log_z, log_p = _losses(hidden, weight, targets)
+        softmax = log_p.exp_()
+        if coefficient:
+            softmax.mul_((1 + 2 * coefficient * log_z)[:, None])
+        gradient = softmax.scatter_add_(1, targets[:, None], -torch.ones_like(losses)[:, None]).to(hidden.dtype)
         if weight.dtype == torch.float32:
             of_weight.addmm_(gradient.T, hidden)
         else:
             of_weight += gradient.T @ hidden
     torch.mm(gradient, weight, out=of_hidden)
-    return losses.sum(dtype=torch.float64)
+    return losses, log_z
 
 
-def _logit_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each token's loss, [C] float32, and its gradient with respect to the logits, softmax - one-hot, [C, V] in
-    their dtype. torch.compile makes one pass for the sums and one for the gradient of this."""
+def _logit_gradient(logits: Tensor, targets: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
+    """Return each token's loss, [C] float32, and the gradient of it and of its z-loss with respect to the logits,
+    [C, V] in their dtype. torch.compile makes one pass for the sums and one for the gradient of this."""
     log_p = functional.log_softmax(logits.float(), dim=1)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = -log_p.gather(1, targets[:, None])[:, 0]
-    return losses, (log_p.exp() - is_target.float()).to(logits.dtype)
+    softmax = log_p.exp()
+    if coefficient:
+        softmax = softmax * (1 + 2 * coefficient * _log_z(losses, logits, targets))[:, None]
+    return losses, (softmax - is_target.float()).to(logits.dtype)
 
 
 @cache
-def _compiled_logit_gradient() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_logit_gradient(coefficient: float) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     # Only the last chunk of a micro-batch may have another size. With dynamic sizes, the function that is used would
     # depend on the sizes before, which differ in a resumed run.
-    return torch.compile(_logit_gradient, fullgraph=True, dynamic=False)
+    return torch.compile(partial(_logit_gradient, coefficient=coefficient), fullgraph=True, dynamic=False)
 
 
 class _ChunkedMean(torch.autograd.Function):
-    """Computes the gradients in forward, without the scale that backward multiplies them by."""
+    """Computes the gradients in forward, without the scale that backward multiplies them by. Returns the mean loss,
+    whose gradient is also the z-loss's, and the z-loss, which has none; [] float32 each."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        if not any(ctx.needs_input_grad):
-            for part, wanted in _chunks(hidden, targets):
-                total += _losses(part, weight, wanted)[0].sum(dtype=torch.float64)
-            return (total / len(targets)).float()
-        ctx.of_hidden = torch.empty_like(hidden)
-        ctx.of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part, wanted, of_part in _chunks(hidden, targets, ctx.of_hidden):
-            total += _gradients(part, weight, wanted, of_part, ctx.of_weight)
-        return (total / len(targets)).float()
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
+        total, squares = torch.zeros(2, dtype=torch.float64, device=hidden.device)
+        found: Iterator[tuple[Tensor, Tensor | None]]
+        if any(ctx.needs_input_grad):
+            ctx.of_hidden = torch.empty_like(hidden)
+            ctx.of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            chunks = _chunks(hidden, targets, ctx.of_hidden)
+            found = (_gradients(part, weight, wanted, coefficient, of, ctx.of_weight) for part, wanted, of in chunks)
+        else:
+            found = (_losses(part, weight, wanted)[:2] for part, wanted in _chunks(hidden, targets))
+        for losses, log_z in found:
+            total += losses.sum(dtype=torch.float64)
+            if log_z is not None:
+                squares += log_z.square().sum(dtype=torch.float64)
+        z_loss = (coefficient * squares / len(targets)).float()
+        ctx.mark_non_differentiable(z_loss)
+        return (total / len(targets)).float(), z_loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
         ctx.of_hidden = ctx.of_weight = None  # they are scaled in place, and a second backward must fail
         scale = gradients[0].float() / of_hidden.shape[0]
-        return of_hidden.mul_(scale), of_weight.mul_(scale).to(of_hidden.dtype), None
+        return of_hidden.mul_(scale), of_weight.mul_(scale).to(of_hidden.dtype), None, None

@@ -40,6 +40,7 @@ from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import TrainingStack, forward_and_backward
 from l2e_ds.training.held_out import Samples, evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
+from l2e_ds.training.layer_gradients import LayerGradients
 from l2e_ds.training.loader import Loader
 from l2e_ds.training.profile import Profile
 from l2e_ds.training.spikes import SkippedSteps
@@ -142,6 +143,7 @@ class Trainer(AbstractContextManager):
                 self.saved_step = self.state.step
             self.sequences.restore_streams(self.state.streams)
         self._skipped = SkippedSteps(self.engine, config.training, self.state)
+        self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
         self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), is_new=resume_from is None)
         self.changes: list[str] = []
         """What the user has changed in the run file since the checkpoint, one line each."""
@@ -179,11 +181,11 @@ class Trainer(AbstractContextManager):
             raise
 
     def _train(self) -> None:
-        logging, last = self.config.logging, self.config.training.steps
+        last = self.config.training.steps
         preemption.stop_if_asked()
         while True:
             on_held_out, on_tasks = evaluations_due(self.config, self.state)
-            on_held_out, is_saving = on_held_out and bool(self.held_out), self._checkpoint_is_due()
+            on_held_out, is_saving = on_held_out and bool(self.held_out), self._checkpoint_is_due(self.state.step)
             if on_held_out:
                 self.evaluate()
             if on_tasks:
@@ -204,15 +206,19 @@ class Trainer(AbstractContextManager):
                     self._profile.write()
             if not self._saving:
                 self._carry_on_saving()
-            # A checkpoint begins a new interval, so that a resumed run writes the lines of one that never stopped.
-            if self.state.step % logging.every == 0 or self.state.step == last or self._checkpoint_is_due():
+            if self._line_is_due(self.state.step):
                 self.log()
             if self._stop_asked:
                 preemption.stop()
         self._carry_on_saving(must_succeed=True)
 
-    def _checkpoint_is_due(self) -> bool:
-        step, checkpoint = self.state.step, self.config.checkpoint
+    def _line_is_due(self, step: int) -> bool:
+        # A checkpoint begins a new interval, so that a resumed run writes the lines of one that never stopped.
+        is_regular = step % self.config.logging.every == 0 or step == self.config.training.steps
+        return is_regular or self._checkpoint_is_due(step)
+
+    def _checkpoint_is_due(self, step: int) -> bool:
+        checkpoint = self.config.checkpoint
         return self.saved_step != step and is_due(step, self.config.training.steps, checkpoint.every, checkpoint.early)
 
     def _stop_if_guard_says_so(self) -> None:
@@ -251,6 +257,8 @@ class Trainer(AbstractContextManager):
             self.engine.step()
         self._forward_and_backward(last, is_last=True)
         answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
+        if self._layer_gradients is not None and self._line_is_due(self.state.step + 1):
+            self._layer_gradients.measure()
         self.engine.step()
         self._stop_asked, self._saving = answer()
         spike = self._skipped.spike
@@ -273,7 +281,8 @@ class Trainer(AbstractContextManager):
     def _forward_and_backward(self, micro_batch: Tensor, is_last: bool) -> None:
         """Run forward and backward of a micro-batch, [B, T+1] int64. is_last: the next step is the optimizer's."""
         heartbeat.beat()
-        self._interval.add_loss(forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last))
+        lm_loss = forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last)
+        self._interval.add_loss(lm_loss, self.head.z_loss)
 
     def _read_step(self, step: int) -> np.ndarray:
         """Return this rank's sequences of a global batch, [accumulation, B, T+1] int64. Runs in the loader's thread."""
@@ -384,6 +393,8 @@ class Trainer(AbstractContextManager):
         }
         if self.config.training.spike_deviations is not None:
             values["spikes"] = self._interval.spikes
+        if self._layer_gradients is not None:
+            values |= self._layer_gradients.norms()
         peak = gpus.peak_tflops(self.device, self.config.logging.peak_tflops)
         if peak is not None:
             speed = self._flops_per_token * values["tokens_per_second"]

@@ -26,7 +26,7 @@ METHODS = {
     "memel": TrainingCase({"inhibition": {"method": "memel"}}),
     "top-k-regulariser": TrainingCase({"inhibition": {"retrieval": "top-k"}}),
     "threshold-reverse": TrainingCase({"inhibition": {"mechanism": "reverse-deactivation"}}),
-    "mixture": TrainingCase(mixture=(0.2, 0.7, 0.1), texts=True),
+    "mixture": TrainingCase({"training": {"z_loss": 0.01}}, mixture=(0.2, 0.7, 0.1), texts=True),
 }
 SHORT = ["step-published", "forward-scale-invariant", "strength", "memel", "mixture"]
 """Methods that differ in every choice; the others are combinations of the same choices."""
@@ -36,19 +36,21 @@ def recomputed(sections: dict, **model) -> TrainingCase:
     return TrainingCase({**sections, "model": {"activation_checkpointing": True, **model}})
 
 
+LAYERS = {"logging": {"layer_gradients": True}}
+STAGES = {f"zero{stage}": TrainingCase(zero(stage, **LAYERS)) for stage in range(4)}
 SET_UPS = {
-    **{f"zero{stage}": TrainingCase(zero(stage)) for stage in range(4)},
+    **STAGES,
     "accumulated": TrainingCase({"training": {"micro_batch": 1}}),
     "recomputed-step-published": recomputed({}),
-    "recomputed-zero3": recomputed(zero(3)),
+    "recomputed-zero3": recomputed(zero(3, **LAYERS)),
     "recomputed-strength": recomputed(METHODS["strength"].sections),
 }
 MORE_SET_UPS = {
     "recomputed-forward-published": recomputed(METHODS["forward-published"].sections),
     "recomputed-memel": recomputed(METHODS["memel"].sections),
-    "offload2": TrainingCase({"deepspeed": {"config": "ds_configs/zero2_offload.json"}}),
-    "offload3": TrainingCase({"deepspeed": {"config": "ds_configs/zero3_offload.json"}}),
-    "own-json": TrainingCase({"deepspeed": {"config": "tests/distributed/workers/own_deepspeed.json"}}),
+    "offload2": TrainingCase({"deepspeed": {"config": "ds_configs/zero2_offload.json"}, **LAYERS}),
+    "offload3": TrainingCase({"deepspeed": {"config": "ds_configs/zero3_offload.json"}, **LAYERS}),
+    "own-json": TrainingCase({"deepspeed": {"config": "tests/distributed/workers/own_deepspeed.json"}, **LAYERS}),
     "compiled": TrainingCase({"model": {"compile": True}}),
     "compiled-fused-strength-recomputed": recomputed(METHODS["fused-strength"].sections, compile=True),
 }
@@ -83,7 +85,7 @@ SAME_PER_LAYER = {
 @pytest.fixture(scope="module")
 def runs(train_cases, is_full) -> dict:
     """Folders of the runs by number of ranks."""
-    on_one = METHODS | {"accumulated": TrainingCase({"training": {"micro_batch": 2}})}
+    on_one = METHODS | STAGES | {"accumulated": TrainingCase({"training": {"micro_batch": 2}})}
     for name in ("fused", "fused-scale-invariant"):  # in the shape that two ranks have, which is compiled once then
         on_one[name] = TrainingCase({**METHODS[name].sections, "training": {"micro_batch": 4}})
     if is_full:
@@ -94,12 +96,16 @@ def runs(train_cases, is_full) -> dict:
             4: train_cases(4, on_four),
         }
     short = {name: METHODS[name] for name in SHORT}
-    return {1: train_cases(1, short | {"accumulated": on_one["accumulated"]}), 2: train_cases(2, short | SET_UPS)}
+    on_one = short | STAGES | {"accumulated": on_one["accumulated"]}
+    return {1: train_cases(1, on_one), 2: train_cases(2, short | SET_UPS)}
 
 
 def largest_differences(line: dict, other: dict) -> dict[str, float]:
     """Of the numbers in SAME and SAME_PER_LAYER: the difference as a multiple of what is allowed."""
     allowed = SAME | {f"layer{layer}/{name}": by for layer in (1, 2) for name, by in SAME_PER_LAYER.items()}
+    in_both = line.keys() & other.keys()
+    allowed |= {"z_loss": ROUNDING} if "z_loss" in in_both else {}
+    allowed |= {key: SELECTION for key in in_both if key.startswith("gradient_norm/")}
     found = {}
     for key, by in allowed.items():
         difference, larger = abs(line[key] - other[key]), max(abs(line[key]), abs(other[key]))
@@ -115,6 +121,7 @@ def assert_same(metric_lines):
         for line, against in zip(lines, others, strict=True):
             differences = largest_differences(line, against)
             assert max(differences.values()) <= 1, (line["step"], differences)
+            assert line.keys() == against.keys()
         assert lines[-1]["observed_share"] > 0
         for held_out, against in zip(*(metric_lines(r, "evaluation") for r in (run, other)), strict=True):
             for key, value in against.items():
@@ -167,6 +174,19 @@ def test_any_zero_stage(runs, assert_same, name):
     assert_same(runs[2] / name, runs[2] / "zero1")
 
 
+@pytest.mark.parametrize("name", [*STAGES, *(pytest.param(f"offload{stage}", marks=full) for stage in (2, 3))])
+def test_gradient_norms_of_layers(runs, metric_lines, assert_same, name):
+    """Their squares sum to the square of DeepSpeed's norm, which sums up to 4,096 squares of a parameter in float32."""
+    parts = {f"gradient_norm/{part}" for part in ("layer0", "layer1", "layer2", "layer3", "rest")}
+    for ranks in (1, 2) if name in STAGES else (2,):
+        for line in metric_lines(runs[ranks] / name):
+            assert parts == {key for key in line if key.startswith("gradient_norm/")}
+            whole = math.hypot(*(line[part] for part in parts))
+            assert whole == pytest.approx(line["gradient_norm"], rel=(4096 / 2 + 10) * 2**-24), line["step"]
+    if name in STAGES:
+        assert_same(runs[2] / name, runs[1] / name)
+
+
 @full
 def test_a_user_s_own_json(runs, assert_same):
     """Optimizer and clipping set in a DeepSpeed JSON instead of the run file: DeepSpeed builds the same optimizer."""
@@ -209,6 +229,7 @@ def test_methods_differ(runs, metric_lines, is_full):
 def test_sets_of_a_mixture_are_counted(runs, metric_lines):
     """Tokens of the sets add up to all; the weights decide; the mean held-out loss is weighted; one set has none."""
     lines = metric_lines(runs[2] / "mixture")
+    assert all(line["z_loss"] > 0 for line in lines)
     for line in lines:
         assert line["tokens/short"] + line["tokens/long"] + line["tokens/silent"] == line["tokens"]
     # 80 sequences of a block of 1024: hypergeometric, standard deviations 3.5, 4.0, 2.6
@@ -222,4 +243,4 @@ def test_sets_of_a_mixture_are_counted(runs, metric_lines):
         assert line["held_out_loss/short"] != line["held_out_loss/long"]
         assert "held_out_loss/silent" not in line
         assert line["text_loss/long"] != line["text_loss/single"]
-    assert not any("/" in key for key in metric_lines(runs[2] / "zero1")[0] if not key.startswith("layer"))
+    assert not any("/" in key for key in metric_lines(runs[2] / "step-published")[0] if not key.startswith("layer"))

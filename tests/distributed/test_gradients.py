@@ -1,6 +1,7 @@
 """What DeepSpeed is about to apply equals float64 autograd of the written-out loss, whatever the set-up."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,18 @@ def test_gradients_equal_float64_autograd(matrix):
         assert result["part"] > 0.4, name
         assert result["error"] < LARGEST_ERROR[name.split("-")[1]], (name, result)
         assert 0.01 < result["selected"] < 0.1, name
+
+
+def test_norms_of_layers(matrix):
+    """Those that `logging.layer_gradients` writes: of the same numbers, in float64. DeepSpeed's own norm is of all; it
+    sums up to 4,096 squares of a parameter in float32."""
+    parts = {f"gradient_norm/{part}" for part in ("layer0", "layer1", "layer2", "layer3", "rest")}
+    for name, result in matrix.items():
+        assert result["norms"].keys() == parts, name
+        for key, (logged, expected) in result["norms"].items():
+            assert logged == pytest.approx(expected, rel=1e-12), (name, key)
+        whole = math.hypot(*(logged for logged, _ in result["norms"].values()))
+        assert whole == pytest.approx(result["norm"], rel=(4096 / 2 + 10) * 2**-24), name
 
 
 def test_hooks_are_called_once_a_micro_batch(matrix):

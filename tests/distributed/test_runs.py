@@ -77,7 +77,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         training = {"precision": precision}
         found[f"straight-{precision}"] = TrainingCase(zero(1, training=training), save_logits=True)
         found[f"resumed-{precision}"] = TrainingCase(zero(1, training=training), stop_after=4)
-        found[f"nan-{precision}"] = TrainingCase(zero(2, training=training), non_finite_loss=(1, [3, 4]))
+        sections = zero(2, training=training, logging={"layer_gradients": True})
+        found[f"nan-{precision}"] = TrainingCase(sections, non_finite_loss=(1, [3, 4]))
     warming_up = {**STRENGTH, "start": 1, "warmup": 3, "decay": 0, "end": None}  # stopped when that is over
     found["straight-strength"] = TrainingCase(zero(3, inhibition=warming_up), save_logits=True)
     found["resumed-strength"] = TrainingCase(zero(3, inhibition=warming_up), stop_after=4)
@@ -90,6 +91,7 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         if name in SHORT_SPIKED:
             found[f"resumed-spike{name}"] = TrainingCase(sections, loss_spikes=[3, 4], stop_after=4)
         if not name.endswith("fp16"):
+            sections = sections | {"logging": {"layer_gradients": True}}
             found[f"nan{name}"] = TrainingCase(sections, non_finite_loss=(1, [3, 4]))
     found["hopeless-spikes"] = TrainingCase(
         zero(1, training={"max_skipped_steps": 3, **spiked("1")["training"]}),
@@ -365,6 +367,8 @@ def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
     assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
     assert lines[-1]["applied_steps"] == 8
     assert lines[3]["lm_loss"] is None
+    for part in ("layer0", "layer3", "rest"):
+        assert [line[f"gradient_norm/{part}"] is None for line in lines] == [step in (3, 4) for step in range(10)]
     assert lines[5]["learning_rate"] > lines[2]["learning_rate"]
     assert all(math.isfinite(line["lm_loss"]) for line in lines[5:])
     state = load_file(runs / f"nan{name}/checkpoints/step00000010/inhibition.safetensors")
@@ -377,7 +381,8 @@ def test_non_finite_steps_are_skipped_by_all(runs, metric_lines, name):
 @pytest.mark.parametrize("name", in_short(SHORT_SPIKED, SPIKED))
 def test_spikes_are_skipped_as_non_finite_steps_are(runs, metric_lines, name):
     """Two steps with a gradient norm far above that of the three before them: in the end weights, optimizer, moments
-    and tau are, to the bit, those of a run in which these steps were not finite."""
+    and tau are, to the bit, those of a run in which these steps were not finite, and the layers' gradients were
+    measured."""
     run = runs / f"spike{name}"
     lines = metric_lines(run)
     for key in ("skipped_steps", "spikes"):
@@ -390,8 +395,9 @@ def test_spikes_are_skipped_as_non_finite_steps_are(runs, metric_lines, name):
     if name.endswith("fp16"):
         assert len({line["loss_scale"] for line in lines}) == 1  # such a step says nothing against it
     else:
-        same = [line for line in timeless(lines) if line["step"] not in (4, 5)]
-        assert same == [line for line in timeless(metric_lines(runs / f"nan{name}")) if line["step"] not in (4, 5)]
+        for line, other in zip(timeless(lines), timeless(metric_lines(runs / f"nan{name}")), strict=True):
+            if line["step"] not in (4, 5):
+                assert line == {key: value for key, value in other.items() if not key.startswith("gradient_norm/")}
         _same_checkpoint(run, runs / f"nan{name}", kept_precision(name))
 
 

@@ -436,6 +436,13 @@ def test_spikes_are_skipped_by_adam_only(kind, tmp_path):
         assert message.endswith("allowed: null, or Adam or AdamW there")
 
 
+def test_layer_gradients_where_they_cannot_be_found(tmp_path):
+    config = run(write(tmp_path, {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+    resolve(config, 1)
+    message = message_of(config.replace("logging", layer_gradients=True))
+    assert "logging.layer_gradients: got true, but " in message and "round_robin_gradients" in message
+
+
 def test_a_precision_that_the_device_lacks(no_fp16):
     """It is refused, with those that the device has."""
     config, _, _ = resolve(run(REPOSITORY / "ds_configs/zero1.json", training={"precision": "fp16"}), 1)

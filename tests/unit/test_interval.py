@@ -27,11 +27,11 @@ def statistics(step: int) -> torch.Tensor:
 def test_values_by_hand(interval):
     for step, (losses, applied) in enumerate([((4.0, 2.0), True), ((5.0, 7.0), False), ((1.0, 2.0), True)]):
         for loss in losses:
-            interval.add_loss(torch.tensor(loss))
+            interval.add_loss(torch.tensor(loss), torch.tensor(loss / 8))
         interval.add_step(applied, 0.1 * step, statistics(step) if applied else None)
     values = interval.values(LAYERS)
     assert undescribed("train", values) == []
-    assert values["lm_loss"] == (3.0 + 6.0 + 1.5) / 3
+    assert values["lm_loss"] == 8 * values["z_loss"] == (3.0 + 6.0 + 1.5) / 3
     assert (interval.steps, values["skipped_steps"], values["learning_rate"]) == (3, 1, 0.2)
     assert values["tokens_per_second"] * values["step_seconds"] == pytest.approx(128)
     first, last = (dict(zip(Inhibitor.STATISTICS, statistics(step).T.tolist(), strict=True)) for step in (0, 2))
@@ -53,7 +53,7 @@ def test_without_statistics(interval, layers):
     interval.add_step(False, 0.1, None)
     assert interval.spikes == 0
     values = interval.values(layers)
-    assert "inhibition_loss" not in values and not any(key.startswith("layer") for key in values)
+    assert not {"inhibition_loss", "z_loss"} & values.keys() and not any(key.startswith("layer") for key in values)
     interval.add_step(False, 0.1, None, is_spike=True)
     assert (interval.skipped, interval.spikes) == (2, 1)
 

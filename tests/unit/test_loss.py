@@ -1,5 +1,8 @@
 """The LM loss in chunks against float64 over whole logits. Shapes: M tokens, h hidden size, V vocabulary rows."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -37,17 +40,70 @@ def test_value_and_gradients(dtype, tolerance, scale):
         assert float(error) < tolerance
 
 
+@pytest.mark.parametrize("in_one_piece", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_z_loss(monkeypatch, dtype, in_one_piece):
+    """The gradient is that of cross-entropy and z-loss as they are written out; the value is the cross-entropy's."""
+    coefficient, scale = 0.02, 4.0
+    random = torch.Generator().manual_seed(0)
+    # sums of 24 multiples of 1/4 up to 1/4: the logits are exact in bf16
+    hidden = torch.randint(-1, 2, (TOKENS, HIDDEN), generator=random).to(dtype).requires_grad_()
+    projection = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=dtype)
+    projection.weight.data.copy_(torch.randint(-1, 2, (VOCABULARY, HIDDEN), generator=random) / 4)
+    targets = torch.randint(VOCABULARY, (TOKENS,), generator=random)
+
+    class Network(torch.nn.Module):
+        def get_output_embeddings(self):
+            return projection
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=projection(hidden[None]))
+
+    monkeypatch.setattr(loss, "IN_ONE_PIECE", 10**9 if in_one_piece else 1)
+    head = LossHead(Network(), coefficient)
+    found = head.loss(Network(), targets[None], targets[None])
+    (found * scale).backward()
+
+    x, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, projection.weight))
+    logits = x @ w.T
+    log_z = torch.log(torch.exp(logits).sum(1))
+    cross_entropy = (log_z - logits[torch.arange(TOKENS), targets]).mean()
+    z_loss = coefficient * (log_z**2).mean()
+    (scale * (cross_entropy + z_loss)).backward()
+    # float32: log-probabilities up to 16, so their rounding is 16 roundings of p at most, and sums of up to 1,061 terms
+    float32 = (TOKENS + 4 * 16) * 2.0**-24
+    for value, expected in ((found, cross_entropy), (head.z_loss, z_loss)):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.detach().double(), expected.detach(), rtol=float32, atol=0)
+    # The gradient of the logits and, twice, that of the inputs are rounded to dtype; a sum of rounded terms is off by
+    # at most the rounding of their magnitudes. That of one logit is a difference, of the target's.
+    half = torch.finfo(dtype).eps / 2
+    terms = scale / TOKENS * (1 + 2 * coefficient * log_z.detach())[:, None] * logits.detach().softmax(1)
+    terms[torch.arange(TOKENS), targets] += scale / TOKENS
+    for tensor, exact, magnitude in (
+        (hidden, x, terms @ w.detach().abs()),
+        (projection.weight, w, terms.T @ x.detach().abs()),
+    ):
+        allowed = (half + float32) * magnitude + 2 * half * exact.grad.abs()
+        assert bool(((tensor.grad.double() - exact.grad).abs() <= allowed).all())
+
+    losses = head.token_losses(Network(), targets[None], targets[None])
+    torch.testing.assert_close(losses.double().mean(), cross_entropy.detach(), rtol=float32, atol=0)
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.01])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_gradient_of_the_logits_as_on_a_gpu(dtype):
+def test_gradient_of_the_logits_as_on_a_gpu(dtype, coefficient):
     """What a GPU compiles, with Pythia's vocabulary: it traces as one graph, and even the smallest probabilities of a
     micro-batch of 32,768 tokens keep their gradient (divided by that number before, fp16 would round them to zero)."""
     logits = (2 * torch.randn(8, 50304, generator=torch.Generator().manual_seed(0))).to(dtype)
     targets = torch.arange(8) * 1000
-    traced = torch.compile(loss._logit_gradient, fullgraph=True, backend="eager")
+    function = partial(loss._logit_gradient, coefficient=coefficient)
+    traced = torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
     losses, gradient = traced(logits, targets)
     exact = logits.double().requires_grad_()
     expected = functional.cross_entropy(exact, targets, reduction="none")
-    expected.sum().backward()
+    (expected.sum() + coefficient * exact.logsumexp(1).square().sum()).backward()
     # float32 sums of V = 50,304 terms, pairwise: relative error below 2 log2(V) eps
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=2 * 16 * torch.finfo(torch.float32).eps, atol=0)
     # rounded once to dtype: half an eps each, or half of fp16's smallest subnormal, and float32's own error

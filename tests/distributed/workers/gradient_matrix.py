@@ -1,11 +1,13 @@
 """Runs on two ranks: for stage x precision x accumulation x checkpointing, the gradients that DeepSpeed holds before
 its step, against one float64 process (rank 0) that differentiates the written-out loss on the global batch. Three
 losses: the published one and, with its projection over each micro-batch, the projected one, with `reduce: step`; in
-float32 the scale-invariant one with `reduce: forward`.
+float32 the scale-invariant one with `reduce: forward`. With the projected one there is a z-loss, and with its smaller
+micro-batch the LM loss is computed in chunks.
 
 usage: gradient_matrix.py OUTPUT pairwise|all
 Writes OUTPUT/matrix.json: {combination: {"error": relative error of the whole gradient, "part": share of it that
-the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share}}.
+the inhibition loss contributes, "calls": {layer: [forward, recomputed, backward]}, "selected": share, "norms": by layer
+[as logged, of the gradients], "norm": DeepSpeed's}}.
 """
 
 import itertools
@@ -24,12 +26,15 @@ from l2e_ds.engine.engine import loss_scale
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
 from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.training import loss as lm_loss
 from tests.distributed.training_case import LENGTH, TrainingCase
 from tests.distributed.workers.train_cases import data, make_trainer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARE, WINDOW, SEED = 0.02, 5, 1234
 COEFFICIENT = {"published": 0.3, "scale-invariant": 0.3, "projected": 1.0}
+Z_LOSS = {"published": 0.0, "scale-invariant": 0.0, "projected": 0.1}
+IN_ONE_PIECE = lm_loss.IN_ONE_PIECE
 
 
 def pairwise():
@@ -58,11 +63,18 @@ def combinations():
 
 
 def measured(stage, precision, micro_batch, checkpointing, loss, directory, device):
-    """Of the second step: gradients by name (float64), hook calls, share and tau; the first fills the moments."""
+    """Of the second step: gradients by name (float64), hook calls, share, tau, norms by layer and DeepSpeed's; the
+    first fills the moments."""
     sections = {
         "model": {"activation_checkpointing": checkpointing},
         "optimizer": {"peak_learning_rate": 1e-30, "gradient_clipping": 0.0},  # weights stay where they are
-        "training": {"precision": precision, "micro_batch": micro_batch, "evaluate_every": 0, "seed": SEED},
+        "training": {
+            "precision": precision,
+            "micro_batch": micro_batch,
+            "evaluate_every": 0,
+            "seed": SEED,
+            "z_loss": Z_LOSS[loss],
+        },
         "inhibition": {
             "coefficient": COEFFICIENT[loss],
             "loss": loss,
@@ -70,9 +82,11 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
             "statistics_window": WINDOW,
         },
         "deepspeed": {"config": f"ds_configs/zero{stage}.json"},
+        "logging": {"layer_gradients": True},
     }
     if loss == "scale-invariant":
         sections["inhibition"]["reduce"] = "forward"
+    lm_loss.IN_ONE_PIECE = 0 if loss == "projected" and micro_batch == 2 else IN_ONE_PIECE
     with make_trainer(TrainingCase(sections), directory, device) as trainer:
         trainer.train_step()
         gradients, calls = {}, {}
@@ -95,7 +109,8 @@ def measured(stage, precision, micro_batch, checkpointing, loss, directory, devi
         applied = trainer.train_step()
         assert applied
         share, tau = trainer.inhibitor.last[:, 0].mean(), trainer.inhibitor.last[:, 1].tolist()
-    return gradients, calls, float(share), tau
+        norms, whole_norm = trainer._layer_gradients.norms(), float(trainer.engine.get_global_grad_norm())
+    return gradients, calls, float(share), tau, norms, whole_norm
 
 
 def moments_of(batches, fade):
@@ -123,7 +138,8 @@ def inhibition_loss(loss, z, mean, variance, selected, micro_batches):
 
 
 def reference(precision, loss, tau, micro_batches):
-    """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, on the whole second batch; by name.
+    """Float64 autograd of L_LM + lambda * L_MS, and of L_LM alone, z-loss included, on the whole second batch; by
+    name.
 
     tau: [layers], as it was in the second step.
     """
@@ -142,14 +158,15 @@ def reference(precision, loss, tau, micro_batches):
         train = data()[0].train
         rows = SequenceOrder(len(train), SEED).sequences(step * 8 + np.arange(8))
         batch = torch.from_numpy(train.batch(np.asarray(rows)))
-        logits = model(input_ids=batch[:, :-1]).logits
-        return functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(input_ids=batch[:, :-1]).logits.flatten(0, 1)
+        z_loss = Z_LOSS[loss] * logits.logsumexp(1).square().mean()
+        return functional.cross_entropy(logits, batch[:, 1:].flatten()) + z_loss
 
     with torch.no_grad():
         run(0)
     first = dict(neurons)
-    lm_loss = run(1)
-    total = lm_loss
+    without_inhibition = run(1)
+    total = without_inhibition
     for (layer, z), threshold in zip(neurons.items(), tau, strict=True):
         samples = [first[layer], z.detach()] if loss == "scale-invariant" else [first[layer]]
         mean, variance = moments_of(samples, float(np.exp(-1 / WINDOW)))
@@ -158,12 +175,19 @@ def reference(precision, loss, tau, micro_batches):
         total = total + COEFFICIENT[loss] * value / (SHARE * z.numel())
     names = [name for name, _ in model.named_parameters()]
     whole = torch.autograd.grad(total, list(model.parameters()), retain_graph=True)
-    plain = torch.autograd.grad(lm_loss, list(model.parameters()))
+    plain = torch.autograd.grad(without_inhibition, list(model.parameters()))
     return dict(zip(names, whole, strict=True)), dict(zip(names, plain, strict=True))
 
 
 def norm(gradients):
     return float(torch.sqrt(sum((g.double() ** 2).sum() for g in gradients)))
+
+
+def in_part(gradients, key):
+    """Those whose norm is logged under `gradient_norm/layerI` or `gradient_norm/rest`."""
+    parts = (name.split(".layers.")[1].split(".")[0] if ".layers." in name else "rest" for name in gradients)
+    part = key.removeprefix("gradient_norm/").removeprefix("layer")
+    return [gradient for gradient, its in zip(gradients.values(), parts, strict=True) if its == part]
 
 
 def main() -> None:
@@ -177,7 +201,7 @@ def main() -> None:
     results, references = {}, {}
     for combination in which():
         name = "-".join(map(str, combination))
-        gradients, calls, share, tau = measured(*combination, output / name, device)
+        gradients, calls, share, tau, norms, whole_norm = measured(*combination, output / name, device)
         if collectives.is_main():
             _, precision, micro_batch, _, loss = combination
             key = (precision, loss, micro_batch if loss == "projected" else None)
@@ -190,6 +214,8 @@ def main() -> None:
                 "part": norm(whole[k] - plain[k] for k in whole) / norm(whole.values()),
                 "calls": calls,
                 "selected": share,
+                "norms": {key: [logged, norm(in_part(gradients, key))] for key, logged in norms.items()},
+                "norm": whole_norm,
             }
     if collectives.is_main():
         (output / "matrix.json").write_text(json.dumps(results, indent=1))
