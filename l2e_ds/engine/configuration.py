@@ -429,10 +429,9 @@ def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
     is_bf16_optimizer = precision == "bf16" and _lookup(ds, ("data_types", "grad_accum_dtype")) == "fp32"
     if name == "muon" and stage > 0 and (stage > 1 or is_offloaded or not is_bf16_optimizer):
         raise ConfigError(
-            f"optimizer.name: got muon in {precision}, and {where} has ZeRO stage {stage}"
-            f"{' with offloading' if is_offloaded else ''}, where DeepSpeed clips Muon's updates instead of the"
-            " gradients; allowed: stage 0, or bf16 with stage 1, grad_accum_dtype fp32 and no offloading"
-            " (docs/deepspeed.md)"
+            f"optimizer.name: got muon in {precision} with ZeRO stage {stage}"
+            f"{' and offloading' if is_offloaded else ''} ({where}), where DeepSpeed clips Muon's updates instead of the gradients; allowed: stage 0, or bf16 with"
+            " stage 1, data_types.grad_accum_dtype fp32 and no offloading"
         )
     if name == "adamw-8bit" and is_offloaded:
         raise ConfigError(f"optimizer.name: got adamw-8bit, but {where} offloads; remove the offloading, or use adamw")

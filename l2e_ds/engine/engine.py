@@ -89,8 +89,8 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_first_step(engine.optimizer)
     if section.name == "muon":
-        # DeepSpeed's Muon is compiled anew for each shape that it meets, first for one and then for any, which do not
-        # round alike: a resumed run would not be bit-identical. On a CPU that takes a minute, too.
+        # DeepSpeed compiles its Muon for the first shape, and then once more for any. Nothing says that both round
+        # alike, without which a resumed run is not bit-identical; and on CPUs it takes a minute.
         engine.optimizer.step = torch.compiler.set_stance("force_eager")(engine.optimizer.step)
     return engine
 

@@ -455,19 +455,19 @@ def test_muon_where_deepspeed_clips_gradients(precision, content, tmp_path):
 @pytest.mark.parametrize(
     ("precision", "content", "said"),
     [
-        ("fp32", ONE_IN_BF16, "muon in fp32, and ds.json has ZeRO stage 1, where"),
-        ("fp16", ONE_IN_BF16, "muon in fp16, and ds.json has ZeRO stage 1, where"),
-        ("bf16", {"zero_optimization": {"stage": 1}}, "muon in bf16, and ds.json has ZeRO stage 1, where"),
+        ("fp32", ONE_IN_BF16, "muon in fp32 with ZeRO stage 1 ("),
+        ("fp16", ONE_IN_BF16, "muon in fp16 with ZeRO stage 1 ("),
+        ("bf16", {"zero_optimization": {"stage": 1}}, "muon in bf16 with ZeRO stage 1 ("),
         (
             "bf16",
             ONE_IN_BF16 | {"zero_optimization": {"stage": 2}},
-            "muon in bf16, and ds.json has ZeRO stage 2, where",
+            "muon in bf16 with ZeRO stage 2 (",
         ),
-        ("fp32", {"zero_optimization": {"stage": 3}}, "muon in fp32, and ds.json has ZeRO stage 3, where"),
+        ("fp32", {"zero_optimization": {"stage": 3}}, "muon in fp32 with ZeRO stage 3 ("),
         (
             "bf16",
             ONE_IN_BF16 | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
-            "ZeRO stage 1 with offloading, where",
+            "ZeRO stage 1 and offloading (",
         ),
     ],
 )
@@ -483,7 +483,7 @@ def test_optimizers_of_a_run_file_alone(name, tmp_path):
     """None beside one of the JSON, no skipped spikes, no offloading; and DeepSpeed's Muon by this name only."""
     other = write(tmp_path, {"optimizer": {"type": "AdamW"}})
     message = message_of(run(other, optimizer={"name": name}))
-    assert message.startswith(f"optimizer.name: got {name}, but ds.json has an optimizer of its own")
+    assert message.startswith(f"optimizer.name: got {name}, but deepspeed.config: ds.json has an optimizer of its own")
     message = message_of(run(write(tmp_path, {}), optimizer={"name": name}, training={"spike_deviations": 6}))
     assert message.startswith(f"training.spike_deviations: got 6, but optimizer.name is {name}, whose state may move")
     assert message.endswith("allowed: null, or optimizer.name: adamw")
