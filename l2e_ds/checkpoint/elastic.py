@@ -2,7 +2,7 @@
 (docs/checkpoints.md).
 
 The shards are mapped, not read; each rank copies just the elements that it holds into its float32 master weights and
-Adam moments, and DeepSpeed makes the low-precision weights of them. DeepSpeed's own universal checkpoints do not lead
+moments, and DeepSpeed makes the low-precision weights of them. DeepSpeed's own universal checkpoints do not lead
 between stages 1 or 2 and 3, and mix up parameter groups under 3 (docs/deepspeed.md, row 4).
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l2e_ds.checkpoint.shards import MOMENTS, Piece, Shards, own_range
+from l2e_ds.checkpoint.shards import MOMENTS, MOMENTUM, Piece, Shards, own_range
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.engine import parameter_groups
 from l2e_ds.errors import CheckpointError
@@ -40,30 +40,39 @@ def loss_scaler_state(engine: Any) -> dict[str, Any]:
 
 
 class ElasticLoad:
-    """Loads master and low-precision weights, Adam's moments and step count and fp16's loss scale into an engine, in
-    two steps, after each of which the ranks must agree: in the first a rank may fail alone."""
+    """Loads master and low-precision weights, moments, Adam's step count and fp16's loss scale into an engine, in two
+    steps, after each of which the ranks must agree: in the first a rank may fail alone."""
 
     def __init__(self, checkpoint: Path, engine: Any, state: dict[str, Any]) -> None:
         """state: the content of the checkpoint's state.json."""
         self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, state["identity"]["zero_stage"]
         self.applied_steps, self.loss_scaler = state["train"]["applied"], state.get("loss_scaler", {})
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
-        self.keys = ("fp32", *MOMENTS) if self.applied_steps else ("fp32",)
+        has_muon = any(group.get("use_muon") for group in _adam(engine.optimizer).param_groups)
+        groups = parameter_groups(engine.module, 0.0, has_muon)
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        self.keys = {
+            names[parameter]: ("fp32", *(_moments(group["name"] == "muon") if self.applied_steps else ()))
+            for group in groups
+            for parameter in group["params"]
+        }
+        """What is loaded of each parameter, in the optimizer's order."""
 
     def copy_own_part(self) -> None:
         """Copy from the shards what this rank holds. Raises CheckpointError where the two do not go together."""
         _refuse_unsupported(self.checkpoint, self.engine, self.zero_stage)
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        groups = parameter_groups(self.engine.module, weight_decay=0.0)
-        self.shards = Shards(self.checkpoint, [names[parameter] for group in groups for parameter in group["params"]])
+        self.shards = Shards(self.checkpoint, list(self.keys))
         sizes, found = {name: _numel(parameter) for name, parameter in self.parameters.items()}, self.shards.sizes()
         if sizes != found:
             name = min(name for name in sizes.keys() | found.keys() if sizes.get(name) != found.get(name))
             raise CheckpointError(
                 f"{self.checkpoint}: has {found.get(name, 0)} elements of {name}, the model {sizes.get(name, 0)}"
             )
-        if self.applied_steps and not self.shards.has_moments():
-            raise CheckpointError(f"{self.checkpoint}: lacks Adam's moments after {self.applied_steps} steps")
+        for name, keys in self.keys.items():
+            if not self.shards.has(name, keys):
+                raise CheckpointError(
+                    f"{self.checkpoint}: lacks {' or '.join(keys[1:])} of {name} after {self.applied_steps} steps"
+                )
         flats = _master_weights(self.engine)
         if self.applied_steps:
             _make_moments(self.checkpoint, self.engine, flats, self.applied_steps)
@@ -71,7 +80,7 @@ class ElasticLoad:
         for name, piece in _own_pieces(self.engine, self.parameters):
             heartbeat.beat()
             flat = flats[piece.flat]
-            for key in self.keys:
+            for key in self.keys[name]:
                 held = (flat if key == "fp32" else adam.state[flat][key]).data.view(-1)
                 part = self.shards.read(name, key, piece.start, piece.count)
                 held.narrow(0, piece.offset, piece.count).copy_(part)
@@ -87,7 +96,7 @@ class ElasticLoad:
         wrong = []
         for name, parameter in self.parameters.items():
             heartbeat.beat()
-            held = {key: self._gather(parameter, key) for key in self.keys}
+            held = {key: self._gather(parameter, key) for key in self.keys[name]}
             with deepspeed.zero.GatheredParameters([parameter]):
                 held["weights"] = parameter.detach().clone()
             for key, tensor in held.items() if collectives.is_main() else ():
@@ -116,10 +125,19 @@ def _refuse_unsupported(checkpoint: Path, engine: Any, zero_stage: int) -> None:
             f"{checkpoint}: was written with ZeRO stage {stages[0]}, this run has {stages[1]}; allowed in bf16: from 0"
             " to 0, and between 1, 2 and 3"
         )
+    if type(_adam(engine.optimizer)).__name__ == "AdamW8bit":
+        raise CheckpointError(
+            f"{checkpoint}: was written with optimizer.name: adamw-8bit, whose states resume only on the same number of"
+            " ranks and ZeRO stage"
+        )
     if getattr(engine.optimizer, "round_robin_gradients", False):
         raise CheckpointError(
             f"{checkpoint}: resumes on another number of ranks or ZeRO stage only without round_robin_gradients"
         )
+
+
+def _moments(is_muon: bool) -> tuple[str, ...]:
+    return (MOMENTUM,) if is_muon else MOMENTS
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -132,7 +150,7 @@ def _adam(wrapper: Any) -> Any:
 
 
 def _master_weights(engine: Any) -> list[Tensor]:
-    """Return the tensors that this rank's Adam works on."""
+    """Return the tensors that this rank's optimizer works on."""
     wrapper = engine.optimizer
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(wrapper, name):  # names in stage 3, in 1 and 2, in 1 with bf16
@@ -160,7 +178,7 @@ def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, 
 
 def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int) -> None:
     """Have the optimizer make its moments, by a step with gradients and a rate of zero, and set its count of steps.
-    Raises CheckpointError if it is no Adam."""
+    Raises CheckpointError if it is neither Adam nor Muon."""
     wrapper, adam = engine.optimizer, _adam(engine.optimizer)
     stage_3 = engine.zero_optimization_stage() == 3
     lent = [flat for flat in flats if flat.grad is None]  # with offload there are gradients already
@@ -171,6 +189,9 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
         group["lr"] = 0.0
     if stage_3:
         wrapper._set_fp32_optimizer_param_groups()
+    muon = {flat for group in adam.param_groups if group.get("use_muon") for flat in group["params"]}
+    for flat in muon:  # DeepSpeed makes it before the step
+        adam.state[flat][MOMENTUM] = torch.zeros_like(flat)
     adam.step()
     if stage_3:
         wrapper._clear_fp32_optimizer_param_groups()
@@ -182,10 +203,10 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
             group["step"] = steps
     for flat in flats:
         state = adam.state[flat]
-        if set(state) - {"step"} != set(MOMENTS):
+        if set(state) - {"step"} != set(_moments(flat in muon)):
             raise CheckpointError(
                 f"{checkpoint}: resumes on another number of ranks or ZeRO stage only with optimizers that keep"
-                f" {' and '.join(MOMENTS)} (Adam, AdamW); got {type(adam).__name__}"
+                f" {' and '.join(MOMENTS)} (Adam, AdamW), or Muon; got {type(adam).__name__}"
             )
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(steps)

@@ -279,7 +279,8 @@ class CheckpointManager:
         load.
         """
         content = read_state(path)
-        saved, state = content["identity"], TrainState(**content["train"])
+        saved = {"optimizer": "adamw"} | content["identity"]  # earlier versions had no other
+        state = TrainState(**content["train"])
         for key, value in identity.items():
             if key not in ELASTIC and saved.get(key) != value:
                 raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")

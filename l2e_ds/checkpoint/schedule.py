@@ -8,7 +8,6 @@ from pathlib import Path
 from l2e_ds.config.sections import RunConfig
 
 MASTER = 4  # bytes of a float32 master weight
-MOMENTS = 8  # bytes of Adam's two float32 moments
 
 
 def is_due(step: int, last: int, every: int, early: bool) -> bool:
@@ -18,15 +17,24 @@ def is_due(step: int, last: int, every: int, early: bool) -> bool:
     return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
 
 
-def checkpoint_bytes(parameters: int, stage: int, element: int, hooked: int, neurons: int) -> int:
-    """Return the bytes of one checkpoint of a run with Adam or AdamW.
+def moment_bytes(optimizer: str, parameters: int, matrices: int) -> int:
+    """Return the bytes of an optimizer's moments: of AdamW two float32 or, with 8 bits, two bytes a parameter; with
+    Muon one float32 for the `matrices` parameters that are its own."""
+    return {"adamw": 8, "adamw-8bit": 2, "muon": 8}[optimizer] * parameters - (
+        4 * matrices if optimizer == "muon" else 0
+    )
 
-    stage: of ZeRO; element: bytes of a weight in the network, which stage 3 leaves out; hooked: number of inhibited
-    layers, each with 3 N + 3 float64; neurons: N. In float32 stage 0 has one copy of the weights.
+
+def checkpoint_bytes(parameters: int, moments: int, stage: int, element: int, hooked: int, neurons: int) -> int:
+    """Return the bytes of one checkpoint.
+
+    moments: bytes of the optimizer's; stage: of ZeRO; element: bytes of a weight in the network, which stage 3 leaves
+    out; hooked: number of inhibited layers, each with 3 N + 3 float64; neurons: N. In float32 stage 0 has one copy of
+    the weights.
     """
-    states = MOMENTS + (0 if stage == 0 and element == 4 else MASTER)
+    master = 0 if stage == 0 and element == 4 else MASTER
     weights = 0 if stage == 3 else element
-    return parameters * (states + weights) + hooked * (3 * neurons + 3) * 8
+    return parameters * (master + weights) + moments + hooked * (3 * neurons + 3) * 8
 
 
 def disk_space(config: RunConfig, size: int) -> tuple[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTUM = "momentum_buffer"  # Muon's
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Piece:
 
 
 class Shards:
-    """Reads any range of a parameter's master weights ("fp32") and Adam moments from shards of any stage."""
+    """Reads any range of a parameter's master weights ("fp32") and moments from shards of any stage."""
 
     def __init__(self, checkpoint: Path, names: list[str]) -> None:
         """Map a checkpoint's shards. names: the parameters in the optimizer's order, which ZeRO-0 does not record."""
@@ -47,9 +48,9 @@ class Shards:
         """Return the number of elements of every parameter, without padding."""
         return {name: sum(piece.count for piece in pieces) for name, pieces in self.pieces.items()}
 
-    def has_moments(self) -> bool:
-        """Return whether all shards hold Adam's moments."""
-        return all(key in flat for flat in self.flats for key in MOMENTS)
+    def has(self, name: str, keys: Sequence[str]) -> bool:
+        """Return whether these are there for all of a parameter."""
+        return all(key in self.flats[piece.flat] for piece in self.pieces[name] for key in keys)
 
     def read(self, name: str, key: str, start: int, count: int) -> Tensor:
         """Return `count` elements of a flattened parameter from element `start` on: [count] float32 on the CPU."""
@@ -62,7 +63,7 @@ class Shards:
         return found
 
     def _add(self, master: Tensor, state: dict[str, Any]) -> int:
-        self.flats.append({"fp32": master, **{key: state[key] for key in MOMENTS if key in state}})
+        self.flats.append({"fp32": master, **{key: state[key] for key in (*MOMENTS, MOMENTUM) if key in state}})
         return len(self.flats) - 1
 
     def _map_whole(self, model: dict[str, Any], names: list[str]) -> None:

@@ -282,10 +282,17 @@ Duration = Annotated[int | float, AfterValidator(_duration)]
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning rate; Pythia's published values are the defaults (docs/method.md, 10)."""
+    """The optimizer and its learning rate; Pythia's published values are the defaults (docs/method.md, 10)."""
 
+    name: Literal["adamw", "muon", "adamw-8bit"] = "adamw"
+    """`muon`: DeepSpeed's, for the matrices of the layers, and AdamW for the rest; `adamw-8bit`: that of bitsandbytes
+    (docs/recipes.md)."""
     peak_learning_rate: float | None = Field(None, gt=0)
     """Default: the published one of `model.name`."""
+    muon_learning_rate: float = Field(0.02, gt=0)
+    """Peak of Muon's matrices, which follow the same schedule."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of Muon's momentum."""
     betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
     """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
@@ -311,6 +318,13 @@ class OptimizerConfig(Section):
     def _betas_in_range(self) -> OptimizerConfig:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas: got {self.betas}, both must be in [0, 1)")
+        return self
+
+    @model_validator(mode="after")
+    def _muon_for_muon(self) -> OptimizerConfig:
+        for key in ("muon_learning_rate", "muon_momentum"):
+            if self.name != "muon" and getattr(self, key) != OptimizerConfig.model_fields[key].default:
+                raise ValueError(f"optimizer.{key} is for optimizer.name: muon only; remove it")
         return self
 
     def in_steps(self, run_steps: int) -> tuple[int, float, float]:

@@ -146,6 +146,7 @@ def resolve(
     config = _take_precision(config, ds, where, has_bf16)
     config, batch = _take_batch(config, ds, where, ranks)
     _check_stage(config, ds, where)
+    _check_optimizer(config, ds, where)
     _check_fixed(ds, where)
     ds = _without_auto(ds)
     _complete(ds, config, batch)
@@ -244,26 +245,31 @@ def zero_stage(ds: dict) -> int:
 
 
 def optimizer_type(ds: dict) -> str:
-    """Return the type of the optimizer: that of the JSON, or AdamW, which is built where the JSON names none."""
+    """Return the type of the optimizer of the JSON, or AdamW, where it names none and `optimizer.name` decides."""
     return str(_lookup(ds, ("optimizer", "type")) or "AdamW")
 
 
 def is_adam(ds: dict) -> bool:
-    """Return whether the optimizer is Adam or AdamW, whose states this project knows."""
+    """Return whether the JSON names no optimizer but Adam and AdamW, whose states this project knows."""
     return optimizer_type(ds).lower() in ("adam", "adamw")
 
 
 def less_memory(config: RunConfig, ds: dict) -> str:
     """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]
-    if stage < 3:
+    name = config.optimizer.name
+    if stage < (1 if name == "muon" else 3):
         remedies.append("a higher ZeRO stage")
     parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
-    if any(_lookup(ds, ("zero_optimization", part, "device")) in (None, "none") for part in parts):
+    if name == "adamw" and not all(_is_offloaded(ds, part) for part in parts):
         remedies.append("offload")
     if not config.model.activation_checkpointing:
         remedies.append("model.activation_checkpointing=true")
     return " or ".join(filter(None, [", ".join(remedies[:-1]), remedies[-1]]))
+
+
+def _is_offloaded(ds: dict, part: str) -> bool:
+    return _lookup(ds, ("zero_optimization", part, "device")) not in (None, "none")
 
 
 def _read_json(path: Path) -> dict:
@@ -396,12 +402,6 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
                 f"{where}: zero_optimization.{part}.device: got 'nvme', allowed: cpu, none (checkpoints of states on"
                 " NVMe are not covered by the guarantees of docs/checkpoints.md)"
             )
-    if config.training.spike_deviations is not None and not is_adam(ds):
-        raise ConfigError(
-            f"training.spike_deviations: got {config.training.spike_deviations:g}, but {where} has optimizer.type"
-            f" {optimizer_type(ds)}, whose state may move before its step is skipped; allowed: null, or Adam or AdamW"
-            " there"
-        )
     if config.logging.layer_gradients and _lookup(ds, ("zero_optimization", "round_robin_gradients")):
         raise ConfigError(
             f"logging.layer_gradients: got true, but {where} has zero_optimization.round_robin_gradients, under which"
@@ -413,6 +413,33 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
             f"{where}: data_types.grad_accum_dtype: got {accumulation_type}; DeepSpeed's stage 0 accumulates"
             " bf16 gradients in bf16 only; remove it or use a stage from 1 to 3"
         )
+
+
+def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
+    """Refuse an optimizer in a set-up in which DeepSpeed would silently do something else."""
+    name, spikes = config.optimizer.name, config.training.spike_deviations
+    if optimizer_type(ds).lower() == "muon":
+        raise ConfigError(f"{where}: optimizer: got type Muon, remove it and set optimizer.name: muon in the run file")
+    if name != "adamw" and "optimizer" in ds:
+        raise ConfigError(f"optimizer.name: got {name}, but {where} has an optimizer of its own; remove it there")
+    if spikes is not None and (name != "adamw" or not is_adam(ds)):
+        given = f"optimizer.name is {name}" if is_adam(ds) else f"{where} has optimizer.type {optimizer_type(ds)}"
+        allowed = "optimizer.name: adamw" if is_adam(ds) else "Adam or AdamW there"
+        raise ConfigError(
+            f"training.spike_deviations: got {spikes:g}, but {given}, whose state may move before its step is skipped;"
+            f" allowed: null, or {allowed}"
+        )
+    stage, precision = _lookup(ds, ("zero_optimization", "stage")) or 0, config.training.precision
+    is_offloaded = stage > 0 and any(_is_offloaded(ds, part) for part in ("offload_optimizer", "offload_param"))
+    is_bf16_optimizer = precision == "bf16" and _lookup(ds, ("data_types", "grad_accum_dtype")) == "fp32"
+    if name == "muon" and stage > 0 and (stage > 1 or is_offloaded or not is_bf16_optimizer):
+        raise ConfigError(
+            f"optimizer.name: got muon in {precision} with ZeRO stage {stage}"
+            f"{' and offloading' if is_offloaded else ''} ({where}), where DeepSpeed clips Muon's updates instead of"
+            " the gradients; allowed: stage 0, or bf16 with stage 1, data_types.grad_accum_dtype fp32 and no offloading"
+        )
+    if name == "adamw-8bit" and is_offloaded:
+        raise ConfigError(f"optimizer.name: got adamw-8bit, but {where} offloads; remove the offloading, or use adamw")
 
 
 def _without_auto(value: Any) -> Any:

@@ -12,41 +12,65 @@ from typing import Any
 import torch
 from torch import nn
 
-from l2e_ds.config.sections import RunConfig
+from l2e_ds.config.sections import OptimizerConfig, RunConfig
 from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.errors import ConfigError
+from l2e_ds.models.counts import layer_matrices
 from l2e_ds.system.files import one_line
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two groups, as GPT-NeoX makes them: matrices decay, biases and norms do not."""
+def parameter_groups(model: Any, weight_decay: float, has_muon: bool = False) -> list[dict[str, Any]]:
+    """Return two groups, as GPT-NeoX makes them: matrices decay, biases and norms do not. has_muon: before them a third
+    group, of the matrices that Muon updates."""
+    muon = layer_matrices(model) if has_muon else []
+    muon.sort(key=lambda parameter: parameter.shape, reverse=True)  # as DeepSpeed's Muon does
+    taken = {id(parameter) for parameter in muon}
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a rank holds a flat piece
-        (decay if len(shape) >= 2 else rest).append(parameter)
-    return [
+        if id(parameter) not in taken:
+            (decay if len(shape) >= 2 else rest).append(parameter)
+    groups = [
         {"params": decay, "weight_decay": weight_decay, "name": "decay"},
         {"params": rest, "weight_decay": 0.0, "name": "no_decay"},
     ]
+    return [{"params": muon, "weight_decay": weight_decay, "name": "muon"}, *groups] if has_muon else groups
+
+
+def _make_optimizer(groups: list[dict[str, Any]], section: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of `optimizer.name`."""
+    assert section.peak_learning_rate is not None  # filled in by engine.configuration.resolve
+    adam: dict[str, Any] = {"lr": section.peak_learning_rate, "betas": tuple(section.betas), "eps": section.eps}
+    match section.name:
+        case "adamw-8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **adam)
+        case "muon":
+            from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+            muon = {"lr": section.muon_learning_rate, "momentum": section.muon_momentum}
+            first, *others = groups
+            given = [{**first, **muon, "use_muon": True}, *({**group, **adam, "use_muon": False} for group in others)]
+            return MuonWithAuxAdam(given, torch.optim.AdamW, {**adam, "fused": True})
+    # One pass over memory, on CPUs and GPUs. Offloaded it is as fast as DeepSpeed's own (docs/speed.md), which each
+    # machine would have to compile at its first run, for a minute and a half.
+    return torch.optim.AdamW(groups, **adam, fused=True)
 
 
 def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
-    """Return a DeepSpeedEngine with AdamW, or with the JSON's optimizer. Raises ConfigError where that does not
-    work."""
+    """Return a DeepSpeedEngine with the optimizer of `optimizer.name`, or the JSON's. Raises ConfigError where that
+    does not work."""
     import deepspeed
 
     section = config.optimizer
     optimizer: torch.optim.Optimizer | None = None
-    groups = parameter_groups(model, section.weight_decay)
+    groups = parameter_groups(model, section.weight_decay, section.name == "muon")
     if "optimizer" not in ds:  # else DeepSpeed builds the JSON's on our groups
-        # One pass over memory, on CPUs and GPUs. Offloaded it is as fast as DeepSpeed's own (docs/speed.md), which each
-        # machine would have to compile at its first run, for a minute and a half.
-        rate, betas = section.peak_learning_rate, (section.betas[0], section.betas[1])
-        assert rate is not None  # filled in by engine.configuration.resolve
-        optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=section.eps, fused=True)
-        ds = ds | {"zero_force_ds_cpu_optimizer": False}
-    # ZeRO-0 in float32: DeepSpeed wraps no optimizer of its own around AdamW
+        optimizer = _make_optimizer(groups, section)
+        ds = ds | {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
+    # ZeRO-0 in float32: DeepSpeed wraps no optimizer of its own around ours
     is_plain = zero_stage(ds) == 0 and config.training.precision == "fp32"
     if is_plain:
         ds = ds | {"gradient_clipping": 0.0}
@@ -62,7 +86,21 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
         raise ConfigError(problem, where=f"deepspeed.config: {Path(config.deepspeed.config).name}") from error
     if is_plain:
         _clip_and_measure(engine.optimizer, list(model.parameters()), section.gradient_clipping or math.inf)
+    if hasattr(engine.optimizer, "fp32_groups"):
+        _undo_first_step(engine.optimizer)
+    if section.name == "muon":
+        # DeepSpeed compiles its Muon for the first shape, and then once more for any. Nothing says that both round
+        # alike, without which a resumed run is not bit-identical; and on CPUs it takes a minute.
+        engine.optimizer.step = torch.compiler.set_stance("force_eager")(engine.optimizer.step)
     return engine
+
+
+def _undo_first_step(wrapper: Any) -> None:
+    """Undo the step that DeepSpeed's optimizer of ZeRO-0 in bf16 takes when it is made (docs/deepspeed.md)."""
+    for masters, weights in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.data.copy_(weight)
+    wrapper.optimizer.state.clear()
 
 
 def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: float) -> None:
@@ -72,14 +110,12 @@ def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: flo
     the same gradients then and decide alike.
     """
 
-    def before(*_: Any) -> None:
+    def is_not_finite() -> bool:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
-        if optimizer.overflow:
-            for parameter in parameters:
-                parameter.grad = None  # AdamW skips parameters without a gradient
+        return optimizer.overflow
 
-    optimizer.register_step_pre_hook(before)
+    _skip_steps_when(optimizer, is_not_finite)
 
 
 def group_rates(engine: Any) -> list[float]:
@@ -96,7 +132,7 @@ def set_learning_rate(engine: Any, rate: float, shares: Sequence[float]) -> None
 @contextlib.contextmanager
 def keeping_hyper_parameters(engine: Any) -> Iterator[None]:
     """Set again what loading a checkpoint overwrites in each parameter group: the user may have changed it."""
-    names = ("weight_decay", "betas", "eps")
+    names = ("weight_decay", "betas", "eps", "momentum")
     own = [{name: group[name] for name in names if name in group} for group in engine.optimizer.param_groups]
     yield
     for group, values in zip(engine.optimizer.param_groups, own, strict=True):

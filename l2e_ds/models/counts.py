@@ -33,6 +33,21 @@ def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
     return total, sum(p.numel() for p in model.parameters() if id(p) not in ends)
 
 
+def layer_matrices(model: Any) -> list[nn.Parameter]:
+    """Return the matrices of the layers: all but embeddings and the output matrix. Not under ZeRO-3."""
+    ends = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    ends.add(id(model.get_output_embeddings().weight))
+    return [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
+
+
+def layer_matrix_parameters(network: PretrainedConfig) -> int:
+    """Return the number of their parameters."""
+    if network.model_type == "gpt_neox":
+        hidden, inner = network.hidden_size, network.intermediate_size
+        return network.num_hidden_layers * hidden * (4 * hidden + 2 * inner)
+    return sum(p.numel() for p in layer_matrices(unbuilt(network)))
+
+
 def matrix_parameters(model: Any) -> int:
     """Return the number of parameters that every token is multiplied with: of embeddings only an output matrix."""
     output = model.get_output_embeddings().weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from l2e_ds.checkpoint.schedule import MASTER, MOMENTS
+from l2e_ds.checkpoint.schedule import MASTER
 from l2e_ds.config.batch import divisors
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.planning.work import Work
@@ -40,14 +40,15 @@ def model_states(work: Work, ranks: int) -> States:
     bf16_optimizer.py, fp16/, zero/stage_1_and_2.py, zero/stage3.py).
 
     In the network's precision, e bytes: weights e P, under stage 3 e P / R and the gathered ones. Float32 master
-    weights and Adam's moments 12 P, under stages 1 to 3 12 P / R; where the network is float32 itself, stage 0 needs no
-    master weights. Accumulated gradients, g bytes (`data_types.grad_accum_dtype`): g P in stages 0 and 1, g P / R in 2
-    and 3; the BF16_Optimizer also keeps those of one micro-batch, e P, unless `bf16.immediate_grad_update` is set. A
-    bucket in which gradients are reduced: `reduce_bucket_size` elements, whatever the model's size, twice with
+    weights and moments, with AdamW 12 P, under stages 1 to 3 12 P / R; where the network is float32 itself, stage 0
+    needs no master weights. Accumulated gradients, g bytes (`data_types.grad_accum_dtype`): g P in stages 0 and 1, g P
+    / R in 2 and 3; the BF16_Optimizer also keeps those of one micro-batch, e P, unless `bf16.immediate_grad_update` is
+    set. A bucket in which gradients are reduced: `reduce_bucket_size` elements, whatever the model's size, twice with
     `overlap_comm` in stages 1 and 2. What is reduced is copied to the type of `communication_data_type` where it has
     another.
     """
     p, e, g = work.parameters, work.element, work.accumulator
+    orthogonalising = 14 * work.largest_matrix  # a float32 copy, the iteration's in half precision, and the update
     share, in_bucket = p / ranks, min(p, work.bucket)
 
     def reduced(size: int) -> float:
@@ -55,14 +56,14 @@ def model_states(work: Work, ranks: int) -> States:
         return in_bucket * (size + (work.communication if work.communication != size else 0))
 
     if work.stage == 0:
-        master = 0 if e == 4 else MASTER
+        master = 0 if e == 4 else MASTER * p
         # allreduce_bucket flattens
-        return States(e * p, g * p, (master + MOMENTS) * p, reducing=reduced(e), stepping=master * p)
-    optimizer = (MASTER + MOMENTS) * share
+        return States(e * p, g * p, master + work.moments, reducing=reduced(e), stepping=master + orthogonalising)
+    optimizer = MASTER * share + work.moments / ranks
     if work.stage == 1 and work.precision == "bf16" and g == 4 and not work.offload_optimizer:
         # the BF16_Optimizer (engine.py, _do_optimizer_sanity_check): flattens in float32, converts, reduces
-        of_micro_batch = 0 if work.immediate else e * p
-        return States(e * p, g * p + of_micro_batch, optimizer, reducing=reduced(4), held=g * p)
+        gradients = g * p + (0 if work.immediate else e * p)
+        return States(e * p, gradients, optimizer, reducing=reduced(4), held=g * p, stepping=orthogonalising)
     staged = g if work.stage == 1 else e  # _gradient_reduction_buffer_dtype
     copies = 2 if work.overlap and work.stage < 3 else 1
     buffers = float(work.bucket * staged * copies) if work.contiguous else 0.0

@@ -11,7 +11,7 @@ from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.models.counts import flops_per_token, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.training.loss import CHUNK
-from l2e_ds.training.preflight import Plan
+from l2e_ds.training.preflight import Plan, moments_of
 
 BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE, and the default of reduce_bucket_size
 
@@ -28,10 +28,11 @@ FAST = 500  # TFLOP/s; a GPU with a higher peak is taken for an H100, any other 
 
 
 class Work:
-    """Holds what the formulae need to know of a resolved run; sizes in elements, those of an element in bytes."""
+    """Holds what the formulae need to know of a resolved run; sizes in elements, those of an element and of all moments
+    in bytes."""
 
     def __init__(self, plan: Plan) -> None:
-        """Raises ConfigError for an optimizer other than Adam, or a network that is not of Pythia's family."""
+        """Raises ConfigError for a JSON's optimizer other than Adam, or a network that is not of Pythia's family."""
         from deepspeed.runtime.config import DtypeEnum
 
         config, network, ds = plan.config, plan.network, plan.ds
@@ -47,6 +48,8 @@ class Work:
         self.layers, self.hidden = network.num_hidden_layers, network.hidden_size
         self.heads = network.num_attention_heads
         self.neurons, self.vocabulary = neurons_of(network), network.vocab_size
+        self.moments = moments_of(plan)
+        self.largest_matrix = self.hidden * max(3 * self.hidden, self.neurons) if config.optimizer.name == "muon" else 0
         self.embedding = self.vocabulary * self.hidden
         self.sequence_length = config.data.sequence_length
         self.chunk = CHUNK["cuda"]  # tokens whose logits exist together

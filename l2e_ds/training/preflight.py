@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
+from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space, moment_bytes
 from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
@@ -20,7 +20,7 @@ from l2e_ds.engine.configuration import check_device, is_adam, resolve, zero_sta
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.evaluation import check_installed
-from l2e_ds.models.counts import parameter_counts
+from l2e_ds.models.counts import layer_matrix_parameters, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import chosen_layers
@@ -92,6 +92,8 @@ def _check_machine(plan: Plan) -> None:
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
     if config.model.attention == "flash_attention_2" and not is_installed("flash_attn"):
         raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
+    if config.optimizer.name == "adamw-8bit" and not is_installed("bitsandbytes"):
+        raise ConfigError("optimizer.name: got adamw-8bit, which needs bitsandbytes: pip install bitsandbytes")
     if config.evaluation.every:
         check_installed("evaluation.every")
     for key, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
@@ -145,6 +147,7 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         *([("mixture", mixture)] if mixture else []),
         ("batch", batch),
         ("run", f"{config.training.steps:,} steps, {tokens:,} tokens"),
+        *_optimizer(config),
         ("rate", str(schedule_of(config))),
         ("precision", f"{config.training.precision}, ZeRO {zero_stage(plan.ds)}"),
         ("method", what),
@@ -154,12 +157,26 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def _optimizer(config: RunConfig) -> list[tuple[str, str]]:
+    """Return label and value of an optimizer that is not AdamW."""
+    section = config.optimizer
+    peak = f" (peak {section.muon_learning_rate:g} for the matrices of the layers)"
+    return [] if section.name == "adamw" else [("optimizer", section.name + (peak if section.name == "muon" else ""))]
+
+
 def checkpoint_size(plan: Plan) -> int:
-    """Return the bytes of one checkpoint of a run with Adam or AdamW."""
+    """Return the bytes of one checkpoint, if `is_adam`."""
     hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
     element = 4 if plan.config.training.precision == "fp32" else 2
     parameters, neurons = parameter_counts(plan.network)[0], neurons_of(plan.network)
-    return checkpoint_bytes(parameters, zero_stage(plan.ds), element, hooked, neurons)
+    return checkpoint_bytes(parameters, moments_of(plan), zero_stage(plan.ds), element, hooked, neurons)
+
+
+def moments_of(plan: Plan) -> int:
+    """Return the bytes of the optimizer's moments, if `is_adam`."""
+    name = plan.config.optimizer.name
+    matrices = layer_matrix_parameters(plan.network) if name == "muon" else 0
+    return moment_bytes(name, parameter_counts(plan.network)[0], matrices)
 
 
 def checkpoints_of(plan: Plan) -> list[tuple[str, str]]:

@@ -128,6 +128,7 @@ class Trainer(AbstractContextManager):
             "ranks": collectives.size(),
             "zero_stage": zero_stage(ds),
             "precision": config.training.precision,
+            "optimizer": config.optimizer.name,
             "data": self.sequences.fingerprint(),
             "sequence_length": config.data.sequence_length,
             "global_batch": batch.global_batch,

@@ -19,13 +19,20 @@ def case(output, stage, precision, micro_batch=8, accumulation=2, **sections):
     training = {"micro_batch": micro_batch, "global_batch": 2 * micro_batch * accumulation, "precision": precision}
     model = MODEL | sections.pop("model", {})
     inhibition = {"fused": sections.pop("fused", False)} | sections.pop("inhibition", {})
-    return {"model": model, "training": training, "inhibition": inhibition, "deepspeed": {"config": str(path)}}
+    return {
+        "model": model,
+        "training": training,
+        "inhibition": inhibition,
+        "deepspeed": {"config": str(path)},
+        **sections,
+    }
 
 
 CASES = {  # stage, precision, and what else
     "zero0 in one step": (0, "fp32", {"accumulation": 1}),
     "zero1 with checkpointing": (1, "bf16", {"model": {"activation_checkpointing": True}}),
     "zero1 eager": (1, "fp32", {"model": {"attention": "eager"}}),
+    "zero1 with Muon": (1, "bf16", {"optimizer": {"name": "muon"}}),
     "zero2 without inhibition": (2, "bf16", {"inhibition": {"method": "none"}}),
     "zero2, small vocabulary": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}}),
     "zero2, small vocabulary, fused": (2, "bf16", {"micro_batch": 16, "model": {"vocab_size": 64}, "fused": True}),

@@ -151,6 +151,14 @@ CASES = {
         lambda t: [f"deepspeed.config={write_json(t / 'ds.json', {'optimizer': {}})}"],
         ["optimizer.type", "required"],
     ),
+    "Muon where DeepSpeed clips its updates": (
+        lambda t: ["optimizer.name=muon", "deepspeed.config=ds_configs/zero1.json"],
+        ["optimizer.name", "got muon in fp32", "zero1.json", "stage 1", "allowed: stage 0"],
+    ),
+    "8-bit AdamW without bitsandbytes": (
+        lambda t: ["optimizer.name=adamw-8bit"],
+        ["optimizer.name", "adamw-8bit", "pip install bitsandbytes"],
+    ),
     "misspelt optimizer parameter": (
         lambda t: [
             "deepspeed.config="

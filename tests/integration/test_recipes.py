@@ -45,7 +45,7 @@ def test_recipe_builds(path):
     if path.stem == "quickstart":
         return
     parameters = sum(p.numel() for p in model.parameters())
-    every_step = 26 * checkpoint_bytes(parameters, zero_stage(ds), 2, len(sites), sites[0].neurons)
+    every_step = 26 * checkpoint_bytes(parameters, 8 * parameters, zero_stage(ds), 2, len(sites), sites[0].neurons)
     assert (every_step > 1e12) == (config.checkpoint.keep_last is not None)
     assert config.checkpoint.early == (config.checkpoint.keep_last is None), "Pythia's early ones would be removed"
     assert (section.start, section.warmup) == (0.3, 0.2)

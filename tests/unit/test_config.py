@@ -151,6 +151,17 @@ REFUSED = {
     "profile of a step": (changed(logging={"profile": 9}), "logging.profile: ", ["9", "list"]),
     "no deviation": (changed(training={"spike_deviations": 0}), "training.spike_deviations: ", ["0", "greater than 0"]),
     "window of one step": (changed(training={"spike_window": 1}), "training.spike_window: ", ["1", "or equal to 2"]),
+    "optimizer": (changed(optimizer={"name": "adam"}), "optimizer.name: ", ["'adam'", "'adamw', 'muon' or"]),
+    "Muon's rate without Muon": (
+        changed(optimizer={"muon_learning_rate": 0.01}),
+        "optimizer.muon_learning_rate is for optimizer.name: muon only; remove it",
+        [],
+    ),
+    "Muon's momentum": (
+        changed(optimizer={"name": "muon", "muon_momentum": 1.0}),
+        "optimizer.muon_momentum: ",
+        ["1.0", "less than 1"],
+    ),
     "beta": (changed(optimizer={"betas": [0.9, 1.0]}), "optimizer.betas: ", ["1.0", "[0, 1)"]),
     "one beta": (changed(optimizer={"betas": [0.9]}), "optimizer.betas: ", ["[0.9]", "2"]),
     "beta type": (changed(optimizer={"betas": [0.9, "x"]}), "optimizer.betas", ["'x'", "number"]),

@@ -423,7 +423,7 @@ def test_bf16_accumulation(stage, kind, tmp_path):
         resolve(config, 1)
 
 
-@pytest.mark.parametrize("kind", ["Lamb", "Muon", "Adam", None])
+@pytest.mark.parametrize("kind", ["Lamb", "Lion", "Adam", None])
 def test_spikes_are_skipped_by_adam_only(kind, tmp_path):
     """Another optimizer of the JSON may have moved a part of its state before its step is skipped."""
     content = {"optimizer": {"type": kind}} if kind else {}
@@ -441,6 +441,63 @@ def test_layer_gradients_where_they_cannot_be_found(tmp_path):
     resolve(config, 1)
     message = message_of(config.replace("logging", layer_gradients=True))
     assert "logging.layer_gradients: got true, but " in message and "round_robin_gradients" in message
+
+
+ONE_IN_BF16 = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+@pytest.mark.parametrize(
+    ("precision", "content"),
+    [
+        ("fp32", {}),
+        ("bf16", {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}),
+        ("bf16", ONE_IN_BF16),
+        ("bf16", {**ONE_IN_BF16, "zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none"}}}),
+    ],
+)
+def test_muon_where_deepspeed_clips_gradients(precision, content, tmp_path):
+    resolve(run(write(tmp_path, content), training={"precision": precision}, optimizer={"name": "muon"}), 2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "content", "said"),
+    [
+        ("fp32", ONE_IN_BF16, "muon in fp32 with ZeRO stage 1 ("),
+        ("fp16", ONE_IN_BF16, "muon in fp16 with ZeRO stage 1 ("),
+        ("bf16", {"zero_optimization": {"stage": 1}}, "muon in bf16 with ZeRO stage 1 ("),
+        (
+            "bf16",
+            ONE_IN_BF16 | {"zero_optimization": {"stage": 2}},
+            "muon in bf16 with ZeRO stage 2 (",
+        ),
+        ("fp32", {"zero_optimization": {"stage": 3}}, "muon in fp32 with ZeRO stage 3 ("),
+        (
+            "bf16",
+            ONE_IN_BF16 | {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            "ZeRO stage 1 and offloading (",
+        ),
+    ],
+)
+def test_muon_where_deepspeed_clips_its_updates(precision, content, said, tmp_path):
+    config = run(write(tmp_path, content), training={"precision": precision}, optimizer={"name": "muon"})
+    message = message_of(config)
+    assert message.startswith("optimizer.name: got muon in ") and said in message
+    assert "allowed: stage 0, or bf16 with stage 1" in message
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw-8bit"])
+def test_optimizers_of_a_run_file_alone(name, tmp_path):
+    """None beside one of the JSON, no skipped spikes, no offloading; and DeepSpeed's Muon by this name only."""
+    other = write(tmp_path, {"optimizer": {"type": "AdamW"}})
+    message = message_of(run(other, optimizer={"name": name}))
+    assert message.startswith(f"optimizer.name: got {name}, but deepspeed.config: ds.json has an optimizer of its own")
+    message = message_of(run(write(tmp_path, {}), optimizer={"name": name}, training={"spike_deviations": 6}))
+    assert message.startswith(f"training.spike_deviations: got 6, but optimizer.name is {name}, whose state may move")
+    assert message.endswith("allowed: null, or optimizer.name: adamw")
+    message = message_of(run(REPOSITORY / "ds_configs/zero2_offload.json", optimizer={"name": name}))
+    assert message.startswith(f"optimizer.name: got {name}") and "offload" in message
+    message = message_of(run(write(tmp_path, {"optimizer": {"type": "Muon"}})))
+    assert message.endswith("ds.json: optimizer: got type Muon, remove it and set optimizer.name: muon in the run file")
 
 
 def test_a_precision_that_the_device_lacks(no_fp16):
@@ -468,3 +525,10 @@ def test_only_what_is_not_done_yet_is_advised(file, checkpointing, remedies):
     model = {"name": "pythia-14m", "activation_checkpointing": checkpointing}
     config, ds, _ = resolve(run(REPOSITORY / f"ds_configs/{file}.json", model=model), 1)
     assert less_memory(config, ds) == remedies
+
+
+def test_no_stage_is_advised_that_muon_does_not_have():
+    for stage, remedies in ((0, "more ranks, a higher ZeRO stage or"), (1, "more ranks or")):
+        path = REPOSITORY / f"ds_configs/zero{stage}.json"
+        config, ds, _ = resolve(run(path, optimizer={"name": "muon"}, training={"precision": "bf16"}), 1)
+        assert less_memory(config, ds) == f"{remedies} model.activation_checkpointing=true"

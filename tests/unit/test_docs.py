@@ -50,7 +50,7 @@ def test_table_of_recipes():
         share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
         parameters, _ = parameter_counts(network)
         element = 2 if config.training.precision == "bf16" else 4
-        one = checkpoint_bytes(parameters, int(stage), element, 2, network.intermediate_size)
+        one = checkpoint_bytes(parameters, 8 * parameters, int(stage), element, 2, network.intermediate_size)
         kept, disk = re.match(r"(\d+) .*?kept, .* each: (.*?) on disk", disk_space(config, one)[0]).groups()
         every = "" if config.checkpoint.keep_last else "all "
         values = [shape, f"{rate}e{int(exponent)}", share, stage, f"{every}{kept}: {disk}"]

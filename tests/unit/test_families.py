@@ -34,7 +34,13 @@ from l2e_ds.config.sections import ModelConfig
 from l2e_ds.errors import ConfigError, SelfTestError
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.inhibition.measure import observed
-from l2e_ds.models.counts import matrix_parameters, parameter_counts, unbuilt
+from l2e_ds.models.counts import (
+    layer_matrices,
+    layer_matrix_parameters,
+    matrix_parameters,
+    parameter_counts,
+    unbuilt,
+)
 from l2e_ds.models.families import FAMILIES, blocks_of, neurons_of
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
@@ -386,6 +392,17 @@ def test_parameter_counts(name):
     assert len(positions) == name.startswith(("gpt2", "opt"))
     expected = total - sum(positions) - (0 if name in TIED else rows)
     assert matrix_parameters(model) == matrix_parameters(unbuilt(config)) == expected
+
+
+@every_model
+def test_matrices_of_the_layers(name):
+    """What Muon updates: all matrices but those of tokens, of positions and of the output."""
+    config, model = MODELS[name][0], build(name)
+    ends = ("wte.", "wpe.", "lm_head.", "embed", "word_embeddings.")
+    expected = {key for key, p in model.named_parameters() if p.ndim == 2 and not any(end in key for end in ends)}
+    names = {id(p): key for key, p in model.named_parameters()}
+    assert {names[id(p)] for p in layer_matrices(model)} == expected
+    assert layer_matrix_parameters(config) == sum(model.get_parameter(key).numel() for key in expected) > 0
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -278,6 +278,17 @@ def test_parameter_groups():
     assert members[1] == {name for name in names.values() if name.endswith("bias") or "norm" in name}
     assert members[0] == set(names.values()) - members[1]
     assert sum(len(group["params"]) for group in groups) == len(names)
+    muon, *others = parameter_groups(model, 0.1, has_muon=True)
+    assert [names[id(parameter)] for parameter in muon["params"]] == [
+        *(f"gpt_neox.layers.{layer}.mlp.dense_h_to_4h.weight" for layer in range(3)),
+        *(f"gpt_neox.layers.{layer}.attention.query_key_value.weight" for layer in range(3)),
+        *(f"gpt_neox.layers.{layer}.mlp.dense_4h_to_h.weight" for layer in range(3)),
+        *(f"gpt_neox.layers.{layer}.attention.dense.weight" for layer in range(3)),
+    ]
+    assert [group["weight_decay"] for group in (muon, *others)] == [0.1, 0.1, 0.0]
+    ends = {names[id(parameter)] for parameter in others[0]["params"]}
+    assert ends == {"gpt_neox.embed_in.weight", "lm_head.weight"}
+    assert [id(parameter) for parameter in others[1]["params"]] == [id(parameter) for parameter in groups[1]["params"]]
 
 
 def test_early_checkpoints_are_pythia_s():

@@ -110,6 +110,20 @@ def test_what_each_precision_and_stage_keeps(run_file):
         )
 
 
+def test_moments_of_each_optimizer(run_file):
+    """Of pythia-14m: Muon keeps one float32 less for 6 layers of 12 h^2, 8-bit AdamW one byte for each float32."""
+    of = ["deepspeed.config=ds_configs/zero1.json", "training.precision=bf16"]
+    adam, muon, compressed = (
+        resolve_run(run_file, [*of, f"optimizer.name={name}"], 4, has_bf16=True)
+        for name in ("adamw", "muon", "adamw-8bit")
+    )
+    p = Work(adam).parameters
+    for run, saved in ((muon, 4 * 6 * 12 * 128**2), (compressed, 6 * p)):
+        assert preflight.checkpoint_size(adam) - preflight.checkpoint_size(run) == saved
+        found = memory.model_states(Work(run), 4).optimizer
+        assert found == pytest.approx(memory.model_states(Work(adam), 4).optimizer - saved / 4)
+
+
 # --- activations ----------------------------------------------------------------------------------------------------
 
 
