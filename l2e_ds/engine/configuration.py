@@ -430,8 +430,8 @@ def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
     if name == "muon" and stage > 0 and (stage > 1 or is_offloaded or not is_bf16_optimizer):
         raise ConfigError(
             f"optimizer.name: got muon in {precision} with ZeRO stage {stage}"
-            f"{' and offloading' if is_offloaded else ''} ({where}), where DeepSpeed clips Muon's updates instead of the gradients; allowed: stage 0, or bf16 with"
-            " stage 1, data_types.grad_accum_dtype fp32 and no offloading"
+            f"{' and offloading' if is_offloaded else ''} ({where}), where DeepSpeed clips Muon's updates instead of"
+            " gradients; allowed: stage 0, or bf16 with stage 1, data_types.grad_accum_dtype fp32 and no offloading"
         )
     if name == "adamw-8bit" and is_offloaded:
         raise ConfigError(f"optimizer.name: got adamw-8bit, but {where} offloads; remove the offloading, or use adamw")
