@@ -18,11 +18,11 @@ def is_due(step: int, last: int, every: int, early: bool) -> bool:
 
 
 def moment_bytes(optimizer: str, parameters: int, matrices: int) -> int:
-    """Return the bytes of an optimizer's moments: of AdamW two float32 or, with 8 bits, two bytes a parameter; with
-    Muon one float32 for the `matrices` parameters that are its own."""
-    return {"adamw": 8, "adamw-8bit": 2, "muon": 8}[optimizer] * parameters - (
-        4 * matrices if optimizer == "muon" else 0
-    )
+    """Return the bytes of an optimizer's moments: of AdamW two float32 a parameter, or two bytes with 8 bits; of Muon
+    one float32 for the `matrices` parameters that are its own, and AdamW's for the rest."""
+    if optimizer == "muon":
+        return 8 * parameters - 4 * matrices
+    return {"adamw": 8, "adamw-8bit": 2}[optimizer] * parameters
 
 
 def checkpoint_bytes(parameters: int, moments: int, stage: int, element: int, hooked: int, neurons: int) -> int:
