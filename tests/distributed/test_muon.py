@@ -11,6 +11,8 @@ from tests.distributed.test_elastic import TOLERANCE
 from tests.distributed.test_runs import timeless
 from tests.distributed.training_case import TrainingCase, zero
 
+pytestmark = pytest.mark.full
+
 ADAM_PEAK, PEAK, MOMENTUM, DECAY, CLIPPING = 3e-3, 0.03, 0.9, 5.0, 0.1
 STOP, LAST = 5, 10
 STAGES = {"0": (0, "fp32"), "0-bf16": (0, "bf16"), "1-bf16": (1, "bf16")}
