@@ -206,7 +206,7 @@ def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int
         if set(state) - {"step"} != set(_moments(flat in muon)):
             raise CheckpointError(
                 f"{checkpoint}: resumes on another number of ranks or ZeRO stage only with optimizers that keep"
-                f" {' and '.join(MOMENTS)} (Adam, AdamW); got {type(adam).__name__}"
+                f" {' and '.join(MOMENTS)} (Adam, AdamW), or Muon; got {type(adam).__name__}"
             )
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(steps)

@@ -324,7 +324,10 @@ class OptimizerConfig(Section):
     def _muon_for_muon(self) -> OptimizerConfig:
         for key in ("muon_learning_rate", "muon_momentum"):
             if self.name != "muon" and getattr(self, key) != OptimizerConfig.model_fields[key].default:
-                raise ValueError(f"optimizer.{key} is for optimizer.name: muon only; remove it")
+                given = getattr(self, key)
+                raise ValueError(
+                    f"optimizer.{key}: got {given:g}, but optimizer.name is {self.name}; allowed with muon"
+                )
         return self
 
     def in_steps(self, run_steps: int) -> tuple[int, float, float]:
@@ -366,7 +369,7 @@ class TrainingConfig(Section):
     """Steps between held-out evaluations, besides those at the start and the end; 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
     """Held-out sequences per evaluation."""
-    z_loss: float = Field(0.0, ge=0)
+    z_loss: float = Field(0.0, ge=0, le=1)
     """Coefficient of the z-loss (docs/looking-inside.md), which keeps logits small; PaLM's is 1e-4. 0: none."""
     spike_deviations: float | None = Field(None, gt=0)
     """Skip a step whose gradient norm is more than this many standard deviations (say 6) above the mean of the

@@ -140,6 +140,7 @@ def resolve(
     ds = _read_json(path)
     where = f"deepspeed.config: {path.name}"
     _check_keys(ds, where)
+    _check_json_optimizer(config, ds, where)
     config = _take_shared_values(config, ds, where)
     if config.optimizer.peak_learning_rate is None:
         config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
@@ -258,7 +259,8 @@ def less_memory(config: RunConfig, ds: dict) -> str:
     """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]
     name = config.optimizer.name
-    if stage < (1 if name == "muon" else 3):
+    highest = (1 if config.training.precision == "bf16" else 0) if name == "muon" else 3
+    if stage < highest:
         remedies.append("a higher ZeRO stage")
     parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
     if name == "adamw" and not all(_is_offloaded(ds, part) for part in parts):
@@ -415,13 +417,18 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
         )
 
 
-def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
-    """Refuse an optimizer in a set-up in which DeepSpeed would silently do something else."""
-    name, spikes = config.optimizer.name, config.training.spike_deviations
+def _check_json_optimizer(config: RunConfig, ds: dict, where: str) -> None:
+    """Refuse an optimizer of the JSON that `optimizer.name` stands for, or that stands beside another there."""
+    name = config.optimizer.name
     if optimizer_type(ds).lower() == "muon":
         raise ConfigError(f"{where}: optimizer: got type Muon, remove it and set optimizer.name: muon in the run file")
     if name != "adamw" and "optimizer" in ds:
         raise ConfigError(f"optimizer.name: got {name}, but {where} has an optimizer of its own; remove it there")
+
+
+def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
+    """Refuse an optimizer in a set-up in which DeepSpeed would silently do something else."""
+    name, spikes = config.optimizer.name, config.training.spike_deviations
     if spikes is not None and (name != "adamw" or not is_adam(ds)):
         given = f"optimizer.name is {name}" if is_adam(ds) else f"{where} has optimizer.type {optimizer_type(ds)}"
         allowed = "optimizer.name: adamw" if is_adam(ds) else "Adam or AdamW there"

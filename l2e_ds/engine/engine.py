@@ -74,8 +74,11 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
     is_plain = zero_stage(ds) == 0 and config.training.precision == "fp32"
     if is_plain:
         ds = ds | {"gradient_clipping": 0.0}
+    # DeepSpeed compiles its Muon for the first shape, and then once more for any shape. Nothing says that both round
+    # alike, without which a resumed run is not bit-identical; and on CPUs it takes a minute.
+    uncompiled = torch.compiler.set_stance("force_eager") if section.name == "muon" else contextlib.nullcontext()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed narrates
+        with contextlib.redirect_stdout(io.StringIO()), uncompiled:  # DeepSpeed narrates
             engine, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, model_parameters=groups, config=ds, dist_init_required=False
             )
@@ -89,8 +92,6 @@ def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.de
     if hasattr(engine.optimizer, "fp32_groups"):
         _undo_first_step(engine.optimizer)
     if section.name == "muon":
-        # DeepSpeed compiles its Muon for the first shape, and then once more for any. Nothing says that both round
-        # alike, without which a resumed run is not bit-identical; and on CPUs it takes a minute.
         engine.optimizer.step = torch.compiler.set_stance("force_eager")(engine.optimizer.step)
     return engine
 

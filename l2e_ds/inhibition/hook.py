@@ -243,8 +243,8 @@ def update(hooks: Sequence[NeuronHook], finite: Tensor) -> Tensor:
 
         move = fused.moved
     n, settings = first.site.neurons, first.settings
-    parts = torch.stack([hook.sums for hook in hooks]).split([NeuronHook.HEADER, n, n, n], dim=1)
-    header, d, d2, selected = parts
+    sizes = [NeuronHook.HEADER, n, n, n]
+    header, d, d2, selected = torch.stack([hook.sums for hook in hooks]).split(sizes, dim=1)
     sums = StepSums(header, d, d2, selected, shift=torch.stack([hook.frozen.mean for hook in hooks]))
     running = stacked([hook.running for hook in hooks])
     seen_before = settings.reduce == "forward"

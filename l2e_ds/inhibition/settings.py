@@ -25,8 +25,8 @@ class Settings:
     select, between 0 and 1.
 
     A regulariser has either a `strength`, relative to the gradient of the LM loss, or a `coefficient`, the weight of
-    the inhibition loss itself; with neither, its strength is 0.1. A deactivation has no strength and ignores a
-    coefficient.
+    the inhibition loss itself; with neither, its strength is DEFAULT_STRENGTH. A deactivation has no strength and
+    ignores a coefficient.
 
     start, warmup, decay, end: when inhibition begins, over how many steps it rises and falls, and from when nothing is
     inhibited (default: the end of the run). An int is a number of optimizer steps, a float between 0 and 1 a share of

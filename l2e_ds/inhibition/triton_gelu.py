@@ -77,7 +77,8 @@ def _place(N, COLUMNS: tl.constexpr):
     return (program // blocks).to(tl.int64), (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
 
 
-@triton.jit
+# tau is a row of all layers' and lies at any multiple of 4 bytes: one kernel for all of them
+@triton.jit(do_not_specialize_on_alignment=["tau_ptr"])
 def _forward_kernel(
     x_ptr,
     z_ptr,
@@ -146,7 +147,7 @@ def _forward_kernel(
         tl.store(partial_ptr + at + 5 * N, tl.sum(sum_force, 0), mask=in_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tau_ptr"])
 def _backward_kernel(
     x_ptr,
     incoming_ptr,

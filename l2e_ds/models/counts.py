@@ -41,7 +41,7 @@ def layer_matrices(model: Any) -> list[nn.Parameter]:
 
 
 def layer_matrix_parameters(network: PretrainedConfig) -> int:
-    """Return the number of their parameters."""
+    """Return how many parameters `layer_matrices` have."""
     if network.model_type == "gpt_neox":
         hidden, inner = network.hidden_size, network.intermediate_size
         return network.num_hidden_layers * hidden * (4 * hidden + 2 * inner)

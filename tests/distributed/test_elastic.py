@@ -375,7 +375,7 @@ def test_starts_from_a_revision_of_the_hub(runs, hub):
     [
         ("from-0", "was written with ZeRO stage 0, this run has 1; allowed in bf16"),
         ("to-0", "was written with ZeRO stage 1, this run has 0; allowed in bf16"),
-        ("sgd", "only with optimizers that keep exp_avg and exp_avg_sq (Adam, AdamW); got SGD"),
+        ("sgd", "only with optimizers that keep exp_avg and exp_avg_sq (Adam, AdamW), or Muon; got SGD"),
         ("robin", "only without round_robin_gradients"),
     ],
 )

@@ -18,7 +18,7 @@ from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
 
 EVIDENCE = REPOSITORY / "launch/studies/evidence"
-STUDIES = {"main": 35, "strength": 32, "transfer": 28, "start": 18, "choices": 28}
+STUDIES = {"main": 40, "strength": 32, "transfer": 28, "start": 18, "choices": 28}
 SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
 
 
@@ -53,6 +53,7 @@ def test_every_study_could_start(text):
 def test_a_control_and_what_is_measured(text, tmp_path):
     small = ["model.hidden_size=32", "model.num_heads=2", "model.num_layers=4", "data.sequence_length=16"]
     small += ["training.steps=2", "training.evaluation_sequences=64", "optimizer.schedule_steps=10"]
+    small += ["training.precision=fp32"]  # in which `measure.py` computes
     run_file = EVIDENCE / "base.yaml"
     runs = [tmp_path / "a/runs/none-seed1", tmp_path / "a/runs/without-mlp"]
     for run, words in zip(runs, [["-m", "l2e_ds.train"], [EVIDENCE / "controls.py", "without-mlp"]], strict=True):
@@ -69,6 +70,16 @@ def test_a_control_and_what_is_measured(text, tmp_path):
     assert float(line["loss"]) == pytest.approx(plain[-1], rel=1e-5)  # a mean of float32 losses of 11 x 64 x 16 tokens
     assert abs(float(line["worth"])) > abs(float(line["worth_random"])) > 0
     assert 0 < float(line["active_share"]) < 1 and float(line["dead_share"]) == 0
+
+
+@pytest.mark.full
+def test_table_and_figure_of_the_results(tmp_path):
+    """Made anew from the committed results.csv; docs/results.md has that table."""
+    codes, said = finish(EVIDENCE / "tables.py", EVIDENCE / "results.csv")
+    assert codes == [0] and said.strip() in (REPOSITORY / "docs/results.md").read_text()
+    codes, said = finish(EVIDENCE / "figure.py", EVIDENCE / "results.csv", tmp_path / "figure.svg")
+    assert codes == [0], said
+    assert "projected-0.05 (n = " in (tmp_path / "figure.svg").read_text()
 
 
 def test_controls_change_the_inhibited_layers():

@@ -154,7 +154,7 @@ REFUSED = {
     "optimizer": (changed(optimizer={"name": "adam"}), "optimizer.name: ", ["'adam'", "'adamw', 'muon' or"]),
     "Muon's rate without Muon": (
         changed(optimizer={"muon_learning_rate": 0.01}),
-        "optimizer.muon_learning_rate is for optimizer.name: muon only; remove it",
+        "optimizer.muon_learning_rate: got 0.01, but optimizer.name is adamw; allowed with muon",
         [],
     ),
     "Muon's momentum": (
