@@ -13,6 +13,8 @@ from torch import nn
 
 import l2e_ds
 from l2e_ds import Inhibitor, NeuronSite, Settings
+from l2e_ds.config import sections
+from l2e_ds.inhibition import settings as of_inhibition
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/python-api.md"
 
@@ -29,6 +31,11 @@ def test_help_of_plan_needs_no_torch():
     code += "    main(['plan', '--help'])\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--gpus" in done.stdout and done.stdout.splitlines()[-1] == "False"
+
+
+def test_one_default_strength():
+    """It stands in two places: the configuration must not import PyTorch, nor `inhibition` the configuration."""
+    assert sections.DEFAULT_STRENGTH == of_inhibition.DEFAULT_STRENGTH
 
 
 def test_every_name_is_there():
