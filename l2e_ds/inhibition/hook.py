@@ -78,7 +78,7 @@ class NeuronHook:
         self.running = RunningStatistics.initial(site.neurons, self.settings.target_share, sums.device)
         # S^2 of each neuron when inhibition began; 0 before that, and for neurons that did not vary
         self.variance_at_start = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)
-        # of `freeze`, constant within an optimizer step
+        # set by `freeze`, and constant within an optimizer step
         self.frozen: FrozenStatistics
         self.frozen_now: FrozenStatistics
         self.for_loss: FrozenStatistics
