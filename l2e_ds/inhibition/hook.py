@@ -91,7 +91,7 @@ class NeuronHook:
         self._plain = Plain(self) if self.settings.mechanism == "regulariser" else Deactivation(self)
         self._one_pass, self._gelu, self._gelu_in_kernel = OnePass(self), Gelu(self), GeluInKernel(self)
         self.way: Way = self._plain  # of this micro-batch
-        freeze([self])
+        freeze([self], stacked([self.running]))
 
     @staticmethod
     def buffer_size(neurons: int) -> int:
@@ -218,13 +218,16 @@ class NeuronHook:
 
 
 @torch.no_grad()
-def freeze(hooks: Sequence[NeuronHook]) -> None:
-    """Make float32 constants of the hooks' running statistics, for one optimizer step."""
+def freeze(hooks: Sequence[NeuronHook], running: RunningStatistics) -> None:
+    """Give the hooks their running statistics, and make float32 constants of them for one optimizer step.
+
+    running: those of all these hooks, of `stacked`.
+    """
     # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
-    running = stacked([hook.running for hook in hooks])
     frozen = running.frozen()
     kept = losses.kept_pull(running.moments.variance, torch.stack([hook.variance_at_start for hook in hooks]))
     for index, hook in enumerate(hooks):
+        hook.running = row_of(running, index)
         hook.frozen = hook.frozen_now = hook.for_loss = row_of(frozen, index)
         hook.kept_pull = kept[index]
 
@@ -249,9 +252,7 @@ def update(hooks: Sequence[NeuronHook], finite: Tensor) -> Tensor:
     running = stacked([hook.running for hook in hooks])
     seen_before = settings.reduce == "forward"
     running, statistics = move(running, sums, finite, first.owner.fade, settings.target_share, seen_before)
-    for index, hook in enumerate(hooks):
-        hook.running = row_of(running, index)
-    freeze(hooks)
+    freeze(hooks, running)
     return statistics
 
 

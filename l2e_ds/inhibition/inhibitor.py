@@ -33,7 +33,7 @@ from l2e_ds.inhibition.coefficients import Coefficients
 from l2e_ds.inhibition.hook import Calls, InhibitedActivation, NeuronHook, freeze, update
 from l2e_ds.inhibition.losses import Correction
 from l2e_ds.inhibition.moments import Moments, fade_factor
-from l2e_ds.inhibition.running_statistics import RunningStatistics, row_of
+from l2e_ds.inhibition.running_statistics import RunningStatistics, row_of, stacked
 from l2e_ds.inhibition.settings import NeuronSite, Settings, require
 
 _NOT_ATTACHED = "inhibition: backward ran on a loss that did not go through Inhibitor.attach_loss"
@@ -411,7 +411,7 @@ class Inhibitor:
             hook.running = RunningStatistics(moments, part["tau"][None], part["selected"], part["selectable"][None])
             hook.variance_at_start = part["variance_at_start"]
         for hooks in self._by_width:
-            freeze(hooks)
+            freeze(hooks, stacked([hook.running for hook in hooks]))
         self._decide_on_coming_step()
 
 
