@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from l2e_ds.report.drawing import PLAIN, Axis, Line, Look, Reading, draw, is_thinned, readings
 from l2e_ds.report.runs import Collection, Run, Variant
@@ -67,6 +69,7 @@ _HIGHEST = "Of the share with the highest MS, inhibition or not: lower is less m
 _BELOW = "Paired runs at the same step; below 0 is better than the baseline."
 _SCALE = "The layer's scale, inhibition off."
 _MEDIAN = "Median over neurons; 3 for a normal distribution."
+_DEPTH = "From the first layer, blue, to the last, orange; dark: all other parameters."
 _QUANTITIES = (
     Quantity("training-loss", _TRAIN, "lm_loss", "Without the inhibition loss.", "LM loss, training text", falls=True),
     Quantity("held-out-loss", _EVAL, "held_out_loss", "Inhibition off.", "LM loss, held-out text", falls=True),
@@ -80,6 +83,7 @@ _QUANTITIES = (
     Quantity("kurtosis", _EVAL, "layers/kurtosis", _MEDIAN, "Kurtosis, held-out text", "E[MS²]"),
     Quantity("dead-share", _EVAL, "layers/dead_share", "Never vary on the held-out text.", "", "% of neurons", 100),
     Quantity("gradient-norm", _TRAIN, "gradient_norm", "Before clipping, loss scale removed.", "", "2-norm", log=True),
+    Quantity("layer-gradients", _TRAIN, "gradient_norm/layerI", _DEPTH, "Gradient norm by layer", "2-norm", log=True),
     Quantity("speed", _TRAIN, "tokens_per_second", "All ranks, evaluation and checkpoints not counted."),
 )
 
@@ -126,6 +130,8 @@ def all_charts(page: Collection) -> list[Chart]:
         key, kind = quantity.key, quantity.kind
         if quantity.name == "loss-difference":
             series = [(run.name, by_run[run.name], _differences(page, run), "difference") for run in page.runs]
+        elif quantity.name == "layer-gradients":
+            series = _layer_gradients(runs)
         elif own:
             of_run = runs[0].lines(kind)
             series = [(f"layer {i}", look, of_run, key.replace("layers", f"layer{i}")) for i, look in own.items()]
@@ -165,6 +171,20 @@ def _line(name: str, look: Look, lines: Iterable[dict], key: str, axis: Axis, fa
     """Return a line of the finite values under a key, float64 [points]."""
     points = [(line[axis.key], value * factor) for line in lines if (value := number(line, key)) is not None]
     return Line(name, look, *np.array(points, dtype=float).reshape(-1, 2).T)
+
+
+def _layer_gradients(runs: Sequence[Run]) -> list[tuple[str, Look, list[dict], str]]:
+    """Return the name, look, lines and key of each layer of a single run, and of the parameters outside the layers;
+    nothing for several runs, or without `logging.layer_gradients`."""
+    lines = runs[0].training if len(runs) == 1 else []
+    keys = (re.fullmatch(r"gradient_norm/layer(\d+)", key) for line in lines for key in line)
+    layers = sorted({int(found[1]) for found in keys if found})
+    if not layers:
+        return []
+    colour = LinearSegmentedColormap.from_list("depth", [_COLOURS[0], _COLOURS[1]])
+    looks = [Look(to_hex(colour(place))) for place in np.linspace(0, 1, len(layers))]
+    named = [(f"layer {i}", look, lines, f"gradient_norm/layer{i}") for i, look in zip(layers, looks, strict=True)]
+    return [("other parameters", Look(PLAIN), lines, "gradient_norm/rest"), *named]
 
 
 def _differences(page: Collection, run: Run) -> list[dict]:

@@ -61,6 +61,9 @@ def write_run(
             line = {"kind": "train", "step": step, "applied_steps": step - round(skipped * done)}
             line |= {"tokens": step * tokens_per_step, "lm_loss": loss + 3 * (1 - done), "gradient_norm": 1 / step}
             line |= {"tokens_per_second": tokens_per_step / seconds, "step_seconds": seconds, "peak_memory_gib": 1.5}
+            if run.logging.layer_gradients:
+                line |= {f"gradient_norm/layer{layer}": (layer + 1) / step for layer in range(12)}
+                line["gradient_norm/rest"] = 1.0
             if method != "none":
                 line["observed_share"] = share
                 for layer in LAYERS:

@@ -37,6 +37,17 @@ def test_one_run(tmp_path):
     assert found["training-loss"].about.endswith("l2e 7.94 to 5")
 
 
+def test_layer_gradients(tmp_path):
+    """A line for each layer of a single run, in the layers' order, and one for the other parameters behind them."""
+    run = write_run(tmp_path / "l2e", logging__layer_gradients=True)
+    chart = charts_of(run)["layer-gradients"]
+    names = ["other parameters", *(f"layer {layer}" for layer in range(12))]
+    assert re.findall(r"[:;] (\D+\d*) \S+ to", chart.about) == names[:12]
+    colours = coloured(chart)
+    assert len(set(colours)) == len(names) and (colours[1], colours[-1]) == ("#0072b2", "#d55e00")
+    assert "layer-gradients" not in charts_of(run, write_run(tmp_path / "other", logging__layer_gradients=True))
+
+
 def test_baseline_has_no_threshold(tmp_path):
     found = charts_of(write_run(tmp_path / "none", "none"))
     assert [name for name in ALL if name not in found] == ["observed-share", "tau", "selected-score", "training-mean-s"]
