@@ -5,7 +5,8 @@
 
 The same command on the same run directory resumes from its newest good checkpoint.
 
-Everything that a user can get wrong is checked by `preflight`, before any process group or model is made.
+`preflight` checks the run file, the data and this machine before any process group or model is made. Evaluation tasks
+are loaded, and so checked, before the data is prepared; a prompt for a tokenizer that is still to be trained, after.
 """
 
 from __future__ import annotations

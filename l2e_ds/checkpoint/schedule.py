@@ -29,12 +29,12 @@ def checkpoint_bytes(parameters: int, moments: int, stage: int, element: int, ho
     """Return the bytes of one checkpoint.
 
     moments: bytes of the optimizer's; stage: of ZeRO; element: bytes of a weight in the network, which stage 3 leaves
-    out; hooked: number of inhibited layers, each with 3 N + 3 float64; neurons: N. In float32 stage 0 has one copy of
+    out; hooked: number of inhibited layers, each with 4 N + 8 float64; neurons: N. In float32 stage 0 has one copy of
     the weights.
     """
     master = 0 if stage == 0 and element == 4 else MASTER
     weights = 0 if stage == 3 else element
-    return parameters * (master + weights) + moments + hooked * (3 * neurons + 3) * 8
+    return parameters * (master + weights) + moments + hooked * (4 * neurons + 8) * 8
 
 
 def disk_space(config: RunConfig, size: int) -> tuple[str, str | None]:

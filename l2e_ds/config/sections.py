@@ -627,6 +627,7 @@ class RunConfig(Section):
             raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
         if key is not None and not any(part.held_out for _, _, part in self.data.parts()):
             raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
+        key = "every" if self.evaluation.every else key
         if key is not None and self.data.tokenizer is None and self.data.train_tokenizer is None:
             raise ValueError(f"data.tokenizer is required with evaluation.{key}")
         return self

@@ -1,4 +1,4 @@
-"""Note what this rank's main thread is doing and when it last made progress; the watchdog reads it."""
+"""Note what this rank's main thread is doing, and when any of its threads last made progress; the watchdog reads it."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def doing() -> str:
 
 
 def idle_seconds() -> float:
-    """Return seconds since the main thread last made progress."""
+    """Return seconds since this rank last made progress."""
     return time.monotonic() - _progressed

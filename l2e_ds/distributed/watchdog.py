@@ -1,8 +1,8 @@
 """Say which rank is lost, and end a run that makes no progress.
 
 A thread on every rank tells a small store, held by rank 0, what its main thread is doing. Ranks 0 and 1 read it: a
-rank that falls silent was killed, stopped or cut off. A main thread that has made no progress for `training.timeout`
-ends its process, so that the launcher can start again; without this, ranks wait in a collective for one that will
+rank that falls silent was killed, stopped or cut off. A rank that has made no progress for `training.timeout` ends its
+process, so that the launcher can start again; without this, ranks wait in a collective for one that will
 never come.
 """
 

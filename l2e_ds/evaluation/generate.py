@@ -25,6 +25,8 @@ from l2e_ds.system.process import quiet_libraries
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+    from l2e_ds.config.sections import EvaluationConfig
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -93,6 +95,19 @@ def encode_prompt(
         problem = f"got {tokens} after a prompt of {len(ids)}, {model} takes at most {longest} tokens"
         raise ConfigError(problem, where="--tokens")
     return ids
+
+
+def encode_samples(
+    section: EvaluationConfig, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig
+) -> list[list[int]]:
+    """Return the tokens of each prompt of `evaluation.samples`. Raises ConfigError for one that the model of a run
+    cannot continue."""
+    try:
+        tokens = section.sample_tokens
+        return [encode_prompt(prompt, tokenizer, network, tokens, "the model") for prompt in section.samples]
+    except ConfigError as error:
+        error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
+        raise
 
 
 def decode_continuation(ids: list[int], new: list[int], tokenizer: PreTrainedTokenizerFast) -> str:

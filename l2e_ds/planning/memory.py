@@ -129,11 +129,12 @@ def logits_bytes(work: Work, micro_batch: int) -> float:
 
 
 def inhibition_state_bytes(work: Work) -> float:
-    """Return the bytes of inhibition's state. Of each layer's N neurons: moments (mean, m2) and faded selections
-    (float64), frozen mean, variance and rate (float32), the packed sums (float64; NeuronHook.buffer_size) and a
-    micro-batch's sums for the projection (float64)."""
+    """Return the bytes of inhibition's state. Of each layer's N neurons: moments (mean, m2), faded selections, variance
+    at the start and kept pull (float64); six of the frozen statistics in float32 and one in bool; the packed sums
+    (float64; NeuronHook.buffer_size) and a micro-batch's sums for the projection (float64)."""
     projection = (1 + 4 * work.neurons) * 8
-    return len(work.hooked) * (work.neurons * (3 * 8 + 3 * 4) + NeuronHook.buffer_size(work.neurons) * 8 + projection)
+    of_neurons = work.neurons * (5 * 8 + 6 * 4 + 1)
+    return len(work.hooked) * (of_neurons + NeuronHook.buffer_size(work.neurons) * 8 + projection)
 
 
 @dataclass(frozen=True)

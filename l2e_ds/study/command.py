@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--directory", metavar="DIR", help="the study's folder, instead of the file's")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--dry-run", action="store_true", help="check all but the tasks, print the runs and how far they are"
+        "--dry-run", action="store_true", help="check run files and data, print the runs and how far they are"
     )
     what.add_argument("--collect", action="store_true", help="only collect the results so far")
     here = parser.add_argument_group("on this machine")

@@ -24,8 +24,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.data.tokenizer import find_end_of_text
 from l2e_ds.distributed import collectives
-from l2e_ds.errors import ConfigError
-from l2e_ds.evaluation.generate import decode_continuation, encode_prompt
+from l2e_ds.evaluation.generate import decode_continuation, encode_samples
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.run_directory.metrics import comparison_key, layer_key
@@ -189,10 +188,4 @@ def load_samples(config: RunConfig, network: Any, data: Sequence[PreparedData]) 
     if not config.evaluation.samples:
         return None
     tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
-    tokens = config.evaluation.sample_tokens
-    try:
-        prompts = [encode_prompt(one, tokenizer, network, tokens, "the model") for one in config.evaluation.samples]
-    except ConfigError as error:
-        error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
-        raise
-    return Samples(config, prompts, tokenizer)
+    return Samples(config, encode_samples(config.evaluation, tokenizer, network), tokenizer)

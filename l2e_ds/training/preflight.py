@@ -1,4 +1,4 @@
-"""Check everything that a user can get wrong, before any process group or model is made."""
+"""Check a run file, its data and this machine, before any process group or model is made."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import aligned
 from l2e_ds.data import check_sets, check_texts
+from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.engine.configuration import check_device, is_adam, resolve, zero_stage
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.evaluation import check_installed
+from l2e_ds.evaluation.generate import encode_samples
 from l2e_ds.models.counts import layer_matrix_parameters, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.models.pythia import network_config
@@ -50,6 +52,8 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
     try:
         check_sets(plan.config.data, plan.network.vocab_size)
         check_texts(plan.config.evaluation.texts or [], plan.config.data)
+        if plan.config.evaluation.samples and plan.config.data.tokenizer is not None:
+            encode_samples(plan.config.evaluation, load_tokenizer(plan.config.data.tokenizer), plan.network)
     except L2EError as error:
         error.on_every_rank = True
         raise

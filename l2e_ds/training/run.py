@@ -32,7 +32,7 @@ from l2e_ds.system.provenance import commit_and_changes, versions
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.preflight import Plan, what_it_is
-from l2e_ds.training.task_evaluation import load_task_evaluation
+from l2e_ds.training.task_evaluation import load_tasks_of, task_evaluation
 from l2e_ds.training.trainer import Trainer, is_finished
 
 
@@ -71,6 +71,8 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         texts = config.evaluation.texts or []
         return sets, prepare_texts(texts, config.data, tokenizer, cache, plan.network.vocab_size)
 
+    heartbeat.progress("loading evaluation tasks")
+    tasks = load_tasks_of(config)  # first, as a wrong name should end the run at once
     record = None
     if config.training.micro_batch == "auto":
         number, record = micro_batch.find(config, plan.ds, plan.network, device)
@@ -91,13 +93,12 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         if part.tokenizer is not None:
             take_special_tokens(plan.network, part.tokenizer)
     samples = collectives.all_work(lambda: load_samples(config, plan.network, data))
-    heartbeat.progress("loading evaluation tasks")
-    tasks = load_task_evaluation(config, data)
+    on_tasks = task_evaluation(config, tasks, data)
     heartbeat.progress("building the model")
     trainer, begun = None, 0
     try:
         with Trainer(
-            config, plan.ds, plan.batch, plan.network, data, device, tasks, checkpoints, texts, samples
+            config, plan.ds, plan.batch, plan.network, data, device, on_tasks, checkpoints, texts, samples
         ) as trainer:
             begun = trainer.state.step
             if collectives.is_main():

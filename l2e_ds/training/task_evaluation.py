@@ -57,15 +57,12 @@ class TaskEvaluation:
         return values
 
 
-def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> TaskEvaluation | None:
-    """Load the tasks that a run evaluates on while training, or None. Collective. Raises ConfigError and DataError."""
+def load_tasks_of(config: RunConfig) -> Tasks | None:
+    """Load the tasks that a run evaluates on while training, on rank 0; None on other ranks, and for a run without.
+    Collective. Raises ConfigError and DataError."""
     section = config.evaluation
     if not section.every:
         return None
-    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
-    if tokenizer is None:
-        raise ConfigError("evaluation.every: tasks are text, and the run has no tokenizer; give data.tokenizer")
-    collectives.all_work(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
 
     def load() -> Tasks:
         from l2e_ds.evaluation.harness import load_tasks  # needs the package lm-eval, an extra
@@ -75,7 +72,16 @@ def load_task_evaluation(config: RunConfig, data: Sequence[PreparedData]) -> Tas
         except ConfigError as error:
             raise ConfigError(f"evaluation.{error}") from None
 
-    tasks = collectives.main_works(load, preemption.stop_if_asked)
+    return collectives.main_works(load, preemption.stop_if_asked)
+
+
+def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[PreparedData]) -> TaskEvaluation | None:
+    """Return the evaluation on the tasks of `load_tasks_of`, or None for a run without. Collective. Raises
+    DataError."""
+    if not config.evaluation.every:
+        return None
+    tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
+    collectives.all_work(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
     micro_batch = config.training.micro_batch
     assert isinstance(micro_batch, int)  # `auto` has been replaced by a number
-    return TaskEvaluation(config, tasks, tokenizer, section.batch_size or micro_batch)
+    return TaskEvaluation(config, tasks, tokenizer, config.evaluation.batch_size or micro_batch)

@@ -60,8 +60,15 @@ def test_texts_are_evaluated_whole(run_file, tmp_path, monkeypatch):
 
 
 def test_samples_longer_than_the_model_takes_are_refused(run_file, tmp_path):
+    """After preparation, which trains the tokenizer; with a tokenizer that is given, before."""
     command = ["train", run_file, "evaluation.samples=[The river]", "evaluation.sample_tokens=2047"]
     codes, said = finish("-m", "l2e_ds.cli", *command)
     assert codes == [2]
     assert "l2e-ds: error: evaluation.sample_tokens: got 2047 after a prompt of" in said
     assert not (tmp_path / "run/metrics.jsonl").exists() and "Traceback" not in said
+    tokenizer = next((tmp_path / "cache").glob("*/tokenizer"))
+    codes, said = finish(
+        "-m", "l2e_ds.cli", *command, f"data.tokenizer={tokenizer}", "data.train_tokenizer=null", "--dry-run"
+    )
+    assert codes == [2]
+    assert "l2e-ds: error: evaluation.sample_tokens: got 2047 after a prompt of" in said

@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from transformers import AutoModelForCausalLM
 
 from l2e_ds.checkpoint import schedule
+from l2e_ds.checkpoint.schedule import checkpoint_bytes
 from l2e_ds.cli import main
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import ModelConfig
@@ -183,9 +184,12 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     inhibitor = Inhibitor(neuron_sites(model, "mid-2"))
     kept = [inhibitor._packed]
     for hook in inhibitor.hooks:
-        kept += [hook.running.moments.mean, hook.running.moments.m2, hook.running.selected]
-        kept += [hook.frozen.mean, hook.frozen.variance, hook.frozen.rate, hook.projection_sums]
+        everything = [hook.variance_at_start, hook.kept_pull, hook.projection_sums, hook.running.selected]
+        everything += [*vars(hook.running.moments).values(), *vars(hook.frozen).values()]
+        kept += [tensor for tensor in everything if tensor.numel() > 1]
     assert memory.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
+    written = [tensor for name, tensor in inhibitor.state_dict().items() if name.startswith("layers.")]
+    assert checkpoint_bytes(0, 0, 0, 4, 2, work.neurons) == sum(t.numel() * t.element_size() for t in written)
     once = inhibitor._packed.numel() + inhibitor.coefficients.squares.numel()
     projections = 5 * sum(hook.projection_sums.numel() for hook in inhibitor.hooks)
     assert inhibition_payload(work, 5) == (once + projections) * 8

@@ -32,7 +32,7 @@ from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.held_out import load_samples
-from l2e_ds.training.task_evaluation import load_task_evaluation
+from l2e_ds.training.task_evaluation import load_tasks_of, task_evaluation
 from l2e_ds.training.trainer import Trainer
 from tests.distributed.training_case import LENGTH, SPIKE, TINY_RUN, VOCABULARY, Interruption, TrainingCase
 
@@ -139,7 +139,7 @@ def make_trainer(
     sets, tasks = data(config.data, case.stream == "stored beforehand"), None
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
-        tasks = load_task_evaluation(config, [replace(part, tokenizer=words) for part in sets])
+        tasks = task_evaluation(config, load_tasks_of(config), [replace(part, tokenizer=words) for part in sets])
     samples = None
     if config.evaluation.samples:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
