@@ -68,7 +68,7 @@ class Work:
     config: RunConfig
     ds: dict  # the configuration of DeepSpeed
     batch: BatchArithmetic
-    network: Any
+    hf_config: Any
     dataset: TokenDataset
     device: torch.device
     folder: Path
@@ -97,7 +97,7 @@ def train_ours(work: Work) -> None:
     from l2e_ds.training.trainer import Trainer
 
     data = [PreparedData(work.dataset)]
-    trainer = Trainer(work.config, work.ds, work.batch, work.network, data, work.device)
+    trainer = Trainer(work.config, work.ds, work.batch, work.hf_config, data, work.device)
     work.mark()
     for step in range(1, work.config.training.steps + 1):
         trainer.train_step()
@@ -106,7 +106,7 @@ def train_ours(work: Work) -> None:
         if step == 1 or step % LOG_EVERY == 0:
             trainer.log()
     first = read_metrics(trainer.metrics.path, "train")[0]["lm_loss"] if collectives.is_main() else None
-    work.losses = [collectives.main_decides(first)]
+    work.losses = [collectives.broadcast_object(first)]
     if trainer.inhibitor is not None:
         trainer.inhibitor.detach()
     work.losses.append(loss_of_first_batch(work, trainer.engine))
@@ -236,8 +236,8 @@ def plain_network(work: Work) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, seed = work.config.model, work.config.training.seed
-    network = AutoModelForCausalLM.from_config(work.network, attn_implementation=model.attention, dtype=torch.float32)
-    network.load_state_dict(build_network(model, work.network, seed, None).state_dict())
+    network = AutoModelForCausalLM.from_config(work.hf_config, attn_implementation=model.attention, dtype=torch.float32)
+    network.load_state_dict(build_network(model, work.hf_config, seed, None).state_dict())
     network.config.use_cache = False
     if model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -290,10 +290,12 @@ def measure(spec: dict) -> dict[str, Any]:
     device = process_group.join(launch, TIMEOUT)
     config, ds, batch = resolve(run_config_from_dict(spec["run"], "bench"), launch.size)
     check_device(config)
-    network = network_config(config.model, config.data.sequence_length)
-    dataset = make_dataset(config.training.steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
-    work = Work(config, ds, batch, network, dataset, device, Path(spec["folder"]))
-    matrices = matrix_parameters(unbuilt(network))
+    hf_config = network_config(config.model, config.data.sequence_length)
+    dataset = make_dataset(
+        config.training.steps * batch.global_batch, config.data.sequence_length, hf_config.vocab_size
+    )
+    work = Work(config, ds, batch, hf_config, dataset, device, Path(spec["folder"]))
+    matrices = matrix_parameters(unbuilt(hf_config))
     libraries = memory.peak_memory_bytes(device)
     CONTENDERS[spec["contender"]](work)
     marks = work.marks[WARMUP:]
@@ -309,7 +311,7 @@ def measure(spec: dict) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "peak_tflops": gpus.peak_tflops(device, config.logging.peak_tflops),
         "flops_per_token": counts.flops_per_token(
-            matrices, network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+            matrices, hf_config.num_hidden_layers, hf_config.hidden_size, config.data.sequence_length
         ),
     }
 

@@ -166,15 +166,15 @@ def measure_model(
 
     config, ds, batch = resolved
     steps = (WARMUP + rounds) * (1 + len(VARIANTS))
-    network = network_config(config.model, config.data.sequence_length)
+    hf_config = network_config(config.model, config.data.sequence_length)
     tokens = batch.micro_batch * config.data.sequence_length
-    operation = measure_operation(tokens, neurons_of(network), dtype, device, PER_STEP * rounds)
-    dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, network.vocab_size)
+    operation = measure_operation(tokens, neurons_of(hf_config), dtype, device, PER_STEP * rounds)
+    dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, hf_config.vocab_size)
     data = [PreparedData(dataset)]
     seconds: dict[str, list[float]] = {variant: [] for variant in (NONE, *VARIANTS)}
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder:
         config = config.replace("training", run_directory=folder, steps=steps)
-        with Trainer(config, ds, batch, network, data, device) as trainer:
+        with Trainer(config, ds, batch, hf_config, data, device) as trainer:
             inhibitors = {
                 variant: Inhibitor([replace(site) for site in trainer.sites], settings, device)
                 for variant, settings in VARIANTS.items()

@@ -95,13 +95,13 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
 def sizes_of(model: str) -> dict[str, int]:
     """Return the bytes of the packed sums of `mid-2` (float64) and of the float32 gradients, and the neurons of a
     layer."""
-    network = network_config(ModelConfig(name=model), 2048)
-    neurons = neurons_of(network)
-    layers = len(chosen_layers("mid-2", network.num_hidden_layers))
+    hf_config = network_config(ModelConfig(name=model), 2048)
+    neurons = neurons_of(hf_config)
+    layers = len(chosen_layers("mid-2", hf_config.num_hidden_layers))
     return {
         "neurons": neurons,
         "packed": layers * NeuronHook.buffer_size(neurons) * 8,
-        "gradients": 4 * parameter_counts(network)[0],
+        "gradients": 4 * parameter_counts(hf_config)[0],
     }
 
 
@@ -117,7 +117,7 @@ def time_all_reduces(sizes: list[dict[str, int]], rounds: int, device: torch.dev
         times: dict[str, list[float]] = {name: [] for name in tensors}
         for index in range(2 + rounds):
             for name, tensor in tensors.items():
-                collectives.agree(None)  # all begin together
+                collectives.raise_on_all(None)  # all begin together
                 took = 1e3 * seconds_of(partial(collectives.all_reduce_sum, tensor), device)
                 if index >= 2:
                     times[name].append(max(collectives.all_gather_objects(took)))

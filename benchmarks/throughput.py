@@ -202,7 +202,7 @@ def measure_once(spec: dict, environment: dict[str, str], folder: Path) -> list[
     run = spec["run"] | {"training": spec["run"]["training"] | {"run_directory": str(folder / "run")}}
     paths = [folder / name for name in ("spec.json", "result.json", "log")]
     paths[0].write_text(json.dumps(spec | {"run": run, "folder": str(folder)}), encoding="utf-8")
-    port = collectives.main_decides(free_port() if collectives.is_main() else None)
+    port = collectives.broadcast_object(free_port() if collectives.is_main() else None)
     command = [sys.executable, "-m", "benchmarks.contenders", *map(str, paths[:2])]
     with paths[2].open("wb") as log:
         child = subprocess.Popen(
@@ -240,7 +240,7 @@ def _wait_for_all(child: subprocess.Popen) -> None:
     failed_at: float | None = None
     while True:
         code = child.poll()
-        running, failed, patience_is_over = collectives.ask_all(
+        running, failed, patience_is_over = collectives.begin_any(
             code is None, bool(code), failed_at is not None and time.monotonic() - failed_at > GRACE
         )()
         if not running or patience_is_over:

@@ -56,7 +56,7 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     quiet_libraries()
     plan = resolve_run(run_file, overrides, 1)
     device = process_group.join(find_launch(), 5)
-    stack = TrainingStack(plan.config, plan.ds, plan.network, device)
+    stack = TrainingStack(plan.config, plan.ds, plan.hf_config, device)
     accelerator: Any = get_accelerator()
     synchronise, synchronised = accelerator.synchronize, [0]
 
@@ -66,7 +66,7 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
 
     accelerator.synchronize = counted
     shape = (plan.batch.micro_batch, plan.config.data.sequence_length + 1)
-    tokens = torch.randint(plan.network.vocab_size, shape, device=device)
+    tokens = torch.randint(plan.hf_config.vocab_size, shape, device=device)
 
     def step() -> None:
         for left in reversed(range(plan.batch.accumulation)):

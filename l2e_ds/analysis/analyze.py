@@ -74,12 +74,14 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     quiet_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
-        sources = collectives.all_work(lambda: _sources(arguments))
+        sources = collectives.run_on_all(lambda: _sources(arguments))
         # All are checked before anything is written, as each may then take hours.
-        texts = collectives.all_work(lambda: _texts_of_each(arguments, sources))
+        texts = collectives.run_on_all(lambda: _texts_of_each(arguments, sources))
         digests = [model_texts.report["digest"] for model_texts in texts]
-        differs = digests != collectives.main_decides(digests)
-        collectives.agree(ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None)
+        differs = digests != collectives.broadcast_object(digests)
+        collectives.raise_on_all(
+            ConfigError(f"--features: {arguments.features} differs between ranks") if differs else None
+        )
         with _folders(arguments) as (scratch, output):
             results = _analyse_all(arguments, sources, texts, device, scratch, output)
     finally:
@@ -143,14 +145,14 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
     by_tokenizer: dict[str, FeatureSet] = {}
     texts = []
     for source in sources:
-        network = check_model(source, arguments.layers)
+        hf_config = check_model(source, arguments.layers)
         tokenizer = load_tokenizer_of(source, arguments.tokenizer)
         digest = tokenizer_digest(tokenizer)
         if digest not in by_tokenizer:
             by_tokenizer[digest] = options.load_features(arguments, tokenizer)
             if collectives.is_main():
                 print(format_report(by_tokenizer[digest].report), flush=True)
-        options.check_fits(network, by_tokenizer[digest], source.given)
+        options.check_fits(hf_config, by_tokenizer[digest], source.given)
         texts.append(by_tokenizer[digest])
     return texts
 
@@ -173,7 +175,7 @@ def _folders(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path | None]
                 raise ConfigError(f"--output, --scratch: cannot write: {error}") from None
             return Path(scratch), output
 
-        scratch, output = collectives.all_work(make)
+        scratch, output = collectives.run_on_all(make)
         try:
             yield scratch, output
         except BaseException:
@@ -190,7 +192,7 @@ def _analyse(
 
     folder: a new folder for the tables of texts, which is removed at the end.
     """
-    model = collectives.all_work(
+    model = collectives.run_on_all(
         lambda: load_model(source, arguments.layers, arguments.precision, device, arguments.zero3)
     )
     folder.mkdir()
@@ -200,7 +202,7 @@ def _analyse(
     if arguments.samples != "token":
         layers = [layer.as_one_sample(arguments.samples) for layer in layers]
 
-    first = collectives.main_works(
+    first = collectives.run_on_main(
         lambda: tables.first_tables(
             [(layer.mean, layer.variance) for layer in layers],
             texts.labels,
@@ -211,7 +213,7 @@ def _analyse(
             resamples=arguments.resamples,
         )
     )
-    own, shown = collectives.main_decides((first.own, _shown(first, layers)) if first is not None else None)
+    own, shown = collectives.broadcast_object((first.own, _shown(first, layers)) if first is not None else None)
     if arguments.samples == "token":
         counts, activations = collect.count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
     else:  # needs the tables of the first pass, which only rank 0 has
@@ -222,7 +224,7 @@ def _analyse(
         shown = shown if layers else []
         activations = collect.distributions_of_samples(layers, texts.labels, len(texts.features), shown)
     model.close()
-    model_tables = collectives.main_works(lambda: _all_tables(first, model, texts, counts, shown, activations)) or {}
+    model_tables = collectives.run_on_main(lambda: _all_tables(first, model, texts, counts, shown, activations)) or {}
     shutil.rmtree(folder, ignore_errors=True)
     return Result(source, model_tables, model.parameters, model.tokens, texts.report)
 
@@ -239,7 +241,7 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
             f"--scratch: the tables of {count} texts and {len(model.sites)} layers take {needed / 2**20:,.0f} MiB,"
             f" there are {free / 2**20:,.0f} MiB free in {folder.parent.parent}; fewer --layers or texts take less"
         )
-    collectives.agree(error)
+    collectives.raise_on_all(error)
 
 
 def _shown(first: tables.FirstTables, layers: Sequence[collect.LayerActivations]) -> list[collect.Shown]:

@@ -156,7 +156,7 @@ def run_over(model: LoadedModel, texts: Texts, see: Callable[[int, slice, Tensor
         rows = None
         for _ in range(texts.idle):
             model.run(torch.from_numpy(texts.tokens[: texts.batch].astype(np.int64)))
-    collectives.agree(error)
+    collectives.raise_on_all(error)
 
 
 def collect_activations(model: LoadedModel, texts: Texts, folder: Path) -> list[LayerActivations]:

@@ -80,11 +80,13 @@ def name_of_set(features: str) -> str:
     return path.name.partition(".")[0] if path.exists() else features
 
 
-def check_fits(network: PretrainedConfig, texts: FeatureSet, given: str) -> None:
+def check_fits(hf_config: PretrainedConfig, texts: FeatureSet, given: str) -> None:
     """Raise ConfigError if the texts are too long for the model, or hold ids outside its vocabulary."""
-    longest = getattr(network, "max_position_embeddings", None)
+    longest = getattr(hf_config, "max_position_embeddings", None)
     if longest is not None and texts.tokens.shape[1] > longest:
         raise ConfigError(f"--sequence-length: got {texts.tokens.shape[1]}, {given} takes at most {longest} tokens")
     largest = int(texts.tokens.max())
-    if largest >= network.vocab_size:
-        raise ConfigError(f"{given}: its tokenizer gives token {largest}, its vocabulary has {network.vocab_size} rows")
+    if largest >= hf_config.vocab_size:
+        raise ConfigError(
+            f"{given}: its tokenizer gives token {largest}, its vocabulary has {hf_config.vocab_size} rows"
+        )

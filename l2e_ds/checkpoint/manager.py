@@ -86,10 +86,10 @@ class CheckpointManager:
     def find(self, resume: str) -> Path | None:
         """Return the newest undamaged checkpoint that `training.resume` allows, or None for a fresh start. Collective;
         the ranks share the reading. Raises CheckpointError on every rank."""
-        found = collectives.all_work(lambda: self._candidates(resume) if collectives.is_main() else [])
-        candidates: list[Path] = collectives.main_decides(found)
+        found = collectives.run_on_all(lambda: self._candidates(resume) if collectives.is_main() else [])
+        candidates: list[Path] = collectives.broadcast_object(found)
         for path in reversed(candidates):
-            problem = collectives.main_decides(manifest.check_files(path) if collectives.is_main() else None)
+            problem = collectives.broadcast_object(manifest.check_files(path) if collectives.is_main() else None)
             if problem is None:  # each rank reads its share
                 own = manifest.check_contents(path, collectives.rank(), collectives.size())
                 problem = next(filter(None, collectives.all_gather_objects(own)), None)
@@ -265,7 +265,7 @@ class CheckpointManager:
             shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
             good = [path.name for path in self.published() if manifest.check_files(path) is None]
             kept = f"the newest good checkpoint is {good[-1]}" if good else "there is no good checkpoint yet"
-        raise SaveError(f"{final}: was not saved: {reasons[0]}; {collectives.main_decides(kept)}")
+        raise SaveError(f"{final}: was not saved: {reasons[0]}; {collectives.broadcast_object(kept)}")
 
     # --- loading -------------------------------------------------------------------------------------------------
 
@@ -333,7 +333,7 @@ def _together(action: Callable[[], Any], path: Path) -> None:
     error = _error_of(action)
     if error is not None and not isinstance(error, L2EError):
         error = CheckpointError(f"{path}: rank {collectives.rank()}: {_in_one_line(error)}")
-    collectives.agree(error)
+    collectives.raise_on_all(error)
 
 
 def open_checkpoints(config: RunConfig) -> CheckpointManager:
@@ -342,7 +342,7 @@ def open_checkpoints(config: RunConfig) -> CheckpointManager:
     checkpoints = CheckpointManager(Path(config.training.run_directory), config.checkpoint.keep_last)
     path = checkpoints.resume_from = checkpoints.find(config.training.resume)
     if path is not None and checkpoints.is_own(path):
-        collectives.all_work(lambda: changes_since(path, config).refuse(path))
+        collectives.run_on_all(lambda: changes_since(path, config).refuse(path))
     return checkpoints
 
 

@@ -262,7 +262,7 @@ class DataConfig(SourceConfig):
             if part.source != "indexed" and self.tokenizer is None:
                 raise ValueError(f"data.tokenizer is required with {where}.source: {part.source}")
 
-    def parts(self) -> list[tuple[str, float, DataConfig]]:
+    def all_sets(self) -> list[tuple[str, float, DataConfig]]:
         """Return name, weight and configuration of each set; without `sets` one set with an empty name."""
         found = [("", 1.0, self)] if self.sets is None else []
         for part in self.sets or []:
@@ -443,7 +443,7 @@ class InhibitionConfig(Section):
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
-        is_regulariser = self.method != "none" and self.parts[1] == "regulariser"
+        is_regulariser = self.method != "none" and self.retrieval_and_mechanism[1] == "regulariser"
         is_weighted = self.strength is not None or self.coefficient is not None
         if self.method == "none":
             for key in ("retrieval", "mechanism"):
@@ -451,8 +451,8 @@ class InhibitionConfig(Section):
                     raise ValueError(f"inhibition.{key} has no meaning with inhibition.method: none; remove it")
         elif not is_regulariser and self.strength is not None:
             raise ValueError(
-                f"inhibition.strength: got {self.strength:g} with {self.parts[1]}, which has none; remove it, or"
-                " give null"
+                f"inhibition.strength: got {self.strength:g} with {self.retrieval_and_mechanism[1]}, which has none;"
+                " remove it, or give null"
             )
         elif is_regulariser and self.strength is not None and self.coefficient is not None:
             raise ValueError(
@@ -463,7 +463,11 @@ class InhibitionConfig(Section):
             raise ValueError("inhibition.strength: got null without inhibition.coefficient; give one of the two")
         if not is_regulariser or not is_weighted:  # so that equal runs have equal configurations, in spite of `frozen`
             self.__dict__.update(strength=DEFAULT_STRENGTH if is_regulariser else None, coefficient=None)
-        if self.method != "none" and self.fused is True and (self.parts != METHODS["l2e"] or self.reduce == "forward"):
+        if (
+            self.method != "none"
+            and self.fused is True
+            and (self.retrieval_and_mechanism != METHODS["l2e"] or self.reduce == "forward")
+        ):
             raise ValueError(
                 "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
                 " here: auto, false"
@@ -487,7 +491,7 @@ class InhibitionConfig(Section):
         return int(value * steps + 1e-6) if isinstance(value, float) else value
 
     @property
-    def parts(self) -> tuple[Retrieval, Mechanism]:
+    def retrieval_and_mechanism(self) -> tuple[Retrieval, Mechanism]:
         """The retrieval and the mechanism, after the overrides."""
         retrieval, mechanism = METHODS[self.method]
         return self.retrieval or retrieval, self.mechanism or mechanism
@@ -625,7 +629,7 @@ class RunConfig(Section):
         key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
         if key is not None and not self.training.evaluate_every:
             raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
-        if key is not None and not any(part.held_out for _, _, part in self.data.parts()):
+        if key is not None and not any(part.held_out for _, _, part in self.data.all_sets()):
             raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
         key = "every" if self.evaluation.every else key
         if key is not None and self.data.tokenizer is None and self.data.train_tokenizer is None:

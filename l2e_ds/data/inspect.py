@@ -191,11 +191,11 @@ def view_of_run(run_file: str) -> View:
     from l2e_ds.models.pythia import network_config  # takes seconds, as it imports torch
 
     config = load_run_config(run_file)
-    network = network_config(config.model, config.data.sequence_length)
+    hf_config = network_config(config.model, config.data.sequence_length)
     cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
-    if any(part.streaming for _, _, part in config.data.parts()):
+    if any(part.streaming for _, _, part in config.data.all_sets()):
         raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
-    sets = prepare_sets(config.data, cache, network.vocab_size, config.training.evaluation_sequences)
+    sets = prepare_sets(config.data, cache, hf_config.vocab_size, config.training.evaluation_sequences)
     tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
     end = None if tokenizer is None else find_end_of_text(tokenizer)
     training = config.training

@@ -239,7 +239,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 def check_sets(config: DataConfig, vocab_size: int) -> None:
     """Check every set by `check_data`, and all by `check_tokenizers`. Raises DataError that names the set's key."""
-    for index, (_, _, part) in enumerate(config.parts()):
+    for index, (_, _, part) in enumerate(config.all_sets()):
         with _naming(_key_of(config, index)):
             check_data(part, vocab_size)
     check_tokenizers(config)
@@ -251,7 +251,7 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
     Raises DataError that names the set's key.
     """
     prepared = []
-    for index, (name, weight, part) in enumerate(config.parts()):
+    for index, (name, weight, part) in enumerate(config.all_sets()):
         with _naming(_key_of(config, index)):
             _say_passed_over(part)
             if part.streaming:

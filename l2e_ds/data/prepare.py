@@ -121,7 +121,7 @@ def check_tokenizers(config: DataConfig) -> None:
     This is known from each PREFIX.json.
     """
     found: list[tuple[str, str, str]] = []  # digest, key, and where the digest comes from
-    for index, (_, _, part) in enumerate(config.parts()):
+    for index, (_, _, part) in enumerate(config.all_sets()):
         key = "data.path" if config.sets is None else f"data.sets.{index}.path"
         for prefix in (*path_entries(part), *_held_out_prefixes(part)) if part.source == "indexed" else ():
             sidecar = read_sidecar(prefix)

@@ -150,14 +150,14 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     raise DataError(f"has neither an eos_token nor {END_OF_TEXT} to end a document with", where="data.tokenizer")
 
 
-def take_special_tokens(network: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+def take_special_tokens(hf_config: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Give a network's configuration the tokenizer's tokens for the end, the beginning and the padding of text.
 
     The configuration of a pretrained network that already has this tokenizer's end, perhaps with others, is kept.
     """
-    end, ends = find_end_of_text(tokenizer), network.eos_token_id
+    end, ends = find_end_of_text(tokenizer), hf_config.eos_token_id
     if end is None or end in (ends if isinstance(ends, list) else [ends]):
         return
-    network.eos_token_id, network.bos_token_id = end, tokenizer.bos_token_id
-    if getattr(network, "model_type", None) == "gpt_neox":  # other families do not train the padding's embedding
-        network.pad_token_id = tokenizer.pad_token_id
+    hf_config.eos_token_id, hf_config.bos_token_id = end, tokenizer.bos_token_id
+    if getattr(hf_config, "model_type", None) == "gpt_neox":  # other families do not train the padding's embedding
+        hf_config.pad_token_id = tokenizer.pad_token_id

@@ -55,7 +55,7 @@ def begin_all_reduce_sum(tensor: Tensor, group: Any = None) -> Callable[[], Any]
     return dist.all_reduce(tensor, group=group, async_op=True).wait
 
 
-def ask_all(*flags: bool) -> Callable[[], list[bool]]:
+def begin_any(*flags: bool) -> Callable[[], list[bool]]:
     """Begin to find out which flags are true on any rank, and return a function that waits for the answer. Collective.
 
     The hosts communicate while the GPUs compute: at a thousand ranks the answer takes longer than a step may lose.
@@ -73,10 +73,10 @@ def ask_all(*flags: bool) -> Callable[[], list[bool]]:
 
 def any_rank(flag: bool) -> bool:
     """Return whether the flag is true on any rank. Collective."""
-    return ask_all(flag)()[0]
+    return begin_any(flag)()[0]
 
 
-def main_decides(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """Return rank 0's value (picklable, small) on every rank. Collective."""
     box = [value]
     if size() > 1:
@@ -85,7 +85,7 @@ def main_decides(value: Any) -> Any:
     return box[0]
 
 
-def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: None) -> Any:
+def run_on_main(action: Callable[[], Any], tick: Callable[[], None] = lambda: None) -> Any:
     """Run `action` on rank 0 while the others wait, and return its result on rank 0 and None elsewhere. Collective.
 
     It may take any time: the ranks meet in a small collective every second, so that no timeout ends a long action.
@@ -103,18 +103,18 @@ def main_works(action: Callable[[], Any], tick: Callable[[], None] = lambda: Non
     worker = threading.Thread(target=work, daemon=True)
     if is_main():
         worker.start()
-    while not main_decides(is_main() and not worker.is_alive()):
+    while not broadcast_object(is_main() and not worker.is_alive()):
         beat()
         tick()
         worker.join(1.0) if is_main() else time.sleep(1.0)
     error = outcome.get("error")
     if error is not None and not isinstance(error, L2EError):
         raise error  # the launcher ends the others
-    agree(error)
+    raise_on_all(error)
     return outcome.get("result")
 
 
-def agree(error: L2EError | None) -> None:
+def raise_on_all(error: L2EError | None) -> None:
     """Raise on every rank if any rank brings an error, so that all end together with its message. Collective."""
     errors = all_gather_objects(error)
     first: L2EError | None = error or next((e for e in errors if e is not None), None)
@@ -123,7 +123,7 @@ def agree(error: L2EError | None) -> None:
         raise first
 
 
-def all_work(action: Callable[[], Any]) -> Any:
+def run_on_all(action: Callable[[], Any]) -> Any:
     """Run `action` on every rank and return this rank's result.
 
     If one raises an L2EError, all do. Collective.
@@ -133,7 +133,7 @@ def all_work(action: Callable[[], Any]) -> Any:
         result = action()
     except L2EError as raised:
         error = raised
-    agree(error)
+    raise_on_all(error)
     return result
 
 
@@ -158,7 +158,7 @@ def new_group() -> Any:
     return dist.new_group(backend="gloo", timeout=_patience) if size() > 1 else None
 
 
-def from_main(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
+def broadcast_array(array: np.ndarray | L2EError | None, shape: tuple[int, ...], group: Any) -> np.ndarray:
     """Return rank 0's array (int32 of this shape) on every rank of a `new_group`, or raise rank 0's error on all.
 
     array: None on the other ranks. Collective over the group.

@@ -188,7 +188,7 @@ def _make_store() -> Any:
     store = None
     if collectives.is_main():
         store = dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=limit)
-    port = collectives.main_decides(store.port if store else None)
+    port = collectives.broadcast_object(store.port if store else None)
     return store or dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
 
 

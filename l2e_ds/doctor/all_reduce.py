@@ -41,7 +41,7 @@ def _time_one_size(device: torch.device, size: int, seconds: float) -> Timing:
     expected = pattern * sum(_weight(rank) for rank in range(collectives.size()))
     tensor, is_right, times = torch.empty_like(mine), True, list[float]()
     deadline = time.perf_counter() + seconds
-    while collectives.main_decides(len(times) < 4 or time.perf_counter() < deadline):
+    while collectives.broadcast_object(len(times) < 4 or time.perf_counter() < deadline):
         tensor.copy_(mine)
         get_accelerator().synchronize()
         began = time.perf_counter()

@@ -44,7 +44,7 @@ def meet_to_compare(launch: Launch, report: Report, arguments: argparse.Namespac
         heartbeat.progress("the all-reduce")
         measured = collectives.all_gather_objects(measure(device, arguments.seconds if launch.size > 1 else 0.0))
         report.add(all_reduce_findings(measured, facts, "nccl" if device.type == "cuda" else "gloo"))
-        code = collectives.main_decides(report.conclude() if collectives.is_main() else 0)
+        code = collectives.broadcast_object(report.conclude() if collectives.is_main() else 0)
     process_group.leave()
     return code
 
@@ -120,12 +120,12 @@ def _check_shared_directory(directory: Path, facts: Facts) -> Iterator[Finding]:
     """Find hosts that do not see what rank 0 writes. Collective."""
     from l2e_ds.distributed import collectives
 
-    file = directory / collectives.main_decides(f".l2e-ds-doctor-{os.urandom(8).hex()}")
+    file = directory / collectives.broadcast_object(f".l2e-ds-doctor-{os.urandom(8).hex()}")
     try:
         if collectives.is_main():
             with suppress(OSError):  # not writable: found already
                 file.touch()
-        collectives.main_decides(None)  # wait for it
+        collectives.broadcast_object(None)  # wait for it
         deadline = time.monotonic() + 10
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.5)  # a network file system may show a new file some seconds late

@@ -76,8 +76,8 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     quiet_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
-        sources = collectives.all_work(lambda: _sources(arguments))
-        tasks = collectives.main_works(lambda: _load_tasks(arguments))
+        sources = collectives.run_on_all(lambda: _sources(arguments))
+        tasks = collectives.run_on_main(lambda: _load_tasks(arguments))
         for source in sources:
             _evaluate(arguments, source, tasks, device)
     finally:
@@ -139,8 +139,8 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     """Evaluate one model with each number of examples; rank 0 prints and writes the results. Collective."""
     from l2e_ds.evaluation import harness  # imports lm-eval, an optional dependency
 
-    tokenizer = collectives.all_work(lambda: _tokenizer(arguments, source))
-    network, tokens = collectives.all_work(lambda: load_causal_model(source, arguments.precision))
+    tokenizer = collectives.run_on_all(lambda: _tokenizer(arguments, source))
+    network, tokens = collectives.run_on_all(lambda: load_causal_model(source, arguments.precision))
     model: Any = network.to(device)
     provenance = _provenance(source)
     step, tokens = (provenance["step"], provenance["tokens"]) if provenance else (source.step, tokens)

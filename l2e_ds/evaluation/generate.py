@@ -56,9 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
     source = find_model(arguments.model, arguments.step)
     quiet_libraries()
-    network = network_config(source)
+    hf_config = network_config(source)
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
-    prompts = [encode_prompt(text, tokenizer, network, arguments.tokens, source.given) for text in arguments.prompt]
+    prompts = [encode_prompt(text, tokenizer, hf_config, arguments.tokens, source.given) for text in arguments.prompt]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = load_causal_model(source, arguments.precision)[0].eval().to(device)
     settings = _settings(arguments, model, tokenizer)
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def encode_prompt(
-    prompt: str, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig, tokens: int, model: str
+    prompt: str, tokenizer: PreTrainedTokenizerFast, hf_config: PretrainedConfig, tokens: int, model: str
 ) -> list[int]:
     """Return a prompt's tokens, at least one. tokens: how many will follow; model: what errors call it. Raises
     ConfigError, about `--prompt` or `--tokens`, if the model cannot continue them."""
@@ -86,11 +86,11 @@ def encode_prompt(
             problem = f"{prompt!r} has no tokens, and the tokenizer no end of text to begin after"
             raise ConfigError(problem, where="--prompt")
         ids = [end]
-    if max(ids) >= network.vocab_size:
+    if max(ids) >= hf_config.vocab_size:
         raise ConfigError(
-            f"its tokenizer gives token {max(ids)}, its vocabulary has {network.vocab_size} rows", where=model
+            f"its tokenizer gives token {max(ids)}, its vocabulary has {hf_config.vocab_size} rows", where=model
         )
-    longest = getattr(network, "max_position_embeddings", None)
+    longest = getattr(hf_config, "max_position_embeddings", None)
     if longest is not None and len(ids) + tokens > longest:
         problem = f"got {tokens} after a prompt of {len(ids)}, {model} takes at most {longest} tokens"
         raise ConfigError(problem, where="--tokens")
@@ -98,13 +98,13 @@ def encode_prompt(
 
 
 def encode_samples(
-    section: EvaluationConfig, tokenizer: PreTrainedTokenizerFast, network: PretrainedConfig
+    section: EvaluationConfig, tokenizer: PreTrainedTokenizerFast, hf_config: PretrainedConfig
 ) -> list[list[int]]:
     """Return the tokens of each prompt of `evaluation.samples`. Raises ConfigError for one that the model of a run
     cannot continue."""
     try:
         tokens = section.sample_tokens
-        return [encode_prompt(prompt, tokenizer, network, tokens, "the model") for prompt in section.samples]
+        return [encode_prompt(prompt, tokenizer, hf_config, tokens, "the model") for prompt in section.samples]
     except ConfigError as error:
         error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
         raise

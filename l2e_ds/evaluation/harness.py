@@ -273,15 +273,15 @@ class SharedModel(HFLM):
         except L2EError as error:
             if not error.on_every_rank:  # only rank 0 knows of it; an error of a round is raised on all ranks
                 error.on_every_rank = True
-                collectives.main_decides(error)
+                collectives.broadcast_object(error)
             raise
-        collectives.main_decides(values)
+        collectives.broadcast_object(values)
         return values
 
     def follow(self) -> dict[str, Any]:
         """Compute, on the other ranks, what rank 0 deals out until it has finished. Returns the values of `lead`."""
         while True:
-            order = collectives.main_decides(None)
+            order = collectives.broadcast_object(None)
             if isinstance(order, L2EError):
                 raise order
             if isinstance(order, dict):
@@ -295,7 +295,7 @@ class SharedModel(HFLM):
         answers: list[Any] = []
         for begin in range(0, len(batches), ranks):
             order = (kind, begin, batches[begin : begin + ranks])
-            collectives.main_decides(order)
+            collectives.broadcast_object(order)
             answers += [answer for batch_answers in self._round(*order) for answer in batch_answers]
             self._report(len(answers), len(requests))
         return answers

@@ -32,14 +32,14 @@ METHODS = {
 class Exported:
     """What a card describes.
 
-    state: that of the checkpoint; network: its transformers configuration; tokenizer: whether there is one; licence: an
-    id of the hub, or None; repository: where the model will be pushed, or None; branch: to which of its branches, if
+    state: that of the checkpoint; hf_config: its transformers configuration; tokenizer: whether there is one; licence:
+    an id of the hub, or None; repository: where the model will be pushed, or None; branch: to which of its branches, if
     not the main one; branches: for the card of the main one, those of single steps.
     """
 
     run: Path
     state: dict[str, Any]
-    network: Any
+    hf_config: Any
     parameters: int
     precision: str
     tokenizer: bool
@@ -86,7 +86,7 @@ def model_card(of: Exported) -> str:
         of=of,
         front_matter=_front_matter(of, results).to_yaml(),
         **{name: config[name] for name in ("model", "inhibition", "data", "optimizer", "training")},
-        network=of.network,
+        hf_config=of.hf_config,
         tokens=of.state["train"]["tokens"],
         identity=identity,
         method=METHODS[config["inhibition"]["method"]],
@@ -100,7 +100,7 @@ def model_card(of: Exported) -> str:
         line=line,
         evaluation=of.newest("evaluation"),
         results=results,
-        longer=longer_than_trained(of.network, config),
+        longer=longer_than_trained(of.hf_config, config),
         cut=list(dict.fromkeys(cut)),
     )
     return str(ModelCard(card))
@@ -126,7 +126,7 @@ def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=[
             tag
-            for tag in ("l2e-ds", method, model["name"] and "pythia", of.network.model_type)
+            for tag in ("l2e-ds", method, model["name"] and "pythia", of.hf_config.model_type)
             if tag and tag != "none"
         ],
         base_model=model["pretrained"] if model["pretrained"] and _is_on_hub(model["pretrained"]) else None,
@@ -155,9 +155,9 @@ def _source(part: dict[str, Any]) -> str:
     return f"{part['source']}: {named}" + (f" ({_escaped(', '.join(detail))})" if detail else "")
 
 
-def longer_than_trained(network: Any, config: dict[str, Any]) -> str | None:
+def longer_than_trained(hf_config: Any, config: dict[str, Any]) -> str | None:
     """Return a clause on a model that takes longer sequences than it was trained on, else None. config: the run's."""
-    longest, trained = getattr(network, "max_position_embeddings", None), config["data"]["sequence_length"]
+    longest, trained = getattr(hf_config, "max_position_embeddings", None), config["data"]["sequence_length"]
     if longest is not None and longest <= trained:
         return None
     context = "its context, which has no limit," if longest is None else f"its context of {longest:,} tokens"

@@ -128,7 +128,7 @@ def _export(
             exported = Exported(
                 run=run_directory,
                 state=state,
-                network=model.config,
+                hf_config=model.config,
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=precision or state["identity"]["precision"],
                 tokenizer=(temporary / "tokenizer.json").exists(),

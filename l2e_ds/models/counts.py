@@ -11,23 +11,23 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def unbuilt(network: PretrainedConfig) -> PreTrainedModel:
+def unbuilt(hf_config: PretrainedConfig) -> PreTrainedModel:
     """Return the network without weights (on the meta device)."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(network)
+        return AutoModelForCausalLM.from_config(hf_config)
 
 
-def parameter_counts(network: PretrainedConfig) -> tuple[int, int]:
+def parameter_counts(hf_config: PretrainedConfig) -> tuple[int, int]:
     """Return the number of all parameters, and of those outside the token embedding and the output matrix."""
-    if network.model_type == "gpt_neox" and network.attention_bias:
+    if hf_config.model_type == "gpt_neox" and hf_config.attention_bias:
         # what the network below would give, without the seconds that it takes to import
-        hidden, inner = network.hidden_size, network.intermediate_size
+        hidden, inner = hf_config.hidden_size, hf_config.intermediate_size
         attention, mlp, norms = 4 * hidden * (hidden + 1), hidden * (2 * inner + 1) + inner, 4 * hidden
-        rest = network.num_hidden_layers * (attention + mlp + norms) + 2 * hidden
-        return rest + (1 if network.tie_word_embeddings else 2) * network.vocab_size * hidden, rest
-    model = unbuilt(network)
+        rest = hf_config.num_hidden_layers * (attention + mlp + norms) + 2 * hidden
+        return rest + (1 if hf_config.tie_word_embeddings else 2) * hf_config.vocab_size * hidden, rest
+    model = unbuilt(hf_config)
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     total = sum(p.numel() for p in model.parameters())
     return total, sum(p.numel() for p in model.parameters() if id(p) not in ends)
@@ -40,12 +40,12 @@ def layer_matrices(model: Any) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.ndim == 2 and id(p) not in ends]
 
 
-def layer_matrix_parameters(network: PretrainedConfig) -> int:
+def layer_matrix_parameters(hf_config: PretrainedConfig) -> int:
     """Return how many parameters `layer_matrices` have."""
-    if network.model_type == "gpt_neox":
-        hidden, inner = network.hidden_size, network.intermediate_size
-        return network.num_hidden_layers * hidden * (4 * hidden + 2 * inner)
-    return sum(p.numel() for p in layer_matrices(unbuilt(network)))
+    if hf_config.model_type == "gpt_neox":
+        hidden, inner = hf_config.hidden_size, hf_config.intermediate_size
+        return hf_config.num_hidden_layers * hidden * (4 * hidden + 2 * inner)
+    return sum(p.numel() for p in layer_matrices(unbuilt(hf_config)))
 
 
 def matrix_parameters(model: Any) -> int:

@@ -31,7 +31,7 @@ class Family:
     blocks: str
     site: str
     kind: Literal["activation", "projection"]
-    neurons: Callable[[Any], int] = lambda network: network.intermediate_size
+    neurons: Callable[[Any], int] = lambda hf_config: hf_config.intermediate_size
     attention: tuple[str, ...] = ("sdpa", "eager", "flash_attention_2")
 
 
@@ -39,31 +39,31 @@ _GATED = Family("layers", "mlp.down_proj", "projection")
 
 # By `model_type` of the configuration.
 FAMILIES = {
-    "bloom": Family("h", "mlp.gelu_impl", "activation", lambda network: 4 * network.hidden_size, ("eager",)),
-    "falcon": Family("h", "mlp.act", "activation", lambda network: network.ffn_hidden_size),
-    "gpt2": Family("h", "mlp.act", "activation", lambda network: network.n_inner or 4 * network.n_embd),
+    "bloom": Family("h", "mlp.gelu_impl", "activation", lambda hf_config: 4 * hf_config.hidden_size, ("eager",)),
+    "falcon": Family("h", "mlp.act", "activation", lambda hf_config: hf_config.ffn_hidden_size),
+    "gpt2": Family("h", "mlp.act", "activation", lambda hf_config: hf_config.n_inner or 4 * hf_config.n_embd),
     "gpt_neox": Family("layers", "mlp.act", "activation"),
     "llama": _GATED,
     "mistral": _GATED,
-    "opt": Family("decoder.layers", "activation_fn", "activation", lambda network: network.ffn_dim),
+    "opt": Family("decoder.layers", "activation_fn", "activation", lambda hf_config: hf_config.ffn_dim),
     "qwen2": _GATED,
     "qwen3": _GATED,
 }
 
 
-def family_of(network: Any, where: str = "the model") -> Family:
+def family_of(hf_config: Any, where: str = "the model") -> Family:
     """Return the family of a transformers configuration. where: what an error calls the model. Raises ConfigError."""
-    if network.model_type not in FAMILIES:
+    if hf_config.model_type not in FAMILIES:
         raise ConfigError(
-            f"{where}: is of the family {network.model_type}, known are {', '.join(FAMILIES)}; another is registered in"
-            " FAMILIES of l2e_ds/models/families.py (docs/families.md)"
+            f"{where}: is of the family {hf_config.model_type}, known are {', '.join(FAMILIES)}; another is registered"
+            " in FAMILIES of l2e_ds/models/families.py (docs/families.md)"
         )
-    return FAMILIES[network.model_type]
+    return FAMILIES[hf_config.model_type]
 
 
-def neurons_of(network: Any) -> int:
+def neurons_of(hf_config: Any) -> int:
     """Return N, the number of neurons of each layer. Raises ConfigError."""
-    return family_of(network).neurons(network)
+    return family_of(hf_config).neurons(hf_config)
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
@@ -84,14 +84,14 @@ def site_of(model: Any, layer: int) -> NeuronSite:
     return NeuronSite(layer, module, attribute, family.kind, neurons, "gelu" if is_gelu else None)
 
 
-def check_trainable(network: Any, attention: str, where: str) -> None:
+def check_trainable(hf_config: Any, attention: str, where: str) -> None:
     """Raise ConfigError if a run cannot train such a model. where: the model's dotted key and value."""
-    family = family_of(network, where)
+    family = family_of(hf_config, where)
     if attention not in family.attention:
         allowed = ", ".join(family.attention)
-        raise ConfigError(f"model.attention: got {attention}, a {network.model_type} has: {allowed}")
-    if getattr(network, "layerdrop", 0):
+        raise ConfigError(f"model.attention: got {attention}, a {hf_config.model_type} has: {allowed}")
+    if getattr(hf_config, "layerdrop", 0):
         raise ConfigError(
-            f"{where}: skips layers at random (layerdrop {network.layerdrop}), so that their neurons would not be seen;"
-            " set it to 0 in its config.json"
+            f"{where}: skips layers at random (layerdrop {hf_config.layerdrop}), so that their neurons would not be"
+            " seen; set it to 0 in its config.json"
         )

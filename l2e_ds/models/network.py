@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zero3: dict | None) -> PreTrainedModel:
+def build_network(config: ModelConfig, hf_config: PretrainedConfig, seed: int, zero3: dict | None) -> PreTrainedModel:
     """Return the network in float32 with its initial weights, in training mode, on the CPU.
 
     zero3: the DeepSpeed configuration under ZeRO-3, else None. Parameters are then sharded while the network is built,
@@ -38,8 +38,10 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
                 config.pretrained, revision=config.revision, dtype=torch.float32, attn_implementation=config.attention
             )
     else:
-        with _sharded(zero3, network), no_init_weights():  # every weight is written afterwards
-            model = AutoModelForCausalLM.from_config(network, attn_implementation=config.attention, dtype=torch.float32)
+        with _sharded(zero3, hf_config), no_init_weights():  # every weight is written afterwards
+            model = AutoModelForCausalLM.from_config(
+                hf_config, attn_implementation=config.attention, dtype=torch.float32
+            )
         if config.name is not None:
             initialise(model, seed)
         else:
@@ -56,7 +58,7 @@ def build_network(config: ModelConfig, network: PretrainedConfig, seed: int, zer
 
 
 @contextlib.contextmanager
-def _sharded(zero3: dict | None, network: PretrainedConfig) -> Iterator[None]:
+def _sharded(zero3: dict | None, hf_config: PretrainedConfig) -> Iterator[None]:
     if zero3 is None:
         yield
         return
@@ -66,7 +68,7 @@ def _sharded(zero3: dict | None, network: PretrainedConfig) -> Iterator[None]:
 
     # The network's module is imported before Init, which replaces torch's constructors by functions of its own. It
     # imports torch._dynamo, which compares their signatures and fails.
-    MODEL_FOR_CAUSAL_LM_MAPPING[type(network)]
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)]
 
     # prevent_arange_dtype_change keeps rotary frequencies in float32. Init would round every floating-point tensor that
     # is made inside it, and an exported model would differ from the trained one.

@@ -92,14 +92,14 @@ def _given_config(config: ModelConfig) -> PretrainedConfig:
             raise ConfigError(f"{key}: no such file, or folder with a config.json: {name}")
         name = str(found)
     try:
-        network = AutoConfig.from_pretrained(name, revision=config.revision)
+        hf_config = AutoConfig.from_pretrained(name, revision=config.revision)
     except Exception as error:  # of many kinds, for what a file may say
         raise ConfigError(
             f"{key}: cannot load {config.origin!r}"
             f"{f' at revision {config.revision!r}' if config.revision else ''}: {one_line(error.__cause__ or error)}"
         ) from None
-    check_trainable(network, config.attention, f"{key}: {config.origin!r}")
-    return network
+    check_trainable(hf_config, config.attention, f"{key}: {config.origin!r}")
+    return hf_config
 
 
 def published_learning_rate(config: ModelConfig) -> float:

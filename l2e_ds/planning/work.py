@@ -35,19 +35,19 @@ class Work:
         """Raises ConfigError for a JSON's optimizer other than Adam, or a network that is not of Pythia's family."""
         from deepspeed.runtime.config import DtypeEnum
 
-        config, network, ds = plan.config, plan.network, plan.ds
-        if network.model_type != "gpt_neox":
+        config, hf_config, ds = plan.config, plan.hf_config, plan.ds
+        if hf_config.model_type != "gpt_neox":
             raise ConfigError(
-                f"model: {config.model.origin!r} is a {network.model_type}; a plan knows the memory and time"
+                f"model: {config.model.origin!r} is a {hf_config.model_type}; a plan knows the memory and time"
                 " of gpt_neox (Pythia) only"
             )
         if not is_adam(ds):
             kind = optimizer_type(ds)
             raise ConfigError(f"deepspeed.config: optimizer.type: got {kind}; a plan knows Adam and AdamW only")
-        self.parameters = parameter_counts(network)[0]
-        self.layers, self.hidden = network.num_hidden_layers, network.hidden_size
-        self.heads = network.num_attention_heads
-        self.neurons, self.vocabulary = neurons_of(network), network.vocab_size
+        self.parameters = parameter_counts(hf_config)[0]
+        self.layers, self.hidden = hf_config.num_hidden_layers, hf_config.hidden_size
+        self.heads = hf_config.num_attention_heads
+        self.neurons, self.vocabulary = neurons_of(hf_config), hf_config.vocab_size
         self.moments = moments_of(plan)
         self.largest_matrix = self.hidden * max(3 * self.hidden, self.neurons) if config.optimizer.name == "muon" else 0
         self.embedding = self.vocabulary * self.hidden
@@ -76,10 +76,14 @@ class Work:
 
         section = config.inhibition
         self.hooked = plan.layers if section.method != "none" else []  # the indices of these layers
-        self.deactivation = section.parts[1] != "regulariser"
+        self.deactivation = section.retrieval_and_mechanism[1] != "regulariser"
         self.projected = section.loss == "projected" and not self.deactivation and bool(self.hooked)
         # inhibition in one pass (inhibition/fused.py)
-        self.fused = section.fused is not False and section.reduce == "step" and section.parts == METHODS["l2e"]
+        self.fused = (
+            section.fused is not False
+            and section.reduce == "step"
+            and section.retrieval_and_mechanism == METHODS["l2e"]
+        )
         # when statistics cross ranks: none, step, forward or forward-exact
         self.collectives: str = section.reduce if self.hooked else "none"
         if self.collectives == "forward" and section.loss == "scale-invariant":

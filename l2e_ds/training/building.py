@@ -27,16 +27,16 @@ class TrainingStack:
     DeepSpeedEngine around `model`.
     """
 
-    def __init__(self, config: RunConfig, ds: dict, network: PretrainedConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, ds: dict, hf_config: PretrainedConfig, device: torch.device) -> None:
         """Build everything, with the network's initial weights. Collective.
 
-        network: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Raises
+        hf_config: the Hugging Face configuration of the model; ds: the resolved DeepSpeed configuration. Raises
         ConfigError for layers that the network does not have or a CUBLAS_WORKSPACE_CONFIG that `training.deterministic`
         does not allow, and ValueError for a schedule that does not fit into the run.
         """
         if config.training.deterministic:
             allow_deterministic_products()
-        self.model = build_network(config.model, network, config.training.seed, ds if zero_stage(ds) == 3 else None)
+        self.model = build_network(config.model, hf_config, config.training.seed, ds if zero_stage(ds) == 3 else None)
         self.sites = neuron_sites(self.model, config.inhibition.layers)
         self.inhibitor: Inhibitor | None = None
         if config.inhibition.method != "none":
@@ -58,7 +58,7 @@ def forward_and_backward(
 def inhibition_settings(config: RunConfig) -> Settings:
     """Return the method's settings from the section `inhibition` of the run file. Raises ValueError."""
     section = config.inhibition
-    retrieval, mechanism = section.parts
+    retrieval, mechanism = section.retrieval_and_mechanism
     alike = ("loss", "power", "target_share", "strength", "coefficient", "start", "warmup", "decay", "end", "reduce")
     values: dict[str, Any] = {key: getattr(section, key) for key in alike}
     values["statistics_window"] = None if section.statistics_window == "cumulative" else section.statistics_window

@@ -156,7 +156,7 @@ def seen_in(
 
 def advice(section: InhibitionConfig) -> str:
     """Return what to do about a finding."""
-    if section.parts[1] != "regulariser":
+    if section.retrieval_and_mechanism[1] != "regulariser":
         weaker, other = "lower inhibition.target_share", ""
     else:
         name = "strength" if section.coefficient is None else "coefficient"

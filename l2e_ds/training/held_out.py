@@ -182,10 +182,10 @@ class Samples:
             say(f"l2e-ds: warning: {path}: {error.strerror}; the samples are lost")
 
 
-def load_samples(config: RunConfig, network: Any, data: Sequence[PreparedData]) -> Samples | None:
+def load_samples(config: RunConfig, hf_config: Any, data: Sequence[PreparedData]) -> Samples | None:
     """Return the prompts of a run, or None if it has none. Raises ConfigError for one that `network` cannot
     continue."""
     if not config.evaluation.samples:
         return None
     tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
-    return Samples(config, encode_samples(config.evaluation, tokenizer, network), tokenizer)
+    return Samples(config, encode_samples(config.evaluation, tokenizer, hf_config), tokenizer)

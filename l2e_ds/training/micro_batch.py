@@ -34,11 +34,11 @@ GIB = 2**30
 
 
 def find(
-    config: RunConfig, ds: dict, network: Any, device: torch.device, limit: float | None = None
+    config: RunConfig, ds: dict, hf_config: Any, device: torch.device, limit: float | None = None
 ) -> tuple[int, str | None]:
     """Return the micro-batch of a run that was resolved with `auto`, and the text to write to FILE if it was measured.
 
-    network: the Hugging Face configuration of the model. On CPUs a larger micro-batch must also be faster, unless
+    hf_config: the Hugging Face configuration of the model. On CPUs a larger micro-batch must also be faster, unless
     `limit`, in bytes, replaces what a rank may use (`_devices`). Collective. Raises ConfigError if not even 1 fits,
     WorkerError if measuring fails, and Interrupted.
     """
@@ -48,7 +48,7 @@ def find(
         return 1, None  # a rank has one sequence
     devices, usable = _devices(device)
     about = circumstances(config, ds, collectives.size()) | {"devices": devices}
-    number, problem = collectives.main_decides(remembered(path, about, candidates))
+    number, problem = collectives.broadcast_object(remembered(path, about, candidates))
     if number is not None:
         _say(f"micro-batch {number} (remembered in {path})")
         return number, None
@@ -56,7 +56,7 @@ def find(
         _say(f"{path}: {problem}; measuring the micro-batch again")
     by_speed = device.type == "cpu" and limit is None
     limit = usable if limit is None else limit
-    known = _measure(config, ds, network, candidates, limit, by_speed)
+    known = _measure(config, ds, hf_config, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
         raise ConfigError(none_fits(known, limit, less_memory(config, ds)))
@@ -196,13 +196,13 @@ def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
 
 
 def _measure(
-    config: RunConfig, ds: dict, network: Any, candidates: list[int], limit: float, by_speed: bool
+    config: RunConfig, ds: dict, hf_config: Any, candidates: list[int], limit: float, by_speed: bool
 ) -> dict[int, Measured]:
     """Return what was measured of each size that did not run out of memory. Collective. Raises WorkerError,
     Interrupted."""
     known: dict[int, Measured] = {}
     while next_size(candidates, known, limit, by_speed) is not None:
-        with child_process(config, ds, network) as ask:
+        with child_process(config, ds, hf_config) as ask:
             while (size := next_size(candidates, known, limit, by_speed)) is not None:
                 heartbeat.progress(f"measuring micro-batch {size}")
                 found = ask(size)

@@ -79,14 +79,14 @@ def _peak(device: torch.device) -> float:
 
 
 @contextmanager
-def child_process(config: RunConfig, ds: dict, network: Any) -> Iterator[Callable[[int], Measured | None]]:
+def child_process(config: RunConfig, ds: dict, hf_config: Any) -> Iterator[Callable[[int], Measured | None]]:
     """Start a child in this rank's place in a process group of the children, and yield `_ask` for it; end it at once in
     the end, which frees its memory on the device. Collective."""
-    port = collectives.main_decides(free_port() if collectives.is_main() else None)
+    port = collectives.broadcast_object(free_port() if collectives.is_main() else None)
     variables = {"RANK": collectives.rank(), "WORLD_SIZE": collectives.size(), "MASTER_PORT": port}
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, variables, config, ds, network), daemon=True)
+    process = context.Process(target=_serve, args=(theirs, variables, config, ds, hf_config), daemon=True)
     with without_stop_signals():
         process.start()
     theirs.close()
@@ -143,7 +143,7 @@ def _answer(process: BaseProcess, connection: Connection) -> Measured | str | No
         return _OUT_OF_MEMORY if killed else f"its process ended with exit code {process.exitcode}"
 
 
-def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig, ds: dict, network: Any) -> None:
+def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig, ds: dict, hf_config: Any) -> None:
     """Measure each size that the parent sends, and send back the result, until the parent ends this process."""
     serve_parent()
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # torchrun's store is for the rendezvous of its own ranks
@@ -155,7 +155,7 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
         quiet_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)
-        take = _build(config, ds, network, device)
+        take = _build(config, ds, hf_config, device)
         with deterministic_algorithms(config.training.deterministic):
             while True:
                 connection.send(take(connection.recv()))
@@ -166,7 +166,7 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
         threading.Event().wait()  # so that the others report this error, and not that they lost contact
 
 
-def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> Callable[[int], Measured]:
+def _build(config: RunConfig, ds: dict, hf_config: Any, device: torch.device) -> Callable[[int], Measured]:
     """Build the run's network, inhibitor and engine, take a step, and return a function that measures a size.
 
     It trains two micro-batches of the size, as the trainer does, and measures the second. If one micro-batch is a whole
@@ -182,7 +182,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
     config = config.replace("inhibition", start=0, warmup=0, decay=0, end=None)
     ds = ds | {"train_batch_size": accumulation * ranks, "train_micro_batch_size_per_gpu": 1}
     ds |= {"gradient_accumulation_steps": accumulation}
-    stack = TrainingStack(config, ds, network, device)
+    stack = TrainingStack(config, ds, hf_config, device)
     engine, inhibitor = stack.engine, stack.inhibitor
     random = torch.Generator().manual_seed(collectives.rank())
 
@@ -190,7 +190,7 @@ def _build(config: RunConfig, ds: dict, network: Any, device: torch.device) -> C
         seconds = math.inf
         for ends_step in (size == share, True):
             engine.set_gradient_accumulation_boundary(ends_step)
-            rows = torch.randint(network.vocab_size, (size, config.data.sequence_length + 1), generator=random)
+            rows = torch.randint(hf_config.vocab_size, (size, config.data.sequence_length + 1), generator=random)
             rows = rows.to(device)
             _forget_peak(device)
             base, begin = _held(device), time.perf_counter()

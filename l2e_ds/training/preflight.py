@@ -38,7 +38,7 @@ class Plan:
     config: RunConfig
     ds: dict
     batch: BatchArithmetic
-    network: Any
+    hf_config: Any
     layers: list[int]
 
 
@@ -50,10 +50,10 @@ def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_m
         check_device(plan.config)
         _check_machine(plan)
     try:
-        check_sets(plan.config.data, plan.network.vocab_size)
+        check_sets(plan.config.data, plan.hf_config.vocab_size)
         check_texts(plan.config.evaluation.texts or [], plan.config.data)
         if plan.config.evaluation.samples and plan.config.data.tokenizer is not None:
-            encode_samples(plan.config.evaluation, load_tokenizer(plan.config.data.tokenizer), plan.network)
+            encode_samples(plan.config.evaluation, load_tokenizer(plan.config.data.tokenizer), plan.hf_config)
     except L2EError as error:
         error.on_every_rank = True
         raise
@@ -66,10 +66,10 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
     config = load_run_config(run_file, overrides)
-    network = network_config(config.model, config.data.sequence_length)
+    hf_config = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
-    layers = chosen_layers(config.inhibition.layers, network.num_hidden_layers)
-    longest = getattr(network, "max_position_embeddings", None)  # None: any length (ALiBi)
+    layers = chosen_layers(config.inhibition.layers, hf_config.num_hidden_layers)
+    longest = getattr(hf_config, "max_position_embeddings", None)  # None: any length (ALiBi)
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
             f"data.sequence_length: got {config.data.sequence_length}, {config.model.origin} takes at most {longest}"
@@ -79,7 +79,7 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
             f"evaluation.sample_tokens: got {config.evaluation.sample_tokens}, allowed: below {longest}, which"
             f" {config.model.origin} takes with the prompt"
         )
-    return Plan(config, ds, batch, network, layers)
+    return Plan(config, ds, batch, hf_config, layers)
 
 
 def _check_machine(plan: Plan) -> None:
@@ -131,22 +131,22 @@ def describe(plan: Plan) -> str:
 
 def what_it_is(plan: Plan) -> list[tuple[str, str]]:
     """Return label and value of what a reader wants to know of a run before it begins."""
-    config, network, section = plan.config, plan.network, plan.config.inhibition
+    config, hf_config, section = plan.config, plan.hf_config, plan.config.inhibition
     batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
-    total, rest = parameter_counts(network)
-    neurons = neurons_of(network)
+    total, rest = parameter_counts(hf_config)
+    neurons = neurons_of(hf_config)
     tokens = plan.batch.tokens_per_step * config.training.steps
-    sets = config.data.parts()
+    sets = config.data.all_sets()
     total_weight = sum(weight for _, weight, _ in sets)
     mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in sets if name)
     what = "none (no inhibition; observed at evaluation)"
     if section.method != "none":
-        what = f"{section.method} ({' + '.join(section.parts)}) from step"
+        what = f"{section.method} ({' + '.join(section.retrieval_and_mechanism)}) from step"
         what += f" {section.in_steps('start', config.training.steps):,}"
     if section.strength is not None:
         what += f", {section.loss} loss at strength {section.strength:g}"
     return [
-        ("model", f"{config.model.origin}: {network.num_hidden_layers} layers x {network.hidden_size}"),
+        ("model", f"{config.model.origin}: {hf_config.num_hidden_layers} layers x {hf_config.hidden_size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),
         *([("mixture", mixture)] if mixture else []),
         ("batch", batch),
@@ -155,7 +155,7 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         ("rate", str(schedule_of(config))),
         ("precision", f"{config.training.precision}, ZeRO {zero_stage(plan.ds)}"),
         ("method", what),
-        ("layers", f"{', '.join(map(str, plan.layers))} of 0-{network.num_hidden_layers - 1}"),
+        ("layers", f"{', '.join(map(str, plan.layers))} of 0-{hf_config.num_hidden_layers - 1}"),
         ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
         *checkpoints_of(plan),
     ]
@@ -172,15 +172,15 @@ def checkpoint_size(plan: Plan) -> int:
     """Return the bytes of one checkpoint, if `is_adam`."""
     hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
     element = 4 if plan.config.training.precision == "fp32" else 2
-    parameters, neurons = parameter_counts(plan.network)[0], neurons_of(plan.network)
+    parameters, neurons = parameter_counts(plan.hf_config)[0], neurons_of(plan.hf_config)
     return checkpoint_bytes(parameters, moments_of(plan), zero_stage(plan.ds), element, hooked, neurons)
 
 
 def moments_of(plan: Plan) -> int:
     """Return the bytes of the optimizer's moments, if `is_adam`."""
     name = plan.config.optimizer.name
-    matrices = layer_matrix_parameters(plan.network) if name == "muon" else 0
-    return moment_bytes(name, parameter_counts(plan.network)[0], matrices)
+    matrices = layer_matrix_parameters(plan.hf_config) if name == "muon" else 0
+    return moment_bytes(name, parameter_counts(plan.hf_config)[0], matrices)
 
 
 def checkpoints_of(plan: Plan) -> list[tuple[str, str]]:

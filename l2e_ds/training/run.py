@@ -45,11 +45,11 @@ def train(plan: Plan, launch: Launch) -> None:
         watchdog.meet()
         preemption.watch(directory, config.training.time_limit)
         lock = RunLock(directory)  # no other run may write there
-        collectives.all_work(lambda: lock.acquire() if collectives.is_main() else None)
+        collectives.run_on_all(lambda: lock.acquire() if collectives.is_main() else None)
         watchdog.also = lock.renew
         try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
-            if not collectives.main_decides(is_finished(config, checkpoints)):
+            if not collectives.broadcast_object(is_finished(config, checkpoints)):
                 _train_on(plan, launch, device, checkpoints)
             elif collectives.is_main():
                 say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
@@ -66,23 +66,23 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     def prepare() -> tuple[list[PreparedData], list[PreparedText]]:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
         evaluated = config.training.evaluation_sequences
-        sets = prepare_sets(config.data, cache, plan.network.vocab_size, evaluated)
+        sets = prepare_sets(config.data, cache, plan.hf_config.vocab_size, evaluated)
         tokenizer = config.data.tokenizer or f"{sets[0].directory}/tokenizer"  # the latter was trained on the data
         texts = config.evaluation.texts or []
-        return sets, prepare_texts(texts, config.data, tokenizer, cache, plan.network.vocab_size)
+        return sets, prepare_texts(texts, config.data, tokenizer, cache, plan.hf_config.vocab_size)
 
     heartbeat.progress("loading evaluation tasks")
     tasks = load_tasks_of(config)  # first, as a wrong name should end the run at once
     record = None
     if config.training.micro_batch == "auto":
-        number, record = micro_batch.find(config, plan.ds, plan.network, device)
+        number, record = micro_batch.find(config, plan.ds, plan.hf_config, device)
         config, ds, batch = with_micro_batch(config, plan.ds, number, launch.size)
         plan = replace(plan, config=config, ds=ds, batch=batch)
     if device.type == "cpu":
         keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
-    found = collectives.main_works(prepare, preemption.stop_if_asked)
-    data, texts = collectives.all_work(lambda: found or prepare())  # the other ranks find the files on disk
+    found = collectives.run_on_main(prepare, preemption.stop_if_asked)
+    data, texts = collectives.run_on_all(lambda: found or prepare())  # the other ranks find the files on disk
     for text in texts if collectives.is_main() else ():
         rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
         say(
@@ -91,14 +91,14 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
         )
     for part in data:
         if part.tokenizer is not None:
-            take_special_tokens(plan.network, part.tokenizer)
-    samples = collectives.all_work(lambda: load_samples(config, plan.network, data))
+            take_special_tokens(plan.hf_config, part.tokenizer)
+    samples = collectives.run_on_all(lambda: load_samples(config, plan.hf_config, data))
     on_tasks = task_evaluation(config, tasks, data)
     heartbeat.progress("building the model")
     trainer, begun = None, 0
     try:
         with Trainer(
-            config, plan.ds, plan.batch, plan.network, data, device, on_tasks, checkpoints, texts, samples
+            config, plan.ds, plan.batch, plan.hf_config, data, device, on_tasks, checkpoints, texts, samples
         ) as trainer:
             begun = trainer.state.step
             if collectives.is_main():
@@ -156,7 +156,7 @@ def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: b
     OSError."""
     write_whole(directory / "config.yaml", plan.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
-    write_whole(directory / "model" / "config.json", plan.network.to_json_string())
+    write_whole(directory / "model" / "config.json", plan.hf_config.to_json_string())
     tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
     if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
         temporary = directory / "tokenizer.tmp"
@@ -193,7 +193,7 @@ def _circumstances(
         "ranks": collectives.size(),
         "launcher": launch.launcher,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "parameters": parameter_counts(plan.network)[0],
+        "parameters": parameter_counts(plan.hf_config)[0],
         "train_tokens": sum(part.train_tokens or 0 for part in data),
         "held_out_tokens": sum(part.held_out_tokens for part in data),
         **({"sets": sets} if sets else {}),

@@ -33,7 +33,7 @@ class StreamedSequences:
             return TokenStream(config, tokenizer, config.sequence_length, seed, workers, buffer)
 
         self.width = config.sequence_length + 1
-        self._stream: TokenStream | None = collectives.main_works(opened, lambda: None)
+        self._stream: TokenStream | None = collectives.run_on_main(opened, lambda: None)
         described = None if self._stream is None else self._stream.fingerprint()
         self._fingerprint = collectives.all_gather_objects(described)[0]
         self._group = collectives.new_group()
@@ -56,7 +56,7 @@ class StreamedSequences:
                 taken = error
             else:
                 self._remember(first + count)
-        return collectives.from_main(taken, (count, self.width), self._group)[wanted].astype(np.int64)
+        return collectives.broadcast_array(taken, (count, self.width), self._group)[wanted].astype(np.int64)
 
     def state(self, number: int) -> dict[str, Any]:
         """Return on rank 0 the position before a running number that was read lately, and elsewhere nothing."""
@@ -73,7 +73,7 @@ class StreamedSequences:
                 self._states.clear()
                 self._remember(number)
 
-        collectives.all_work(go_there)
+        collectives.run_on_all(go_there)
 
     def epochs(self, number: int) -> float:
         """Return on rank 0 how often the text was gone through before that running number, and elsewhere 0."""

@@ -72,7 +72,7 @@ def load_tasks_of(config: RunConfig) -> Tasks | None:
         except ConfigError as error:
             raise ConfigError(f"evaluation.{error}") from None
 
-    return collectives.main_works(load, preemption.stop_if_asked)
+    return collectives.run_on_main(load, preemption.stop_if_asked)
 
 
 def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[PreparedData]) -> TaskEvaluation | None:
@@ -81,7 +81,7 @@ def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[Prepa
     if not config.evaluation.every:
         return None
     tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
-    collectives.all_work(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
+    collectives.run_on_all(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
     micro_batch = config.training.micro_batch
     assert isinstance(micro_batch, int)  # `auto` has been replaced by a number
     return TaskEvaluation(config, tasks, tokenizer, config.evaluation.batch_size or micro_batch)

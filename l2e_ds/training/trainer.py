@@ -68,7 +68,7 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
         return False
     state = TrainState(**read_state(path)["train"])
     on_held_out, on_tasks = evaluations_due(config, state)
-    on_held_out = on_held_out and any(part.held_out for _, _, part in config.data.parts())
+    on_held_out = on_held_out and any(part.held_out for _, _, part in config.data.all_sets())
     return state.step >= config.training.steps and not on_held_out and not on_tasks
 
 
@@ -81,7 +81,7 @@ class Trainer(AbstractContextManager):
         config: RunConfig,
         ds: dict,
         batch: BatchArithmetic,
-        network: Any,
+        hf_config: Any,
         data: Sequence[PreparedData],
         device: torch.device,
         tasks: TaskEvaluation | None = None,
@@ -91,7 +91,7 @@ class Trainer(AbstractContextManager):
     ) -> None:
         """Build everything, and load the checkpoint to resume from, if there is one. Collective.
 
-        network: the Hugging Face configuration of the model. data: the sets. checkpoints: of `open_checkpoints`
+        hf_config: the Hugging Face configuration of the model. data: the sets. checkpoints: of `open_checkpoints`
         (default: it is called). texts, samples: for each held-out evaluation. Raises CheckpointError, and what
         `TrainingStack` raises.
         """
@@ -105,7 +105,7 @@ class Trainer(AbstractContextManager):
         resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, collectives.rank())
-        stack = TrainingStack(config, ds, network, device)
+        stack = TrainingStack(config, ds, hf_config, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
         self._schedule = schedule_of(config)
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
@@ -115,7 +115,7 @@ class Trainer(AbstractContextManager):
         self.comparison: list[NeuronSite] = []
         if self.is_guarded:
             inhibited = [site.layer for site in self.sites]
-            layers = guard.comparison_layers(inhibited, network.num_hidden_layers)
+            layers = guard.comparison_layers(inhibited, hf_config.num_hidden_layers)
             self.comparison = neuron_sites(stack.model, layers) if layers else []
         order = config.data.order
         self.sequences = TrainingSequences(
@@ -134,8 +134,8 @@ class Trainer(AbstractContextManager):
             "global_batch": batch.global_batch,
             "seed": config.training.seed,
             "order": config.data.order,
-            "network": f"{network.num_hidden_layers} layers x {network.hidden_size},"
-            f" {network.num_attention_heads} heads, {network.vocab_size} rows{given_file}",
+            "network": f"{hf_config.num_hidden_layers} layers x {hf_config.hidden_size},"
+            f" {hf_config.num_attention_heads} heads, {hf_config.vocab_size} rows{given_file}",
             "layers": [site.layer for site in self.sites] if self.inhibitor else [],
         }
         if resume_from is not None:
@@ -157,7 +157,10 @@ class Trainer(AbstractContextManager):
             if changes.other_inhibition():
                 self.state.guard = {}  # what was found belongs to other settings
         self._flops_per_token = counts.flops_per_token(
-            matrix_parameters(stack.model), network.num_hidden_layers, network.hidden_size, config.data.sequence_length
+            matrix_parameters(stack.model),
+            hf_config.num_hidden_layers,
+            hf_config.hidden_size,
+            config.data.sequence_length,
         )
         self._interval = Interval(batch, device)
         steps = config.logging.profile if collectives.is_main() else None
@@ -257,7 +260,7 @@ class Trainer(AbstractContextManager):
             self._forward_and_backward(micro_batch, is_last=False)
             self.engine.step()
         self._forward_and_backward(last, is_last=True)
-        answer = collectives.ask_all(preemption.is_asked(), self.checkpoints.is_busy)
+        answer = collectives.begin_any(preemption.is_asked(), self.checkpoints.is_busy)
         if self._layer_gradients is not None and self._line_is_due(self.state.step + 1):
             self._layer_gradients.measure()
         self.engine.step()
@@ -319,7 +322,7 @@ class Trainer(AbstractContextManager):
             self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
         )
         # Rank 0 decides, as sums on GPUs differ between ranks in their last digits.
-        self.state.guard, findings = collectives.main_decides(found)
+        self.state.guard, findings = collectives.broadcast_object(found)
         advice = guard.advice(self.config.inhibition)
         for finding in findings:
             self.metrics.write("guard", self.state.step, {**finding.values(), "advice": advice})

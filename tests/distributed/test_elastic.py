@@ -125,7 +125,7 @@ def hub() -> Iterator[Path]:
     repository = Path(os.environ["HF_HOME"], "hub/models--EleutherAI--pythia-14m")
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / REVISION).write_text(COMMIT)
-    network = GPTNeoXConfig(
+    hf_config = GPTNeoXConfig(
         vocab_size=65,
         hidden_size=30,
         num_hidden_layers=3,
@@ -135,7 +135,7 @@ def hub() -> Iterator[Path]:
         tie_word_embeddings=False,
     )
     torch.manual_seed(3)
-    GPTNeoXForCausalLM(network).save_pretrained(repository / "snapshots" / COMMIT)
+    GPTNeoXForCausalLM(hf_config).save_pretrained(repository / "snapshots" / COMMIT)
     yield repository / "snapshots" / COMMIT
     shutil.rmtree(repository)
 

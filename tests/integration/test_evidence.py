@@ -86,14 +86,14 @@ def test_controls_change_the_inhibited_layers():
     spec = importlib.util.spec_from_file_location("controls", EVIDENCE / "controls.py")
     controls = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(controls)
-    network = GPTNeoXConfig(
+    hf_config = GPTNeoXConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
     )
     tokens = torch.arange(24).view(2, 12)
 
     def gradients(control: str) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(network)
+        model = AutoModelForCausalLM.from_config(hf_config)
         if control != "none":
             controls.changed(control, model)
         penalty = []
@@ -107,7 +107,7 @@ def test_controls_change_the_inhibited_layers():
     for found, expected in zip(gradients("l2=0.5"), gradients("none"), strict=True):
         torch.testing.assert_close(found, expected)
     nothing = gradients("without-mlp")
-    names = [name for name, _ in AutoModelForCausalLM.from_config(network).named_parameters()]
+    names = [name for name, _ in AutoModelForCausalLM.from_config(hf_config).named_parameters()]
     still = {name.split(".")[2] for name, g in zip(names, nothing, strict=True) if "mlp" in name and not g.any()}
     assert still == {"1", "2"}
     with pytest.raises(SystemExit, match="allowed: without-mlp, small-start, l2=COEFFICIENT"):

@@ -31,13 +31,13 @@ WITHOUT = ("model.name", "model.vocab_size", "model.num_layers", "model.hidden_s
 @pytest.fixture
 def pretrained(tmp_path, family) -> str:
     """A folder as transformers saves it, with a tokenizer."""
-    network = NETWORKS[family][0]
-    network.num_attention_heads = 4
+    hf_config = NETWORKS[family][0]
+    hf_config.num_attention_heads = 4
     if family == "llama":
-        network.num_key_value_heads = 2
-    network.bos_token_id = network.eos_token_id = 0
+        hf_config.num_key_value_heads = 2
+    hf_config.bos_token_id = hf_config.eos_token_id = 0
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(network).save_pretrained(tmp_path / "pretrained")
+    AutoModelForCausalLM.from_config(hf_config).save_pretrained(tmp_path / "pretrained")
     train_tokenizer(iter(SENTENCES), VOCABULARY).save_pretrained(tmp_path / "pretrained")
     return str(tmp_path / "pretrained")
 

@@ -29,13 +29,13 @@ def test_recipe_builds(path):
     ranks = 2 if path.stem == "quickstart" else 64
     config, ds, batch = resolve(config, ranks, path)
     assert batch.micro_batch * ranks * batch.accumulation == config.training.global_batch
-    network = network_config(config.model, config.data.sequence_length)
+    hf_config = network_config(config.model, config.data.sequence_length)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(network)
+        model = AutoModelForCausalLM.from_config(hf_config)
     sites = neuron_sites(model, config.inhibition.layers)
-    middle = network.num_hidden_layers // 2
+    middle = hf_config.num_hidden_layers // 2
     assert [site.layer for site in sites] == [middle - 1, middle]
-    assert all(site.neurons == network.intermediate_size for site in sites)
+    assert all(site.neurons == hf_config.intermediate_size for site in sites)
     replaced = getattr(sites[1].module, sites[1].attribute)
     with Inhibitor(sites, inhibition_settings(config), run_steps=config.training.steps):
         assert (getattr(sites[1].module, sites[1].attribute) is replaced) == (sites[1].kind == "projection")
@@ -50,7 +50,7 @@ def test_recipe_builds(path):
     assert config.checkpoint.early == (config.checkpoint.keep_last is None), "Pythia's early ones would be removed"
     assert (section.start, section.warmup) == (0.3, 0.2)
     if path.stem == "llama-70m":
-        assert parameter_counts(network)[0] == 70_490_624
+        assert parameter_counts(hf_config)[0] == 70_490_624
     size = PYTHIA[path.stem.replace("llama", "pythia")]
     assert config.training.steps == 14300
     assert config.optimizer.schedule_steps == 143000

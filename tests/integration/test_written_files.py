@@ -30,5 +30,5 @@ def test_of_a_run(run_file, tmp_path, umask):
     written = {path.suffix for path in (tmp_path / "run/checkpoints").rglob("*") if path.is_file()}
     assert {".safetensors", ".pt", ".json"} <= written
     for folder in ("run/model", "model"):
-        network = json.loads((tmp_path / folder / "config.json").read_text())
-        assert (network["eos_token_id"], network["bos_token_id"]) == (end, end)
+        hf_config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert (hf_config["eos_token_id"], hf_config["bos_token_id"]) == (end, end)

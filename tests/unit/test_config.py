@@ -506,12 +506,12 @@ MIXED = sets(
 
 def test_sets_become_configurations_of_one_source():
     config = run_config_from_dict(MIXED, "run").data
-    parts = config.parts()
+    parts = config.all_sets()
     assert [(name, weight) for name, weight, _ in parts] == [("one", 1.0), ("b", 0.5)]
     first, second = (part for _, _, part in parts)
     assert (first.source, first.path, first.held_out, first.tokenizer) == ("stdlib", None, 0.1, "x")
     assert (second.source, second.path, second.held_out, second.max_documents) == ("indexed", "x", 0.0, 3)
-    assert first.sets is None and first.parts() == [("", 1.0, first)]
+    assert first.sets is None and first.all_sets() == [("", 1.0, first)]
 
 
 @pytest.mark.parametrize("raw", [VALID, FULL, MIXED], ids=["defaults", "full", "mixture"])

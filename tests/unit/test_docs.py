@@ -40,17 +40,17 @@ def test_table_of_recipes():
     assert sorted(rows) == [path.stem for path in recipes]
     for path in recipes:
         config = load_run_config(path)
-        network = network_config(config.model, config.data.sequence_length)
-        gated = ", gated" if network.model_type == "llama" else ""
-        shape = f"{network.num_hidden_layers} x {network.hidden_size}{gated}"
+        hf_config = network_config(config.model, config.data.sequence_length)
+        gated = ", gated" if hf_config.model_type == "llama" else ""
+        shape = f"{hf_config.num_hidden_layers} x {hf_config.hidden_size}{gated}"
         if config.model.vocab_size is not None:
             shape += f", vocabulary {config.model.vocab_size:,}"
         rate, exponent = f"{config.optimizer.peak_learning_rate:.1e}".split("e")
         stage = re.search(r"zero(\d)", config.deepspeed.config)[1]
         share = f"{config.inhibition.target_share:.0%}".replace("%", " %")
-        parameters, _ = parameter_counts(network)
+        parameters, _ = parameter_counts(hf_config)
         element = 2 if config.training.precision == "bf16" else 4
-        one = checkpoint_bytes(parameters, 8 * parameters, int(stage), element, 2, network.intermediate_size)
+        one = checkpoint_bytes(parameters, 8 * parameters, int(stage), element, 2, hf_config.intermediate_size)
         kept, disk = re.match(r"(\d+) .*?kept, .* each: (.*?) on disk", disk_space(config, one)[0]).groups()
         every = "" if config.checkpoint.keep_last else "all "
         values = [shape, f"{rate}e{int(exponent)}", share, stage, f"{every}{kept}: {disk}"]

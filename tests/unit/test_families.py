@@ -325,10 +325,10 @@ def test_first_weights_are_distributed_as_those_of_transformers(name, tmp_path):
     and those of two draws agree within six times what they vary by together."""
     MODELS[name][0].save_pretrained(tmp_path)
     config = ModelConfig(config=str(tmp_path), attention="eager")
-    network = network_config(config, 16)
-    model = build_network(config, network, 1, None)
+    hf_config = network_config(config, 16)
+    model = build_network(config, hf_config, 1, None)
     torch.manual_seed(1)
-    theirs = dict(AutoModelForCausalLM.from_config(network, dtype=torch.float32).named_parameters())
+    theirs = dict(AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).named_parameters())
     ours = {key: parameter.detach() for key, parameter in model.named_parameters()}
     assert ours.keys() == theirs.keys()
     for key, parameter in ours.items():
@@ -338,11 +338,11 @@ def test_first_weights_are_distributed_as_those_of_transformers(name, tmp_path):
         else:
             assert abs(float(parameter.std() / other.std()) - 1) < 6 * (1 / other.numel()) ** 0.5, key
             assert not torch.equal(parameter, other), key
-    again, another = (dict(build_network(config, network, seed, None).named_parameters()) for seed in (1, 2))
+    again, another = (dict(build_network(config, hf_config, seed, None).named_parameters()) for seed in (1, 2))
     assert all(torch.equal(ours[key], again[key]) for key in ours)
     assert any(not torch.equal(ours[key], another[key]) for key in ours)
     before = torch.cuda.initial_seed() if torch.cuda.is_available() else torch.initial_seed()
-    build_network(config, network, 3, None)
+    build_network(config, hf_config, 3, None)
     assert before == (torch.cuda.initial_seed() if torch.cuda.is_available() else torch.initial_seed())
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (name in TIED)
 

@@ -50,25 +50,25 @@ def test_family_table(name):
     """Sizes, learning rate and architecture are the published ones; the parameter count follows from them."""
     layers, h, heads, rate, vocabulary, published = FAMILY[name]
     config = ModelConfig(name=name)
-    network = network_config(config, 2048)
-    assert (network.num_hidden_layers, network.hidden_size, network.num_attention_heads) == (layers, h, heads)
-    assert network.vocab_size == vocabulary and network.intermediate_size == 4 * h
+    hf_config = network_config(config, 2048)
+    assert (hf_config.num_hidden_layers, hf_config.hidden_size, hf_config.num_attention_heads) == (layers, h, heads)
+    assert hf_config.vocab_size == vocabulary and hf_config.intermediate_size == 4 * h
     assert published_learning_rate(config) == rate
-    assert network.hidden_act == "gelu" and network.use_parallel_residual and not network.tie_word_embeddings
-    assert network.rope_parameters["partial_rotary_factor"] == 0.25 and network.max_position_embeddings == 2048
-    assert network.attention_dropout == network.hidden_dropout == 0.0
+    assert hf_config.hidden_act == "gelu" and hf_config.use_parallel_residual and not hf_config.tie_word_embeddings
+    assert hf_config.rope_parameters["partial_rotary_factor"] == 0.25 and hf_config.max_position_embeddings == 2048
+    assert hf_config.attention_dropout == hf_config.hidden_dropout == 0.0
     # a layer: qkv, dense, two MLP matrices with biases, two norms; then the last norm and two embeddings
     layer = (3 * h * h + 3 * h) + (h * h + h) + (4 * h * h + 4 * h) + (4 * h * h + h) + 2 * (2 * h)
     total = layers * layer + 2 * h + 2 * vocabulary * h
     assert total == published
-    assert parameter_counts(network) == (total, total - 2 * vocabulary * h)
+    assert parameter_counts(hf_config) == (total, total - 2 * vocabulary * h)
 
 
 def test_overrides_and_unknown_names():
     """Studies may shrink a size; a name outside the family or heads that do not fit are refused by key."""
-    network = network_config(TINY, 4096)
-    assert (network.num_hidden_layers, network.hidden_size, network.vocab_size) == (3, 64, 500)
-    assert network.max_position_embeddings == 4096
+    hf_config = network_config(TINY, 4096)
+    assert (hf_config.num_hidden_layers, hf_config.hidden_size, hf_config.vocab_size) == (3, 64, 500)
+    assert hf_config.max_position_embeddings == 4096
     with pytest.raises(ConfigError, match=r"model\.name: got 'pythia-71m', allowed: pythia-14m, "):
         network_config(ModelConfig(name="pythia-71m"), 64)
     for heads in (7, 64):

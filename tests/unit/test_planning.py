@@ -133,9 +133,9 @@ def kept_for_backward(work, checkpointing, settings=None):
     weights."""
     overrides = {"vocab_size": work.vocabulary, "num_layers": work.layers, "hidden_size": work.hidden}
     config = ModelConfig(name="pythia-14m", num_heads=work.heads, **overrides)
-    network = network_config(config, work.sequence_length)
+    hf_config = network_config(config, work.sequence_length)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[work.precision]
-    model = AutoModelForCausalLM.from_config(network, attn_implementation=work.attention, dtype=dtype).train()
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation=work.attention, dtype=dtype).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -41,9 +41,9 @@ def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
     """A network built under ZeRO-3 beside the same one built whole: what this rank holds, and whether they agree."""
     import deepspeed
 
-    network = network_config(config, sequence_length)
-    whole = dict(build_network(config, network, 7, None).named_parameters())
-    sharded = dict(build_network(config, network, 7, ZERO3).named_parameters())
+    hf_config = network_config(config, sequence_length)
+    whole = dict(build_network(config, hf_config, 7, None).named_parameters())
+    sharded = dict(build_network(config, hf_config, 7, ZERO3).named_parameters())
     same = sharded.keys() == whole.keys()
     for name, parameter in sharded.items():
         with deepspeed.zero.GatheredParameters([parameter]):
@@ -51,7 +51,7 @@ def sharded_and_whole(config: ModelConfig, sequence_length: int) -> dict:
     kept = True
     if config.config is None:
         inv_freq, in_bf16 = (
-            build_network(config, network, 7, zero3).base_model.rotary_emb.inv_freq
+            build_network(config, hf_config, 7, zero3).base_model.rotary_emb.inv_freq
             for zero3 in (None, {**ZERO3, "bf16": {"enabled": True}})
         )
         kept = in_bf16.dtype == torch.float32 and torch.equal(inv_freq, in_bf16)
@@ -124,13 +124,13 @@ def projection_of_unequal_batches(counted_together: bool) -> float:
 
 def long_work() -> list:
     """Rank 0 works while the others wait; its mistake is everybody's."""
-    done = collectives.main_works(lambda: time.sleep(2.5) or "done", tick=lambda: None)
+    done = collectives.run_on_main(lambda: time.sleep(2.5) or "done", tick=lambda: None)
 
     def fail() -> None:
         raise DataError("empty")
 
     try:
-        collectives.main_works(fail, tick=lambda: None)
+        collectives.run_on_main(fail, tick=lambda: None)
     except L2EError as error:
         return [done, str(error)]
     return [done, "none"]
@@ -138,7 +138,7 @@ def long_work() -> list:
 
 def error_of_one_rank() -> str:
     try:
-        collectives.agree(DataError("broken here") if collectives.rank() == 1 else None)
+        collectives.raise_on_all(DataError("broken here") if collectives.rank() == 1 else None)
     except L2EError as error:
         return f"{type(error).__name__}: {error}"
     return "none"
@@ -158,9 +158,9 @@ def main() -> None:
     }
     if collectives.is_main():
         build_network(small, network_config(small, 16), 8, None).save_pretrained(output / "weights")
-        for name, network in GIVEN.items():
-            network.save_pretrained(output / name)
-    collectives.agree(None)
+        for name, hf_config in GIVEN.items():
+            hf_config.save_pretrained(output / name)
+    collectives.raise_on_all(None)
     for name in GIVEN:
         result[name] = sharded_and_whole(ModelConfig(config=str(output / name)), 16)
     result["pretrained"] = sharded_and_whole(ModelConfig(pretrained=str(output / "weights")), 16)

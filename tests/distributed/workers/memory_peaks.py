@@ -36,12 +36,12 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     case["checkpoint"], case["logging"] = {"every": 0}, {"progress": False}
     case["data"] = {"source": "indexed", "path": "none", "sequence_length": LENGTH}
     config = run_config_from_dict(case, "case")
-    network = network_config(config.model, LENGTH)
+    hf_config = network_config(config.model, LENGTH)
     config, ds, batch = resolve(config, ranks)
-    tokens = np.random.default_rng(0).integers(0, network.vocab_size, LENGTH * 200 + 1)
-    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), LENGTH, network.vocab_size, "x"))]
+    tokens = np.random.default_rng(0).integers(0, hf_config.vocab_size, LENGTH * 200 + 1)
+    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), LENGTH, hf_config.vocab_size, "x"))]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer = Trainer(config, ds, batch, network, data, device)
+        trainer = Trainer(config, ds, batch, hf_config, data, device)
         for _ in range(2):
             trainer.train_step()
     trainer.save()
@@ -54,7 +54,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += allocated
         peak = max(peak, live)
-    plan = Plan(config, ds, batch, network, chosen_layers(config.inhibition.layers, 4))
+    plan = Plan(config, ds, batch, hf_config, chosen_layers(config.inhibition.layers, 4))
     work = Work(plan)
     work.chunk = CHUNK["cpu"]
     predicted = memory.memory(work, ranks, batch.micro_batch, batch.accumulation)

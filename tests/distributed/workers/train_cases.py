@@ -65,7 +65,7 @@ def streamed(folder: Path) -> dict:
         documents = [random.integers(1, VOCABULARY, random.integers(5, 40)) for _ in range(30)]
         lines = [json.dumps({"text": " ".join(f"w{i}" for i in ids)}) for ids in documents]
         text.write_text("\n".join(lines))
-    collectives.agree(None)
+    collectives.raise_on_all(None)
     stream = {"name": "words", "weight": 2, "source": "jsonl", "path": str(text), "streaming": True}
     stored = {"name": "stored", "weight": 1, "source": "text", "path": "none"}
     common = {"tokenizer": str(tokenizer), "sequence_length": LENGTH, "order": "stored", "held_out": 0.1, "workers": 1}
@@ -89,7 +89,7 @@ def data(config: DataConfig | None = None, twin: bool = False) -> list[PreparedD
         return TokenDataset(array, 0, len(array), LENGTH, VOCABULARY, name)
 
     sets = []
-    for index, (name, weight, part) in enumerate(config.parts() if config is not None else [("", 1.0, None)]):
+    for index, (name, weight, part) in enumerate(config.all_sets() if config is not None else [("", 1.0, None)]):
         train = dataset(200 // (1 + 9 * index), 2 * index, "train")
         held_out = dataset(20 - 15 * index, 2 * index + 1, "held out") if part is None or part.held_out else None
         sets.append(PreparedData(train, held_out, name=name, weight=weight))
@@ -133,9 +133,9 @@ def make_trainer(
         raw["evaluation"] = given["evaluation"]
     config, ds, batch = resolve(run_config_from_dict(raw, "case"), collectives.size())
     directory.mkdir(parents=True, exist_ok=True)
-    network = network_config(config.model, LENGTH)
+    hf_config = network_config(config.model, LENGTH)
     if collectives.is_main():
-        network.save_pretrained(directory / "model")
+        hf_config.save_pretrained(directory / "model")
     sets, tasks = data(config.data, case.stream == "stored beforehand"), None
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
@@ -143,9 +143,9 @@ def make_trainer(
     samples = None
     if config.evaluation.samples:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
-        samples = load_samples(config, network, [replace(part, tokenizer=words) for part in sets])
+        samples = load_samples(config, hf_config, [replace(part, tokenizer=words) for part in sets])
     more = texts() if case.texts else ()
-    return Trainer(config, ds, batch, network, sets, device, tasks, texts=more, samples=samples)
+    return Trainer(config, ds, batch, hf_config, sets, device, tasks, texts=more, samples=samples)
 
 
 def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None:
@@ -236,7 +236,7 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
     raised = None
     if case.copy_of is not None and collectives.is_main():
         shutil.copytree(case.copy_of, directory)
-    collectives.agree(None)  # the copy is there
+    collectives.raise_on_all(None)  # the copy is there
     try:
         if case.stop_after is not None:
             with make_trainer(case, directory, device, case.before_stopping, case.stop_after) as first:

@@ -134,21 +134,21 @@ def test_rotary_settings_stand_under_their_older_names_too(tmp_path, kind, rotar
     run = make_run(tmp_path / "run")
     sizes = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 64}
     heads = {"num_attention_heads": 2} | ({} if kind is GPTNeoXConfig else {"num_key_value_heads": 2})
-    network = kind(**sizes, **heads, rope_parameters={"rope_theta": 500.0, **rotary})
-    model = AutoModelForCausalLM.from_config(network)
-    network.save_pretrained(run / "model")
+    hf_config = kind(**sizes, **heads, rope_parameters={"rope_theta": 500.0, **rotary})
+    model = AutoModelForCausalLM.from_config(hf_config)
+    hf_config.save_pretrained(run / "model")
     checkpoint = next((run / "checkpoints").iterdir())
     files = [checkpoint / "mp_rank_00_model_states.pt", checkpoint / "state.json"]
     torch.save({"module": model.state_dict()}, files[0])
     manifest.write_manifest(checkpoint, manifest.secure(checkpoint, files))
     folder = export(run, tmp_path / "exported")
     config = json.loads((folder / "config.json").read_text())
-    theta, part = ("rotary_emb_base", "rotary_pct") if network.model_type == "gpt_neox" else ("rope_theta", "")
+    theta, part = ("rotary_emb_base", "rotary_pct") if hf_config.model_type == "gpt_neox" else ("rope_theta", "")
     assert config[theta] == 500.0 and config.get(part) == (0.5 if part else None)
-    scaling = {"rope_type": "linear", "factor": 4.0} if network.model_type == "llama" else None
+    scaling = {"rope_type": "linear", "factor": 4.0} if hf_config.model_type == "llama" else None
     assert config.get("rope_scaling") == scaling
     again = AutoModelForCausalLM.from_pretrained(folder)
-    assert again.config.rope_parameters == network.rope_parameters
+    assert again.config.rope_parameters == hf_config.rope_parameters
     tokens = torch.arange(40)[None]
     assert torch.equal(again(tokens).logits, model.eval()(tokens).logits)
 

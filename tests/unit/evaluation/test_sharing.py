@@ -41,16 +41,16 @@ def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (S
     for section, values in (changes or {}).items():
         content[section] = values if section == "model" else content.get(section, {}) | values
     config = run_config_from_dict(content, "test").model_dump(mode="json")
-    network = GPTNeoXConfig(
+    hf_config = GPTNeoXConfig(
         vocab_size=ROWS, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
     )
-    network.save_pretrained(run / "model")
+    hf_config.save_pretrained(run / "model")
     for step in steps:
         torch.manual_seed(step)
         folder = run / "checkpoints" / f"step{step:08d}"
         folder.mkdir(parents=True)
         weights = folder / "mp_rank_00_model_states.pt"
-        torch.save({"module": AutoModelForCausalLM.from_config(network).state_dict()}, weights)
+        torch.save({"module": AutoModelForCausalLM.from_config(hf_config).state_dict()}, weights)
         identity = {"zero_stage": 0, "precision": "fp32", "ranks": 2, "layers": [1, 2]}
         state = {"train": {"step": step, "tokens": 256 * step}, "identity": identity, "config": config}
         (folder / "state.json").write_text(json.dumps(state))

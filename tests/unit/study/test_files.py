@@ -76,7 +76,9 @@ def test_what_the_paper_crosses(tokens):
         study = read_study(REPOSITORY / f"launch/studies/{name}.yaml", [f"data.path={tokens}", "data.tokenizer=null"])
         plans = plan_runs(study, 64, this_machine=False)
         sections = [(plan.config.model.name, plan.config.inhibition) for plan in plans.values()]
-        return {(size, part.method, part.parts, part.layers, part.target_share) for size, part in sections}
+        return {
+            (size, part.method, part.retrieval_and_mechanism, part.layers, part.target_share) for size, part in sections
+        }
 
     quiet_libraries()
     best = {"pythia-70m": 0.01, "pythia-410m": 0.02, "pythia-2.8b": 0.03}
