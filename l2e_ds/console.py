@@ -12,9 +12,11 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from l2e_ds.errors import ConfigError, L2EError
+
+Given = TypeVar("Given", bound=int | None)
 
 READER_IS_GONE = 141
 """The exit code when nobody reads standard output any more: what a shell reports of a process that SIGPIPE ended."""
@@ -85,9 +87,9 @@ def aligned(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
 
 
-def at_least(option: str, value: int, least: int, at_most: int | None = None) -> int:
-    """Return the value of an option. Raises ConfigError if it is out of range."""
-    if value < least or (at_most is not None and value > at_most):
+def at_least(option: str, value: Given, least: int, at_most: int | None = None) -> Given:
+    """Return the value of an option, which may be None. Raises ConfigError if it is out of range."""
+    if value is not None and (value < least or (at_most is not None and value > at_most)):
         limit = "" if at_most is None or value < least else f" and <= {at_most}"
         raise ConfigError(f"{option}: got {value}, allowed: an integer >= {least}{limit}")
     return value

@@ -23,7 +23,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from l2e_ds.config.sections import SourceConfig
-from l2e_ds.console import aligned
+from l2e_ds.console import aligned, at_least
 from l2e_ds.data import sources
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
@@ -79,13 +79,9 @@ def load_feature_set(
 
     Raises DataError (with file and line) for a bad record, and ConfigError for a set that cannot be balanced.
     """
-    for option, value, least in (
-        ("--sequence-length", sequence_length, 1),
-        ("--texts-per-feature", texts_per_feature, MINIMUM_TEXTS),
-        ("--seed", seed, 0),
-    ):
-        if value is not None and value < least:
-            raise ConfigError(f"{option}: got {value}, must be at least {least}")
+    at_least("--sequence-length", sequence_length, 1)
+    at_least("--texts-per-feature", texts_per_feature, MINIMUM_TEXTS)
+    at_least("--seed", seed, 0)
     truncating = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy: the original keeps its settings
     truncating.no_padding()
     truncating.enable_truncation(sequence_length)

@@ -71,8 +71,7 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
     removed, ConfigError or CheckpointError."""
     run, keep_every = arguments.run, arguments.keep_every
     at_least("--keep-last", arguments.keep_last, 1)
-    if keep_every is not None:
-        at_least("--keep-every", keep_every, 1)
+    at_least("--keep-every", keep_every, 1)
     published = _published(run)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []

@@ -20,7 +20,7 @@ import numpy as np
 
 import l2e_ds
 from l2e_ds.config.sections import DataConfig, SourceConfig
-from l2e_ds.console import say
+from l2e_ds.console import at_least, say
 from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import PATTERNS, looks_local, passed_over, source_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep only the first of documents with the same text, by 64-bit hashes: of 200 million different documents"
         " one would be dropped by mistake with a probability of 0.1%%; takes 8 to 16 bytes of memory for each document",
     )
-    parser.add_argument("--max-tokens", type=positive, metavar="N", help="stop after the document that reaches N")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N")
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="processes that tokenise (default: one for each core; 0: this one)"
+        "--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core; 0: this one)"
     )
 
 
@@ -76,7 +76,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subset", metavar="NAME", help="configuration of a hub data set")
     parser.add_argument("--split", metavar="NAME", help="split of a hub data set (default: train)")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub data set")
-    parser.add_argument("--max-documents", type=positive, metavar="N", help="take only the first N documents")
+    parser.add_argument("--max-documents", type=int, metavar="N", help="take only the first N documents")
     parser.add_argument(
         "--skip-bad",
         action="store_true",
@@ -88,18 +88,6 @@ def _prefix_of_files(word: str) -> str:
     if not pair(word)[0].name.removesuffix(".bin") or word.endswith(os.sep):
         raise argparse.ArgumentTypeError(f"got {word!r}, must end in a name: files NAME.bin, NAME.idx and NAME.json")
     return word
-
-
-def positive(word: str) -> int:
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number above 0")
-    return int(word)
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"got {word!r}, must be a whole number, 0 or more")
-    return int(word)
 
 
 # --- tokenize -----------------------------------------------------------------------------------------------------
@@ -206,7 +194,7 @@ def _fill(
 
 
 def source_of(arguments: argparse.Namespace) -> SourceConfig:
-    """Return the source that the options of `add_input_arguments` describe. Raises DataError."""
+    """Return the source that the options of `add_input_arguments` describe. Raises ConfigError, DataError."""
     source = arguments.format or _guess_format(arguments.input)
     if source == "hub" and len(arguments.input) > 1:
         raise DataError(f"got {len(arguments.input)} names, a hub data set is one")
@@ -220,17 +208,18 @@ def source_of(arguments: argparse.Namespace) -> SourceConfig:
         split=arguments.split or "train",
         revision=arguments.revision,
         text_key=arguments.text_key,
-        max_documents=arguments.max_documents,
+        max_documents=at_least("--max-documents", arguments.max_documents, 1),
     )
 
 
 def _config(arguments: argparse.Namespace) -> DataConfig:
     source = source_of(arguments)
+    at_least("--workers", arguments.workers, 0)
     if not 0 <= arguments.held_out < 1:
         raise DataError(f"--held-out: got {arguments.held_out}, must be at least 0 and below 1")
     return DataConfig(
         **source.model_dump(exclude={"max_tokens"}),
-        max_tokens=arguments.max_tokens,
+        max_tokens=at_least("--max-tokens", arguments.max_tokens, 1),
         held_out=arguments.held_out,
         tokenizer=arguments.tokenizer,
     )

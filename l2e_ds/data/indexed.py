@@ -352,13 +352,6 @@ class IndexedTokens:
         """Return the position in `tokens` of the first token of document i; num_tokens for i = num_documents."""
         return int(self.starts(np.array([i]))[0])
 
-    def document(self, i: int) -> np.ndarray:
-        """Return the token ids of document i, read-only. Raises IndexError."""
-        if not 0 <= i < self.num_documents:
-            raise IndexError(f"document {i} of {self.num_documents}")
-        start, stop = self.starts(np.array([i, i + 1])).tolist()
-        return self.tokens[start:stop]
-
     def document_at(self, position: int) -> int:
         """Return the document that holds the token at this position, by a binary search in the index."""
         return bisect_right(range(self.num_documents + 1), position, key=self.start) - 1

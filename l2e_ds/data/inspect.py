@@ -219,7 +219,7 @@ def view_of_set(
     indexed = IndexedTokens(prefix)
     known = read_known(prefix, indexed, None, tokenizer, None)
     if sequence_length is None:
-        first = len(indexed.document(0)) if indexed.num_documents else 0
+        first = indexed.start(1) if indexed.num_documents else 0
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
     at_least("--sequence-length", sequence_length, 1)
     at_least("--global-batch", global_batch, 1, at_most=10**7)

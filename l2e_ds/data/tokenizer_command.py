@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from l2e_ds.console import say
-from l2e_ds.data.commands import add_input_arguments, positive, source_of
+from l2e_ds.data.commands import add_input_arguments, source_of
 from l2e_ds.data.sources import documents, passed_over
 from l2e_ds.data.tokenize import OPTIONS
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     training = verbs.add_parser("train", help="train a byte-level BPE on text")
     add_input_arguments(training)
     training.add_argument("--output", type=Path, required=True, metavar="FILE.json", help="a new file")
-    training.add_argument("--vocab-size", type=positive, required=True, metavar="N", help="entries, at least 257")
+    training.add_argument("--vocab-size", type=int, required=True, metavar="N", help="entries, at least 257")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -87,8 +87,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
 def _sources(arguments: argparse.Namespace) -> list[ModelSource]:
     """Check the options and return the models. Raises ConfigError, CheckpointError."""
     at_least("--batch-size", arguments.batch_size, 1)
-    if arguments.limit is not None:
-        at_least("--limit", arguments.limit, 1)
+    at_least("--limit", arguments.limit, 1)
     for shots in arguments.num_fewshot or []:
         at_least("--num-fewshot", shots, 0)
     arguments.num_fewshot = list(dict.fromkeys(arguments.num_fewshot or [None]))

@@ -8,7 +8,6 @@ Imports nothing heavy.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -93,8 +92,3 @@ def described(kind: str, key: str) -> Metric:
     if metric is None:
         raise KeyError(f"kind: {kind}, {key}: is not in the table of metrics (l2e_ds/run_directory/metric_table.yaml)")
     return metric
-
-
-def undescribed(kind: str, keys: Iterable[str]) -> list[str]:
-    """Return the keys of a line of this kind, other than `kind`, that the table lacks; all of an unknown kind."""
-    return [key for key in keys if key != "kind" and (kind not in KINDS or find(kind, key) is None)]

@@ -9,7 +9,7 @@ import pytest
 
 from l2e_ds.errors import DataError
 from l2e_ds.inhibition import Inhibitor
-from l2e_ds.run_directory.metric_table import KINDS, described, find, undescribed
+from l2e_ds.run_directory.metric_table import KINDS, described, find
 from l2e_ds.run_directory.metrics import read_lines, read_metrics
 
 FIRST, SECOND = '{"kind": "train", "step": 1}', '{"kind": "evaluation", "step": 2}'
@@ -51,7 +51,6 @@ def test_broken_line_is_named(tmp_path, broken):
 )
 def test_entry_of_a_key(kind, key, entry):
     assert described(kind, key).key == entry
-    assert undescribed(kind, ["kind", "step", key]) == []
 
 
 @pytest.mark.parametrize(
@@ -68,13 +67,13 @@ def test_entry_of_a_key(kind, key, entry):
 )
 def test_key_without_an_entry(kind, key):
     assert find(kind, key) is None
-    assert undescribed(kind, ["step", key]) == [key]
     with pytest.raises(KeyError, match="is not in the table of metrics"):
         described(kind, key)
 
 
-def test_every_key_of_an_unknown_kind_is_without_an_entry():
-    assert undescribed("news", ["kind", "step"]) == ["step"]
+def test_an_unknown_kind():
+    with pytest.raises(KeyError):
+        find("news", "step")
 
 
 def test_a_key_has_one_entry():

@@ -348,7 +348,7 @@ def test_sets_that_cannot_be_balanced(tmp_path, load, monkeypatch):
     )
     for option in ({"texts_per_feature": 19}, {"sequence_length": 0}, {"seed": -1}):
         name = next(iter(option)).replace("_", "-")
-        with pytest.raises(ConfigError, match=f"^--{name}: got .*, must be at least "):
+        with pytest.raises(ConfigError, match=f"^--{name}: got .*, allowed: an integer >= "):
             load("all.jsonl", **option)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from l2e_ds.data.indexed import IndexedTokens, best_dtype, write_pair
 from l2e_ds.errors import DataError
+from tests.unit.data.reading import documents_in
 
 DOCUMENTS = [[5, 6, 7], [], [65499], [0, 1]]
 
@@ -40,7 +41,7 @@ def test_round_trip(tmp_path, dtype):
     assert read.dtype == dtype
     assert (read.num_documents, read.num_tokens) == (4, 6)
     assert lengths(read) == [3, 0, 1, 2]
-    assert [read.document(i).tolist() for i in range(4)] == DOCUMENTS
+    assert documents_in(read) == DOCUMENTS
     assert type(read.tokens) is np.ndarray and isinstance(read.tokens.base.obj, mmap.mmap)
     assert not read.tokens.flags.writeable
     assert read.tokens.tolist() == [5, 6, 7, 65499, 0, 1]
@@ -67,14 +68,14 @@ def test_documents_of_several_sequences(tmp_path):
     read = IndexedTokens(write_raw(tmp_path, index((1, 2, 1), (0, 2, 6), (0, 2, 3), sequences=3)))
     assert read.num_documents == 2
     assert lengths(read) == [3, 1]
-    assert [read.document(i).tolist() for i in range(2)] == [[1, 2, 3], [4]]
+    assert documents_in(read) == [[1, 2, 3], [4]]
     assert [read.start(i) for i in range(3)] == [0, 3, 4]
 
 
 @pytest.mark.parametrize("documents", [(), (0,)])
 def test_without_a_document_index_sequences_are_documents(tmp_path, documents):
     read = IndexedTokens(write_raw(tmp_path, index(documents=documents, entries=len(documents))))
-    assert [read.document(i).tolist() for i in range(read.num_documents)] == [[1, 2, 3], [4]]
+    assert documents_in(read) == [[1, 2, 3], [4]]
 
 
 def test_empty_pair(tmp_path):
@@ -168,7 +169,7 @@ def test_entries_that_lead_outside_are_noticed_when_they_are_read(tmp_path, chan
     read = IndexedTokens(many(tmp_path, change))
     assert read.start(279) == 558
     with pytest.raises(DataError, match=message):
-        read.document(280)
+        read.start(280)
 
 
 def test_whole_check_of_a_good_index(tmp_path):
@@ -219,7 +220,7 @@ def test_parts_of_one_set(tmp_path, cuts, total):
     (tmp_path / "a-part-00000-of-00007.bin").write_bytes(b"another set's")
     cut_bin(prefix, cuts, [f"a-{i:05}-of-{total:05}.bin" for i in range(len(cuts) + 1)])
     read = IndexedTokens(prefix)
-    assert [read.document(i).tolist() for i in range(4)] == documents
+    assert documents_in(read) == documents
     assert_equal_slices(read, flat(documents))
     assert read.tokens[:2].dtype == np.uint16
 
@@ -246,15 +247,15 @@ def test_pairs_one_after_the_other(tmp_path):
     prefixes = [written(tmp_path / f"s{i}", documents) for i, documents in enumerate(sets)]
     cut_bin(prefixes[2], (4,), ["s2-00000-of-00001.bin", "s2-00001-of-00001.bin"])
     read, documents = IndexedTokens(prefixes), flat(sets)
-    assert [read.document(i).tolist() for i in range(read.num_documents)] == documents
+    assert documents_in(read) == documents
     assert lengths(read) == [len(document) for document in documents]
     assert [read.document_at(position) for position in range(8)] == [0, 0, 2, 3, 3, 3, 5, 5]
     assert read.start(read.num_documents) == 8
     assert_equal_slices(read, flat(documents))
     read.check_index(lambda count: None)
-    for wrong in (-1, read.num_documents):
+    for wrong in (-1, read.num_documents + 1):
         with pytest.raises(IndexError):
-            read.document(wrong)
+            read.start(wrong)
 
 
 def test_pairs_of_different_dtypes_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from l2e_ds.data.indexed import DTYPE_CODES, IndexedTokens, write_pair
+from tests.unit.data.reading import documents_in
 
 DTYPES = [dtype.__name__ for dtype in DTYPE_CODES.values()]
 
@@ -60,13 +61,13 @@ def test_megatron_reads_what_we_write(folder, dtype):
 def test_we_read_what_megatron_writes(folder, dtype):
     read = IndexedTokens(folder / "foreign" / dtype)
     assert read.dtype == dtype
-    assert [read.document(i).tolist() for i in range(read.num_documents)] == documents_of(dtype)
+    assert documents_in(read) == documents_of(dtype)
 
 
 @pytest.mark.full
 def test_we_read_documents_of_several_sequences(folder):
     read = IndexedTokens(folder / "foreign" / "several")
-    assert [read.document(i).tolist() for i in range(read.num_documents)] == [[], [1, 2, 3], [], [4]]
+    assert documents_in(read) == [[], [1, 2, 3], [], [4]]
     assert [one for chunk in read.lengths_in_chunks() for one in chunk.tolist()] == [0, 3, 0, 1]
     assert read.num_sequences == 4
     read.check_index(lambda count: None)

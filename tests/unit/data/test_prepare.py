@@ -18,6 +18,7 @@ from l2e_ds.data.indexed import IndexedTokens, write_pair
 from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.errors import DataError
+from tests.unit.data.reading import documents_in
 
 WORDS = ["the", "of", "and", "neuron", "layer", "token", "model", "a", "to", "in", "is", "score", "share", "step"]
 
@@ -42,8 +43,7 @@ def config(path, **more):
 
 def texts_of(prepared, part):
     """The stored documents as text."""
-    indexed = IndexedTokens(prepared.directory / part)
-    ids = [indexed.document(i).tolist() for i in range(indexed.num_documents)]
+    ids = documents_in(IndexedTokens(prepared.directory / part))
     assert all(document[-1] == 0 for document in ids)
     return [prepared.tokenizer.decode(document[:-1]) for document in ids]
 

@@ -25,6 +25,7 @@ from l2e_ds.data.indexed import IndexedTokens
 from l2e_ds.data.sources import _json_lines
 from l2e_ds.data.tokenize import Seen
 from l2e_ds.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.unit.data.reading import documents_in
 
 WORDS = [
     "the",
@@ -72,8 +73,7 @@ def run(*words):
 
 
 def read(prefix):
-    indexed = IndexedTokens(prefix)
-    return [indexed.document(i).tolist() for i in range(indexed.num_documents)]
+    return documents_in(IndexedTokens(prefix))
 
 
 def files(folder):
@@ -295,6 +295,14 @@ def test_other_work_is_refused(tmp_path, corpus, tokenizer, monkeypatch, capsys)
     with open(corpus[0], "a") as file:
         file.write('{"text": "one more"}\n')
     assert "other work: INPUT changed" in refused()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"), [("max-tokens", 0, 1), ("max-documents", -1, 1), ("workers", -1, 0)]
+)
+def test_numbers_out_of_range(tmp_path, corpus, tokenizer, capsys, option, value, least):
+    assert run(*corpus, "--tokenizer", tokenizer, "--output", tmp_path / "set", f"--{option}", value) == 2
+    assert capsys.readouterr().err == f"l2e-ds: error: --{option}: got {value}, allowed: an integer >= {least}\n"
 
 
 def test_two_processes_and_files_that_exist(tmp_path, corpus, tokenizer, capsys):
