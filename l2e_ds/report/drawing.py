@@ -15,9 +15,9 @@ import numpy as np
 from matplotlib import style
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, Locator, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
-from l2e_ds.analysis.drawing import STYLE, magnitude
+from l2e_ds.analysis.drawing import STYLE, magnitude, set_ticks
 
 _MOST_POINTS = 500  # points of a line; of longer lines, means of neighbouring points are drawn
 _ALL_POINTS = 8000  # points of a chart, at most
@@ -150,16 +150,12 @@ def draw(
     axes.set_title(unit)
     axes.set_xlabel(axis.key, loc="right")
     axes.set_xlim(_limits(axis))
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=_ROUND))
+    set_ticks(axes.xaxis, MaxNLocator(4, integer=True, steps=_ROUND), magnitude)
     if log and all((line.y > 0).all() for line in lines):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(_log_locator(*axes.get_ylim()))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        set_ticks(axes.yaxis, _log_locator(*axes.get_ylim()), magnitude)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_ROUND))
-    for ticks in (axes.xaxis, axes.yaxis):
-        ticks.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+        set_ticks(axes.yaxis, MaxNLocator(5, steps=_ROUND), magnitude)
     if falls and max(len(line.x) for line in lines) > _LONG:
         late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
         space = 0.05 * np.ptp(late)
