@@ -29,7 +29,7 @@ import yaml
 from benchmarks.about import Option, heading, median_and_spread, new_folder, say
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.console import markdown
-from l2e_ds.data.dataset import stored_sequences
+from l2e_ds.data.dataset import token_dataset
 from l2e_ds.data.indexed import IndexedTokens, write_index
 from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.data.stream import TokenStream
@@ -215,7 +215,7 @@ def measure_reader(arguments: argparse.Namespace, folder: Path) -> dict:
     """Return sequences/s of alternating readers, in batches of 1,024 at random places of a set in the page cache."""
     prefix = folder / "set"
     write_set(prefix, READ, sparse=False)
-    dataset = stored_sequences(IndexedTokens(prefix), WIDTH - 1, 50304)
+    dataset = token_dataset(IndexedTokens(prefix), WIDTH - 1, 50304)
     plain = np.memmap(f"{prefix}.bin", dtype=np.uint16, mode="r").reshape(-1, WIDTH)
     readers: dict[str, Callable[[np.ndarray], Any]] = {
         "l2e-ds (ids and documents checked)": dataset.batch,
@@ -242,7 +242,7 @@ def open_and_seek(prefix: str) -> dict[str, float]:
     """Return seconds to open a set and to read the first and a late batch, and the memory added; in a new process."""
     before = psutil.Process().memory_info().rss
     begin = time.perf_counter()
-    dataset = stored_sequences(IndexedTokens(prefix), WIDTH - 1, 50304)
+    dataset = token_dataset(IndexedTokens(prefix), WIDTH - 1, 50304)
     opened = time.perf_counter() - begin
     order = SequenceOrder(len(dataset), seed=1234)
     seconds = {}

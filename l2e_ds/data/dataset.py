@@ -110,7 +110,7 @@ class TokenDataset:
             )
 
 
-def stored_sequences(
+def token_dataset(
     indexed: IndexedTokens,
     sequence_length: int,
     vocab_size: int,

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import at_least, say
-from l2e_ds.data.dataset import TokenDataset, stored_sequences
+from l2e_ds.data.dataset import TokenDataset, token_dataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
 from l2e_ds.data.prepare import PreparedData
@@ -223,7 +223,7 @@ def view_of_set(
         sequence_length = first - 1 if first > 1 and indexed.all_documents_hold(first) else 2048
     at_least("--sequence-length", sequence_length, 1)
     at_least("--global-batch", global_batch, 1, at_most=10**7)
-    dataset = stored_sequences(indexed, sequence_length, known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1)
+    dataset = token_dataset(indexed, sequence_length, known.vocab_size or int(np.iinfo(indexed.dtype).max) + 1)
     if not len(dataset):
         needed = f"holds {indexed.num_tokens} tokens, a sequence needs {sequence_length + 1}"
         raise DataError(f"{indexed.name}: {needed}; lower --sequence-length")

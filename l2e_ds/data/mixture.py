@@ -24,7 +24,7 @@ from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -45,11 +45,14 @@ from l2e_ds.data.sources import check_source, passed_over
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
 from l2e_ds.errors import DataError
 
+if TYPE_CHECKING:  # it is above this part, and gives its streams through `open_stream`
+    from l2e_ds.training.streams import StreamedSequences
+
 _SMALLEST_BLOCK = 1024
 _KEYS = (*SourceConfig.model_fields, "held_out")
 
 
-class Schedule:
+class MixtureOrder:
     """The set from which each position is taken. weights: one for each set, each > 0, of any sum."""
 
     def __init__(self, weights: Sequence[float], seed: int) -> None:
@@ -60,7 +63,7 @@ class Schedule:
         self._total = sum(self._weights)
         smallest_block = -(-self._total // min(self._weights))
         self.block = max(_SMALLEST_BLOCK, 1 << (smallest_block - 1).bit_length())
-        self._slots = SequenceOrder(self.block, _seed_of(seed, "of the schedule"))
+        self._slots = SequenceOrder(self.block, _seed_of(seed, "of the schedule"))  # a name that no set can have
         # Several blocks are kept, as the loader reads ahead of the trainer, which asks what was consumed.
         self._block_of = lru_cache(maxsize=4)(self._make_block)
 
@@ -122,21 +125,6 @@ class StoredSequences:
         """Do nothing: only memory maps are open."""
 
 
-class Stream(Protocol):
-    """A set that can only be read forwards: l2e_ds.training.streams.StreamedSequences, which describes the methods.
-
-    `read` is collective: every rank calls it for every set from which a step takes sequences, set by set and step by
-    step.
-    """
-
-    def read(self, first: int, count: int, wanted: np.ndarray) -> np.ndarray: ...
-    def state(self, number: int) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any]) -> None: ...
-    def epochs(self, number: int) -> float: ...
-    def fingerprint(self) -> str: ...
-    def close(self) -> None: ...
-
-
 class TrainingSequences:
     """The global batches of a run, the same for any number of ranks."""
 
@@ -146,12 +134,12 @@ class TrainingSequences:
         global_batch: int,
         seed: int,
         order: Literal["shuffled", "stored"],
-        open_stream: Callable[[PreparedData, int], Stream] | None = None,
+        open_stream: Callable[[PreparedData, int], StreamedSequences] | None = None,
     ) -> None:
         """Open every set; open_stream(set, seed) opens those that are streams. Raises DataError for an empty set."""
         self.sets, self.global_batch = list(sets), global_batch
-        self.schedule = Schedule([data_set.weight for data_set in sets], seed)
-        self._readers: list[StoredSequences | Stream] = []
+        self.mixture_order = MixtureOrder([data_set.weight for data_set in sets], seed)
+        self._readers: list[StoredSequences | StreamedSequences] = []
         for data_set in sets:
             own_seed = _seed_of(seed, data_set.name)
             if data_set.train is not None:
@@ -167,12 +155,12 @@ class TrainingSequences:
         for what `TokenDataset.batch` refuses, and for a stream whose text is broken, has changed or is gone.
         """
         own_rows = rank_rows(self.global_batch, rank, ranks, micro_batch)
-        sets, numbers = self.schedule.lookup(self._positions(step))
+        sets, numbers = self.mixture_order.lookup(self._positions(step))
         result = None
         for index in np.unique(sets):
             in_set = sets == index
             first = int(numbers[in_set].min())
-            is_own = in_set[own_rows]
+            is_own = in_set[own_rows]  # perhaps nowhere, but `read` of a stream is collective
             sequences = self._readers[index].read(first, int(in_set.sum()), numbers[own_rows][is_own] - first)
             if result is None:
                 result = np.empty((*own_rows.shape, sequences.shape[1]), dtype=np.int64)
@@ -182,7 +170,7 @@ class TrainingSequences:
 
     def rows(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return each row's set, its epoch and sequence, for batch `step`, int64 [G] each. No set is a stream."""
-        sets, numbers = self.schedule.lookup(self._positions(step))
+        sets, numbers = self.mixture_order.lookup(self._positions(step))
         epochs, sequences = np.empty_like(numbers), np.empty_like(numbers)
         for index in np.unique(sets):
             in_set = sets == index
@@ -204,9 +192,9 @@ class TrainingSequences:
         counted = self._counted(step)
         return {name: reader.state(n) for name, reader, n in counted if not isinstance(reader, StoredSequences)}
 
-    def _counted(self, step: int) -> Iterator[tuple[str, StoredSequences | Stream, int]]:
+    def _counted(self, step: int) -> Iterator[tuple[str, StoredSequences | StreamedSequences, int]]:
         """Yield each set's name, its reader and how many of its sequences are taken before `step`."""
-        counts = self.schedule.consumed(step * self.global_batch).tolist()
+        counts = self.mixture_order.consumed(step * self.global_batch).tolist()
         for data_set, reader, count in zip(self.sets, self._readers, counts, strict=True):
             yield data_set.name, reader, count
 
@@ -226,7 +214,7 @@ class TrainingSequences:
         if not self.sets[0].name:
             return fingerprints[0]
         named = ", ".join(f"{data_set.name} {one}" for data_set, one in zip(self.sets, fingerprints, strict=True))
-        return f"{named} mixed {self.schedule}"
+        return f"{named} mixed {self.mixture_order}"
 
 
 def _seed_of(seed: int, name: str) -> int:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from l2e_ds.config.sections import DataConfig
-from l2e_ds.data.dataset import TokenDataset, stored_sequences
+from l2e_ds.data.dataset import TokenDataset, token_dataset
 from l2e_ds.data.indexed import IndexedTokens, best_dtype, pair, read_sidecar, write_pair
 from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, path_entries, source_files
 from l2e_ds.data.stream import TokenStream
@@ -329,7 +329,7 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vo
 
 def _own_sequences(config: DataConfig, prefix: Path, vocab_size: int) -> TokenDataset:
     """Return the sequences of token files that `_build` or `prepare_stream` wrote."""
-    return stored_sequences(IndexedTokens(prefix), config.sequence_length, vocab_size, packed=True)
+    return token_dataset(IndexedTokens(prefix), config.sequence_length, vocab_size, packed=True)
 
 
 def _held_out_prefixes(config: DataConfig) -> list[str]:
@@ -361,13 +361,13 @@ def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
     if config.max_tokens is not None and config.max_tokens < split:
         train_stop = indexed.start(bisect_left(range(train_count + 1), config.max_tokens, key=indexed.start))
     sizes = (config.sequence_length, vocab_size)
-    held_out = stored_sequences(indexed, *sizes, split, indexed.start(count)) if held_out_count else None
+    held_out = token_dataset(indexed, *sizes, split, indexed.start(count)) if held_out_count else None
     if beside is not None:
-        held_out = stored_sequences(beside, *sizes)
+        held_out = token_dataset(beside, *sizes)
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config, vocab_size)
-    return _checked(config, stored_sequences(indexed, *sizes, stop=train_stop), held_out, tokenizer, None)
+    return _checked(config, token_dataset(indexed, *sizes, stop=train_stop), held_out, tokenizer, None)
 
 
 def _checked(

@@ -10,7 +10,7 @@ from l2e_ds import cli
 from l2e_ds.config.reading import run_config_from_dict
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
-from l2e_ds.data.mixture import Schedule
+from l2e_ds.data.mixture import MixtureOrder
 from l2e_ds.data.sampler import SequenceOrder
 from l2e_ds.errors import DataError
 
@@ -37,36 +37,36 @@ def mixture(sizes=(50, 7, 200), weights=(0.5, 0.2, 0.3), global_batch=12, seed=3
 def test_shares_numbers_and_counts(weights, first):
     """Every set is within one sequence of its share at the end of a block, running numbers have no gap, and the counts
     in closed form are what was taken."""
-    schedule = Schedule(weights, seed=5)
+    order = MixtureOrder(weights, seed=5)
     exact = [Fraction(repr(weight)) for weight in weights]
-    assert schedule.block >= 1024
-    assert schedule.block * min(weights) >= sum(weights)
-    first -= first % schedule.block
-    sets, numbers = schedule.lookup(np.arange(first, first + 3 * schedule.block))
-    taken = schedule.consumed(first).tolist()
+    assert order.block >= 1024
+    assert order.block * min(weights) >= sum(weights)
+    first -= first % order.block
+    sets, numbers = order.lookup(np.arange(first, first + 3 * order.block))
+    taken = order.consumed(first).tolist()
     for place, (index, number) in enumerate(zip(sets.tolist(), numbers.tolist(), strict=True)):
-        if place % schedule.block == 0:
+        if place % order.block == 0:
             for weight, count in zip(exact, taken, strict=True):
                 assert abs(count - weight / sum(exact) * (first + place)) < 1
         if place % 511 == 0:
-            assert schedule.consumed(first + place).tolist() == taken
+            assert order.consumed(first + place).tolist() == taken
         assert number == taken[index]
         taken[index] += 1
 
 
 def test_weights_need_no_sum():
     positions = np.arange(5000)
-    expected = Schedule([0.7, 0.3], 1).lookup(positions)
+    expected = MixtureOrder([0.7, 0.3], 1).lookup(positions)
     for weights in ([7, 3], [70, 30], [1.4, 0.6]):
-        assert np.array_equal(Schedule(weights, 1).lookup(positions), expected)
-        assert str(Schedule(weights, 1)) == "7/3"
+        assert np.array_equal(MixtureOrder(weights, 1).lookup(positions), expected)
+        assert str(MixtureOrder(weights, 1)) == "7/3"
 
 
 def test_sets_are_mixed_within_a_block_and_by_the_seed():
-    sets, _ = Schedule([1, 1], 1).lookup(np.arange(10_240))
+    sets, _ = MixtureOrder([1, 1], 1).lookup(np.arange(10_240))
     runs = np.count_nonzero(np.diff(sets)) + 1
     assert abs(runs - 5120) < 300  # of a fair coin; standard deviation 51
-    other, _ = Schedule([1, 1], 2).lookup(np.arange(10_240))
+    other, _ = MixtureOrder([1, 1], 2).lookup(np.arange(10_240))
     assert abs((sets == other).mean() - 0.5) < 0.03
     assert not np.array_equal(sets[:1024], sets[1024:2048])
 
