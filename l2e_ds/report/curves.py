@@ -103,9 +103,9 @@ def looks(variants: Sequence[Variant]) -> list[Look]:
     return found
 
 
-def layer_looks(page: Collection) -> dict[int, Look]:
+def layer_looks(collection: Collection) -> dict[int, Look]:
     """Return the look of each layer of a single run, or {} if there are several runs or too many layers."""
-    layers = page.runs[0].layers if len(page.runs) == 1 else []
+    layers = collection.runs[0].layers if len(collection.runs) == 1 else []
     return dict(zip(layers, map(Look, _COLOURS), strict=False)) if len(layers) <= len(_COLOURS) else {}
 
 
@@ -114,14 +114,15 @@ def axis_of(runs: Sequence[Run]) -> Axis:
     return Axis(key, max(getattr(run, key) for run in runs))
 
 
-def all_charts(page: Collection) -> list[Chart]:
+def all_charts(collection: Collection) -> list[Chart]:
     """Return the charts that have a line."""
-    runs = [run for variant in page.variants for run in variant.runs]  # plain runs are drawn first, so behind others
+    # Plain runs come first, so that they are drawn behind others.
+    runs = [run for variant in collection.variants for run in variant.runs]
     axis = axis_of(runs)
-    by_layer = layer_looks(page)
+    by_layer = layer_looks(collection)
     by_run = {
         run.name: look
-        for variant, look in zip(page.variants, looks(page.variants), strict=True)
+        for variant, look in zip(collection.variants, looks(collection.variants), strict=True)
         for run in variant.runs
     }
     charts = []
@@ -129,7 +130,9 @@ def all_charts(page: Collection) -> list[Chart]:
         own = by_layer if quantity.key.startswith("layers/") else {}
         key, kind = quantity.key, quantity.kind
         if quantity.name == "loss-difference":
-            series = [(run.name, by_run[run.name], _differences(page, run), "difference") for run in page.runs]
+            series = [
+                (run.name, by_run[run.name], _differences(collection, run), "difference") for run in collection.runs
+            ]
         elif quantity.name == "layer-gradients":
             series = _layer_gradients(runs)
         elif own:
@@ -187,9 +190,9 @@ def _layer_gradients(runs: Sequence[Run]) -> list[tuple[str, Look, list[dict], s
     return [("other parameters", Look(PLAIN), lines, "gradient_norm/rest"), *named]
 
 
-def _differences(page: Collection, run: Run) -> list[dict]:
+def _differences(collection: Collection, run: Run) -> list[dict]:
     """Return lines of the difference in held-out loss to the run's baseline, at the steps that both have."""
-    base = page.baseline_of(run)
+    base = collection.baseline_of(run)
     other = held_out(base) if base is not None else {}
     return [
         line | {"difference": loss - other[line["step"]]}

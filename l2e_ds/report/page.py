@@ -36,7 +36,7 @@ _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
 
 
 def render(
-    page: Collection,
+    collection: Collection,
     tables: Sequence[Table],
     notices: Sequence[Notice],
     analyses: Sequence[Path],
@@ -59,22 +59,23 @@ def render(
         """Return a text with links to the pages of the documentation, where this is a checkout that has them."""
         return Markup(re.sub(r"docs/[\w-]+\.md", lambda name: linked(REPOSITORY / name[0], name[0]), escape(text)))
 
-    configs = [(run, read_config(run.directory).model_dump(mode="json")) for run in page.runs]
-    names = [variant.name for variant in page.variants]
-    facts = _facts_of_run(page.runs[0]) if len(page.runs) == 1 else _facts_of_runs(page)
+    runs, variants = collection.runs, collection.variants
+    configs = [(run, read_config(run.directory).model_dump(mode="json")) for run in runs]
+    names = [variant.name for variant in variants]
+    facts = _facts_of_run(runs[0]) if len(runs) == 1 else _facts_of_runs(collection)
     file = Path(__file__).with_suffix(".html")
     return template(file, linked=linked, documented=documented, shown=shown).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=datetime.now(timezone.utc),
-        title="; ".join(page.titles) or (", ".join(names) if len(names) <= 4 else f"{len(page.runs)} runs"),
-        sentence=_sentence(page),
+        title="; ".join(collection.titles) or (", ".join(names) if len(names) <= 4 else f"{len(runs)} runs"),
+        sentence=_sentence(collection),
         facts=[(label, text_of(cell, form)) for label, cell, form in facts],
         about_facts=" ".join(about_errors(cell for _, cell, _ in facts)),
         notices=[(kind, list(group)) for kind, group in groupby(notices, key=lambda notice: notice.kind)],
-        legend=list(zip(curves.looks(page.variants), page.variants, strict=True)) if len(page.runs) > 1 else [],
-        layers=curves.layer_looks(page),
-        charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(page)],
+        legend=list(zip(curves.looks(variants), variants, strict=True)) if len(runs) > 1 else [],
+        layers=curves.layer_looks(collection),
+        charts=[(chart, Markup(chart.svg)) for chart in curves.all_charts(collection)],
         axes_inset=AXES_INSET,
         tables=[table for table in tables if table.name not in (*_AFTER, *_OF_ANALYSES, *_FILE_ONLY)],
         after=[table for table in tables if table.name in _AFTER],
@@ -85,10 +86,10 @@ def render(
     )
 
 
-def _sentence(page: Collection) -> str:
-    models = ", ".join(dict.fromkeys(run.model for run in page.runs))
-    methods = ", ".join(dict.fromkeys(_METHODS[variant.method] for variant in page.variants))
-    seeds = sorted({run.seed for run in page.runs})
+def _sentence(collection: Collection) -> str:
+    models = ", ".join(dict.fromkeys(run.model for run in collection.runs))
+    methods = ", ".join(dict.fromkeys(_METHODS[variant.method] for variant in collection.variants))
+    seeds = sorted({run.seed for run in collection.runs})
     which = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
     return f"Pretraining of {models}; {methods}; {which}."
 
@@ -109,22 +110,22 @@ def _loss(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
 
 
-def _facts_of_runs(page: Collection) -> list[_Fact]:
-    done = sum(run.step >= run.steps for run in page.runs)
-    tokens = sorted({run.tokens for run in page.runs})
+def _facts_of_runs(collection: Collection) -> list[_Fact]:
+    done = sum(run.step >= run.steps for run in collection.runs)
+    tokens = sorted({run.tokens for run in collection.runs})
     facts: list[_Fact] = [
-        ("runs finished", f"{done} of {len(page.runs) + len(page.waiting)}", ""),
+        ("runs finished", f"{done} of {len(collection.runs) + len(collection.waiting)}", ""),
         ("tokens a run", " to ".join(f"{count:,}" for count in dict.fromkeys((tokens[0], tokens[-1]))), ""),
     ]
-    found = comparable_losses(page.variants) if len({run.model for run in page.runs}) == 1 else None
+    found = comparable_losses(collection.variants) if len({run.model for run in collection.runs}) == 1 else None
     losses, seeds, step = found or ([], [], 0)
     if len(losses) > 1:
         variant, loss = min(losses, key=lambda pair: pair[1].value)
         which = f"seed {seeds[0]}" if loss.n == 1 else f"mean over {loss.n} seeds"
         facts.append((f"lowest held-out loss at step {step:,}, {which}: {variant.name}", loss, ".4f"))
-    for variant in page.variants:
-        difference = loss_difference(page, variant)
-        base = page.baseline_variant(variant)
+    for variant in collection.variants:
+        difference = loss_difference(collection, variant)
+        base = collection.baseline_variant(variant)
         if difference is not None and base is not None and len(facts) < _MOST_FACTS:
             facts.append((f"held-out loss, {variant.name} − {base.name}", difference[0].difference, "+.4f"))
     return facts

@@ -39,9 +39,9 @@ def over_seeds(values: Iterable[float | None]) -> Measured | None:
     return Measured(statistics.fmean(known), error, len(known))
 
 
-def pairs(page: Collection, variant: Variant) -> list[tuple[Run, Run]]:
+def pairs(collection: Collection, variant: Variant) -> list[tuple[Run, Run]]:
     """Return each run of a variant that has a baseline, with that baseline."""
-    return [(run, base) for run in variant.seeds if (base := page.baseline_of(run)) is not None]
+    return [(run, base) for run in variant.seeds if (base := collection.baseline_of(run)) is not None]
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Paired:
     relative: Measured
 
 
-def paired(page: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
+def paired(collection: Collection, variant: Variant, value: Callable[[Run], float | None]) -> Paired | None:
     """Return the paired differences of a value, or None if no run and its baseline both have it."""
-    both = pairs(page, variant)
+    both = pairs(collection, variant)
     rows = [(run.name, "own", base.name, value(run)) for run, base in both]
     rows += [(base.name, "other", "", value(base)) for _, base in both]
     table = pd.DataFrame(rows, columns=["run", "combination", "baseline", "value"]).drop_duplicates("run")
@@ -75,20 +75,20 @@ def last_common(found: Sequence[Mapping[Key, Any]], rank: Callable[[Key], Any] =
 
 
 def difference_at_last(
-    page: Collection,
+    collection: Collection,
     variant: Variant,
     values: Callable[[Run], Mapping[Key, float]],
     rank: Callable[[Key], Any] = lambda key: key,
 ) -> tuple[Paired, Key] | None:
     """Return the paired differences at the last key (a step) that all pairs with values have, and that key, or None."""
-    known = {run.name: values(run) for pair in pairs(page, variant) for run in pair}
-    whole = [pair for pair in pairs(page, variant) if all(known[run.name] for run in pair)]
+    known = {run.name: values(run) for pair in pairs(collection, variant) for run in pair}
+    whole = [pair for pair in pairs(collection, variant) if all(known[run.name] for run in pair)]
     names = {run.name for pair in whole for run in pair}
     key = last_common([known[name] for name in names], rank)
     if key is None:
         return None
     at = {name: known[name][key] for name in names}
-    found = paired(page, variant, lambda run: at.get(run.name))
+    found = paired(collection, variant, lambda run: at.get(run.name))
     return None if found is None else (found, key)
 
 
@@ -97,9 +97,9 @@ def held_out(run: Run) -> dict[int, float]:
     return {line["step"]: loss for line in run.evaluations if (loss := number(line, "held_out_loss")) is not None}
 
 
-def loss_difference(page: Collection, variant: Variant) -> tuple[Paired, int] | None:
+def loss_difference(collection: Collection, variant: Variant) -> tuple[Paired, int] | None:
     """Return the difference in held-out loss to the paired baselines, and the last step of all pairs, or None."""
-    return difference_at_last(page, variant, held_out)
+    return difference_at_last(collection, variant, held_out)
 
 
 def comparable_losses(variants: Sequence[Variant]) -> tuple[list[tuple[Variant, Measured]], list[int], int] | None:
@@ -155,7 +155,9 @@ def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point]
     return replace(seeds, error=math.hypot(statistics.fmean(errors), seeds.error or 0.0)), point
 
 
-def benchmark_difference(page: Collection, variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:
+def benchmark_difference(
+    collection: Collection, variant: Variant, task: str, shots: int
+) -> tuple[Measured, Point] | None:
     """Return the difference to the paired baselines, and the last point that all evaluated pairs have, or None.
 
     The error is that over pairs, or for one pair sqrt(error^2 + error of the other^2).
@@ -164,13 +166,13 @@ def benchmark_difference(page: Collection, variant: Variant, task: str, shots: i
     def values(run: Run) -> dict[Point, float]:
         return {point: result.value for point, result in results_of(run, task, shots).items()}
 
-    found = difference_at_last(page, variant, values, Point.rank)
+    found = difference_at_last(collection, variant, values, Point.rank)
     if found is None:
         return None
     difference, point = found[0].difference, found[1]
     if difference.n > 1:
         return difference, point
-    (one,) = [pair for pair in pairs(page, variant) if all(values(run) for run in pair)]
+    (one,) = [pair for pair in pairs(collection, variant) if all(values(run) for run in pair)]
     errors = [results_of(run, task, shots)[point].stderr for run in one]
     known = [error for error in errors if error is not None]
     return Measured(difference.value, math.hypot(*known) if len(known) == 2 else None), point

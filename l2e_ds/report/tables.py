@@ -17,25 +17,25 @@ _PLACES = ("training.run_directory", "data.cache")
 _SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
 
 
-def all_tables(page: Collection) -> list[Table]:
+def all_tables(collection: Collection) -> list[Table]:
     """Return the tables that have rows, in the order of the page."""
     makers = (
         *(_variants, benchmarks, _time, _shares, _runs, _layers, _sets, _texts),
         *(differences, machines, evaluations),
     )
-    return [table for make in makers if (table := make(page)).rows]
+    return [table for make in makers if (table := make(collection)).rows]
 
 
-def _variants(page: Collection) -> Table:
+def _variants(collection: Collection) -> Table:
     """Return a row for each variant, if several runs are compared."""
     loss, against = "held-out loss", "against the baseline"
     rows: list[dict[Column, Any]] = []
-    for variant in page.variants if len(page.runs) > 1 else ():
+    for variant in collection.variants if len(collection.runs) > 1 else ():
         evaluated = [run for run in variant.seeds if run.evaluations]
         step = statistics.last_common([statistics.held_out(run) for run in evaluated])
         lines = [line for run in evaluated for line in run.evaluations if line["step"] == step]
-        difference, at = statistics.loss_difference(page, variant) or (None, None)
-        base = page.baseline_variant(variant)
+        difference, at = statistics.loss_difference(collection, variant) or (None, None)
+        base = collection.baseline_variant(variant)
         rows.append(
             {
                 Column("variant"): variant.name,
@@ -66,14 +66,14 @@ def _about_errors(rows: list[dict[Column, Any]]) -> list[str]:
     return about_errors(cell for row in rows for cell in row.values())
 
 
-def _time(page: Collection) -> Table:
+def _time(collection: Collection) -> Table:
     rows: list[dict[Column, Any]] = []
-    for variant in page.variants:
+    for variant in collection.variants:
         seconds = statistics.over_seeds(statistics.steady_median(run, "step_seconds") for run in variant.seeds)
         if seconds is None:
             continue
         theirs = published.EXTRA_TIME.get((variant.method, variant.size)) if variant.is_published_method else None
-        over = statistics.paired(page, variant, lambda run: statistics.steady_median(run, "step_seconds"))
+        over = statistics.paired(collection, variant, lambda run: statistics.steady_median(run, "step_seconds"))
         extra = over and over.relative
         rows.append(
             {
@@ -92,15 +92,15 @@ def _time(page: Collection) -> Table:
         "Medians over the lines of a run but the first after each start, means over seeds. Times compare only between"
         " runs on the same machines with nothing beside them."
     )
-    notes = [note, *_about_errors(rows), *without_published(page)]
+    notes = [note, *_about_errors(rows), *without_published(collection)]
     return table_of("time", "Time of a step", " ".join(notes), rows)
 
 
-def _shares(page: Collection) -> Table:
+def _shares(collection: Collection) -> Table:
     """Return a row for each size that was trained with several target shares."""
     rows: list[dict[Column, Any]] = []
     group = "best share"
-    inhibited = [variant for variant in page.variants if variant.method != "none"]
+    inhibited = [variant for variant in collection.variants if variant.method != "none"]
     for size in dict.fromkeys(variant.size for variant in inhibited):
         found = statistics.comparable_losses([variant for variant in inhibited if variant.size == size])
         of_variants, _, step = found or ([], [], 0)
@@ -128,9 +128,9 @@ def _shares(page: Collection) -> Table:
     return table_of("shares", "Share to inhibit", " ".join([note, *_about_errors(rows)]), rows)
 
 
-def _runs(page: Collection) -> Table:
+def _runs(collection: Collection) -> Table:
     rows: list[dict[Column, Any]] = []
-    for run in page.runs:
+    for run in collection.runs:
         lately = {
             key: mean(numbers(last_tenth(run.training), key)) for key in ("lm_loss", "observed_share", "gradient_norm")
         }
@@ -159,10 +159,10 @@ def _runs(page: Collection) -> Table:
     return table_of("runs", "Each run", note, rows)
 
 
-def _layers(page: Collection) -> Table:
+def _layers(collection: Collection) -> Table:
     rows: list[dict[Column, Any]] = []
-    are_compared = any(run.comparison_layers for run in page.runs)
-    for run in page.runs:
+    are_compared = any(run.comparison_layers for run in collection.runs)
+    for run in collection.runs:
         layers = [(layer, layer_key, run.method != "none") for layer in run.layers if run.evaluations]
         layers += [(layer, comparison_key, False) for layer in run.comparison_layers]
         for layer, key_of, is_inhibited in sorted(layers, key=lambda row: row[0]):
@@ -195,10 +195,10 @@ def _first_and_last(lines: list[dict], key: str, form: str, group: str) -> dict[
     return {Column("first", form, group): first, Column("last", form, group): last}
 
 
-def _sets(page: Collection) -> Table:
+def _sets(collection: Collection) -> Table:
     """Return a row for each run and set of a mixture."""
     rows: list[dict[Column, Any]] = []
-    for run in page.runs:
+    for run in collection.runs:
         line = run.training[-1] if run.training else {}
         for name in run.sets:
             rows.append(
@@ -214,10 +214,10 @@ def _sets(page: Collection) -> Table:
     return table_of("sets", "Each set of the mixture", note, rows)
 
 
-def _texts(page: Collection) -> Table:
+def _texts(collection: Collection) -> Table:
     """Return a row for each run and text of `evaluation.texts`."""
     rows: list[dict[Column, Any]] = []
-    for run in page.runs:
+    for run in collection.runs:
         for name in run.texts:
             lines = [line for line in run.evaluations if f"text_loss/{name}" in line]  # a resumed run may have added it
             loss = lines[-1][f"text_loss/{name}"]
@@ -234,17 +234,18 @@ def _texts(page: Collection) -> Table:
     return table_of("texts", "Each evaluated text", note, rows)
 
 
-def differences(page: Collection) -> Table:
+def differences(collection: Collection) -> Table:
     """Return a row for each run, with the keys of the configuration that differ between runs."""
-    keys = [key for key in differing([run.config for run in page.runs]) if key not in _PLACES]
+    keys = [key for key in differing([run.config for run in collection.runs]) if key not in _PLACES]
     rows = [
-        {Column("run"): run.name, **{Column(key): _plain(run.config.get(key)) for key in keys}} for run in page.runs
+        {Column("run"): run.name, **{Column(key): _plain(run.config.get(key)) for key in keys}}
+        for run in collection.runs
     ]
     note = "Keys of docs/run-files.md; all others are the same in all runs."
     return table_of("configurations", "What differs between the runs", note, rows if keys else [])
 
 
-def machines(page: Collection) -> Table:
+def machines(collection: Collection) -> Table:
     """Return a row for each start or resume."""
     rows = [
         {
@@ -258,7 +259,7 @@ def machines(page: Collection) -> Table:
             Column("git commit"): _commit(line.get("git") or {}),
             Column("versions"): ", ".join(f"{name} {version}" for name, version in line.get("versions", {}).items()),
         }
-        for run in page.runs
+        for run in collection.runs
         for line in run.starts
     ]
     return table_of(

@@ -18,15 +18,15 @@ _TASKS = {
 }
 
 
-def benchmarks(page: Collection) -> Table:
+def benchmarks(collection: Collection) -> Table:
     """Return a row for each benchmark and number of shots, with columns by size and method, as in the paper."""
-    tasks = tasks_of(page.runs)
-    evaluated = [variant for variant in page.variants if any(run.results for run in variant.runs)]
+    tasks = tasks_of(collection.runs)
+    evaluated = [variant for variant in collection.variants if any(run.results for run in variant.runs)]
     rows: list[dict[Column, Any]] = []
     points: set[Point] = set()
     tokens: set[int] = set()  # seen by the models that are compared with published results
     for task, shots in tasks:
-        row = {Column("benchmark"): task_name(page.runs, task, shots), Column("shots", "d"): shots}
+        row = {Column("benchmark"): task_name(collection.runs, task, shots), Column("shots", "d"): shots}
         for variant in evaluated:
             group = f"{variant.shown_size} {variant.name}" if variant.shown_size else variant.name
             ours, point = benchmark(variant, task, shots) or (None, None)
@@ -40,12 +40,12 @@ def benchmarks(page: Collection) -> Table:
             if theirs is not None and point and point.step is not None:
                 tokens.add(point.step * variant.runs[0].tokens_per_step)
             points |= {point} if point else set()
-            base = page.baseline_variant(variant)
+            base = collection.baseline_variant(variant)
             if base is None:
                 continue
             compared = f"{group} − {base.treatment}"
             plain = _published(base, task, shots)
-            difference, common = benchmark_difference(page, variant, task, shots) or (None, None)
+            difference, common = benchmark_difference(collection, variant, task, shots) or (None, None)
             row |= {
                 Column("ours", "+.4f", compared): difference,
                 Column("step", ",d", compared): _step(common),
@@ -53,7 +53,7 @@ def benchmarks(page: Collection) -> Table:
             }
             points |= {common} if common else set()
         rows.append(row)
-    note = _about_tasks(page, tasks, points, tokens)
+    note = _about_tasks(collection, tasks, points, tokens)
     return table_of("benchmarks", "Evaluation tasks, in the shape of the paper's table", note, rows)
 
 
@@ -86,7 +86,7 @@ def _published(variant: Variant, task: str, shots: int) -> float | None:
     return published.benchmark(task, shots, variant.size, variant.method) if variant.is_published_method else None
 
 
-def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
+def _about_tasks(collection: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
     parts = [
         "Accuracy (acc, not acc_norm; the paper does not say which it took), a mean at the last step that all seeds"
         " have evaluated, a difference at the last that all pairs have, both of equally many documents. ±: standard"
@@ -107,13 +107,15 @@ def _about_tasks(page: Collection, tasks: list[tuple[str, int]], points: set[Poi
             " of ours − published is ours alone. Ours: after"
             f" {' to '.join(f'{count:,}' for count in dict.fromkeys((min(tokens), max(tokens))))} tokens."
         )
-    return " ".join([*parts, *without_published(page)])
+    return " ".join([*parts, *without_published(collection)])
 
 
-def without_published(page: Collection) -> list[str]:
+def without_published(collection: Collection) -> list[str]:
     """Return a sentence if runs of a published size inhibit in another way than those of the paper's tables."""
     others = [
-        run for run in page.runs if run.size in published.SIZES and run.method != "none" and not run.is_published_method
+        run
+        for run in collection.runs
+        if run.size in published.SIZES and run.method != "none" and not run.is_published_method
     ]
     if not others:
         return []
@@ -125,7 +127,7 @@ def without_published(page: Collection) -> list[str]:
     ]
 
 
-def evaluations(page: Collection) -> Table:
+def evaluations(collection: Collection) -> Table:
     """Return a row for each result of every task and part of a task, at every step."""
     rows = [
         {
@@ -139,7 +141,7 @@ def evaluations(page: Collection) -> Table:
             Column("documents", ",d"): result.samples,
             Column("limit", ",d"): result.limit,
         }
-        for run in page.runs
+        for run in collection.runs
         for result in run.results
     ]
     return table_of("evaluations", "All results of the evaluation tasks", "", rows)

@@ -48,24 +48,24 @@ class Notice:
         return _WHERE[self.kind]
 
 
-def all_warnings(page: Collection) -> list[Notice]:
+def all_warnings(collection: Collection) -> list[Notice]:
     """Return all warnings, the most serious first."""
-    found = [notice for variant in page.variants for notice in _of_variant(page, variant)]
-    found += [notice for run in page.runs for notice in _of_run(run)]
-    found += _different(page)
-    if page.waiting:
-        text = f"{len(page.waiting)} have written nothing yet: {', '.join(page.waiting)}"
+    found = [notice for variant in collection.variants for notice in _of_variant(collection, variant)]
+    found += [notice for run in collection.runs for notice in _of_run(run)]
+    found += _different(collection)
+    if collection.waiting:
+        text = f"{len(collection.waiting)} have written nothing yet: {', '.join(collection.waiting)}"
         found.append(Notice("not finished", text))
     return sorted(found, key=lambda notice: list(_WHERE).index(notice.kind))
 
 
-def _of_variant(page: Collection, variant: Variant) -> Iterator[Notice]:
+def _of_variant(collection: Collection, variant: Variant) -> Iterator[Notice]:
     first = {run.seed: run.name for run in variant.seeds}
     for run in variant.runs:
         if run.name != first[run.seed]:
             text = f"{run.name} has the seed and configuration of {first[run.seed]}: counted once"
             yield Notice("run that is no further seed", text)
-    found, base = loss_difference(page, variant), page.baseline_variant(variant)
+    found, base = loss_difference(collection, variant), collection.baseline_variant(variant)
     if found is None or base is None:
         return
     difference, step = found[0].difference, found[1]
@@ -105,10 +105,10 @@ def _of_run(run: Run) -> Iterator[Notice]:
         yield Notice("not finished", f"{run.name}: at step {run.step:,} of {run.steps:,}, {written}")
 
 
-def _different(page: Collection) -> Iterator[Notice]:
+def _different(collection: Collection) -> Iterator[Notice]:
     """Compare each run's configuration with its baseline's, and those of the runs outside studies that have none."""
-    base_of = {run.name: page.baseline_of(run) for run in page.runs}
-    for run in page.runs:
+    base_of = {run.name: collection.baseline_of(run) for run in collection.runs}
+    for run in collection.runs:
         base = base_of[run.name]
         if base is None:
             continue
@@ -116,12 +116,14 @@ def _different(page: Collection) -> Iterator[Notice]:
         if keys:
             values = "; ".join(f"{key} {base.config.get(key)} and {run.config.get(key)}" for key in keys)
             yield Notice("compared with another configuration", f"{base.name} and {run.name}: {values}")
-    alone = [run for run in page.runs if not run.study]
+    alone = [run for run in collection.runs if not run.study]
     bases = [base_of[run.name] for run in alone]
     if all(run in bases or base_of[run.name] is not None for run in alone):
         return
     keys = differing([comparable(run, inhibition=False, seed=False) for run in alone])
-    seeds = {frozenset(run.seed for run in variant.runs) for variant in page.variants if not variant.runs[0].study}
+    seeds = {
+        frozenset(run.seed for run in variant.runs) for variant in collection.variants if not variant.runs[0].study
+    }
     keys += ["training.seed"] if len(seeds) > 1 else []
     if keys:
         values = "; ".join(
