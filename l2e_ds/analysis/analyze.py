@@ -199,8 +199,9 @@ def _analyse(
     _check_disk(model, texts, folder)
     rows = collect.Texts(texts.tokens, arguments.batch, in_step=arguments.zero3)
     layers = collect.collect_activations(model, rows, folder)
+    samples = None
     if arguments.samples != "token":
-        layers = [layer.as_one_sample(arguments.samples) for layer in layers]
+        layers = samples = [layer.as_one_sample(arguments.samples) for layer in layers]
 
     first = collectives.run_on_main(
         lambda: tables.first_tables(
@@ -214,15 +215,9 @@ def _analyse(
         )
     )
     own, shown = collectives.broadcast_object((first.own, _shown(first, layers)) if first is not None else None)
-    if arguments.samples == "token":
-        counts, activations = collect.count_scores(model, rows, texts.labels, own, len(texts.features), shown, folder)
-    else:  # needs the tables of the first pass, which only rank 0 has
-        counts = [
-            collect.count_scores_of_samples(layer, texts.labels, layer_own, folder / f"scores-{layer.layer:03d}.npy")
-            for layer, layer_own in zip(layers, own[: len(layers)], strict=True)
-        ]
-        shown = shown if layers else []
-        activations = collect.distributions_of_samples(layers, texts.labels, len(texts.features), shown)
+    counts, activations = collect.count_scores(
+        model, rows, texts.labels, own, len(texts.features), shown, folder, samples
+    )
     model.close()
     model_tables = collectives.run_on_main(lambda: _all_tables(first, model, texts, counts, shown, activations)) or {}
     shutil.rmtree(folder, ignore_errors=True)

@@ -223,14 +223,16 @@ def count_scores(
     features: int,
     shown: Sequence[Shown],
     folder: Path,
+    samples: Sequence[LayerActivations] | None = None,
 ) -> tuple[list[LayerCounts], np.ndarray]:
     """Run the second pass: count scores by bins, and the activations of the neurons in `shown`. Collective.
 
     labels: index of each text's feature, int64 [texts]; own: by site, the same on every rank; folder: as in
-    `collect_activations`. Returns on rank 0 the scores, and activations by feature and bin, int64 [shown, F,
-    VALUE_BINS].
+    `collect_activations`; samples: count the values of these tables, in which a text is one sample, instead of running
+    the model; rank 0 has them, the others have []. Returns on rank 0 the scores, and activations by feature and bin,
+    int64 [shown, F, VALUE_BINS].
     """
-    count, length = texts.tokens.shape
+    count, length = len(texts.tokens), texts.tokens.shape[1] if samples is None else 1
     device = model.device
     tables = [
         open_memmap(folder / f"scores-{site.layer:03d}.npy", mode="w+", dtype=np.int32, shape=(count, 2, BINS))
@@ -269,46 +271,17 @@ def count_scores(
                 for of_text, label in zip(activations, labels[rows], strict=True):
                     values[number, label] += torch.histc(of_text, VALUE_BINS, low, high)
 
-    run_over(model, texts, see, f"{model.source.label}: scores")
-    samples = count * length
+    if samples is None:
+        run_over(model, texts, see, f"{model.source.label}: scores")
+    for index, layer in enumerate(samples or []):
+        for first in range(0, count, texts.batch):
+            rows = slice(first, min(first + texts.batch, count))
+            see(index, rows, torch.from_numpy(layer.mean[rows]).to(device))
     histograms = []
     for table, part in zip(tables, fourth, strict=True):
         _sum_on_main(table)
         collectives.all_reduce_sum(part)
-        histograms.append(LayerCounts(table, part.cpu().numpy() / samples))
+        histograms.append(LayerCounts(table, part.cpu().numpy() / (count * length)))
     if len(shown):
         _sum_on_main(values.numpy())
     return histograms, values.long().numpy()
-
-
-def count_scores_of_samples(layer: LayerActivations, labels: np.ndarray, own: LayerOwn, path: Path) -> LayerCounts:
-    """Return what `count_scores` counts if a text is one sample, from the table of the first pass alone."""
-    texts, neurons = layer.mean.shape
-    table = open_memmap(path, mode="w+", dtype=np.int32, shape=(texts, 2, BINS))
-    table[:] = 0
-    fourth = np.zeros(neurons)
-    alive, inverse = own.own >= 0, inverse_variance(own)
-    for first in range(0, texts, 64):
-        rows = slice(first, min(first + 64, texts))
-        deviation = layer.mean[rows] - own.mean.astype(np.float32)
-        scores = deviation * deviation * inverse
-        fourth += (scores.astype(np.float64) ** 2).sum(0)
-        bins = bin_of(torch.from_numpy(scores)).numpy()
-        is_own = labels[rows, None] == own.own
-        for text in range(rows.stop - rows.start):
-            for kind in (0, 1):
-                chosen = bins[text][alive & (is_own[text] == bool(kind))]
-                table[first + text, kind] = np.bincount(chosen, minlength=BINS)
-    return LayerCounts(table, fourth / texts)
-
-
-def distributions_of_samples(
-    layers: Sequence[LayerActivations], labels: np.ndarray, features: int, shown: Sequence[Shown]
-) -> np.ndarray:
-    """Return the activations of the neurons in `shown` as `count_scores` does, if a text is one sample."""
-    by_number = {layer.layer: layer for layer in layers}
-    counts = np.empty((len(shown), features, VALUE_BINS), np.int64)
-    for of_neuron, (layer, neuron, low, high) in zip(counts, shown, strict=True):
-        values = np.clip(by_number[layer].mean[:, neuron], low, high)
-        of_neuron[:] = [np.histogram(values[labels == f], VALUE_BINS, (low, high))[0] for f in range(features)]
-    return counts

@@ -6,7 +6,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e_ds.analysis import collect
-from l2e_ds.analysis.collect import BINS, Texts, bin_edges, bin_of, collect_activations, count_scores
+from l2e_ds.analysis.collect import BINS, Shown, Texts, bin_edges, bin_of, collect_activations, count_scores
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.errors import AnalysisError
@@ -114,10 +114,13 @@ def test_scores_by_bins(model, tokens, activations, tmp_path):
 
 
 def test_samples_of_texts_are_counted_as_tokens_would_be(model, tokens, activations, tmp_path):
-    layer = collect_activations(model, Texts(tokens, BATCH), tmp_path)[0].as_one_sample("max")
+    texts = Texts(tokens, BATCH)
+    samples = [layer.as_one_sample("max") for layer in collect_activations(model, texts, tmp_path)]
     values = activations[0].max(1)
     own = own_of(values[:, None])
-    found = collect.count_scores_of_samples(layer, LABELS, own, tmp_path / "scores.npy")
+    neuron = Shown(0, 7, float(values[:, 7].min()), float(values[:, 7].max()))
+    (found, _), (distribution,) = count_scores(model, texts, LABELS, [own, own], FEATURES, [neuron], tmp_path, samples)
+    assert distribution.sum(1).tolist() == np.bincount(LABELS).tolist()
     phi = score(values, own)
     np.testing.assert_allclose(found.fourth, (phi**2).mean(0), rtol=1e-3, atol=1e-6)
     for text in range(TEXTS):
