@@ -25,7 +25,7 @@ import torch
 from benchmarks.about import Option, device_name, heading, median_and_spread, say, seconds_of, without_stderr
 from l2e_ds import analysis
 from l2e_ds.analysis import tables
-from l2e_ds.analysis.collect import Shown, Texts, bin_edges, collect_activations, count_scores
+from l2e_ds.analysis.collect import ShownNeuron, Texts, bin_edges, collect_activations, count_scores
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.config.sections import ModelConfig
@@ -42,7 +42,7 @@ from l2e_ds.system.process import quiet_libraries
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas")
 FEATURES = 12
 POLL = 0.02  # seconds
-SHOWN = [Shown(0, neuron, -1.0, 10.0) for neuron in range(FEATURES)]
+SHOWN = [ShownNeuron(0, neuron, -1.0, 10.0) for neuron in range(FEATURES)]
 """As many distributions as an analysis counts, of arbitrary neurons."""
 # a quarter of the texts needs five of each feature, for fitting and testing a probe
 OPTIONS = {

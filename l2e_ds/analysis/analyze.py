@@ -239,7 +239,7 @@ def _check_disk(model: LoadedModel, texts: FeatureSet, folder: Path) -> None:
     collectives.raise_on_all(error)
 
 
-def _shown(first: tables.FirstTables, layers: Sequence[collect.LayerActivations]) -> list[collect.Shown]:
+def _shown(first: tables.FirstTables, layers: Sequence[collect.LayerActivations]) -> list[collect.ShownNeuron]:
     """Return the best probed neuron of each feature, once each, with its lowest and highest activation."""
     probes = first.tables["probes"]
     best = probes[probes["place"] == 1][["layer", "neuron"]].drop_duplicates()
@@ -247,7 +247,7 @@ def _shown(first: tables.FirstTables, layers: Sequence[collect.LayerActivations]
     for index, neuron in best.itertuples(index=False):  # in these tables `layer` counts the analysed layers only
         layer = layers[index]
         lowest, highest = float(layer.lowest[neuron]), float(layer.top[:, neuron].max())
-        shown.append(collect.Shown(layer.layer, int(neuron), lowest, highest))
+        shown.append(collect.ShownNeuron(layer.layer, int(neuron), lowest, highest))
     return shown
 
 
@@ -256,7 +256,7 @@ def _all_tables(
     model: LoadedModel,
     texts: FeatureSet,
     counts: Sequence[tables.LayerCounts],
-    shown: Sequence[collect.Shown],
+    shown: Sequence[collect.ShownNeuron],
     activations: np.ndarray,
 ) -> Tables:
     """Return all tables of a model. Their column `layer` is the model's number of the layer, not that of the site."""
@@ -271,11 +271,11 @@ def _all_tables(
 
 
 def _distributions(
-    probes: pd.DataFrame, shown: Sequence[collect.Shown], activations: np.ndarray, features: Sequence[str]
+    probes: pd.DataFrame, shown: Sequence[collect.ShownNeuron], activations: np.ndarray, features: Sequence[str]
 ) -> pd.DataFrame:
     """Return a row for each probed feature, feature and bin."""
     by_neuron = {
-        (neuron.layer, neuron.neuron): collect.trimmed(neuron, counts)
+        (neuron.layer, neuron.neuron): collect.trim_distribution(neuron, counts)
         for neuron, counts in zip(shown, activations, strict=True)
     }
     parts = []

@@ -46,7 +46,7 @@ def resampled_moments(
     return FeatureMoments(moments.texts, moments.tokens, means, variances)
 
 
-def held_own_scores(inside: Array, own: Array) -> Array:
+def own_scores_of_resamples(inside: Array, own: Array) -> Array:
     """Return each resample's mean score of the neurons' own features, held fixed, [B, C]; 0 for own = -1.
 
     inside: [B, F, C]; own: [C]. The own score is a maximum over features, so noise alone increases it. Choosing l* anew

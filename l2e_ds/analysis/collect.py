@@ -36,7 +36,7 @@ LOWEST, HIGHEST = -8, 16
 BINS = (HIGHEST - LOWEST) * 2**MANTISSA_BITS + 1
 _SHIFT = 23 - MANTISSA_BITS
 _FIRST = (127 + LOWEST) * 2**MANTISSA_BITS - 1
-# Bins of equal width over the range of one neuron's activations, which `trimmed` joins.
+# Bins of equal width over the range of one neuron's activations, which `trim_distribution` joins.
 VALUE_BINS = 512
 BLOCK = 1024  # rows of a table (or, squared, values of it) that are in memory at a time
 
@@ -91,7 +91,7 @@ def inverse_variance(own: LayerOwn) -> np.ndarray:
     return np.where(alive, 1 / np.where(alive, own.s, 1.0) ** 2, 0.0).astype(np.float32)
 
 
-class Shown(NamedTuple):
+class ShownNeuron(NamedTuple):
     """A neuron whose distribution is wanted, and its lowest and highest activation."""
 
     layer: int
@@ -100,7 +100,7 @@ class Shown(NamedTuple):
     highest: float
 
 
-def trimmed(neuron: Shown, counts: np.ndarray, most: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def trim_distribution(neuron: ShownNeuron, counts: np.ndarray, most: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Return a neuron's distribution without the empty bins at both ends, in at most `most` bins.
 
     counts: activations by feature and bin, int64 [F, VALUE_BINS]. Returns edges [bins + 1] and counts [F, bins].
@@ -221,7 +221,7 @@ def count_scores(
     labels: np.ndarray,
     own: Sequence[LayerOwn],
     features: int,
-    shown: Sequence[Shown],
+    shown: Sequence[ShownNeuron],
     folder: Path,
     samples: Sequence[LayerActivations] | None = None,
 ) -> tuple[list[LayerCounts], np.ndarray]:

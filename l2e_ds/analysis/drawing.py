@@ -101,7 +101,7 @@ def frame(
     """
     width = max(7.4, columns * panel[0] + legend)
     texts = [
-        (textwrap.wrap(shown(text), int((width - 0.3) * 72 / (size * _EM[size]))), size)
+        (textwrap.wrap(drawable(text), int((width - 0.3) * 72 / (size * _EM[size]))), size)
         for text, size in ((title, _TITLE), (subtitle, _SUBTITLE), (note, _NOTE))
     ]
     heights = [len(lines) * size * _LINE / 72 for lines, size in texts]  # inches
@@ -159,7 +159,7 @@ def draw_distribution(
             density,
             color=(OWN, _NEXT, _OTHERS)[rank],
             linewidth=(2.0, 1.3, 0.8)[rank],
-            label=f"{shown(feature, 28)}, MS {scores[feature]:.3g}" if rank < 2 else f"_{feature}",
+            label=f"{drawable(feature, 28)}, MS {scores[feature]:.3g}" if rank < 2 else f"_{feature}",
             zorder=4 - rank,
         )
     if len(others) > 1:
@@ -207,7 +207,7 @@ def draw_significance(axes: Axes, tables: Tables) -> None:
     low, high = axes.get_xlim()
     ticks = (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)
     set_ticks(axes.xaxis, LogLocator(subs=ticks, numticks=20), "{:g}".format)
-    axes.set_yticks(list(rows.index), [shown(name, 26) for name in rows["feature"]])
+    axes.set_yticks(list(rows.index), [drawable(name, 26) for name in rows["feature"]])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("MS on the feature's texts (log scale)")
@@ -295,7 +295,7 @@ def add_legend(axes: Axes, source: Axes, results: Results, endings: Sequence[str
 
 
 def _model_name(label: str) -> str:
-    return "\n".join(textwrap.wrap(shown(label, 84), 30))
+    return "\n".join(textwrap.wrap(drawable(label, 84), 30))
 
 
 def hide_unused(grid: np.ndarray, used: int) -> None:
@@ -330,7 +330,7 @@ def _glyphs() -> frozenset[int]:
     return frozenset(font.get_charmap())
 
 
-def shown(text: str, most: int | None = None) -> str:
+def drawable(text: str, most: int | None = None) -> str:
     """Return a text, longer ones without their middle, with escapes for characters that the font cannot show."""
     text = "".join(c if c.isprintable() and ord(c) in _glyphs() else c.encode("unicode_escape").decode() for c in text)
     if most is not None and len(text) > most:

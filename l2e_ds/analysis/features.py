@@ -94,7 +94,7 @@ def load_feature_set(
             long_enough[feature].append(number)
     features = tuple(sorted(found))
     available = {feature: len(long_enough[feature]) for feature in features}
-    count = _texts_of_each(source, found, available, sequence_length, texts_per_feature)
+    count = _balanced_count(source, found, available, sequence_length, texts_per_feature)
 
     chosen = np.concatenate([_choice(long_enough[feature], count, seed, feature) for feature in features])
     order = np.random.default_rng(seed).permutation(len(chosen))
@@ -156,7 +156,7 @@ def format_report(report: dict[str, Any]) -> str:
     return "\n".join([aligned(facts), "", *lines])
 
 
-def _texts_of_each(
+def _balanced_count(
     source: str, found: Counter[str], available: dict[str, int], sequence_length: int, asked: int | None
 ) -> int:
     """Return how many texts of every feature are chosen. Raises ConfigError."""
@@ -245,7 +245,7 @@ def _on_hub(source: str, split: str) -> SourceConfig:
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
-    with sources.opened(path) as (stream, _):
+    with sources.open_decompressed(path) as (stream, _):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue

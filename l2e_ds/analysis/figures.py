@@ -90,7 +90,7 @@ def monosemantic_vs_random(results: Results, about: Mapping[str, Any]) -> Figure
     )
     for axes, (label, tables) in zip(grid.flat, results.items(), strict=False):
         drawing.draw_significance(axes, tables)
-        axes.set_title(drawing.shown(label, 48))
+        axes.set_title(drawing.drawable(label, 48))
     marks = [
         Line2D([], [], color=drawing.OWN, marker="o", linestyle="", markersize=7, label="monosemantic neurons, mean"),
         Line2D([], [], color=drawing.OWN, marker=".", linewidth=0.8, alpha=0.5, label="each of them"),

@@ -62,7 +62,7 @@ def feature_moments(mean: Array, variance: Array, labels: Array, features: int, 
     return FeatureMoments(np.bincount(labels, minlength=features), tokens, means, variances)
 
 
-def pooled(moments: FeatureMoments) -> tuple[Array, Array]:
+def overall_moments(moments: FeatureMoments) -> tuple[Array, Array]:
     """Return mean and sample variance S^2 = M2 / (count - 1) over all tokens of all features, [..., C] each."""
     share = (moments.texts / moments.texts.sum())[:, None]
     mean = (share * moments.mean).sum(axis=-2)
@@ -78,14 +78,17 @@ def is_alive(mean: Array, variance: Array) -> Array:
 
 def mean_scores(moments: FeatureMoments) -> Array:
     """Return the mean score phi (eq. 1) inside each feature, [..., F, C], by mean and S of all tokens; 0 if dead."""
-    mean, variance = pooled(moments)
+    mean, variance = overall_moments(moments)
     alive = is_alive(mean, variance)
     inverse = np.where(alive, 1 / np.where(alive, variance, 1.0), 0.0)[..., None, :]
     return (moments.variance + (moments.mean - mean[..., None, :]) ** 2) * inverse
 
 
 def scores_outside(inside: Array, texts: Array) -> Array:
-    """Return the mean score over the tokens of all other features (eq. 2), [..., F, C]. texts: of each feature, [F]."""
+    """Return the mean score over the tokens of all other features (eq. 2), [..., F, C].
+
+    texts: how many texts each feature has, [F].
+    """
     others = texts * (1 - np.eye(len(texts)))
     return (others / others.sum(axis=1, keepdims=True)) @ inside
 
@@ -184,7 +187,7 @@ def _worst_error(rate: Array, needed: Array, wrong: Array, own: Array, before: A
     return np.maximum(highest - rate, rate - lowest)
 
 
-def together(layers: list[FalseKilling]) -> FalseKilling:
+def join_layers(layers: list[FalseKilling]) -> FalseKilling:
     """Return all layers as one, of which each keeps its own tau_k: selected and falsely killed are summed, tau is NaN.
 
     `error`, the mean weighted by selected, bounds the error of the rate unless several scores equal tau_k.

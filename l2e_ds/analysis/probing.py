@@ -61,7 +61,7 @@ def probe_layer(values: Array, labels: Array, features: int, masks: Array) -> Pr
     return Probes(f1_train, f1_test, f1_test_sd, direction)
 
 
-def best_places(f1_train: Array, alive: Array, places: int = PLACES) -> Array:
+def best_neurons(f1_train: Array, alive: Array, places: int = PLACES) -> Array:
     """Return the live neurons with the highest training F1 for each feature, best first, int64 [F, places].
 
     There are fewer places if fewer neurons are alive. f1_train: [F, neurons]; alive: [neurons] bool.

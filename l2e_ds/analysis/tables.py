@@ -31,7 +31,8 @@ Tables = dict[str, pd.DataFrame]
 
 
 Moments = tuple[Array, Array]
-"""Of a layer: mean and population variance (0 if a text is a sample) of each text's activations, float32 [texts, N]."""
+"""A layer's table of texts: mean and population variance of each text's activations, float32 [texts, N] each. Where a
+text is one sample, its variance is 0."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,10 @@ class LayerCounts:
 
 @dataclass(frozen=True)
 class FirstTables:
-    """The result of stage one. tables: those that need no histogram; `neurons` still lacks kurtosis. own: by layer.
+    """The result of stage one.
 
-    tokens: T; weights: [B, texts], how often a resample holds each text; own_score, mean_s: [L, B], by resample.
+    tables: those that need no histogram, of which `neurons` still lacks the kurtosis; own: for each layer; tokens: T;
+    weights: [B, texts], how often each resample holds each text; own_score, mean_s: [L, B], those of each resample.
     """
 
     tables: Tables
@@ -102,7 +104,7 @@ def first_tables(
             "analysis: no neuron of any layer varies over the texts; is the model trained and read right?"
         )
     sample = np.sort(np.random.default_rng(seed).choice(live, min(RANDOM_NEURONS, len(live)), replace=False))
-    best = probing.best_places(found["f1_train"], alive)
+    best = probing.best_neurons(found["f1_train"], alive)
     scores = _scores_of(layers, labels, len(features), tokens, weights, np.union1d(sample, best))
     sizes = [len(part["own"]) for part in parts]
     place = pd.DataFrame(
@@ -133,7 +135,7 @@ def build_tables(first: FirstTables, counts: Sequence[LayerCounts], edges: Array
         measures.false_killing(bootstrap.resampled_histogram(weights, layer.histogram), edges, SHARES, of_layer)
         for layer, of_layer in zip(counts, pairs, strict=True)
     ]
-    everything = measures.together(curves)
+    everything = measures.join_layers(curves)
     suggestions = [measures.suggested_share(curve, SHARES) for curve in curves]
     tables["layers"] = _layers(first, neurons, suggestions)
     tables["fkr"] = pd.concat(
@@ -194,7 +196,7 @@ def _layer_moments(
     for columns in measures.column_blocks(neurons, max(texts, resamples * features)):
         mean, variance = np.asarray(means[:, columns]), np.asarray(variances[:, columns])
         moments = measures.feature_moments(mean, variance, labels, features, tokens)
-        overall, square = measures.pooled(moments)
+        overall, square = measures.overall_moments(moments)
         inside = measures.mean_scores(moments)
         count = moments.texts * tokens
         own, own_score = measures.own_features(inside)
@@ -210,8 +212,8 @@ def _layer_moments(
             }
         )
         resampled = bootstrap.resampled_moments(weights, mean, variance, labels, moments)
-        own_score_sum += bootstrap.held_own_scores(measures.mean_scores(resampled), own).sum(axis=1)
-        s_sum += np.sqrt(measures.pooled(resampled)[1]).sum(axis=1)
+        own_score_sum += bootstrap.own_scores_of_resamples(measures.mean_scores(resampled), own).sum(axis=1)
+        s_sum += np.sqrt(measures.overall_moments(resampled)[1]).sum(axis=1)
     found = {name: np.concatenate([block[name] for block in blocks], axis=-1) for name in blocks[0]}
     found["outside"] = measures.scores_outside(found["inside"], np.bincount(labels))
     found |= vars(probing.probe_layer(means, labels, features, masks))
@@ -333,7 +335,7 @@ def _scale(parameters: int, sample: Array, scores: Scores) -> pd.DataFrame:
     row = {"parameters": parameters, "neurons": len(sample), "ks": measures.own_against_all(inside)}
     own, own_score = measures.own_features(inside)
     row |= _bounds("ks", ks) | {"own_score": own_score.mean()}
-    return pd.DataFrame([row | _bounds("own_score", bootstrap.held_own_scores(resampled, own).mean(axis=1))])
+    return pd.DataFrame([row | _bounds("own_score", bootstrap.own_scores_of_resamples(resampled, own).mean(axis=1))])
 
 
 def _layers(first: FirstTables, neurons: pd.DataFrame, suggestions: list[tuple[Array, Array]]) -> pd.DataFrame:

@@ -22,7 +22,7 @@ import l2e_ds
 from l2e_ds.config.sections import DataConfig, SourceConfig
 from l2e_ds.console import at_least, say
 from l2e_ds.data.indexed import best_dtype, pair
-from l2e_ds.data.sources import PATTERNS, looks_local, passed_over, source_files
+from l2e_ds.data.sources import PATTERNS, looks_local, source_files, unread_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
 from l2e_ds.data.tokenize import OPTIONS, tokenise
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -155,10 +155,10 @@ def _fill(
     """Write all files, complete, into the folder, train.json last."""
     vocabulary, name = vocabulary_size(tokenizer), arguments.tokenizer
     dtype = np.dtype(best_dtype(vocabulary)).newbyteorder("<")
-    if unread := passed_over(config):
+    if unread := unread_files(config):
         say(unread)
     with TokenFiles(folder, parts, dtype, asked) as files:
-        if files.goes_on:
+        if files.resumes:
             before = files.notes["counts"]
             say(f"resuming from {folder}: {sum(before['tokens'].values()):,} tokens are done")
         counts = tokenise(

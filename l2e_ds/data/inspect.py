@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 _CHUNK = 1 << 20  # tokens that are read at once
 _COUNTED = 1 << 24  # ids from here on are not counted one by one, which would take too much memory
-_A_LINE = 16  # tokens that are shown in a line
+_TOKENS_PER_LINE = 16
 
 
 # --- what is known about a set ----------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ def _list_batch(view: View, step: int) -> Iterator[str]:
         ends = "-" if view.end_of_text is None else f"{np.count_nonzero(ids == view.end_of_text):,}"
         documents = len(_documents_in(dataset, number)) or "-"
         name = f"{names[index]:<{width}}" if width else ""
-        preview = " ".join(map(str, ids[:_A_LINE].tolist()))
+        preview = " ".join(map(str, ids[:_TOKENS_PER_LINE].tolist()))
         if view.tokenizer is not None:
-            preview = json.dumps(_decode(view.tokenizer, ids[:_A_LINE]), ensure_ascii=False)
+            preview = json.dumps(_decode(view.tokenizer, ids[:_TOKENS_PER_LINE]), ensure_ascii=False)
         yield f"{row:>5}  {name}{epoch:>5}  {number:>12,}  {documents:>9}  {ends:>11}  {preview} ..."
 
 
@@ -287,8 +287,8 @@ def _show_sequence(view: View, step: int, row: int) -> Iterator[str]:
     if view.end_of_text is not None:
         yield f"end-of-text (id {view.end_of_text}) at: {', '.join(map(str, ends)) or 'none'}"
     yield "\nids"
-    for at in range(0, len(ids), _A_LINE):
-        yield f"{at:>6}  " + " ".join(f"{token:>5}" for token in ids[at : at + _A_LINE].tolist())
+    for at in range(0, len(ids), _TOKENS_PER_LINE):
+        yield f"{at:>6}  " + " ".join(f"{token:>5}" for token in ids[at : at + _TOKENS_PER_LINE].tolist())
     if view.tokenizer is not None:
         cuts = sorted({0, *(at for at, _, _ in documents), *(end + 1 for end in ends if end + 1 < len(ids))})
         for begin, end in zip(cuts, [*cuts[1:], len(ids)], strict=True):

@@ -41,7 +41,7 @@ from l2e_ds.data.prepare import (
     prepare_text,
 )
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
-from l2e_ds.data.sources import check_source, passed_over
+from l2e_ds.data.sources import check_source, unread_files
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
 from l2e_ds.errors import DataError
 
@@ -241,7 +241,7 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
     prepared = []
     for index, (name, weight, part) in enumerate(config.all_sets()):
         with _naming(_key_of(config, index)):
-            _say_passed_over(part)
+            _say_unread_files(part)
             if part.streaming:
                 data_set = prepare_stream(part, cache, vocab_size, evaluated)
             else:
@@ -272,16 +272,16 @@ def prepare_texts(
         more = {"sets": None, "held_out": 0.0, "tokenizer": tokenizer, "train_tokenizer": None}
         config = data.model_copy(update=source | more)
         with _naming(f"evaluation.texts.{index}"):
-            _say_passed_over(config)
+            _say_unread_files(config)
             prepared.append(prepare_text(config, cache, vocab_size, text.name))
     return prepared
 
 
-def _say_passed_over(config: DataConfig) -> None:
+def _say_unread_files(config: DataConfig) -> None:
     """Print, on rank 0, which files of a source are not read. Raises DataError."""
     from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
 
-    if collectives.is_main() and (unread := passed_over(config)):
+    if collectives.is_main() and (unread := unread_files(config)):
         say(f"l2e-ds: {unread}")
 
 

@@ -79,7 +79,7 @@ class PreparedData:
 class PreparedText:
     """A text that a run evaluates and does not train on.
 
-    name: that of `evaluation.texts`. dataset: its sequences. num_bytes: of its documents in UTF-8.
+    name: its name in `evaluation.texts`. dataset: its sequences. num_bytes: how long its documents are in UTF-8.
     """
 
     name: str
@@ -92,9 +92,10 @@ class PreparedText:
         return len(self.dataset) * self.dataset.sequence_length
 
     def bits_per_byte(self, loss: float) -> float:
-        """Return the bits a byte of a loss in nats a token: its tokens a byte times log2(e) times the loss.
+        """Return, in bits per byte, a loss that is given in nats per token.
 
-        The tokens are all of the text, an end of text behind each document included (Gao et al. 2020, The Pile, 3.1).
+        That is the loss times log2(e) times the tokens per byte. All tokens of the text are counted, with the
+        end-of-text behind each document (Gao et al. 2020, The Pile, 3.1).
         """
         return loss / math.log(2) * self.dataset.num_tokens / self.num_bytes
 
@@ -153,7 +154,7 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
     _check_vocabulary(tokenizer, config, vocab_size)
     train = _own_sequences(config, folder / "train", vocab_size)
     held_out = _own_sequences(config, folder / "held_out", vocab_size) if config.held_out else None
-    return _checked(config, train, held_out, tokenizer, folder)
+    return _prepared_data(config, train, held_out, tokenizer, folder)
 
 
 def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) -> PreparedText:
@@ -367,10 +368,10 @@ def _open_indexed(config: DataConfig, vocab_size: int) -> PreparedData:
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer is not None else None
     if tokenizer is not None:
         _check_vocabulary(tokenizer, config, vocab_size)
-    return _checked(config, token_dataset(indexed, *sizes, stop=train_stop), held_out, tokenizer, None)
+    return _prepared_data(config, token_dataset(indexed, *sizes, stop=train_stop), held_out, tokenizer, None)
 
 
-def _checked(
+def _prepared_data(
     config: DataConfig,
     train: TokenDataset,
     held_out: TokenDataset | None,

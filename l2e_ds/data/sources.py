@@ -150,7 +150,7 @@ def path_entries(config: SourceConfig) -> list[str]:
     return [config.path] if isinstance(config.path, str) else list(config.path or [])
 
 
-def passed_over(config: SourceConfig) -> str | None:
+def unread_files(config: SourceConfig) -> str | None:
     """Return a line that counts the files in the folders of data.path that are not read, or None. Raises DataError."""
     if config.source not in PATTERNS:
         return None
@@ -209,7 +209,7 @@ def _read_whole_files(config: SourceConfig, position: Position) -> Iterator[tupl
     for index in range(position.get("file", 0), len(files)):
         path = files[index]
         try:
-            with opened(path) as (stream, raw):
+            with open_decompressed(path) as (stream, raw):
                 content = stream.read()
                 bytes_read += raw.tell()
         except DataError:
@@ -255,7 +255,7 @@ def _read_jsonl(config: SourceConfig, position: Position) -> Iterator[tuple[Chun
     offset, line = position.get("offset", 0), position.get("line", 0)
     for index in range(first_file, len(files)):
         path = files[index]
-        with opened(path) as (stream, raw):
+        with open_decompressed(path) as (stream, raw):
             _skip(stream, offset)
             while block := stream.read(CHUNK_BYTES):
                 block += stream.readline()
@@ -463,7 +463,7 @@ _READERS: dict[str, Callable[[SourceConfig, Position], Iterator[tuple[Chunk, Pos
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yield the decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
 
     Raises DataError for whatever is wrong with the file while the block runs: no permission, a truncated file, another

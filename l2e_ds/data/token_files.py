@@ -67,7 +67,7 @@ class TokenFiles:
         return self
 
     @property
-    def goes_on(self) -> bool:
+    def resumes(self) -> bool:
         """Whether an earlier process left something from which to resume."""
         return self._journal is not None
 

@@ -136,7 +136,7 @@ def tokenise(
     that of `find_split`. deduplicate: keep only the first of identical documents. workers: processes that tokenise; 0:
     this one. Raises DataError, and OSError if `files` cannot be written.
     """
-    if files.goes_on:
+    if files.resumes:
         split, counts = Split(config.held_out, files.notes["also"]), Counts(**files.notes["counts"])
     else:
         split, counts = split or find_split(config, skip_bad), Counts()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from l2e_ds.console import say
 from l2e_ds.data.commands import add_input_arguments, source_of
-from l2e_ds.data.sources import documents, passed_over
+from l2e_ds.data.sources import documents, unread_files
 from l2e_ds.data.tokenize import OPTIONS
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
 from l2e_ds.errors import DataError
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise DataError(f"{output} exists already; give another --output, or remove it")
     try:
         source = source_of(arguments)
-        if unread := passed_over(source):
+        if unread := unread_files(source):
             say(unread)
         tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))

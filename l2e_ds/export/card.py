@@ -32,9 +32,10 @@ METHODS = {
 class Exported:
     """What a card describes.
 
-    state: that of the checkpoint; hf_config: its transformers configuration; tokenizer: whether there is one; licence:
-    an id of the hub, or None; repository: where the model will be pushed, or None; branch: to which of its branches, if
-    not the main one; branches: for the card of the main one, those of single steps.
+    state: the checkpoint's own state; hf_config: the model's transformers configuration; tokenizer: whether there is
+    one; licence: the hub's id of a license, or None; repository: where the model will be pushed, or None; branch: to
+    which of its branches, or None for the main one; branches: on the card of the main one, the branches of single
+    steps.
     """
 
     run: Path
@@ -72,42 +73,42 @@ class Exported:
         return next((line for line in reversed(lines) if line["step"] <= self.step), {})
 
 
-def model_card(of: Exported) -> str:
+def model_card(exported: Exported) -> str:
     """Return the content of README.md: front matter that the hub reads, and the text of card.md."""
-    config, identity = of.config, of.state["identity"]
-    start, line = of.newest("start"), of.newest("train")
+    config, identity = exported.config, exported.state["identity"]
+    start, line = exported.newest("start"), exported.newest("train")
     layers = [
         (layer, *(line.get(f"layer{layer}/{name}") for name in ("mean_s", "selected_score", "tau")))
         for layer in identity["layers"]
     ]
-    results = [r for r in read_results(of.run) if r.step == of.step and math.isfinite(r.value)]
+    results = [r for r in read_results(exported.run) if r.step == exported.step and math.isfinite(r.value)]
     cut = [f"{_escaped(r.task)} ({r.num_fewshot}-shot, {r.cut:,} of {r.samples:,})" for r in results if r.cut]
     card = template(Path(__file__).with_suffix(".md"), escaped=_escaped, public=_public, source=_source).render(
-        of=of,
-        front_matter=_front_matter(of, results).to_yaml(),
+        exported=exported,
+        front_matter=_front_matter(exported, results).to_yaml(),
         **{name: config[name] for name in ("model", "inhibition", "data", "optimizer", "training")},
-        hf_config=of.hf_config,
-        tokens=of.state["train"]["tokens"],
+        hf_config=exported.hf_config,
+        tokens=exported.state["train"]["tokens"],
         identity=identity,
         method=METHODS[config["inhibition"]["method"]],
         weight=_weight(config["inhibition"]),
         schedule=_schedule(config["inhibition"]),
-        learning_rate=schedule_of(saved_config(config, of.run)),
+        learning_rate=schedule_of(saved_config(config, exported.run)),
         layers=[values for values in layers if None not in values],
-        sets=of.sets,
+        sets=exported.sets,
         start={"train_tokens": None, "versions": None} | start,
         git={"commit": None, "changed": False} | (start.get("git") or {}),
         line=line,
-        evaluation=of.newest("evaluation"),
+        evaluation=exported.newest("evaluation"),
         results=results,
-        longer=longer_than_trained(of.hf_config, config),
+        longer=longer_than_trained(exported.hf_config, config),
         cut=list(dict.fromkeys(cut)),
     )
     return str(ModelCard(card))
 
 
-def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
-    model, method = of.config["model"], of.config["inhibition"]["method"]
+def _front_matter(exported: Exported, results: Sequence[TaskResult]) -> ModelCardData:
+    model, method = exported.config["model"], exported.config["inhibition"]["method"]
     eval_results = [
         EvalResult(
             task_type="text-generation",
@@ -120,24 +121,25 @@ def _front_matter(of: Exported, results: Sequence[TaskResult]) -> ModelCardData:
         )
         for result in results
     ]
+    datasets = [part["path"] for part in exported.sets if part["source"] == "hub" and _is_on_hub(part["path"])]
     return ModelCardData(
-        license=of.licence,
+        license=exported.licence,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[
             tag
-            for tag in ("l2e-ds", method, model["name"] and "pythia", of.hf_config.model_type)
+            for tag in ("l2e-ds", method, model["name"] and "pythia", exported.hf_config.model_type)
             if tag and tag != "none"
         ],
         base_model=model["pretrained"] if model["pretrained"] and _is_on_hub(model["pretrained"]) else None,
-        datasets=[part["path"] for part in of.sets if part["source"] == "hub" and _is_on_hub(part["path"])] or None,
-        model_name=of.name if eval_results else None,
+        datasets=datasets or None,
+        model_name=exported.name if eval_results else None,
         eval_results=eval_results or None,
     )
 
 
 def _weight(section: dict[str, Any]) -> str | None:
-    """Return the key that says how strong the inhibition loss is (earlier ones: no `strength`), else None."""
+    """Return the key that says how strong the inhibition loss is, else None. Earlier versions had no `strength`."""
     return next((key for key in ("strength", "coefficient") if section.get(key) is not None), None)
 
 
@@ -156,7 +158,10 @@ def _source(part: dict[str, Any]) -> str:
 
 
 def longer_than_trained(hf_config: Any, config: dict[str, Any]) -> str | None:
-    """Return a clause on a model that takes longer sequences than it was trained on, else None. config: the run's."""
+    """Return a clause that says so if a model takes longer sequences than it was trained on, else None.
+
+    config: the run's, as plain values.
+    """
     longest, trained = getattr(hf_config, "max_position_embeddings", None), config["data"]["sequence_length"]
     if longest is not None and longest <= trained:
         return None

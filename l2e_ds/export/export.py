@@ -66,8 +66,8 @@ def export_all(
 
     A branch that has the same content is passed over, so that the same command resumes.
 
-    private: whether a new repository is private; precision, licence: as of `export`. Raises CheckpointError, in the end
-    also for damaged checkpoints, which are left out; ConfigError; L2EError if the hub fails.
+    private: whether a new repository is private; precision, licence: as for `export`. Raises CheckpointError, in the
+    end also for damaged checkpoints, which are left out; ConfigError; L2EError if the hub fails.
     """
     if not (run_directory / "checkpoints").is_dir():
         raise CheckpointError(f"{run_directory}: is not a run directory (it has no folder checkpoints)")

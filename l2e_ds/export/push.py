@@ -99,6 +99,7 @@ def _is_same(file: RepoFile, path: Path) -> bool:
 
 @contextmanager
 def _explained(then: str) -> Iterator[None]:
+    """Turn an error of the hub or of the network into an L2EError of one line, which ends in `then`."""
     where = constants.ENDPOINT
     try:
         yield

@@ -27,8 +27,8 @@ _DASHES = ("", "6 2", "2 2", "6 2 2 2", "10 3")
 class Chart:
     """A chart.
 
-    name: that of its elements in the page. about: a description for readers who cannot see it. key: of its horizontal
-    axis. readings: what is shown where the pointer is.
+    name: the prefix of the ids of its elements in the page. about: a description for readers who cannot see it. key:
+    that of the horizontal axis. readings: what is shown where the pointer is.
     """
 
     name: str
@@ -44,9 +44,10 @@ class Chart:
 class Quantity:
     """What a chart shows.
 
-    kind, key: of the lines of metrics.jsonl and of the value in them; `layers/NAME` is the mean over layers, or with a
-    single run one line for each layer. title, unit: by default those of the table of metrics. factor: from the metric's
-    unit to the chart's. log: use a logarithmic axis. falls: whether its high beginning would hide the rest.
+    kind: which lines of metrics.jsonl; key: which value in them, where `layers/NAME` is the mean over layers, or with a
+    single run one line for each layer. title, unit: by default those of the table of metrics. factor: multiplies the
+    metric's values to give the chart's. log: use a logarithmic axis. crop: as for `draw`, where a high beginning would
+    hide the rest.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Quantity:
     unit: str = ""
     factor: float = 1.0
     log: bool = False
-    falls: bool = False
+    crop: bool = False
 
 
 _TRAIN, _EVAL = "train", "evaluation"
@@ -71,8 +72,8 @@ _SCALE = "The layer's scale, inhibition off."
 _MEDIAN = "Median over neurons; 3 for a normal distribution."
 _DEPTH = "From the first layer, blue, to the last, orange; dark: all other parameters."
 _QUANTITIES = (
-    Quantity("training-loss", _TRAIN, "lm_loss", "Without the inhibition loss.", "LM loss, training text", falls=True),
-    Quantity("held-out-loss", _EVAL, "held_out_loss", "Inhibition off.", "LM loss, held-out text", falls=True),
+    Quantity("training-loss", _TRAIN, "lm_loss", "Without the inhibition loss.", "LM loss, training text", crop=True),
+    Quantity("held-out-loss", _EVAL, "held_out_loss", "Inhibition off.", "LM loss, held-out text", crop=True),
     Quantity("loss-difference", _EVAL, "held_out_loss", _BELOW, "Held-out loss less the baseline's"),
     Quantity("observed-share", _TRAIN, "layers/observed_share", _SELECTED, "", "% of (token, neuron) pairs", 100),
     Quantity("tau", _TRAIN, "layers/tau", _TAU, "", "MS", log=True),
@@ -158,12 +159,12 @@ def _quantities(runs: Sequence[Run]) -> list[Quantity]:
     texts = dict.fromkeys(name for run in runs for name in run.texts)
     note = "One set of the mixture."
     own = [
-        Quantity(f"set-{i}", _EVAL, f"held_out_loss/{name}", note, f"LM loss, held-out text of {name}", falls=True)
+        Quantity(f"set-{i}", _EVAL, f"held_out_loss/{name}", note, f"LM loss, held-out text of {name}", crop=True)
         for i, name in enumerate(sets)
     ]
     note = "A text of evaluation.texts."
     own += [
-        Quantity(f"text-{i}", _EVAL, f"text_loss/{name}", note, f"LM loss, {name}", falls=True)
+        Quantity(f"text-{i}", _EVAL, f"text_loss/{name}", note, f"LM loss, {name}", crop=True)
         for i, name in enumerate(texts)
     ]
     after = [quantity.name for quantity in _QUANTITIES].index("loss-difference") + 1
@@ -244,7 +245,7 @@ def _chart(
         quantity.name,
         title,
         " ".join(notes),
-        draw(quantity.name, unit, lines, axis, quantity.log, quantity.falls, marks),
+        draw(quantity.name, unit, lines, axis, quantity.log, quantity.crop, marks),
         f"{title}, {unit}, over {axis.key}s: {'; '.join(about)}",
         axis.key,
         readings(lines, axis),

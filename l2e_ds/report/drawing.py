@@ -121,13 +121,13 @@ def draw(
     lines: Sequence[Line],
     axis: Axis,
     log: bool = False,
-    falls: bool = False,
+    crop: bool = False,
     marks: Sequence[float] = (),
 ) -> str:
     """Return the element `svg`.
 
     name: unique in the page. lines: each has at least one point. log: use a logarithmic vertical axis if all values are
-    above 0. falls: fit the vertical axis of a long chart to what comes after its first twentieth. marks: values at
+    above 0. crop: fit the vertical axis of a long chart to what comes after its first twentieth. marks: values at
     which dotted lines are drawn.
     """
     figure = Figure(figsize=_SIZE)
@@ -156,7 +156,7 @@ def draw(
         set_ticks(axes.yaxis, _log_locator(*axes.get_ylim()), magnitude)
     else:
         set_ticks(axes.yaxis, MaxNLocator(5, steps=_ROUND), magnitude)
-    if falls and max(len(line.x) for line in lines) > _LONG:
+    if crop and max(len(line.x) for line in lines) > _LONG:
         late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
         space = 0.05 * np.ptp(late)
         axes.set_ylim(late.min() - space, late.max() + space)
@@ -192,7 +192,7 @@ def readings(lines: Sequence[Line], axis: Axis) -> list[Reading]:
     return found
 
 
-def shown(value: float) -> str:
+def five_digits(value: float) -> str:
     """Return a number with about five digits."""
     return (f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.5g}").replace("-", "−")
 

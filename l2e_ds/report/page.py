@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 import l2e_ds
 from l2e_ds.report import GENERATOR, curves
-from l2e_ds.report.drawing import AXES_INSET, shown
+from l2e_ds.report.drawing import AXES_INSET, five_digits
 from l2e_ds.report.runs import Collection, Run
 from l2e_ds.report.statistics import comparable_losses, loss_difference, steady_median
 from l2e_ds.report.table import Table, about_errors, text_of
@@ -29,7 +29,7 @@ from l2e_ds.system.templates import template
 
 _AFTER = ("configurations", "machines")  # tables of the last part
 _OF_ANALYSES = ("false_killing",)
-_FILE_ONLY = ("evaluations",)
+_FILE_ONLY = ("evaluations",)  # tables that are too long for the page
 _MOST_FACTS = 8
 _Fact = tuple[str, Any, str]  # label, value and the value's format, as of a cell of a table
 _METHODS = {"none": "plain", "l2e": "L2E", "memel": "MEmeL"}
@@ -41,12 +41,12 @@ def render(
     notices: Sequence[Notice],
     analyses: Sequence[Path],
     output: Path,
-    beside: str,
+    tables_folder: str,
 ) -> str:
     """Return the whole page.
 
-    output: the page's file, to which links are relative. beside: the name of the folder of the tables' files, in the
-    page's folder.
+    output: the page's file, to which links are relative. tables_folder: the name of the folder with the tables' files,
+    which lies beside the page.
     """
 
     def linked(path: Path, text: str = "") -> Markup:
@@ -64,7 +64,7 @@ def render(
     names = [variant.name for variant in variants]
     facts = _facts_of_run(runs[0]) if len(runs) == 1 else _facts_of_runs(collection)
     file = Path(__file__).with_suffix(".html")
-    return template(file, linked=linked, documented=documented, shown=shown).render(
+    return template(file, linked=linked, documented=documented, five_digits=five_digits).render(
         generator=GENERATOR,
         version=l2e_ds.__version__,
         made=datetime.now(timezone.utc),
@@ -79,7 +79,7 @@ def render(
         axes_inset=AXES_INSET,
         tables=[table for table in tables if table.name not in (*_AFTER, *_OF_ANALYSES, *_FILE_ONLY)],
         after=[table for table in tables if table.name in _AFTER],
-        beside=beside,
+        tables_folder=tables_folder,
         of_analyses=[table for table in tables if table.name in _OF_ANALYSES],
         analyses=[(folder, _figures(folder)) for folder in analyses],
         configs=[(run, yaml.safe_dump(config, sort_keys=False)) for run, config in configs],

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from l2e_ds.analysis.collect import Shown, Texts, collect_activations, count_scores
+from l2e_ds.analysis.collect import ShownNeuron, Texts, collect_activations, count_scores
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.evaluation.model_source import ModelSource
@@ -33,7 +33,7 @@ def collected(device: str, folder) -> tuple:
         mean = layer.mean.mean(0, dtype=np.float64)
         spread = np.sqrt((layer.variance + (layer.mean - mean) ** 2).mean(0, dtype=np.float64))
         own.append(LayerOwn(mean, spread, np.arange(NEURONS) % FEATURES))
-    shown = [Shown(1, 3, -0.2, 0.2)]
+    shown = [ShownNeuron(1, 3, -0.2, 0.2)]
     labels = np.arange(TEXTS) % FEATURES
     return layers, *count_scores(model, texts, labels, own, FEATURES, shown, folder)
 

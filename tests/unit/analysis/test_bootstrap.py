@@ -28,7 +28,7 @@ def test_resampled_moments_are_those_of_repeated_texts():
     mean, variance = text_moments(z)
     moments = measures.feature_moments(mean, variance, labels, 3, z.shape[1])
     resampled = bootstrap.resampled_moments(weights, mean, variance, labels, moments)
-    overall, square = measures.pooled(resampled)
+    overall, square = measures.overall_moments(resampled)
     inside = measures.mean_scores(resampled)
     own, _ = measures.own_features(inside)
     outside = measures.scores_outside(inside, moments.texts)
@@ -43,7 +43,7 @@ def test_resampled_moments_are_those_of_repeated_texts():
         np.testing.assert_array_equal(own[b], slow_own(repeated, their_labels, 3))
         whole = slow_own(z, labels, 3)
         held = [inside[b, f, neuron] if f >= 0 else 0 for neuron, f in enumerate(whole)]
-        np.testing.assert_array_equal(bootstrap.held_own_scores(inside, whole)[b], held)
+        np.testing.assert_array_equal(bootstrap.own_scores_of_resamples(inside, whole)[b], held)
 
 
 def test_resampled_histograms_are_those_of_repeated_texts(monkeypatch):
@@ -86,7 +86,7 @@ def test_intervals_hold_the_true_mean_score():
 def test_intervals_of_own_scores():
     """Features hardly differ. The interval holds the estimate, and in most of 20 sets of texts its expectation.
 
-    Choosing own features anew in each resample would put it above both (see `held_own_scores`).
+    Choosing own features anew in each resample would put it above both (see `own_scores_of_resamples`).
     """
     random = np.random.default_rng(1)
     features, texts, tokens, neurons = 4, 30, 8, 60
@@ -101,7 +101,7 @@ def test_intervals_of_own_scores():
         weights = bootstrap.resample_weights(labels, 100, seed)
         resampled = measures.mean_scores(bootstrap.resampled_moments(weights, mean, variance, labels, moments))
         estimates.append(score.mean())
-        intervals.append(bootstrap.interval(bootstrap.held_own_scores(resampled, own).mean(axis=1)))
+        intervals.append(bootstrap.interval(bootstrap.own_scores_of_resamples(resampled, own).mean(axis=1)))
         assert intervals[-1][0] <= estimates[-1] <= intervals[-1][1] < resampled.max(axis=1).mean()
     low, high = np.array(intervals).T
     assert ((low <= np.mean(estimates)) & (np.mean(estimates) <= high)).mean() >= 0.85

@@ -6,7 +6,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from l2e_ds.analysis import collect
-from l2e_ds.analysis.collect import BINS, Shown, Texts, bin_edges, bin_of, collect_activations, count_scores
+from l2e_ds.analysis.collect import BINS, ShownNeuron, Texts, bin_edges, bin_of, collect_activations, count_scores
 from l2e_ds.analysis.load import LoadedModel
 from l2e_ds.analysis.tables import LayerOwn
 from l2e_ds.errors import AnalysisError
@@ -118,7 +118,7 @@ def test_samples_of_texts_are_counted_as_tokens_would_be(model, tokens, activati
     samples = [layer.as_one_sample("max") for layer in collect_activations(model, texts, tmp_path)]
     values = activations[0].max(1)
     own = own_of(values[:, None])
-    neuron = Shown(0, 7, float(values[:, 7].min()), float(values[:, 7].max()))
+    neuron = ShownNeuron(0, 7, float(values[:, 7].min()), float(values[:, 7].max()))
     (found, _), (distribution,) = count_scores(model, texts, LABELS, [own, own], FEATURES, [neuron], tmp_path, samples)
     assert distribution.sum(1).tolist() == np.bincount(LABELS).tolist()
     phi = score(values, own)

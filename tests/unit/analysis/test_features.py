@@ -354,7 +354,7 @@ def test_sets_that_cannot_be_balanced(tmp_path, load, monkeypatch):
 
 def test_a_file_that_changes_meanwhile(tmp_path, load, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", RECORDS)
-    decide = features._texts_of_each
+    decide = features._balanced_count
     for changed in (RECORDS[:50], RECORDS[1:], [*reversed(RECORDS)]):
 
         def change(*arguments, changed=changed):
@@ -362,6 +362,6 @@ def test_a_file_that_changes_meanwhile(tmp_path, load, monkeypatch):
             return decide(*arguments)
 
         jsonl(path, RECORDS)
-        monkeypatch.setattr(features, "_texts_of_each", change)
+        monkeypatch.setattr(features, "_balanced_count", change)
         with pytest.raises(DataError, match=r"^--features: .*a\.jsonl changed while it was read$"):
             load(path)

@@ -36,7 +36,7 @@ def test_moments_are_those_of_all_tokens(texts):
         inside = z[labels == f].reshape(-1, z.shape[2])
         np.testing.assert_allclose(moments.mean[f], inside.mean(axis=0), rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(moments.variance[f], inside.var(axis=0), rtol=1e-12)
-    mean, variance = measures.pooled(moments)
+    mean, variance = measures.overall_moments(moments)
     flat = z.reshape(-1, z.shape[2])
     np.testing.assert_allclose(mean, flat.mean(axis=0), rtol=1e-12, atol=1e-13)
     np.testing.assert_allclose(variance, flat.var(axis=0, ddof=1), rtol=1e-12)
@@ -46,7 +46,7 @@ def test_moments_of_neurons_far_from_zero():
     """A mean of 10,000 and S of 1 lose no digit to cancellation."""
     z, labels = activations(2)
     near, far = (moments_of(a, labels, 3) for a in (z, z + 1e4))
-    np.testing.assert_allclose(measures.pooled(far)[1], measures.pooled(near)[1], rtol=1e-7)
+    np.testing.assert_allclose(measures.overall_moments(far)[1], measures.overall_moments(near)[1], rtol=1e-7)
     np.testing.assert_allclose(measures.mean_scores(far), measures.mean_scores(near), rtol=1e-7)
 
 
@@ -92,7 +92,7 @@ def test_dead_neurons():
     own, score = measures.own_features(inside)
     assert own[[2, 5, 6]].tolist() == [-1, -1, -1] and np.all(score[[2, 5, 6]] == 0)
     assert np.all(np.delete(own, [2, 5, 6]) >= 0)
-    mean, variance = measures.pooled(moments)
+    mean, variance = measures.overall_moments(moments)
     expected = losses.is_alive(torch.from_numpy(mean), torch.from_numpy(variance)).numpy()
     np.testing.assert_array_equal(measures.is_alive(mean, variance), expected)
 
@@ -189,14 +189,14 @@ def test_false_killing_of_few_live_neurons():
     dead = killing_of(np.zeros_like(z), labels, 3)
     assert np.isnan(dead.tau).all() and np.isnan(dead.rate).all() and np.isnan(dead.error).all()
     assert np.isnan(measures.suggested_share(dead, SHARES)).all()
-    both = measures.together([curve, dead])
+    both = measures.join_layers([curve, dead])
     np.testing.assert_array_equal(both.rate, curve.rate)
 
 
 def test_layers_together():
     """Each layer keeps its tau_k; numerators and denominators are summed, so layers count by what they select."""
     examples = [activations(11, neurons=20), activations(12, neurons=7)]
-    both = measures.together([killing_of(z, labels, 3) for z, labels in examples])
+    both = measures.join_layers([killing_of(z, labels, 3) for z, labels in examples])
     for k, share in enumerate(SHARES):
         slow = [slow_killing(z, labels, slow_own(z, labels, 3), share) for z, labels in examples]
         assert both.selected[k] == sum(selected for _, selected, _ in slow)

@@ -115,16 +115,16 @@ def test_places_by_training_f1_then_layer_then_neuron():
     """Equal neurons in order of layer and neuron; dead ones never; fewer places than asked where few live."""
     f1_train = np.array([[0.5, 0.9, 0.9, 0.9, 1.0, 0.2], [0.1, 0.1, 0.1, 0.1, 0.3, 0.1]])
     alive = np.array([True, True, True, True, False, True])
-    best = probing.best_places(f1_train, alive, places=10)
+    best = probing.best_neurons(f1_train, alive, places=10)
     assert best.tolist() == [[1, 2, 3, 0, 5], [0, 1, 2, 3, 5]]
-    assert probing.best_places(f1_train, alive, places=2).tolist() == [[1, 2], [0, 1]]
+    assert probing.best_neurons(f1_train, alive, places=2).tolist() == [[1, 2], [0, 1]]
 
 
 def test_planted_neuron_is_found():
     """The neuron built for a feature comes first for it; one that answers to three features is found for none."""
     z, labels = planted([*((f, (f + 1) % 5, (f + 2) % 5) for f in range(5)), *((f,) for f in range(5))])
     found = probing.probe_layer(z.mean(axis=1).astype(np.float32), labels, 5, probing.training_masks(labels, 3, 0))
-    best = probing.best_places(found.f1_train, np.ones(10, dtype=bool), places=1)
+    best = probing.best_neurons(found.f1_train, np.ones(10, dtype=bool), places=1)
     assert best[:, 0].tolist() == [5, 6, 7, 8, 9]
     assert found.f1_test[:, 5:].diagonal().min() > 0.8
     assert found.f1_test[:, :5].max() < 0.8

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import sources
 from l2e_ds.data.indexed import write_pair
-from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, passed_over, source_files
+from l2e_ds.data.sources import check_source, chunks, documents, input_bytes, source_files, unread_files
 from l2e_ds.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("without_hub")
@@ -76,7 +76,7 @@ def test_text_of_a_folder_may_be_compressed(tmp_path, suffix):
     (tmp_path / "a.txt").write_text("A")
     (tmp_path / f"b.txt{suffix}").write_bytes(PACKERS[suffix](b"B"))
     assert list(documents(config("text", tmp_path))) == ["A", "B"]
-    assert passed_over(config("text", tmp_path)) is None
+    assert unread_files(config("text", tmp_path)) is None
 
 
 def test_files_that_are_passed_over_are_counted(tmp_path):
@@ -85,14 +85,14 @@ def test_files_that_are_passed_over_are_counted(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(gzip.compress(b"B") if name.endswith("gz") else b"A")
     left = "3 of other kinds (.json, .md, README), 3 in subfolders"
-    assert passed_over(config("text", tmp_path)) == f"{tmp_path}: 2 read; files passed over: {left}"
+    assert unread_files(config("text", tmp_path)) == f"{tmp_path}: 2 read; files passed over: {left}"
     both = [str(tmp_path), str(tmp_path / "sub/e.txt")]
-    assert passed_over(config("text", both)).endswith("(.json, .md, README), 2 in subfolders")
-    assert passed_over(config("text", f"{tmp_path}/*.txt*")) is None
-    assert passed_over(config("text", f"{tmp_path}/**/*.txt")) is None
-    assert passed_over(config("text", f"{tmp_path}/*")) == f"{tmp_path}/*: 5 read; files passed over: 3 in subfolders"
-    assert passed_over(config("text", tmp_path / "c.md")) is None
-    assert passed_over(config("stdlib")) is None
+    assert unread_files(config("text", both)).endswith("(.json, .md, README), 2 in subfolders")
+    assert unread_files(config("text", f"{tmp_path}/*.txt*")) is None
+    assert unread_files(config("text", f"{tmp_path}/**/*.txt")) is None
+    assert unread_files(config("text", f"{tmp_path}/*")) == f"{tmp_path}/*: 5 read; files passed over: 3 in subfolders"
+    assert unread_files(config("text", tmp_path / "c.md")) is None
+    assert unread_files(config("stdlib")) is None
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
@@ -106,11 +106,11 @@ def test_a_file_counts_once_however_it_is_named(tmp_path, monkeypatch, suffix):
     names = ["set", str(tmp_path / "set"), f"set/../set/a.txt{suffix}", "other", f"./se*/b.txt{suffix}"]
     for name in names[:2]:
         assert list(documents(config("text", name))) == ["b", "a"]
-    assert passed_over(config("text", "set")) is None
+    assert unread_files(config("text", "set")) is None
     assert list(documents(config("text", names))) == ["b", "a"]
     assert list(documents(config("text", names[::-1]))) == ["b", "a"]
     assert list(documents(config("text", names[2:]))) == ["a", "b"]
-    assert passed_over(config("text", names)) is None
+    assert unread_files(config("text", names)) is None
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from l2e_ds.report import curves, runs
-from l2e_ds.report.drawing import Axis, Line, Look, draw, readings, shown
+from l2e_ds.report.drawing import Axis, Line, Look, draw, five_digits, readings
 from tests.unit.report.making import add_results, paired_study, write_run
 
 ALL = ["training-loss", "held-out-loss", "observed-share", "tau", "selected-score", "training-mean-s", "top-score",
@@ -175,7 +175,7 @@ def test_beginning_of_a_long_loss_is_cut():
     x = np.arange(1000.0)
     line = Line("a", Look("#123456"), x, 3 + 8 * np.exp(-x / 10))
     full = draw("x", "nats/token", [line], Axis("step", 1000))
-    cut = draw("x", "nats/token", [line], Axis("step", 1000), falls=True)
+    cut = draw("x", "nats/token", [line], Axis("step", 1000), crop=True)
     assert max(tick for tick in ticks(full) if tick < 200) >= 10
     assert max(tick for tick in ticks(cut) if tick < 200) < 4
 
@@ -261,5 +261,5 @@ def test_reading_of_one_point():
         (0, "0"),
     ],
 )
-def test_shown_values(value, text):
-    assert shown(value) == text
+def test_five_digits(value, text):
+    assert five_digits(value) == text
