@@ -46,7 +46,7 @@ PACKAGES = ("torch", "tokenizers", "datasets", "numpy", "megatron-core")
 OPTIONS = {
     "processes": Option(default_workers(), "of each tool", 1),
     "rounds": Option(3, "alternations", 1),
-    "repeat": Option(1, "tokenise the text so many times over", 1),
+    "repeat": Option(1, "tokenize the text so many times over", 1),
 }
 PARTS = ("tokenize", "memory", "reader", "open", "wait")
 WIDTH = 2049
@@ -284,7 +284,7 @@ def measure_wait(arguments: argparse.Namespace, folder: Path) -> dict:
     _call([*_ours(arguments, text, folder)[0]], folder)
     sources: dict[str, dict[str, Any]] = {
         "token files": {"source": "indexed", "path": str(folder / "ours"), "held_out": 0.0},
-        "stream, tokenised on the fly": {"source": "jsonl", "path": str(text), "streaming": True, "held_out": 0.0},
+        "stream, tokenized on the fly": {"source": "jsonl", "path": str(text), "streaming": True, "held_out": 0.0},
     }
     rows: dict[str, dict[str, list[float]]] = {}
     for name, source in sources.items():
@@ -340,11 +340,11 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
         if found["repeat"] > 1:
             text += f" (a smaller text, {found['repeat']} times over);"
         text += f" {results['options']['processes']} processes each; whole commands, start-up included.\n"
-        yield f"## Tokenising\n\n{text}\n{markdown(heads, rows)}"
+        yield f"## Tokenizing\n\n{text}\n{markdown(heads, rows)}"
     if found := results.get("memory"):
         rows = [[f"{row['bytes'] / 1e6:.0f}", f"{row['peak_bytes'] / 2**20:.0f}"] for row in found["rows"]]
         heads = ["text, MB", "peak of all processes, MiB"]
-        yield f"## Memory of tokenising, {results['options']['processes']} workers\n\n{markdown(heads, rows)}"
+        yield f"## Memory of tokenizing, {results['options']['processes']} workers\n\n{markdown(heads, rows)}"
     if found := results.get("reader"):
         rows = [[name, median_and_spread(speeds, 0)] for name, speeds in found["sequences_per_second"].items()]
         text = f"Batches of 1,024 sequences of {WIDTH:,} tokens at random places of {found['tokens'] / 1e6:.0f} million"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 
 MINIMUM_TEXTS = 20
 """The fewest texts of a feature. A probe is tested on a fifth of them, which are four; with fewer, F1 says nothing."""
-_BATCH_CHARACTERS = 1 << 20  # tokenised at once
+_BATCH_CHARACTERS = 1 << 20  # tokenized at once
 _BATCH_ROWS = 64  # rows of Parquet that are decoded at once
 _COUNTS = ("found", "too_short", "kept", "tokens")  # columns of the report
 

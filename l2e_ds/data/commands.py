@@ -1,4 +1,4 @@
-"""Tokenise text into Megatron's .bin/.idx, one sequence for each document.
+"""Tokenize text into Megatron's .bin/.idx, one sequence for each document.
 
 Writes PREFIX.bin, PREFIX.idx and, last, PREFIX.json, which says what they were made from; with --held-out also
 PREFIX_held_out.*. Unfinished files are in PREFIX.partial: after a kill, a full disk or Ctrl-C the same command resumes
@@ -24,7 +24,7 @@ from l2e_ds.console import at_least, say
 from l2e_ds.data.indexed import best_dtype, pair
 from l2e_ds.data.sources import PATTERNS, looks_local, source_files, unread_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
-from l2e_ds.data.tokenize import OPTIONS, tokenise
+from l2e_ds.data.tokenize import OPTIONS, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tokens", type=int, metavar="N", help="stop after the document that reaches N")
     parser.add_argument(
-        "--workers", type=int, metavar="N", help="processes that tokenise (default: one for each core; 0: this one)"
+        "--workers", type=int, metavar="N", help="processes that tokenize (default: one for each core; 0: this one)"
     )
 
 
@@ -161,7 +161,7 @@ def _fill(
         if files.resumes:
             before = files.notes["counts"]
             say(f"resuming from {folder}: {sum(before['tokens'].values()):,} tokens are done")
-        counts = tokenise(
+        counts = tokenize(
             config,
             tokenizer.backend_tokenizer.to_str(),
             end_of_text_id(tokenizer) if arguments.append_eod else None,
@@ -280,7 +280,7 @@ def _summary(parts: dict[str, str], seconds: float) -> str:
     lines = []
     for part, prefix in parts.items():
         record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))
-        what = "tokenised" if part == "train" else "held out"
+        what = "tokenized" if part == "train" else "held out"
         lines.append(f"{what:<10} {record['documents']:,} documents, {record['tokens']:,} tokens -> {prefix}.bin, .idx")
     if left_out := [f"{count:,} {what}" for what, count in record["left_out"].items() if count]:
         lines.append("left out   " + ", ".join(left_out))

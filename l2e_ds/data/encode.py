@@ -1,4 +1,4 @@
-"""Read the records of a chunk of raw input, hash and tokenise them.
+"""Read the records of a chunk of raw input, hash and tokenize them.
 
 Worker processes import this module, so it must import neither torch nor transformers. n: documents of a chunk.
 """
@@ -20,8 +20,8 @@ from l2e_ds.data.sources import Chunk
 from l2e_ds.data.tokenizer import without_offsets
 from l2e_ds.errors import DataError
 
-_BATCH_CHARACTERS = 1 << 20  # tokenised at once: the library needs some hundred bytes of memory for each token
-_PIECE_CHARACTERS = 1 << 18  # a longer document is tokenised in pieces
+_BATCH_CHARACTERS = 1 << 20  # tokenized at once: the library needs some hundred bytes of memory for each token
+_PIECE_CHARACTERS = 1 << 18  # a longer document is tokenized in pieces
 _CUT = re.compile(r"(?<=[^\W_])[ \n]")
 # Split between a letter or digit and an ASCII character that is neither of them nor an apostrophe. All _PATTERNS split
 # there, whatever stands around it, and NFC does not combine the two sides, as it changes no such ASCII character.
@@ -176,7 +176,7 @@ def _ends_in_one_letter(word: str) -> bool:
 
 
 def may_cut(backend: Any) -> bool:
-    """Return whether tokenising a text word by word gives the tokens of the whole text.
+    """Return whether tokenizing a text word by word gives the tokens of the whole text.
 
     That is so for byte-level BPE with the patterns above, without normalisation or with NFC. It is not so for
     tokenizers that mark the beginning of a text (SentencePiece), merge over blanks or are random (dropout). Other

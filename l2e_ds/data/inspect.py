@@ -184,7 +184,7 @@ class View:
 
 
 def view_of_run(run_file: str) -> View:
-    """Return a run's data as training reads it. Text that is not yet tokenised for this run is tokenised now.
+    """Return a run's data as training reads it. Text that is not yet tokenized for this run is tokenized now.
 
     Raises ConfigError and DataError.
     """
@@ -345,7 +345,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         metavar="PREFIX|RUN.yaml",
         help="a .bin/.idx set, or a run file, which then decides all options below but --sequence; text that is not"
-        " yet tokenised for that run is tokenised now",
+        " yet tokenized for that run is tokenized now",
     )
     show_parser.add_argument("--step", type=int, required=True, metavar="K", help="the step, counted from 0")
     show_parser.add_argument(

@@ -105,7 +105,7 @@ class MixtureOrder:
 
 
 class StoredSequences:
-    """A tokenised set in the order in which its sequences are taken. Raises DataError if it has no sequence."""
+    """A tokenized set in the order in which its sequences are taken. Raises DataError if it has no sequence."""
 
     def __init__(self, dataset: TokenDataset, seed: int, order: Literal["shuffled", "stored"]) -> None:
         self.dataset, self.order = dataset, SequenceOrder(len(dataset), seed, order)
@@ -251,7 +251,7 @@ def prepare_sets(config: DataConfig, cache: Path, vocab_size: int, evaluated: in
 
 
 def check_texts(texts: Sequence[TextConfig], data: DataConfig) -> None:
-    """Raise DataError if a text is missing, unreadable at its beginning or empty, or cannot be tokenised."""
+    """Raise DataError if a text is missing, unreadable at its beginning or empty, or cannot be tokenized."""
     for index, text in enumerate(texts):
         with _naming(f"evaluation.texts.{index}"):
             check_source(text)
@@ -279,7 +279,7 @@ def prepare_texts(
 
 def _say_unread_files(config: DataConfig) -> None:
     """Print, on rank 0, which files of a source are not read. Raises DataError."""
-    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenise do without
+    from l2e_ds.distributed import collectives  # imports torch, which processes that tokenize do without
 
     if collectives.is_main() and (unread := unread_files(config)):
         say(f"l2e-ds: {unread}")

@@ -1,4 +1,4 @@
-"""Prepare the data of a run: tokenise a source once, keep the result, and open it on every rank.
+"""Prepare the data of a run: tokenize a source once, keep the result, and open it on every rank.
 
 T: tokens a sequence (data.sequence_length).
 """
@@ -27,7 +27,7 @@ from l2e_ds.data.indexed import IndexedTokens, best_dtype, pair, read_sidecar, w
 from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, path_entries, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
-from l2e_ds.data.tokenize import Split, find_split, tokenise
+from l2e_ds.data.tokenize import Split, find_split, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
@@ -46,7 +46,7 @@ _STORED_FIELDS = (
     *("source", "subset", "split", "revision", "text_key"),
     *("max_documents", "max_tokens", "tokenizer", "train_tokenizer", "held_out"),
 )
-_SMALL_BYTES = 1 << 26  # smaller inputs are tokenised in this process
+_SMALL_BYTES = 1 << 26  # smaller inputs are tokenized in this process
 _TOKENIZER_CHARACTERS = 1 << 30  # a vocabulary hardly changes with more text
 
 
@@ -54,7 +54,7 @@ _TOKENIZER_CHARACTERS = 1 << 30  # a vocabulary hardly changes with more text
 class PreparedData:
     """The data of a run, or of one set of a mixture, ready to be read.
 
-    train: None for a stream, whose configuration is `stream`. directory: the folder of the tokenised text; None for a
+    train: None for a stream, whose configuration is `stream`. directory: the folder of the tokenized text; None for a
     stream or an indexed set. name, weight: those of a set of a mixture.
     """
 
@@ -128,7 +128,7 @@ def check_tokenizers(config: DataConfig) -> None:
             sidecar = read_sidecar(prefix)
             if digest := sidecar.get("tokenizer_digest"):
                 name = f"{sidecar.get('tokenizer')} (SHA-256 {str(digest)[:12]})"
-                found.append((digest, key, f"{prefix} was tokenised with {name}"))
+                found.append((digest, key, f"{prefix} was tokenized with {name}"))
     if found and config.tokenizer is not None:
         digest = tokenizer_digest(load_tokenizer(config.tokenizer))
         found.insert(0, (digest, "", f"data.tokenizer is {config.tokenizer} (SHA-256 {digest[:12]})"))
@@ -138,7 +138,7 @@ def check_tokenizers(config: DataConfig) -> None:
 
 
 def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedData:
-    """Tokenise the source into `cache`, unless that was done before, and open it.
+    """Tokenize the source into `cache`, unless that was done before, and open it.
 
     Call it on rank 0 first and on the others after a barrier. Of several simultaneous calls one works and the others
     wait. A call after a kill resumes.
@@ -149,7 +149,7 @@ def prepare_data(config: DataConfig, cache: Path, vocab_size: int) -> PreparedDa
     if config.source == "indexed":
         return _open_indexed(config, vocab_size)
     _check_trained_size(config, vocab_size)
-    folder = _tokenised(config, cache, vocab_size)
+    folder = _tokenized_folder(config, cache, vocab_size)
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     _check_vocabulary(tokenizer, config, vocab_size)
     train = _own_sequences(config, folder / "train", vocab_size)
@@ -162,7 +162,7 @@ def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) ->
 
     Call it as `prepare_data`. Raises DataError.
     """
-    folder = _tokenised(config, cache, vocab_size)
+    folder = _tokenized_folder(config, cache, vocab_size)
     dataset = _own_sequences(config, folder / "train", vocab_size)
     _check_length(config, dataset, f"{name_of(config)} holds", "data.path", "give more text")
     counted = folder / "bytes"  # a file of its own, as the folder may be that of a training set
@@ -173,8 +173,8 @@ def prepare_text(config: DataConfig, cache: Path, vocab_size: int, name: str) ->
     return PreparedText(name, dataset, int(counted.read_text()))
 
 
-def _tokenised(config: DataConfig, cache: Path, vocab_size: int) -> Path:
-    """Return the folder of a tokenised text source, after tokenising it if that was not done before."""
+def _tokenized_folder(config: DataConfig, cache: Path, vocab_size: int) -> Path:
+    """Return the folder of a tokenized text source, after tokenizing it if that was not done before."""
     folder = Path(cache) / f"{config.source}-{_fingerprint(config)}"
     if not (folder / META).exists():
         with _cache_errors(folder):
@@ -206,11 +206,11 @@ def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> Non
             if path.name in (JOURNAL, LOCK, "digests") or path.suffix == ".lengths":
                 path.unlink()
         fsync_path(folder.parent)
-    logger.info("tokenised %s into %s", config.source, folder)
+    logger.info("tokenized %s into %s", config.source, folder)
 
 
 def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> PreparedData:
-    """Prepare a stream: tokenise only the first held-out documents into `cache`, enough for `evaluated` sequences.
+    """Prepare a stream: tokenize only the first held-out documents into `cache`, enough for `evaluated` sequences.
 
     Call it as `prepare_data`. Raises DataError.
     """
@@ -246,13 +246,13 @@ def _fingerprint(config: DataConfig) -> str:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
         if not path.is_file():
-            stored["tokens_of"] = "tokenizer.json"  # earlier versions tokenised by the class that the folder names
+            stored["tokens_of"] = "tokenizer.json"  # earlier versions tokenized by the class that the folder names
         stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]
 
 
-# --- tokenising -------------------------------------------------------------------------------------------------
+# --- tokenizing -------------------------------------------------------------------------------------------------
 
 
 def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
@@ -275,7 +275,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
     dtype = np.dtype(best_dtype(vocabulary_size(tokenizer))).newbyteorder("<")
     with TokenFiles(folder, parts, dtype, asked={}) as files:
         backend = tokenizer.backend_tokenizer.to_str()
-        counts = tokenise(config, backend, end_of_text, files, split, workers=_workers(config))
+        counts = tokenize(config, backend, end_of_text, files, split, workers=_workers(config))
         files.finish()
     meta = {
         "documents": counts.documents,
@@ -291,7 +291,7 @@ def _build(config: DataConfig, folder: Path, vocab_size: int) -> None:
 
 
 def _workers(config: DataConfig) -> int:
-    """Return how many processes tokenise: 0, which is this one, for an input that is done before they have started."""
+    """Return how many processes tokenize: 0, which is this one, for an input that is done before they have started."""
     size = input_bytes(config)
     if config.max_tokens is not None:
         size = min(4 * config.max_tokens, size or 4 * config.max_tokens)
@@ -299,7 +299,7 @@ def _workers(config: DataConfig) -> int:
 
 
 def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
-    """Yield the training documents from which to learn a vocabulary, not many more than will be tokenised."""
+    """Yield the training documents from which to learn a vocabulary, not many more than will be tokenized."""
     limit = config.max_tokens
     left = _TOKENIZER_CHARACTERS if limit is None else min(_TOKENIZER_CHARACTERS, max(1 << 24, 8 * limit))
     for text in documents(config):

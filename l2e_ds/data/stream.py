@@ -1,8 +1,8 @@
-"""Pack sequences from a stream of documents that is tokenised while it is read, without preparing anything on disk.
+"""Pack sequences from a stream of documents that is tokenized while it is read, without preparing anything on disk.
 
 Documents are read in blocks of `shuffle_buffer`. Each block is shuffled by (seed, epoch, number of the block). The
 state of a stream is where the block begins in the source, how many of its documents are used up, and how many tokens
-of the next one are. Resuming therefore reads one block again, tokenises one document again, and gives the same
+of the next one are. Resuming therefore reads one block again, tokenizes one document again, and gives the same
 sequences to the token. (The shuffle buffer of `datasets` loses the documents that are in it.)
 
 T: tokens a sequence, n: sequences asked for.
@@ -68,7 +68,7 @@ class TokenStream:
 
     The training documents, each with end-of-text behind it, make one row of tokens, which continues over the ends of
     epochs. Sequence i is its tokens i*T to (i+1)*T, both included, as in `TokenDataset`. The sequences do not depend on
-    the number of `workers` (processes that tokenise; 0: this one), nor on how many are asked for at once.
+    the number of `workers` (processes that tokenize; 0: this one), nor on how many are asked for at once.
     shuffle_buffer: by default data.shuffle_buffer; 0 keeps the source's order.
 
     Raises DataError if the source is missing, broken (with file:line or row) or holds no text to train on.
@@ -170,7 +170,7 @@ class TokenStream:
         if n < 1:
             return np.empty((0, width), dtype=np.int64)
         if self._results is None:
-            self._results = self._tokenised(self._begin)
+            self._results = self._tokenized_documents(self._begin)
         needed = n * self.sequence_length + 1
         available = sum(len(tokens) for *_, tokens in self._ready) - self._offset
         while available < needed:
@@ -186,7 +186,7 @@ class TokenStream:
             self._offset -= len(self._ready.popleft()[2])
         return rows
 
-    def _tokenised(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
+    def _tokenized_documents(self, mark: _Mark) -> Iterator[tuple[_Block, int, np.ndarray]]:
         """Yield every document from `mark` on: its block, its place in the block's order and its tokens, [n]."""
         submitted: deque[tuple[_Block, int]] = deque()  # first document of each batch that the workers have
 

@@ -1,4 +1,4 @@
-"""Token files that grow while a corpus is tokenised. A kill at any moment loses only a few seconds of work.
+"""Token files that grow while a corpus is tokenized. A kill at any moment loses only a few seconds of work.
 
 A folder holds, for each part (`train`, `held_out`), the growing `.bin` and a file of lengths; if duplicates are
 dropped, the digests of the documents; a lock; and `journal.json`, which says how much of these files is safely on the

@@ -1,7 +1,7 @@
 """Make token files of text, for `l2e-ds tokenize` and for the preparation of a run.
 
 This process reads raw chunks and writes results, both in input order. Worker processes (or this one) parse, hash and
-tokenise them. What is written does not depend on the number of workers. n: documents of a chunk.
+tokenize them. What is written does not depend on the number of workers. n: documents of a chunk.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Seen:
         return is_new
 
 
-def tokenise(
+def tokenize(
     config: DataConfig,
     tokenizer: str,
     end_of_text: int | None,
@@ -133,7 +133,7 @@ def tokenise(
     when max_documents are read.
 
     tokenizer: the content of a tokenizer.json. end_of_text: id to put after each document, or None. split: by default
-    that of `find_split`. deduplicate: keep only the first of identical documents. workers: processes that tokenise; 0:
+    that of `find_split`. deduplicate: keep only the first of identical documents. workers: processes that tokenize; 0:
     this one. Raises DataError, and OSError if `files` cannot be written.
     """
     if files.resumes:
@@ -155,7 +155,7 @@ def tokenise(
     )
     pause = 0.1 if sys.stderr.isatty() else _SAY_EVERY
     size: dict[str, Any] = {"total": input_bytes(config), "initial": start["bytes"] if start else 0, "unit": "B"}
-    with tqdm(desc="tokenising", unit_scale=True, mininterval=pause, delay=pause, **size) as bar, pool:
+    with tqdm(desc="tokenizing", unit_scale=True, mininterval=pause, delay=pause, **size) as bar, pool:
         for encoded in () if counts.complete else pool.map(raw_chunks()):
             _add_chunk(encoded, config, split, seen, counts, files, skip_bad)
             position = positions.popleft()

@@ -33,7 +33,7 @@ class Exported:
     """What a card describes.
 
     state: the checkpoint's own state; hf_config: the model's transformers configuration; tokenizer: whether there is
-    one; licence: the hub's id of a license, or None; repository: where the model will be pushed, or None; branch: to
+    one; license: the hub's id of a license, or None; repository: where the model will be pushed, or None; branch: to
     which of its branches, or None for the main one; branches: on the card of the main one, the branches of single
     steps.
     """
@@ -44,7 +44,7 @@ class Exported:
     parameters: int
     precision: str
     tokenizer: bool
-    licence: str | None
+    license: str | None
     repository: str | None
     branch: str | None = None
     branches: tuple[str, ...] = ()
@@ -123,7 +123,7 @@ def _front_matter(exported: Exported, results: Sequence[TaskResult]) -> ModelCar
     ]
     datasets = [part["path"] for part in exported.sets if part["source"] == "hub" and _is_on_hub(part["path"])]
     return ModelCardData(
-        license=exported.licence,
+        license=exported.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=[

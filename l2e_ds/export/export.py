@@ -42,12 +42,12 @@ def export(
     output: Path,
     step: int | None = None,
     precision: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     repository: str | None = None,
 ) -> Exported:
     """Write model, tokenizer and model card of a run or checkpoint to `output`.
 
-    precision: that of the written weights, by default the run's, with which logits equal the engine's. licence,
+    precision: that of the written weights, by default the run's, with which logits equal the engine's. license,
     repository: for the card, which says how to load the model from there. Raises CheckpointError, ConfigError.
     """
     checkpoint = find_checkpoint(source, step)
@@ -56,17 +56,17 @@ def export(
     existing = next(path for path in output.absolute().parents if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise CheckpointError(f"--output: cannot write below {existing}")
-    return _export(checkpoint, output, "--output", precision, licence, repository)
+    return _export(checkpoint, output, "--output", precision, license, repository)
 
 
 def export_all(
-    run_directory: Path, repository: str, private: bool, precision: str | None = None, licence: str | None = None
+    run_directory: Path, repository: str, private: bool, precision: str | None = None, license: str | None = None
 ) -> None:
     """Push every checkpoint of a run to a branch `stepN` of one repository, and the last also to the main branch.
 
     A branch that has the same content is passed over, so that the same command resumes.
 
-    private: whether a new repository is private; precision, licence: as for `export`. Raises CheckpointError, in the
+    private: whether a new repository is private; precision, license: as for `export`. Raises CheckpointError, in the
     end also for damaged checkpoints, which are left out; ConfigError; L2EError if the hub fails.
     """
     if not (run_directory / "checkpoints").is_dir():
@@ -89,7 +89,7 @@ def export_all(
                 name, address, branches = open_repository(repository, private)
             shutil.rmtree(folder, ignore_errors=True)
             branch = f"step{step_of(checkpoint)}"
-            exported = _export(checkpoint, folder, "TMPDIR", precision, licence, name, branch)
+            exported = _export(checkpoint, folder, "TMPDIR", precision, license, name, branch)
             if push_branch(folder, name, branch, exists=branch in branches):
                 pushed += 1
                 branches.append(branch)
@@ -112,7 +112,7 @@ def _export(
     output: Path,
     where: str,
     precision: str | None,
-    licence: str | None,
+    license: str | None,
     repository: str | None,
     branch: str | None = None,
 ) -> Exported:
@@ -132,7 +132,7 @@ def _export(
                 parameters=sum(p.numel() for p in model.parameters()),
                 precision=precision or state["identity"]["precision"],
                 tokenizer=(temporary / "tokenizer.json").exists(),
-                licence=licence,
+                license=license,
                 repository=repository,
                 branch=branch,
             )
@@ -231,16 +231,16 @@ def run(arguments: argparse.Namespace) -> int:
             raise ConfigError(f"--{option}: does not go with --all-checkpoints, which keeps no folder of any step")
     if arguments.output is None and not arguments.all_checkpoints:
         raise ConfigError("--output: is required, a new or empty folder")
-    licence = arguments.license
-    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
-        raise ConfigError(f"--license: got {licence!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
+    license = arguments.license
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
+        raise ConfigError(f"--license: got {license!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
     quiet_libraries()
     if repository is not None:
         check_push(repository)  # so that an error comes before the work
     if arguments.all_checkpoints:
-        export_all(arguments.source, repository, arguments.private, arguments.precision, licence)
+        export_all(arguments.source, repository, arguments.private, arguments.precision, license)
         return 0
-    options = (arguments.step, arguments.precision, licence, repository)
+    options = (arguments.step, arguments.precision, license, repository)
     done = export(arguments.source, arguments.output, *options)
     print(
         f"exported step {done.step} ({done.parameters:,} parameters, {done.precision},"

@@ -157,7 +157,7 @@ def test_identity_tells_sets_names_and_weights():
 
 
 def test_prepared_from_a_run_file(tmp_path):
-    """Sets of two kinds: text that is tokenised into one cache, and what each of them holds out."""
+    """Sets of two kinds: text that is tokenized into one cache, and what each of them holds out."""
     for name, word in (("a", "apple"), ("b", "berry")):
         (tmp_path / name).mkdir()
         for i in range(60):
@@ -193,7 +193,7 @@ def test_prepared_from_a_run_file(tmp_path):
 def test_sets_must_be_of_one_tokenizer(tmp_path):
     (tmp_path / "one.json").write_text(_byte_tokenizer())
     (tmp_path / "two.json").write_text(_byte_tokenizer(extra="<|pad|>"))
-    (tmp_path / "a.jsonl").write_text('{"text": "some words to be tokenised"}\n' * 9)
+    (tmp_path / "a.jsonl").write_text('{"text": "some words to be tokenized"}\n' * 9)
     for name, tokenizer in (("a", "one"), ("b", "one"), ("c", "two"), ("d", "two")):
         words = ["tokenize", tmp_path / "a.jsonl", "--output", tmp_path / name, "--tokenizer"]
         assert cli.main([*map(str, [*words, tmp_path / f"{tokenizer}.json", "--workers", 0])]) == 0
@@ -218,7 +218,7 @@ def test_sets_must_be_of_one_tokenizer(tmp_path):
         check(a, [b, c])
     digests = [json.loads((tmp_path / f"{name}.json").read_text())["tokenizer_digest"][:12] for name in "ac"]
     assert str(error.value) == (
-        f"data.sets.1.path: {c} was tokenised with {two} (SHA-256 {digests[1]}), but {a} was tokenised with {one}"
+        f"data.sets.1.path: {c} was tokenized with {two} (SHA-256 {digests[1]}), but {a} was tokenized with {one}"
         f" (SHA-256 {digests[0]}): all sets of a run must be of one tokenizer"
     )
     with pytest.raises(DataError, match=rf"^data\.path: {c} was .*, but {a} was .*: all sets of a run must be of one"):

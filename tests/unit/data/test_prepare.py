@@ -100,7 +100,7 @@ def test_a_finished_cache_is_reused_until_something_changes(tmp_path, cache, mon
     path = corpus(tmp_path, [text(i) for i in range(50)])
     first = prepare_data(config(path), cache, 300)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "_build", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(prepare, "_build", lambda *_: pytest.fail("tokenized again"))
         again = prepare_data(config(path, sequence_length=16, order="stored"), cache, 300)
         assert again.directory == first.directory
         assert again.train.sequence_length == 16

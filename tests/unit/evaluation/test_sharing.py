@@ -109,9 +109,9 @@ def test_card_of_a_step(tmp_path):
     assert "secret" not in str(card) and str(tmp_path) not in str(card)
 
 
-def test_card_says_that_no_licence_was_chosen(tmp_path):
+def test_card_says_that_no_license_was_chosen(tmp_path):
     card, text = exported(make_run(tmp_path / "run", {"inhibition": {"method": "none"}}), tmp_path / "out")
-    assert card.data.license is None and "No licence was chosen" in text
+    assert card.data.license is None and "No license was chosen" in text
     assert "without inhibition" in text and "target share" not in text
     assert card.data.tags == ["l2e-ds", "pythia", "gpt_neox"]
 
