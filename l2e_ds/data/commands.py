@@ -276,7 +276,10 @@ def _final_files(prefix: str) -> list[Path]:
 
 
 def _summary(parts: dict[str, str], seconds: float) -> str:
-    """Return what was written, as PREFIX.json says it, which counts interrupted commands, too; `seconds` do not."""
+    """Return lines that say what was written.
+
+    PREFIX.json counts what interrupted commands wrote, too; `seconds` are those of this command alone.
+    """
     lines = []
     for part, prefix in parts.items():
         record = json.loads(Path(f"{prefix}.json").read_text(encoding="utf-8"))

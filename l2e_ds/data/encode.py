@@ -67,8 +67,8 @@ class Encoded:
 class Encoder:
     """A callable that makes an `Encoded` of a chunk.
 
-    tokenizer: the content of a tokenizer.json. end_of_text: id to put after each document, or None. dtype: of the
-    tokens; it must hold every id of the vocabulary. skip_bad: count bad records instead of ending at the first.
+    tokenizer: the content of a tokenizer.json. end_of_text: id to put after each document, or None. dtype: that of the
+    tokens, which must hold every id of the vocabulary. skip_bad: count bad records instead of ending at the first.
     """
 
     def __init__(self, tokenizer: str, text_key: str, end_of_text: int | None, dtype: np.dtype, skip_bad: bool) -> None:

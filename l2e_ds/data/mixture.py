@@ -45,7 +45,7 @@ from l2e_ds.data.sources import check_source, unread_files
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
 from l2e_ds.errors import DataError
 
-if TYPE_CHECKING:  # it is above this part, and gives its streams through `open_stream`
+if TYPE_CHECKING:  # a part above this one, which hands in its streams (`open_stream`)
     from l2e_ds.training.streams import StreamedSequences
 
 _SMALLEST_BLOCK = 1024

@@ -116,9 +116,9 @@ def _export(
     repository: str | None,
     branch: str | None = None,
 ) -> Exported:
-    """Write a verified checkpoint to a folder that is not there, or empty. where: what names that folder, in an error.
+    """Write a verified checkpoint to a folder that is new or empty.
 
-    Raises CheckpointError.
+    where: the option or variable that decides the folder, for errors. Raises CheckpointError.
     """
     model, state = load_network(checkpoint, precision)
     run_directory = checkpoint.parent.parent

@@ -22,7 +22,7 @@ def is_analysis(folder: Path) -> bool:
 
 
 def all_tables(folders: Sequence[Path]) -> list[Table]:
-    """Return the tables of these analyses, none without one. Raises DataError for a missing or unreadable file."""
+    """Return the table of these analyses, or [] if there are none. Raises DataError for an unreadable file."""
     rows = [row | {Column("analysis"): str(folder)} for folder in folders for row in _rows(folder)]
     if len(folders) == 1:
         rows = [row | {Column("analysis"): None} for row in rows]

@@ -31,7 +31,8 @@ class Measured:
 
 
 def over_seeds(values: Iterable[float | None]) -> Measured | None:
-    """Return the mean of those that are not None, with its standard error if there are several; None if all are."""
+    """Return the mean of the values that are not None, with its standard error if there are several; None if there is
+    no value."""
     known = [value for value in values if value is not None]
     if not known:
         return None
