@@ -5,12 +5,15 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
+from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.study.checking import plan_runs
 from l2e_ds.study.definition import read_study
 from tests.integration.conftest import SENTENCES
@@ -61,6 +64,8 @@ def test_a_control_and_what_is_measured(text, tmp_path):
         assert codes == [0], said
     plain, without = ([line["held_out_loss"] for line in lines(run, "evaluation")] for run in runs)
     assert plain[0] != without[0] and len(plain) == len(without) == 2
+    saved = load_causal_model(find_model(str(runs[1])), "fp32", None)[0]
+    assert [bool(block.mlp.dense_4h_to_h.weight.any()) for block in saved.gpt_neox.layers] == [True, False, False, True]
     for _ in range(2):  # the second time there is nothing to do
         codes, said = finish(EVIDENCE / "measure.py", tmp_path / "measured.csv", runs[0])
         assert codes == [0], said
@@ -74,18 +79,46 @@ def test_a_control_and_what_is_measured(text, tmp_path):
 
 @pytest.mark.full
 def test_table_and_figure_of_the_results(tmp_path):
-    """Made anew from the committed results.csv; docs/results.md has that table."""
-    codes, said = finish(EVIDENCE / "tables.py", EVIDENCE / "results.csv")
-    assert codes == [0] and said.strip() in (REPOSITORY / "docs/results.md").read_text()
+    """Made anew from the committed files; docs/results.md has those tables."""
+    codes, said = finish(EVIDENCE / "tables.py", EVIDENCE)
+    page = (REPOSITORY / "docs/results.md").read_text()
+    tables = said.strip().split("\n\n")
+    assert codes == [0] and len(tables) == 5 and all(table in page for table in tables)
     codes, said = finish(EVIDENCE / "figure.py", EVIDENCE / "results.csv", tmp_path / "figure.svg")
     assert codes == [0], said
     assert "projected-0.05 (n = " in (tmp_path / "figure.svg").read_text()
 
 
+def test_planted_specificity():
+    """The first half of 40 neurons belong to one feature each, the others to none; half as peaked changes no share."""
+    random = np.random.default_rng(0)
+    labels, length, neurons = random.permutation(np.arange(4).repeat(40)), 32, 40
+    of_tokens = labels.repeat(length)[:, None]
+    noise = random.standard_normal((len(of_tokens), neurons))
+    is_own = (of_tokens == np.arange(neurons) % 4) & (np.arange(neurons) < neurons // 2)
+    specific, unspecific = (np.where(is_own[:, part], 4.0, 0.0) + noise[:, part] for part in (slice(20), slice(20, 40)))
+    measure = script("features").measure
+    tied, free = (measure(z.astype(np.float32), labels, length) for z in (specific, unspecific))
+    assert tied["own_share"] > 0.99 and tied["fkr"] < free["fkr"]
+    # a quarter by chance: of 20 neurons, each with 2 % of 160 * 32 tokens, of which half are counted
+    assert abs(free["own_share"] - 0.25) < 5 * (0.25 * 0.75 / (20 * 51)) ** 0.5
+    # between the features lie 4^2 * 1/4 * 3/4 = 3 of a variance of 4; with 160 texts in 4 features, chance gives 3/5120
+    assert tied["eta2"] == pytest.approx(0.75, abs=0.02) and tied["eta2_chance"] < 0.1 and free["eta2"] < 0.01
+    # every neuron's highest of four features lies above its three others, and above those of all other neurons
+    assert tied["own_ms"] > free["own_ms"] and tied["ks"] == pytest.approx(0.75)
+    flat = measure(np.cbrt(specific).astype(np.float32), labels, length)
+    assert flat["own_share"] == tied["own_share"] and flat["ms"] < tied["ms"]
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EVIDENCE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_controls_change_the_inhibited_layers():
-    spec = importlib.util.spec_from_file_location("controls", EVIDENCE / "controls.py")
-    controls = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(controls)
+    controls = script("controls")
     hf_config = GPTNeoXConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
     )

@@ -4,8 +4,8 @@
 
 The controls change the two middle layers, which the main study inhibits:
 
-`without-mlp`: their MLPs give nothing. If that is no worse than keeping them, the run is too short to judge a loss by:
-whatever makes these layers small gains.
+`without-mlp`: their MLPs give nothing. If that is worse by less than 0.05 nats, a run is too short to judge a loss by:
+what makes these layers small costs next to nothing, or even gains.
 `small-start`: the weights of their MLPs start at 0.4 of their scale.
 `l2=COEFFICIENT`: a plain penalty COEFFICIENT * mean(z^2) on the neurons z of each. It makes them smaller, and knows
 nothing of monosemanticity. One micro-batch a step, and no fp16.
@@ -49,8 +49,10 @@ class _Penalty(torch.autograd.Function):
 
 
 def changed(control: str, model: Any) -> Any:
-    """The model with the control in it. Raises SystemExit for a control that there is not."""
+    """Return the model with the control in it. Raises SystemExit for a control that there is not, and under ZeRO-3."""
     blocks = [blocks_of(model)[layer] for layer in chosen_layers(LAYERS, model.config.num_hidden_layers)]
+    if any(parameter.numel() == 0 for block in blocks for parameter in block.parameters()):
+        sys.exit("control: got deepspeed.config of ZeRO 3, which holds no whole weights, allowed: ZeRO 0 to 2")
     for block in blocks:
         if control == "without-mlp":
             # zeros whose gradient is zero stay zeros: the checkpoint is this network, too

@@ -2,14 +2,14 @@
 
     python launch/studies/evidence/measure.py OUTPUT.csv RUN [RUN ...]
 
-One line a run, on the first 64 held-out sequences of each source. The layers are those that the main study inhibits
-(`mid-2`), in every run, whether it inhibits them or not:
+One line a run, on the first 64 held-out sequences of each source, as the run's own evaluations. The layers are those
+that the main study inhibits (`mid-2`), in every run, whether it inhibits them or not:
 
-`loss`: of the model as it is; the sources weigh what they do in training, as in all losses here. `worth`: what it loses
-where each neuron of these layers gives its mean instead. `worth_selected`: where only those activations do whose score
-is among the highest 2 % of the unchanged model's. `worth_random`: where 2 %, drawn at random, do.
-`active_share`: of activations above zero. `dead_share`: of neurons that do not vary. Means, scores and shares are over
-all these sequences alike.
+`loss_all`: of the model as it is, on all held-out sequences; the sources weigh what they do in training, as in all
+losses here. `loss`: the same on the first 64 of each. `worth`: what it loses where each neuron of these layers
+gives its mean instead. `worth_selected`: where only those activations do whose score is among the highest 2 % of the
+unchanged model's. `worth_random`: where 2 %, drawn at random, do. `active_share`: of activations above zero.
+`dead_share`: of neurons that do not vary. Means, scores and shares are over all these sequences alike.
 
 Lines that are there already are kept, so that the same command resumes.
 """
@@ -36,7 +36,7 @@ from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models.sites import neuron_sites
 
 SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
-COLUMNS = ("run", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
+COLUMNS = ("run", "loss_all", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
 
 
 @contextmanager
@@ -64,12 +64,12 @@ def measure(run: Path) -> dict[str, float]:
     sets = prepare_sets(config.data, cache, model.config.vocab_size, SEQUENCES)
     total = sum(part.weight for part in sets)
 
-    def losses(change: Callable[[int, Tensor], Tensor | None]) -> float:
-        """The held-out loss, in nats, with the neurons changed."""
+    def losses(change: Callable[[int, Tensor], Tensor | None], sequences: int = SEQUENCES) -> float:
+        """The held-out loss, in nats, of so many sequences of each source, with the neurons changed."""
         result = 0.0
         with replaced(sites, change):
             for part in sets:
-                rows = np.arange(min(SEQUENCES, len(part.held_out)))
+                rows = np.arange(min(sequences, len(part.held_out)))
                 of_part, tokens = 0.0, 0
                 for some in np.array_split(rows, -(-len(rows) // BATCH)):
                     batch = torch.from_numpy(part.held_out.batch(some)).long()
@@ -84,7 +84,8 @@ def measure(run: Path) -> dict[str, float]:
     def keep(index: int, z: Tensor) -> None:
         seen[index].append(z.flatten(0, 1))
 
-    values: dict[str, Any] = {"loss": losses(keep)}
+    longest = max(len(part.held_out) for part in sets)
+    values: dict[str, Any] = {"loss_all": losses(lambda index, z: None, longest), "loss": losses(keep)}
     activations = [torch.cat(parts) for parts in seen]
     statistics = []
     for z in activations:

@@ -1,16 +1,18 @@
-"""Print the table of docs/results.md for a study: means, and paired differences with 95 % intervals.
+"""Print the tables of docs/results.md from the files of a folder.
 
-    python launch/studies/evidence/tables.py RESULTS.csv [MEASURES.csv]
+    python launch/studies/evidence/tables.py FOLDER
 
-RESULTS.csv is the study's. Only finished runs count. A difference is to the baseline run of the same seed: in nats for
-losses, relative for the rest. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S
-and kurtosis are means over the inhibited layers. MEASURES.csv, of measure.py, adds its columns.
+FOLDER has results.csv of the main study, curves.csv of curves.py, measures.csv of measure.py and features.csv of
+features.py. Only finished runs count. A difference is to the baseline run of the same seed, relative where the table
+has %. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means
+over the inhibited layers.
 """
 
 from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import pandas as pd
 from scipy.stats import t
@@ -18,12 +20,30 @@ from scipy.stats import t
 from l2e_ds.console import markdown
 from l2e_ds.study.collect import paired_differences
 
-LOSSES = {"held_out_loss": "held-out loss"}
 SCORES = {"top_share_score": "MS", "mean_s": "mean S", "kurtosis": "kurtosis"}
-MEASURED = {"worth": "worth of the layers", "worth_selected": "of the top 2 %", "worth_random": "of 2 % at random"}
+MEASURES = {
+    "loss_all": "loss, all held-out text",
+    "worth": "worth of the layers",
+    "worth_selected": "worth of the top 2 %",
+    "worth_random": "worth of 2 % at random",
+    "active_share": "active share",
+    "layer2/mean_s": "mean S, layer 2",
+    "layer3/mean_s": "mean S, layer 3",
+}
+FEATURES = {
+    "own_ms": "mean MS on the own feature",
+    "ks": "K-S",
+    "ks_chance": "K-S by chance",
+    "fkr": "False Killing Rate",
+    "own_share": "own feature's share of a neuron's top 2 %",
+    "eta2": "eta squared",
+    "eta2_clipped": "eta squared, peaks clipped",
+}
+ARMS = ("none", "projected-0.05", "projected-0.1", "published")
+CONTROLS = {"without-mlp-seed103": "none-seed103", "without-mlp-4800-seed103": "none-4800-seed103"}
 
 
-def cells(table: pd.DataFrame, column: str, is_relative: bool) -> dict[str, str]:
+def cells(table: pd.DataFrame, column: str, is_relative: bool = False) -> dict[str, str]:
     """Return for each combination the mean, and behind it the paired difference and its interval."""
     form = "{:+.1%}" if is_relative else "{:+.3f}"
     key, error = ("relative", "relative_stderr") if is_relative else ("difference", "stderr")
@@ -40,21 +60,60 @@ def cells(table: pd.DataFrame, column: str, is_relative: bool) -> dict[str, str]
     return result
 
 
-def main() -> None:
-    if len(sys.argv) not in (2, 3):
-        sys.exit(__doc__)
-    table = pd.read_csv(sys.argv[1])
-    table = table[table["state"] == "done"]
-    losses = dict(LOSSES)
-    if len(sys.argv) == 3:
-        measures = pd.read_csv(sys.argv[2])
-        measures["run"] = measures["run"].str.split("/").str[-1]
-        table = table.merge(measures[["run", *MEASURED]], on="run", how="left")
-        losses |= MEASURED
-    columns = [cells(table, column, column in SCORES) for column in [*losses, *SCORES]]
-    counts = table.groupby("combination", sort=False).size()
+def main_table(results: pd.DataFrame) -> str:
+    columns = [cells(results, "held_out_loss"), *(cells(results, column, True) for column in SCORES)]
+    counts = results.groupby("combination", sort=False).size()
     rows = [[name, str(n), *(column[name] for column in columns)] for name, n in counts.items()]
-    print(markdown(["run", "n", *losses.values(), *SCORES.values()], rows))
+    return markdown(["run", "n", "held-out loss", *SCORES.values()], rows)
+
+
+def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str]) -> str:
+    """Return a row for each measure and a column for each of ARMS. own: the measures, with the name of the run."""
+    table = results[["run", "combination", "baseline"]].merge(
+        own.assign(run=own["run"].str.split("/").str[-1]), on="run"
+    )
+    counts = table.groupby("combination", sort=False).size()
+    arms = [arm for arm in ARMS if arm in counts]
+    rows = [[title, *(cells(table, column)[arm] for arm in arms)] for column, title in titles.items()]
+    return markdown(["measure", *(f"{arm} (n = {counts[arm]})" for arm in arms)], rows)
+
+
+def by_step(results: pd.DataFrame, curves: pd.DataFrame) -> str:
+    """Return the mean relative changes of loss and MS at each step from which inhibition is on."""
+    curves = curves.assign(ms=(curves["layer2/top_share_score"] + curves["layer3/top_share_score"]) / 2)
+    table = results[["run", "combination", "baseline"]].merge(curves, on="run")
+    rows = []
+    for step, part in table[table["step"] >= 900].groupby("step"):
+        changes = [paired_differences(part, column)["relative"] for column in ("held_out_loss", "ms")]
+        rows.append([f"{step:,}", *(f"{changes[0][arm]:+.2%}, {changes[1][arm]:+.0%}" for arm in ARMS[1:])])
+    return markdown(["step", *(f"{arm}: loss, MS" for arm in ARMS[1:])], rows)
+
+
+def controls(curves: pd.DataFrame) -> str:
+    """Return how much each control of CONTROLS loses against its baseline, in nats, by step."""
+    loss = curves.set_index(["run", "step"])["held_out_loss"]
+    there = {control: loss[control] - loss[base] for control, base in CONTROLS.items() if control in loss.index}
+    steps = sorted({step for differences in there.values() for step in differences.dropna().index if step})
+    rows = [[name, *(f"{d[step]:+.3f}" if step in d else "" for step in steps)] for name, d in there.items()]
+    return markdown(["control", *(f"{step:,}" for step in steps)], rows)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    names = ("results", "curves", "measures", "features")
+    results, curves, measures, features = (pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names)
+    results = results[results["state"] == "done"]
+    last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
+    measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
+    tables = [
+        main_table(results),
+        by_step(results, curves),
+        controls(curves),
+        by_measure(results, features, FEATURES),
+        by_measure(results, measures, MEASURES),
+    ]
+    print("\n".join(tables))
 
 
 if __name__ == "__main__":
