@@ -2,10 +2,10 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study, curves.csv of curves.py, measures.csv of measure.py and features.csv of
-features.py. Only finished runs count. A difference is to the baseline run of the same seed, relative where the table
-has %. Its interval is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means
-over the inhibited layers.
+FOLDER has results.csv of the main study, transfer.csv, the results of the transfer study, curves.csv of curves.py,
+measures.csv of measure.py and features.csv of features.py. Only finished runs count. A difference is to the baseline
+run of the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not given for
+one pair. MS, mean S and kurtosis are means over the inhibited layers.
 """
 
 from __future__ import annotations
@@ -98,11 +98,22 @@ def controls(curves: pd.DataFrame) -> str:
     return markdown(["control", *(f"{step:,}" for step in steps)], rows)
 
 
+def transfer(results: pd.DataFrame) -> str:
+    """Return what inhibition changed in each setting that has a pair of runs."""
+    columns = [paired_differences(results, column) for column in ("held_out_loss", "top_share_score", "mean_s")]
+    rows = [
+        [name.split(",")[0], str(n), *(f"{column.loc[name, 'relative']:+.1%}" for column in columns)]
+        for name, n in columns[0]["pairs"].items()
+        if n
+    ]
+    return markdown(["setting", "n", "held-out loss", "MS", "mean S"], rows)
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    names = ("results", "curves", "measures", "features")
-    results, curves, measures, features = (pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names)
+    names = ("results", "transfer", "curves", "measures", "features")
+    results, others, curves, measures, features = (pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names)
     results = results[results["state"] == "done"]
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
@@ -112,6 +123,7 @@ def main() -> None:
         controls(curves),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
+        transfer(others),
     ]
     print("\n".join(tables))
 
