@@ -439,7 +439,7 @@ class Gelu(OnePass):
     def forward(self, x: Tensor) -> Tensor:
         from l2e_ds.inhibition import fused
 
-        return fused.with_inhibition(x, self._compute, self.add_gradient, self.keeps_activations)
+        return fused.WithInhibition.apply(x, self._compute, self.add_gradient, self.keeps_activations)
 
     def _compute(self, x: Tensor) -> Tensor:
         is_first = self.hook.count_forward()

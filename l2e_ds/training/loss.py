@@ -158,7 +158,7 @@ def _gradients(
     float32. Raises CompileError on a GPU."""
     log_z: Tensor | None
     if hidden.is_cuda:
-        from l2e_ds.inhibition.fused import compiling  # imports PyTorch's compiler, which CPUs do not need here
+        from l2e_ds.system.compiling import compiling  # imports PyTorch's compiler, which CPUs do not need here
 
         logits = hidden @ weight.T
         with compiling("LM loss"):

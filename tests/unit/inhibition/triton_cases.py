@@ -218,8 +218,8 @@ def test_only_the_pre_activation_is_kept():
     x.requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fused.with_inhibition(
-            x, lambda x: triton_gelu.forward(x, statistics, PUBLISHED)[0], lambda gradient, x, z: gradient, keep=False
+        fused.WithInhibition.apply(
+            x, lambda x: triton_gelu.forward(x, statistics, PUBLISHED)[0], lambda gradient, x, z: gradient, False
         )
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
