@@ -67,7 +67,6 @@ class Coefficients:
         """
         settings = self._settings
         share = settings.schedule(steps)
-        # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
         if settings.mechanism == "regulariser":
             is_on = steps > 0 and settings.is_regularising
             is_before = settings.start - 3 * WINDOW <= steps < settings.start

@@ -82,7 +82,7 @@ class Inhibitor:
         self.group = group
         self.steps = 0  # applied optimizer steps that the statistics have seen
         self.fade = fade_factor(self.settings.statistics_window)
-        self.in_backward = False
+        self.in_backward = False  # whether the backward pass of an attached loss is running
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
         self._loss_gradient: Tensor | None = None
@@ -105,10 +105,13 @@ class Inhibitor:
 
     def _decide_on_coming_step(self) -> None:
         # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
-        self.has_history = self.steps > 0
+        self.has_history = self.steps > 0  # whether a step has been applied before
         self.coefficients.decide(self.steps)
+        # whether activations or gradients are changed
         self.is_inhibiting = self.coefficients.is_inhibiting
+        # whether gradients are measured: while inhibiting, and some steps before
         self.is_measuring = self.coefficients.is_measuring
+        # whether micro-batches need a projection
         self.is_projecting = self.is_measuring and self.settings.loss == "projected"
         if self.steps == max(self.settings.start, 1):
             for hook in self.hooks:

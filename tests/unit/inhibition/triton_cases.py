@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
-from l2e_ds.inhibition.hook import GeluInKernel
+from l2e_ds.inhibition.compiled_implementations import GeluInKernel
 from l2e_ds.inhibition.losses import (
     Correction,
     FrozenStatistics,
@@ -241,7 +241,7 @@ def inhibited(recompute=None, compiled=False, function="gelu", split=2, **change
 
 def by_kernel(inhibitor: Inhibitor) -> bool:
     """Of the newest micro-batch, every layer the same."""
-    (used,) = {isinstance(hook.way, GeluInKernel) for hook in inhibitor.hooks}
+    (used,) = {isinstance(hook.implementation, GeluInKernel) for hook in inhibitor.hooks}
     return used
 
 
