@@ -111,7 +111,7 @@ def _state_bytes(inhibitor: Inhibitor | None) -> int:
         return 0
     held = [inhibitor._packed, *inhibitor.state_dict().values()]
     for hook in inhibitor.hooks:
-        held += [tensor for tensor in vars(hook.frozen).values() if isinstance(tensor, Tensor)]
+        held += [tensor for tensor in vars(hook.step_statistics).values() if isinstance(tensor, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

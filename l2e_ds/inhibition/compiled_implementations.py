@@ -46,7 +46,7 @@ class OnePass(Implementation):
 
     def observe(self, z: Tensor) -> None:
         observe = fused.observe if self.owner.has_history else fused.observe_without_history
-        self.hook.add_sums(*observe(z, self.hook.frozen, self.hook.regulariser))
+        self.hook.add_sums(*observe(z, self.hook.step_statistics, self.hook.regulariser))
 
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
         return fused.add_gradient(incoming, x, inhibition)
@@ -83,9 +83,9 @@ class GeluInKernel(Gelu):
 
         hook = self.hook
         is_first = hook.count_forward()
-        z, sums = triton_gelu.forward(x, hook.frozen, hook.regulariser)
+        z, sums = triton_gelu.forward(x, hook.step_statistics, hook.regulariser)
         if is_first:
-            hook.add_sums(*fused.totals(sums, hook.frozen, hook.regulariser, sample_count(x)))
+            hook.add_sums(*fused.totals(sums, hook.step_statistics, hook.regulariser, sample_count(x)))
         return z
 
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:

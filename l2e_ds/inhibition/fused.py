@@ -146,7 +146,7 @@ def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tu
     force = _force(kept, s.inverse_s, s.inverse_variance, regulariser.force_power, regulariser.factor)
     gradient = torch.where(selected, force, 0.0) - correction.shift - correction.pull * d
     squares = [torch.where(selected, g * g, 0.0).sum(1).sum(dtype=torch.float64) for g in (incoming.float(), gradient)]
-    return incoming.float() + gradient * inhibition.strength, inhibition.measured(torch.stack(squares))
+    return incoming.float() + gradient * inhibition.gradient_scale, inhibition.measured(torch.stack(squares))
 
 
 def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
@@ -243,10 +243,10 @@ def totals(
 
 
 def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """Return incoming + strength * `losses.inhibition_gradient`, [M, N] in incoming's dtype, and `Inhibition.measured`.
+    """Return incoming + gradient_scale * `losses.inhibition_gradient`, and `Inhibition.measured`.
 
-    incoming: [M, N], the gradient of the activations z. What is measured is the gradient that comes in and that of the
-    inhibition loss, without strength. Raises CompileError.
+    The first is [M, N] in the dtype of incoming, the gradient of the activations z. What is measured is the gradient
+    that comes in and that of the inhibition loss, before its scale. Raises CompileError.
     """
     return _run(_add_gradient, incoming, z, inhibition)
 

@@ -56,10 +56,11 @@ class NeuronHook:
         # S^2 of each neuron when inhibition began; 0 before that, and for neurons that did not vary
         self.variance_at_start = torch.zeros(site.neurons, dtype=torch.float64, device=sums.device)
         # set by `freeze`, and constant within an optimizer step
-        self.frozen: FrozenStatistics
-        self.frozen_now: FrozenStatistics
-        self.for_loss: FrozenStatistics
+        self.step_statistics: FrozenStatistics
         self.kept_pull: Tensor
+        # of the micro-batch: those of the step, unless `reduce: forward` adds the micro-batch's own samples
+        self.selection_statistics: FrozenStatistics
+        self.loss_statistics: FrozenStatistics
         self.calls = Calls()
         self.largest_gradient = torch.zeros((), device=sums.device)
         self.weight: Tensor | None = None
@@ -76,7 +77,7 @@ class NeuronHook:
 
     def note_start(self) -> None:
         """Note the scale of each neuron, now that inhibition begins."""
-        self.variance_at_start = torch.where(self.frozen.alive, self.running.moments.variance, 0.0)
+        self.variance_at_start = torch.where(self.step_statistics.alive, self.running.moments.variance, 0.0)
 
     # --- forward -------------------------------------------------------------------------------------------------
 
@@ -155,7 +156,7 @@ class NeuronHook:
         self.calls.forward += is_first
         self.calls.recomputed += not is_first
         if is_first:
-            self.frozen_now = self.for_loss = self.frozen
+            self.selection_statistics = self.loss_statistics = self.step_statistics
         return is_first
 
     def add_sums(self, step: Tensor, projection_sums: Tensor | None) -> None:
@@ -177,19 +178,21 @@ class NeuronHook:
     def inhibition(self, z: Tensor) -> Inhibition:
         """Return what the backward of this micro-batch needs. z: [M, N]. Raises SelfTestError."""
         tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)  # this rank's, without padding
-        scale = self.owner.loss_gradient_here().double()
-        per_token = torch.where(scale == 0, 0.0, tokens / scale)
-        return Inhibition(self.for_loss, self.regulariser, self._correction(), self.strength(tokens), per_token)
+        arrived = self.owner.loss_gradient_here().double()
+        per_token = torch.where(arrived == 0, 0.0, tokens / arrived)
+        scale = self.gradient_scale(tokens)
+        return Inhibition(self.loss_statistics, self.regulariser, self._correction(), scale, per_token)
 
     def _correction(self) -> Correction:
         if self.regulariser.is_projected:
             return self.owner.projection_here(self.index)
-        return losses.running_correction(self.for_loss, self.regulariser)
+        return losses.running_correction(self.loss_statistics, self.regulariser)
 
-    def strength(self, tokens: Tensor | int) -> Tensor:
+    def gradient_scale(self, tokens: Tensor | int) -> Tensor:
         """Return the gradient that arrived at the LM loss, times lambda / n, [] float32; n = share * tokens * N."""
-        scale = self.owner.loss_gradient_here().float() * self.owner.coefficients.values[self.index].float()
-        return scale / (self.settings.target_share * tokens * self.site.neurons)
+        arrived = self.owner.loss_gradient_here().float()
+        weighted = arrived * self.owner.coefficients.values[self.index].float()
+        return weighted / (self.settings.target_share * tokens * self.site.neurons)
 
 
 # --- once a step, for several hooks of one width together: there are many small operations ------------------------
@@ -199,14 +202,14 @@ class NeuronHook:
 def freeze(hooks: Sequence[NeuronHook], running: RunningStatistics) -> None:
     """Give the hooks their running statistics, and make float32 constants of them for one optimizer step.
 
-    running: those of all these hooks, of `stacked`.
+    running: their running statistics, stacked by `stacked`.
     """
     # In plain operations: a compiled result would differ by a rounding from that of a resumed run.
     frozen = running.frozen()
     kept = losses.kept_pull(running.moments.variance, torch.stack([hook.variance_at_start for hook in hooks]))
     for index, hook in enumerate(hooks):
         hook.running = row_of(running, index)
-        hook.frozen = hook.frozen_now = hook.for_loss = row_of(frozen, index)
+        hook.step_statistics = row_of(frozen, index)
         hook.kept_pull = kept[index]
 
 
@@ -221,7 +224,7 @@ def update(hooks: Sequence[NeuronHook], finite: Tensor) -> Tensor:
     n, settings = first.site.neurons, first.settings
     sizes = [NeuronHook.HEADER, n, n, n]
     header, d, d2, selected = torch.stack([hook.sums for hook in hooks]).split(sizes, dim=1)
-    sums = StepSums(header, d, d2, selected, shift=torch.stack([hook.frozen.mean for hook in hooks]))
+    sums = StepSums(header, d, d2, selected, shift=torch.stack([hook.step_statistics.mean for hook in hooks]))
     running = stacked([hook.running for hook in hooks])
     seen_before = settings.reduce == "forward"
     moved = first.implementation.moved

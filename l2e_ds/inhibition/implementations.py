@@ -46,7 +46,7 @@ class Implementation(ABC):
         """Add a micro-batch to the hook's sums. z: [M, N], without gradient."""
 
     def add_gradient(self, incoming: Tensor, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """Return incoming + strength * the inhibition loss's gradient, as the gradient of x, [M, N].
+        """Return incoming + gradient_scale * the inhibition loss's gradient, as the gradient of x, [M, N].
 
         incoming: [M, N], the gradient of the activations. z: passed if the implementation computes the GELU and keeps
         its output. Raises SelfTestError.
@@ -85,20 +85,20 @@ class Plain(Implementation):
         """
         hook, settings = self.hook, self.hook.settings
         sums = shifted_sums if self.owner.has_history else exact_sums  # without history the mean may be far away
-        sum_d, sum_d2 = sums(z, hook.frozen.mean, hook.weight)
+        sum_d, sum_d2 = sums(z, hook.step_statistics.mean, hook.weight)
         tokens = sample_count(z, hook.weight)
         if settings.reduce == "forward":
             self._freeze_for_micro_batch(tokens, sum_d, sum_d2)
-        scores = losses.score(z, hook.frozen_now)
+        scores = losses.score(z, hook.selection_statistics)
         selected = self.select(scores)
         count = selected.sum(0).double()
         if settings.reduce == "forward" and settings.loss == "scale-invariant":
             self._freeze_for_exact_loss(count.clone(), tokens, sum_d, sum_d2)
-        loss = losses.inhibition_loss(z, selected, hook.for_loss, hook.regulariser, hook.weight)
+        loss = losses.inhibition_loss(z, selected, hook.loss_statistics, hook.regulariser, hook.weight)
         header = torch.stack([tokens, loss.double(), torch.where(selected, scores, 0.0).sum().double()])
         projection_sums = None
         if self.owner.is_projecting:
-            projection_sums = losses.projection_sums(z, selected, hook.for_loss, hook.regulariser, hook.weight)
+            projection_sums = losses.projection_sums(z, selected, hook.loss_statistics, hook.regulariser, hook.weight)
             projection_sums = projection_sums / projection_sums[0].clamp(min=1)
         hook.add_sums(torch.cat([header, sum_d, sum_d2, count]), projection_sums)
         return selected
@@ -111,9 +111,9 @@ class Plain(Implementation):
         hook, n = self.hook, self.hook.site.neurons
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2]), self.owner.group)
         count, sum_d, sum_d2 = packed.split([1, n, n])
-        batch = Moments.from_sums(count, sum_d, sum_d2, hook.frozen.mean.double())
+        batch = Moments.from_sums(count, sum_d, sum_d2, hook.step_statistics.mean.double())
         moments = hook.running.moments.fade(self.owner.fade).merge(batch)
-        hook.frozen_now = hook.for_loss = hook.running.frozen(moments)
+        hook.selection_statistics = hook.loss_statistics = hook.running.frozen(moments)
 
     def _freeze_for_exact_loss(self, selected: Tensor, tokens: Tensor, sum_d: Tensor, sum_d2: Tensor) -> None:
         """Freeze rate and mean d^2 of this micro-batch over all ranks (scale-invariant loss with `reduce: forward`).
@@ -123,29 +123,29 @@ class Plain(Implementation):
         hook, n = self.hook, self.hook.site.neurons
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
         count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
-        offset = hook.frozen.mean.double() - hook.frozen_now.mean.double()
+        offset = hook.step_statistics.mean.double() - hook.selection_statistics.mean.double()
         spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
-        now = hook.frozen_now
-        hook.for_loss = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
+        now = hook.selection_statistics
+        hook.loss_statistics = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
 
     def select(self, scores: Tensor) -> Tensor:
         """Return what is selected, [M, N] bool. scores: [M, N] float32."""
         hook = self.hook
         if hook.settings.retrieval == "threshold":
-            selected = losses.select_by_threshold(scores, hook.frozen_now)
+            selected = losses.select_by_threshold(scores, hook.selection_statistics)
         else:
-            selected = losses.select_top_k(scores, hook.frozen_now, hook.settings.target_share)
+            selected = losses.select_top_k(scores, hook.selection_statistics, hook.settings.target_share)
         return selected if hook.weight is None else selected & (hook.weight > 0)
 
     def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return what is selected, [M, N] bool, and the inhibition loss's gradient before strength, [M, N] float32."""
-        selected = self.select(losses.score(z, self.hook.frozen_now))
+        """Return what is selected, [M, N] bool, and the inhibition loss's gradient before its scale, [M, N] float32."""
+        selected = self.select(losses.score(z, self.hook.selection_statistics))
         statistics, regulariser = inhibition.statistics, inhibition.regulariser
         return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)
 
     def _weighted(self, raw: Tensor, inhibition: Inhibition) -> Tensor:
         weight = self.hook.weight
-        return raw * inhibition.strength if weight is None else raw * inhibition.strength * weight
+        return raw * inhibition.gradient_scale if weight is None else raw * inhibition.gradient_scale * weight
 
     def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
         selected, raw = self._raw(x, inhibition)
@@ -169,8 +169,8 @@ class Deactivation(Plain):
         if hook.count_forward():
             selected = self.observe(x.detach())
         else:
-            selected = self.select(losses.score(x.detach(), hook.frozen_now))
+            selected = self.select(losses.score(x.detach(), hook.selection_statistics))
         if not self.owner.is_inhibiting:
             selected = torch.zeros_like(selected)
         factor = _GRADIENT_FACTORS[hook.settings.mechanism]
-        return memel.deactivate(x, hook.frozen_now.mean, selected, factor, hook.count_backward)
+        return memel.deactivate(x, hook.selection_statistics.mean, selected, factor, hook.count_backward)

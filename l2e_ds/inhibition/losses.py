@@ -126,14 +126,15 @@ class Correction:
 class Inhibition:
     """Holds what a layer's backward needs to add the inhibition loss's gradient, and to measure both gradients.
 
-    strength: [] float32, the factor of the inhibition loss's gradient (`NeuronHook.strength`). per_token: [] float64,
-    the factor that makes the gradient which arrives that of the LM loss summed over this rank's tokens.
+    gradient_scale: [] float32, the factor of the inhibition loss's gradient, from `NeuronHook.gradient_scale`.
+    per_token: [] float64, the factor that makes the gradient which arrives that of the LM loss summed over this rank's
+    tokens.
     """
 
     statistics: FrozenStatistics
     regulariser: Regulariser
     correction: Correction
-    strength: Tensor
+    gradient_scale: Tensor
     per_token: Tensor
 
     def measured(self, squares: Tensor) -> Tensor:

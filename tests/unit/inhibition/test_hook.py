@@ -506,7 +506,7 @@ def test_selection_rates_fade_like_the_moments(window):
             inhibitor.attach_loss(layer.act(z).sum()).backward()
             inhibitor.step()
     assert float(selected.min()) > 0
-    torch.testing.assert_close(inhibitor.hooks[0].frozen.rate.double(), selected / seen, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inhibitor.hooks[0].step_statistics.rate.double(), selected / seen, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("reduce", ["step", "forward"])
