@@ -108,10 +108,6 @@ class Coefficients:
             self._arrive()
         self._arrive = None
 
-    def drop(self) -> None:
-        """Forget what a skipped step measured."""
-        self.squares.zero_()
-
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages, [L, 2], and of the newest step squares, [L, 2], and lambda, [L]; on the device."""
         self._wait()

@@ -302,7 +302,7 @@ class Inhibitor:
             self.steps += 1
             self._decide_on_coming_step()
         else:
-            self.coefficients.drop()
+            self.coefficients.squares.zero_()
         self._packed.zero_()
         self._micro_batches = self._backwards = 0
         self.in_backward = False
@@ -388,16 +388,9 @@ class Inhibitor:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
-
-        A state from before there was a strength has no measurements for it; they begin anew. With one from before there
-        was `variance_at_start`, the growth of neurons is not counteracted. Raises ValueError for a state of other
-        layers or sizes.
-        """
-        measured, own = self.coefficients.state_dict(), self.state_dict()
-        newer = {"variance_at_start", *measured}
-        state = {name: torch.zeros_like(own[name]) for name in own if name.rpartition(".")[2] in newer} | state
-        expected = {name: tensor.shape for name, tensor in own.items()}
+        """Take over what `state_dict` returned. Raises ValueError for a state of other layers or sizes."""
+        measured = self.coefficients.state_dict()
+        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))

@@ -1,4 +1,7 @@
-"""Choose the layers of a network that are inhibited, and find their neurons."""
+"""Choose the layers of a network that are inhibited, and find their neurons.
+
+Shapes: B sequences per micro-batch, T tokens per sequence, N neurons of a layer.
+"""
 
 from __future__ import annotations
 
