@@ -79,7 +79,7 @@ def measure_pass(model: Any, variant: str, sequences: int, length: int, device: 
     tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=device)
 
     def forward() -> Tensor:
-        loss = head.loss(network, tokens[:, :-1], tokens[:, 1:])
+        loss, _ = head.loss(network, tokens[:, :-1], tokens[:, 1:])
         return loss if inhibitor is None else inhibitor.attach_loss(loss)
 
     for _ in range(PASSES - 1):

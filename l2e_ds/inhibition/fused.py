@@ -38,8 +38,8 @@ class ColumnSums:
     """Holds sums over the samples of a micro-batch, [N] float64 each.
 
     d, d2: of d = z - mean and of d^2. selected: the number of selected samples. score: of their scores. measure: of
-    their log(score / tau), or for the powers 1 and 2 of their |d| / S. force: of `losses.force`; None if the loss is
-    not projected.
+    their log(score / tau), or for the powers 1 and 2 of their |d| / S. force: sums of `losses.force`; None if
+    the loss is not projected.
     """
 
     d: Tensor

@@ -30,7 +30,8 @@ class Implementation(ABC):
     """Computes a hook's micro-batches. x: [M, N], what forward is given; z: [M, N], activations."""
 
     computes_gelu = False  # whether x is the input of the GELU; otherwise x is z
-    moved: Callable[..., tuple[RunningStatistics, Tensor]] = staticmethod(RunningStatistics.moved)  # once a step
+    # how the running statistics of several hooks move, once a step
+    moved: Callable[..., tuple[RunningStatistics, Tensor]] = staticmethod(RunningStatistics.moved)
 
     def __init__(self, hook: NeuronHook) -> None:
         self.hook, self.owner = hook, hook.owner
