@@ -79,7 +79,7 @@ def measure_pass(model: Any, variant: str, sequences: int, length: int, device: 
     tokens = torch.randint(model.vocab_size, (sequences, length + 1), device=device)
 
     def forward() -> Tensor:
-        loss = head.loss(network, tokens[:, :-1], tokens[:, 1:])
+        loss, _ = head.loss(network, tokens[:, :-1], tokens[:, 1:])
         return loss if inhibitor is None else inhibitor.attach_loss(loss)
 
     for _ in range(PASSES - 1):
@@ -111,7 +111,7 @@ def _state_bytes(inhibitor: Inhibitor | None) -> int:
         return 0
     held = [inhibitor._packed, *inhibitor.state_dict().values()]
     for hook in inhibitor.hooks:
-        held += [tensor for tensor in vars(hook.frozen).values() if isinstance(tensor, Tensor)]
+        held += [tensor for tensor in vars(hook.step_statistics).values() if isinstance(tensor, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

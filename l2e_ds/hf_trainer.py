@@ -34,8 +34,10 @@ IGNORED = -100  # a label that is not predicted, in transformers
 
 
 class InhibitionCallback(TrainerCallback, ExportableState):
-    """Trains with inhibition; after training the model has no hooks left. Logs gain `Inhibitor.metrics`. Moments and
-    thresholds are saved in trainer_state.json and resumed."""
+    """Trains with inhibition; after training the model has no hooks left.
+
+    Logs gain `Inhibitor.metrics`. Moments and thresholds are saved in trainer_state.json and resumed.
+    """
 
     def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
         """Check the settings. layers: as for `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
@@ -91,8 +93,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
                 "InhibitionCallback: the model returned no loss of its own; batches need labels, and"
                 " label_smoothing_factor and compute_loss_func, which take them away, are not supported"
             )
-        # a copy: the Trainer multiplies in place, which a view does not allow
-        attached = self.inhibitor.attach_loss(loss, weight=_weight(kwargs)).clone()
+        attached = self.inhibitor.attach_loss(loss, weight=_weight(kwargs))  # the Trainer multiplies it in place
         if isinstance(output, dict):
             output["loss"] = attached
             return output
@@ -151,8 +152,10 @@ class InhibitionCallback(TrainerCallback, ExportableState):
 
 
 def _weight(kwargs: dict[str, Any]) -> Tensor | float:
-    """Return the share ([]) that a micro-batch's predicted tokens have of the step's, as the Trainer counts them; 1
-    where the loss is the micro-batch's mean. kwargs: of the model's forward."""
+    """Return the share that a micro-batch's predicted tokens have of the step's, as the Trainer counts them, [].
+
+    It is 1 where the loss is the micro-batch's mean. kwargs: of the model's forward.
+    """
     tokens = kwargs.get("num_items_in_batch")
     if tokens is None:
         return 1.0

@@ -112,7 +112,7 @@ def _error_of_activation(dtype: torch.dtype, tokens: int, neurons: int, device: 
     x, incoming = draw().requires_grad_(), draw()
     _gradient(layer, inhibitor, x, incoming)  # the first step only measures: it knows no moments yet
     inhibitor.step()
-    frozen = inhibitor.hooks[0].frozen
+    frozen = inhibitor.hooks[0].step_statistics
     found = _gradient(layer, inhibitor, x, incoming)
     squares = torch.zeros(3, dtype=torch.float64, device=device)
     for first in range(0, tokens, ROWS):

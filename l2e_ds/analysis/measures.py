@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR
+from l2e_ds.inhibition.losses import is_alive
 
 Array = np.ndarray
 
@@ -69,11 +69,6 @@ def overall_moments(moments: FeatureMoments) -> tuple[Array, Array]:
     variance = (share * (moments.variance + (moments.mean - mean[..., None, :]) ** 2)).sum(axis=-2)
     count = int(moments.texts.sum()) * moments.tokens
     return mean, variance * (count / (count - 1))
-
-
-def is_alive(mean: Array, variance: Array) -> Array:
-    """Return which neurons vary at all, bool [..., C], by the rule of `l2e_ds.inhibition.losses.is_alive`."""
-    return variance > VARIANCE_FLOOR * (1 + mean * mean)
 
 
 def mean_scores(moments: FeatureMoments) -> Array:

@@ -25,11 +25,11 @@ from torch import Tensor
 from l2e_ds.analysis import PACKAGES, options
 from l2e_ds.analysis.collect import Texts, run_over
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
-from l2e_ds.analysis.measures import is_alive
 from l2e_ds.console import at_least
 from l2e_ds.distributed import launch
 from l2e_ds.errors import AnalysisError, ConfigError
 from l2e_ds.evaluation.model_source import MODEL, find_model, load_tokenizer_of
+from l2e_ds.inhibition.losses import is_alive
 from l2e_ds.models.families import neurons_of
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.installed import check_extra

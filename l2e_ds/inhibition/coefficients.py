@@ -67,7 +67,6 @@ class Coefficients:
         """
         settings = self._settings
         share = settings.schedule(steps)
-        # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
         if settings.mechanism == "regulariser":
             is_on = steps > 0 and settings.is_regularising
             is_before = settings.start - 3 * WINDOW <= steps < settings.start
@@ -108,10 +107,6 @@ class Coefficients:
         if self._arrive is not None:
             self._arrive()
         self._arrive = None
-
-    def drop(self) -> None:
-        """Forget what a skipped step measured."""
-        self.squares.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the averages, [L, 2], and of the newest step squares, [L, 2], and lambda, [L]; on the device."""

@@ -12,21 +12,17 @@ Shapes: M samples (tokens) of a micro-batch, N neurons.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
-from l2e_ds.errors import CompileError
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
 from l2e_ds.inhibition.moments import sample_count
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
-from l2e_ds.system.files import one_line
+from l2e_ds.system.compiling import compiling
 
 # Samples that are summed together in float32, few enough to stay in a core's cache; such groups are added in float64.
 ROWS = 32
@@ -42,8 +38,8 @@ class ColumnSums:
     """Holds sums over the samples of a micro-batch, [N] float64 each.
 
     d, d2: of d = z - mean and of d^2. selected: the number of selected samples. score: of their scores. measure: of
-    their log(score / tau), or for the powers 1 and 2 of their |d| / S. force: of `losses.force`; None if the loss is
-    not projected.
+    their log(score / tau), or for the powers 1 and 2 of their |d| / S. force: sums of `losses.force`; None if
+    the loss is not projected.
     """
 
     d: Tensor
@@ -150,7 +146,7 @@ def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tu
     force = _force(kept, s.inverse_s, s.inverse_variance, regulariser.force_power, regulariser.factor)
     gradient = torch.where(selected, force, 0.0) - correction.shift - correction.pull * d
     squares = [torch.where(selected, g * g, 0.0).sum(1).sum(dtype=torch.float64) for g in (incoming.float(), gradient)]
-    return incoming.float() + gradient * inhibition.strength, inhibition.measured(torch.stack(squares))
+    return incoming.float() + gradient * inhibition.gradient_scale, inhibition.measured(torch.stack(squares))
 
 
 def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
@@ -247,10 +243,10 @@ def totals(
 
 
 def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """Return incoming + strength * `losses.inhibition_gradient`, [M, N] in incoming's dtype, and `Inhibition.measured`.
+    """Return incoming + gradient_scale * `losses.inhibition_gradient`, and `Inhibition.measured`.
 
-    incoming: [M, N], the gradient of the activations z. What is measured is the gradient that comes in and that of the
-    inhibition loss, without strength. Raises CompileError.
+    The first is [M, N] in the dtype of incoming, the gradient of the activations z. What is measured is the gradient
+    that comes in and that of the inhibition loss, before its scale. Raises CompileError.
     """
     return _run(_add_gradient, incoming, z, inhibition)
 
@@ -260,7 +256,12 @@ def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition
     return _run(_gelu_backward, incoming, x, z, inhibition)
 
 
-class _WithInhibition(torch.autograd.Function):
+class WithInhibition(torch.autograd.Function):
+    """Computes z = compute(x); in backward, the gradient of x is `gradient(incoming, x, z)`. All are [M, N].
+
+    keep: whether z is kept for that, which costs nothing if the next layer keeps it; otherwise None is passed for it.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -277,19 +278,6 @@ class _WithInhibition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         return ctx.gradient(gradients[0], *ctx.saved_tensors), None, None, None
-
-
-def with_inhibition(
-    x: Tensor,
-    compute: Callable[[Tensor], Tensor],
-    gradient: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    keep: bool,
-) -> Tensor:
-    """Return z = compute(x); in backward, the gradient of x is `gradient(incoming, x, z)`. All are [M, N].
-
-    keep: whether z is kept for that, which costs nothing if the next layer keeps it; otherwise None is passed for it.
-    """
-    return _WithInhibition.apply(x, compute, gradient, keep)
 
 
 def moved(
@@ -311,18 +299,3 @@ def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
     if regulariser.is_projected:
         parts.append(torch.where(selected, _force(torch.where(selected, d, 1.0), 1.0, 1.0, power), 0.0))
     return torch.stack([part.sum(0, dtype=torch.float64) for part in parts])
-
-
-@contextmanager
-def compiling(what: str, otherwise: str = "") -> Iterator[None]:
-    """Raise a CompileError of one line in place of an error of torch.compile, which has many.
-
-    what: the beginning of the line; otherwise: its end, which says what works without a compiler.
-    """
-    try:
-        yield
-    except (TorchDynamoException, InductorError) as error:
-        raise CompileError(
-            f"{what}: torch.compile failed ({one_line(error)[:200]}); it needs a C++ compiler (CPU) or Triton and a C"
-            f" compiler (GPU){otherwise}"
-        ) from error

@@ -82,7 +82,7 @@ class Inhibitor:
         self.group = group
         self.steps = 0  # applied optimizer steps that the statistics have seen
         self.fade = fade_factor(self.settings.statistics_window)
-        self.in_backward = False
+        self.in_backward = False  # whether the backward pass of an attached loss is running
         self.self_test_pending = True
         self.last: Tensor | None = None  # [L, len(STATISTICS)] float64, of the newest applied step
         self._loss_gradient: Tensor | None = None
@@ -105,10 +105,13 @@ class Inhibitor:
 
     def _decide_on_coming_step(self) -> None:
         # These are flags because torch.compile compiles a layer anew for every value of a number that it reads.
-        self.has_history = self.steps > 0
+        self.has_history = self.steps > 0  # whether a step has been applied before
         self.coefficients.decide(self.steps)
+        # whether activations or gradients are changed
         self.is_inhibiting = self.coefficients.is_inhibiting
+        # whether gradients are measured: while inhibiting, and some steps before
         self.is_measuring = self.coefficients.is_measuring
+        # whether micro-batches need a projection
         self.is_projecting = self.is_measuring and self.settings.loss == "projected"
         if self.steps == max(self.settings.start, 1):
             for hook in self.hooks:
@@ -299,7 +302,7 @@ class Inhibitor:
             self.steps += 1
             self._decide_on_coming_step()
         else:
-            self.coefficients.drop()
+            self.coefficients.squares.zero_()
         self._packed.zero_()
         self._micro_batches = self._backwards = 0
         self.in_backward = False
@@ -385,16 +388,9 @@ class Inhibitor:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` returned.
-
-        A state from before there was a strength has no measurements for it; they begin anew. With one from before there
-        was `variance_at_start`, the growth of neurons is not counteracted. Raises ValueError for a state of other
-        layers or sizes.
-        """
-        measured, own = self.coefficients.state_dict(), self.state_dict()
-        newer = {"variance_at_start", *measured}
-        state = {name: torch.zeros_like(own[name]) for name in own if name.rpartition(".")[2] in newer} | state
-        expected = {name: tensor.shape for name, tensor in own.items()}
+        """Take over what `state_dict` returned. Raises ValueError for a state of other layers or sizes."""
+        measured = self.coefficients.state_dict()
+        expected = {name: tensor.shape for name, tensor in self.state_dict().items()}
         given = {name: tensor.shape for name, tensor in state.items()}
         if expected != given:
             different = sorted(n for n in expected.keys() | given.keys() if expected.get(n) != given.get(n))

@@ -43,13 +43,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-# A neuron whose S is below about 1e-6 (1 + |mean|) counts as dead: there float32 shows rounding, not variance.
+# A neuron with S up to 1e-6 sqrt(1 + mean^2) counts as dead: there float32 shows rounding, not variance.
 VARIANCE_FLOOR = 1e-12
 # Top-k selects k activations however low their scores are. The loss leaves out those up to this score, near their mean,
 # for which the gradient 2 / d has no bound. The threshold never selects any of them.
 SCORE_FLOOR = 1e-6
-
-
 # How fast the projected loss counteracts growth: a neuron keeps nothing of its pull once its S is e^(1/4) = 1.28 times
 # what it was when inhibition began.
 GROWTH_GAIN = 4.0
@@ -58,8 +56,11 @@ LossName = Literal["published", "scale-invariant", "projected"]
 Power = Literal[0, 1, 2]
 
 
-def is_alive(mean: Tensor, variance: Tensor) -> Tensor:
-    """Return which neurons vary at all, [N] bool; the others are never selected. mean, variance: [N]."""
+def is_alive(mean: Any, variance: Any) -> Any:
+    """Return which neurons vary at all, [N] bool; the others are never selected. mean, variance: [N].
+
+    All three are tensors, or all three NumPy arrays.
+    """
     return variance > VARIANCE_FLOOR * (1 + mean * mean)
 
 
@@ -68,7 +69,7 @@ class FrozenStatistics:
     """Holds what a layer's selection and loss are computed from, float32; make it with `of`.
 
     mean, variance: [N]. tau: [1]. rate: [N], the share of tokens at which each neuron is selected (for the
-    scale-invariant loss). alive: [N] bool, of `is_alive`. inverse_variance: [N], 1 / S^2. inverse_s: [N], 1 / S.
+    scale-invariant loss). alive: [N] bool, from `is_alive`. inverse_variance: [N], 1 / S^2. inverse_s: [N], 1 / S.
     inverse_limit: [N], 1 / (S sqrt(tau)), which times |d| is at least 1 for the selected activations. The last three
     are 0 for dead neurons, so that their score is 0.
     """
@@ -126,14 +127,15 @@ class Correction:
 class Inhibition:
     """Holds what a layer's backward needs to add the inhibition loss's gradient, and to measure both gradients.
 
-    strength: [] float32, the factor of the inhibition loss's gradient (`NeuronHook.strength`). per_token: [] float64,
-    the factor that makes the gradient which arrives that of the LM loss summed over this rank's tokens.
+    gradient_scale: [] float32, the factor of the inhibition loss's gradient, from `NeuronHook.gradient_scale`.
+    per_token: [] float64, the factor that makes the gradient which arrives that of the LM loss summed over this rank's
+    tokens.
     """
 
     statistics: FrozenStatistics
     regulariser: Regulariser
     correction: Correction
-    strength: Tensor
+    gradient_scale: Tensor
     per_token: Tensor
 
     def measured(self, squares: Tensor) -> Tensor:
@@ -170,8 +172,7 @@ def projection(sums: Tensor, kept: Tensor) -> Correction:
     """Return the correction of the projected loss: for each neuron, the line shift + pull * d that best fits the force.
 
     sums: [1 + 4 N] float64, the `projection_sums` of the global micro-batch, times any number (docs/method.md, 5.2).
-    kept: [N] float64, the share of the pull that stays, of `kept_pull`. Both may have one more dimension in front, that
-    of several layers.
+    kept: [N] float64, from `kept_pull`. Both may have one more dimension in front, that of several layers.
     """
     tokens = sums[..., :1]
     means = sums[..., 1:] / torch.where(tokens > 0, tokens, 1.0)
@@ -276,27 +277,17 @@ def inhibition_gradient(
 ) -> Tensor:
     """Return the gradient of `inhibition_loss` with respect to z, written out, [M, N] float32.
 
-    z: [M, N]; selected: [M, N] bool; correction: of `running_correction` or `projection`.
+    z: [M, N]; selected: [M, N] bool; correction: from `running_correction` or `projection`.
     """
     d = z.float() - statistics.mean
     return force(z, selected, statistics, regulariser) - correction.shift - correction.pull * d
 
 
-class _NoteLossGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
-        ctx.arrived = arrived
-        return loss.view_as(loss)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        ctx.arrived(gradients[0].detach())
-        return gradients[0], None
-
-
 def note_loss_gradient(loss: Tensor, arrived: Callable[[Tensor], None]) -> Tensor:
     """Return the same loss, []; `arrived` is called with its gradient, [], before backward reaches the network."""
-    return _NoteLossGradient.apply(loss, arrived)
+    noted = loss.clone()  # a view would lose its hook where the caller multiplies in place
+    noted.register_hook(lambda gradient: arrived(gradient.detach()))
+    return noted
 
 
 class _AddGradient(torch.autograd.Function):

@@ -47,25 +47,46 @@ class LayerScores:
 def observed(sites: Sequence[NeuronSite], see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call `see(index of the site, activations [M, N])` in every forward pass within."""
     handles: list[Any] = []
+
+    def watch(index: int, site: NeuronSite) -> Any:
+        child = getattr(site.module, site.attribute)
+
+        def look(z: Tensor) -> None:
+            see(index, z.detach().reshape(-1, site.neurons))
+
+        if site.kind == "activation":
+            return child.register_forward_hook(lambda _module, _inputs, output: look(output))
+        return child.register_forward_pre_hook(lambda _module, inputs: look(inputs[0]))
+
     try:
         for index, site in enumerate(sites):
-            child = getattr(site.module, site.attribute)
-            if site.kind == "activation":
-                handles.append(
-                    child.register_forward_hook(
-                        lambda _m, _i, output, index=index, n=site.neurons: see(index, output.detach().reshape(-1, n))
-                    )
-                )
-            else:
-                handles.append(
-                    child.register_forward_pre_hook(
-                        lambda _m, inputs, index=index, n=site.neurons: see(index, inputs[0].detach().reshape(-1, n))
-                    )
-                )
+            handles.append(watch(index, site))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class ScoreHistogram:
+    """Counts scores in bins, with the sum of those in each. table: [2, BINS] float64, of zeros, where they are kept."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.counts, self.sums = table
+
+    def add(self, scores: Tensor, kept: Tensor) -> None:
+        """Add scores, [M, N] float32. kept: [M, N] float32, how many times each counts."""
+        position = (scores.clamp(min=10**LOWEST).log10() - LOWEST) * (BINS / (HIGHEST - LOWEST))
+        bins = position.long().clamp(0, BINS - 1).flatten()
+        self.counts += torch.bincount(bins, kept.double().flatten(), BINS)
+        self.sums += torch.bincount(bins, (scores * kept).double().flatten(), BINS)
+
+    def mean_of_top(self, share: float) -> float:
+        """Return the mean of the highest `share` of all scores."""
+        wanted = share * self.counts.sum()
+        counts = self.counts.flip(0)
+        taken = (wanted - (counts.cumsum(0) - counts)).clamp(min=0).minimum(counts)
+        mean = self.sums.flip(0) / counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        return float((taken * mean).sum() / wanted)
 
 
 @torch.no_grad()
@@ -83,17 +104,18 @@ def measure_scores(
     share: of all (token, neuron) pairs, those with the highest scores, for `top_share_score`. device: where the
     activations are.
     """
-    weight: list[Tensor | None] = [None]
+    weight: Tensor | None = None
 
     def set_weight(value: Tensor | None) -> None:
-        weight[0] = value
+        nonlocal weight
+        weight = value
 
     zero = [torch.zeros(site.neurons, dtype=torch.float64, device=device) for site in sites]
     moments = [Moments.empty(site.neurons, device) for site in sites]
 
     def slices(z: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
-        weights = [None] * len(z.split(SLICE)) if weight[0] is None else weight[0].split(SLICE)
-        return zip(z.split(SLICE), weights, strict=True)
+        parts = z.split(SLICE)
+        return zip(parts, [None] * len(parts) if weight is None else weight.split(SLICE), strict=True)
 
     def add_moments(index: int, z: Tensor) -> None:
         for part, weights in slices(z):
@@ -109,7 +131,8 @@ def measure_scores(
     inverse = [
         torch.where(live, 1 / m.variance.clamp(min=VARIANCE_FLOOR), 0.0) for live, m in zip(alive, moments, strict=True)
     ]
-    histograms = torch.zeros(len(sites), 2, BINS, dtype=torch.float64, device=device)
+    tables = torch.zeros(len(sites), 2, BINS, dtype=torch.float64, device=device)
+    histograms = [ScoreHistogram(table) for table in tables]
     squares = [torch.zeros_like(part) for part in zero]
 
     def add_scores(index: int, z: Tensor) -> None:
@@ -117,14 +140,11 @@ def measure_scores(
             scores = (part.float() - moments[index].mean.float()).square() * inverse[index].float()
             kept = torch.ones_like(scores) if weights is None else weights.float().expand_as(scores)
             squares[index] += (scores.square() * kept).sum(0).double()
-            position = (scores.clamp(min=10**LOWEST).log10() - LOWEST) * (BINS / (HIGHEST - LOWEST))
-            bins = position.long().clamp(0, BINS - 1).flatten()
-            histograms[index, 0] += torch.bincount(bins, kept.double().flatten(), BINS)
-            histograms[index, 1] += torch.bincount(bins, (scores * kept).double().flatten(), BINS)
+            histograms[index].add(scores, kept)
 
     with observed(sites, add_scores):
         passes(set_weight)
-    all_reduce_sum(histograms, group)
+    all_reduce_sum(tables, group)
     results = []
     for index, site in enumerate(sites):
         live = alive[index]
@@ -132,7 +152,7 @@ def measure_scores(
         results.append(
             LayerScores(
                 site.layer,
-                _mean_of_top(histograms[index, 0], histograms[index, 1], share),
+                histograms[index].mean_of_top(share),
                 float(moments[index].variance.sqrt().mean()),
                 float(fourth[live].median()) if bool(live.any()) else float("nan"),
                 float(1 - live.double().mean()),
@@ -147,12 +167,3 @@ def _merge_over_ranks(moments: Moments, group: Any) -> Moments:
     mean = all_reduce_sum(moments.mean * moments.count, group) / count.clamp(min=1)
     m2 = all_reduce_sum(moments.m2 + moments.count * (moments.mean - mean).square(), group)
     return Moments(count, mean, m2)
-
-
-def _mean_of_top(counts: Tensor, sums: Tensor, share: float) -> float:
-    """Return the mean of the highest `share` of all values. counts, sums: [BINS] of each bin, ascending."""
-    wanted = share * counts.sum()
-    above = counts.flip(0).cumsum(0)
-    taken = (wanted - (above - counts.flip(0))).clamp(min=0).minimum(counts.flip(0))
-    mean = sums.flip(0) / counts.flip(0).clamp(min=torch.finfo(counts.dtype).tiny)
-    return float((taken * mean).sum() / wanted)

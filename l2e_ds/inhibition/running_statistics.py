@@ -82,9 +82,9 @@ class RunningStatistics:
     ) -> tuple[RunningStatistics, Tensor]:
         """Return the statistics after a step, and the first five of `Inhibitor.STATISTICS` in it, [5].
 
-        finite: [] bool; if False, nothing moves. fade: the weight that the past keeps, of `fade_factor`. target_share:
-        the share of pairs to select. seen_before: whether the moments that the step selected by included its own
-        samples (`reduce: forward`). Source: docs/method.md, 3 and 4.
+        finite: [] bool; if False, nothing moves. fade: from `fade_factor`, the weight that earlier samples keep.
+        target_share: the share of pairs to select. seen_before: whether the moments that the step selected by included
+        its own samples (`reduce: forward`). Source: docs/method.md, 3 and 4.
         """
         tokens, loss, score = sums.header.split(1, dim=-1)
         pairs = tokens * sums.d.shape[-1]

@@ -1,17 +1,18 @@
-"""Hold what the hooks do, how strongly, in which part of the run, and where the neurons are."""
+"""Hold what the hooks do, how strongly, in which part of the run, and where the neurons are.
+
+Shapes: B sequences per micro-batch, T tokens per sequence, N neurons of a layer.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from l2e_ds.inhibition.losses import LossName, Power, Regulariser
-
-_KINDS = ("activation", "projection")
 
 DEFAULT_STRENGTH = 0.05
 
@@ -146,13 +147,7 @@ class Settings:
         return 0.0 if step < self.start else max(0.0, min(1.0, rise, fall))
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "retrieval": ("threshold", "top-k"),
-    "mechanism": ("regulariser", "reverse-deactivation", "naive-deactivation"),
-    "loss": ("published", "scale-invariant", "projected"),
-    "power": (0, 1, 2),
-    "reduce": ("step", "forward"),
-}
+_CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Settings).items() if get_origin(kind) is Literal}
 
 
 def in_steps(value: float, run_steps: int) -> int:
@@ -202,4 +197,5 @@ class NeuronSite:
     function: Literal["gelu"] | None = None
 
     def __post_init__(self) -> None:
-        require("NeuronSite.kind", self.kind, lambda kind: kind in _KINDS, " or ".join(_KINDS))
+        kinds = get_args(get_type_hints(NeuronSite)["kind"])
+        require("NeuronSite.kind", self.kind, kinds.__contains__, " or ".join(kinds))

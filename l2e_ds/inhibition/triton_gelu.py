@@ -159,7 +159,7 @@ def _backward_kernel(
     shift_ptr,
     pull_ptr,
     tau_ptr,
-    strength_ptr,
+    gradient_scale_ptr,
     M,
     N,
     FACTOR: tl.constexpr,
@@ -176,7 +176,7 @@ def _backward_kernel(
     inverse_variance = tl.load(inverse_variance_ptr + columns, mask=in_row, other=0.0)
     shift = tl.load(shift_ptr + columns, mask=in_row, other=0.0)
     pull = tl.load(pull_ptr + columns, mask=in_row, other=0.0)
-    tau, strength = tl.load(tau_ptr), tl.load(strength_ptr)
+    tau, gradient_scale = tl.load(tau_ptr), tl.load(gradient_scale_ptr)
     squares_of_incoming = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares_of_inhibition = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in tl.range(0, STRETCH, ROWS):
@@ -193,7 +193,7 @@ def _backward_kernel(
         force = _force(tl.where(selected, d, 1.0), inverse_s[None, :], inverse_variance[None, :], FACTOR, POWER)
         inhibition = tl.where(selected, force, 0.0) - shift[None, :] - pull[None, :] * d
         # Rounded only once, at the end: what is added would by itself be among fp16's subnormal numbers.
-        gradient = incoming + inhibition * strength
+        gradient = incoming + inhibition * gradient_scale
         density = tl.exp(-0.5 * wide * wide) * 0.3989422804014327
         tl.store(outgoing_ptr + at, (gradient * (0.5 * one_and_erf + wide * density)).to(x.dtype), mask=inside)
         squares_of_incoming += tl.where(selected, incoming * incoming, 0.0)
@@ -261,7 +261,7 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
             correction.shift,
             correction.pull,
             s.tau,
-            inhibition.strength,
+            inhibition.gradient_scale,
             samples,
             neurons,
             FACTOR=inhibition.regulariser.factor,

@@ -1,4 +1,7 @@
-"""Choose the layers of a network that are inhibited, and find their neurons."""
+"""Choose the layers of a network that are inhibited, and find their neurons.
+
+Shapes: B sequences per micro-batch, T tokens per sequence, N neurons of a layer.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from l2e_ds.models.families import blocks_of, site_of
 
 
 def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
-    """Return the indices of the hooked layers (docs/method.md, 7) of so many `layers`, ascending. Raises
-    ConfigError."""
+    """Return the indices of the hooked layers (docs/method.md, 7) of so many `layers`, ascending.
+
+    Raises ConfigError.
+    """
     named = get_args(LayerChoice)
     numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
     if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:

@@ -48,11 +48,11 @@ class TrainingStack:
 
 def forward_and_backward(
     engine: Any, head: LossHead, inhibitor: Inhibitor | None, micro_batch: Tensor, is_last: bool = False
-) -> Tensor:
-    """Run a micro-batch, [B, T+1] int64, forward and backward; return its LM loss, [] float32 in nats/token."""
-    lm_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
+) -> tuple[Tensor, Tensor | None]:
+    """Run a micro-batch, [B, T+1] int64, forward and backward; return its LM loss and z-loss, as `LossHead.loss`."""
+    lm_loss, z_loss = head.loss(engine, micro_batch[:, :-1], micro_batch[:, 1:])
     engine.backward(lm_loss if inhibitor is None else inhibitor.attach_loss(lm_loss, is_last=is_last))
-    return lm_loss
+    return lm_loss, z_loss
 
 
 def inhibition_settings(config: RunConfig) -> Settings:

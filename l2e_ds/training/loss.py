@@ -34,48 +34,55 @@ CHUNK = {"cpu": 512, "cuda": 8192}
 
 
 class LossHead:
-    """Makes a network's output projection return losses instead of logits, where it is called through this class;
-    within the projection's own forward, so that ZeRO-3 still gathers the weight there.
+    """Computes the LM loss inside the model's output projection, so that the logits never exist as a whole.
 
-    z_loss: the z-loss of the newest micro-batch, [] float32, or None if its coefficient is 0.
+    Calls through this class return losses; other calls of the model return logits as before. The loss is computed in
+    the projection's own forward because ZeRO-3 gathers the weight there.
     """
 
     def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
-        """Take over the forward of the model's `get_output_embeddings()`, which must return its logits. z_loss: the
-        coefficient."""
-        self.z_loss: Tensor | None = None
+        """Take over the forward of the model's `get_output_embeddings()`, which must return its logits.
+
+        z_loss: the coefficient.
+        """
         self._coefficient = z_loss
         self.projection: Any = model.get_output_embeddings()  # type: ignore[operator]
         self._logits = self.projection.forward
         self._targets: Tensor | None = None
         self._reduction: Literal["mean", "none"] = "mean"
         self._returned: Tensor | None = None  # what the projection gave the network last
+        self._z_loss: Tensor | None = None  # which it computed beside it
         self._is_checked = False
         self.projection.forward = self._forward
 
-    def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch, [] float32 in nats/token. Its gradient is also the z-loss's.
+    def loss(self, model: Any, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the mean cross-entropy of a micro-batch and its z-loss, [] float32 in nats/token each.
 
-        model: the network, or the engine around it. inputs, targets: [B, T] int64. Raises SelfTestError if the network
-        changes its logits after the projection.
+        The gradient of the first is also the z-loss's. The z-loss has none, and is None if its coefficient is 0. model:
+        the network, or the engine around it. inputs, targets: [B, T] int64. Raises SelfTestError if the network changes
+        its logits after the projection.
         """
         return self._call(model, inputs, targets, "mean")
 
     def token_losses(self, model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross-entropy of each token, [M] float32 in nats, with the arguments and errors of `loss`. There
-        is no gradient if the logits are not computed in one piece."""
-        return self._call(model, inputs, targets, "none")
+        """Return the cross-entropy of each token, [M] float32 in nats, with the arguments and errors of `loss`.
 
-    def _call(self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]) -> Tensor:
+        There is no gradient if the logits are not computed in one piece.
+        """
+        return self._call(model, inputs, targets, "none")[0]
+
+    def _call(
+        self, model: Any, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "none"]
+    ) -> tuple[Tensor, Tensor | None]:
         self._targets, self._reduction = targets.flatten(), reduction
         try:
-            with _one_text_a_sequence():
+            with _without_packing_check():
                 loss = model(input_ids=inputs, use_cache=False).logits
             if not self._is_checked:
                 self._check(loss)
-            return loss
+            return loss, self._z_loss
         finally:
-            self._targets = self._returned = None
+            self._targets = self._returned = self._z_loss = None
 
     def _check(self, found: Tensor) -> None:
         """Check once that the network returns what its projection did: some scale logits. Raises SelfTestError."""
@@ -92,15 +99,16 @@ class LossHead:
         if self._targets is None:
             return self._logits(hidden)
         weight = self.projection.weight
+        coefficient = self._coefficient if self._reduction == "mean" else 0.0
         if self._targets.numel() * weight.shape[0] <= IN_ONE_PIECE or self.projection.bias is not None:
             logits = self._logits(hidden).float().flatten(0, 1)
             loss = functional.cross_entropy(logits, self._targets, reduction=self._reduction)
-            if self._coefficient and self._reduction == "mean":
-                z_loss = self._coefficient * logits.logsumexp(1).square().mean()
-                self.z_loss = z_loss.detach()
-                loss = loss + (z_loss - self.z_loss)  # its gradient without its value
-        elif self._coefficient and self._reduction == "mean":
-            loss, self.z_loss = _ChunkedMean.apply(hidden.flatten(0, 1), weight, self._targets, self._coefficient)
+            if coefficient:
+                z_loss = coefficient * logits.logsumexp(1).square().mean()
+                self._z_loss = z_loss.detach()
+                loss = loss + (z_loss - self._z_loss)  # its gradient without its value
+        elif coefficient:
+            loss, self._z_loss = _ChunkedMean.apply(hidden.flatten(0, 1), weight, self._targets, coefficient)
         else:
             loss = chunked_cross_entropy(hidden.flatten(0, 1), weight, self._targets, self._reduction)
         self._returned = None if self._is_checked else loss.detach()
@@ -108,9 +116,11 @@ class LossHead:
 
 
 @contextmanager
-def _one_text_a_sequence() -> Iterator[None]:
-    """Tell transformers that no sequence is packed from several texts that attend to themselves only, for which it
-    would look in the positions of every micro-batch, and the host would wait for the device."""
+def _without_packing_check() -> Iterator[None]:
+    """Skip transformers' search for packed sequences, which reads position ids and makes the host wait for the device.
+
+    Here every sequence attends to all of its own tokens.
+    """
     from transformers import masking_utils
 
     look = masking_utils.find_packed_sequence_indices
@@ -125,7 +135,9 @@ def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["mean", "none"] = "mean"
 ) -> Tensor:
     """Return the cross-entropy of the logits hidden @ weight.T: their mean, [], or that of each token, [M]; float32.
-    Only the mean has a gradient. hidden: [M, h]; weight: [V, h]; targets: [M] int64."""
+
+    Only the mean has a gradient. hidden: [M, h]; weight: [V, h]; targets: [M] int64.
+    """
     if reduction == "none":
         with torch.no_grad():
             return torch.cat([_losses(part, weight, wanted)[0] for part, wanted in _chunks(hidden, targets)])
@@ -153,12 +165,14 @@ def _log_z(losses: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
 def _gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: float, of_hidden: Tensor, of_weight: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return a chunk's losses and log Z, [C] float32 each; the latter may be None if the coefficient of the z-loss is
-    0. The gradient of the sum of losses and z-losses is written to of_hidden, [C, h], and added to of_weight, [V, h]
-    float32. Raises CompileError on a GPU."""
+    """Return a chunk's losses and log Z, [C] float32 each; the latter may be None if the coefficient is 0.
+
+    coefficient: of the z-loss. The gradient of the sum of losses and z-losses is written to of_hidden, [C, h], and
+    added to of_weight, [V, h] float32. Raises CompileError on a GPU.
+    """
     log_z: Tensor | None
     if hidden.is_cuda:
-        from l2e_ds.inhibition.fused import compiling  # imports PyTorch's compiler, which CPUs do not need here
+        from l2e_ds.system.compiling import compiling  # imports PyTorch's compiler, which CPUs do not need here
 
         logits = hidden @ weight.T
         with compiling("LM loss"):
@@ -181,8 +195,10 @@ def _gradients(
 
 
 def _logit_gradient(logits: Tensor, targets: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
-    """Return each token's loss, [C] float32, and the gradient of it and of its z-loss with respect to the logits,
-    [C, V] in their dtype. torch.compile makes one pass for the sums and one for the gradient of this."""
+    """Return each token's loss, [C] float32, and the logits' gradient of it and of its z-loss, [C, V] in their dtype.
+
+    torch.compile makes one pass for the sums and one for the gradient of this.
+    """
     log_p = functional.log_softmax(logits.float(), dim=1)
     is_target = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
     losses = -log_p.gather(1, targets[:, None])[:, 0]
@@ -200,8 +216,10 @@ def _compiled_logit_gradient(coefficient: float) -> Callable[[Tensor, Tensor], t
 
 
 class _ChunkedMean(torch.autograd.Function):
-    """Computes the gradients in forward, without the scale that backward multiplies them by. Returns the mean loss,
-    whose gradient is also the z-loss's, and the z-loss, which has none; [] float32 each."""
+    """Computes the gradients in forward, without the scale that backward multiplies them by.
+
+    Returns the mean loss, whose gradient is also the z-loss's, and the z-loss, which has none; [] float32 each.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:

@@ -285,8 +285,8 @@ class Trainer(AbstractContextManager):
     def _forward_and_backward(self, micro_batch: Tensor, is_last: bool) -> None:
         """Run forward and backward of a micro-batch, [B, T+1] int64. is_last: the next step is the optimizer's."""
         heartbeat.beat()
-        lm_loss = forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last)
-        self._interval.add_loss(lm_loss, self.head.z_loss)
+        lm_loss, z_loss = forward_and_backward(self.engine, self.head, self.inhibitor, micro_batch, is_last)
+        self._interval.add_loss(lm_loss, z_loss)
 
     def _read_step(self, step: int) -> np.ndarray:
         """Return this rank's sequences of a global batch, [accumulation, B, T+1] int64. Runs in the loader's thread."""

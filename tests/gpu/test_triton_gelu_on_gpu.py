@@ -58,13 +58,13 @@ def test_a_large_micro_batch(dtype, loss):
             torch.tensor(5.4),
             0.1 * torch.rand(neurons),
         )
-        strength = torch.tensor(0.5)
+        gradient_scale = torch.tensor(0.5)
         correction = Correction(0.1 * torch.randn(neurons), 0.1 * torch.randn(neurons))
     regulariser = Regulariser(loss)
     if not regulariser.is_projected:
         correction = losses.running_correction(statistics, regulariser)
     per_token = torch.ones((), dtype=torch.float64, device="cuda")
-    inhibition = Inhibition(statistics, regulariser, correction, strength, per_token)
+    inhibition = Inhibition(statistics, regulariser, correction, gradient_scale, per_token)
     runs = []
     for again in range(2):
         # the first time compiles; after that not even a synchronisation
@@ -99,7 +99,7 @@ def test_a_large_micro_batch(dtype, loss):
     gradient = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     sizes = torch.stack([g.double()[selected].square().sum() for g in (incoming, gradient)])
     torch.testing.assert_close(squares, sizes, rtol=1e-4, atol=0)
-    added = (strength * gradient).to(dtype)
+    added = (gradient_scale * gradient).to(dtype)
     wide = x.double().requires_grad_()
     functional.gelu(wide).backward((incoming + added).double())
     torch.testing.assert_close(found.double(), wide.grad, rtol=4 * PRECISION[dtype], atol=4 * PRECISION[dtype])

@@ -289,7 +289,7 @@ def test_loss_head(monkeypatch, name, in_one_piece):
     monkeypatch.setattr(loss, "IN_ONE_PIECE", 10**9 if in_one_piece else 1)
     monkeypatch.setattr(loss, "CHUNK", {"cpu": 13})
     head = LossHead(model)
-    value = head.loss(model, inputs, targets)
+    value, _ = head.loss(model, inputs, targets)
     value.backward()
     each = functional.cross_entropy(logits.detach().flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(value.detach(), each.mean())

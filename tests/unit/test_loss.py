@@ -61,7 +61,7 @@ def test_z_loss(monkeypatch, dtype, in_one_piece):
 
     monkeypatch.setattr(loss, "IN_ONE_PIECE", 10**9 if in_one_piece else 1)
     head = LossHead(Network(), coefficient)
-    found = head.loss(Network(), targets[None], targets[None])
+    found, found_z_loss = head.loss(Network(), targets[None], targets[None])
     (found * scale).backward()
 
     x, w = (tensor.detach().double().requires_grad_() for tensor in (hidden, projection.weight))
@@ -72,7 +72,7 @@ def test_z_loss(monkeypatch, dtype, in_one_piece):
     (scale * (cross_entropy + z_loss)).backward()
     # float32: log-probabilities up to 16, so their rounding is 16 roundings of p at most, and sums of up to 1,061 terms
     float32 = (TOKENS + 4 * 16) * 2.0**-24
-    for value, expected in ((found, cross_entropy), (head.z_loss, z_loss)):
+    for value, expected in ((found, cross_entropy), (found_z_loss, z_loss)):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.detach().double(), expected.detach(), rtol=float32, atol=0)
     # The gradient of the logits and, twice, that of the inputs are rounded to dtype; a sum of rounded terms is off by
@@ -124,7 +124,7 @@ def test_a_forward_does_not_wait_for_the_device():
     head = LossHead(model)
     head.loss(model, tokens[:, :-1], tokens[:, 1:])  # checks itself, once
     with Reads() as ours:
-        head.loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+        head.loss(model, tokens[:, :-1], tokens[:, 1:])[0].backward()
     with Reads() as theirs:
         model(input_ids=tokens[:, :-1], use_cache=False)
     assert (ours.count, theirs.count) == (0, 1)
@@ -182,7 +182,9 @@ def test_head_of_a_network(monkeypatch, in_one_piece):
 
     monkeypatch.setattr(loss, "IN_ONE_PIECE", 10**9 if in_one_piece else 1)
     head = LossHead(model)
-    head.loss(model, inputs, targets).backward()
+    mean, z_loss = head.loss(model, inputs, targets)
+    mean.backward()
+    assert z_loss is None
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
     with torch.no_grad():

@@ -156,7 +156,8 @@ def test_packed_sequences_have_no_mask(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     config = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)
     model = build_network(config, network_config(config, 16), 1, None)
-    LossHead(model).loss(model, torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, 16, dtype=torch.int64)).backward()
+    tokens = torch.zeros(2, 16, dtype=torch.int64)
+    LossHead(model).loss(model, tokens, tokens)[0].backward()
     assert seen == [(None, True)] * 2
 
 

@@ -185,7 +185,7 @@ def test_inhibition_state_is_that_of_a_real_inhibitor(run_file):
     kept = [inhibitor._packed]
     for hook in inhibitor.hooks:
         everything = [hook.variance_at_start, hook.kept_pull, hook.projection_sums, hook.running.selected]
-        everything += [*vars(hook.running.moments).values(), *vars(hook.frozen).values()]
+        everything += [*vars(hook.running.moments).values(), *vars(hook.step_statistics).values()]
         kept += [tensor for tensor in everything if tensor.numel() > 1]
     assert memory.inhibition_state_bytes(work) == sum(t.numel() * t.element_size() for t in kept)
     written = [tensor for name, tensor in inhibitor.state_dict().items() if name.startswith("layers.")]

@@ -152,7 +152,8 @@ def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None
     real = trainer.head.loss
 
     def loss(engine, inputs, targets):
-        return real(engine, inputs, targets) * (factor if trainer.state.step in steps else 1.0)
+        lm_loss, z_loss = real(engine, inputs, targets)
+        return lm_loss * (factor if trainer.state.step in steps else 1.0), z_loss
 
     trainer.head.loss = loss
 

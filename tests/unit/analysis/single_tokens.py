@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from l2e_ds.analysis.measures import is_alive
+from l2e_ds.inhibition.losses import is_alive
 
 EDGES = np.concatenate([[0.0], np.geomspace(1e-3, 1e3, 600)])
 """Lower edges of the scores' bins: each is 2.3 % wide."""

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from l2e_ds.analysis import measures
 from l2e_ds.analysis.measures import SHARES
-from l2e_ds.inhibition import losses
 from tests.unit.analysis.single_tokens import (
     EDGES,
     activations,
@@ -92,9 +90,6 @@ def test_dead_neurons():
     own, score = measures.own_features(inside)
     assert own[[2, 5, 6]].tolist() == [-1, -1, -1] and np.all(score[[2, 5, 6]] == 0)
     assert np.all(np.delete(own, [2, 5, 6]) >= 0)
-    mean, variance = measures.overall_moments(moments)
-    expected = losses.is_alive(torch.from_numpy(mean), torch.from_numpy(variance)).numpy()
-    np.testing.assert_array_equal(measures.is_alive(mean, variance), expected)
 
 
 def test_own_against_all():

@@ -177,22 +177,11 @@ def test_a_coefficient_has_a_strength_too():
     assert found["strength"] == pytest.approx((found["layer0/strength"] + found["layer2/strength"]) / 2)
 
 
-def test_a_state_from_before_there_was_a_strength():
-    """It loads, and a run with a coefficient goes on as if nothing was missing."""
-    network = Network()
-    inhibitor = Inhibitor(sites(network), settings("published"))
-    with inhibitor:
-        train(network, inhibitor, range(3))
-        weights, state = copy.deepcopy(network.state_dict()), inhibitor.state_dict()
-        went_on = train(network, inhibitor, range(3, 6))
-    new = {"variance_at_start", *inhibitor.coefficients.state_dict()}
-    old = {name: value for name, value in state.items() if name.split(".")[-1] not in new}
-    assert len(old) == 1 + 2 * 6
-    network.load_state_dict(weights)
-    resumed = Inhibitor(sites(network), settings("published"))
-    resumed.load_state_dict(old)
-    with resumed:
-        again = train(network, resumed, range(3, 6))
-    assert again[0] == went_on[0]
-    with pytest.raises(ValueError, match=r"layers\.0\.tau"):
-        resumed.load_state_dict({name: value for name, value in old.items() if name != "layers.0.tau"})
+def test_a_state_that_lacks_something_is_refused():
+    """Nothing is filled in, so that a run cannot go on with other numbers than it would have had."""
+    inhibitor = Inhibitor(sites(Network()), settings("published"))
+    for name in inhibitor.state_dict():
+        state = inhibitor.state_dict()
+        del state[name]
+        with pytest.raises(ValueError, match=f"^inhibition state: does not fit .+: {re.escape(name)}$"):
+            inhibitor.load_state_dict(state)

@@ -117,7 +117,7 @@ def correction_of(statistics: FrozenStatistics, regulariser: Regulariser) -> Cor
     return losses.running_correction(statistics, regulariser)
 
 
-STRENGTH = torch.tensor(0.03)
+SCALE = torch.tensor(0.03)
 PER_TOKEN = torch.tensor(7.0, dtype=torch.float64)
 
 
@@ -134,13 +134,13 @@ def test_gradient_is_the_plain_one(dtype, regulariser):
     selected = select_by_threshold(score(z, statistics), statistics)
     correction = correction_of(statistics, regulariser)
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
-    inhibition = Inhibition(statistics, regulariser, correction, STRENGTH, PER_TOKEN)
+    inhibition = Inhibition(statistics, regulariser, correction, SCALE, PER_TOKEN)
     found, squares = fused.add_gradient(incoming, z, inhibition)
     assert found.dtype == dtype
-    total = incoming.double() + plain.double() * float(STRENGTH)
+    total = incoming.double() + plain.double() * float(SCALE)
     # one rounding of the sum, to half the distance of its neighbours, and a few in float32 before
     neighbours = total.abs() * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    before = 8 * torch.finfo(torch.float32).eps * (incoming.abs().double() + plain.abs().double() * float(STRENGTH))
+    before = 8 * torch.finfo(torch.float32).eps * (incoming.abs().double() + plain.abs().double() * float(SCALE))
     assert bool(((found.double() - total).abs() <= neighbours / 2 + before).all())
     assert_squares(squares, incoming, plain, selected)
     if regulariser == PUBLISHED:
@@ -161,7 +161,7 @@ def test_gradient_within_that_of_the_gelu(dtype, regulariser):
     assert int(selected.sum()) > 0
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     exact = torch.ops.aten.gelu_backward(incoming.double() + 0.03 * plain.double(), x.double())
-    inhibition = Inhibition(statistics, regulariser, correction, STRENGTH, PER_TOKEN)
+    inhibition = Inhibition(statistics, regulariser, correction, SCALE, PER_TOKEN)
     found, squares = fused.gelu_backward(incoming, x, z, inhibition)
     assert found.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]

@@ -259,8 +259,8 @@ def test_within_the_gelu(changes, recompute, compiled):
             run = torch.compile(network, backend="aot_eager") if compiled else None
             runs.append((train(network, inhibitor, range(5), split=2, run=run), inhibitor))
         assert not inhibitor.self_test_pending
-    assert all(hook.way.computes_gelu for hook in runs[1][1].hooks)
-    assert not any(hook.way.computes_gelu for hook in runs[0][1].hooks)
+    assert all(hook.implementation.computes_gelu for hook in runs[1][1].hooks)
+    assert not any(hook.implementation.computes_gelu for hook in runs[0][1].hooks)
     assert_same(runs[0][0], runs[1][0], rtol=1e-4, atol=1e-6)
     assert_same_state(runs[0][1], runs[1][1], rtol=1e-5, atol=1e-7)
 
@@ -506,7 +506,7 @@ def test_selection_rates_fade_like_the_moments(window):
             inhibitor.attach_loss(layer.act(z).sum()).backward()
             inhibitor.step()
     assert float(selected.min()) > 0
-    torch.testing.assert_close(inhibitor.hooks[0].frozen.rate.double(), selected / seen, rtol=1e-6, atol=0)
+    torch.testing.assert_close(inhibitor.hooks[0].step_statistics.rate.double(), selected / seen, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("reduce", ["step", "forward"])

@@ -295,7 +295,8 @@ def test_note_loss_gradient_comes_first():
     hidden = add_inhibition_gradient(x * 2, lambda gradient, _: order.append("layer") or gradient)
     loss = note_loss_gradient(hidden.sum(), lambda gradient: order.append(float(gradient)))
     assert float(loss.detach()) == 6
-    (loss * 4096 / 4).backward()
+    loss *= 4096 / 4  # in place, as the Hugging Face Trainer does
+    loss.backward()
     assert order == [1024.0, "layer"]
     assert x.grad.tolist() == [2048.0] * 3
 

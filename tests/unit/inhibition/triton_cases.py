@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
-from l2e_ds.inhibition.hook import GeluInKernel
+from l2e_ds.inhibition.compiled_implementations import GeluInKernel
 from l2e_ds.inhibition.losses import (
     Correction,
     FrozenStatistics,
@@ -148,11 +148,11 @@ def correction_of(statistics, regulariser):
     return Correction(shift, pull)
 
 
-def expected_gradient(x, z, incoming, statistics, regulariser, strength):
-    """Of x, float64: autograd's through the GELU, behind incoming + strength * dL/dz."""
+def expected_gradient(x, z, incoming, statistics, regulariser, gradient_scale):
+    """Of x, float64: autograd's through the GELU, behind incoming + gradient_scale * dL/dz."""
     selected = select_by_threshold(score(z, statistics), statistics)
     correction = correction_of(statistics, regulariser)
-    added = strength * losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
+    added = gradient_scale * losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     x = x.double().requires_grad_()
     functional.gelu(x).backward(incoming.double() + added.double())
     return x.grad
@@ -173,13 +173,13 @@ def expected_gradient(x, z, incoming, statistics, regulariser, strength):
 def test_gradient_is_autograd_of_float64(dtype, regulariser, tokens, neurons):
     """Through the GELU, with what the written-out loss adds in front of it."""
     x, incoming, statistics = example(tokens, neurons, dtype)
-    strength = torch.tensor(0.5, device=DEVICE)
+    gradient_scale = torch.tensor(0.5, device=DEVICE)
     z, _ = triton_gelu.forward(x, statistics, regulariser)
     correction = correction_of(statistics, regulariser)
-    inhibition = Inhibition(statistics, regulariser, correction, strength, per_token())
+    inhibition = Inhibition(statistics, regulariser, correction, gradient_scale, per_token())
     found, squares = triton_gelu.backward(incoming, x, inhibition)
-    expected = expected_gradient(x, z, incoming, statistics, regulariser, strength)
-    without = expected_gradient(x, z, incoming, statistics, regulariser, 0 * strength)
+    expected = expected_gradient(x, z, incoming, statistics, regulariser, gradient_scale)
+    without = expected_gradient(x, z, incoming, statistics, regulariser, 0 * gradient_scale)
     selected = select_by_threshold(score(z, statistics), statistics)
     added = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     sizes = torch.stack([g[selected].square().sum() for g in (7 * incoming.double(), added.double())])
@@ -204,10 +204,10 @@ def test_backward_may_walk_down_more_rows(monkeypatch):
 def test_gradients_that_are_not_contiguous():
     """An expanded one, as behind a sum, and a transposed one."""
     x, _, statistics = example(7, 24, torch.float32)
-    strength = torch.tensor(0.5, device=DEVICE)
+    gradient_scale = torch.tensor(0.5, device=DEVICE)
     for incoming in (torch.tensor(0.7, device=DEVICE).expand(7, 24), torch.randn(24, 7, device=DEVICE).t()):
         correction = correction_of(statistics, SCALE_INVARIANT)
-        inhibition = Inhibition(statistics, SCALE_INVARIANT, correction, strength, per_token())
+        inhibition = Inhibition(statistics, SCALE_INVARIANT, correction, gradient_scale, per_token())
         found, _ = triton_gelu.backward(incoming, x, inhibition)
         assert torch.equal(found, triton_gelu.backward(incoming.contiguous(), x, inhibition)[0])
 
@@ -218,8 +218,8 @@ def test_only_the_pre_activation_is_kept():
     x.requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        fused.with_inhibition(
-            x, lambda x: triton_gelu.forward(x, statistics, PUBLISHED)[0], lambda gradient, x, z: gradient, keep=False
+        fused.WithInhibition.apply(
+            x, lambda x: triton_gelu.forward(x, statistics, PUBLISHED)[0], lambda gradient, x, z: gradient, False
         )
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr()]
 
@@ -241,7 +241,7 @@ def inhibited(recompute=None, compiled=False, function="gelu", split=2, **change
 
 def by_kernel(inhibitor: Inhibitor) -> bool:
     """Of the newest micro-batch, every layer the same."""
-    (used,) = {isinstance(hook.way, GeluInKernel) for hook in inhibitor.hooks}
+    (used,) = {isinstance(hook.implementation, GeluInKernel) for hook in inhibitor.hooks}
     return used
 
 
