@@ -25,22 +25,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from benchmarks.about import device_name
-from l2e_ds.config.batch import BatchArithmetic
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import find_launch
 from l2e_ds.distributed.watchdog import is_lost_contact
-from l2e_ds.engine.configuration import check_device, resolve
+from l2e_ds.engine.configuration import check_device
 from l2e_ds.errors import L2EError
 from l2e_ds.models import counts
 from l2e_ds.models.counts import matrix_parameters, unbuilt
 from l2e_ds.models.network import build_network
-from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.metrics import read_metrics
 from l2e_ds.system import gpus, memory
 from l2e_ds.system.process import quiet_libraries
+from l2e_ds.training.preflight import ResolvedRun, resolve_config
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -65,10 +64,7 @@ TIMEOUT = 10.0  # minutes
 class Work:
     """Holds one contender's training, and what it measures."""
 
-    config: RunConfig
-    ds: dict  # the configuration of DeepSpeed
-    batch: BatchArithmetic
-    hf_config: Any
+    run: ResolvedRun
     dataset: TokenDataset
     device: torch.device
     folder: Path
@@ -82,10 +78,10 @@ class Work:
 
         It waits for the device at both ends of the counted steps only: in between, a loop may run ahead of it.
         """
-        if self.device.type == "cuda" and len(self.marks) in (WARMUP, self.config.training.steps):
+        if self.device.type == "cuda" and len(self.marks) in (WARMUP, self.run.config.training.steps):
             torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
-        if len(self.marks) > self.config.training.steps:
+        if len(self.marks) > self.run.config.training.steps:
             self.peak_bytes = memory.peak_memory_bytes(self.device)
 
 
@@ -94,12 +90,12 @@ class Work:
 
 def train_ours(work: Work) -> None:
     """Train with l2e-ds."""
-    from l2e_ds.training.trainer import Trainer
+    from l2e_ds.training.trainer import RunData, Trainer
 
-    data = [PreparedData(work.dataset)]
-    trainer = Trainer(work.config, work.ds, work.batch, work.hf_config, data, work.device)
+    data = RunData([PreparedData(work.dataset)])
+    trainer = Trainer(work.run, data, work.device)
     work.mark()
-    for step in range(1, work.config.training.steps + 1):
+    for step in range(1, work.run.config.training.steps + 1):
         trainer.train_step()
         trainer.metrics.advance()
         work.mark()
@@ -135,13 +131,13 @@ def train_hugging_face(work: Work) -> None:
             work.losses.append(loss_of_first_batch(work, trainer.model_wrapped))
 
     network = plain_network(work)  # before TrainingArguments, which under ZeRO-3 has transformers build in shards
-    training, optimizer = work.config.training, work.config.optimizer
+    training, optimizer = work.run.config.training, work.run.config.optimizer
     assert optimizer.peak_learning_rate is not None
     arguments = TrainingArguments(
         output_dir=str(work.folder),
         deepspeed=named_optimizer(work),
-        per_device_train_batch_size=work.batch.micro_batch,
-        gradient_accumulation_steps=work.batch.accumulation,
+        per_device_train_batch_size=work.run.batch.micro_batch,
+        gradient_accumulation_steps=work.run.batch.accumulation,
         max_steps=training.steps,
         learning_rate=optimizer.peak_learning_rate,
         lr_scheduler_type="constant",
@@ -171,7 +167,7 @@ def train_minimal(work: Work) -> None:
 
     from l2e_ds.engine.engine import parameter_groups
 
-    network, ds, values = plain_network(work), named_optimizer(work), work.config.optimizer
+    network, ds, values = plain_network(work), named_optimizer(work), work.run.config.optimizer
     assert values.peak_learning_rate is not None
     groups = parameter_groups(network, values.weight_decay)
     optimizer = None
@@ -183,11 +179,11 @@ def train_minimal(work: Work) -> None:
     )
     examples: Dataset = Examples(work.dataset)
     sampler: DistributedSampler = DistributedSampler(examples, shuffle=False)
-    batches = iter(DataLoader(examples, batch_size=work.batch.micro_batch, sampler=sampler))
+    batches = iter(DataLoader(examples, batch_size=work.run.batch.micro_batch, sampler=sampler))
     work.mark()
-    for step in range(1, work.config.training.steps + 1):
+    for step in range(1, work.run.config.training.steps + 1):
         total = torch.zeros((), device=work.device)
-        for _ in range(work.batch.accumulation):
+        for _ in range(work.run.batch.accumulation):
             batch = {name: tensor.to(work.device) for name, tensor in next(batches).items()}
             loss = engine(**batch).loss
             engine.backward(loss)
@@ -195,7 +191,7 @@ def train_minimal(work: Work) -> None:
             total += loss.detach()
         work.mark()
         if step == 1 or step % LOG_EVERY == 0:
-            mean = mean_of_ranks(total / work.batch.accumulation)
+            mean = mean_of_ranks(total / work.run.batch.accumulation)
             print(f"step {step}: loss {mean:.4f}")
             work.losses = work.losses or [mean]
     work.losses.append(loss_of_first_batch(work, engine))
@@ -235,9 +231,9 @@ def plain_network(work: Work) -> Any:
     weights."""
     from transformers import AutoModelForCausalLM
 
-    model, seed = work.config.model, work.config.training.seed
-    network = AutoModelForCausalLM.from_config(work.hf_config, attn_implementation=model.attention, dtype=torch.float32)
-    network.load_state_dict(build_network(model, work.hf_config, seed, None).state_dict())
+    model, hf_config, seed = work.run.config.model, work.run.hf_config, work.run.config.training.seed
+    network = AutoModelForCausalLM.from_config(hf_config, attn_implementation=model.attention, dtype=torch.float32)
+    network.load_state_dict(build_network(model, hf_config, seed, None).state_dict())
     network.config.use_cache = False
     if model.activation_checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
@@ -249,10 +245,10 @@ def named_optimizer(work: Work) -> dict:
 
     (With an optimizer that the JSON names, the Hugging Face Trainer applies weight decay to biases and norms, too.)
     """
-    ds: dict = json.loads(json.dumps(work.ds))
+    ds: dict = json.loads(json.dumps(work.run.ds))
     offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if offload and "optimizer" not in ds:
-        values = work.config.optimizer
+        values = work.run.config.optimizer
         parameters = {"lr": values.peak_learning_rate, "betas": values.betas, "eps": values.eps}
         ds["optimizer"] = {"type": "AdamW", "params": {**parameters, "weight_decay": values.weight_decay}}
     return ds
@@ -268,8 +264,8 @@ def make_dataset(sequences: int, length: int, vocabulary: int) -> TokenDataset:
 @torch.no_grad()
 def loss_of_first_batch(work: Work, engine: Any) -> float:
     """Return the mean cross-entropy over all ranks of the first micro-batch of the first step. Collective."""
-    first = collectives.rank() * work.batch.micro_batch
-    rows = torch.from_numpy(work.dataset.batch(np.arange(first, first + work.batch.micro_batch))).to(work.device)
+    first = collectives.rank() * work.run.batch.micro_batch
+    rows = torch.from_numpy(work.dataset.batch(np.arange(first, first + work.run.batch.micro_batch))).to(work.device)
     engine.eval()
     logits = engine(input_ids=rows[:, :-1], use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
@@ -288,13 +284,13 @@ def measure(spec: dict) -> dict[str, Any]:
     """Train as specified. spec: contender, run (a run file's content), folder. Collective; raises L2EError."""
     launch = find_launch()
     device = process_group.join(launch, TIMEOUT)
-    config, ds, batch = resolve(run_config_from_dict(spec["run"], "bench"), launch.size)
+    run = resolve_config(checked(RunConfig, spec["run"], "bench"), launch.size)
+    config, hf_config = run.config, run.hf_config
     check_device(config)
-    hf_config = network_config(config.model, config.data.sequence_length)
     dataset = make_dataset(
-        config.training.steps * batch.global_batch, config.data.sequence_length, hf_config.vocab_size
+        config.training.steps * run.batch.global_batch, config.data.sequence_length, hf_config.vocab_size
     )
-    work = Work(config, ds, batch, hf_config, dataset, device, Path(spec["folder"]))
+    work = Work(run, dataset, device, Path(spec["folder"]))
     matrices = matrix_parameters(unbuilt(hf_config))
     libraries = memory.peak_memory_bytes(device)
     CONTENDERS[spec["contender"]](work)

@@ -27,16 +27,17 @@ from benchmarks.about import Option, device_name, heading, median_and_spread, sa
 from benchmarks.contenders import make_dataset
 from l2e_ds.acceptance.operations import Layer, hooked, one_pass
 from l2e_ds.checkpoint.weights import DTYPES
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import markdown
 from l2e_ds.data import PreparedData
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch
-from l2e_ds.engine.configuration import check_device, resolve
+from l2e_ds.engine.configuration import check_device
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.families import neurons_of
-from l2e_ds.models.pythia import network_config
 from l2e_ds.system.process import quiet_libraries
+from l2e_ds.training.preflight import ResolvedRun, resolve_config
 
 VARIANTS: dict[str, Settings] = {
     "L2E": Settings(),  # as runs do: in one pass where that is faster
@@ -74,12 +75,13 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
     contents = {name: throughput.run_file(arguments, name, launch.size) for name in arguments.models}
     throughput.check(arguments, contents, launch.size)
-    runs = {name: resolve(run_config_from_dict(content, "bench"), launch.size) for name, content in contents.items()}
-    for config, *_ in runs.values():
-        check_device(config)
+    configs = {name: checked(RunConfig, content, "bench") for name, content in contents.items()}
+    runs = {name: resolve_config(config, launch.size) for name, config in configs.items()}
+    for run in runs.values():
+        check_device(run.config)
     device = process_group.join(launch, 10)
     torch.set_num_threads(throughput.threads_of_rank())
-    precision = next(iter(runs.values()))[0].training.precision
+    precision = next(iter(runs.values())).config.training.precision
     results: dict[str, Any] = {
         "ranks": launch.size,
         "device": device_name(device),
@@ -89,8 +91,8 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     }
     dtype = DTYPES[precision]
     operation_rounds = PER_STEP * arguments.rounds
-    for name, resolved in runs.items():
-        results["models"][name] = measure_model(name, resolved, arguments.rounds, dtype, device)
+    for name, run in runs.items():
+        results["models"][name] = measure_model(name, run, arguments.rounds, dtype, device)
     if arguments.wide_tokens:
         results["wide"] = measure_operation(arguments.wide_tokens, WIDE, dtype, device, operation_rounds)
         results["wide"] |= {"top_k": time_top_k(arguments.wide_tokens, WIDE, device, operation_rounds)}
@@ -154,27 +156,24 @@ def time_top_k(tokens: int, neurons: int, device: torch.device, rounds: int) -> 
 # --- the whole step ----------------------------------------------------------------------------------------------
 
 
-def measure_model(
-    name: str, resolved: tuple[Any, dict, Any], rounds: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+def measure_model(name: str, run: ResolvedRun, rounds: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Measure one model; every rank takes its steps, each has its own times. Collective.
 
     Returns `operation`, from `measure_operation` at the model's shape, `step_seconds` by variant, and `layers`, the
     number of hooked layers.
     """
-    from l2e_ds.training.trainer import Trainer
+    from l2e_ds.training.trainer import RunData, Trainer
 
-    config, ds, batch = resolved
+    config, batch, hf_config = run.config, run.batch, run.hf_config
     steps = (WARMUP + rounds) * (1 + len(VARIANTS))
-    hf_config = network_config(config.model, config.data.sequence_length)
     tokens = batch.micro_batch * config.data.sequence_length
     operation = measure_operation(tokens, neurons_of(hf_config), dtype, device, PER_STEP * rounds)
     dataset = make_dataset(steps * batch.global_batch, config.data.sequence_length, hf_config.vocab_size)
-    data = [PreparedData(dataset)]
+    data = RunData([PreparedData(dataset)])
     seconds: dict[str, list[float]] = {variant: [] for variant in (NONE, *VARIANTS)}
     with tempfile.TemporaryDirectory(prefix="l2e-bench-") as folder:
-        config = config.replace("training", run_directory=folder, steps=steps)
-        with Trainer(config, ds, batch, hf_config, data, device) as trainer:
+        run = replace(run, config=config.replace("training", run_directory=folder, steps=steps))
+        with Trainer(run, data, device) as trainer:
             inhibitors = {
                 variant: Inhibitor([replace(site) for site in trainer.sites], settings, device)
                 for variant, settings in VARIANTS.items()

@@ -23,7 +23,8 @@ from typing import Any
 
 from benchmarks.about import Option, heading, median_and_spread, say
 from benchmarks.contenders import CONTENDERS, LOG_EVERY, LOST_CONTACT, OURS, PLAIN, SEED, WARMUP
-from l2e_ds.config.reading import find_file, run_config_from_dict, split_override
+from l2e_ds.config.reading import checked, find_file, split_override
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import markdown
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port
@@ -100,7 +101,7 @@ def check(arguments: argparse.Namespace, contents: dict[str, dict], ranks: int) 
     if find_file(arguments.deepspeed) is None:
         raise ConfigError(f"--deepspeed: no such file: {arguments.deepspeed}")
     for content in contents.values():
-        config, *_ = resolve(run_config_from_dict(content, "bench"), ranks, has_bf16=False)
+        config, *_ = resolve(checked(RunConfig, content, "bench"), ranks, has_bf16=False)
         network_config(config.model, arguments.sequence_length)
 
 

@@ -69,13 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.ranks is not None and not arguments.dry_run:
             raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
         ranks = launch.size if arguments.ranks is None else arguments.ranks
-        plan = preflight(arguments.run_file, arguments.overrides, ranks, this_machine=not arguments.dry_run)
+        resolved = preflight(arguments.run_file, arguments.overrides, ranks, this_machine=not arguments.dry_run)
         if not arguments.dry_run:
             from l2e_ds.training.run import train  # only now: a mistake in the run file need not wait for DeepSpeed
 
-            train(plan, launch)
+            train(resolved, launch)
         elif launch.rank == 0:
-            print(describe(plan), flush=True)
+            print(describe(resolved), flush=True)
     except Interrupted as stopped:
         preemption.honoured()
         _note_exit_code(stopped.exit_code)

@@ -54,9 +54,9 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     from l2e_ds.training.preflight import resolve_run
 
     quiet_libraries()
-    plan = resolve_run(run_file, overrides, 1)
+    run = resolve_run(run_file, overrides, 1)
     device = process_group.join(find_launch(), 5)
-    stack = TrainingStack(plan.config, plan.ds, plan.hf_config, device)
+    stack = TrainingStack(run.config, run.ds, run.hf_config, device)
     accelerator: Any = get_accelerator()
     synchronise, synchronised = accelerator.synchronize, [0]
 
@@ -65,11 +65,11 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
         return synchronise(*arguments)
 
     accelerator.synchronize = counted
-    shape = (plan.batch.micro_batch, plan.config.data.sequence_length + 1)
-    tokens = torch.randint(plan.hf_config.vocab_size, shape, device=device)
+    shape = (run.batch.micro_batch, run.config.data.sequence_length + 1)
+    tokens = torch.randint(run.hf_config.vocab_size, shape, device=device)
 
     def step() -> None:
-        for left in reversed(range(plan.batch.accumulation)):
+        for left in reversed(range(run.batch.accumulation)):
             forward_and_backward(stack.engine, stack.head, stack.inhibitor, tokens, is_last=left == 0)
             stack.engine.step()
         if stack.inhibitor is not None:

@@ -89,11 +89,6 @@ def _absolute_if_there(name: str | None) -> str | None:
     return str(Path(name).absolute()) if name is not None and os.path.exists(name) else name
 
 
-def run_config_from_dict(raw: dict, where: str) -> RunConfig:
-    """Return a nested mapping as a run file. `where` begins an error's line. Raises ConfigError."""
-    return checked(RunConfig, raw, where)
-
-
 def checked(kind: type[Checked], raw: dict, where: str, overrides: Sequence[str] = ()) -> Checked:
     """Return a nested mapping as a section of this kind. Raises ConfigError, about `where` or the override that set the
     key."""

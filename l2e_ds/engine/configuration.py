@@ -255,7 +255,7 @@ def is_adam(ds: dict) -> bool:
     return optimizer_type(ds).lower() in ("adam", "adamw")
 
 
-def less_memory(config: RunConfig, ds: dict) -> str:
+def memory_remedies(config: RunConfig, ds: dict) -> str:
     """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]
     name = config.optimizer.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from l2e_ds.checkpoint.schedule import MASTER
+from l2e_ds.checkpoint.disk import MASTER
 from l2e_ds.config.batch import divisors
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.planning.work import Work

@@ -18,12 +18,12 @@ import re
 from collections.abc import Sequence
 
 from l2e_ds.console import at_least
-from l2e_ds.engine.configuration import less_memory
+from l2e_ds.engine.configuration import memory_remedies
 from l2e_ds.errors import ConfigError
 from l2e_ds.planning.memory import GIB, accumulation_of, largest_micro_batch, memory, model_states
 from l2e_ds.planning.work import Work, inhibition_payload, mfu_range, step_flops, traffic
 from l2e_ds.system.gpus import GPUS, Gpu
-from l2e_ds.training.preflight import Plan, checkpoints_of, resolve_run
+from l2e_ds.training.preflight import ResolvedRun, checkpoints_of, resolve_run
 
 USABLE_MEMORY = 0.9
 """Share of a GPU's memory that a run can use, not measured by this project; the rest goes to the CUDA context, NCCL and
@@ -46,13 +46,13 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     at_least("--gpus", gpus, 1)
     if mfu is not None and not 0 < mfu <= 1:
         raise ConfigError(f"--mfu: got {mfu:g}, allowed: above 0, at most 1")
-    plan = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)
-    if plan.config.training.precision == "bf16" and not gpu.bf16:
+    run = resolve_run(run_file, overrides, gpus, has_bf16=gpu.bf16)
+    if run.config.training.precision == "bf16" and not gpu.bf16:
         raise ConfigError(f"training.precision: got bf16, which a {name} does not have; allowed: fp16, fp32")
-    work = Work(plan)
-    model = plan.config.model.origin
+    work = Work(run)
+    model = run.config.model.origin
     checkpointing = ", activation checkpointing" if work.checkpointing else ""
-    largest = largest_micro_batch(work, gpus, plan.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
+    largest = largest_micro_batch(work, gpus, run.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
     peak = gpu.peak_fp32 if work.precision == "fp32" else gpu.peak
     low, high = mfu_range(work.parameters, gpu.peak) if mfu is None else (mfu, mfu)
     source = "published of other programs, not measured by this project; --mfu" if mfu is None else "--mfu"
@@ -60,11 +60,11 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     return "\n".join(
         [
             f"{model} ({work.parameters:,} parameters), {work.precision}, ZeRO-{work.stage}{checkpointing}, on {gpus:,}"
-            f" {name}; {plan.batch.global_batch:,} x {work.sequence_length:,} tokens a step",
+            f" {name}; {run.batch.global_batch:,} x {work.sequence_length:,} tokens a step",
             "",
-            *_memory_table(plan, work, largest, gpu),
+            *_memory_table(run, work, largest, gpu),
             "",
-            *_run_lines(plan, work, largest or plan.batch.micro_batch, speeds),
+            *_run_lines(run, work, largest or run.batch.micro_batch, speeds),
             "",
             "predicted, not measured (docs/planning.md), under these assumptions:",
             f"  {_span(f'{low:.0%}', f'{high:.0%}')} of {peak:g} TFLOP/s in a step ({source})",
@@ -73,10 +73,10 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     )
 
 
-def _memory_table(plan: Plan, work: Work, largest: int | None, gpu: Gpu) -> list[str]:
+def _memory_table(run: ResolvedRun, work: Work, largest: int | None, gpu: Gpu) -> list[str]:
     """Return the table of memory by part, with the run's micro-batch and with the largest that fits, if one does."""
-    gpus, global_batch = plan.batch.ranks, plan.batch.global_batch
-    given = largest or 1 if plan.config.training.micro_batch == "auto" else plan.batch.micro_batch
+    gpus, global_batch = run.batch.ranks, run.batch.global_batch
+    given = largest or 1 if run.config.training.micro_batch == "auto" else run.batch.micro_batch
     sizes = [given] if largest in (None, given) else [given, largest]
     columns = [memory(work, gpus, size, accumulation_of(global_batch, gpus, size)) for size in sizes]
     usable = gpu.memory * USABLE_MEMORY
@@ -86,7 +86,7 @@ def _memory_table(plan: Plan, work: Work, largest: int | None, gpu: Gpu) -> list
     lines = ["GiB a GPU     " + "".join(f"{f'micro-batch {size}':>18}" for size in sizes)]
     lines += [f"  {name:<12}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in rows.items()]
     if largest is None:
-        lines.append(f"largest micro-batch: none fits {usable:.1f} GiB; try {less_memory(plan.config, plan.ds)}")
+        lines.append(f"largest micro-batch: none fits {usable:.1f} GiB; try {memory_remedies(run.config, run.ds)}")
     else:
         lines.append(f"largest micro-batch: {largest} (of those that divide {global_batch // gpus} sequences a GPU)")
     if host := model_states(work, gpus).host:
@@ -103,9 +103,9 @@ def _seconds(duration: float) -> str:
     return f"{duration:,.2f} s" if duration >= 1 else f"{duration * 1e3:.3g} ms"
 
 
-def _run_lines(plan: Plan, work: Work, micro_batch: int, speeds: Sequence[float]) -> list[str]:
+def _run_lines(run: ResolvedRun, work: Work, micro_batch: int, speeds: Sequence[float]) -> list[str]:
     """Return the lines below the table of memory. speeds: the lowest and highest operations a second of all GPUs."""
-    batch, config = plan.batch, plan.config
+    batch, config = run.batch, run.config
     gpus, steps, tokens = batch.ranks, config.training.steps, batch.tokens_per_step
     accumulation = accumulation_of(batch.global_batch, gpus, micro_batch)
     slow, fast = (step_flops(work, batch.global_batch) / speed for speed in speeds)  # seconds a step
@@ -120,5 +120,5 @@ def _run_lines(plan: Plan, work: Work, micro_batch: int, speeds: Sequence[float]
         f" {_span(*(f'{h * gpus:,.0f}' for h in hours))} GPU-hours",
         f"traffic       a GPU sends in a step: gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B,"
         f" inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)",
-        *(f"{label:<14}{text}" for label, text in checkpoints_of(plan)),
+        *(f"{label:<14}{text}" for label, text in checkpoints_of(run)),
     ]

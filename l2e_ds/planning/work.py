@@ -11,7 +11,7 @@ from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.models.counts import flops_per_token, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.training.loss import CHUNK
-from l2e_ds.training.preflight import Plan, moments_of
+from l2e_ds.training.preflight import ResolvedRun, moments_of
 
 BUCKET = 500_000_000  # elements; engine.py: MEMORY_OPT_ALLREDUCE_SIZE, and the default of reduce_bucket_size
 
@@ -31,11 +31,11 @@ class Work:
     """Holds what the formulae need to know of a resolved run; sizes in elements, those of an element and of all moments
     in bytes."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, run: ResolvedRun) -> None:
         """Raises ConfigError for a JSON's optimizer other than Adam, or a network that is not of Pythia's family."""
         from deepspeed.runtime.config import DtypeEnum
 
-        config, hf_config, ds = plan.config, plan.hf_config, plan.ds
+        config, hf_config, ds = run.config, run.hf_config, run.ds
         if hf_config.model_type != "gpt_neox":
             raise ConfigError(
                 f"model: {config.model.origin!r} is a {hf_config.model_type}; a plan knows the memory and time"
@@ -48,7 +48,7 @@ class Work:
         self.layers, self.hidden = hf_config.num_hidden_layers, hf_config.hidden_size
         self.heads = hf_config.num_attention_heads
         self.neurons, self.vocabulary = neurons_of(hf_config), hf_config.vocab_size
-        self.moments = moments_of(plan)
+        self.moments = moments_of(run)
         self.largest_matrix = self.hidden * max(3 * self.hidden, self.neurons) if config.optimizer.name == "muon" else 0
         self.embedding = self.vocabulary * self.hidden
         self.sequence_length = config.data.sequence_length
@@ -75,7 +75,7 @@ class Work:
         self.offload_parameters = is_offloaded("offload_param")
 
         section = config.inhibition
-        self.hooked = plan.layers if section.method != "none" else []  # the indices of these layers
+        self.hooked = run.inhibited_layers
         self.deactivation = section.retrieval_and_mechanism[1] != "regulariser"
         self.projected = section.loss == "projected" and not self.deactivation and bool(self.hooked)
         # inhibition in one pass (inhibition/fused.py)

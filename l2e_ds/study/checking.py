@@ -14,7 +14,7 @@ from l2e_ds.run_directory.lock import RunLock, described
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
 from l2e_ds.study.state import config_file, run_directory
 from l2e_ds.system.files import write_whole
-from l2e_ds.training.preflight import Plan, preflight, resolve_run
+from l2e_ds.training.preflight import ResolvedRun, preflight, resolve_run
 
 
 class StudyLock(RunLock):
@@ -37,12 +37,12 @@ class StudyLock(RunLock):
         )
 
 
-def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
+def resolve_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, ResolvedRun]:
     """Check every run as `l2e-ds train` does before it starts, and return the resolved runs by name.
 
     Raises ConfigError or DataError naming the run, and where the key that is wrong was given.
     """
-    plans: dict[str, Plan] = {}
+    resolved: dict[str, ResolvedRun] = {}
     looked_at: set[str] = set()
     seen: dict[str, str] = {}
     for run in study.runs:
@@ -55,20 +55,20 @@ def plan_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Plan]:
             # data and machine are checked once for all runs that differ only in how they train
             needs = json.dumps([asked.model_dump(mode="json", exclude={"inhibition", "optimizer", "training"})])
             needs += f"{asked.training.precision} {asked.training.resume}"
-            plan = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
+            checked = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
             looked_at.add(needs)
         except (ConfigError, DataError) as error:
             raise type(error)(_with_source(str(error), run)) from None
         # as it is started: the device that runs it resolves the precision, and all runs share one cache
-        config = plan.config.replace("training", precision=asked.training.precision)
+        config = checked.config.replace("training", precision=asked.training.precision)
         if config.data.cache is None:
             config = config.replace("data", cache=str(study.directory / "data"))
-        plans[run.name] = replace(plan, config=config)
+        resolved[run.name] = replace(checked, config=config)
         content = json.dumps(flat(config.replace("training", run_directory="")))
         same = seen.setdefault(content, run.name)
         if same != run.name:
             raise ConfigError(f"factors: {same} and {run.name} would be the same run; leave one of them out")
-    return plans
+    return resolved
 
 
 def _with_source(line: str, run: StudyRun) -> str:
@@ -104,10 +104,10 @@ def changes(directory: Path, new: RunConfig) -> list[str]:
     ]
 
 
-def refuse_changes(study: Study, plans: dict[str, Plan]) -> None:
+def refuse_changes(study: Study, resolved: dict[str, ResolvedRun]) -> None:
     """Raise ConfigError if a run that has begun would become another one."""
     for run in study.runs:
-        found = changes(run_directory(study.directory, run.name), plans[run.name].config)
+        found = changes(run_directory(study.directory, run.name), resolved[run.name].config)
         if found:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             raise ConfigError(
@@ -116,12 +116,12 @@ def refuse_changes(study: Study, plans: dict[str, Plan]) -> None:
             )
 
 
-def write_study(study: Study, plans: dict[str, Plan]) -> None:
+def write_study(study: Study, resolved: dict[str, ResolvedRun]) -> None:
     """Write the study file, study.json and the runs' configurations. Raises ConfigError if the folder cannot be
     written."""
     try:
         for run in study.runs:
-            write_whole(config_file(study.directory, run.name), plans[run.name].config.dump())
+            write_whole(config_file(study.directory, run.name), resolved[run.name].config.dump())
         write_whole(study.directory / FILE, study.dump())
         write_whole(study.directory / INDEX, json.dumps(study.index().model_dump(), indent=1) + "\n")
     except OSError as error:

@@ -13,14 +13,14 @@ from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation import check_installed
 from l2e_ds.slurm.sbatch import add_resource_arguments, resources_of
 from l2e_ds.study import array
-from l2e_ds.study.checking import StudyLock, plan_runs, refuse_changes, write_study
+from l2e_ds.study.checking import StudyLock, refuse_changes, resolve_runs, write_study
 from l2e_ds.study.collect import RESULTS, collect, summary, write_results
 from l2e_ds.study.definition import FILE, INDEX, Study, read_study
 from l2e_ds.study.processes import places
 from l2e_ds.study.runner import Runner, say
 from l2e_ds.study.state import State, run_directory, state_of
 from l2e_ds.system.process import quiet_libraries
-from l2e_ds.training.preflight import Plan
+from l2e_ds.training.preflight import ResolvedRun
 
 SLURM_ONLY = (
     *("nodes", "gpus_per_node", "tasks_per_node", "time", "signal_seconds"),
@@ -68,11 +68,11 @@ def run(arguments: argparse.Namespace) -> int:
     resources = resources_of(arguments) if arguments.slurm else None
     where = [] if resources else places(arguments.devices, arguments.ranks, os.environ)
     ranks = resources.ranks if resources else where[0].ranks
-    plans = plan_runs(study, ranks, this_machine=not (arguments.slurm or arguments.dry_run))
-    refuse_changes(study, plans)
-    names = [name for name, state in _states(study, plans).items() if not state.is_done]
+    resolved = resolve_runs(study, ranks, this_machine=not (arguments.slurm or arguments.dry_run))
+    refuse_changes(study, resolved)
+    names = [name for name, state in _states(study, resolved).items() if not state.is_done]
     if arguments.dry_run:
-        print(describe(study, plans))
+        print(describe(study, resolved))
         if resources is not None:
             print(array.script(study.directory / "slurm-N", len(names), resources, arguments.restarts), end="")
         return 0
@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     lock = StudyLock(study.directory, study.runs[0].sources["training.run_directory"])
     lock.acquire()
     try:
-        write_study(study, plans)
+        write_study(study, resolved)
         if resources is not None and names:
             array.submit(study.directory, names, resources, arguments.restarts, words)
             return 0
@@ -116,17 +116,17 @@ def _load_tasks(study: Study) -> None:
             raise type(error)(f"evaluate: {error}") from None
 
 
-def describe(study: Study, plans: dict[str, Plan]) -> str:
+def describe(study: Study, resolved: dict[str, ResolvedRun]) -> str:
     """Return what `--dry-run` prints: a table of the runs, and what is left to do."""
     common = set.intersection(*(set(run.overrides) for run in study.runs))
-    states = _states(study, plans)
+    states = _states(study, resolved)
     rows, steps_left, tokens_left = [], 0, 0
     for run in study.runs:
-        plan, state = plans[run.name], states[run.name]
+        batch, state = resolved[run.name].batch, states[run.name]
         left = 0 if state.trained else state.steps - state.step
-        steps_left, tokens_left = steps_left + left, tokens_left + left * plan.batch.tokens_per_step
+        steps_left, tokens_left = steps_left + left, tokens_left + left * batch.tokens_per_step
         own = " ".join(word for word in run.overrides if word not in common and not word.startswith("training.seed="))
-        rows.append([run.name, own, str(state), f"{left:,}", f"{left * plan.batch.tokens_per_step:,}", str(plan.batch)])
+        rows.append([run.name, own, str(state), f"{left:,}", f"{left * batch.tokens_per_step:,}", str(batch)])
     batches = {row[-1] for row in rows}
     heads = ["run", "differs", "state", "steps to go", "tokens to go", "batch"]
     if len(batches) == 1:
@@ -142,8 +142,8 @@ def describe(study: Study, plans: dict[str, Plan]) -> str:
     return "\n".join([markdown(heads, rows), *said])
 
 
-def _states(study: Study, plans: dict[str, Plan]) -> dict[str, State]:
-    steps = {name: plan.config.training.steps for name, plan in plans.items()}
+def _states(study: Study, resolved: dict[str, ResolvedRun]) -> dict[str, State]:
+    steps = {name: run.config.training.steps for name, run in resolved.items()}
     return {name: state_of(run_directory(study.directory, name), steps[name], study.file.evaluate) for name in steps}
 
 

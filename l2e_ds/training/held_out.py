@@ -42,7 +42,6 @@ def evaluate(
     engine: Any,
     head: LossHead,
     config: RunConfig,
-    micro_batch: int,
     sets: Sequence[PreparedData],
     sites: Sequence[NeuronSite],
     comparison: Sequence[NeuronSite],
@@ -50,7 +49,7 @@ def evaluate(
     """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective. Raises
     Interrupted.
 
-    micro_batch: B. sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the
+    sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the
     layers to measure; metrics of the latter have the names of `comparison_key`.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
@@ -67,7 +66,7 @@ def evaluate(
 
     def one_pass(set_weight: Callable[[Tensor | None], None]) -> None:
         sums.zero_()
-        for batch, _, owners, real in _micro_batches(datasets, counts, micro_batch, engine.device):
+        for batch, _, owners, real in _micro_batches(datasets, counts, engine):
             set_weight(of_tokens(real * emphasis[owners]))
             losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:])
             for owner in np.unique(owners):
@@ -90,15 +89,15 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_texts(engine: Any, head: LossHead, micro_batch: int, texts: Sequence[PreparedText]) -> dict[str, float]:
+def evaluate_texts(engine: Any, head: LossHead, texts: Sequence[PreparedText]) -> dict[str, float]:
     """Return loss and bits a byte of each text, the same on every rank. Collective. Raises Interrupted."""
     datasets = [text.dataset for text in texts]
     counts = np.array([len(dataset) for dataset in datasets])
     # of every sequence, so that the order in which they are added does not depend on the number of ranks
     sums = torch.zeros(int(counts.sum()), dtype=torch.float64, device=engine.device)
     with evaluating(engine):
-        for batch, rows, _, real in _micro_batches(datasets, counts, micro_batch, engine.device):
-            losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(micro_batch, -1).double().sum(1)
+        for batch, rows, _, real in _micro_batches(datasets, counts, engine):
+            losses = head.token_losses(engine, batch[:, :-1], batch[:, 1:]).view(len(batch), -1).double().sum(1)
             sums[rows[real]] = losses[: real.sum()]
     collectives.all_reduce_sum(sums)
     values: dict[str, float] = {}
@@ -121,15 +120,15 @@ def evaluating(engine: Any) -> Iterator[None]:
 
 
 def _micro_batches(
-    datasets: Sequence[TokenDataset], counts: np.ndarray, micro_batch: int, device: torch.device
+    datasets: Sequence[TokenDataset], counts: np.ndarray, engine: Any
 ) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield this rank's share of the first `counts[i]` sequences of each dataset, as many times on every rank.
+    """Yield this rank's micro-batches of the first `counts[i]` sequences of each dataset; every rank gets equally many.
 
-    That is tokens, int64 [B, T+1] on the device; of each sequence its running number over all datasets and its
-    dataset's, int64 [B]; and whether it counts, bool [B]: the last round is filled up.
+    Yields tokens, int64 [B, T+1]; the number of each sequence over all datasets, and the index of its dataset, int64
+    [B]; and bool [B], false for the rows that only fill the last micro-batch.
     """
     begins, count = np.cumsum(counts) - counts, int(counts.sum())
-    rank, ranks = collectives.rank(), collectives.size()
+    rank, ranks, micro_batch = collectives.rank(), collectives.size(), engine.train_micro_batch_size_per_gpu()
     for index in range(-(-count // (micro_batch * ranks))):
         preemption.stop_if_asked()
         rows = (index * ranks + rank) * micro_batch + np.arange(micro_batch)
@@ -137,7 +136,7 @@ def _micro_batches(
         rows = np.minimum(rows, count - 1)
         owners = np.searchsorted(begins, rows, side="right") - 1
         tokens = [datasets[i].batch([row - begins[i]]) for i, row in zip(owners, rows, strict=True)]
-        yield torch.from_numpy(np.concatenate(tokens)).to(device), rows, owners, real
+        yield torch.from_numpy(np.concatenate(tokens)).to(engine.device), rows, owners, real
 
 
 @dataclass(frozen=True)

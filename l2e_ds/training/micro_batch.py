@@ -21,7 +21,7 @@ from l2e_ds.config.batch import abbreviate, divisors
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import say
 from l2e_ds.distributed import collectives, heartbeat
-from l2e_ds.engine.configuration import less_memory
+from l2e_ds.engine.configuration import memory_remedies
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.memory import cgroup_room
 from l2e_ds.training.micro_batch_trial import Measured, child_process
@@ -59,7 +59,7 @@ def find(
     known = _measure(config, ds, hf_config, candidates, limit, by_speed)
     number = choose(known, limit, by_speed)
     if number is None:
-        raise ConfigError(none_fits(known, limit, less_memory(config, ds)))
+        raise ConfigError(none_fits_message(known, limit, memory_remedies(config, ds)))
     larger = max(size for size in known if known[size].peak <= limit)
     why = f"; {larger} is no faster" if larger != number else ""
     memory = f"{known[number].peak / GIB:.2f} of {limit / GIB:.2f} GiB"
@@ -186,7 +186,7 @@ def choose(known: dict[int, Measured], limit: float, by_speed: bool) -> int | No
     return best
 
 
-def none_fits(known: dict[int, Measured], limit: float, remedies: str) -> str:
+def none_fits_message(known: dict[int, Measured], limit: float, remedies: str) -> str:
     """Return what to tell the user if `choose` finds no size. remedies: what needs less memory."""
     needed = f"{known[1].peak / GIB:.2f} GiB" if 1 in known else "more than there is"
     return (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space, moment_bytes
+from l2e_ds.checkpoint.disk import checkpoint_bytes, disk_space, moment_bytes
 from l2e_ds.config.batch import BatchArithmetic, divisors
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
@@ -31,9 +31,9 @@ from l2e_ds.training import micro_batch
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResolvedRun:
     """Holds a checked run: the resolved DeepSpeed configuration, the batch (with micro-batch 1 if that is `auto`), the
-    Hugging Face configuration of the network and the numbers of the hooked layers."""
+    Hugging Face configuration of the network and the numbers of the layers in `inhibition.layers`."""
 
     config: RunConfig
     ds: dict
@@ -41,31 +41,44 @@ class Plan:
     hf_config: Any
     layers: list[int]
 
+    @property
+    def inhibited_layers(self) -> list[int]:
+        """The numbers of the layers that are inhibited: none with `inhibition.method: none`."""
+        return self.layers if self.config.inhibition.method != "none" else []
 
-def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> Plan:
+
+def preflight(run_file: str | Path, overrides: Sequence[str], ranks: int, this_machine: bool = False) -> ResolvedRun:
     """Check a run, and with `this_machine` whether this machine can do it, without writing anything or making a process
     group or a model. The arguments are those of `load_run_config`. Raises ConfigError and DataError."""
-    plan = resolve_run(run_file, overrides, ranks)
+    run = resolve_run(run_file, overrides, ranks)
     if this_machine:
-        check_device(plan.config)
-        _check_machine(plan)
+        check_device(run.config)
+        _check_machine(run)
     try:
-        check_sets(plan.config.data, plan.hf_config.vocab_size)
-        check_texts(plan.config.evaluation.texts or [], plan.config.data)
-        if plan.config.evaluation.samples and plan.config.data.tokenizer is not None:
-            encode_samples(plan.config.evaluation, load_tokenizer(plan.config.data.tokenizer), plan.hf_config)
+        check_sets(run.config.data, run.hf_config.vocab_size)
+        check_texts(run.config.evaluation.texts or [], run.config.data)
+        if run.config.evaluation.samples and run.config.data.tokenizer is not None:
+            encode_samples(run.config.evaluation, load_tokenizer(run.config.data.tokenizer), run.hf_config)
     except L2EError as error:
         error.on_every_rank = True
         raise
-    return plan
+    return run
 
 
-def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None) -> Plan:
+def resolve_run(
+    run_file: str | Path, overrides: Sequence[str], ranks: int, has_bf16: bool | None = None
+) -> ResolvedRun:
     """Return what `preflight` does, without a look at the data or the machine. has_bf16: whether the run's device
     computes in bf16 (default: whether this machine's does). Raises ConfigError."""
     if ranks < 1:
         raise ConfigError(f"--ranks: got {ranks}, allowed: an integer >= 1")
-    config = load_run_config(run_file, overrides)
+    return resolve_config(load_run_config(run_file, overrides), ranks, run_file, has_bf16)
+
+
+def resolve_config(
+    config: RunConfig, ranks: int, run_file: str | Path | None = None, has_bf16: bool | None = None
+) -> ResolvedRun:
+    """Return what `resolve_run` does of a run file that has been read. Raises ConfigError."""
     hf_config = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, hf_config.num_hidden_layers)
@@ -79,12 +92,12 @@ def resolve_run(run_file: str | Path, overrides: Sequence[str], ranks: int, has_
             f"evaluation.sample_tokens: got {config.evaluation.sample_tokens}, allowed: below {longest}, which"
             f" {config.model.origin} takes with the prompt"
         )
-    return Plan(config, ds, batch, hf_config, layers)
+    return ResolvedRun(config, ds, batch, hf_config, layers)
 
 
-def _check_machine(plan: Plan) -> None:
+def _check_machine(run: ResolvedRun) -> None:
     """Check that this machine has what the run needs other than its device. Raises ConfigError."""
-    config = plan.config
+    config = run.config
     directory = Path(config.training.run_directory)
     for folder in (directory, directory / "checkpoints"):
         place = _nearest("training.run_directory", folder)
@@ -123,19 +136,19 @@ def _nearest(key: str, folder: Path) -> Path:
     return place
 
 
-def describe(plan: Plan) -> str:
+def describe(run: ResolvedRun) -> str:
     """Return what `--dry-run` prints."""
-    run_file, ds = plan.config.dump(), json.dumps(plan.ds)
-    return f"# resolved configuration\n{run_file}\n# DeepSpeed configuration\n{ds}\n\n{aligned(what_it_is(plan))}"
+    run_file, ds = run.config.dump(), json.dumps(run.ds)
+    return f"# resolved configuration\n{run_file}\n# DeepSpeed configuration\n{ds}\n\n{aligned(summary_rows(run))}"
 
 
-def what_it_is(plan: Plan) -> list[tuple[str, str]]:
-    """Return label and value of what a reader wants to know of a run before it begins."""
-    config, hf_config, section = plan.config, plan.hf_config, plan.config.inhibition
-    batch = _unfound_batch(plan) if config.training.micro_batch == "auto" else str(plan.batch)
+def summary_rows(run: ResolvedRun) -> list[tuple[str, str]]:
+    """Return the rows of the summary that is printed before a run: label and value."""
+    config, hf_config, section = run.config, run.hf_config, run.config.inhibition
+    batch = _unfound_batch(run) if config.training.micro_batch == "auto" else str(run.batch)
     total, rest = parameter_counts(hf_config)
     neurons = neurons_of(hf_config)
-    tokens = plan.batch.tokens_per_step * config.training.steps
+    tokens = run.batch.tokens_per_step * config.training.steps
     sets = config.data.all_sets()
     total_weight = sum(weight for _, weight, _ in sets)
     mixture = ", ".join(f"{name} {weight / total_weight:.2%}" for name, weight, _ in sets if name)
@@ -153,48 +166,49 @@ def what_it_is(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{config.training.steps:,} steps, {tokens:,} tokens"),
         *_optimizer(config),
         ("rate", str(schedule_of(config))),
-        ("precision", f"{config.training.precision}, ZeRO {zero_stage(plan.ds)}"),
+        ("precision", f"{config.training.precision}, ZeRO {zero_stage(run.ds)}"),
         ("method", what),
-        ("layers", f"{', '.join(map(str, plan.layers))} of 0-{hf_config.num_hidden_layers - 1}"),
-        ("neurons", f"{len(plan.layers)} x {neurons:,} = {len(plan.layers) * neurons:,}"),
-        *checkpoints_of(plan),
+        ("layers", f"{', '.join(map(str, run.layers))} of 0-{hf_config.num_hidden_layers - 1}"),
+        ("neurons", f"{len(run.layers)} x {neurons:,} = {len(run.layers) * neurons:,}"),
+        *checkpoints_of(run),
     ]
 
 
 def _optimizer(config: RunConfig) -> list[tuple[str, str]]:
-    """Return label and value of an optimizer that is not AdamW."""
+    """Return the summary row of the optimizer, or none for AdamW."""
     section = config.optimizer
     peak = f" (peak {section.muon_learning_rate:g} for the matrices of the layers)"
     return [] if section.name == "adamw" else [("optimizer", section.name + (peak if section.name == "muon" else ""))]
 
 
-def checkpoint_size(plan: Plan) -> int:
+def checkpoint_size(run: ResolvedRun) -> int:
     """Return the bytes of one checkpoint, if `is_adam`."""
-    hooked = len(plan.layers) if plan.config.inhibition.method != "none" else 0
-    element = 4 if plan.config.training.precision == "fp32" else 2
-    parameters, neurons = parameter_counts(plan.hf_config)[0], neurons_of(plan.hf_config)
-    return checkpoint_bytes(parameters, moments_of(plan), zero_stage(plan.ds), element, hooked, neurons)
+    inhibited = len(run.inhibited_layers)
+    element = 4 if run.config.training.precision == "fp32" else 2
+    parameters, neurons = parameter_counts(run.hf_config)[0], neurons_of(run.hf_config)
+    return checkpoint_bytes(parameters, moments_of(run), zero_stage(run.ds), element, inhibited, neurons)
 
 
-def moments_of(plan: Plan) -> int:
+def moments_of(run: ResolvedRun) -> int:
     """Return the bytes of the optimizer's moments, if `is_adam`."""
-    name = plan.config.optimizer.name
-    matrices = layer_matrix_parameters(plan.hf_config) if name == "muon" else 0
-    return moment_bytes(name, parameter_counts(plan.hf_config)[0], matrices)
+    name = run.config.optimizer.name
+    matrices = layer_matrix_parameters(run.hf_config) if name == "muon" else 0
+    return moment_bytes(name, parameter_counts(run.hf_config)[0], matrices)
 
 
-def checkpoints_of(plan: Plan) -> list[tuple[str, str]]:
-    """Return label and value of what its checkpoints take of the disk; nothing of an optimizer with unknown states."""
-    if not is_adam(plan.ds):
+def checkpoints_of(run: ResolvedRun) -> list[tuple[str, str]]:
+    """Return the summary rows on the disk space of checkpoints; none if the size of the optimizer's state is not
+    known."""
+    if not is_adam(run.ds):
         return []
-    line, warning = disk_space(plan.config, checkpoint_size(plan))
+    line, warning = disk_space(run.config, checkpoint_size(run))
     return [("checkpoints", line), *([("warning", warning)] if warning else [])]
 
 
-def _unfound_batch(plan: Plan) -> str:
+def _unfound_batch(run: ResolvedRun) -> str:
     """Return what a dry run can say of the batch with `training.micro_batch: auto`."""
-    path, batch = Path(plan.config.training.run_directory) / micro_batch.FILE, plan.batch
-    about = micro_batch.circumstances(plan.config, plan.ds, batch.ranks)
+    path, batch = Path(run.config.training.run_directory) / micro_batch.FILE, run.batch
+    about = micro_batch.circumstances(run.config, run.ds, batch.ranks)
     number, problem = micro_batch.remembered(path, about, divisors(batch.global_batch // batch.ranks))
     found = f"{number}, if the devices are those of {path}"
     if number is None:

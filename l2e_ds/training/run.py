@@ -22,7 +22,7 @@ from l2e_ds.data.tokenizer import take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
-from l2e_ds.engine.configuration import less_memory, with_micro_batch
+from l2e_ds.engine.configuration import memory_remedies, with_micro_batch
 from l2e_ds.errors import OutOfMemory
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
@@ -31,14 +31,14 @@ from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
 from l2e_ds.system.provenance import commit_and_changes, versions
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.held_out import load_samples
-from l2e_ds.training.preflight import Plan, what_it_is
+from l2e_ds.training.preflight import ResolvedRun, summary_rows
 from l2e_ds.training.task_evaluation import load_tasks_of, task_evaluation
-from l2e_ds.training.trainer import Trainer, is_finished
+from l2e_ds.training.trainer import RunData, Trainer, is_finished
 
 
-def train(plan: Plan, launch: Launch) -> None:
+def train(run: ResolvedRun, launch: Launch) -> None:
     """Join the other ranks, train what is left of the run, and leave. Collective. Raises an L2EError of any kind."""
-    config = plan.config
+    config = run.config
     directory = Path(config.training.run_directory)
     with Watchdog(config.training.timeout) as watchdog:
         device = process_group.join(launch, config.training.timeout)
@@ -50,7 +50,7 @@ def train(plan: Plan, launch: Launch) -> None:
         try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.broadcast_object(is_finished(config, checkpoints)):
-                _train_on(plan, launch, device, checkpoints)
+                _train_on(run, launch, device, checkpoints)
             elif collectives.is_main():
                 say(f"nothing to do: {checkpoints.resume_from} is there, training.steps is {config.training.steps}")
         finally:
@@ -58,60 +58,58 @@ def train(plan: Plan, launch: Launch) -> None:
     process_group.leave()
 
 
-def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
+def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
     """Find the micro-batch, prepare the data, build everything, and train. Collective."""
-    config = plan.config
+    config = run.config
     directory = Path(config.training.run_directory)
 
     def prepare() -> tuple[list[PreparedData], list[PreparedText]]:
         cache = Path(config.data.cache) if config.data.cache else directory / "data"
         evaluated = config.training.evaluation_sequences
-        sets = prepare_sets(config.data, cache, plan.hf_config.vocab_size, evaluated)
+        sets = prepare_sets(config.data, cache, run.hf_config.vocab_size, evaluated)
         tokenizer = config.data.tokenizer or f"{sets[0].directory}/tokenizer"  # the latter was trained on the data
         texts = config.evaluation.texts or []
-        return sets, prepare_texts(texts, config.data, tokenizer, cache, plan.hf_config.vocab_size)
+        return sets, prepare_texts(texts, config.data, tokenizer, cache, run.hf_config.vocab_size)
 
     heartbeat.progress("loading evaluation tasks")
     tasks = load_tasks_of(config)  # first, as a wrong name should end the run at once
     record = None
     if config.training.micro_batch == "auto":
-        number, record = micro_batch.find(config, plan.ds, plan.hf_config, device)
-        config, ds, batch = with_micro_batch(config, plan.ds, number, launch.size)
-        plan = replace(plan, config=config, ds=ds, batch=batch)
+        number, record = micro_batch.find(config, run.ds, run.hf_config, device)
+        config, ds, batch = with_micro_batch(config, run.ds, number, launch.size)
+        run = replace(run, config=config, ds=ds, batch=batch)
     if device.type == "cpu":
         keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
     found = collectives.run_on_main(prepare, preemption.stop_if_asked)
-    data, texts = collectives.run_on_all(lambda: found or prepare())  # the other ranks find the files on disk
+    sets, texts = collectives.run_on_all(lambda: found or prepare())  # the other ranks find the files on disk
     for text in texts if collectives.is_main() else ():
         rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
         say(
             f"text {text.name}: {text.dataset.num_tokens:,} tokens of {text.num_bytes:,} bytes, of which"
             f" {text.evaluated_tokens:,} are evaluated; {rest:,} at the end are too few for one more sequence"
         )
-    for part in data:
+    for part in sets:
         if part.tokenizer is not None:
-            take_special_tokens(plan.hf_config, part.tokenizer)
-    samples = collectives.run_on_all(lambda: load_samples(config, plan.hf_config, data))
-    on_tasks = task_evaluation(config, tasks, data)
+            take_special_tokens(run.hf_config, part.tokenizer)
+    samples = collectives.run_on_all(lambda: load_samples(config, run.hf_config, sets))
+    data = RunData(sets, texts, samples, task_evaluation(config, tasks, sets))
     heartbeat.progress("building the model")
     trainer, begun = None, 0
     try:
-        with Trainer(
-            config, plan.ds, plan.batch, plan.hf_config, data, device, on_tasks, checkpoints, texts, samples
-        ) as trainer:
+        with Trainer(run, data, device, checkpoints) as trainer:
             begun = trainer.state.step
             if collectives.is_main():
                 # Only now, as a refused resume must leave the run as it was.
-                _freeze(plan, directory, data, is_new=trainer.state.step == 0)
+                _write_run_files(run, directory, sets, is_new=trainer.state.step == 0)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
-            about = _circumstances(plan, launch, device, data, texts)
+            about = _start_values(run, launch, device, data)
             about |= {"guard": config.inhibition.guard} if trainer.is_guarded else {}
             about |= {"changes": trainer.changes} if trainer.changes else {}
             trainer.metrics.write("start", trainer.state.step, about)
             if collectives.is_main():
-                _say_what_begins(plan, about, trainer)
+                _say_what_begins(run, about, trainer)
             trainer.train()
         if collectives.is_main():
             name = shlex.quote(str(directory))
@@ -119,44 +117,44 @@ def _train_on(plan: Plan, launch: Launch, device: Any, checkpoints: CheckpointMa
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise _too_little_memory(plan, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
+        raise _too_little_memory(run, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
 
 
-def _say_what_begins(plan: Plan, about: dict[str, Any], trainer: Trainer) -> None:
+def _say_what_begins(run: ResolvedRun, about: dict[str, Any], trainer: Trainer) -> None:
     """Print what a log is looked at for: the run, where it runs, and what is left of it. about: of its start line."""
     held_out = f", {about['held_out_tokens']:,} held out" if about["held_out_tokens"] else ", none held out"
     data = f"{about['train_tokens']:,} tokens{held_out}" if about["train_tokens"] else f"a stream{held_out}"
-    left = plan.config.training.steps - trainer.state.step
+    left = run.config.training.steps - trainer.state.step
     rows = [
-        *what_it_is(plan),
-        ("data", f"{data}; sequences of {plan.config.data.sequence_length:,}"),
+        *summary_rows(run),
+        ("data", f"{data}; sequences of {run.config.data.sequence_length:,}"),
         ("ranks", f"{about['ranks']} ({about['launcher']}), hosts {about['hosts']}, device {about['device']}"),
-        ("directory", plan.config.training.run_directory),
-        ("left", f"{left:,} steps, {left * plan.batch.tokens_per_step:,} tokens"),
+        ("directory", run.config.training.run_directory),
+        ("left", f"{left:,} steps, {left * run.batch.tokens_per_step:,} tokens"),
     ]
     trainer.metrics.say(aligned(rows))
 
 
-def _too_little_memory(plan: Plan, error: Exception, has_fitted: bool) -> OutOfMemory:
+def _too_little_memory(run: ResolvedRun, error: Exception, has_fitted: bool) -> OutOfMemory:
     """Return an error that says what would need less memory. After steps that have fitted a restart may help: exit code
     1."""
     reason = one_line(error)[:200]
-    advice = f"a smaller one (auto finds the largest that fits) or {less_memory(plan.config, plan.ds)}"
+    advice = f"a smaller one (auto finds the largest that fits) or {memory_remedies(run.config, run.ds)}"
     if has_fitted:
-        problem = f"{plan.batch.micro_batch} has fitted until now, but the memory is used up ({reason}); start again to"
+        problem = f"{run.batch.micro_batch} has fitted until now, but the memory is used up ({reason}); start again to"
         shown = OutOfMemory(f"{problem} resume, or try {advice}", where="training.micro_batch")
         shown.exit_code = 1
         return shown
-    problem = f"got {plan.batch.micro_batch}, for which the memory is too small ({reason})"
+    problem = f"got {run.batch.micro_batch}, for which the memory is too small ({reason})"
     return OutOfMemory(f"{problem}; try {advice}", where="training.micro_batch")
 
 
-def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
+def _write_run_files(run: ResolvedRun, directory: Path, data: Sequence[PreparedData], is_new: bool) -> None:
     """Write configuration, network and tokenizer into the run directory, and over a tokenizer if is_new. Raises
     OSError."""
-    write_whole(directory / "config.yaml", plan.config.dump())
-    write_whole(directory / "deepspeed.json", json.dumps(plan.ds, indent=2) + "\n")
-    write_whole(directory / "model" / "config.json", plan.hf_config.to_json_string())
+    write_whole(directory / "config.yaml", run.config.dump())
+    write_whole(directory / "deepspeed.json", json.dumps(run.ds, indent=2) + "\n")
+    write_whole(directory / "model" / "config.json", run.hf_config.to_json_string())
     tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
     if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
         temporary = directory / "tokenizer.tmp"
@@ -165,13 +163,11 @@ def _freeze(plan: Plan, directory: Path, data: Sequence[PreparedData], is_new: b
         temporary.rename(directory / "tokenizer")
 
 
-def _circumstances(
-    plan: Plan, launch: Launch, device: Any, data: Sequence[PreparedData], texts: Sequence[PreparedText]
-) -> dict[str, Any]:
+def _start_values(run: ResolvedRun, launch: Launch, device: Any, data: RunData) -> dict[str, Any]:
     """Return the values of the line `kind: start` (docs/metrics.md), without `guard` and `changes`. Collective."""
     sets = {
         part.name: {"weight": part.weight, "train_tokens": part.train_tokens, "held_out_tokens": part.held_out_tokens}
-        for part in data
+        for part in data.sets
         if part.name
     }
     sizes = {
@@ -180,7 +176,7 @@ def _circumstances(
             "evaluated_tokens": text.evaluated_tokens,
             "bytes": text.num_bytes,
         }
-        for text in texts
+        for text in data.texts
     }
     commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
     return {
@@ -193,9 +189,9 @@ def _circumstances(
         "ranks": collectives.size(),
         "launcher": launch.launcher,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "parameters": parameter_counts(plan.hf_config)[0],
-        "train_tokens": sum(part.train_tokens or 0 for part in data),
-        "held_out_tokens": sum(part.held_out_tokens for part in data),
+        "parameters": parameter_counts(run.hf_config)[0],
+        "train_tokens": sum(part.train_tokens or 0 for part in data.sets),
+        "held_out_tokens": sum(part.held_out_tokens for part in data.sets),
         **({"sets": sets} if sets else {}),
         "versions": versions("l2e_ds", "python", "torch", "deepspeed", "transformers"),
         **({"texts": sizes} if sizes else {}),

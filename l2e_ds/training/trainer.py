@@ -10,18 +10,17 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from l2e_ds.checkpoint.disk import is_due
 from l2e_ds.checkpoint.manager import CheckpointManager, Identity, changes_since, open_checkpoints, read_state
-from l2e_ds.checkpoint.schedule import is_due
 from l2e_ds.checkpoint.state import TrainState, seed_everything
-from l2e_ds.config.batch import BatchArithmetic
 from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TrainingSequences
@@ -31,8 +30,7 @@ from l2e_ds.engine.engine import group_rates, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.inhibition import NeuronSite
-from l2e_ds.models import counts
-from l2e_ds.models.counts import matrix_parameters
+from l2e_ds.models.counts import flops_per_token, matrix_parameters
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
@@ -42,6 +40,7 @@ from l2e_ds.training.held_out import Samples, evaluate, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.layer_gradients import LayerGradients
 from l2e_ds.training.loader import Loader
+from l2e_ds.training.preflight import ResolvedRun
 from l2e_ds.training.profile import Profile
 from l2e_ds.training.spikes import SkippedSteps
 from l2e_ds.training.streams import StreamedSequences
@@ -51,18 +50,19 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 def evaluations_due(config: RunConfig, state: TrainState) -> tuple[bool, bool]:
     """Return whether a held-out evaluation, if there is held-out text, and one on tasks are due at this step."""
 
-    def is_due(every: int, newest: int) -> bool:
+    def due(every: int, newest: int) -> bool:
         is_regular = bool(every) and (state.step % every == 0 or state.step == config.training.steps)
         return is_regular and newest != state.step
 
     return (
-        is_due(config.training.evaluate_every, state.evaluated),
-        is_due(config.evaluation.every, state.evaluated_on_tasks),
+        due(config.training.evaluate_every, state.evaluated),
+        due(config.evaluation.every, state.evaluated_on_tasks),
     )
 
 
 def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
-    """Return whether a run has no steps and no evaluations left. checkpoints: of `open_checkpoints`."""
+    """Return whether a run has no steps and no evaluations left. checkpoints: the manager that `open_checkpoints`
+    returned."""
     path = checkpoints.resume_from
     if path is None or not checkpoints.is_own(path):
         return False
@@ -72,40 +72,62 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
     return state.step >= config.training.steps and not on_held_out and not on_tasks
 
 
+@dataclass(frozen=True)
+class RunData:
+    """Holds what a run reads: the sets to train on; texts, and prompts to continue, for each held-out evaluation; and
+    the tasks to evaluate on."""
+
+    sets: Sequence[PreparedData]
+    texts: Sequence[PreparedText] = ()
+    samples: Samples | None = None
+    tasks: TaskEvaluation | None = None
+
+
+def run_identity(run: ResolvedRun, data: str) -> Identity:
+    """Return what must stay when a run resumes. data: the fingerprint of its sequences."""
+    config, hf_config = run.config, run.hf_config
+    given_file = ""  # what identifies its content: a run must not resume as another network
+    if config.model.config is not None and (path := find_file(config.model.config)) is not None:
+        given_file = f", config.json {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    return {
+        "ranks": collectives.size(),
+        "zero_stage": zero_stage(run.ds),
+        "precision": config.training.precision,
+        "optimizer": config.optimizer.name,
+        "data": data,
+        "sequence_length": config.data.sequence_length,
+        "global_batch": run.batch.global_batch,
+        "seed": config.training.seed,
+        "order": config.data.order,
+        "network": f"{hf_config.num_hidden_layers} layers x {hf_config.hidden_size},"
+        f" {hf_config.num_attention_heads} heads, {hf_config.vocab_size} rows{given_file}",
+        "layers": run.inhibited_layers,
+    }
+
+
 class Trainer(AbstractContextManager):
     """Trains one run on this rank: holds engine, inhibitor, data, checkpoints and metrics. As a context it closes
     them."""
 
     def __init__(
-        self,
-        config: RunConfig,
-        ds: dict,
-        batch: BatchArithmetic,
-        hf_config: Any,
-        data: Sequence[PreparedData],
-        device: torch.device,
-        tasks: TaskEvaluation | None = None,
-        checkpoints: CheckpointManager | None = None,
-        texts: Sequence[PreparedText] = (),
-        samples: Samples | None = None,
+        self, run: ResolvedRun, data: RunData, device: torch.device, checkpoints: CheckpointManager | None = None
     ) -> None:
         """Build everything, and load the checkpoint to resume from, if there is one. Collective.
 
-        hf_config: the Hugging Face configuration of the model. data: the sets. checkpoints: of `open_checkpoints`
-        (default: it is called). texts, samples: for each held-out evaluation. Raises CheckpointError, and what
-        `TrainingStack` raises.
+        checkpoints: the manager that `open_checkpoints` returned (default: it is called). Raises CheckpointError, and
+        what `TrainingStack` raises.
         """
-        self.config, self.batch, self.device, self.tasks = config, batch, device, tasks
-        self.texts, self.samples = texts, samples
-        self.held_out = [part for part in data if part.held_out is not None]
+        config, batch, hf_config = run.config, run.batch, run.hf_config
+        self.config, self.batch, self.data, self.device = config, batch, data, device
+        self.held_out = [part for part in data.sets if part.held_out is not None]
         self.state = TrainState()
         self.saved_step: int | None = None
-        self._stop_asked = self._saving = False  # on any rank, as of the newest step
+        self._stop_asked = self._is_checkpoint_busy = False  # on any rank, as of the newest step
         self.checkpoints = checkpoints or open_checkpoints(config)
         resume_from = self.checkpoints.resume_from
 
         seed_everything(config.training.seed, collectives.rank())
-        stack = TrainingStack(config, ds, hf_config, device)
+        stack = TrainingStack(config, run.ds, hf_config, device)
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
         self._schedule = schedule_of(config)
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
@@ -119,44 +141,21 @@ class Trainer(AbstractContextManager):
             self.comparison = neuron_sites(stack.model, layers) if layers else []
         order = config.data.order
         self.sequences = TrainingSequences(
-            data, batch.global_batch, config.training.seed, order, partial(StreamedSequences, order=order)
+            data.sets, batch.global_batch, config.training.seed, order, partial(StreamedSequences, order=order)
         )
-        given_file = ""  # what identifies its content: a run must not resume as another network
-        if config.model.config is not None and (path := find_file(config.model.config)) is not None:
-            given_file = f", config.json {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-        self.identity: Identity = {
-            "ranks": collectives.size(),
-            "zero_stage": zero_stage(ds),
-            "precision": config.training.precision,
-            "optimizer": config.optimizer.name,
-            "data": self.sequences.fingerprint(),
-            "sequence_length": config.data.sequence_length,
-            "global_batch": batch.global_batch,
-            "seed": config.training.seed,
-            "order": config.data.order,
-            "network": f"{hf_config.num_hidden_layers} layers x {hf_config.hidden_size},"
-            f" {hf_config.num_attention_heads} heads, {hf_config.vocab_size} rows{given_file}",
-            "layers": [site.layer for site in self.sites] if self.inhibitor else [],
-        }
-        if resume_from is not None:
-            self.state = self.checkpoints.load(resume_from, self.engine, self.inhibitor, self.identity)
-            if self.checkpoints.is_own(resume_from):
-                self.saved_step = self.state.step
-            self.sequences.restore_streams(self.state.streams)
-        self._skipped = SkippedSteps(self.engine, config.training, self.state)
-        self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
-        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), is_new=resume_from is None)
+        self.identity = run_identity(run, self.sequences.fingerprint())
         self.changes: list[str] = []
         """What the user has changed in the run file since the checkpoint, one line each."""
         if resume_from is not None:
-            changes = changes_since(resume_from, config)
-            self.changes = changes.lines()
+            self._resume(resume_from)
+        self._skipped = SkippedSteps(self.engine, config.training, self.state)
+        self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
+        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), is_new=resume_from is None)
+        if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
-            for change in self.changes:
-                self.metrics.say(f"changed since that checkpoint: {change}")
-            if changes.other_inhibition():
-                self.state.guard = {}  # what was found belongs to other settings
-        self._flops_per_token = counts.flops_per_token(
+        for change in self.changes:
+            self.metrics.say(f"changed since that checkpoint: {change}")
+        self._flops_per_token = flops_per_token(
             matrix_parameters(stack.model),
             hf_config.num_hidden_layers,
             hf_config.hidden_size,
@@ -166,6 +165,17 @@ class Trainer(AbstractContextManager):
         steps = config.logging.profile if collectives.is_main() else None
         self._profile = Profile(steps, Path(config.training.run_directory), device, self.metrics.say)
         self.loader = Loader(self._read_step, self.state.step, config.training.steps, device)  # starts a thread
+
+    def _resume(self, path: Path) -> None:
+        """Load a checkpoint, and note what has changed in the run file since. Collective. Raises CheckpointError."""
+        self.state = self.checkpoints.load(path, self.engine, self.inhibitor, self.identity)
+        if self.checkpoints.is_own(path):
+            self.saved_step = self.state.step
+        self.sequences.restore_streams(self.state.streams)
+        changes = changes_since(path, self.config)
+        self.changes = changes.lines()
+        if changes.other_inhibition():
+            self.state.guard = {}  # what was found belongs to other settings
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -181,7 +191,7 @@ class Trainer(AbstractContextManager):
             raise Interrupted(f"{reason}; {self._save_before_stopping()}") from None
         except TrainingError:
             with suppress(SaveError):
-                self._carry_on_saving(wait=True)  # a checkpoint that has been written should count
+                self._advance_checkpoint(wait=True)  # a checkpoint that has been written should count
             raise
 
     def _train(self) -> None:
@@ -189,17 +199,18 @@ class Trainer(AbstractContextManager):
         preemption.stop_if_asked()
         while True:
             on_held_out, on_tasks = evaluations_due(self.config, self.state)
-            on_held_out, is_saving = on_held_out and bool(self.held_out), self._checkpoint_is_due(self.state.step)
+            on_held_out = on_held_out and bool(self.held_out)
+            save_is_due = self._checkpoint_is_due(self.state.step)
             if on_held_out:
                 self.evaluate()
             if on_tasks:
                 self.evaluate_on_tasks()
-            if is_saving:
+            if save_is_due:
                 self.save()
             if self.state.step >= last:
                 break
             self._stop_if_guard_says_so()
-            if on_held_out or on_tasks or is_saving:
+            if on_held_out or on_tasks or save_is_due:
                 preemption.stop_if_asked()
             deterministic = deterministic_algorithms(self.config.training.deterministic)
             with deterministic, self._profile.step(self.state.step + 1):
@@ -208,13 +219,13 @@ class Trainer(AbstractContextManager):
             if self._profile.is_complete(self.state.step):
                 with self._interval.paused():
                     self._profile.write()
-            if not self._saving:
-                self._carry_on_saving()
+            if not self._is_checkpoint_busy:
+                self._advance_checkpoint()
             if self._line_is_due(self.state.step):
                 self.log()
             if self._stop_asked:
                 preemption.stop()
-        self._carry_on_saving(must_succeed=True)
+        self._advance_checkpoint(must_succeed=True)
 
     def _line_is_due(self, step: int) -> bool:
         # A checkpoint begins a new interval, so that a resumed run writes the lines of one that never stopped.
@@ -242,7 +253,7 @@ class Trainer(AbstractContextManager):
             if self._interval.steps:
                 self.log()
             self.save(must_succeed=True)
-        self._carry_on_saving(must_succeed=True)
+        self._advance_checkpoint(must_succeed=True)
         preemption.honoured()
         return f"step {step} is saved" if step > 0 else "nothing was done yet"
 
@@ -260,11 +271,12 @@ class Trainer(AbstractContextManager):
             self._forward_and_backward(micro_batch, is_last=False)
             self.engine.step()
         self._forward_and_backward(last, is_last=True)
+        # the hosts exchange these flags while the devices take the step
         answer = collectives.begin_any(preemption.is_asked(), self.checkpoints.is_busy)
         if self._layer_gradients is not None and self._line_is_due(self.state.step + 1):
             self._layer_gradients.measure()
         self.engine.step()
-        self._stop_asked, self._saving = answer()
+        self._stop_asked, self._is_checkpoint_busy = answer()
         spike = self._skipped.spike
         applied = self.engine.was_step_applied() and spike is None
         statistics = None
@@ -296,15 +308,15 @@ class Trainer(AbstractContextManager):
         """Evaluate on held-out text and write the metrics of `kind: evaluation`. Collective. Raises Interrupted."""
         heartbeat.progress(f"the evaluation of step {self.state.step}")
         with self._interval.paused():
-            engine, head, size = self.engine, self.head, self.batch.micro_batch
-            values = evaluate(engine, head, self.config, size, self.held_out, self.sites, self.comparison)
-            if self.texts:
-                values |= evaluate_texts(engine, head, size, self.texts)
-            if self.samples is not None:
-                self.samples.write(engine, self.state, self.metrics.say)
+            values = evaluate(self.engine, self.head, self.config, self.held_out, self.sites, self.comparison)
+            texts, samples = self.data.texts, self.data.samples
+            if texts:
+                values |= evaluate_texts(self.engine, self.head, texts)
+            if samples is not None:
+                samples.write(self.engine, self.state, self.metrics.say)
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
-            shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in self.texts[:4]]
+            shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in texts[:4]]
             self.metrics.say(
                 f"step {self.state.step}  " + ", ".join([f"held-out loss {values['held_out_loss']:.4f}", *shown])
             )
@@ -331,12 +343,13 @@ class Trainer(AbstractContextManager):
     def evaluate_on_tasks(self) -> None:
         """Evaluate on the tasks of the section `evaluation`, without inhibition, and write `kind: tasks`. Collective.
         Raises Interrupted, and DataError if tasks fail at step 0; later it prints a warning."""
-        assert self.tasks is not None
+        tasks = self.data.tasks
+        assert tasks is not None
         step = self.state.step
         heartbeat.progress(f"the evaluation on tasks of step {step}")
         with self._interval.paused():
             try:
-                results = self.tasks.evaluate(self.engine, self.state)
+                results = tasks.evaluate(self.engine, self.state)
             except DataError as error:
                 if step == 0:  # no step is lost
                     raise
@@ -349,10 +362,10 @@ class Trainer(AbstractContextManager):
             self.state.evaluated_on_tasks = step
 
     def save(self, must_succeed: bool = False) -> None:
-        """Write a checkpoint of this step, which counts once `_carry_on_saving` has seen it published. Collective.
+        """Write a checkpoint of this step, which counts once `_advance_checkpoint` has seen it published. Collective.
         must_succeed: raise SaveError also with `checkpoint.on_error: continue`, as for the last step."""
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
-        self._carry_on_saving(wait=True)
+        self._advance_checkpoint(wait=True)
         heartbeat.progress(f"the checkpoint of step {self.state.step}")
         with self._interval.paused():
             self.state.streams = self.sequences.stream_states(self.state.step)
@@ -362,7 +375,7 @@ class Trainer(AbstractContextManager):
                 )
                 self.saved_step = self.state.step
 
-    def _carry_on_saving(self, wait: bool = False, must_succeed: bool = False) -> None:
+    def _advance_checkpoint(self, wait: bool = False, must_succeed: bool = False) -> None:
         """Write the metrics of a checkpoint that has been published meanwhile. Collective. Raises SaveError."""
         with self._allowing_failure(must_succeed):
             done = self.checkpoints.advance(until_done=wait or must_succeed)

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
-from l2e_ds.study.checking import plan_runs
+from l2e_ds.study.checking import resolve_runs
 from l2e_ds.study.definition import read_study
 from tests.integration.conftest import SENTENCES
 from tests.integration.running import lines
@@ -46,10 +46,10 @@ def test_every_study_could_start(text):
     assert {path.stem for path in EVIDENCE.glob("*.yaml")} == {"base", *STUDIES}
     for name, count in STUDIES.items():
         study = read_study(EVIDENCE / f"{name}.yaml", [])
-        plans = plan_runs(study, 1, this_machine=False)
-        assert len(plans) == count
+        runs = resolve_runs(study, 1, this_machine=False)
+        assert len(runs) == count
         for run in study.runs:
-            assert (run.baseline is None) == (plans[run.name].config.inhibition.method == "none"), run.name
+            assert (run.baseline is None) == (runs[run.name].config.inhibition.method == "none"), run.name
 
 
 @pytest.mark.full

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 
-from l2e_ds.checkpoint.schedule import checkpoint_bytes
+from l2e_ds.checkpoint.disk import checkpoint_bytes
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.engine.configuration import resolve, zero_stage
 from l2e_ds.inhibition import Inhibitor

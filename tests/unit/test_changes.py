@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from l2e_ds.checkpoint.changes import Changes, saved_config
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import RunConfig, SetConfig
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import CheckpointError, ConfigError
@@ -42,7 +42,7 @@ def config(**keys: object) -> RunConfig:
     for name, value in keys.items():
         section, _, key = name.partition("__")
         raw[section] = {**raw.get(section, {}), key: value} if key else value
-    return run_config_from_dict(raw, "test")
+    return checked(RunConfig, raw, "test")
 
 
 def refusal(new: RunConfig, old: RunConfig | None = None) -> str:
@@ -112,7 +112,7 @@ def test_of_sets_only_what_differs_is_named():
             "tokenizer": "words.json",
             "sets": [part | {"weight": w} for part, w in zip(sets, weights, strict=True)],
         }
-        return run_config_from_dict(RUN | {"data": data}, "test")
+        return checked(RunConfig, RUN | {"data": data}, "test")
 
     assert ": data.sets: 1.weight: 2.0 -> 3.0; give" in refusal(mixture(1, 3), mixture(1, 2))
     allowed = mixture(1, 3).replace("training", allow_changes=["data.sets"])

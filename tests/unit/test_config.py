@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from l2e_ds.config.batch import batch_arithmetic
-from l2e_ds.config.reading import find_file, load_run_config, run_config_from_dict
+from l2e_ds.config.reading import checked, find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.errors import ConfigError
 
@@ -505,7 +505,7 @@ MIXED = sets(
 
 
 def test_sets_become_configurations_of_one_source():
-    config = run_config_from_dict(MIXED, "run").data
+    config = checked(RunConfig, MIXED, "run").data
     parts = config.all_sets()
     assert [(name, weight) for name, weight, _ in parts] == [("one", 1.0), ("b", 0.5)]
     first, second = (part for _, _, part in parts)
@@ -532,7 +532,7 @@ def test_run_directory_default(tmp_path):
 
 def test_configuration_is_frozen():
     """A checked configuration cannot be changed in place; `replace` makes a copy."""
-    config = run_config_from_dict(VALID, "here")
+    config = checked(RunConfig, VALID, "here")
     with pytest.raises(ValueError, match="frozen"):
         config.training.steps = 3
     other = config.replace("training", steps=3)
@@ -543,7 +543,7 @@ def test_configuration_is_frozen():
 @pytest.mark.parametrize("micro", [1, 2])
 def test_batch_arithmetic(ranks, micro):
     """The global batch is micro-batch * ranks * accumulation, or the error names both keys."""
-    config = run_config_from_dict(changed(training={"micro_batch": micro}, data={"sequence_length": 128}), "here")
+    config = checked(RunConfig, changed(training={"micro_batch": micro}, data={"sequence_length": 128}), "here")
     if micro * ranks > 8:
         with pytest.raises(
             ConfigError, match=r"training\.global_batch: 8 .* training\.micro_batch 2 x 8 ranks; .*: 1$"
@@ -567,7 +567,7 @@ def test_batch_arithmetic(ranks, micro):
 )
 def test_impossible_batches(batch, micro, ranks, allowed):
     """The error is one line: the key, what was given, and the micro-batches that are allowed."""
-    config = run_config_from_dict(changed(training={"global_batch": batch, "micro_batch": micro}), "here")
+    config = checked(RunConfig, changed(training={"global_batch": batch, "micro_batch": micro}), "here")
     with pytest.raises(ConfigError) as caught:
         batch_arithmetic(config, ranks)
     assert str(caught.value) == (
@@ -576,7 +576,7 @@ def test_impossible_batches(batch, micro, ranks, allowed):
 
 
 def test_auto_needs_a_multiple_of_the_ranks():
-    config = run_config_from_dict(changed(training={"global_batch": 12, "micro_batch": "auto"}), "here")
+    config = checked(RunConfig, changed(training={"global_batch": 12, "micro_batch": "auto"}), "here")
     assert batch_arithmetic(config, 4).micro_batch == 1
     with pytest.raises(ConfigError, match=r"^training\.global_batch: 12 is not .* 8 ranks .*make it a multiple of 8$"):
         batch_arithmetic(config, 8)
@@ -592,7 +592,7 @@ def test_auto_needs_a_multiple_of_the_ranks():
 )
 def test_micro_batch_is_a_number_or_auto(given, said):
     with pytest.raises(ConfigError) as caught:
-        run_config_from_dict(changed(training={"micro_batch": given}), "here")
+        checked(RunConfig, changed(training={"micro_batch": given}), "here")
     assert str(caught.value) == f"here: training.micro_batch: {said}"
 
 

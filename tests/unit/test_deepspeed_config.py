@@ -11,7 +11,8 @@ import pytest
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import (
     ADAM_PARAMETERS,
     BLOCK_KEYS,
@@ -19,7 +20,7 @@ from l2e_ds.engine.configuration import (
     REFUSED,
     TOP_LEVEL_KEYS,
     check_device,
-    less_memory,
+    memory_remedies,
     resolve,
     with_micro_batch,
     zero_stage,
@@ -42,7 +43,7 @@ def run(path: Path | str, **sections):
     for section, values in sections.items():
         raw.setdefault(section, {}).update(values)
     raw["training"] = {key: value for key, value in raw["training"].items() if value is not ...}
-    return run_config_from_dict(raw, "here")
+    return checked(RunConfig, raw, "here")
 
 
 def write(tmp_path: Path, content: dict | str) -> Path:
@@ -524,11 +525,11 @@ def test_fp32_is_everywhere():
 def test_only_what_is_not_done_yet_is_advised(file, checkpointing, remedies):
     model = {"name": "pythia-14m", "activation_checkpointing": checkpointing}
     config, ds, _ = resolve(run(REPOSITORY / f"ds_configs/{file}.json", model=model), 1)
-    assert less_memory(config, ds) == remedies
+    assert memory_remedies(config, ds) == remedies
 
 
 def test_no_stage_is_advised_that_muon_does_not_have():
     for stage, remedies in ((0, "more ranks, a higher ZeRO stage or"), (1, "more ranks or")):
         path = REPOSITORY / f"ds_configs/zero{stage}.json"
         config, ds, _ = resolve(run(path, optimizer={"name": "muon"}, training={"precision": "bf16"}), 1)
-        assert less_memory(config, ds) == f"{remedies} model.activation_checkpointing=true"
+        assert memory_remedies(config, ds) == f"{remedies} model.activation_checkpointing=true"

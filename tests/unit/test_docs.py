@@ -7,7 +7,7 @@ import runpy
 import pytest
 import transformers
 
-from l2e_ds.checkpoint.schedule import checkpoint_bytes, disk_space
+from l2e_ds.checkpoint.disk import checkpoint_bytes, disk_space
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.models.counts import parameter_counts

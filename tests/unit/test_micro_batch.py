@@ -10,12 +10,13 @@ import torch
 import yaml
 
 from l2e_ds.config.batch import divisors
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.configuration import resolve
 from l2e_ds.models.pythia import network_config
 from l2e_ds.system.memory import cgroup_room
 from l2e_ds.training import micro_batch
-from l2e_ds.training.micro_batch import choose, circumstances, next_size, none_fits, remembered
+from l2e_ds.training.micro_batch import choose, circumstances, next_size, none_fits_message, remembered
 from l2e_ds.training.micro_batch_trial import Measured
 from l2e_ds.training.preflight import describe, preflight, resolve_run
 
@@ -87,7 +88,7 @@ def test_by_speed_sizes_double_until_nothing_is_gained():
 def about(**sections):
     raw = {section: {**values, **sections.get(section, {})} for section, values in RUN.items()}
     raw |= {section: values for section, values in sections.items() if section not in RUN}
-    config, ds, _ = resolve(run_config_from_dict(raw, "here"), 2)
+    config, ds, _ = resolve(checked(RunConfig, raw, "here"), 2)
     return circumstances(config, ds, 2) | {"devices": ["cpu"]}
 
 
@@ -157,10 +158,10 @@ def test_dry_run_says_what_will_be(tmp_path):
         return next(line for line in text.splitlines() if line.startswith("batch"))
 
     assert "micro-batch auto: found at the start (" in line()
-    plan = resolve_run(run_file, [], 2)
+    run = resolve_run(run_file, [], 2)
     path = tmp_path / "r/micro_batch.json"
     path.parent.mkdir()
-    kept = circumstances(plan.config, plan.ds, 2) | {"devices": ["cpu"]}
+    kept = circumstances(run.config, run.ds, 2) | {"devices": ["cpu"]}
     path.write_text(json.dumps({"micro_batch": 12, "circumstances": kept}))
     assert f"micro-batch auto: 12, if the devices are those of {path}" in line()
     assert f"found at the start, because {path} was found under other circumstances (ranks" in line(4)
@@ -172,9 +173,7 @@ def test_dry_run_says_what_will_be(tmp_path):
 
 
 def test_one_sequence_a_rank_leaves_nothing_to_measure(tmp_path):
-    config, ds, _ = resolve(
-        run_config_from_dict({**RUN, "training": {**RUN["training"], "global_batch": 1}}, "here"), 1
-    )
+    config, ds, _ = resolve(checked(RunConfig, {**RUN, "training": {**RUN["training"], "global_batch": 1}}, "here"), 1)
     assert micro_batch.find(config, ds, network_config(config.model, 128), torch.device("cpu")) == (1, None)
 
 
@@ -203,6 +202,6 @@ def test_room_of_nested_cgroups(tmp_path):
 )
 def test_not_even_one_is_said_in_one_line(known, needed):
     assert choose(known, 2**31, False) is None
-    message = none_fits(known, 2**31, "more ranks")
+    message = none_fits_message(known, 2**31, "more ranks")
     start = "training.micro_batch: got auto, but not even 1 fits: it needs "
     assert message == f"{start}{needed}, and 2.00 GiB per rank are usable; try more ranks"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from l2e_ds.checkpoint.schedule import is_due
+from l2e_ds.checkpoint.disk import is_due
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.engine.engine import group_rates, parameter_groups, set_learning_rate
 from l2e_ds.errors import ConfigError

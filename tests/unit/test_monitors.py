@@ -11,7 +11,8 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.training.metrics import MetricsWriter
 from l2e_ds.training.monitors import WANDB_ID
 
@@ -29,7 +30,7 @@ def offline(monkeypatch):
 
 def writer(directory: Path, first_step: int, **logging) -> MetricsWriter:
     training = RUN["training"] | {"run_directory": str(directory)}
-    config = run_config_from_dict(RUN | {"training": training, "logging": {"progress": False, **logging}}, "here")
+    config = checked(RunConfig, RUN | {"training": training, "logging": {"progress": False, **logging}}, "here")
     return MetricsWriter(config, first_step, main=True)
 
 

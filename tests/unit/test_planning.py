@@ -9,8 +9,7 @@ from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from transformers import AutoModelForCausalLM
 
-from l2e_ds.checkpoint import schedule
-from l2e_ds.checkpoint.schedule import checkpoint_bytes
+from l2e_ds.checkpoint.disk import checkpoint_bytes, disk_space
 from l2e_ds.cli import main
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.config.sections import ModelConfig
@@ -368,24 +367,24 @@ def test_each_gpu_has_its_own_names():
 def test_disk_space_of_what_is_kept(run_file, tmp_path, section, line):
     words = [f"checkpoint.{key}={str(value).lower()}" for key, value in section.items()]
     config = load_run_config(run_file, ["training.steps=13500", f"training.run_directory={tmp_path}/run", *words])
-    assert schedule.disk_space(config, 100_000_000) == (line, None)
+    assert disk_space(config, 100_000_000) == (line, None)
 
 
 def test_a_disk_that_is_too_small_is_said(run_file, tmp_path, capsys):
     free = shutil.disk_usage(tmp_path).free
     words = ["training.steps=13500", f"training.run_directory={tmp_path}/run"]
     config = load_run_config(run_file, words)
-    assert schedule.disk_space(config, free // 15)[1] is None
-    _, warning = schedule.disk_space(config, free // 13)
+    assert disk_space(config, free // 15)[1] is None
+    _, warning = disk_space(config, free // 13)
     assert warning.startswith(f"the disk of {tmp_path}/run on this machine has only ")
     assert warning.endswith("checkpoint.keep_last=N keeps only the N newest")
     # what is there already will be overwritten or removed: it counts as room
     (tmp_path / "run/checkpoints/step00001000").mkdir(parents=True)
     with (tmp_path / "run/checkpoints/step00001000/states.pt").open("wb") as file:
         file.truncate(free // 10)  # takes no room
-    assert schedule.disk_space(config, free // 13)[1] is None
+    assert disk_space(config, free // 13)[1] is None
     kept = load_run_config(run_file, [*words, "checkpoint.keep_last=1"])
-    assert schedule.disk_space(kept, free)[1].endswith("; give another run directory")
+    assert disk_space(kept, free)[1].endswith("; give another run directory")
 
     # both commands print the same line and the same warning
     words += ["model.name=pythia-12b", "training.precision=bf16", "checkpoint.every=1"]

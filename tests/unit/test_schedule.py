@@ -5,7 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.engine.schedule import Schedule, schedule_of
 from l2e_ds.errors import ConfigError
 from tests.unit.test_changes import RUN
@@ -15,7 +16,7 @@ PEAK = 6e-4
 
 def schedule(steps: int, **optimizer) -> Schedule:
     given = RUN | {"optimizer": {"peak_learning_rate": PEAK, **optimizer}}
-    return schedule_of(run_config_from_dict(given | {"training": {**RUN["training"], "steps": steps}}, "test"))
+    return schedule_of(checked(RunConfig, given | {"training": {**RUN["training"], "steps": steps}}, "test"))
 
 
 def rates(steps: int, **optimizer) -> list[float]:

@@ -14,19 +14,17 @@ from pathlib import Path
 import numpy as np
 from torch.profiler import ProfilerActivity, profile
 
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, TokenDataset
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import find_launch
-from l2e_ds.engine.configuration import resolve
-from l2e_ds.models.pythia import network_config
-from l2e_ds.models.sites import chosen_layers
 from l2e_ds.planning import memory
 from l2e_ds.planning.work import Work
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training.loss import CHUNK
-from l2e_ds.training.preflight import Plan, checkpoint_size
-from l2e_ds.training.trainer import Trainer
+from l2e_ds.training.preflight import checkpoint_size, resolve_config
+from l2e_ds.training.trainer import RunData, Trainer
 
 LENGTH = 64
 
@@ -35,13 +33,12 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     case["training"] = {"steps": 4, "evaluate_every": 0, "run_directory": str(directory), **case["training"]}
     case["checkpoint"], case["logging"] = {"every": 0}, {"progress": False}
     case["data"] = {"source": "indexed", "path": "none", "sequence_length": LENGTH}
-    config = run_config_from_dict(case, "case")
-    hf_config = network_config(config.model, LENGTH)
-    config, ds, batch = resolve(config, ranks)
-    tokens = np.random.default_rng(0).integers(0, hf_config.vocab_size, LENGTH * 200 + 1)
-    data = [PreparedData(TokenDataset(tokens, 0, len(tokens), LENGTH, hf_config.vocab_size, "x"))]
+    run = resolve_config(checked(RunConfig, case, "case"), ranks)
+    vocabulary = run.hf_config.vocab_size
+    tokens = np.random.default_rng(0).integers(0, vocabulary, LENGTH * 200 + 1)
+    data = RunData([PreparedData(TokenDataset(tokens, 0, len(tokens), LENGTH, vocabulary, "x"))])
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer = Trainer(config, ds, batch, hf_config, data, device)
+        trainer = Trainer(run, data, device)
         for _ in range(2):
             trainer.train_step()
     trainer.save()
@@ -54,16 +51,15 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
     for _, allocated in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
         live += allocated
         peak = max(peak, live)
-    plan = Plan(config, ds, batch, hf_config, chosen_layers(config.inhibition.layers, 4))
-    work = Work(plan)
+    work = Work(run)
     work.chunk = CHUNK["cpu"]
-    predicted = memory.memory(work, ranks, batch.micro_batch, batch.accumulation)
+    predicted = memory.memory(work, ranks, run.batch.micro_batch, run.batch.accumulation)
     return {
         "peak": peak,
         "predicted": predicted.total,
         "parts": asdict(predicted),
         "checkpoint": size,
-        "predicted_checkpoint": checkpoint_size(plan),
+        "predicted_checkpoint": checkpoint_size(run),
     }
 
 

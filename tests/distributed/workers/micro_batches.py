@@ -17,7 +17,8 @@ import threading
 import time
 from pathlib import Path
 
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.distributed import heartbeat, process_group
 from l2e_ds.distributed.launch import find_launch
 from l2e_ds.engine.configuration import resolve
@@ -49,7 +50,7 @@ def find(output: Path, name: str, global_batch: int, limit: float) -> None:
     device = process_group.join(launch, 5)
     own = {"run_directory": str(output / name), "global_batch": global_batch}
     raw = {**PROBED, "training": {**PROBED["training"], **own}}
-    config, ds, _ = resolve(run_config_from_dict(raw, "case"), launch.size)
+    config, ds, _ = resolve(checked(RunConfig, raw, "case"), launch.size)
     if name == "killed" and launch.rank == 1:
         threading.Thread(target=kill_at_2, daemon=True).start()
     _, record = micro_batch.find(config, ds, network_config(config.model, 128), device, limit)

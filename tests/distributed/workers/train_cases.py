@@ -19,21 +19,20 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from l2e_ds.config.reading import run_config_from_dict
-from l2e_ds.config.sections import DataConfig
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import DataConfig, RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.distributed import collectives, launch, process_group
-from l2e_ds.engine.configuration import resolve
 from l2e_ds.errors import Interrupted
-from l2e_ds.models.pythia import network_config
 from l2e_ds.run_directory.stop_file import stop_file
 from l2e_ds.system.process import leave_process, quiet_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.held_out import load_samples
+from l2e_ds.training.preflight import resolve_config
 from l2e_ds.training.task_evaluation import load_tasks_of, task_evaluation
-from l2e_ds.training.trainer import Trainer
+from l2e_ds.training.trainer import RunData, Trainer
 from tests.distributed.training_case import LENGTH, SPIKE, TINY_RUN, VOCABULARY, Interruption, TrainingCase
 
 
@@ -131,11 +130,11 @@ def make_trainer(
         raw["training"]["steps"] = steps
     if "evaluation" in given:
         raw["evaluation"] = given["evaluation"]
-    config, ds, batch = resolve(run_config_from_dict(raw, "case"), collectives.size())
+    run = resolve_config(checked(RunConfig, raw, "case"), collectives.size())
+    config = run.config
     directory.mkdir(parents=True, exist_ok=True)
-    hf_config = network_config(config.model, LENGTH)
     if collectives.is_main():
-        hf_config.save_pretrained(directory / "model")
+        run.hf_config.save_pretrained(directory / "model")
     sets, tasks = data(config.data, case.stream == "stored beforehand"), None
     if config.evaluation.every:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
@@ -143,9 +142,8 @@ def make_trainer(
     samples = None
     if config.evaluation.samples:
         words = load_tokenizer(str(Path(given["evaluation"]["include_path"][0]) / "words.json"))
-        samples = load_samples(config, hf_config, [replace(part, tokenizer=words) for part in sets])
-    more = texts() if case.texts else ()
-    return Trainer(config, ds, batch, hf_config, sets, device, tasks, texts=more, samples=samples)
+        samples = load_samples(config, run.hf_config, [replace(part, tokenizer=words) for part in sets])
+    return Trainer(run, RunData(sets, texts() if case.texts else (), samples, tasks), device)
 
 
 def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from l2e_ds import cli
-from l2e_ds.config.reading import run_config_from_dict
-from l2e_ds.config.sections import DataConfig
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import DataConfig, RunConfig
 from l2e_ds.data import PreparedData, TokenDataset, TrainingSequences, check_sets, prepare_sets
 from l2e_ds.data.mixture import MixtureOrder
 from l2e_ds.data.sampler import SequenceOrder
@@ -176,7 +176,7 @@ def test_prepared_from_a_run_file(tmp_path):
         },
         "training": {"steps": 10, "global_batch": 8},
     }
-    config = run_config_from_dict(raw, "run").data
+    config = checked(RunConfig, raw, "run").data
     check_sets(config, 300)
     sets = prepare_sets(config, tmp_path / "cache", 300, 4)
     assert [(part.name, part.weight) for part in sets] == [("a", 3.0), ("b", 1.0)]
@@ -187,7 +187,7 @@ def test_prepared_from_a_run_file(tmp_path):
 
     raw["data"]["sets"][1]["path"] = str(tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"^data\.sets\.1\.path: .*nowhere"):
-        check_sets(run_config_from_dict(raw, "run").data, 300)
+        check_sets(checked(RunConfig, raw, "run").data, 300)
 
 
 def test_sets_must_be_of_one_tokenizer(tmp_path):

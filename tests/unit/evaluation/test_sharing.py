@@ -19,7 +19,8 @@ from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from l2e_ds.cli import main
-from l2e_ds.config.reading import run_config_from_dict
+from l2e_ds.config.reading import checked
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.run_directory import manifest
 from l2e_ds.run_directory.results import append_result
@@ -40,7 +41,7 @@ def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (S
     }
     for section, values in (changes or {}).items():
         content[section] = values if section == "model" else content.get(section, {}) | values
-    config = run_config_from_dict(content, "test").model_dump(mode="json")
+    config = checked(RunConfig, content, "test").model_dump(mode="json")
     hf_config = GPTNeoXConfig(
         vocab_size=ROWS, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from l2e_ds.study.checking import plan_runs, write_study
+from l2e_ds.study.checking import resolve_runs, write_study
 from l2e_ds.study.definition import Study, read_study
 from l2e_ds.system.process import quiet_libraries
-from l2e_ds.training.preflight import Plan
+from l2e_ds.training.preflight import ResolvedRun
 
 CORPUS = "The river froze early that year. Rain came in from the west before noon. " * 40
 BASE = {
@@ -37,19 +37,19 @@ def study_file(folder: Path, **changes: object) -> Path:
     return path
 
 
-def begun_study(folder: Path, **changes: object) -> tuple[Study, dict[str, Plan]]:
+def begun_study(folder: Path, **changes: object) -> tuple[Study, dict[str, ResolvedRun]]:
     """Write all that is written before a run starts, and return it; `folder` is the current one."""
     quiet_libraries()
     study = read_study(study_file(folder, **changes))
-    plans = plan_runs(study, 1, this_machine=False)
-    write_study(study, plans)
-    return study, plans
+    runs = resolve_runs(study, 1, this_machine=False)
+    write_study(study, runs)
+    return study, runs
 
 
-def begin_run(study: Study, plans: dict[str, Plan], name: str) -> Path:
+def begin_run(study: Study, runs: dict[str, ResolvedRun], name: str) -> Path:
     run = study.directory / "runs" / name
     run.mkdir(parents=True)
-    (run / "config.yaml").write_text(plans[name].config.dump())
+    (run / "config.yaml").write_text(runs[name].config.dump())
     return run
 
 

@@ -50,10 +50,10 @@ LOSSES = {1: (5.0, 4.9), 2: (5.5, 5.2), 3: (6.0, 5.8)}
 def table(tmp_path, monkeypatch) -> pd.DataFrame:
     monkeypatch.chdir(tmp_path)
     evaluate = [{"tasks": ["arc_easy"], "num_fewshot": 0}]
-    study, plans = begun_study(tmp_path, evaluate=evaluate)
+    study, runs = begun_study(tmp_path, evaluate=evaluate)
     for seed, losses in LOSSES.items():
         for method, loss in zip(("none", "l2e"), losses, strict=True):
-            run = begin_run(study, plans, f"{method}-seed{seed}")
+            run = begin_run(study, runs, f"{method}-seed{seed}")
             write_lines(run / "metrics.jsonl", metrics(loss, 1.0 if method == "none" else 1.1, seed))
             checkpoint(run, 20)
             old, parts = evaluation(10, 0, {"arc_easy": 0.9}), {"mmlu": 0.25, "mmlu_law": 0.5}
@@ -131,8 +131,8 @@ def test_only_what_is_equally_long_is_compared(table):
 def test_figures_of_the_documents_that_the_study_asks_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     evaluate = [{"tasks": ["piqa"], "num_fewshot": 0}, {"tasks": ["sciq"], "num_fewshot": 0, "limit": 10}]
-    study, plans = begun_study(tmp_path, evaluate=evaluate, seeds=[1])
-    plain, l2e = (begin_run(study, plans, f"{method}-seed1") for method in ("none", "l2e"))
+    study, runs = begun_study(tmp_path, evaluate=evaluate, seeds=[1])
+    plain, l2e = (begin_run(study, runs, f"{method}-seed1") for method in ("none", "l2e"))
     own = [evaluation(20, 0, {"piqa": 0.5}), evaluation(20, 0, {"sciq": 0.6}, limit=10)]
     by_hand = [
         evaluation(20, 0, {"piqa": 0.1, "arc_easy": 0.7}, limit=10),
@@ -156,8 +156,8 @@ def test_figures_of_the_documents_that_the_study_asks_for(tmp_path, monkeypatch)
 
 def test_runs_that_have_not_begun_are_empty_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study, plans = begun_study(tmp_path)
-    run = begin_run(study, plans, "l2e-seed1")
+    study, runs = begun_study(tmp_path)
+    run = begin_run(study, runs, "l2e-seed1")
     write_lines(run / "metrics.jsonl", metrics(5.0, 1.0)[:4])
     checkpoint(run, 10)
     table = collect(study.directory).set_index("run")

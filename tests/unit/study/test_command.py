@@ -113,10 +113,10 @@ def test_without_sbatch(here, capsys, monkeypatch):
 
 
 def test_dry_run_says_how_far_runs_are_and_writes_nothing(here, capsys):
-    study, plans = begun_study(here)
-    begin_run(study, plans, "none-seed1")
+    study, runs = begun_study(here)
+    begin_run(study, runs, "none-seed1")
     checkpoint(study.directory / "runs/none-seed1", 20)
-    begin_run(study, plans, "l2e-seed1")
+    begin_run(study, runs, "l2e-seed1")
     checkpoint(study.directory / "runs/l2e-seed1", 10)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*")}
     assert cli.main(["study", "study.yaml", "--dry-run", "--ranks", "1"]) == 0

@@ -7,7 +7,7 @@ import pytest
 
 from l2e_ds.config.reading import find_file
 from l2e_ds.data.indexed import write_pair
-from l2e_ds.study.checking import plan_runs
+from l2e_ds.study.checking import resolve_runs
 from l2e_ds.study.definition import read_study
 from l2e_ds.system.process import quiet_libraries
 from tests.processes import REPOSITORY
@@ -39,13 +39,13 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
     is_small = path.parent.name == "small"
     pile = [] if is_small else [f"data.path={tokens}", "data.tokenizer=null", "data.held_out=0.1"]
     study = read_study(path, pile)
-    plans = plan_runs(study, 2 if is_small else 64, this_machine=False)
-    assert len(plans) == (SMALL_RUNS if is_small else RUNS)[path.stem]
+    runs = resolve_runs(study, 2 if is_small else 64, this_machine=False)
+    assert len(runs) == (SMALL_RUNS if is_small else RUNS)[path.stem]
     assert str(study.directory) == f"studies/{'small/' if is_small else ''}{path.stem}"
     methods = {"main": {"none", "memel", "l2e"}, "time": {"none", "memel", "l2e"}}.get(path.stem, {"none", "l2e"})
-    assert {plan.config.inhibition.method for plan in plans.values()} == methods
+    assert {run.config.inhibition.method for run in runs.values()} == methods
     for run in study.runs:
-        config = plans[run.name].config
+        config = runs[run.name].config
         assert (run.baseline is None) == (config.inhibition.method == "none"), run.name
         assert config.training.seed == run.seed
         assert config.training.run_directory == f"{study.directory}/runs/{run.name}"
@@ -59,7 +59,7 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
         if section.method != "none" and run.levels.get("method") != "projected":
             assert (section.start, section.decay, section.end) == (0, 0, None), run.name
         if run.baseline is not None:
-            other = plans[run.baseline].config
+            other = runs[run.baseline].config
             assert other.model == config.model and other.optimizer == config.optimizer and other.data == config.data
             assert other.training.seed == config.training.seed
         if not is_small and path.stem != "time":
@@ -74,8 +74,8 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
 def test_what_the_paper_crosses(tokens):
     def parts(name: str) -> set[tuple]:
         study = read_study(REPOSITORY / f"launch/studies/{name}.yaml", [f"data.path={tokens}", "data.tokenizer=null"])
-        plans = plan_runs(study, 64, this_machine=False)
-        sections = [(plan.config.model.name, plan.config.inhibition) for plan in plans.values()]
+        runs = resolve_runs(study, 64, this_machine=False)
+        sections = [(run.config.model.name, run.config.inhibition) for run in runs.values()]
         return {
             (size, part.method, part.retrieval_and_mechanism, part.layers, part.target_share) for size, part in sections
         }

@@ -7,7 +7,7 @@ import yaml
 
 from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig
 from l2e_ds.errors import ConfigError
-from l2e_ds.study.checking import plan_runs, refuse_changes
+from l2e_ds.study.checking import refuse_changes, resolve_runs
 from l2e_ds.study.definition import Evaluation, read_study
 from l2e_ds.study.state import state_of
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, evaluation, study_file, write_lines
@@ -61,13 +61,13 @@ def test_which_figures_an_evaluation_stands_for(tmp_path):
 
 def change(tmp_path, *overrides: str, **changes: object) -> None:
     study = read_study(study_file(tmp_path, **changes), overrides)
-    refuse_changes(study, plan_runs(study, 1, this_machine=False))
+    refuse_changes(study, resolve_runs(study, 1, this_machine=False))
 
 
 def test_a_begun_run_stays_what_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study, plans = begun_study(tmp_path)
-    begin_run(study, plans, "l2e-seed1")
+    study, runs = begun_study(tmp_path)
+    begin_run(study, runs, "l2e-seed1")
     change(tmp_path)
     # where and how safely it is computed may change
     how = ["training.timeout=5", "checkpoint.every=3", "training.micro_batch=4", "data.workers=1"]
@@ -98,13 +98,13 @@ def test_a_begun_run_stays_what_it_is(tmp_path, monkeypatch):
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE | {"optimizer": {"warmup": 0.2}}))
     study = read_study(path)
     with pytest.raises(ConfigError, match=refused.format("optimizer.warmup: 0.01 -> 0.2")):
-        refuse_changes(study, plan_runs(study, 1, this_machine=False))
+        refuse_changes(study, resolve_runs(study, 1, this_machine=False))
 
 
 def test_what_has_not_begun_may_change_and_a_schedule_of_its_own_may_be_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    study, plans = begun_study(tmp_path, set={"optimizer.schedule_steps": 100})
-    begin_run(study, plans, "none-seed1")
+    study, runs = begun_study(tmp_path, set={"optimizer.schedule_steps": 100})
+    begin_run(study, runs, "none-seed1")
     change(tmp_path, "training.steps=30", set={"optimizer.schedule_steps": 100})
     with pytest.raises(ConfigError, match=r"training\.steps: 20 -> 10"):
         change(tmp_path, "training.steps=10", set={"optimizer.schedule_steps": 100})

@@ -1,4 +1,4 @@
-"""Tell when checkpoints are due, and what they take of the disk. Imports nothing slow: a dry run reads it."""
+"""What checkpoints take of the disk, and when they are due. Imports nothing slow: a dry run reads it."""
 
 from __future__ import annotations
 
