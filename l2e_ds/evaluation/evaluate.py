@@ -35,6 +35,7 @@ from l2e_ds.evaluation.model_source import (
 )
 from l2e_ds.export.card import longer_than_trained
 from l2e_ds.run_directory import results
+from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.system.process import quiet_libraries
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
     path = _output(arguments, source)
     try:
         for evaluation in evaluations:
-            results.append_result(path, evaluation)
+            append_line(path, evaluation)
     except OSError as error:
         raise ConfigError(f"--output: cannot write {path}: {error.strerror}; the results are printed above") from None
     print(f"results: {path}", flush=True)

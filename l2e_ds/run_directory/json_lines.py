@@ -1,4 +1,4 @@
-"""Read the JSON Lines files of a run directory, to which another process may be appending."""
+"""Read and extend the JSON Lines files of a run directory, to which another process may be appending."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def json_lines(path: Path) -> Iterator[Line]:
             value = BROKEN
         if raw and (value is not BROKEN or number < len(lines)):
             yield Line(number, raw, value)
+
+
+def append_line(path: Path, value: Any) -> None:
+    """Append a value as one line, also after one that was cut off by a kill. Raises OSError."""
+    with path.open("ab+") as file:
+        end = file.tell()
+        file.seek(max(0, end - 1))
+        cut_off = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * cut_off + json.dumps(value).encode() + b"\n")

@@ -5,7 +5,6 @@ docs/evaluation.md describes the keys of a line.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,7 +28,6 @@ class TaskResult:
     metric: str
     value: float
     stderr: float | None
-    higher_is_better: bool
     samples: int
     part_of: str | None
     limit: int | None
@@ -69,11 +67,10 @@ def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
             metric=metric,
             value=float(result["value"]),
             stderr=None if result["stderr"] is None else float(result["stderr"]),
-            higher_is_better=result["higher_is_better"],
             samples=task["samples"],
             part_of=task["part_of"],
             limit=evaluation["limit"],
-            cut=task.get("cut", 0),  # older lines have none
+            cut=task["cut"],
         )
         for name, task in evaluation["tasks"].items()
         for metric, result in task["metrics"].items()
@@ -89,15 +86,6 @@ def about(
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
     common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
     return {**common, "asked": asked, "versions": versions("l2e_ds", "lm_eval", "transformers", "torch", "datasets")}
-
-
-def append_result(path: Path, evaluation: dict[str, Any]) -> None:
-    """Append one line to a file, or to the one of a run directory. Raises OSError."""
-    with (path / FILE if path.is_dir() else path).open("ab+") as file:
-        end = file.tell()
-        file.seek(max(0, end - 1))
-        cut_off = file.read(1) not in (b"", b"\n")  # by a kill
-        file.write(b"\n" * cut_off + json.dumps(evaluation).encode() + b"\n")
 
 
 def table(results: Sequence[TaskResult]) -> list[list[str]]:

@@ -27,9 +27,9 @@ from l2e_ds.distributed import collectives
 from l2e_ds.evaluation.generate import decode_continuation, encode_samples
 from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.measure import measure_scores
+from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.run_directory.metrics import comparison_key, layer_key
 from l2e_ds.run_directory.names import SAMPLES
-from l2e_ds.run_directory.results import append_result
 from l2e_ds.training import preemption
 from l2e_ds.training.loss import LossHead
 
@@ -176,7 +176,7 @@ class Samples:
         path = Path(self.config.training.run_directory) / SAMPLES
         try:
             for line in lines if collectives.is_main() else ():
-                append_result(path, line)
+                append_line(path, line)
         except OSError as error:  # a full disk costs lines, not the run, as with metrics.jsonl
             say(f"l2e-ds: warning: {path}: {error.strerror}; the samples are lost")
 

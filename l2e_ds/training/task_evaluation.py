@@ -15,6 +15,7 @@ from l2e_ds.data.tokenizer import end_of_text_id
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory import results
+from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.training import preemption
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class TaskEvaluation:
         from l2e_ds.evaluation import harness  # needs the package lm-eval, an extra
 
         section, values = self.config.evaluation, dict[str, float]()
-        directory = Path(self.config.training.run_directory)
+        path = Path(self.config.training.run_directory) / results.FILE
         for shots in section.shots:
             evaluation = results.about(state.step, state.tokens, self.config.training.precision, section.tasks, shots)
             evaluation |= harness.evaluate(
@@ -46,9 +47,9 @@ class TaskEvaluation:
             )
             try:
                 if collectives.is_main():
-                    results.append_result(directory, evaluation)
+                    append_line(path, evaluation)
             except OSError as error:  # as in metrics.jsonl, a full disk costs lines, but not the run
-                say(f"l2e-ds: warning: {directory / results.FILE}: {error.strerror}; the results are lost")
+                say(f"l2e-ds: warning: {path}: {error.strerror}; the results are lost")
             values |= {
                 f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
                 for result in results.results_of(evaluation)

@@ -18,6 +18,7 @@ from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation import harness
 from l2e_ds.run_directory import results
+from l2e_ds.run_directory.json_lines import append_line
 from tests.task_files import LENGTH, TASKS, tiny_model, write_tasks
 
 
@@ -378,16 +379,16 @@ def test_a_disk_that_is_full_costs_the_file_not_the_table(exported, folder, docu
 def test_results_take_the_newest_and_no_half_line(tmp_path):
     def line(step: int, value: float) -> dict:
         metric = {"acc": {"value": value, "stderr": 0.1, "higher_is_better": True}}
-        task = {"samples": 9, "num_fewshot": 0, "version": 1.0, "part_of": None, "metrics": metric}
+        task = {"samples": 9, "cut": 0, "num_fewshot": 0, "version": 1.0, "part_of": None, "metrics": metric}
         return results.about(step, 10 * step, "fp32", ["choices"], 0) | {"limit": None, "tasks": {"choices": task}}
 
     assert results.read_results(tmp_path) == []
     for step, value in ((20, 0.5), (10, 0.25), (20, 0.75)):
-        results.append_result(tmp_path, line(step, value))
+        append_line(tmp_path / results.FILE, line(step, value))
     with (tmp_path / results.FILE).open("a") as file:
         file.write('{"step": 30, "tas')
     assert [(found.step, found.value) for found in results.read_results(tmp_path)] == [(10, 0.25), (20, 0.75)]
-    results.append_result(tmp_path, line(40, 0.5))  # after the kill that cut the line off
+    append_line(tmp_path / results.FILE, line(40, 0.5))  # after the kill that cut the line off
     assert [found.step for found in results.read_results(tmp_path)] == [10, 20, 40]
     wrong = json.dumps(line(20, "much"))  # type: ignore[arg-type]
     for content in ("3", "null", '{"step": 6}', wrong):

@@ -23,7 +23,8 @@ from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.run_directory import manifest
-from l2e_ds.run_directory.results import append_result
+from l2e_ds.run_directory.json_lines import append_line
+from l2e_ds.run_directory.results import FILE
 from tests.processes import free_port
 
 STEP, ROWS = 20, 300
@@ -67,8 +68,8 @@ def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (S
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for step, value in ((10, 0.1), (STEP, 0.4321)):
         metric = {"value": value, "stderr": 0.01, "higher_is_better": True}
-        task = {"samples": 100, "num_fewshot": 5, "version": 1.0, "part_of": None, "metrics": {"acc": metric}}
-        append_result(run, {"step": step, "limit": 100, "tasks": {"arc_easy": task}})
+        task = {"samples": 100, "cut": 0, "num_fewshot": 5, "version": 1.0, "part_of": None, "metrics": {"acc": metric}}
+        append_line(run / FILE, {"step": step, "limit": 100, "tasks": {"arc_easy": task}})
     return run
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from l2e_ds.analysis import tables
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.report import published
-from l2e_ds.run_directory.results import append_result
+from l2e_ds.run_directory.json_lines import append_line
+from l2e_ds.run_directory.results import FILE
 from tests.unit.analysis.single_tokens import EDGES, activations, kurtosis, slow_histogram, text_moments
 
 STEPS, EVERY, EVALUATE = 100, 2, 10
@@ -96,6 +97,7 @@ def add_results(
         tasks = {
             task: {
                 "samples": 1000,
+                "cut": 0,
                 "num_fewshot": shots,
                 "version": 1.0,
                 "part_of": "mmlu" if task.startswith("mmlu_") else None,
@@ -107,7 +109,7 @@ def add_results(
             for (task, of), (accuracy, error) in figures.items()
             if of == shots
         }
-        append_result(run, {"step": step, "tokens": step * 4096, "limit": None, "tasks": tasks, **others})
+        append_line(run / FILE, {"step": step, "tokens": step * 4096, "limit": None, "tasks": tasks, **others})
 
 
 def write_study(directory: Path, runs: list[dict[str, Any]], **others: Any) -> Path:

@@ -11,8 +11,9 @@ import pytest
 from l2e_ds.report import published, runs, tables
 from l2e_ds.report.statistics import Measured
 from l2e_ds.report.table import Column, Table, about_errors, text_of
+from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.run_directory.metrics import after_first_intervals
-from l2e_ds.run_directory.results import append_result
+from l2e_ds.run_directory.results import FILE
 from tests.unit.report.making import add_results, paired_study, write_run
 
 
@@ -229,8 +230,8 @@ def test_published_time_is_that_of_the_published_share_and_layers(tmp_path):
 def test_task_without_accuracy(tmp_path):
     run = write_run(tmp_path / "none", "none")
     metrics = {"perplexity": {"value": 30.0, "stderr": 1.0, "higher_is_better": False}}
-    task = {"samples": 10, "num_fewshot": 0, "version": 1, "part_of": None, "metrics": metrics}
-    append_result(run, {"step": 100, "tokens": 1, "limit": None, "tasks": {"wikitext": task}})
+    task = {"samples": 10, "cut": 0, "num_fewshot": 0, "version": 1, "part_of": None, "metrics": metrics}
+    append_line(run / FILE, {"step": 100, "tokens": 1, "limit": None, "tasks": {"wikitext": task}})
     assert cells(table(runs.read([run]), "benchmarks"))["wikitext (perplexity)"]["none: ours"] == Measured(30.0, 1.0)
 
 

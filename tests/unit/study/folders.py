@@ -80,6 +80,7 @@ def evaluation(
         "tasks": {
             name: {
                 "samples": 10,
+                "cut": 0,
                 "num_fewshot": shots,
                 "part_of": part_of.get(name),
                 "metrics": {"acc": {"value": value, **figure}},
