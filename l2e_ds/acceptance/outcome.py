@@ -1,4 +1,7 @@
-"""What a part of an acceptance found, and the scale at which a machine is asked."""
+"""What a part of an acceptance found, and the scale at which a machine is asked.
+
+Shapes: M tokens of a micro-batch, N neurons of a layer.
+"""
 
 from __future__ import annotations
 

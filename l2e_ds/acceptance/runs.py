@@ -16,7 +16,7 @@ from l2e_ds.acceptance.waits import run_module
 from l2e_ds.checkpoint.weights import checkpoint_weights, find_checkpoint
 from l2e_ds.run_directory.json_lines import json_lines
 
-GOALS = {"410m": 0.45, "1.4b": 0.5}  # MFU on one H100 (issue 18)
+GOALS = {"410m": 0.45, "1.4b": 0.5}  # goals for MFU on one H100 or H200; not yet measured
 
 
 def _run_file(scale: Scale, name: str, **sections: dict[str, Any]) -> dict[str, Any]:

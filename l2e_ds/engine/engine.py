@@ -1,4 +1,5 @@
-"""The one place that calls deepspeed.initialize."""
+"""Build the DeepSpeed engine, and read or change what it keeps: learning rates, skipped steps, gradients, loss
+scale."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def _make_optimizer(groups: list[dict[str, Any]], section: OptimizerConfig) -> t
     return torch.optim.AdamW(groups, **adam, fused=True)
 
 
-def build_engine(model: nn.Module, config: RunConfig, ds: dict, device: torch.device) -> Any:
+def build_engine(model: nn.Module, config: RunConfig, ds: dict) -> Any:
     """Return a DeepSpeedEngine with the optimizer of `optimizer.name`, or the JSON's. Raises ConfigError where that
     does not work."""
     import deepspeed
@@ -116,7 +117,7 @@ def _clip_and_measure(optimizer: Any, parameters: list[nn.Parameter], limit: flo
         optimizer._global_grad_norm, optimizer.overflow = norm, not math.isfinite(norm)
         return optimizer.overflow
 
-    _skip_steps_when(optimizer, is_not_finite)
+    _skip_optimizer_steps_when(optimizer, is_not_finite)
 
 
 def group_rates(engine: Any) -> list[float]:
@@ -150,10 +151,10 @@ def skip_steps_when(engine: Any, is_skipped: Callable[[], bool]) -> None:
     # ZeRO-3 has a second one for the part that `offload_optimizer.ratio` leaves on the GPU
     for optimizer in (getattr(wrapper, "optimizer", wrapper), getattr(wrapper, "backup_optimizer", None)):
         if optimizer is not None:
-            _skip_steps_when(optimizer, is_skipped)
+            _skip_optimizer_steps_when(optimizer, is_skipped)
 
 
-def _skip_steps_when(optimizer: torch.optim.Optimizer, is_skipped: Callable[[], bool]) -> None:
+def _skip_optimizer_steps_when(optimizer: torch.optim.Optimizer, is_skipped: Callable[[], bool]) -> None:
     kept: list[list[dict[str, Any]]] = []
 
     def before(*_: Any) -> None:

@@ -11,8 +11,11 @@ from l2e_ds.config.sections import OptimizerConfig, RunConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedule of one run: its length and, not always whole numbers, its first steps, over which the rate rises,
-    and its last ones, over which it falls with warmup-stable-decay."""
+    """The learning-rate schedule of one run.
+
+    steps: its length. warmup: steps of the linear rise at the start. decay: steps of the fall at the end
+    (warmup-stable-decay only). Both need not be whole numbers.
+    """
 
     optimizer: OptimizerConfig
     steps: int

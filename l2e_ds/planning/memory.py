@@ -1,4 +1,7 @@
-"""Predict the memory of a training step on one rank, by what holds it."""
+"""Predict the memory of a training step on one rank, by what holds it.
+
+Shapes: T tokens a sequence, h hidden size, N neurons of a layer.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 runs `LAUNCHER ... RUN.yaml section.key=value ...`, e.g. with `-- torchrun --nproc-per-node 8 -m l2e_ds.train`.
 Launchers pass signals on badly (docs/deepspeed.md, row 8), so launcher and ranks get a session of their own, which
 signals to this process's group do not reach. Instead the file `stop` in the run directory, for which rank 0 looks at
-every step, asks the run to stop. Exit codes are those of `l2e-ds train` (docs/clusters.md).
+every step, asks the run to stop. Exit codes are those of `l2e-ds train` (docs/run-directory.md).
 """
 
 from __future__ import annotations

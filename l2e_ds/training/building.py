@@ -1,4 +1,7 @@
-"""Build what a training step needs from a run's configuration: network, hooks, loss head and engine."""
+"""Build what a training step needs from a run's configuration: network, hooks, loss head and engine.
+
+Shapes: B sequences per micro-batch, T tokens per sequence.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ if TYPE_CHECKING:
 class TrainingStack:
     """Holds a network and everything that trains it, on one rank.
 
-    sites: of `inhibition.layers`. inhibitor: attached to them, or None with `inhibition.method: none`. engine: the
-    DeepSpeedEngine around `model`.
+    sites: the neurons of the layers in `inhibition.layers`. inhibitor: attached to them, or None with
+    `inhibition.method: none`. engine: the DeepSpeedEngine around `model`.
     """
 
     def __init__(self, config: RunConfig, ds: dict, hf_config: PretrainedConfig, device: torch.device) -> None:
@@ -43,7 +46,7 @@ class TrainingStack:
             self.inhibitor = Inhibitor(self.sites, inhibition_settings(config), device, run_steps=config.training.steps)
             self.inhibitor.attach()  # before the engine is built, as ZeRO-3 requires
         self.head = LossHead(self.model, config.training.z_loss)
-        self.engine = build_engine(self.model, config, ds, device)
+        self.engine = build_engine(self.model, config, ds)
 
 
 def forward_and_backward(
