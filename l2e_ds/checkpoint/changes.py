@@ -1,12 +1,10 @@
-"""Find out in what a run file differs from a checkpoint's, and which differences make it another run."""
+"""Compare a run file with that of a checkpoint, and decide which differences would make it another run."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
-
-from pydantic import AliasChoices
 
 from l2e_ds.config.reading import checked, with_absolute_paths
 from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
@@ -29,17 +27,11 @@ def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
     """Return the run file in a checkpoint's state.json, without keys that this version lacks. Raises ConfigError."""
     sections: dict[str, Any] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     known = {
-        name: {key: value for key, value in saved[name].items() if key in _known_names(section)}
+        name: {key: value for key, value in saved[name].items() if key in section.model_fields}
         for name, section in sections.items()
         if name in saved
     }
     return checked(RunConfig, known, str(where))
-
-
-def _known_names(section: Any) -> set[str]:
-    """Return the keys of a section, with the names that they had in earlier versions."""
-    old = (field.validation_alias for field in section.model_fields.values())
-    return {*section.model_fields, *(str(n) for alias in old if isinstance(alias, AliasChoices) for n in alias.choices)}
 
 
 class Changes:

@@ -46,7 +46,7 @@ class ElasticLoad:
     def __init__(self, checkpoint: Path, engine: Any, state: dict[str, Any]) -> None:
         """state: the content of the checkpoint's state.json."""
         self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, state["identity"]["zero_stage"]
-        self.applied_steps, self.loss_scaler = state["train"]["applied"], state.get("loss_scaler", {})
+        self.applied_steps, self.loss_scaler = state["train"]["applied"], state["loss_scaler"]
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
         has_muon = any(group.get("use_muon") for group in _adam(engine.optimizer).param_groups)
         groups = parameter_groups(engine.module, 0.0, has_muon)

@@ -141,9 +141,9 @@ class CheckpointManager:
     def save(
         self, engine: Any, inhibitor: Inhibitor | None, state: TrainState, identity: Identity, config: dict
     ) -> None:
-        """Write a checkpoint and begin to publish it, which `advance` completes. Collective. Raises SaveError on every
-        rank if any rank failed; what was written is then removed."""
-        self.advance(until_done=True)
+        """Write a checkpoint and begin to publish it, which `advance` completes; the one before must be complete.
+        Collective. Raises SaveError on every rank if any rank failed; what was written is then removed."""
+        assert self._pending is None
         began = time.perf_counter()
         final = self.directory / checkpoint_name(state.step)
         temporary = final.with_suffix(".tmp")
@@ -279,13 +279,12 @@ class CheckpointManager:
         load.
         """
         content = read_state(path)
-        saved = {"optimizer": "adamw"} | content["identity"]  # earlier versions had no other
+        saved = content["identity"]
         state = TrainState(**content["train"])
         for key, value in identity.items():
-            if key not in ELASTIC and saved.get(key) != value:
-                raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
-        old, new = content.get("layout", {}), layout(engine)
-        elastic = any(new[key] != old.get(key, saved.get(key, new[key])) for key in new)
+            if key not in ELASTIC and saved[key] != value:
+                raise CheckpointError(f"{path}: was written with {key} {saved[key]}, this run has {key} {value}")
+        elastic = content["layout"] != layout(engine)
         # stage 0 keeps everything in one file
         if elastic and (saved["zero_stage"], identity["zero_stage"]) != (0, 0):
             _load_elastic(path, engine, content, identity)
@@ -315,15 +314,10 @@ def _load_as_saved(path: Path, engine: Any, state: TrainState) -> None:
 
 
 def _load_elastic(path: Path, engine: Any, content: dict, identity: Identity) -> None:
-    saved, state = content["identity"], TrainState(**content["train"])
-    if identity["precision"] == "fp16" and "loss_scaler" not in content:
-        raise CheckpointError(
-            f"{path}: was written by a version that did not note the loss scale; save once more with"
-            f" {saved['ranks']} ranks and ZeRO stage {saved['zero_stage']} before changing them"
-        )
     load = ElasticLoad(path, engine, content)
     _together(load.copy_own_part, path)
     _together(load.spread_and_check, path)
+    state = TrainState(**content["train"])
     engine.global_steps, engine.skipped_steps = state.step, state.step - state.applied
     engine.global_samples = state.step * identity["global_batch"]
 
@@ -347,7 +341,7 @@ def open_checkpoints(config: RunConfig) -> CheckpointManager:
 
 
 def changes_since(path: Path, config: RunConfig) -> Changes:
-    """Return in what a run file differs from a checkpoint's. Raises CheckpointError, ConfigError."""
+    """Return the differences between a run file and a checkpoint's. Raises CheckpointError, ConfigError."""
     content = read_state(path)
     return Changes(saved_config(content["config"], path / STATE), config, content["train"]["applied"])
 

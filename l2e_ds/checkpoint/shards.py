@@ -81,8 +81,7 @@ class Shards:
             parts = [state["single_partition_of_fp32_groups"][group] for state in states]
             first = len(self.flats)
             for part, state in zip(parts, states, strict=True):
-                base = state["base_optimizer_state"]  # a list where the JSON sets elastic_checkpoint
-                self._add(part, base["state"].get(group, {}) if isinstance(base, dict) else base[group])
+                self._add(part, state["base_optimizer_state"]["state"].get(group, {}))
             paddings = states[0].get("param_alignment_paddings", [[]] * len(shapes))[group] or [0] * len(group_shapes)
             begin = 0
             for (name, shape), padding in zip(group_shapes.items(), paddings, strict=True):

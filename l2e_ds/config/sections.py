@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
-    AliasChoices,
     BaseModel,
     ConfigDict,
     Field,
@@ -424,7 +423,7 @@ class InhibitionConfig(Section):
     """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0
     """Step, or share of `training.steps`, at which inhibition begins."""
-    warmup: Duration = Field(0, validation_alias=AliasChoices("warmup", "coefficient_warmup"))
+    warmup: Duration = 0
     """Steps, or share, of its linear rise after `start`."""
     decay: Duration = 0
     """Steps, or share, of its linear fall before `end`."""

@@ -245,8 +245,6 @@ def _fingerprint(config: DataConfig) -> str:
     if config.tokenizer is not None:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
-        if not path.is_file():
-            stored["tokens_of"] = "tokenizer.json"  # earlier versions tokenized by the class that the folder names
         stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]

@@ -212,19 +212,6 @@ def test_checkpoints_of_other_versions_are_read():
         saved_config(saved, CHECKPOINT / "state.json")
 
 
-def test_inhibition_of_before_there_was_a_strength():
-    """An old configuration had a coefficient, also where nothing used it, and another name for its warm-up."""
-    saved = config(inhibition__warmup=3).model_dump(mode="json")
-    for key in ("strength", "power", "start", "decay", "end"):
-        del saved["inhibition"][key]
-    saved["inhibition"]["coefficient_warmup"] = saved["inhibition"].pop("warmup")
-    assert saved_config(saved, CHECKPOINT / "state.json") == config(inhibition__warmup=3)
-    for method in ("none", "memel"):
-        saved["inhibition"]["method"] = method
-        new = config(inhibition={"method": method, "loss": "published", "warmup": 3})
-        Changes(saved_config(saved, CHECKPOINT / "state.json"), new, STEP).refuse(CHECKPOINT)
-
-
 def test_what_is_allowed_must_be_a_key():
     with pytest.raises(ConfigError, match=r"training\.allow_changes: got 'optimizer\.lr', allowed: keys of a run file"):
         config(training__allow_changes=["inhibition.coefficient", "optimizer.lr"])
