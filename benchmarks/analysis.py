@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     """Return the seconds of parts and of whole analyses; under a launcher rank 0 measures alone. Raises ConfigError."""
     if launch.rank != 0:
         return {}
-    check_extra("analysis", analysis.PACKAGES)
+    check_extra("analysis", "analysis", analysis.PACKAGES)
     check_sizes("--model", [arguments.model])
     quiet_libraries()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

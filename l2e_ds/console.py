@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO, TypeVar
 
 from l2e_ds.errors import ConfigError, L2EError
@@ -61,6 +62,17 @@ def say(line: str) -> None:
     """Print one line, if that is still possible."""
     with contextlib.suppress(OSError, ValueError):
         print(line, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print one line as a warning, if that is still possible."""
+    say(f"l2e-ds: warning: {line}")
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a hint that names the known word most like the given one; `otherwise`, if none is."""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
 
 
 def duration(seconds: float) -> str:

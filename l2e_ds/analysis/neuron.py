@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Return the exit code. Under a launcher only rank 0 works. Raises what `analyze` raises."""
     if launch.find_launch().rank != 0:
         return 0
-    check_extra("analysis", PACKAGES)
+    check_extra("neuron", "analysis", PACKAGES)
     source = find_model(arguments.model)
     output = arguments.output or Path(f"{source.label}-{arguments.layer}-{arguments.index}.html")
     if output.exists() or not output.absolute().parent.is_dir():

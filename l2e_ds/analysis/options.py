@@ -10,7 +10,7 @@ import numpy as np
 
 from l2e_ds.analysis.features import FeatureSet, load_feature_set
 from l2e_ds.checkpoint.weights import DTYPES
-from l2e_ds.console import say
+from l2e_ds.console import warn
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
 
@@ -67,8 +67,8 @@ def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerF
     )
     repeated = 1 - len(np.unique(texts.tokens, axis=0)) / len(texts.tokens)
     if repeated > 0.01 and collectives.is_main():
-        say(
-            f"l2e-ds: warning: {repeated:.0%} of the texts are the same as another in their first"
+        warn(
+            f"{repeated:.0%} of the texts are the same as another in their first"
             f" {texts.tokens.shape[1]} tokens; probes and intervals take them for independent (docs/feature-sets.md)"
         )
     return texts

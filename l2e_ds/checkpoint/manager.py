@@ -27,7 +27,7 @@ from l2e_ds.checkpoint.changes import Changes, saved_config
 from l2e_ds.checkpoint.elastic import ElasticLoad, layout, loss_scaler_state
 from l2e_ds.checkpoint.state import TrainState, reseed, rng_state, set_rng_state
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.console import say
+from l2e_ds.console import say, warn
 from l2e_ds.distributed import collectives
 from l2e_ds.engine.engine import keeping_hyper_parameters
 from l2e_ds.errors import CheckpointError, L2EError, SaveError
@@ -230,7 +230,7 @@ class CheckpointManager:
         try:
             self._tidy_up(final)
         except OSError as error:  # the checkpoint is published all the same
-            say(f"l2e-ds: warning: {self.directory}: {error.strerror}")
+            warn(f"{self.directory}: {error.strerror}")
 
     def _tidy_up(self, newest: Path) -> None:
         """Move `latest`; set aside what a resume has passed over as damaged; remove what is no longer kept."""

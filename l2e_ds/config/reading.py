@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from l2e_ds.config.sections import Checked, RunConfig, Section, SourceConfig
 from l2e_ds.config.yaml_text import parse_yaml, read_yaml
+from l2e_ds.console import did_you_mean
 from l2e_ds.errors import ConfigError
 from l2e_ds.system.files import PACKAGE, REPOSITORY
 
@@ -170,8 +170,7 @@ def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
         for section in sections:
             kind = (None if section.isdigit() else _section_of(kind, section)) or kind
         allowed = list(kind.model_fields)
-        close = difflib.get_close_matches(name, allowed, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(allowed)}"
+        hint = did_you_mean(name, allowed, f"allowed: {', '.join(allowed)}")
         return f"{key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{key}: is required"

@@ -2,7 +2,7 @@
 
 from l2e_ds.data.dataset import TokenDataset
 from l2e_ds.data.mixture import TrainingSequences, check_sets, check_texts, prepare_sets, prepare_texts
-from l2e_ds.data.prepare import PreparedData, PreparedText, check_data, prepare_data
+from l2e_ds.data.prepare import PreparedData, PreparedText, check_data, prepare_data, tokenizer_of
 
 __all__ = [
     "PreparedData",
@@ -15,4 +15,5 @@ __all__ = [
     "prepare_data",
     "prepare_sets",
     "prepare_texts",
+    "tokenizer_of",
 ]

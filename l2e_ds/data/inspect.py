@@ -17,11 +17,11 @@ import numpy as np
 from tqdm import tqdm
 
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.console import at_least, say
+from l2e_ds.console import at_least, say, warn
 from l2e_ds.data.dataset import TokenDataset, token_dataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
-from l2e_ds.data.prepare import PreparedData
+from l2e_ds.data.prepare import PreparedData, tokenizer_of
 from l2e_ds.data.tokenizer import find_end_of_text, load_tokenizer, vocabulary_size
 from l2e_ds.errors import ConfigError, DataError
 
@@ -196,7 +196,7 @@ def view_of_run(run_file: str) -> View:
     if any(part.streaming for _, _, part in config.data.all_sets()):
         raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
     sets = prepare_sets(config.data, cache, hf_config.vocab_size, config.training.evaluation_sequences)
-    tokenizer = next((part.tokenizer for part in sets if part.tokenizer is not None), None)
+    tokenizer = tokenizer_of(sets)
     end = None if tokenizer is None else find_end_of_text(tokenizer)
     training = config.training
     sequences = TrainingSequences(sets, training.global_batch, training.seed, config.data.order)
@@ -243,7 +243,7 @@ def show(view: View, step: int, row: int | None) -> int:
     if row is not None and not 0 <= row < batch:
         raise ConfigError(f"--sequence: got {row}, allowed: 0 to {batch - 1}, the sequences of a batch")
     if view.steps is not None and step >= view.steps:
-        say(f"l2e-ds: warning: --step: the run ends with step {view.steps - 1} (training.steps: {view.steps})")
+        warn(f"--step: the run ends with step {view.steps - 1} (training.steps: {view.steps})")
     for line in _list_batch(view, step) if row is None else _show_sequence(view, step, row):
         print(line)
     return 0

@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -73,6 +73,11 @@ class PreparedData:
     @property
     def held_out_tokens(self) -> int:
         return 0 if self.held_out is None else self.held_out.num_tokens
+
+
+def tokenizer_of(sets: Sequence[PreparedData]) -> PreTrainedTokenizerFast | None:
+    """Return the tokenizer of a run's sets, or None if none of them has one."""
+    return next((part.tokenizer for part in sets if part.tokenizer is not None), None)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ values are an error. What DeepSpeed would ignore or do wrong without a word is r
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from l2e_ds.config.batch import BatchArithmetic, batch_arithmetic
 from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import RunConfig
+from l2e_ds.console import did_you_mean
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.pythia import published_learning_rate
@@ -193,8 +193,7 @@ def _check_keys(ds: dict, where: str) -> None:
 def _check_block(given: dict, types: dict[str, type], where: str) -> None:
     for key, value in given.items():
         if key not in types:
-            close = difflib.get_close_matches(key, types, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(sorted(types))}"
+            hint = did_you_mean(key, types, f"allowed: {', '.join(sorted(types))}")
             raise ConfigError(f"{where}: unknown key {key!r}; {hint}")
         _check_type(value, types[key], f"{where}: {key}")
 

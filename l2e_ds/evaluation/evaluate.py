@@ -18,12 +18,11 @@ import yaml
 
 from l2e_ds.checkpoint.manager import read_state
 from l2e_ds.checkpoint.weights import DTYPES, PROVENANCE
-from l2e_ds.console import at_least, markdown, say
+from l2e_ds.console import at_least, markdown, say, warn
 from l2e_ds.data.tokenizer import name_end_of_text
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, reported_once
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.evaluation import check_installed
 from l2e_ds.evaluation.model_source import (
     MODEL,
     ModelSource,
@@ -36,6 +35,7 @@ from l2e_ds.evaluation.model_source import (
 from l2e_ds.export.card import longer_than_trained
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import append_line
+from l2e_ds.system.installed import check_extra
 from l2e_ds.system.process import quiet_libraries
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
-    check_installed("evaluate")
+    check_extra("evaluate", "eval", ["lm_eval"])
     quiet_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
@@ -150,7 +150,7 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
             made_by = provenance if source.checkpoint is None else read_state(source.checkpoint)
             longer = longer_than_trained(model.config, (made_by or {})["config"])
             if longer is not None:
-                say(f"l2e-ds: warning: {source.label}: {longer}")
+                warn(f"{source.label}: {longer}")
     evaluations = [
         results.about(step, tokens, arguments.precision, arguments.tasks, shots)
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import functools
 import io
 import logging
@@ -26,7 +25,7 @@ import torch
 import yaml
 
 from l2e_ds.checkpoint.state import rng_state, seed_everything, set_rng_state
-from l2e_ds.console import say
+from l2e_ds.console import did_you_mean, warn
 from l2e_ds.data.tokenizer import name_end_of_text, take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import ConfigError, DataError, L2EError
@@ -191,8 +190,7 @@ def _questions(task: Any, document: Any, form: Any) -> set[tuple[str, str]]:
 def _check_known(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "`lm-eval ls tasks` prints all"
+            hint = did_you_mean(name, known, "`lm-eval ls tasks` prints all")
             raise ConfigError(f"no task or group {name!r}; {hint}", where="tasks")
 
 
@@ -403,8 +401,8 @@ def _run_tasks(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: in
     values = _results_by_task(evaluated, {name: len(documents) for name, documents in lm.cut.items()})
     for name, task in values.items():
         if task["cut"] and task["part_of"] is None:
-            say(
-                f"l2e-ds: warning: {name}, {task['num_fewshot']}-shot: {task['cut']:,} of {task['samples']:,} prompts"
+            warn(
+                f"{name}, {task['num_fewshot']}-shot: {task['cut']:,} of {task['samples']:,} prompts"
                 f" do not fit the context of {lm.max_length:,} tokens and were cut from the left"
             )
     return values

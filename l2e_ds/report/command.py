@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Return the exit code. Raises ConfigError, DataError."""
-    check_extra("report", PACKAGES)
+    check_extra("report", "report", PACKAGES)
     from l2e_ds.report import page  # imports matplotlib, an optional dependency
 
     output = arguments.output

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from l2e_ds.errors import DataError
 from l2e_ds.run_directory.json_lines import BROKEN, json_lines
-from l2e_ds.system.provenance import versions
+from l2e_ds.system.provenance import utc_now, versions
 
 FILE = "evaluations.jsonl"
 
@@ -82,9 +81,8 @@ def about(
     step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
 ) -> dict[str, Any]:
     """Return what a line says beside the results. tasks, num_fewshot: as they were asked for."""
-    time = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
-    common = {"step": step, "tokens": tokens, "time": time, "precision": precision}
+    common = {"step": step, "tokens": tokens, "time": utc_now(), "precision": precision}
     return {**common, "asked": asked, "versions": versions("l2e_ds", "lm_eval", "transformers", "torch", "datasets")}
 
 

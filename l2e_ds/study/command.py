@@ -10,7 +10,6 @@ from pathlib import Path
 from l2e_ds.config.reading import find_file
 from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.evaluation import check_installed
 from l2e_ds.slurm.sbatch import add_resource_arguments, resources_of
 from l2e_ds.study import array
 from l2e_ds.study.checking import StudyLock, refuse_changes, resolve_runs, write_study
@@ -19,6 +18,7 @@ from l2e_ds.study.definition import FILE, INDEX, Study, read_study
 from l2e_ds.study.processes import places
 from l2e_ds.study.runner import Runner, say
 from l2e_ds.study.state import State, run_directory, state_of
+from l2e_ds.system.installed import check_extra
 from l2e_ds.system.process import quiet_libraries
 from l2e_ds.training.preflight import ResolvedRun
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     quiet_libraries()
     study = read_study(arguments.study, arguments.overrides, arguments.directory)
     if study.file.evaluate:
-        check_installed("evaluate")
+        check_extra("evaluate", "eval", ["lm_eval"])
     resources = resources_of(arguments) if arguments.slurm else None
     where = [] if resources else places(arguments.devices, arguments.ranks, os.environ)
     ranks = resources.ranks if resources else where[0].ranks

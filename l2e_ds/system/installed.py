@@ -15,8 +15,9 @@ def is_installed(package: str) -> bool:
     return spec is not None and spec.origin is not None
 
 
-def check_extra(extra: str, packages: Sequence[str]) -> None:
-    """Check that the packages of an extra are installed. Raises ConfigError, naming those that are missing."""
+def check_extra(where: str, extra: str, packages: Sequence[str]) -> None:
+    """Check that packages of an extra are installed. where: what needs them. Raises ConfigError, naming those that are
+    missing."""
     missing = [name for name in packages if not is_installed(name)]
     if missing:
-        raise ConfigError(f"the {extra} needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'")
+        raise ConfigError(f"needs {', '.join(missing)}: pip install 'l2e-ds[{extra}]'", where=where)

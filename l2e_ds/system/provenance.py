@@ -7,10 +7,16 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from datetime import datetime, timezone
 from pathlib import Path
 
 import l2e_ds
 from l2e_ds.system.files import REPOSITORY
+
+
+def utc_now() -> str:
+    """Return the present time, to the second: `2026-01-31T12:00:00Z`."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def commit_and_changes() -> tuple[str | None, list[str]]:

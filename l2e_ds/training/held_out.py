@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.data import PreparedData, PreparedText, TokenDataset
+from l2e_ds.data import PreparedData, PreparedText, TokenDataset, tokenizer_of
 from l2e_ds.data.tokenizer import find_end_of_text
 from l2e_ds.distributed import collectives
 from l2e_ds.evaluation.generate import decode_continuation, encode_samples
@@ -153,7 +153,7 @@ class Samples:
     tokenizer: PreTrainedTokenizerFast
 
     @torch.no_grad()
-    def write(self, engine: Any, state: TrainState, say: Callable[[str], None]) -> None:
+    def write(self, engine: Any, state: TrainState, warn: Callable[[str], None]) -> None:
         """Append a line for each prompt. Every rank computes every token, as ZeRO-3 needs that, with a generator of its
         own. Collective. Raises Interrupted."""
         end = find_end_of_text(self.tokenizer)
@@ -178,7 +178,7 @@ class Samples:
             for line in lines if collectives.is_main() else ():
                 append_line(path, line)
         except OSError as error:  # a full disk costs lines, not the run, as with metrics.jsonl
-            say(f"l2e-ds: warning: {path}: {error.strerror}; the samples are lost")
+            warn(f"{path}: {error.strerror}; the samples are lost")
 
 
 def load_samples(config: RunConfig, hf_config: Any, data: Sequence[PreparedData]) -> Samples | None:
@@ -186,5 +186,6 @@ def load_samples(config: RunConfig, hf_config: Any, data: Sequence[PreparedData]
     continue."""
     if not config.evaluation.samples:
         return None
-    tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
+    tokenizer = tokenizer_of(data)
+    assert tokenizer is not None  # the run file's checks ask for one
     return Samples(config, encode_samples(config.evaluation, tokenizer, hf_config), tokenizer)

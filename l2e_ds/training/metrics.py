@@ -82,9 +82,7 @@ class MetricsWriter:
         except OSError as error:
             self._file.truncate(self._size)
             if self._writable:
-                self.say(
-                    f"l2e-ds: warning: {self.path}: {error.strerror}; lines are lost until it can be written again"
-                )
+                self.warn(f"{self.path}: {error.strerror}; lines are lost until it can be written again")
             self._writable = False
         else:
             self._size += len(line)
@@ -118,6 +116,10 @@ class MetricsWriter:
                 tqdm.write(text, file=sys.stderr)
         elif self.main:
             say(text)
+
+    def warn(self, text: str) -> None:
+        """Print a line as a warning, as `say` does."""
+        self.say(f"l2e-ds: warning: {text}")
 
     def close(self) -> None:
         """Close the progress bar, the file and the monitors."""

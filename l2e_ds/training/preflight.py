@@ -20,13 +20,12 @@ from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.engine.configuration import check_device, is_adam, resolve, zero_stage
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import ConfigError, L2EError
-from l2e_ds.evaluation import check_installed
 from l2e_ds.evaluation.generate import encode_samples
 from l2e_ds.models.counts import layer_matrix_parameters, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import chosen_layers
-from l2e_ds.system.installed import is_installed
+from l2e_ds.system.installed import check_extra, is_installed
 from l2e_ds.training import micro_batch
 
 
@@ -112,10 +111,10 @@ def _check_machine(run: ResolvedRun) -> None:
     if config.optimizer.name == "adamw-8bit" and not is_installed("bitsandbytes"):
         raise ConfigError("optimizer.name: got adamw-8bit, which needs bitsandbytes: pip install bitsandbytes")
     if config.evaluation.every:
-        check_installed("evaluation.every")
+        check_extra("evaluation.every", "eval", ["lm_eval"])
     for key, package in (("tensorboard", "tensorboard"), ("wandb_project", "wandb")):
-        if getattr(config.logging, key) and not is_installed(package):
-            raise ConfigError(f"logging.{key}: needs {package}: pip install 'l2e-ds[monitor]'")
+        if getattr(config.logging, key):
+            check_extra(f"logging.{key}", "monitor", [package])
 
 
 def _nearest(key: str, folder: Path) -> Path:

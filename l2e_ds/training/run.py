@@ -9,7 +9,6 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 
 from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints
 from l2e_ds.console import aligned, say
-from l2e_ds.data import PreparedData, PreparedText, prepare_sets, prepare_texts
+from l2e_ds.data import PreparedData, PreparedText, prepare_sets, prepare_texts, tokenizer_of
 from l2e_ds.data.tokenizer import take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
@@ -28,7 +27,7 @@ from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
 from l2e_ds.system.memory import is_out_of_memory, keep_freed_memory
-from l2e_ds.system.provenance import commit_and_changes, versions
+from l2e_ds.system.provenance import commit_and_changes, utc_now, versions
 from l2e_ds.training import micro_batch, preemption
 from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.preflight import ResolvedRun, summary_rows
@@ -155,7 +154,7 @@ def _write_run_files(run: ResolvedRun, directory: Path, data: Sequence[PreparedD
     write_whole(directory / "config.yaml", run.config.dump())
     write_whole(directory / "deepspeed.json", json.dumps(run.ds, indent=2) + "\n")
     write_whole(directory / "model" / "config.json", run.hf_config.to_json_string())
-    tokenizer = next((part.tokenizer for part in data if part.tokenizer is not None), None)
+    tokenizer = tokenizer_of(data)
     if tokenizer is not None and (is_new or not (directory / "tokenizer").exists()):
         temporary = directory / "tokenizer.tmp"
         tokenizer.save_pretrained(temporary)
@@ -180,7 +179,7 @@ def _start_values(run: ResolvedRun, launch: Launch, device: Any, data: RunData) 
     }
     commit, changes = commit_and_changes() if collectives.is_main() else (None, [])
     return {
-        "time": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "time": utc_now(),
         "git": {"commit": commit, "changed": bool(changes)},
         "host": platform.node(),
         "hosts": len(set(collectives.all_gather_objects(platform.node()))),

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.console import say
-from l2e_ds.data import PreparedData
+from l2e_ds.console import warn
+from l2e_ds.data import PreparedData, tokenizer_of
 from l2e_ds.data.tokenizer import end_of_text_id
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
@@ -49,7 +49,7 @@ class TaskEvaluation:
                 if collectives.is_main():
                     append_line(path, evaluation)
             except OSError as error:  # as in metrics.jsonl, a full disk costs lines, but not the run
-                say(f"l2e-ds: warning: {path}: {error.strerror}; the results are lost")
+                warn(f"{path}: {error.strerror}; the results are lost")
             values |= {
                 f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
                 for result in results.results_of(evaluation)
@@ -81,7 +81,8 @@ def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[Prepa
     DataError."""
     if not config.evaluation.every:
         return None
-    tokenizer = next(part.tokenizer for part in data if part.tokenizer is not None)
+    tokenizer = tokenizer_of(data)
+    assert tokenizer is not None  # the run file's checks ask for one
     collectives.run_on_all(lambda: end_of_text_id(tokenizer))  # tasks use it to begin a text and to end an answer
     micro_batch = config.training.micro_batch
     assert isinstance(micro_batch, int)  # `auto` has been replaced by a number

@@ -313,7 +313,7 @@ class Trainer(AbstractContextManager):
             if texts:
                 values |= evaluate_texts(self.engine, self.head, texts)
             if samples is not None:
-                samples.write(self.engine, self.state, self.metrics.say)
+                samples.write(self.engine, self.state, self.metrics.warn)
             self.state.evaluated = self.state.step
             self.metrics.write("evaluation", self.state.step, {"tokens": self.state.tokens, **values})
             shown = [f"{text.name} {values[f'text_loss/{text.name}']:.4f}" for text in texts[:4]]
@@ -338,7 +338,7 @@ class Trainer(AbstractContextManager):
         advice = guard.advice(self.config.inhibition)
         for finding in findings:
             self.metrics.write("guard", self.state.step, {**finding.values(), "advice": advice})
-            self.metrics.say(f"l2e-ds: warning: step {self.state.step}: {finding.seen}; {advice}")
+            self.metrics.warn(f"step {self.state.step}: {finding.seen}; {advice}")
 
     def evaluate_on_tasks(self) -> None:
         """Evaluate on the tasks of the section `evaluation`, without inhibition, and write `kind: tasks`. Collective.
@@ -354,7 +354,7 @@ class Trainer(AbstractContextManager):
                 if step == 0:  # no step is lost
                     raise
                 self.metrics.write("tasks", step, {"error": str(error)})
-                self.metrics.say(f"l2e-ds: warning: step {step}: {error}; training continues")
+                self.metrics.warn(f"step {step}: {error}; training continues")
             else:
                 self.metrics.write("tasks", step, {"tokens": self.state.tokens, **results})
                 shown = ", ".join(f"{name} {value:.4f}" for name, value in list(results.items())[:4])
@@ -392,7 +392,7 @@ class Trainer(AbstractContextManager):
                 raise
             self.saved_step = None
             self.metrics.write("checkpoint", self.state.step, {"error": str(error)})
-            self.metrics.say(f"l2e-ds: warning: {error}; training continues (checkpoint.on_error)")
+            self.metrics.warn(f"{error}; training continues (checkpoint.on_error)")
 
     # --- metrics -------------------------------------------------------------------------------------------------
 

@@ -131,10 +131,10 @@ def test_help_without_the_extras(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     needs = "needs matplotlib, pyarrow, scipy: pip install 'l2e-ds[analysis]'"
     assert done.stderr.splitlines() == [
-        f"l2e-ds: error: the analysis {needs}",
-        f"l2e-ds: error: the analysis {needs}",
-        "l2e-ds: error: the report needs matplotlib: pip install 'l2e-ds[report]'",
-        f"l2e-ds: error: the analysis {needs}",
+        f"l2e-ds: error: analyze: {needs}",
+        f"l2e-ds: error: neuron: {needs}",
+        "l2e-ds: error: report: needs matplotlib: pip install 'l2e-ds[report]'",
+        f"l2e-ds: error: analysis: {needs}",
     ]
 
 

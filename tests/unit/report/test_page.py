@@ -334,6 +334,4 @@ def contents(folder):
 def test_missing_packages(monkeypatch, capsys):
     monkeypatch.setattr("l2e_ds.report.command.PACKAGES", ("matplotlib", "no_such_package"))
     assert main(["report", "run", "--output", "r.html"]) == 2
-    assert capsys.readouterr().err == (
-        "l2e-ds: error: the report needs no_such_package: pip install 'l2e-ds[report]'\n"
-    )
+    assert capsys.readouterr().err == ("l2e-ds: error: report: needs no_such_package: pip install 'l2e-ds[report]'\n")
