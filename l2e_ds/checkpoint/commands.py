@@ -9,7 +9,7 @@ from pathlib import Path
 
 from l2e_ds.checkpoint.manager import read_state, remove_checkpoint
 from l2e_ds.console import at_least
-from l2e_ds.errors import CheckpointError, ConfigError
+from l2e_ds.errors import CheckpointError
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
 from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
@@ -88,7 +88,8 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
     if keep_every:
         kept += [path for path in good if step_of(path) % keep_every == 0]
     doomed = [path for path in published if path not in kept] + _folders(run, ".damaged")
-    doomed += _folders(run, ".tmp") if _is_idle(run) else []
+    if RunLock(run).refusal() is None:  # else a run may be writing one
+        doomed += _folders(run, ".tmp")
     for path in doomed:
         print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
         if not arguments.dry_run:
@@ -99,17 +100,6 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
 
 def _folders(run: Path, suffix: str) -> list[Path]:
     return sorted(path for path in (run / "checkpoints").glob(f"step*{suffix}") if path.is_dir())
-
-
-def _is_idle(run: Path) -> bool:
-    """Return whether no run is writing here, to which an unfinished checkpoint would belong."""
-    lock = RunLock(run)
-    try:
-        lock.acquire()
-    except ConfigError:
-        return False
-    lock.release()
-    return True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

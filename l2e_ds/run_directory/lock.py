@@ -24,10 +24,13 @@ WATCHED_FOR = 3 * RENEWED_EVERY
 
 
 class RunLock:
-    """The lock of one run directory; `acquire` it before anything is written there."""
+    """The lock of one run directory, or of a study's folder; `acquire` it before anything is written there.
 
-    def __init__(self, run_directory: Path) -> None:
-        self.path = run_directory / NAME
+    where: what gave the folder, to begin an error. what: what works there.
+    """
+
+    def __init__(self, directory: Path, where: str = "training.run_directory", what: str = "run") -> None:
+        self.path, self.where, self.what = directory / NAME, where, what
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
@@ -36,7 +39,16 @@ class RunLock:
         try:
             self._acquire()
         except OSError as error:
-            raise ConfigError(f"training.run_directory: {self.path}: {error.strerror or error}") from None
+            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
+
+    def refusal(self) -> ConfigError | None:
+        """Return why the lock cannot be taken now, or None: then it was taken, and given back."""
+        try:
+            self.acquire()
+        except ConfigError as error:
+            return error
+        self.release()
+        return None
 
     def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,12 +106,8 @@ class RunLock:
             return {}
 
     def _refusal(self, holder: dict) -> ConfigError:
-        return ConfigError(
-            f"training.run_directory: another run is writing to {self.path.parent} ({described(holder)}); wait for it,"
-            " stop it or choose another folder"
+        host, process, since = (holder.get(key, "?") for key in ("host", "process", "since"))
+        problem = (
+            f"another {self.what} is writing to {self.path.parent} (host {host}, process {process}, since {since})"
         )
-
-
-def described(holder: dict) -> str:
-    """Return what a lock's file says of the process that holds it."""
-    return f"host {holder.get('host', '?')}, process {holder.get('process', '?')}, since {holder.get('since', '?')}"
+        return ConfigError(f"{problem}; wait for it, stop it or choose another folder", where=self.where)

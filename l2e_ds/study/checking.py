@@ -10,31 +10,10 @@ from pathlib import Path
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.run_directory.lock import RunLock, described
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
 from l2e_ds.study.state import config_file, run_directory
 from l2e_ds.system.files import write_whole
 from l2e_ds.training.preflight import ResolvedRun, preflight, resolve_run
-
-
-class StudyLock(RunLock):
-    """Ensures that one `l2e-ds study` at a time works in a study's folder. where: what gave it, to begin an error."""
-
-    def __init__(self, directory: Path, where: str = "directory") -> None:
-        super().__init__(directory)
-        self.where = where
-
-    def acquire(self) -> None:
-        """Take the lock. Raises ConfigError if another study is at work, or the folder cannot be written."""
-        try:
-            self._acquire()
-        except OSError as error:
-            raise ConfigError(f"{self.where}: cannot write {self.path}: {error.strerror or error}") from None
-
-    def _refusal(self, holder: dict) -> ConfigError:
-        return ConfigError(
-            f"{self.path.parent}: another l2e-ds study works here ({described(holder)}); wait for it or stop it"
-        )
 
 
 def resolve_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, ResolvedRun]:

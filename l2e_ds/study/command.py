@@ -10,9 +10,10 @@ from pathlib import Path
 from l2e_ds.config.reading import find_file
 from l2e_ds.console import at_least, markdown
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.slurm.sbatch import add_resource_arguments, resources_of
 from l2e_ds.study import array
-from l2e_ds.study.checking import StudyLock, refuse_changes, resolve_runs, write_study
+from l2e_ds.study.checking import refuse_changes, resolve_runs, write_study
 from l2e_ds.study.collect import RESULTS, collect, summary, write_results
 from l2e_ds.study.definition import FILE, INDEX, Study, read_study
 from l2e_ds.study.processes import places
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     if resources is not None:
         array.check(study.directory, words)
     array.refuse_queued(study.directory)
-    lock = StudyLock(study.directory, study.runs[0].sources["training.run_directory"])
+    lock = RunLock(study.directory, study.runs[0].sources["training.run_directory"], what="study")
     lock.acquire()
     try:
         write_study(study, resolved)

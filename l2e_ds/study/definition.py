@@ -93,8 +93,6 @@ class Index(Section, extra="ignore"):
     title: str
     name: str = ""
     factors: dict[str, list[str]] = Field({})
-    seeds: list[int] = Field([])
-    baseline: Levels | None = None
     evaluate: list[Evaluation] = Field([])
     runs: list[StudyRun]
 
@@ -117,8 +115,6 @@ class Study:
             title=self.file.title,
             name=self.directory.absolute().name,
             factors={factor: list(levels) for factor, levels in self.factors.items()},
-            seeds=self.file.seeds,
-            baseline=self.file.baseline,
             evaluate=self.file.evaluate,
             runs=list(self.runs),
         )

@@ -140,20 +140,18 @@ class Runner:
         lock = RunLock(run_directory(self.directory, job.name))
         if not lock.path.exists():
             return False
-        try:
-            lock.acquire()
-        except ConfigError as error:
-            patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout
-            if job.waits_since is None:
-                job.waits_since = now
-                say(f"{job.name}: has to wait: {error}")
-            if now > job.waits_since + patience:
-                self.waiting.remove(job)
-                self._fail(job, error.exit_code, str(error))
-            job.look_at = now + LOOK_AGAIN
-            return True
-        lock.release()
-        return False
+        refusal = lock.refusal()
+        if refusal is None:
+            return False
+        patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout
+        if job.waits_since is None:
+            job.waits_since = now
+            say(f"{job.name}: has to wait: {refusal}")
+        if now > job.waits_since + patience:
+            self.waiting.remove(job)
+            self._fail(job, refusal.exit_code, str(refusal))
+        job.look_at = now + LOOK_AGAIN
+        return True
 
     def _continue(self, job: Job) -> None:
         """Start the next process for a run, or finish the run."""

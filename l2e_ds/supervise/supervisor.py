@@ -211,14 +211,10 @@ def wait_until_free(directory: Path, patience: float) -> None:
     """
     lock, deadline = RunLock(directory), time.monotonic() + patience
     while lock.path.exists() and time.monotonic() < deadline and not signals.received:
-        try:
-            lock.acquire()
-        except ConfigError as error:
-            say(f"asking the run that is still there to stop: {error}")
+        if (refusal := lock.refusal()) is not None:
+            say(f"asking the run that is still there to stop: {refusal}")
             stop_file.ask_to_stop(directory, to_restart=True)
             time.sleep(5)
-        else:
-            lock.release()
     stop_file.honour(directory)
 
 

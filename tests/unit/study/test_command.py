@@ -142,15 +142,15 @@ def test_dry_run_says_how_far_runs_are_and_writes_nothing(here, capsys):
 
 def test_one_study_at_a_time(here, capsys):
     hold = (
-        "import sys, time; from pathlib import Path; from l2e_ds.study.checking import StudyLock;"
-        " StudyLock(Path('out')).acquire(); print('locked', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from l2e_ds.run_directory.lock import RunLock;"
+        " RunLock(Path('out')).acquire(); print('locked', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
     with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment) as other:
         assert other.stdout is not None and other.stdout.readline() == b"locked\n"
         said = refused(capsys)
         other.kill()
-    assert f"out: another l2e-ds study works here (host {os.uname().nodename}, process {other.pid}" in said
+    assert f"directory: another study is writing to out (host {os.uname().nodename}, process {other.pid}" in said
     assert os.listdir("out") == ["lock"]
 
 
