@@ -59,8 +59,8 @@ class Changes:
         moved = [f"{key}: {old} -> {new} steps" for key, (old, new) in self._moved.items()]
         return [*texts.values(), *moved, *self._rates()]
 
-    def refuse(self, checkpoint: Path) -> None:
-        """Raise CheckpointError if a changed key decides the results and is not in `training.allow_changes`."""
+    def refused(self) -> list[str]:
+        """Return the changes of keys that decide the results and are not in `training.allow_changes`, with advice."""
         may_change = self._same | {key for key in self._texts if key in MAY_MOVE and self._has_moved(key)}
         found = {
             key: text for key, text in self._texts.items() if not key.startswith(MAY_CHANGE) and key not in may_change
@@ -78,7 +78,11 @@ class Changes:
             kept = " ".join(f"{key}={old}" for key, (old, _) in self._moved.items())
             note = f"inhibition's schedule moves with it; {kept} keeps it"
             found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
-        refused = [text for key, text in found.items() if key not in self.new.training.allow_changes]
+        return [text for key, text in found.items() if key not in self.new.training.allow_changes]
+
+    def refuse(self, checkpoint: Path) -> None:
+        """Raise CheckpointError if a change is refused."""
+        refused = self.refused()
         if refused:
             more = f" (and {len(refused) - 3} more)" if len(refused) > 3 else ""
             raise CheckpointError(

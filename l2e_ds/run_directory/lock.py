@@ -107,7 +107,8 @@ class RunLock:
 
     def _refusal(self, holder: dict) -> ConfigError:
         host, process, since = (holder.get(key, "?") for key in ("host", "process", "since"))
-        problem = (
-            f"another {self.what} is writing to {self.path.parent} (host {host}, process {process}, since {since})"
+        return ConfigError(
+            f"another {self.what} is writing to {self.path.parent} (host {host}, process {process}, since {since});"
+            " wait for it, stop it or choose another folder",
+            where=self.where,
         )
-        return ConfigError(f"{problem}; wait for it, stop it or choose another folder", where=self.where)

@@ -7,10 +7,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from l2e_ds.checkpoint.changes import Changes
 from l2e_ds.config.reading import find_file, load_run_config
-from l2e_ds.config.sections import DECIDES_NO_RESULT, RunConfig, flat
+from l2e_ds.config.sections import RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun, text_of
+from l2e_ds.run_directory.names import newest_step
+from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun
 from l2e_ds.study.state import config_file, run_directory
 from l2e_ds.system.files import write_whole
 from l2e_ds.training.preflight import ResolvedRun, preflight, resolve_run
@@ -62,25 +64,21 @@ def _with_source(line: str, run: StudyRun) -> str:
 
 
 def changes(directory: Path, new: RunConfig) -> list[str]:
-    """Return the changes that would make a run that has begun another one, as `key: old -> new`.
-
-    It may become longer if its schedule stays. Raises ConfigError.
-    """
+    """Return the changes that would make a run that has begun another one, as `key: old -> new`: those with which it
+    does not resume, a number of steps that it has passed, and another beginning. Raises ConfigError."""
     path = directory / "config.yaml"
     if not path.is_file():
         return []
-    old, now = flat(load_run_config(path)), flat(new)
-    begins_elsewhere = not {old["training.resume"], now["training.resume"]} <= {"auto", "never"}
-    if now["training.precision"] == "auto":
-        old["training.precision"] = "auto"
-    if now["optimizer.schedule_steps"] is not None and now["training.steps"] > old["training.steps"]:
-        old["training.steps"] = now["training.steps"]
-    return [
-        f"{key}: {text_of(old[key])} -> {text_of(now[key])}"
-        for key in now
-        if old[key] != now[key]
-        and (not key.startswith(DECIDES_NO_RESULT) or (key == "training.resume" and begins_elsewhere))
-    ]
+    old, step = load_run_config(path), newest_step(directory)
+    if new.training.precision == "auto":
+        old = old.replace("training", precision="auto")
+    found = Changes(old, new, step).refused()
+    if new.training.steps < step:
+        found.append(f"training.steps: {old.training.steps} -> {new.training.steps}, but step {step} is done")
+    resumes = old.training.resume, new.training.resume
+    if resumes[0] != resumes[1] and not {*resumes} <= {"auto", "never"}:
+        found.append(f"training.resume: {resumes[0]} -> {resumes[1]}")
+    return found
 
 
 def refuse_changes(study: Study, resolved: dict[str, ResolvedRun]) -> None:
