@@ -292,7 +292,7 @@ class OptimizerConfig(Section):
     """Peak of Muon's matrices, which follow the same schedule."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     """Decay of Muon's momentum."""
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
     """Decay of Adam's first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
@@ -312,12 +312,6 @@ class OptimizerConfig(Section):
     """Length of the schedule in steps. Default: `training.steps`."""
     final_ratio: float = Field(0.1, ge=0, le=1)
     """Learning rate at the end of the schedule, as a share of the peak."""
-
-    @model_validator(mode="after")
-    def _betas_in_range(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas: got {self.betas}, both must be in [0, 1)")
-        return self
 
     @model_validator(mode="after")
     def _muon_for_muon(self) -> OptimizerConfig:
@@ -429,7 +423,7 @@ class InhibitionConfig(Section):
     """Steps, or share, of its linear fall before `end`."""
     end: Duration | None = None
     """Step, or share, at which it ends. Default: the end of the run."""
-    statistics_window: int | Literal["cumulative"] = 50
+    statistics_window: Annotated[int, Field(ge=1)] | Literal["cumulative"] = 50
     """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
     reduce: Literal["step", "forward"] = "step"
     """When statistics cross ranks: once a step, or in every forward before selection (slower)."""
@@ -471,15 +465,6 @@ class InhibitionConfig(Section):
                 "inhibition.fused: true goes with retrieval threshold, mechanism regulariser and reduce: step; allowed"
                 " here: auto, false"
             )
-        if isinstance(self.statistics_window, int) and self.statistics_window < 1:
-            raise ValueError(
-                f"inhibition.statistics_window: got {self.statistics_window}, allowed: an integer >= 1 or 'cumulative'"
-            )
-        if isinstance(self.layers, list):
-            if not self.layers:
-                raise ValueError("inhibition.layers: got [], give at least one layer")
-            if len(set(self.layers)) != len(self.layers):
-                raise ValueError(f"inhibition.layers: {self.layers} names a layer twice")
         return self
 
     def in_steps(self, key: str, steps: int) -> int | None:
