@@ -49,8 +49,8 @@ def evaluate(
     """Return the metrics of `kind: evaluation`, the same on every rank (docs/metrics.md). Collective. Raises
     Interrupted.
 
-    sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the
-    layers to measure; metrics of the latter have the names of `comparison_key`.
+    sets: those with held-out text, which weigh what they weigh in training. sites, comparison: the layers to measure;
+    metrics of the latter have the names of `comparison_key`.
     """
     datasets = [part.held_out for part in sets if part.held_out is not None]
     counts = np.array([min(config.training.evaluation_sequences, len(dataset)) for dataset in datasets])

@@ -376,7 +376,7 @@ class Trainer(AbstractContextManager):
                 self.saved_step = self.state.step
 
     def _advance_checkpoint(self, wait: bool = False, must_succeed: bool = False) -> None:
-        """Write the metrics of a checkpoint that has been published meanwhile. Collective. Raises SaveError."""
+        """Go on publishing the pending checkpoint, and write its metrics once it is. Collective. Raises SaveError."""
         with self._allowing_failure(must_succeed):
             done = self.checkpoints.advance(until_done=wait or must_succeed)
             if done is not None:
