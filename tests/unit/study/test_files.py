@@ -53,7 +53,7 @@ def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
         assert find_file(config.deepspeed.config) is not None
         section = config.inhibition
         as_recipe = path.stem == "time" or run.levels.get("method") == "projected"
-        if section.method == "l2e" and section.parts[1] == "regulariser":
+        if section.method == "l2e" and section.retrieval_and_mechanism[1] == "regulariser":
             weights = (section.loss, section.strength, section.coefficient)
             assert weights == (("projected", 0.05, None) if as_recipe else ("published", None, 1e-3)), run.name
         if section.method != "none" and run.levels.get("method") != "projected":
