@@ -93,9 +93,9 @@ def controls(curves: pd.DataFrame) -> str:
     """Return how much each control of CONTROLS loses against its baseline, in nats, by step."""
     loss = curves.set_index(["run", "step"])["held_out_loss"]
     there = {control: loss[control] - loss[base] for control, base in CONTROLS.items() if control in loss.index}
-    steps = sorted({step for differences in there.values() for step in differences.dropna().index if step})
-    rows = [[name, *(f"{d[step]:+.3f}" if step in d else "" for step in steps)] for name, d in there.items()]
-    return markdown(["control", *(f"{step:,}" for step in steps)], rows)
+    table = pd.DataFrame(there).drop(index=0).dropna(how="all")
+    rows = [[f"{step:,}", *("" if math.isnan(d) else f"{d:+.3f}" for d in row)] for step, row in table.iterrows()]
+    return markdown(["step", *table.columns], rows)
 
 
 def transfer(results: pd.DataFrame) -> str:
