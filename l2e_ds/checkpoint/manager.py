@@ -282,9 +282,9 @@ class CheckpointManager:
         saved = content["identity"]
         state = TrainState(**content["train"])
         for key, value in identity.items():
-            if key not in ELASTIC and saved[key] != value:
-                raise CheckpointError(f"{path}: was written with {key} {saved[key]}, this run has {key} {value}")
-        elastic = content["layout"] != layout(engine)
+            if key not in ELASTIC and saved.get(key) != value:
+                raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
+        elastic = content.get("layout") != layout(engine)
         # stage 0 keeps everything in one file
         if elastic and (saved["zero_stage"], identity["zero_stage"]) != (0, 0):
             _load_elastic(path, engine, content, identity)
