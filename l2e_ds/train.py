@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
             if code == ConfigError.exit_code and collectives.size() == 1:
                 return code
             os._exit(code)
-        from l2e_ds.distributed.watchdog import is_lost_contact
+        from l2e_ds.distributed.watchdog import is_lost_contact  # with torch, which a mistake need not wait for
 
         if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
             say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason_of(error)}")

@@ -45,6 +45,7 @@ class Operations(TorchDispatchMode):
 
 def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
     """Return what the fifth step of a run has: operations, reads, synchronisations, and on a GPU kernels."""
+    # here, as DeepSpeed takes seconds, and only the process that takes the steps needs it
     from deepspeed.accelerator import get_accelerator
 
     from l2e_ds.distributed import process_group
