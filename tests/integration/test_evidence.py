@@ -64,6 +64,15 @@ def test_a_control_and_what_is_measured(text, tmp_path):
         assert codes == [0], said
     plain, without = ([line["held_out_loss"] for line in lines(run, "evaluation")] for run in runs)
     assert plain[0] != without[0] and len(plain) == len(without) == 2
+    codes, said = finish(EVIDENCE / "curves.py", tmp_path / "curves.csv", *runs)
+    assert codes == [0], said
+    with (tmp_path / "curves.csv").open() as file:
+        found = [(line["run"], int(line["step"]), float(line["held_out_loss"])) for line in csv.DictReader(file)]
+    assert found == [
+        (run.name, step, round(loss, 6))
+        for run, losses in zip(runs, (plain, without), strict=True)
+        for step, loss in zip((0, 2), losses, strict=True)
+    ]
     saved = load_causal_model(find_model(str(runs[1])), "fp32", None)[0]
     assert [bool(block.mlp.dense_4h_to_h.weight.any()) for block in saved.gpt_neox.layers] == [True, False, False, True]
     for _ in range(2):  # the second time there is nothing to do
