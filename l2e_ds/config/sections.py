@@ -145,7 +145,7 @@ class SourceConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     streaming: bool = False
-    """Tokenise text while training (docs/data.md); nothing is prepared on disk."""
+    """Tokenize text while training (docs/data.md); nothing is prepared on disk."""
     shuffle_buffer: int = Field(10_000, gt=0)
     """Documents that a stream shuffles together; none with `order: stored`."""
     text_key: str = "text"
@@ -153,7 +153,7 @@ class SourceConfig(Section):
     max_documents: int | None = Field(None, gt=0)
     """Take only the first documents."""
     max_tokens: int | None = Field(None, gt=0)
-    """Stop tokenising after this many tokens."""
+    """Stop tokenizing after this many tokens."""
 
     def check_source(self, where: str) -> None:
         """Raise ValueError if the keys do not go together. where: the dotted key of this section."""
@@ -221,9 +221,9 @@ class DataConfig(SourceConfig):
     order: Literal["shuffled", "stored"] = "shuffled"
     """`stored`: in the order of the file, as for the preshuffled Pile."""
     cache: LocalPath | None = None
-    """Folder of tokenised text. Default: `data/` in the run directory."""
+    """Folder of tokenized text. Default: `data/` in the run directory."""
     workers: int | None = Field(None, gt=0)
-    """Processes that tokenise. Default: rank 0's cores; for each stream half of them."""
+    """Processes that tokenize. Default: rank 0's cores; for each stream half of them."""
 
     @model_validator(mode="after")
     def _source_needs(self) -> DataConfig:
@@ -572,7 +572,7 @@ class EvaluationConfig(Section):
                     " or 'hub', whose bytes can be counted"
                 )
             if text.streaming:
-                raise ValueError(f"{where}.streaming: got True, allowed: False; the text is tokenised once")
+                raise ValueError(f"{where}.streaming: got True, allowed: False; the text is tokenized once")
             if text.name in names[:index]:
                 raise ValueError(
                     f"{where}.name: {text.name!r} is the name of evaluation.texts.{names.index(text.name)} too"

@@ -1,4 +1,4 @@
-"""Train on a stream as one of a run's sets: rank 0 reads and tokenises it, and every rank gets what its step takes.
+"""Train on a stream as one of a run's sets: rank 0 reads and tokenizes it, and every rank gets what its step takes.
 
 Shapes: n sequences, T tokens per sequence.
 """
