@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from l2e_ds.distributed.heartbeat import beat, doing, progress
+from l2e_ds.distributed.heartbeat import beat
 from l2e_ds.errors import L2EError
 
 _patience = timedelta(minutes=30)  # timeout of the collectives; set by `open_control_group`
@@ -81,7 +81,7 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     if size() > 1:
         dist.broadcast_object_list(box, src=0, group=_control)
-    progress(doing())
+    beat()
     return box[0]
 
 

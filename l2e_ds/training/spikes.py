@@ -61,9 +61,8 @@ class SkippedSteps:
     def _is_spike(self) -> bool:
         """Return whether the optimizer is to skip the step that it is about to take. Collective."""
         if self._norm is None:  # the first time in this step
-            self._norm = collectives.broadcast_object(
-                norm_within_step(self._engine)
-            )  # or ranks could part from each other
+            # rank 0's, or ranks could part from each other
+            self._norm = collectives.broadcast_object(norm_within_step(self._engine))
             section = self._section
             assert section.spike_deviations is not None
             self.spike = find_spike(

@@ -98,8 +98,9 @@ def test_table_and_figure_of_the_results(tmp_path):
     assert "projected-0.05 (n = " in (tmp_path / "figure.svg").read_text()
 
 
-def test_planted_specificity():
+def test_planted_specificity(monkeypatch):
     """The first half of 40 neurons belong to one feature each, the others to none; half as peaked changes no share."""
+    monkeypatch.syspath_prepend(EVIDENCE)  # as when it is run
     random = np.random.default_rng(0)
     labels, length, neurons = random.permutation(np.arange(4).repeat(40)), 32, 40
     of_tokens = labels.repeat(length)[:, None]

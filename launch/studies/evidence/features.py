@@ -1,6 +1,6 @@
 """Measure how specific the neurons of runs are to kinds of text, beside what chance alone would give.
 
-    python launch/studies/evidence/features.py OUTPUT.csv FEATURES.jsonl RUN [RUN ...]
+    python launch/studies/evidence/features.py OUTPUT.csv RUN [RUN ...] --features FEATURES.jsonl
 
 One line a run: its newest checkpoint, the two layers that the main study inhibits (`mid-2`), whether it inhibits them
 or not, the mean over these; 50 texts of each feature, 128 tokens each. FEATURES.jsonl: lines of a text and its feature,
@@ -22,19 +22,18 @@ Lines that are there already are kept, so that the same command resumes.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import ks_2samp
+from shared import LAYERS, SHARE, add_arguments, replaced, write_rows
 from torch import Tensor
 
 from l2e_ds.analysis.features import FeatureSet, load_feature_set
 from l2e_ds.evaluation.model_source import find_model, load_causal_model, load_tokenizer_of
 from l2e_ds.models.sites import neuron_sites
 
-LAYERS, SHARE = "mid-2", 0.02  # of the main study
 TEXTS, LENGTH, BATCH, CLIP, SEED = 50, 128, 25, 2.0, 0
 COLUMNS = ("ms", "active_share", "own_ms", "ks", "ks_chance", "fkr", "own_share", "eta2", "eta2_clipped", "eta2_chance")
 
@@ -99,43 +98,31 @@ def activations_of(run: Path, texts: FeatureSet) -> list[np.ndarray]:
     sites = neuron_sites(model, LAYERS)
     seen: list[list[Tensor]] = [[] for _ in sites]
 
-    for site, of_layer in zip(sites, seen, strict=True):
-        getattr(site.module, site.attribute).register_forward_hook(
-            lambda module, inputs, z, of_layer=of_layer: of_layer.append(z.flatten(0, 1))
-        )
-    for tokens in np.array_split(texts.tokens, -(-len(texts.tokens) // BATCH)):
-        model(input_ids=torch.from_numpy(tokens.astype(np.int64)))
+    def keep(index: int, z: Tensor) -> None:
+        seen[index].append(z.flatten(0, 1))
+
+    with replaced(sites, keep):
+        for tokens in np.array_split(texts.tokens, -(-len(texts.tokens) // BATCH)):
+            model(input_ids=torch.from_numpy(tokens.astype(np.int64)))
     layers = [torch.cat(parts).numpy() for parts in seen]
     return [z[:, z.std(0) > 0] for z in layers]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("features")
-    parser.add_argument("runs", type=Path, nargs="+")
+    add_arguments(parser)
+    parser.add_argument("--features", required=True, metavar="FEATURES.jsonl")
     arguments = parser.parse_args()
-    known = set()
-    if arguments.output.exists():
-        with arguments.output.open(newline="") as file:
-            known = {line["run"] for line in csv.DictReader(file)}
-    with arguments.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ("run", *COLUMNS), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        for run in (given.resolve() for given in arguments.runs):
-            name = f"{run.parent.parent.name}/{run.name}"
-            if name in known:
-                continue
-            tokenizer = load_tokenizer_of(find_model(str(run)), None)
-            texts = load_feature_set(
-                arguments.features, tokenizer, sequence_length=LENGTH, texts_per_feature=TEXTS, seed=SEED
-            )
-            layers = [measure(z, texts.labels, LENGTH) for z in activations_of(run, texts)]
-            values = {key: np.mean([layer[key] for layer in layers]) for key in COLUMNS}
-            writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in values.items()})
-            file.flush()
-            print(name, flush=True)
+
+    def of_run(run: Path) -> dict[str, float]:
+        tokenizer = load_tokenizer_of(find_model(str(run)), None)
+        texts = load_feature_set(
+            arguments.features, tokenizer, sequence_length=LENGTH, texts_per_feature=TEXTS, seed=SEED
+        )
+        layers = [measure(z, texts.labels, LENGTH) for z in activations_of(run, texts)]
+        return {key: float(np.mean([layer[key] for layer in layers])) for key in COLUMNS}
+
+    write_rows(arguments, COLUMNS, of_run)
 
 
 if __name__ == "__main__":

@@ -17,42 +17,24 @@ Lines that are there already are kept, so that the same command resumes.
 from __future__ import annotations
 
 import argparse
-import csv
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from shared import LAYERS, SHARE, add_arguments, replaced, write_rows
 from torch import Tensor
 from torch.nn import functional
 
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
-from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models.sites import neuron_sites
 
-SEQUENCES, BATCH, SHARE, LAYERS = 64, 32, 0.02, "mid-2"
-COLUMNS = ("run", "loss_all", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
-
-
-@contextmanager
-def replaced(sites: list[NeuronSite], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """While it lasts, neurons [B, T, N] of the site with an index are what `change` makes of them."""
-    handles = [
-        getattr(site.module, site.attribute).register_forward_hook(
-            lambda module, inputs, output, index=index: change(index, output)
-        )
-        for index, site in enumerate(sites)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+SEQUENCES, BATCH = 64, 32
+COLUMNS = ("loss_all", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
 
 
 @torch.no_grad()
@@ -117,23 +99,8 @@ def measure(run: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("runs", type=Path, nargs="+")
-    arguments = parser.parse_args()
-    known = set()
-    if arguments.output.exists():
-        with arguments.output.open(newline="") as file:
-            known = {line["run"] for line in csv.DictReader(file)}
-    with arguments.output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if file.tell() == 0:
-            writer.writeheader()
-        for run in (given.resolve() for given in arguments.runs):
-            name = f"{run.parent.parent.name}/{run.name}"
-            if name not in known:
-                writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()})
-                file.flush()
-                print(name, flush=True)
+    add_arguments(parser)
+    write_rows(parser.parse_args(), COLUMNS, measure)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str])
 
 
 def by_step(results: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """Return the mean relative changes of loss and MS at each step from which inhibition is on."""
+    """Return the mean relative changes of loss and MS from step 900 on: the first evaluation after the projected loss
+    begins."""
     curves = curves.assign(ms=(curves["layer2/top_share_score"] + curves["layer3/top_share_score"]) / 2)
     table = results[["run", "combination", "baseline"]].merge(curves, on="run")
     rows = []

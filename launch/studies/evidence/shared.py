@@ -1,0 +1,56 @@
+"""What measure.py and features.py share: the layers of the main study, a look at their neurons, and resumable files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from l2e_ds.inhibition import NeuronSite
+
+LAYERS, SHARE = "mid-2", 0.02  # which the main study inhibits
+
+
+@contextmanager
+def replaced(sites: list[NeuronSite], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While it lasts, neurons [B, T, N] of a site are what `change` makes of them, given its index; None: as they are."""
+    handles = [
+        getattr(site.module, site.attribute).register_forward_hook(
+            lambda module, inputs, output, index=index: change(index, output)
+        )
+        for index, site in enumerate(sites)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("output", type=Path, metavar="OUTPUT.csv")
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+
+
+def write_rows(
+    arguments: argparse.Namespace, columns: Sequence[str], measure: Callable[[Path], dict[str, float]]
+) -> None:
+    """Append a line of measures for each run of `add_arguments` that the file does not have yet."""
+    output, known = arguments.output, set()
+    if output.exists():
+        with output.open(newline="") as file:
+            known = {line["run"] for line in csv.DictReader(file)}
+    with output.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ("run", *columns), lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        for run in (given.resolve() for given in arguments.runs):
+            name = f"{run.parent.parent.name}/{run.name}"
+            if name not in known:
+                writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()})
+                file.flush()
+                print(name, flush=True)
