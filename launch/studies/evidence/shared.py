@@ -17,7 +17,7 @@ LAYERS, SHARE = "mid-2", 0.02  # which the main study inhibits
 
 @contextmanager
 def replaced(sites: list[NeuronSite], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
-    """While it lasts, neurons [B, T, N] of a site are what `change` makes of them, given its index; None: as they are."""
+    """While it lasts, neurons [B, T, N] of a site are what `change` makes of them and its index; None: as they are."""
     handles = [
         getattr(site.module, site.attribute).register_forward_hook(
             lambda module, inputs, output, index=index: change(index, output)
