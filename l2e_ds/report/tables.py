@@ -186,7 +186,7 @@ def _layers(collection: Collection) -> Table:
             rows.append(row | {Column("tau, last", ".3g"): tau})
     note = "At the first and the last evaluation on held-out text, inhibition off. tau: of the newest training step."
     if are_compared:
-        note += " Layers that are not inhibited stand for comparison (inhibition.guard)."
+        note += " Layers that are not inhibited stand for comparison."
     return table_of("layers", "Each layer", note, rows)
 
 

@@ -84,6 +84,15 @@ def test_a_control_and_what_is_measured(text, tmp_path):
     assert float(line["loss"]) == pytest.approx(plain[-1], rel=1e-5)  # a mean of float32 losses of 11 x 64 x 16 tokens
     assert abs(float(line["worth"])) > abs(float(line["worth_random"])) > 0
     assert 0 < float(line["active_share"]) < 1 and float(line["dead_share"]) == 0
+    codes, said = finish(EVIDENCE / "layers.py", tmp_path / "layers.csv", runs[0])
+    assert codes == [0], said
+    with (tmp_path / "layers.csv").open() as file:
+        (line,) = csv.DictReader(file)
+    last = lines(runs[0], "evaluation")[-1]
+    for layer, key in enumerate(("comparison_layer0", "layer1", "layer2", "comparison_layer3")):
+        for name in ("top_share_score", "mean_s"):
+            # the same text and weights; in float32, in batches of another size, with weights of another unit
+            assert float(line[f"layer{layer}/{name}"]) == pytest.approx(last[f"{key}/{name}"], rel=1e-4)
 
 
 @pytest.mark.full

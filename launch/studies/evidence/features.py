@@ -35,7 +35,6 @@ from l2e_ds.evaluation.model_source import find_model, load_causal_model, load_t
 from l2e_ds.models.sites import neuron_sites
 
 TEXTS, LENGTH, BATCH, CLIP, SEED = 50, 128, 25, 2.0, 0
-COLUMNS = ("ms", "active_share", "own_ms", "ks", "ks_chance", "fkr", "own_share", "eta2", "eta2_clipped", "eta2_chance")
 
 
 def measure(z: np.ndarray, labels: np.ndarray, length: int) -> dict[str, float]:
@@ -120,9 +119,9 @@ def main() -> None:
             arguments.features, tokenizer, sequence_length=LENGTH, texts_per_feature=TEXTS, seed=SEED
         )
         layers = [measure(z, texts.labels, LENGTH) for z in activations_of(run, texts)]
-        return {key: float(np.mean([layer[key] for layer in layers])) for key in COLUMNS}
+        return {key: float(np.mean([layer[key] for layer in layers])) for key in layers[0]}
 
-    write_rows(arguments, COLUMNS, of_run)
+    write_rows(arguments, of_run)
 
 
 if __name__ == "__main__":

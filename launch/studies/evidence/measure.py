@@ -34,7 +34,6 @@ from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models.sites import neuron_sites
 
 SEQUENCES, BATCH = 64, 32
-COLUMNS = ("loss_all", "loss", "worth", "worth_selected", "worth_random", "active_share", "dead_share")
 
 
 @torch.no_grad()
@@ -100,7 +99,7 @@ def measure(run: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    write_rows(parser.parse_args(), COLUMNS, measure)
+    write_rows(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

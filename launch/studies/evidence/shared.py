@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,21 +36,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
 
 
-def write_rows(
-    arguments: argparse.Namespace, columns: Sequence[str], measure: Callable[[Path], dict[str, float]]
-) -> None:
+def write_rows(arguments: argparse.Namespace, measure: Callable[[Path], dict[str, float]]) -> None:
     """Append a line of measures for each run of `add_arguments` that the file does not have yet."""
-    output, known = arguments.output, set()
+    output, known, columns = arguments.output, set(), None
     if output.exists():
         with output.open(newline="") as file:
-            known = {line["run"] for line in csv.DictReader(file)}
+            reader = csv.DictReader(file)
+            known, columns = {line["run"] for line in reader}, reader.fieldnames
     with output.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ("run", *columns), lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
         for run in (given.resolve() for given in arguments.runs):
             name = f"{run.parent.parent.name}/{run.name}"
             if name not in known:
-                writer.writerow({"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()})
+                row = {"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()}
+                columns = columns or list(row)
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
                 file.flush()
                 print(name, flush=True)
