@@ -2,8 +2,8 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study, transfer.csv, the results of the transfer study, curves.csv of curves.py,
-measures.csv of measure.py and features.csv of features.py. Only finished runs count. A difference is to the baseline
+FOLDER has results.csv of the main study, transfer.csv, the results of the transfer study, and curves.csv, layers.csv,
+measures.csv and features.csv of the scripts of these names. Only finished runs count. A difference is to the baseline
 run of the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not given for
 one pair. MS, mean S and kurtosis are means over the inhibited layers.
 """
@@ -39,6 +39,7 @@ FEATURES = {
     "eta2": "eta squared",
     "eta2_clipped": "eta squared, peaks clipped",
 }
+BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
 CONTROLS = {"without-mlp-seed103": "none-seed103", "without-mlp-4800-seed103": "none-4800-seed103"}
 
@@ -67,14 +68,14 @@ def main_table(results: pd.DataFrame) -> str:
     return markdown(["run", "n", "held-out loss", *SCORES.values()], rows)
 
 
-def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str]) -> str:
+def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str], is_relative: bool = False) -> str:
     """Return a row for each measure and a column for each of ARMS. own: the measures, with the name of the run."""
     table = results[["run", "combination", "baseline"]].merge(
         own.assign(run=own["run"].str.split("/").str[-1]), on="run"
     )
     counts = table.groupby("combination", sort=False).size()
     arms = [arm for arm in ARMS if arm in counts]
-    rows = [[title, *(cells(table, column)[arm] for arm in arms)] for column, title in titles.items()]
+    rows = [[title, *(cells(table, column, is_relative)[arm] for arm in arms)] for column, title in titles.items()]
     return markdown(["measure", *(f"{arm} (n = {counts[arm]})" for arm in arms)], rows)
 
 
@@ -113,14 +114,16 @@ def transfer(results: pd.DataFrame) -> str:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    names = ("results", "transfer", "curves", "measures", "features")
-    results, others, curves, measures, features = (pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names)
+    names = ("results", "transfer", "curves", "measures", "features", "layers")
+    folder = Path(sys.argv[1])
+    results, others, curves, measures, features, layers = (pd.read_csv(folder / f"{name}.csv") for name in names)
     results = results[results["state"] == "done"]
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
     tables = [
         main_table(results),
         by_step(results, curves),
+        by_measure(results, layers, BY_LAYER, is_relative=True),
         controls(curves),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
