@@ -2,10 +2,11 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study, transfer.csv, the results of the transfer study, and curves.csv, layers.csv,
-measures.csv and features.csv of the scripts of these names. Only finished runs count. A difference is to the baseline
-run of the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not given for
-one pair. MS, mean S and kurtosis are means over the inhibited layers.
+FOLDER has results.csv of the main study, long.csv and transfer.csv, the results of these studies, and curves.csv,
+layers.csv, measures.csv and features.csv of the scripts of these names; long_curves.csv is the long study's. Only
+finished runs count. A difference is to the baseline run of the same seed, relative where the table has %. Its interval
+is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means over the inhibited
+layers.
 """
 
 from __future__ import annotations
@@ -79,16 +80,18 @@ def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str],
     return markdown(["measure", *(f"{arm} (n = {counts[arm]})" for arm in arms)], rows)
 
 
-def by_step(results: pd.DataFrame, curves: pd.DataFrame) -> str:
-    """Return the mean relative changes of loss and MS from step 900 on: the first evaluation after the projected loss
-    begins."""
+def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
+    """Return the mean relative changes of loss and MS, from the first evaluation of which inhibition is a part."""
     curves = curves.assign(ms=(curves["layer2/top_share_score"] + curves["layer3/top_share_score"]) / 2)
     table = results[["run", "combination", "baseline"]].merge(curves, on="run")
+    arms = [arm for arm in ARMS[1:] if arm in set(table["combination"])]
     rows = []
-    for step, part in table[table["step"] >= 900].groupby("step"):
+    # a run without inhibition may have been evaluated more often
+    inhibited = set(table.loc[table["combination"].isin(arms), "step"])
+    for step, part in table[table["step"].isin(inhibited) & (table["step"] >= first)].groupby("step"):
         changes = [paired_differences(part, column)["relative"] for column in ("held_out_loss", "ms")]
-        rows.append([f"{step:,}", *(f"{changes[0][arm]:+.2%}, {changes[1][arm]:+.0%}" for arm in ARMS[1:])])
-    return markdown(["step", *(f"{arm}: loss, MS" for arm in ARMS[1:])], rows)
+        rows.append([f"{step:,}", *(f"{changes[0][arm]:+.2%}, {changes[1][arm]:+.0%}" for arm in arms)])
+    return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
 
 def controls(curves: pd.DataFrame) -> str:
@@ -114,17 +117,20 @@ def transfer(results: pd.DataFrame) -> str:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    names = ("results", "transfer", "curves", "measures", "features", "layers")
-    folder = Path(sys.argv[1])
-    results, others, curves, measures, features, layers = (pd.read_csv(folder / f"{name}.csv") for name in names)
-    results = results[results["state"] == "done"]
+    names = ("results", "long", "transfer", "curves", "long_curves", "measures", "features", "layers")
+    results, long, others, curves, long_curves, measures, features, layers = (
+        pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names
+    )
+    results, long = (table[table["state"] == "done"] for table in (results, long))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
     tables = [
         main_table(results),
-        by_step(results, curves),
+        by_step(results, curves, 900),
         by_measure(results, layers, BY_LAYER, is_relative=True),
         controls(curves),
+        main_table(long),
+        by_step(long, long_curves, 1800),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
         transfer(others),
