@@ -5,6 +5,7 @@ Shapes: B sequences per micro-batch, T tokens per sequence, N neurons of a layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, get_args
 
@@ -38,6 +39,15 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
     width = min(layers, 2) if choice == "mid-2" else max(1, round(layers / 3))
     first = (layers - width) // 2
     return list(range(first, first + width))
+
+
+def comparison_layers(inhibited: Sequence[int], layers: int) -> list[int]:
+    """Return as many layers that are not inhibited as are, the nearest to them, ascending.
+
+    They are fewer if there are not enough. layers: how many the network has.
+    """
+    others = sorted(set(range(layers)) - set(inhibited), key=lambda i: min(abs(i - one) for one in inhibited))
+    return sorted(others[: len(inhibited)])
 
 
 def neuron_sites(model: Any, layers: str | list[int] = "mid-2") -> list[NeuronSite]:

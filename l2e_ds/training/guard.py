@@ -48,15 +48,6 @@ class Finding:
         return {**ratio, **compared, "reference_step": self.reference_step, "text": self.seen}
 
 
-def comparison_layers(inhibited: Sequence[int], layers: int) -> list[int]:
-    """Return as many layers that are not inhibited as are, the nearest to them, ascending.
-
-    They are fewer if there are not enough. layers: how many the network has.
-    """
-    others = sorted(set(range(layers)) - set(inhibited), key=lambda i: min(abs(i - one) for one in inhibited))
-    return sorted(others[: len(inhibited)])
-
-
 def judged(
     memory: Mapping[str, Any],
     step: int,

@@ -30,7 +30,7 @@ from l2e_ds.engine.engine import group_rates, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.models.counts import flops_per_token, matrix_parameters
-from l2e_ds.models.sites import neuron_sites
+from l2e_ds.models.sites import comparison_layers, neuron_sites
 from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
@@ -133,9 +133,9 @@ class Trainer(AbstractContextManager):
         settings = self.inhibitor.settings if self.inhibitor is not None else None
         is_inhibited = settings is not None and (settings.mechanism != "regulariser" or settings.is_regularising)
         self.is_guarded = is_inhibited and config.inhibition.guard != "off" and bool(self.held_out)
-        # also in runs that are not inhibited: with them, those that are show whether MS moves to other layers
-        layers = guard.comparison_layers([site.layer for site in self.sites], hf_config.num_hidden_layers)
-        self.comparison = neuron_sites(stack.model, layers) if layers and self.held_out else []
+        # in every run: with the baseline's, those of an inhibited run tell whether MS moves to other layers
+        nearest = comparison_layers([site.layer for site in self.sites], hf_config.num_hidden_layers)
+        self.comparison = neuron_sites(stack.model, nearest) if nearest and self.held_out else []
         order = config.data.order
         self.sequences = TrainingSequences(
             data.sets, batch.global_batch, config.training.seed, order, partial(StreamedSequences, order=order)

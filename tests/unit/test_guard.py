@@ -5,7 +5,8 @@ import json
 import pytest
 
 from l2e_ds.config.sections import InhibitionConfig
-from l2e_ds.training.guard import advice, comparison_layers, judged, seen_in
+from l2e_ds.models.sites import comparison_layers
+from l2e_ds.training.guard import advice, judged, seen_in
 
 
 def evaluation(own=(1.0, 1.0), others=(1.0, 1.0)) -> dict[str, float]:

@@ -38,8 +38,10 @@ TEXTS, LENGTH, BATCH, CLIP, SEED = 50, 128, 25, 2.0, 0
 
 
 def measure(z: np.ndarray, labels: np.ndarray, length: int) -> dict[str, float]:
-    """Return the columns for one layer. z: [texts * length, N] float32; labels: [texts], the number of each text's
-    feature."""
+    """Return the measures of one layer, by column.
+
+    z: [texts * length, N] float32; labels: [texts], the number of each text's feature.
+    """
     random = np.random.default_rng(SEED)
     features, neurons = int(labels.max()) + 1, np.arange(z.shape[1])
     first = np.zeros(len(labels), bool)  # of each feature's texts one half

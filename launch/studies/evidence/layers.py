@@ -2,9 +2,9 @@
 
     python launch/studies/evidence/layers.py OUTPUT.csv RUN [RUN ...]
 
-One line a run: of each layer MS of the top share and mean S, as the run's own last evaluation measures them in the
-inhibited layers: on the first 64 held-out sequences of each source, which weigh what they do in training. Lines
-that are there already are kept, so that the same command resumes.
+One line a run: MS of the top share and mean S of each layer, measured as by the run's own evaluations, on the first 64
+held-out sequences of each source, but in float32. The sources weigh what they do in training. Lines that are there
+already are kept, so that the same command resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import SHARE, add_arguments, write_rows
+from shared import BATCH, SEQUENCES, SHARE, add_arguments, write_rows
 from torch import Tensor
 
 from l2e_ds.config.reading import load_run_config
@@ -23,8 +23,6 @@ from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.models.sites import neuron_sites
-
-SEQUENCES, BATCH = 64, 32
 
 
 @torch.no_grad()

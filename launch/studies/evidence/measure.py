@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shared import LAYERS, SHARE, add_arguments, replaced, write_rows
+from shared import BATCH, LAYERS, SEQUENCES, SHARE, add_arguments, replaced, write_rows
 from torch import Tensor
 from torch.nn import functional
 
@@ -32,8 +32,6 @@ from l2e_ds.data import prepare_sets
 from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models.sites import neuron_sites
-
-SEQUENCES, BATCH = 64, 32
 
 
 @torch.no_grad()

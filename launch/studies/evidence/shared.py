@@ -1,9 +1,10 @@
-"""What measure.py and features.py share: the layers of the main study, a look at their neurons, and resumable files."""
+"""What features.py, layers.py and measure.py share: the main study's layers, a look at neurons, and resumable files."""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from l2e_ds.inhibition import NeuronSite
 
 LAYERS, SHARE = "mid-2", 0.02  # which the main study inhibits
+SEQUENCES, BATCH = 64, 32  # held-out sequences of each source, as in its evaluations; of a forward pass
 
 
 @contextmanager
@@ -49,6 +51,8 @@ def write_rows(arguments: argparse.Namespace, measure: Callable[[Path], dict[str
             if name not in known:
                 row = {"run": name} | {key: f"{value:.6f}" for key, value in measure(run).items()}
                 columns = columns or list(row)
+                if set(columns) != set(row):
+                    sys.exit(f"{output}: has the columns {', '.join(columns)}; {name} gives {', '.join(row)}")
                 writer = csv.DictWriter(file, columns, lineterminator="\n")
                 if file.tell() == 0:
                     writer.writeheader()

@@ -3,10 +3,10 @@
     python launch/studies/evidence/tables.py FOLDER
 
 FOLDER has results.csv of the main study, long.csv and transfer.csv, the results of these studies, and curves.csv,
-layers.csv, measures.csv and features.csv of the scripts of these names; long_curves.csv is the long study's. Only
-finished runs count. A difference is to the baseline run of the same seed, relative where the table has %. Its interval
-is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means over the inhibited
-layers.
+layers.csv, measures.csv and features.csv of the scripts of these names, of the main study; those of the long study are
+long_curves.csv, long_layers.csv and long_measures.csv. Only finished runs count. A difference is to the baseline run of
+the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not given for one
+pair. MS, mean S and kurtosis are means over the inhibited layers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from l2e_ds.console import markdown
 from l2e_ds.study.collect import paired_differences
 
 SCORES = {"top_share_score": "MS", "mean_s": "mean S", "kurtosis": "kurtosis"}
-MEASURES = {
+WORTH = {
     "loss_all": "loss, all held-out text",
     "worth": "worth of the layers",
     "worth_selected": "worth of the top 2 %",
     "worth_random": "worth of 2 % at random",
+}
+MEASURES = WORTH | {
     "active_share": "active share",
     "layer2/mean_s": "mean S, layer 2",
     "layer3/mean_s": "mean S, layer 3",
@@ -81,14 +83,14 @@ def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str],
 
 
 def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
-    """Return the mean relative changes of loss and MS, from the first evaluation of which inhibition is a part."""
+    """Return the mean relative changes of loss and MS at each evaluation of inhibited runs from step `first` on."""
     curves = curves.assign(ms=(curves["layer2/top_share_score"] + curves["layer3/top_share_score"]) / 2)
     table = results[["run", "combination", "baseline"]].merge(curves, on="run")
     arms = [arm for arm in ARMS[1:] if arm in set(table["combination"])]
     rows = []
     # a run without inhibition may have been evaluated more often
-    inhibited = set(table.loc[table["combination"].isin(arms), "step"])
-    for step, part in table[table["step"].isin(inhibited) & (table["step"] >= first)].groupby("step"):
+    evaluated = set(table.loc[table["combination"].isin(arms), "step"])
+    for step, part in table[table["step"].isin(evaluated) & (table["step"] >= first)].groupby("step"):
         changes = [paired_differences(part, column)["relative"] for column in ("held_out_loss", "ms")]
         rows.append([f"{step:,}", *(f"{changes[0][arm]:+.2%}, {changes[1][arm]:+.0%}" for arm in arms)])
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
@@ -117,20 +119,26 @@ def transfer(results: pd.DataFrame) -> str:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    names = ("results", "long", "transfer", "curves", "long_curves", "measures", "features", "layers")
-    results, long, others, curves, long_curves, measures, features, layers = (
-        pd.read_csv(Path(sys.argv[1]) / f"{name}.csv") for name in names
+    folder = Path(sys.argv[1])
+    results, others, curves, measures, features, layers = (
+        pd.read_csv(folder / f"{name}.csv")
+        for name in ("results", "transfer", "curves", "measures", "features", "layers")
+    )
+    long, long_curves, long_measures, long_layers = (
+        pd.read_csv(folder / f"{name}.csv") for name in ("long", "long_curves", "long_measures", "long_layers")
     )
     results, long = (table[table["state"] == "done"] for table in (results, long))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
     tables = [
         main_table(results),
-        by_step(results, curves, 900),
+        by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, layers, BY_LAYER, is_relative=True),
         controls(curves),
         main_table(long),
         by_step(long, long_curves, 1800),
+        by_measure(long, long_layers, BY_LAYER, is_relative=True),
+        by_measure(long, long_measures, WORTH),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
         transfer(others),
