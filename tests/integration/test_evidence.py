@@ -91,7 +91,7 @@ def test_a_control_and_what_is_measured(text, tmp_path):
     last = lines(runs[0], "evaluation")[-1]
     for layer, key in enumerate(("comparison_layer0", "layer1", "layer2", "comparison_layer3")):
         for name in ("top_share_score", "mean_s"):
-            # the same text and weights; in float32, in batches of another size, with weights of another unit
+            # the same text and weights, in float32, in batches of another size
             assert float(line[f"layer{layer}/{name}"]) == pytest.approx(last[f"{key}/{name}"], rel=1e-4)
 
 

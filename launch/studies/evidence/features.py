@@ -21,17 +21,17 @@ Lines that are there already are kept, so that the same command resumes.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import ks_2samp
-from shared import LAYERS, SHARE, add_arguments, replaced, write_rows
+from shared import LAYERS, SHARE, parser_of, write_rows
 from torch import Tensor
 
 from l2e_ds.analysis.features import FeatureSet, load_feature_set
 from l2e_ds.evaluation.model_source import find_model, load_causal_model, load_tokenizer_of
+from l2e_ds.inhibition.measure import observed
 from l2e_ds.models.sites import neuron_sites
 
 TEXTS, LENGTH, BATCH, CLIP, SEED = 50, 128, 25, 2.0, 0
@@ -99,10 +99,7 @@ def activations_of(run: Path, texts: FeatureSet) -> list[np.ndarray]:
     sites = neuron_sites(model, LAYERS)
     seen: list[list[Tensor]] = [[] for _ in sites]
 
-    def keep(index: int, z: Tensor) -> None:
-        seen[index].append(z.flatten(0, 1))
-
-    with replaced(sites, keep):
+    with observed(sites, lambda index, z: seen[index].append(z)):
         for tokens in np.array_split(texts.tokens, -(-len(texts.tokens) // BATCH)):
             model(input_ids=torch.from_numpy(tokens.astype(np.int64)))
     layers = [torch.cat(parts).numpy() for parts in seen]
@@ -110,8 +107,7 @@ def activations_of(run: Path, texts: FeatureSet) -> list[np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
+    parser = parser_of(__doc__)
     parser.add_argument("--features", required=True, metavar="FEATURES.jsonl")
     arguments = parser.parse_args()
 

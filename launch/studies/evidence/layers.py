@@ -9,38 +9,30 @@ already are kept, so that the same command resumes.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from shared import BATCH, SEQUENCES, SHARE, add_arguments, write_rows
+from shared import SEQUENCES, SHARE, batches, load_run, parser_of, write_rows
 from torch import Tensor
 
-from l2e_ds.config.reading import load_run_config
-from l2e_ds.data import prepare_sets
-from l2e_ds.evaluation.model_source import find_model, load_causal_model
 from l2e_ds.inhibition.measure import measure_scores
 from l2e_ds.models.sites import neuron_sites
 
 
 @torch.no_grad()
 def measure(run: Path) -> dict[str, float]:
-    config = load_run_config(run / "config.yaml", [])
-    model = load_causal_model(find_model(str(run)), "fp32", None)[0].eval()
-    sets = prepare_sets(config.data, Path(config.data.cache or run / "data"), model.config.vocab_size, SEQUENCES)
-
+    model, sets = load_run(run)
     counts = [min(SEQUENCES, len(part.held_out)) for part in sets]
     total = sum(part.weight for part in sets)
 
     def passes(set_weight: Callable[[Tensor | None], None]) -> None:
         for part, count in zip(sets, counts, strict=True):
             weight = part.weight / total * sum(counts) / count  # of one sequence, 1 on average
-            for rows in np.array_split(np.arange(count), -(-count // BATCH)):
-                batch = torch.from_numpy(part.held_out.batch(rows)).long()[:, :-1]
-                set_weight(torch.full((batch.numel(), 1), weight))
-                model(input_ids=batch)
+            for batch in batches(part, count):
+                tokens = batch[:, :-1]
+                set_weight(torch.full((tokens.numel(), 1), weight))
+                model(input_ids=tokens)
 
     layers = measure_scores(neuron_sites(model, "all"), passes, SHARE, "cpu")
     return {
@@ -49,9 +41,7 @@ def measure(run: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    write_rows(parser.parse_args(), measure)
+    write_rows(parser_of(__doc__).parse_args(), measure)
 
 
 if __name__ == "__main__":

@@ -16,31 +16,42 @@ Lines that are there already are kept, so that the same command resumes.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from shared import BATCH, LAYERS, SEQUENCES, SHARE, add_arguments, replaced, write_rows
+from shared import LAYERS, SEQUENCES, SHARE, batches, load_run, parser_of, write_rows
 from torch import Tensor
 from torch.nn import functional
 
-from l2e_ds.config.reading import load_run_config
-from l2e_ds.data import prepare_sets
-from l2e_ds.evaluation.model_source import find_model, load_causal_model
+from l2e_ds.inhibition import NeuronSite
 from l2e_ds.inhibition.losses import FrozenStatistics, score
 from l2e_ds.models.sites import neuron_sites
 
 
+@contextmanager
+def replaced(sites: list[NeuronSite], change: Callable[[int, Tensor], Tensor | None]) -> Iterator[None]:
+    """While it lasts, neurons [B, T, N] of a site are what `change` makes of them and its index; None: as they are."""
+    handles = [
+        getattr(site.module, site.attribute).register_forward_hook(
+            lambda module, inputs, output, index=index: change(index, output)
+        )
+        for index, site in enumerate(sites)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def measure(run: Path) -> dict[str, float]:
-    config = load_run_config(run / "config.yaml", [])
-    model = load_causal_model(find_model(str(run)), "fp32", None)[0].eval()
+    model, sets = load_run(run)
     sites = neuron_sites(model, LAYERS)
-    cache = Path(config.data.cache or run / "data")
-    sets = prepare_sets(config.data, cache, model.config.vocab_size, SEQUENCES)
     total = sum(part.weight for part in sets)
 
     def losses(change: Callable[[int, Tensor], Tensor | None], sequences: int = SEQUENCES) -> float:
@@ -48,10 +59,8 @@ def measure(run: Path) -> dict[str, float]:
         result = 0.0
         with replaced(sites, change):
             for part in sets:
-                rows = np.arange(min(sequences, len(part.held_out)))
                 of_part, tokens = 0.0, 0
-                for some in np.array_split(rows, -(-len(rows) // BATCH)):
-                    batch = torch.from_numpy(part.held_out.batch(some)).long()
+                for batch in batches(part, sequences):
                     logits = model(input_ids=batch[:, :-1]).logits.flatten(0, 1)
                     of_part += float(functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
                     tokens += logits.shape[0]
@@ -95,9 +104,7 @@ def measure(run: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    write_rows(parser.parse_args(), measure)
+    write_rows(parser_of(__doc__).parse_args(), measure)
 
 
 if __name__ == "__main__":
