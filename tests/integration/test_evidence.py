@@ -21,7 +21,7 @@ from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
 
 EVIDENCE = REPOSITORY / "launch/studies/evidence"
-STUDIES = {"main": 40, "long": 12, "strength": 32, "transfer": 28, "start": 18, "choices": 28}
+STUDIES = {"main": 40, "long": 12, "strength": 32, "transfer": 42, "start": 18, "choices": 28}
 SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
 
 
