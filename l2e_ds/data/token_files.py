@@ -163,15 +163,20 @@ class Exclusive:
         self._descriptor = -1
 
     def __enter__(self) -> Exclusive:
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / LOCK).exists() and any(self.folder.iterdir()):
-                problem = "is not ours and would be removed; take it away, or give another output"
-                raise DataError(problem, where=str(self.folder))
+            with suppress(FileExistsError):
+                self.folder.mkdir()
             try:
+                names = os.listdir(self.folder)
+                if names and LOCK not in names:
+                    problem = "is not ours and would be removed; take it away, or give another output"
+                    raise DataError(problem, where=str(self.folder))
                 self._descriptor = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # another process has just removed the folder
-                continue
+            except FileNotFoundError:
+                if self.folder.is_symlink():  # to nothing
+                    raise
+                continue  # another process has just moved or removed the folder
             if self._is_locked() and still_named(self._descriptor, self.folder / LOCK):
                 return self  # else its last holder has removed the folder
             os.close(self._descriptor)
@@ -195,4 +200,17 @@ class Exclusive:
         os.close(self._descriptor)
 
     def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder, unless it was moved: then its name may belong to another process by now.
+
+        The lock goes last: a process that comes meanwhile takes a folder of files without a lock for not ours.
+        """
+        if not still_named(self._descriptor, self.folder / LOCK):
+            return
+        with suppress(OSError):  # another process may come before the last step; then the folder is its own
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name != LOCK:
+                    path.unlink(missing_ok=True)
+            (self.folder / LOCK).unlink(missing_ok=True)
+            self.folder.rmdir()
