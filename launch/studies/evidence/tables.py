@@ -47,21 +47,21 @@ ARMS = ("none", "projected-0.05", "projected-0.1", "published")
 CONTROLS = {"without-mlp-seed103": "none-seed103", "without-mlp-4800-seed103": "none-4800-seed103"}
 
 
+def interval(row: pd.Series, form: str) -> str:
+    """Return the paired difference of a row of `paired_differences`, relative if the form has %, and its interval."""
+    key, error = ("relative", "relative_stderr") if "%" in form else ("difference", "stderr")
+    difference, half = row[key], float(t.ppf(0.975, row["pairs"] - 1)) * row[error]
+    text = form.format(difference)
+    return text if math.isnan(half) else f"{text}, {form.format(difference - half)} to {form.format(difference + half)}"
+
+
 def cells(table: pd.DataFrame, column: str, is_relative: bool = False) -> dict[str, str]:
     """Return for each combination the mean, and behind it the paired difference and its interval."""
     form = "{:+.1%}" if is_relative else "{:+.3f}"
-    key, error = ("relative", "relative_stderr") if is_relative else ("difference", "stderr")
-    result = {}
-    for combination, row in paired_differences(table, column).iterrows():
-        text = f"{row['mean']:.3f}"
-        if row["pairs"]:
-            difference, half = row[key], float(t.ppf(0.975, row["pairs"] - 1)) * row[error]
-            text += f" ({form.format(difference)}"
-            if not math.isnan(half):
-                text += f", {form.format(difference - half)} to {form.format(difference + half)}"
-            text += ")"
-        result[str(combination)] = text
-    return result
+    return {
+        str(combination): f"{row['mean']:.3f}" + (f" ({interval(row, form)})" if row["pairs"] else "")
+        for combination, row in paired_differences(table, column).iterrows()
+    }
 
 
 def main_table(results: pd.DataFrame) -> str:
@@ -105,15 +105,16 @@ def controls(curves: pd.DataFrame) -> str:
     return markdown(["step", *table.columns], rows)
 
 
-def transfer(results: pd.DataFrame) -> str:
-    """Return what inhibition changed in each setting that has a pair of runs."""
-    columns = [paired_differences(results, column) for column in ("held_out_loss", "top_share_score", "mean_s")]
+def changes(results: pd.DataFrame) -> str:
+    """Return what inhibition changed in each combination that has a pair of runs, relative."""
+    columns = {"held_out_loss": "{:+.2%}", "top_share_score": "{:+.1%}", "mean_s": "{:+.1%}"}
+    found = [paired_differences(results, column) for column in columns]
     rows = [
-        [name.split(",")[0], str(n), *(f"{column.loc[name, 'relative']:+.1%}" for column in columns)]
-        for name, n in columns[0]["pairs"].items()
+        [str(name), str(n), *(interval(one.loc[name], form) for one, form in zip(found, columns.values(), strict=True))]
+        for name, n in found[0]["pairs"].items()
         if n
     ]
-    return markdown(["setting", "n", "held-out loss", "MS", "mean S"], rows)
+    return markdown(["run", "n", "held-out loss", "MS", "mean S"], rows)
 
 
 def main() -> None:
@@ -141,7 +142,7 @@ def main() -> None:
         by_measure(long, long_measures, WORTH),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
-        transfer(others),
+        changes(others),
     ]
     print("\n".join(tables))
 
