@@ -139,8 +139,8 @@ def _front_matter(exported: Exported, results: Sequence[TaskResult]) -> ModelCar
 
 
 def _weight(section: dict[str, Any]) -> str | None:
-    """Return the key that says how strong the inhibition loss is, else None. Earlier versions had no `strength`."""
-    return next((key for key in ("strength", "coefficient") if section.get(key) is not None), None)
+    """Return the key that says how strong the inhibition loss is, else None."""
+    return next((key for key in ("strength", "coefficient") if section[key] is not None), None)
 
 
 def _schedule(section: dict[str, Any]) -> str:
