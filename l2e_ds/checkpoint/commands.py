@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from l2e_ds.checkpoint.manager import read_state, remove_checkpoint
 from l2e_ds.console import at_least
-from l2e_ds.errors import CheckpointError
+from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
 from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
@@ -34,7 +36,10 @@ def list_checkpoints(arguments: argparse.Namespace) -> int:
                 ranks, stage = str(identity["ranks"]), str(identity["zero_stage"])
             except CheckpointError as error:
                 problem = str(error)
-        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
+        try:
+            written = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.lstat().st_mtime))
+        except FileNotFoundError:  # the run has removed it meanwhile
+            continue
         rows.append((str(step_of(path)), written, size, ranks, stage, problem or "complete"))
     for suffix, state in ((".damaged", "set aside: a resume passed over it"), (".tmp", "not finished")):
         rows += [(path.name, "", "", "", "", state) for path in _folders(arguments.run, suffix)]
@@ -59,6 +64,9 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
     bad = 0
     for path in paths:
         problem = verify(path)
+        if problem is not None and not os.path.lexists(path):
+            print(f"{path.name}  removed meanwhile", flush=True)
+            continue
         bad += problem is not None
         print(f"{path.name}  {problem or 'good'}", flush=True)
     if bad:
@@ -87,13 +95,21 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
         raise CheckpointError(f"{run}: has no undamaged checkpoint; nothing is removed")
     if keep_every:
         kept += [path for path in good if step_of(path) % keep_every == 0]
-    doomed = [path for path in published if path not in kept] + _folders(run, ".damaged")
-    if RunLock(run).refusal() is None:  # else a run may be writing one
-        doomed += _folders(run, ".tmp")
-    for path in doomed:
-        print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
-        if not arguments.dry_run:
-            remove_checkpoint(path)
+
+    def remove(doomed: list[Path]) -> None:
+        for path in doomed:
+            print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
+            if not arguments.dry_run:
+                remove_checkpoint(path)
+
+    lock = RunLock(run)
+    with suppress(ConfigError):  # a run has it, and may be writing such a folder
+        lock.acquire()
+        try:
+            remove(_folders(run, ".tmp"))
+        finally:
+            lock.release()
+    remove([path for path in published if path not in kept] + _folders(run, ".damaged"))
     print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
     return 0
 

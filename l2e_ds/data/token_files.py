@@ -7,6 +7,7 @@ disk, where in the input to resume, and what was asked for. The next start cuts 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -168,7 +169,8 @@ class Exclusive:
             with suppress(FileExistsError):
                 self.folder.mkdir()
             try:
-                names = os.listdir(self.folder)
+                # .nfs: what NFS keeps of a file that was removed while open
+                names = [name for name in os.listdir(self.folder) if not name.startswith(".nfs")]
                 if names and LOCK not in names:
                     problem = "is not ours and would be removed; take it away, or give another output"
                     raise DataError(problem, where=str(self.folder))
@@ -190,8 +192,9 @@ class Exclusive:
                 return False
             os.close(self._descriptor)
             raise DataError(f"{self.folder}: another process is writing there; wait for it, or end it") from None
-        except OSError:  # the file system has no locks, so that no other process can be noticed
-            pass
+        except OSError as error:
+            # else the file system has no locks, so that no other process can be noticed
+            return error.errno != errno.ESTALE  # on NFS: another host has removed the file
         return True
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -239,12 +239,12 @@ def read_run(directory: Path) -> Run | None:
         results = read_results(directory)
     except OSError as error:
         raise DataError(f"{directory}: is no run directory, or has no metrics yet: {error.filename}") from None
-    config = flat(read_config(directory))
     starts, training, evaluations, findings = (
         metrics.of_kind(lines, kind) for kind in ("start", "train", "evaluation", "guard")
     )
     if not training and not evaluations:
         return None
+    config = flat(read_config(directory))  # which a run writes after it has opened its metrics
     steady = metrics.after_first_intervals(lines)
     name = directory.resolve().name
     run = Run(name, directory, config, starts, training, evaluations, findings, steady, results, written)

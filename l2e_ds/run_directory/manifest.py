@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -87,15 +89,19 @@ def check_files(folder: Path) -> str | None:
     if isinstance(files, str):
         return files
     for name, entry in files.items():
-        file = folder / name
-        if not file.is_file():
+        try:
+            status = (folder / name).stat()
+        except OSError:
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-    for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if not path.is_dir() and name != MANIFEST and name not in files:
-            return f"{name} is not in its manifest"
+        if not stat.S_ISREG(status.st_mode):
+            return f"{name} is no file"
+        if status.st_size != entry["bytes"]:
+            return f"{name} has {status.st_size} bytes instead of {entry['bytes']}"
+    for parent, _, found in os.walk(folder):  # which skips what is removed meanwhile
+        for path in (Path(parent, name) for name in found):
+            name = str(path.relative_to(folder))
+            if name != MANIFEST and name not in files:
+                return f"{name} is not in its manifest"
     if is_checkpoint(folder) and STATE in files:
         try:
             step = json.loads((folder / STATE).read_text(encoding="utf-8"))["train"]["step"]

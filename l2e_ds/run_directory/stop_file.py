@@ -9,6 +9,7 @@ from pathlib import Path
 
 from l2e_ds.console import say
 from l2e_ds.errors import ConfigError
+from l2e_ds.system.files import write_whole
 
 _RESTART = "restart\n"
 
@@ -25,24 +26,30 @@ def ask_to_stop(run_directory: Path, to_restart: bool = False) -> None:
     """
     path = stop_file(run_directory)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         if not (to_restart and path.exists()):
-            path.write_text(_RESTART if to_restart else "")
+            write_whole(path, _RESTART if to_restart else "")
     except OSError as error:
         say(f"l2e-ds: cannot write {path}: {error.strerror}")
 
 
 def is_asked_to_stop(run_directory: Path) -> bool:
     """Return whether the run is asked to stop for good."""
-    return stop_file(run_directory).exists() and not is_asked_to_restart(run_directory)
+    return _wish(run_directory) not in (None, _RESTART)
 
 
 def is_asked_to_restart(run_directory: Path) -> bool:
     """Return whether a supervisor asks the run to stop in order to restart it."""
+    return _wish(run_directory) == _RESTART
+
+
+def _wish(run_directory: Path) -> str | None:
+    """Return the content of the file, "" if it cannot be read, or None without one."""
     try:
-        return stop_file(run_directory).read_text() == _RESTART
+        return stop_file(run_directory).read_text()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
 
 
 def remove(run_directory: Path) -> None:

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from l2e_ds.config.reading import load_run_config
 from l2e_ds.console import CommandParser, say, split_at_dashes
 from l2e_ds.errors import Interrupted, L2EError
@@ -44,13 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return code
         code = _evaluate(run, state_of(run, training.steps, evaluations).missing, launcher)
         table = None
-        while table is None or not collect(study).equals(table):  # tasks that end together may overwrite each other's
-            table = collect(study)
+        while table is None or not _of_ended_runs(collect(study)).equals(_of_ended_runs(table)):
+            table = collect(study)  # tasks that end together may overwrite each other's
             write_results(study, table)
     except L2EError as error:
         say(f"l2e-ds: error: {error}")
         return error.exit_code
     return code
+
+
+def _of_ended_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows that do not change as other tasks train."""
+    return table[table["state"].isin(("done", "not evaluated"))]
 
 
 def _evaluate(run: Path, evaluations: Sequence[Evaluation], launcher: Sequence[str]) -> int:

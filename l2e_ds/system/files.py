@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import uuid
@@ -43,8 +44,10 @@ def still_named(descriptor: int, path: Path) -> bool:
     """Return whether the file that was opened has still this name, and was not removed meanwhile."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):  # the latter on NFS, where another host removed the file
+            return False
+        raise
 
 
 def is_free(path: Path) -> bool:

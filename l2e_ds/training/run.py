@@ -22,7 +22,7 @@ from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import memory_remedies, with_micro_batch
-from l2e_ds.errors import OutOfMemory
+from l2e_ds.errors import DataError, OutOfMemory
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
@@ -82,6 +82,7 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
     heartbeat.progress("data preparation")
     found = collectives.run_on_main(prepare, preemption.stop_if_asked)
     sets, texts = collectives.run_on_all(lambda: found or prepare())  # the other ranks find the files on disk
+    _check_same_on_all(sets, texts)
     for text in texts if collectives.is_main() else ():
         rest = text.dataset.num_tokens - 1 - text.evaluated_tokens
         say(
@@ -117,6 +118,26 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
         if not is_out_of_memory(error):
             raise
         raise _too_little_memory(run, error, has_fitted=trainer is not None and trainer.state.step > begun) from error
+
+
+def _check_same_on_all(sets: Sequence[PreparedData], texts: Sequence[PreparedText]) -> None:
+    """Raise DataError on all ranks unless all found the same sequences. Collective.
+
+    Rank 0 prepares them, which may take hours; if the text changes meanwhile, the others would prepare it anew.
+    """
+    datasets = [dataset for part in sets for dataset in (part.train, part.held_out)]
+    datasets += [text.dataset for text in texts]
+    own = [dataset.fingerprint() for dataset in datasets if dataset is not None]
+    found = collectives.all_gather_objects(own)
+    others = [rank for rank, one in enumerate(found) if one != found[0]]
+    if others:
+        error = DataError(
+            f"rank {others[0]} reads other text than rank 0 ({len(others)} of {len(found)} ranks do): it changed while"
+            " it was prepared, or hosts see different files; start again when it no longer changes",
+            where="data",
+        )
+        error.on_every_rank = True
+        raise error
 
 
 def _say_what_begins(run: ResolvedRun, about: dict[str, Any], trainer: Trainer) -> None:

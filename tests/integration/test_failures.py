@@ -72,6 +72,15 @@ def test_a_raising_rank_is_named_with_its_reason(launch_ranks, run_file):
     assert "ZeroDivisionError: broken on purpose" in both.said()
 
 
+@pytest.mark.full
+def test_ranks_that_read_different_text_do_not_train(launch_ranks, run_file, tmp_path):
+    both = launch_ranks(2, REPOSITORY / "tests/distributed/workers/growing_text.py", run_file)
+    assert both.end() == [2, 2]
+    (line,) = [line for line in both.said().splitlines() if "error" in line]
+    assert line.startswith("l2e-ds: error: data: rank 1 reads other text than rank 0 (1 of 2 ranks do): it changed")
+    assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/config.yaml").exists()
+
+
 def test_a_second_run_is_refused_and_a_killed_one_makes_room(launch, run_file, tmp_path):
     """Secrets of the environment are nowhere in what a run writes or prints."""
     secrets = {name: f"secret-of-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}

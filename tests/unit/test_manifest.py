@@ -96,6 +96,52 @@ def test_a_checkpoint_under_another_name_is_not_used(tmp_path, capsys):
     assert manifest.verify(shutil.copytree(good, tmp_path / "safe")) is None  # under no step's name
 
 
+@pytest.mark.parametrize("step", ["manifest", "files", "contents"])
+def test_what_a_run_removes_meanwhile_is_no_damage(tmp_path, capsys, monkeypatch, step):
+    """A run with `checkpoint.keep_last` removes its oldest checkpoint while a command reads it."""
+    from l2e_ds.checkpoint import commands
+    from l2e_ds.cli import main
+
+    oldest = make(tmp_path, 3)
+    make(tmp_path, 7)
+    name = {"manifest": "read_manifest", "files": "check_files", "contents": "check_contents"}[step]
+    real = getattr(manifest, name)
+
+    def late(folder, *arguments):
+        if folder == oldest:
+            shutil.rmtree(oldest, ignore_errors=True)
+        return real(folder, *arguments)
+
+    for module in (manifest, commands):
+        monkeypatch.setattr(module, name, late, raising=False)
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == "step00000003  removed meanwhile\nstep00000007  good\n"
+    if step != "contents":  # which `list` does not read
+        make(tmp_path, 3)
+        assert main(["checkpoint", "list", str(tmp_path)]) == 0
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["step", "7"]
+    make(tmp_path, 3)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "2"]) == 0
+    assert capsys.readouterr().out.endswith("kept 7\n")
+
+
+def test_prune_removes_unfinished_checkpoints_only_while_no_run_can_start(tmp_path, monkeypatch):
+    from l2e_ds.checkpoint import commands
+    from l2e_ds.cli import main
+
+    for step in (3, 7):
+        make(tmp_path, step)
+    (tmp_path / "checkpoints/step00000009.tmp").mkdir()
+    removed = {}
+
+    def remove(path):
+        removed[path.name] = (tmp_path / "lock").exists()
+
+    monkeypatch.setattr(commands, "remove_checkpoint", remove)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 0
+    assert removed == {"step00000009.tmp": True, "step00000003": False}
+
+
 def test_shares_of_the_ranks_cover_every_file(tmp_path):
     path = make(tmp_path)
     flip(path / SHARD)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,26 @@ def test_judge(code, noted, asked, restart, step, outcome):
 def test_the_signal_behind_an_exit_code(code, name):
     killer = killed_by(code)
     assert (killer and killer.name) == name
+
+
+def test_a_wish_that_is_taken_back_meanwhile_is_no_wish_to_stop(tmp_path, monkeypatch):
+    """The supervisor removes its file between any two looks of a rank at it."""
+    ask_to_stop(tmp_path, to_restart=True)
+
+    def then_removed(look):
+        def look_and_remove(path, *arguments, **keywords):
+            found = look(path, *arguments, **keywords)
+            if path.parent == tmp_path:
+                path.unlink(missing_ok=True)
+            return found
+
+        return look_and_remove
+
+    with monkeypatch.context() as patch:
+        for name in ("exists", "read_text"):
+            patch.setattr(Path, name, then_removed(getattr(Path, name)))
+        asked = is_asked_to_stop(tmp_path)
+    assert not asked and list(tmp_path.iterdir()) == []
 
 
 def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):

@@ -2,11 +2,11 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study, long.csv and transfer.csv, the results of these studies, and curves.csv,
-layers.csv, measures.csv and features.csv of the scripts of these names, of the main study; those of the long study are
-long_curves.csv, long_layers.csv and long_measures.csv. Only finished runs count. A difference is to the baseline run of
-the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not given for one
-pair. MS, mean S and kurtosis are means over the inhibited layers.
+FOLDER has results.csv of the main study, long.csv, start.csv and transfer.csv, the results of these studies, and
+curves.csv, layers.csv, measures.csv and features.csv of the scripts of these names, of the main study; those of the
+long study are long_curves.csv, long_layers.csv and long_measures.csv. Only finished runs count. A difference is to the
+baseline run of the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not
+given for one pair. MS, mean S and kurtosis are means over the inhibited layers.
 """
 
 from __future__ import annotations
@@ -121,9 +121,9 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    results, others, curves, measures, features, layers = (
+    results, curves, measures, features, layers, start, transfer = (
         pd.read_csv(folder / f"{name}.csv")
-        for name in ("results", "transfer", "curves", "measures", "features", "layers")
+        for name in ("results", "curves", "measures", "features", "layers", "start", "transfer")
     )
     long, long_curves, long_measures, long_layers = (
         pd.read_csv(folder / f"{name}.csv") for name in ("long", "long_curves", "long_measures", "long_layers")
@@ -142,7 +142,8 @@ def main() -> None:
         by_measure(long, long_measures, WORTH),
         by_measure(results, features, FEATURES),
         by_measure(results, measures, MEASURES),
-        changes(others),
+        changes(start),
+        changes(transfer),
     ]
     print("\n".join(tables))
 

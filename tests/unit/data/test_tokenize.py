@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import gzip
 import json
 import os
@@ -336,6 +338,24 @@ def test_another_process_removes_the_folder_at_any_step(tmp_path, monkeypatch, w
         patch.setattr(os, window, late)
         with token_files.Exclusive(folder, wait=True) as own:
             assert done and (own.folder / token_files.LOCK).exists()
+
+
+def test_what_nfs_shows_when_another_host_removes_the_folder(tmp_path, monkeypatch):
+    """A file that was removed while open is called .nfs...; the lock of a removed file is stale. Simulated."""
+    folder, real, stale = tmp_path / "set.partial", fcntl.flock, [True]
+    folder.mkdir()
+    (folder / ".nfs0001").touch()
+
+    def flock(*arguments):
+        if stale:
+            stale.clear()
+            (folder / token_files.LOCK).unlink()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with token_files.Exclusive(folder) as own:
+        assert not stale and (own.folder / token_files.LOCK).exists()
 
 
 @pytest.mark.parametrize("is_moved", [True, False])

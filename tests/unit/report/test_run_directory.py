@@ -81,6 +81,16 @@ def test_configuration_that_is_no_text_or_not_there(tmp_path, reader):
     assert refusal(reader, tmp_path / "l2e") == f"{path}: No such file or directory"
 
 
+def test_a_run_of_a_study_that_is_just_starting_is_not_in_the_report_yet(tmp_path):
+    """It opens its metrics before it writes its configuration, which takes a while with some monitors."""
+    study = paired_study(tmp_path)
+    starting = study / "runs/70m-l2e-seed1234"
+    (starting / "config.yaml").unlink()
+    (starting / "metrics.jsonl").write_text("")
+    page = report(study)
+    assert len(page.runs) == 3 and page.waiting == [starting.name]
+
+
 @both
 def test_sections_that_an_older_run_does_not_have(tmp_path, reader):
     path = write_run(tmp_path / "l2e") / "config.yaml"

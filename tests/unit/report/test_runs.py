@@ -47,7 +47,7 @@ def test_results_of_steps_that_a_run_has_not_come_to_again(tmp_path):
     [
         (None, None, "there is no such folder"),
         ("other.txt", "", "is no run directory, or has no metrics yet"),
-        ("metrics.jsonl", '{"kind": "start", "step": 0}\n', "config.yaml"),
+        ("metrics.jsonl", '{"kind": "start", "step": 0}\n', "has no metrics yet"),
         ("study.json", '{"title": "", "factors": {}, "seeds": [], "evaluate": [], "runs": []}', "none of its 0 runs"),
     ],
 )

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.study import array_task
 from l2e_ds.study.collect import collect, figures_of, paired_differences, summary, write_results
 from tests.unit.study.folders import begin_run, begun_study, checkpoint, evaluation, write_lines
 
@@ -193,6 +194,25 @@ def test_figures_that_an_older_version_did_not_write_are_empty(table):
     write_lines(path, [{key: value for key, value in line.items() if key not in without} for line in lines])
     row = collect(Path("out")).set_index("run").loc["l2e-seed2"]
     assert row[[*without]].isna().all() and row["held_out_loss"] == 5.2
+
+
+def test_ended_runs_alone_decide_whether_another_task_has_written_meanwhile(table, monkeypatch):
+    """A task would go on for as long as any of the others trains."""
+    reads = []
+
+    def collect_while_another_trains(directory):
+        found = collect(directory)
+        reads.append(found)
+        assert len(reads) < 5
+        found.loc[len(found)] = {"run": "none-seed9", "state": "at step 5", "step": len(reads)}
+        return found
+
+    monkeypatch.setattr(array_task, "collect", collect_while_another_trains)
+    monkeypatch.setattr(array_task.job, "entry_of_this_task", lambda path: ["out/configs/none-seed1.yaml"])
+    monkeypatch.setattr(array_task.job, "prepare_environment", lambda: None)  # which asks SLURM
+    assert array_task.main(["out/slurm-1/list", "--", "srun", "python", "-m", "l2e_ds.train"]) == 0
+    assert len(reads) == 2
+    assert set(pd.read_csv("out/results.csv")["run"]) == {*table["run"], "none-seed9"}
 
 
 def test_an_index_that_asks_for_something_else_is_told(table):
