@@ -44,6 +44,7 @@ FEATURES = {
 }
 BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
+SMALLER = ["none", "published", "l2=0.1", "small-start"]
 CONTROLS = {"without-mlp-seed103": "none-seed103", "without-mlp-4800-seed103": "none-4800-seed103"}
 
 
@@ -65,10 +66,23 @@ def cells(table: pd.DataFrame, column: str, is_relative: bool = False) -> dict[s
 
 
 def main_table(results: pd.DataFrame) -> str:
-    columns = [cells(results, "held_out_loss"), *(cells(results, column, True) for column in SCORES)]
+    scores = [column for column in SCORES if column in results]
+    columns = [cells(results, "held_out_loss"), *(cells(results, column, True) for column in scores)]
     counts = results.groupby("combination", sort=False).size()
     rows = [[name, str(n), *(column[name] for column in columns)] for name, n in counts.items()]
-    return markdown(["run", "n", "held-out loss", *SCORES.values()], rows)
+    return markdown(["run", "n", "held-out loss", *(SCORES[column] for column in scores)], rows)
+
+
+def smaller(curves: pd.DataFrame) -> str:
+    """Return what makes the layers smaller, the published loss beside the controls, from the runs that have ended."""
+    last = curves.groupby("run").tail(1).copy()
+    last[["combination", "seed"]] = last["run"].str.extract(r"(.*)-seed(\d+)")
+    last = last[last["combination"].isin(SMALLER)]
+    last = last[last["step"] == last["step"].max()]
+    last["baseline"] = ("none-seed" + last["seed"]).where(last["combination"] != "none")
+    for name in ("top_share_score", "mean_s"):
+        last[name] = (last[f"layer2/{name}"] + last[f"layer3/{name}"]) / 2
+    return main_table(last.sort_values("combination", key=lambda names: names.map(SMALLER.index)))
 
 
 def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str], is_relative: bool = False) -> str:
@@ -136,6 +150,7 @@ def main() -> None:
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, layers, BY_LAYER, is_relative=True),
         controls(curves),
+        smaller(curves),
         main_table(long),
         by_step(long, long_curves, 1800),
         by_measure(long, long_layers, BY_LAYER, is_relative=True),
