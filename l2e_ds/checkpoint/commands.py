@@ -102,13 +102,8 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
             if not arguments.dry_run:
                 remove_checkpoint(path)
 
-    lock = RunLock(run)
-    with suppress(ConfigError):  # a run has it, and may be writing such a folder
-        lock.acquire()
-        try:
-            remove(_folders(run, ".tmp"))
-        finally:
-            lock.release()
+    with suppress(ConfigError), RunLock(run):  # else a run has it, and may be writing such a folder
+        remove(_folders(run, ".tmp"))
     remove([path for path in published if path not in kept] + _folders(run, ".damaged"))
     print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
     return 0

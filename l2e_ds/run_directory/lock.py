@@ -24,7 +24,7 @@ WATCHED_FOR = 3 * RENEWED_EVERY
 
 
 class RunLock:
-    """The lock of one run directory, or of a study's folder; `acquire` it before anything is written there.
+    """The lock of one run directory, or of a study's folder; hold it (`with`) before anything is written there.
 
     where: what gave the folder, to begin an error. what: what works there.
     """
@@ -40,6 +40,13 @@ class RunLock:
             self._acquire()
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
+
+    def __enter__(self) -> RunLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def refusal(self) -> ConfigError | None:
         """Return why the lock cannot be taken now, or None: then it was taken, and given back."""

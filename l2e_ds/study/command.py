@@ -85,17 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     if resources is not None:
         array.check(study.directory, words)
     array.refuse_queued(study.directory)
-    lock = RunLock(study.directory, study.runs[0].sources["training.run_directory"], what="study")
-    lock.acquire()
-    try:
+    with RunLock(study.directory, study.runs[0].sources["training.run_directory"], what="study") as lock:
         write_study(study, resolved)
         if resources is not None and names:
             array.submit(study.directory, names, resources, arguments.restarts, words)
             return 0
         runner = Runner(study.directory, names, study.file.evaluate, where, arguments.restarts, lock.renew)
         code = runner.run()
-    finally:
-        lock.release()
     _collect(study.directory)
     for name, (_, why) in runner.failed.items():
         say(f"{name}: failed: {why}")

@@ -226,11 +226,8 @@ def be_alone(directory: Path) -> None:
     lock = RunLock(directory)
     if not (lock.path.exists() or stop_file.stop_file(directory).exists()):
         return
-    lock.acquire()
-    try:
+    with lock:
         stop_file.remove(directory)
-    finally:
-        lock.release()
 
 
 def say(line: str) -> None:
