@@ -142,7 +142,7 @@ def main() -> None:
     long, long_curves, long_measures, long_layers = (
         pd.read_csv(folder / f"{name}.csv") for name in ("long", "long_curves", "long_measures", "long_layers")
     )
-    results, long = (table[table["state"] == "done"] for table in (results, long))
+    results, long, start, transfer = (table[table["state"] == "done"] for table in (results, long, start, transfer))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
     tables = [
