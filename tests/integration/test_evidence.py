@@ -21,7 +21,7 @@ from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
 
 EVIDENCE = REPOSITORY / "launch/studies/evidence"
-STUDIES = {"main": 50, "long": 12, "strength": 32, "transfer": 42, "start": 18, "choices": 28}
+STUDIES = {"main": 50, "long": 12, "strength": 32, "transfer": 42, "start": 18, "choices": 24}
 SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
 
 
@@ -101,7 +101,7 @@ def test_table_and_figure_of_the_results(tmp_path):
     codes, said = finish(EVIDENCE / "tables.py", EVIDENCE)
     page = (REPOSITORY / "docs/results.md").read_text()
     tables = said.strip().split("\n\n")
-    assert codes == [0] and len(tables) == 13 and all(table in page for table in tables)
+    assert codes == [0] and len(tables) == 16 and all(table in page for table in tables)
     codes, said = finish(EVIDENCE / "figure.py", EVIDENCE / "results.csv", tmp_path / "figure.svg")
     assert codes == [0], said
     assert "projected-0.05 (n = " in (tmp_path / "figure.svg").read_text()

@@ -2,11 +2,11 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study, long.csv, start.csv and transfer.csv, the results of these studies, and
-curves.csv, layers.csv, measures.csv and features.csv of the scripts of these names, of the main study; those of the
-long study are long_curves.csv, long_layers.csv and long_measures.csv. Only finished runs count. A difference is to the
-baseline run of the same seed, relative where the table has %. Its interval is Student's t over the n pairs, and is not
-given for one pair. MS, mean S and kurtosis are means over the inhibited layers.
+FOLDER has results.csv of the main study; long.csv, start.csv, strength.csv, choices.csv and transfer.csv, the results
+of these studies; and curves.csv, layers.csv, measures.csv and features.csv of the scripts of these names, of the main
+study. Of other studies these begin with the study's name, as long_curves.csv does. Only finished runs count. A
+difference is to the baseline run of the same seed, relative where the table has %. Its interval is Student's t over the
+n pairs, and is not given for one pair. MS, mean S and kurtosis are means over the inhibited layers.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ FEATURES = {
     "own_share": "own feature's share of a neuron's top 2 %",
     "eta2": "eta squared",
     "eta2_clipped": "eta squared, peaks clipped",
+}
+BY_SIZE = {"held_out_loss": "held-out loss", "top_share_score": "MS"} | {
+    key: FEATURES[key] for key in ("ks", "ks_chance", "fkr", "own_share")
 }
 BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
@@ -87,9 +90,7 @@ def smaller(curves: pd.DataFrame) -> str:
 
 def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str], is_relative: bool = False) -> str:
     """Return a row for each measure and a column for each of ARMS. own: the measures, with the name of the run."""
-    table = results[["run", "combination", "baseline"]].merge(
-        own.assign(run=own["run"].str.split("/").str[-1]), on="run"
-    )
+    table = results[["run", "combination", "baseline"]].merge(own, on="run")
     counts = table.groupby("combination", sort=False).size()
     arms = [arm for arm in ARMS if arm in counts]
     rows = [[title, *(cells(table, column, is_relative)[arm] for arm in arms)] for column, title in titles.items()]
@@ -121,44 +122,51 @@ def controls(curves: pd.DataFrame) -> str:
 
 def changes(results: pd.DataFrame) -> str:
     """Return what inhibition changed in each combination that has a pair of runs, relative."""
-    columns = {"held_out_loss": "{:+.2%}", "top_share_score": "{:+.1%}", "mean_s": "{:+.1%}"}
+    columns = {"held_out_loss": "{:+.2%}"} | dict.fromkeys(SCORES, "{:+.1%}")
     found = [paired_differences(results, column) for column in columns]
     rows = [
         [str(name), str(n), *(interval(one.loc[name], form) for one, form in zip(found, columns.values(), strict=True))]
         for name, n in found[0]["pairs"].items()
         if n
     ]
-    return markdown(["run", "n", "held-out loss", "MS", "mean S"], rows)
+    return markdown(["run", "n", "held-out loss", *SCORES.values()], rows)
+
+
+def by_size(transfer: pd.DataFrame, features: pd.DataFrame) -> str:
+    """Return what each size has without inhibition, means over seeds."""
+    of_sizes = transfer[transfer["method"] == "none"].merge(features, on="run").groupby("setting", sort=False)
+    means = of_sizes[list(BY_SIZE)].mean()
+    rows = [[str(size), str(n), *(f"{mean:.3f}" for mean in means.loc[size])] for size, n in of_sizes.size().items()]
+    return markdown(["size", "n", *BY_SIZE.values()], rows)
+
+
+def read(path: Path) -> pd.DataFrame:
+    """Return a file's lines of finished runs, without the study in a run's name."""
+    table = pd.read_csv(path)
+    table["run"] = table["run"].str.split("/").str[-1]
+    return table[table["state"] == "done"] if "state" in table else table
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    folder = Path(sys.argv[1])
-    results, curves, measures, features, layers, start, transfer = (
-        pd.read_csv(folder / f"{name}.csv")
-        for name in ("results", "curves", "measures", "features", "layers", "start", "transfer")
-    )
-    long, long_curves, long_measures, long_layers = (
-        pd.read_csv(folder / f"{name}.csv") for name in ("long", "long_curves", "long_measures", "long_layers")
-    )
-    results, long, start, transfer = (table[table["state"] == "done"] for table in (results, long, start, transfer))
+    found = {path.stem: read(path) for path in Path(sys.argv[1]).glob("*.csv")}
+    results, curves, long = found["results"], found["curves"], found["long"]
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
-    measures = measures.assign(run=measures["run"].str.split("/").str[-1]).merge(last, on="run")
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
-        by_measure(results, layers, BY_LAYER, is_relative=True),
+        by_measure(results, found["layers"], BY_LAYER, is_relative=True),
         controls(curves),
         smaller(curves),
         main_table(long),
-        by_step(long, long_curves, 1800),
-        by_measure(long, long_layers, BY_LAYER, is_relative=True),
-        by_measure(long, long_measures, WORTH),
-        by_measure(results, features, FEATURES),
-        by_measure(results, measures, MEASURES),
-        changes(start),
-        changes(transfer),
+        by_step(long, found["long_curves"], 1800),
+        by_measure(long, found["long_layers"], BY_LAYER, is_relative=True),
+        by_measure(long, found["long_measures"], WORTH),
+        by_measure(results, found["features"], FEATURES),
+        by_measure(results, found["measures"].merge(last, on="run"), MEASURES),
+        *(changes(found[study]) for study in ("strength", "choices", "start", "transfer")),
+        by_size(found["transfer"], found["transfer_features"]),
     ]
     print("\n".join(tables))
 
