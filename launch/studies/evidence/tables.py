@@ -43,7 +43,7 @@ FEATURES = {
     "eta2_clipped": "eta squared, peaks clipped",
 }
 BY_SIZE = {"held_out_loss": "held-out loss", "top_share_score": "MS"} | {
-    key: FEATURES[key] for key in ("ks", "ks_chance", "fkr", "own_share")
+    key: FEATURES[key] for key in ("ks", "ks_chance", "fkr", "own_share", "eta2")
 }
 BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
