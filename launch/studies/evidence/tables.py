@@ -140,9 +140,9 @@ def by_size(transfer: pd.DataFrame, features: pd.DataFrame) -> str:
     return markdown(["size", "n", *BY_SIZE.values()], rows)
 
 
-def read(path: Path) -> pd.DataFrame:
-    """Return a file's lines of finished runs, without the study in a run's name."""
-    table = pd.read_csv(path)
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """Return the lines of finished runs of NAME.csv, without the study in a run's name."""
+    table = pd.read_csv(folder / f"{name}.csv")
     table["run"] = table["run"].str.split("/").str[-1]
     return table[table["state"] == "done"] if "state" in table else table
 
@@ -150,23 +150,24 @@ def read(path: Path) -> pd.DataFrame:
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    found = {path.stem: read(path) for path in Path(sys.argv[1]).glob("*.csv")}
-    results, curves, long = found["results"], found["curves"], found["long"]
+    folder = Path(sys.argv[1])
+    results, curves, long, transfer = (read(folder, name) for name in ("results", "curves", "long", "transfer"))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
-        by_measure(results, found["layers"], BY_LAYER, is_relative=True),
+        by_measure(results, read(folder, "layers"), BY_LAYER, is_relative=True),
         controls(curves),
         smaller(curves),
         main_table(long),
-        by_step(long, found["long_curves"], 1800),
-        by_measure(long, found["long_layers"], BY_LAYER, is_relative=True),
-        by_measure(long, found["long_measures"], WORTH),
-        by_measure(results, found["features"], FEATURES),
-        by_measure(results, found["measures"].merge(last, on="run"), MEASURES),
-        *(changes(found[study]) for study in ("strength", "choices", "start", "transfer")),
-        by_size(found["transfer"], found["transfer_features"]),
+        by_step(long, read(folder, "long_curves"), 1800),
+        by_measure(long, read(folder, "long_layers"), BY_LAYER, is_relative=True),
+        by_measure(long, read(folder, "long_measures"), WORTH),
+        by_measure(results, read(folder, "features"), FEATURES),
+        by_measure(results, read(folder, "measures").merge(last, on="run"), MEASURES),
+        *(changes(read(folder, study)) for study in ("strength", "choices", "start")),
+        changes(transfer),
+        by_size(transfer, read(folder, "transfer_features")),
     ]
     print("\n".join(tables))
 
