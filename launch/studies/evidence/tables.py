@@ -83,8 +83,6 @@ def smaller(curves: pd.DataFrame) -> str:
     last = last[last["combination"].isin(SMALLER)]
     last = last[last["step"] == last["step"].max()]
     last["baseline"] = ("none-seed" + last["seed"]).where(last["combination"] != "none")
-    for name in ("top_share_score", "mean_s"):
-        last[name] = (last[f"layer2/{name}"] + last[f"layer3/{name}"]) / 2
     return main_table(last.sort_values("combination", key=lambda names: names.map(SMALLER.index)))
 
 
@@ -99,14 +97,13 @@ def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str],
 
 def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
     """Return the mean relative changes of loss and MS at each evaluation of inhibited runs from step `first` on."""
-    curves = curves.assign(ms=(curves["layer2/top_share_score"] + curves["layer3/top_share_score"]) / 2)
     table = results[["run", "combination", "baseline"]].merge(curves, on="run")
     arms = [arm for arm in ARMS[1:] if arm in set(table["combination"])]
     rows = []
     # a run without inhibition may have been evaluated more often
     evaluated = set(table.loc[table["combination"].isin(arms), "step"])
     for step, part in table[table["step"].isin(evaluated) & (table["step"] >= first)].groupby("step"):
-        changes = [paired_differences(part, column)["relative"] for column in ("held_out_loss", "ms")]
+        changes = [paired_differences(part, column)["relative"] for column in ("held_out_loss", "top_share_score")]
         rows.append([f"{step:,}", *(f"{changes[0][arm]:+.2%}, {changes[1][arm]:+.0%}" for arm in arms)])
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
@@ -147,11 +144,21 @@ def read(folder: Path, name: str) -> pd.DataFrame:
     return table[table["state"] == "done"] if "state" in table else table
 
 
+def read_curves(folder: Path, name: str) -> pd.DataFrame:
+    """Return the lines of a file of curves.py, with the means over the two layers."""
+    curves = read(folder, name)
+    means = {
+        score: curves[[f"layer2/{score}", f"layer3/{score}"]].mean(axis=1) for score in ("top_share_score", "mean_s")
+    }
+    return curves.assign(**means)
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    results, curves, long, transfer = (read(folder, name) for name in ("results", "curves", "long", "transfer"))
+    results, long, transfer = (read(folder, name) for name in ("results", "long", "transfer"))
+    curves = read_curves(folder, "curves")
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     tables = [
         main_table(results),
@@ -160,7 +167,7 @@ def main() -> None:
         controls(curves),
         smaller(curves),
         main_table(long),
-        by_step(long, read(folder, "long_curves"), 1800),
+        by_step(long, read_curves(folder, "long_curves"), 1800),
         by_measure(long, read(folder, "long_layers"), BY_LAYER, is_relative=True),
         by_measure(long, read(folder, "long_measures"), WORTH),
         by_measure(results, read(folder, "features"), FEATURES),
