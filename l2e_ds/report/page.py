@@ -23,7 +23,7 @@ from l2e_ds.report.statistics import comparable_losses, loss_difference, steady_
 from l2e_ds.report.table import Table, about_errors, text_of
 from l2e_ds.report.warnings import Notice
 from l2e_ds.run_directory.configuration import read_config
-from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, numbers
+from l2e_ds.run_directory.metrics import first_and_last, mean_of_last_tenth
 from l2e_ds.system.files import REPOSITORY
 from l2e_ds.system.templates import template
 
@@ -96,12 +96,12 @@ def _sentence(collection: Collection) -> str:
 
 def _facts_of_run(run: Run) -> list[_Fact]:
     first, last = first_and_last(run.evaluations, "held_out_loss")
-    shares = numbers(last_tenth(run.training), "observed_share")
+    share = mean_of_last_tenth(run.training, "observed_share")
     speed = steady_median(run, "tokens_per_second")
     facts: list[_Fact] = [("held-out loss", f"{_loss(first)} → {_loss(last)}" if run.evaluations else None, "")]
-    if shares:
-        share = f"{mean(shares):.2%} (target {run.config['inhibition.target_share']:.2%})"
-        facts.append(("observed share", share, ""))
+    if share is not None:
+        target = run.config["inhibition.target_share"]
+        facts.append(("observed share", f"{share:.2%} (target {target:.2%})", ""))
     facts += [("steps", f"{run.step:,} of {run.steps:,}", ""), ("tokens", run.tokens, ",d")]
     return facts + ([("tokens/s", speed, ",.0f")] if speed is not None else [])
 

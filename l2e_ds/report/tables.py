@@ -11,7 +11,7 @@ from l2e_ds.report.runs import Collection, differing
 from l2e_ds.report.table import Column, Table, about_errors, table_of
 from l2e_ds.report.task_tables import benchmarks, evaluations, without_published
 from l2e_ds.run_directory.metric_table import described
-from l2e_ds.run_directory.metrics import comparison_key, first_and_last, last_tenth, layer_key, mean, numbers
+from l2e_ds.run_directory.metrics import comparison_key, first_and_last, layer_key, mean_of_last_tenth, numbers
 
 _PLACES = ("training.run_directory", "data.cache")
 _SCORES = {"layers/top_share_score": ".2f", "layers/mean_s": ".4f", "layers/kurtosis": ".2f"}
@@ -131,9 +131,7 @@ def _shares(collection: Collection) -> Table:
 def _runs(collection: Collection) -> Table:
     rows: list[dict[Column, Any]] = []
     for run in collection.runs:
-        lately = {
-            key: mean(numbers(last_tenth(run.training), key)) for key in ("lm_loss", "observed_share", "gradient_norm")
-        }
+        lately = {key: mean_of_last_tenth(run.training, key) for key in ("lm_loss", "observed_share", "gradient_norm")}
         first, last = first_and_last(run.evaluations, "held_out_loss")
         observed, target = lately["observed_share"], run.config["inhibition.target_share"]
         rows.append(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from l2e_ds.report.runs import Collection, Run, Variant, comparable, differing
 from l2e_ds.report.statistics import loss_difference
-from l2e_ds.run_directory.metrics import first_and_last, last_tenth, mean, number, numbers
+from l2e_ds.run_directory.metrics import first_and_last, mean_of_last_tenth, number
 from l2e_ds.training import guard
 
 OFF_TARGET = 0.1  # distance from the target share, as a part of it
@@ -24,6 +24,7 @@ _WHERE = {
     "skipped steps": "docs/metrics.md",
     "neurons that die": "docs/metrics.md",
     "run that is no further seed": "docs/report.md",
+    "scores that do not compare": "docs/studies.md",
     "compared with another configuration": "docs/run-files.md",
     "runs that differ in more than inhibition": "docs/run-files.md",
     "not finished": "docs/report.md",
@@ -52,7 +53,7 @@ def all_warnings(collection: Collection) -> list[Notice]:
     """Return all warnings, the most serious first."""
     found = [notice for variant in collection.variants for notice in _of_variant(collection, variant)]
     found += [notice for run in collection.runs for notice in _of_run(run)]
-    found += _different(collection)
+    found += [*_different(collection), *_measured_on_others(collection)]
     if collection.waiting:
         text = f"{len(collection.waiting)} have written nothing yet: {', '.join(collection.waiting)}"
         found.append(Notice("not finished", text))
@@ -86,9 +87,9 @@ def _of_run(run: Run) -> Iterator[Notice]:
             yield Notice("loss that is not finite", text)
     for name, seen, advice in guard.seen_in(run.starts, run.evaluations, run.findings):
         yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}")
-    target, lines = run.config["inhibition.target_share"], last_tenth(run.training)
+    target = run.config["inhibition.target_share"]
     for layer in run.layers:
-        share = mean(numbers(lines, f"layer{layer}/observed_share"))
+        share = mean_of_last_tenth(run.training, f"layer{layer}/observed_share")
         if share is not None and abs(share / target - 1) > OFF_TARGET:
             text = f"{run.name}: layer {layer} had {share:.2%} selected, target {target:.2%}"
             yield Notice("observed share off its target", f"{text} (last tenth of {run.step:,} steps)")
@@ -103,6 +104,20 @@ def _of_run(run: Run) -> Iterator[Notice]:
     if run.step < run.steps:
         written = f"last line written {run.written:%Y-%m-%d %H:%M} UTC"
         yield Notice("not finished", f"{run.name}: at step {run.step:,} of {run.steps:,}, {written}")
+
+
+def _measured_on_others(collection: Collection) -> Iterator[Notice]:
+    """Compare the layers and target shares on which MS, mean S and kurtosis of the runs of a model are measured."""
+    for size in dict.fromkeys(run.size for run in collection.runs):
+        runs = [run for run in collection.runs if run.size == size and run.evaluations]
+        layers = dict.fromkeys(" ".join(map(str, run.layers)) for run in runs)
+        shares = dict.fromkeys(run.config["inhibition.target_share"] for run in runs)
+        if len(layers) > 1:
+            text = f"{size}: MS, mean S and kurtosis are of the layers {'; '.join(layers)}"
+            yield Notice("scores that do not compare", text)
+        if len(shares) > 1:
+            given = ", ".join(f"{100 * share:g}%" for share in shares)
+            yield Notice("scores that do not compare", f"{size}: MS of the top share is of the target shares {given}")
 
 
 def _different(collection: Collection) -> Iterator[Notice]:

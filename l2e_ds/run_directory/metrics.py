@@ -109,9 +109,18 @@ def after_first_intervals(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any
     return kept
 
 
-def last_tenth(lines: Sequence[dict]) -> list[dict]:
-    """Return the lines of the last tenth of the steps so far."""
-    return [line for line in lines if line["step"] > 0.9 * lines[-1]["step"]]
+def mean_of_last_tenth(lines: Sequence[dict], key: str) -> float | None:
+    """Return the mean of a number over the last tenth of the steps so far, or None if no line of them has it.
+
+    A line counts as often as it has steps there: those since the line before.
+    """
+    begin = 0.9 * lines[-1]["step"] if lines else 0
+    total = count = 0.0
+    for before, line in zip([0, *(line["step"] for line in lines)], lines, strict=False):
+        steps, value = line["step"] - max(before, begin), number(line, key)
+        if steps > 0 and value is not None:
+            total, count = total + steps * value, count + steps
+    return total / count if count else None
 
 
 def layer_key(layer: int, name: str) -> str:
@@ -136,11 +145,13 @@ def texts_of(line: Mapping[str, Any]) -> list[str]:
 
 
 def number(line: Mapping[str, Any], key: str) -> float | None:
-    """Return a number of a line, or None if it has none. `layers/NAME` is the mean over its layers."""
+    """Return a number of a line, or None if it has none. `layers/NAME` is the mean over its layers, or None if one of
+    them has none."""
     if key.startswith("layers/"):
         ending = key.removeprefix("layers")
-        own = (name for name in line if name.startswith("layer") and name.endswith(ending))
-        return mean(value for name in own if (value := number(line, name)) is not None)
+        own = [number(line, name) for name in line if name.startswith("layer") and name.endswith(ending)]
+        values = [value for value in own if value is not None]
+        return mean(values) if len(values) == len(own) else None
     value = line.get(key)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 

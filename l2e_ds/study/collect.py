@@ -18,10 +18,10 @@ from l2e_ds.console import markdown
 from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory.metric_table import described
 from l2e_ds.run_directory.metrics import FILE as METRICS
-from l2e_ds.run_directory.metrics import after_first_intervals, number, numbers, of_kind, read_lines
+from l2e_ds.run_directory.metrics import after_first_intervals, layers_of, number, numbers, of_kind, read_lines
 from l2e_ds.run_directory.results import read_results, results_of
 from l2e_ds.study.definition import COLUMNS, LAYER_MEANS, RESULT_COLUMNS, Evaluation
-from l2e_ds.study.state import answers, evaluation_lines, read_index, state_of, steps_of
+from l2e_ds.study.state import answers, config_of, evaluation_lines, read_index, state_of
 from l2e_ds.system.files import write_whole
 
 RESULTS = "results.csv"
@@ -29,6 +29,9 @@ SHOWN = {"held_out_loss": "{:.4f}", "top_share_score": "{:.3f}", "mean_s": "{:.4
 """The metrics of evaluations that the summary shows, with the form of their numbers."""
 TEXTS = ("text_loss/", "text_bits_per_byte/")
 """Beginnings of the metrics of `evaluation.texts`."""
+MEASURED_ON = {name: ["measured_layers"] for name in LAYER_MEANS}
+"""The columns that must be the same in two runs for a column of them to be compared."""
+MEASURED_ON["top_share_score"].append("measured_share")
 
 
 def collect(directory: Path) -> pd.DataFrame:
@@ -40,7 +43,8 @@ def collect(directory: Path) -> pd.DataFrame:
     evaluations = index.evaluate
     rows, own, others = [], [], []
     for entry in index.runs:
-        run, steps = directory / entry.directory, steps_of(directory, entry.name)
+        run, config = directory / entry.directory, config_of(directory, entry.name)
+        steps = config.training.steps
         read_results(run)  # raises for a line that is no evaluation
         state = state_of(run, steps, evaluations)
         rows.append(
@@ -52,6 +56,7 @@ def collect(directory: Path) -> pd.DataFrame:
                 "baseline": entry.baseline,
                 "state": str(state),
                 "step": state.step,
+                "measured_share": config.inhibition.target_share,
                 **_metrics(read_lines(run) if (run / METRICS).is_file() else []),
             }
         )
@@ -70,6 +75,9 @@ def collect(directory: Path) -> pd.DataFrame:
 def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Return one row a combination, in the table's order, from the runs that have a value in `column`.
 
+    Of a table of `collect` first take what is `finished`. MS, mean S and kurtosis are only compared between runs that
+    measure the same layers, and MS only of the same share, where the table has these columns.
+
     runs: their number; mean: over them (seeds); pairs: number of pairs of a run and its baseline; difference: mean of
     (run - baseline) over the pairs, and its stderr: standard deviation (n - 1) over the square root of n, NaN for a
     single pair; relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the
@@ -77,6 +85,9 @@ def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """
     value_of = table.set_index("run")[column].astype(float)
     base = table["baseline"].map(value_of).astype(float)
+    for decisive in MEASURED_ON.get(column, ()):
+        if decisive in table:
+            base = base.where(table[decisive] == table["baseline"].map(table.set_index("run")[decisive]))
     difference = table[column].astype(float) - base
     found = pd.DataFrame(
         {
@@ -114,17 +125,22 @@ def figures_of(table: pd.DataFrame) -> list[str]:
     return [*(name for name in table.columns if name.startswith(TEXTS)), *tasks]
 
 
-def summary(table: pd.DataFrame) -> str:
-    """Return means over seeds and paired differences, as Markdown.
+def finished(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `collect` with the values of runs that are trained to their end, at their end, only.
 
-    They are of runs that are trained to their end, at their end, and of pairs of equally many steps.
+    It keeps a run's baseline only if that has as many steps.
     """
     table = table.copy()
     evaluated = [*SHOWN, *(name for name in table.columns if name.startswith(TEXTS))]
     table.loc[~table["state"].isin(("done", "not evaluated")), [*SHOWN, "step_seconds", *figures_of(table)]] = math.nan
     table.loc[table["evaluated_step"] != table["step"], evaluated] = math.nan
     step_of = table.set_index("run")["step"]
-    table["baseline"] = table["baseline"].where(table["baseline"].map(step_of) == table["step"])
+    return table.assign(baseline=table["baseline"].where(table["baseline"].map(step_of) == table["step"]))
+
+
+def summary(table: pd.DataFrame) -> str:
+    """Return means over seeds and paired differences of what is `finished`, as Markdown."""
+    table = finished(table)
     states = table.groupby("combination", sort=False)["state"].apply(lambda column: (column == "done").sum())
     heads, rows = ["combination", "done"], [[name, str(count)] for name, count in states.items()]
     for name, form in {**SHOWN, "step_seconds": "{:.4f}"}.items():
@@ -136,12 +152,13 @@ def summary(table: pd.DataFrame) -> str:
         else:
             key = f"layers/{name}" if name in LAYER_MEANS else name
             heads += [described("evaluation", key).title, "difference"]
-        for row, (_, found) in zip(rows, metric.iterrows(), strict=True):
+        for row, done, (_, found) in zip(rows, states, metric.iterrows(), strict=True):
             difference = _plus_minus(found["difference"], found["stderr"], found["pairs"], form)
             if name == "step_seconds":
                 relative, error = 100 * found["relative"], 100 * found["relative_stderr"]
                 difference = _plus_minus(relative, error, found["pairs"], "{:.1f}", " %")
-            row += ["" if pd.isna(found["mean"]) else form.format(found["mean"]), difference]
+            mean = "" if pd.isna(found["mean"]) else form.format(found["mean"])
+            row += [mean if found["runs"] in (0, done) else f"{mean} (n = {found['runs']:.0f})", difference]
     parts = [markdown(heads, rows)]
     form = "{:.4f}"
     tasks = [
@@ -156,8 +173,10 @@ def summary(table: pd.DataFrame) -> str:
     if tasks:
         parts.append(markdown(["metric", "combination", "runs", "mean", "difference"], tasks))
     parts.append(
-        "Means over seeds, of finished runs; differences to the baseline of the same seed and as many steps, with their"
-        " standard error over n pairs.\n"
+        "Means over seeds, of finished runs (with n where these are not all and only those that are done, as where a"
+        " number is not finite); differences to the baseline of the same seed and as many steps, with their standard"
+        " error over n pairs. MS, mean S and kurtosis have one only where both measure the same layers, MS only"
+        " where they have the same target share.\n"
     )
     return "\n".join(parts)
 
@@ -170,10 +189,10 @@ def _plus_minus(value: float, error: float, pairs: float, form: str, unit: str =
     return f"{signed}{unit}" if pd.isna(error) else f"{signed} ± {form.format(error)}{unit} (n = {pairs:.0f})"
 
 
-def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
+def _metrics(lines: list[dict[str, Any]]) -> dict[str, Any]:
     training, evaluations = of_kind(lines, "train"), of_kind(lines, "evaluation")
     steady = after_first_intervals(lines)
-    values: dict[str, float | None] = {}
+    values: dict[str, Any] = {}
     if training:
         values["observed_share"] = training[-1].get("observed_share")
         values["peak_memory_gib"] = max(numbers(training, "peak_memory_gib"), default=None)
@@ -181,6 +200,7 @@ def _metrics(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     if evaluations:
         last = evaluations[-1]
         values |= {"evaluated_step": last["step"], "held_out_loss": last["held_out_loss"]}
+        values["measured_layers"] = " ".join(map(str, layers_of([last])))
         values |= {name: number(last, f"layers/{name}") for name in LAYER_MEANS}
         values |= {key: number(last, key) for key in last if key.startswith(TEXTS)}
     speeds = {key: numbers(steady, key) for key in ("step_seconds", "tokens_per_second")}

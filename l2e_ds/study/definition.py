@@ -30,10 +30,11 @@ COLUMNS = ("run", "combination", "seed", "baseline", "state", "step", "tokens")
 LAYER_MEANS = ("top_share_score", "mean_s", "kurtosis")
 """Metrics of the hooked layers, of which the table has the means."""
 RESULT_COLUMNS = (
-    *("evaluated_step", "held_out_loss", *LAYER_MEANS),
+    *("evaluated_step", "measured_layers", "measured_share", "held_out_loss", *LAYER_MEANS),
     *("observed_share", "step_seconds", "tokens_per_second", "peak_memory_gib"),
 )
-"""Columns of metrics (run_directory/metric_table.yaml), but for those of tasks."""
+"""Columns of metrics (run_directory/metric_table.yaml), but for those of tasks, and of the layers and the target share
+that LAYER_MEANS are of."""
 
 
 class Evaluation(Section):

@@ -20,7 +20,7 @@ from l2e_ds.errors import ConfigError, Interrupted
 from l2e_ds.run_directory.lock import RENEWED_EVERY, RunLock
 from l2e_ds.study.definition import Evaluation
 from l2e_ds.study.processes import Child, Place, evaluation_words
-from l2e_ds.study.state import State, config_file, run_directory, state_of, steps_of
+from l2e_ds.study.state import State, config_file, config_of, run_directory, state_of
 from l2e_ds.system import signals
 
 POLL = 0.2  # seconds
@@ -112,7 +112,8 @@ class Runner:
                 job.child.kill()
 
     def _state(self, job: Job) -> State:
-        return state_of(run_directory(self.directory, job.name), steps_of(self.directory, job.name), self.evaluations)
+        steps = config_of(self.directory, job.name).training.steps
+        return state_of(run_directory(self.directory, job.name), steps, self.evaluations)
 
     def _log(self, job: Job) -> Path:
         return self.directory / "logs" / f"{job.name}.log"

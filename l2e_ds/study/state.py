@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from l2e_ds.config.reading import checked, load_run_config
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import json_lines
@@ -82,9 +83,9 @@ def evaluation_lines(directory: Path) -> list[dict[str, Any]]:
     return [line.value for line in json_lines(path) if isinstance(line.value, dict)] if path.is_file() else []
 
 
-def steps_of(directory: Path, name: str) -> int:
-    """Return the number of steps that a run of a study is to have. Raises ConfigError."""
-    return load_run_config(config_file(directory, name)).training.steps
+def config_of(directory: Path, name: str) -> RunConfig:
+    """Return the configuration of a run of a study. Raises ConfigError."""
+    return load_run_config(config_file(directory, name))
 
 
 def read_index(directory: Path) -> Index:

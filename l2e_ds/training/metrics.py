@@ -39,8 +39,12 @@ class MetricsWriter:
     """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
     def __init__(self, config: RunConfig, first_step: int, main: bool, is_new: bool = False) -> None:
-        """Open the files, and remove the lines after first_step, from which a run resumes. main: whether this is rank
-        0; on other ranks every method does nothing. Raises OSError."""
+        """Open the files, and remove the lines after first_step, from which a run resumes, or all lines if it is new:
+        those are of an attempt that saved nothing.
+
+        main: whether this is rank 0; on other ranks every method does nothing. is_new: whether the run has no
+        checkpoint of its own. Raises OSError.
+        """
         self.main = main
         run_directory = Path(config.training.run_directory)
         self.path = run_directory / FILE
@@ -49,16 +53,16 @@ class MetricsWriter:
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, run_directory / results.FILE):
-            drop_lines_after(path, first_step)
-        drop_lines_after(run_directory / SAMPLES, -1 if is_new else first_step)
+        last_kept = -1 if is_new else first_step
+        for path in (self.path, run_directory / results.FILE, run_directory / SAMPLES):
+            drop_lines_after(path, last_kept)
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True
         self._is_shown = config.logging.progress
         if self._is_shown and sys.stderr.isatty():
             self.bar = tqdm(total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._monitors = Monitors(config, first_step, self.say)
+        self._monitors = Monitors(config, last_kept, self.say)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line, and its numbers to the monitors under `kind/key`, except for `kind: start`.

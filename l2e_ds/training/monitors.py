@@ -22,14 +22,14 @@ Write = Callable[[int, Mapping[str, float]], None]
 class Monitors:
     """Writes to all monitors of a run, on rank 0. One that fails or cannot be reached loses metrics, never the run."""
 
-    def __init__(self, config: RunConfig, first_step: int, say: Callable[[str], None]) -> None:
-        """Open the monitors, and remove from their files what was written after first_step."""
+    def __init__(self, config: RunConfig, last_kept: int, say: Callable[[str], None]) -> None:
+        """Open the monitors, and remove from their files what was written after the step last_kept."""
         self._say = say
         self._writes: dict[str, Write] = {}
         self._opened = {name: ExitStack() for name, open_it in _OPENED_BY.items() if getattr(config.logging, name)}
         for name, stack in self._opened.items():
             with self._allowing_failure(name):
-                self._writes[name] = stack.enter_context(_OPENED_BY[name](config, first_step, say))
+                self._writes[name] = stack.enter_context(_OPENED_BY[name](config, last_kept, say))
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Write those values that are numbers."""
@@ -55,12 +55,12 @@ class Monitors:
 
 
 @contextmanager
-def _csv(config: RunConfig, first_step: int, _say: Callable[[str], None]) -> Iterator[Write]:
+def _csv(config: RunConfig, last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
     """Write a file for each metric: a heading, then rows of step and value."""
     folder = Path(config.training.run_directory) / "csv"
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.csv"):
-        _drop_rows_after(path, first_step)
+        _drop_rows_after(path, last_kept)
 
     def write(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -85,10 +85,10 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _tensorboard(config: RunConfig, first_step: int, _say: Callable[[str], None]) -> Iterator[Write]:
+def _tensorboard(config: RunConfig, last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(Path(config.training.run_directory) / "tensorboard", purge_step=first_step + 1) as writer:
+    with SummaryWriter(Path(config.training.run_directory) / "tensorboard", purge_step=last_kept + 1) as writer:
 
         def write(step: int, numbers: Mapping[str, float]) -> None:
             for name, value in numbers.items():
@@ -99,7 +99,7 @@ def _tensorboard(config: RunConfig, first_step: int, _say: Callable[[str], None]
 
 
 @contextmanager
-def _wandb(config: RunConfig, _first_step: int, say: Callable[[str], None]) -> Iterator[Write]:
+def _wandb(config: RunConfig, _last_kept: int, say: Callable[[str], None]) -> Iterator[Write]:
     """Write to one run of Weights & Biases per run directory, which holds its files, however often that is started."""
     import wandb
 

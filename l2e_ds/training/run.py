@@ -101,7 +101,7 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
             begun = trainer.state.step
             if collectives.is_main():
                 # Only now, as a refused resume must leave the run as it was.
-                _write_run_files(run, directory, sets, is_new=trainer.state.step == 0)
+                _write_run_files(run, directory, sets, trainer.is_new)
                 if record is not None:
                     write_whole(directory / micro_batch.FILE, record)
             about = _start_values(run, launch, device, data)

@@ -147,7 +147,8 @@ class Trainer(AbstractContextManager):
             self._resume(resume_from)
         self._skipped = SkippedSteps(self.engine, config.training, self.state)
         self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
-        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), is_new=resume_from is None)
+        self.is_new = resume_from is None or not self.checkpoints.is_own(resume_from)  # without a checkpoint of its own
+        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), self.is_new)
         if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
         for change in self.changes:

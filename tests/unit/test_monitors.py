@@ -31,13 +31,15 @@ def offline(monkeypatch):
 def writer(directory: Path, first_step: int, **logging) -> MetricsWriter:
     training = RUN["training"] | {"run_directory": str(directory)}
     config = checked(RunConfig, RUN | {"training": training, "logging": {"progress": False, **logging}}, "here")
-    return MetricsWriter(config, first_step, main=True)
+    return MetricsWriter(config, first_step, main=True, is_new=first_step == 0)
 
 
 def train(directory: Path, first_step: int, last_step: int, factor: float, **logging) -> None:
     """What a run writes between two steps, the line of a checkpoint when later ones are there already."""
     metrics = writer(directory, first_step, **logging)
     metrics.write("start", first_step, {"host": "here", "ranks": 1})
+    if first_step == 0:
+        metrics.write("evaluation", 0, {"tokens": 0, "held_out_loss": factor})
     for step in range(first_step + 1, last_step + 1):
         metrics.write("train", step, {"lm_loss": factor * step, "layer1/tau": step, "gradient_norm": None})
         if step % 5 == 3:
@@ -122,6 +124,7 @@ def test_a_run_that_goes_on_is_one_run_everywhere(tmp_path, killed):
     after = expected(run)
     assert [step for step, _ in after["train/lm_loss"]] == list(range(1, 31))
     assert after["train/lm_loss"][9:11] == [(10, 10.0), (11, 22.0)]
+    assert after["evaluation/held_out_loss"] == [(0, 1.0)]  # of the last attempt only
 
     table = {name.replace("/", "_"): points for name, points in after.items()}
     if killed:  # nothing was left of it

@@ -9,7 +9,7 @@ import yaml
 
 from l2e_ds.errors import DataError
 from l2e_ds.report import runs
-from l2e_ds.run_directory.metrics import last_tenth, number
+from l2e_ds.run_directory.metrics import mean_of_last_tenth, number
 from tests.unit.report.making import STEPS, add_results, paired_study, write_run, write_study
 
 
@@ -217,4 +217,8 @@ def test_number():
 
 def test_last_tenth():
     lines = [{"step": step} for step in range(2, 101, 2)]
-    assert [line["step"] for line in last_tenth(lines)] == [92, 94, 96, 98, 100]
+    assert mean_of_last_tenth(lines, "step") == 96  # of 92, 94, 96, 98, 100
+    assert mean_of_last_tenth([], "step") is None and mean_of_last_tenth(lines, "tau") is None
+    # of steps 136 to 150, the lines have 13, cut at 135, and 2
+    uneven = [{"step": step, "loss": loss} for step, loss in ((120, 9.0), (148, 4.0), (150, 4.6))]
+    assert mean_of_last_tenth(uneven, "loss") == pytest.approx((13 * 4.0 + 2 * 4.6) / 15)

@@ -19,6 +19,7 @@ KINDS = {
     "skipped": "skipped steps",
     "dead": "neurons that die",
     "repeated": "run that is no further seed",
+    "scores": "scores that do not compare",
     "other": "compared with another configuration",
     "differ": "runs that differ in more than inhibition",
     "unfinished": "not finished",
@@ -164,6 +165,16 @@ def test_runs_that_nobody_can_pair(tmp_path):
     none = write_run(tmp_path / "none", "none")
     other = write_run(tmp_path / "l2e", training__seed=7, training__global_batch=32)
     assert texts("differ", none, other) == ["2 runs: training.global_batch 16, 32; training.seed 1234, 7"]
+
+
+def test_scores_of_other_layers_and_shares(tmp_path):
+    none, own = write_run(tmp_path / "none", "none"), write_run(tmp_path / "l2e", loss=4.9)
+    share = write_run(tmp_path / "share", loss=4.9, inhibition__target_share=0.005)
+    assert texts("scores", none, own) == []
+    assert texts("scores", none, own, share) == ["70m: MS of the top share is of the target shares 2%, 0.5%"]
+    path = share / "metrics.jsonl"
+    path.write_text(path.read_text().replace("layer3/", "layer11/"))
+    assert texts("scores", none, share)[0] == "70m: MS, mean S and kurtosis are of the layers 2 3; 2 11"
 
 
 @pytest.mark.parametrize("keys", [{}, {"inhibition__coefficient": 0.5}, {"training__micro_batch": 2}])

@@ -10,7 +10,7 @@ import pytest
 
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.study import array_task
-from l2e_ds.study.collect import collect, figures_of, paired_differences, summary, write_results
+from l2e_ds.study.collect import collect, figures_of, finished, paired_differences, summary, write_results
 from tests.unit.study.folders import begin_run, begun_study, checkpoint, evaluation, write_lines
 
 
@@ -71,7 +71,9 @@ def test_one_line_a_run(table, tmp_path):
     assert (row["combination"], row["method"], row["seed"], row["baseline"]) == ("l2e", "l2e", 2, "none-seed2")
     assert (row["state"], row["step"], row["tokens"], row["held_out_loss"]) == ("done", 20, 2560, 5.2)
     assert row["evaluated_step"] == 20
-    assert row["top_share_score"] == 13.0 and row["mean_s"] == pytest.approx(0.2) and row["kurtosis"] == 5.0
+    assert row["top_share_score"] == 13.0 and row["mean_s"] == pytest.approx(0.2)
+    assert row["kurtosis"] is None or math.isnan(row["kurtosis"])  # one of the two layers has none
+    assert (row["measured_layers"], row["measured_share"]) == ("1 2", 0.02)
     assert row["observed_share"] == pytest.approx(0.022) and row["peak_memory_gib"] == pytest.approx(1.2)
     assert row["step_seconds"] == pytest.approx(1.2)  # the median of 1.1, 1.3 and 1.2
     assert row["tokens_per_second"] == pytest.approx(128 / 1.2)
@@ -104,6 +106,26 @@ def test_paired_differences(table):
     assert math.isnan(one["stderr"])
 
 
+def test_scores_are_compared_where_they_are_of_the_same(table):
+    """MS of the same target share and layers, mean S of the same layers, a loss always."""
+    for column, alike in {"measured_share": ("mean_s", "held_out_loss"), "measured_layers": ("held_out_loss",)}.items():
+        other = table.assign(**{column: table[column].where(table["run"] != "l2e-seed2", "other")})
+        for name in ("held_out_loss", "top_share_score", "mean_s"):
+            found = paired_differences(other, name).loc["l2e"]
+            assert (found["runs"], found["pairs"]) == (3, 3 if name in alike else 2)
+
+
+def test_a_run_that_has_not_ended_is_not_compared(table):
+    """One that stands at the step of its newest evaluation, and one without a finite loss at its end."""
+    begun = table.assign(state=table["state"].where(table["run"] != "l2e-seed1", "at step 20"))
+    for name in ("held_out_loss", "arc_easy/0-shot/acc"):
+        found = paired_differences(finished(begun), name).loc["l2e"]
+        assert (found["runs"], found["pairs"]) == (2, 2)
+    assert "| l2e | 2 | 5.5000 | -0.2500 ± 0.0500 (n = 2) |" in summary(begun)  # of 5.2, 5.8
+    lost = table.assign(held_out_loss=table["held_out_loss"].where(table["run"] != "l2e-seed1"))
+    assert "| l2e | 3 | 5.5000 (n = 2) | -0.2500 ± 0.0500 (n = 2) |" in summary(lost)
+
+
 def test_the_printed_table(table):
     text = summary(table)
     assert "| l2e | 3 | 5.3000 | -0.2000 ± 0.0577 (n = 3) |" in text
@@ -123,7 +145,7 @@ def test_only_what_is_equally_long_is_compared(table):
     assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0250 ± 0.0050 (n = 2) |" in text
     stale = table.assign(evaluated_step=table["evaluated_step"].where(table["run"] != "none-seed2", 10))
     text = summary(stale)
-    assert "| none | 3 | 5.5000 |  |" in text  # of 5.0, 6.0
+    assert "| none | 3 | 5.5000 (n = 2) |  |" in text  # of 5.0, 6.0
     assert "| l2e | 3 | 5.3000 | -0.1500 ± 0.0500 (n = 2) |" in text  # of -0.1, -0.2
     assert "| text_loss/own | l2e | 3 | 6.3000 | -0.1500 ± 0.0500 (n = 2) |" in text
     assert "| arc_easy/0-shot/acc | l2e | 3 | 0.5300 | -0.0200 ± 0.0058 (n = 3) |" in text
