@@ -169,8 +169,8 @@ class SourceConfig(Section):
         if self.source == "indexed" and not self.path:
             raise ValueError(f"{where}.path: got {self.path!r}, give the prefix of a .bin/.idx pair or a list of them")
         if self.source != "hub":
-            for key in ("subset", "revision"):
-                if key in self.model_fields_set and getattr(self, key):
+            for key in ("subset", "split", "revision"):
+                if getattr(self, key) != SourceConfig.model_fields[key].default:
                     raise ValueError(f"{where}.{key} is for {where}.source: hub only; remove it")
         if self.streaming and self.source == "indexed":
             raise ValueError(f"{where}.streaming needs text; {where}.source: indexed holds tokens")
@@ -361,7 +361,7 @@ class TrainingConfig(Section):
     evaluate_every: int = Field(1000, ge=0)
     """Steps between held-out evaluations, besides those at the start and the end; 0: never."""
     evaluation_sequences: int = Field(64, gt=0)
-    """Held-out sequences per evaluation."""
+    """Held-out sequences per evaluation, of each set that has any."""
     z_loss: float = Field(0.0, ge=0, le=1)
     """Coefficient of the z-loss (docs/looking-inside.md), which keeps logits small; PaLM's is 1e-4. 0: none."""
     spike_deviations: float | None = Field(None, gt=0)

@@ -9,6 +9,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
-from l2e_ds.config.reading import load_run_config
+from l2e_ds.config.reading import find_file, load_run_config
+from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import at_least, say, warn
 from l2e_ds.data.dataset import TokenDataset, token_dataset
 from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
@@ -191,6 +193,7 @@ def view_of_run(run_file: str) -> View:
     from l2e_ds.models.pythia import network_config  # takes seconds, as it imports torch
 
     config = load_run_config(run_file)
+    _check_batch(config, run_file)
     hf_config = network_config(config.model, config.data.sequence_length)
     cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
     if any(part.streaming for _, _, part in config.data.all_sets()):
@@ -201,6 +204,20 @@ def view_of_run(run_file: str) -> View:
     training = config.training
     sequences = TrainingSequences(sets, training.global_batch, training.seed, config.data.order)
     return View(sequences, tokenizer, end, training.steps)
+
+
+def _check_batch(config: RunConfig, run_file: str) -> None:
+    """Raise ConfigError if the DeepSpeed JSON decides the global batch, for which it may need the number of ranks."""
+    path = find_file(config.deepspeed.config, run_file)
+    if path is None or "global_batch" in config.training.model_fields_set:
+        return
+    with suppress(OSError, ValueError):
+        given = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("train_batch_size", "gradient_accumulation_steps"):
+            if given.get(key, "auto") != "auto":
+                raise ConfigError(
+                    f"training.global_batch: {path.name} decides it by {key}; write it into {run_file} to see batches"
+                )
 
 
 def view_of_set(

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from l2e_ds.config.batch import BatchArithmetic, batch_arithmetic
 from l2e_ds.config.reading import find_file
-from l2e_ds.config.sections import RunConfig
+from l2e_ds.config.sections import OptimizerConfig, RunConfig
 from l2e_ds.console import did_you_mean
 from l2e_ds.distributed import collectives
 from l2e_ds.errors import ConfigError
@@ -53,11 +53,6 @@ TOP_LEVEL_KEYS = _types(
 )
 # What it reads of the blocks that it does not check itself.
 BLOCK_KEYS = {
-    "activation_checkpointing": _types(
-        bool="contiguous_memory_optimization cpu_checkpointing partition_activations profile"
-        " synchronize_checkpoint_boundary",
-        int="number_checkpoints",
-    ),
     "checkpoint": _types(
         bool="checkpoint_serialization load_universal use_node_local_storage",
         str="tag_validation",
@@ -123,7 +118,10 @@ REFUSED = {
     "scheduler": "the schedule is set by optimizer.schedule, warmup, schedule_steps and final_ratio"
     " (DeepSpeed's WarmupCosineLR gives two steps at zero and never reaches its peak)",
     "bfloat16": 'write "bf16"',
+    "activation_checkpointing": "set model.activation_checkpointing; this block would have no effect",
     "tensor_parallel": "tensor parallelism is not supported",
+    "pipeline": "pipeline parallelism is not supported",
+    "weight_quantization": "it is for inference",
     "torch_autocast": "set training.precision",
     "managed_gradient_accumulation": "accumulation follows from training.global_batch and training.micro_batch",
 }
@@ -417,12 +415,21 @@ def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
 
 
 def _check_json_optimizer(config: RunConfig, ds: dict, where: str) -> None:
-    """Refuse an optimizer of the JSON that `optimizer.name` stands for, or that stands beside another there."""
+    """Refuse an optimizer of the JSON that `optimizer.name` stands for, that stands beside another there, or that would
+    not get what the run file sets."""
     name = config.optimizer.name
     if optimizer_type(ds).lower() == "muon":
         raise ConfigError(f"{where}: optimizer: got type Muon, remove it and set optimizer.name: muon in the run file")
     if name != "adamw" and "optimizer" in ds:
         raise ConfigError(f"optimizer.name: got {name}, but {where} has an optimizer of its own; remove it there")
+    parameters = _lookup(ds, ("optimizer", "params")) or {}
+    for key in () if is_adam(ds) else ("betas", "eps", "weight_decay"):
+        value, is_given = getattr(config.optimizer, key), parameters.get(key, "auto") != "auto"
+        if value != OptimizerConfig.model_fields[key].default and not is_given:
+            raise ConfigError(
+                f"optimizer.{key}: got {value}, which optimizer.type {optimizer_type(ds)} of {where} does not get;"
+                " write it into optimizer.params there"
+            )
 
 
 def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:

@@ -152,7 +152,7 @@ def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks |
             if longer is not None:
                 warn(f"{source.label}: {longer}")
     evaluations = [
-        results.about(step, tokens, arguments.precision, arguments.tasks, shots)
+        results.about(step, tokens, arguments.precision, arguments.tasks, shots, arguments.include_path)
         | harness.evaluate(model, tokenizer, tasks, shots, arguments.batch_size, arguments.limit, report=reporter)
         for shots in arguments.num_fewshot
     ]

@@ -66,22 +66,28 @@ class Exported:
     def name(self) -> str:
         return self.repository.rpartition("/")[2] if self.repository else self.run.resolve().name
 
-    def newest(self, kind: str) -> dict[str, Any]:
-        """Return the newest line of the metrics at or before the step, or {} if there is none."""
-        path = self.run / FILE
+    def newest(self, kind: str, last: int | None = None) -> dict[str, Any]:
+        """Return the newest line of the metrics at or before `last`, by default the step, or {} if there is none."""
+        path, last = self.run / FILE, self.step if last is None else last
         lines = read_metrics(path, kind) if path.is_file() else []
-        return next((line for line in reversed(lines) if line["step"] <= self.step), {})
+        return next((line for line in reversed(lines) if line["step"] <= last), {})
+
+    def newest_start(self) -> dict[str, Any]:
+        """Return the line of the start that came to the step: one at the step itself only trains what follows it."""
+        return self.newest("start", max(0, self.step - 1)) or self.newest("start")
 
 
 def model_card(exported: Exported) -> str:
     """Return the content of README.md: front matter that the hub reads, and the text of card.md."""
     config, identity = exported.config, exported.state["identity"]
-    start, line = exported.newest("start"), exported.newest("train")
+    start, line = exported.newest_start(), exported.newest("train")
     layers = [
         (layer, *(line.get(f"layer{layer}/{name}") for name in ("mean_s", "selected_score", "tau")))
         for layer in identity["layers"]
     ]
-    results = [r for r in read_results(exported.run) if r.step == exported.step and math.isfinite(r.value)]
+    found = [r for r in read_results(exported.run) if r.step == exported.step and math.isfinite(r.value)]
+    found.sort(key=lambda r: r.precision == "fp32")  # of one in two precisions, that in fp32
+    results = list({(r.task, r.num_fewshot, r.metric, r.limit): r for r in found}.values())
     cut = [f"{_escaped(r.task)} ({r.num_fewshot}-shot, {r.cut:,} of {r.samples:,})" for r in results if r.cut]
     card = template(Path(__file__).with_suffix(".md"), escaped=_escaped, public=_public, source=_source).render(
         exported=exported,

@@ -114,8 +114,11 @@ class Inhibitor:
         # whether micro-batches need a projection
         self.is_projecting = self.is_measuring and self.settings.loss == "projected"
         if self.steps == max(self.settings.start, 1):
-            for hook in self.hooks:
-                hook.note_start()
+            self._note_start()
+
+    def _note_start(self) -> None:
+        for hook in self.hooks:
+            hook.note_start()
 
     # --- hooks on and off ----------------------------------------------------------------------------------------
 
@@ -409,6 +412,10 @@ class Inhibitor:
         for hooks in self._by_width:
             freeze(hooks, stacked([hook.running for hook in hooks]))
         self._decide_on_coming_step()
+        is_noted = any(bool(hook.variance_at_start.any()) for hook in self.hooks)
+        if self.steps > self.settings.start and not is_noted:
+            # The run that was saved had not begun to inhibit; this one should have, and begins here.
+            self._note_start()
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -160,7 +160,7 @@ def in_steps(value: float, run_steps: int) -> int:
 
 def _is_duration(value: Any) -> bool:
     """Return whether the value is a number of steps or a share of the run."""
-    return not isinstance(value, bool) and (value >= 0 if isinstance(value, int) else 0 < value < 1)
+    return not isinstance(value, bool) and (value >= 0 if isinstance(value, int) else 0 <= value < 1)
 
 
 def _is_end(value: Any) -> bool:

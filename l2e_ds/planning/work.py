@@ -44,7 +44,7 @@ class Work:
         if not is_adam(ds):
             kind = optimizer_type(ds)
             raise ConfigError(f"deepspeed.config: optimizer.type: got {kind}; a plan knows Adam and AdamW only")
-        self.parameters = parameter_counts(hf_config)[0]
+        self.parameters, self.layer_parameters = parameter_counts(hf_config)
         self.layers, self.hidden = hf_config.num_hidden_layers, hf_config.hidden_size
         self.heads = hf_config.num_attention_heads
         self.neurons, self.vocabulary = neurons_of(hf_config), hf_config.vocab_size
@@ -148,5 +148,5 @@ def step_flops(work: Work, global_batch: int) -> float:
         each = flops_per_token(matrices, work.layers, work.hidden, work.sequence_length)
         return each * global_batch * work.sequence_length
 
-    recomputed = of(work.parameters - 2 * work.embedding) / 3 if work.checkpointing else 0.0
-    return of(work.parameters - work.embedding) + recomputed
+    recomputed = of(work.layer_parameters) / 3 if work.checkpointing else 0.0
+    return of(work.layer_parameters + work.embedding) + recomputed  # with the output matrix, tied or not

@@ -24,6 +24,7 @@ from l2e_ds.study.definition import INDEX
 from l2e_ds.study.state import read_index
 
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
+_IN_NAME = {f"model.{key}" for key in ("name", "config", "pretrained", *_SHAPE)}  # which `Run.model` says
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ class Run:
 
     @property
     def is_published_method(self) -> bool:
-        """Whether it is plain, or the paper's: eq. 5 on the two middle layers with the best share of its size."""
+        """Whether it is trained from scratch, plain or as the paper does: eq. 5 on the two middle layers with the best
+        share of its size."""
+        if self.config.get("model.pretrained") is not None:
+            return False
         if self.method == "none":
             return True
         return (
@@ -349,8 +353,12 @@ def _names(firsts: Sequence[Run], single: bool) -> dict[str, tuple[str, str]]:
         others = [
             f"{key.rpartition('.')[2]} {value}"
             for key, value in settings.items()
-            if value is not None and not key.startswith("model.") and key != "inhibition.method"
+            if value is not None and key not in _IN_NAME and key != "inhibition.method"
         ]
         treatment = ", ".join([run.method, *others])
         names[run.name] = (f"{run.size} {treatment}" if sizes else treatment, treatment)
-    return names
+    counts = Counter(name for name, _ in names.values())
+    return {
+        run: (f"{name} ({run})", f"{treatment} ({run})") if counts[name] > 1 else (name, treatment)
+        for run, (name, treatment) in names.items()
+    }

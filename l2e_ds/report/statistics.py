@@ -120,22 +120,24 @@ def comparable_losses(variants: Sequence[Variant]) -> tuple[list[tuple[Variant, 
 
 @dataclass(frozen=True)
 class Point:
-    """What results of a task must share to be compared. limit: how many of the first documents they are of, or None."""
+    """What results of a task must share to be compared. limit: how many of the first documents they are of, or None.
+    precision: of the evaluation; that of training may differ from that of `l2e-ds evaluate`."""
 
     step: int | None
     limit: int | None
     metric: str
+    precision: str | None
 
     def rank(self) -> tuple:
-        """A key to sort by: the newest step is the highest, then all documents, then the accuracy."""
+        """A key to sort by: the newest step is the highest, then all documents, the accuracy, and fp32."""
         limit = float("inf") if self.limit is None else self.limit
-        return self.step is not None, self.step or 0, limit, self.metric == "acc"
+        return self.step is not None, self.step or 0, limit, self.metric == "acc", self.precision == "fp32"
 
 
 def results_of(run: Run, task: str, shots: int) -> dict[Point, TaskResult]:
     """Return a run's results of a task by the point of each."""
     found = (result for result in run.results if (result.task, result.num_fewshot) == (task, shots))
-    return {Point(result.step, result.limit, result.metric): result for result in found}
+    return {Point(result.step, result.limit, result.metric, result.precision): result for result in found}
 
 
 def benchmark(variant: Variant, task: str, shots: int) -> tuple[Measured, Point] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import aligned
+from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError
 from l2e_ds.report.runs import Run, comparable, read_run
 from l2e_ds.report.statistics import steady_median
@@ -55,7 +56,7 @@ def summarise(directory: Path, baseline: Path | None = None) -> str:
         start = _before_inhibition(read_config(directory), run.evaluations)
         when = f" (step {start['step']}, before inhibition)" if start is not first else ""
         for layer in run.layers:
-            for name, label in (("top_share_score", f"MS of the top {target:.0%}"), ("mean_s", "mean S")):
+            for name, label in (("top_share_score", f"MS of the top {100 * target:g}%"), ("mean_s", "mean S")):
                 key = layer_key(layer, name)
                 then, now = _number(start.get(key)), _number(final.get(key))
                 rows.append((f"layer {layer}: {label}", f"{then}{when} -> {now}{_beside(plain, key, _number)}"))
@@ -90,6 +91,8 @@ def _baseline(directory: Path, run: Run, step: int) -> tuple[dict[str, Any], str
     own, base = (comparable(one, inhibition=False) for one in (run, plain))
     decisive = [key for key in own if key not in ("training.precision", "training.steps")]
     different = ", ".join([key for key in decisive if own[key] != base[key]][:3])
+    if not different and schedule_of(read_config(run.directory)) != schedule_of(read_config(directory)):
+        different = "training.steps, on which the learning rate depends"
     if plain.method != "none":
         return {}, f"{directory} is inhibited itself: not compared"
     if different:
@@ -103,11 +106,15 @@ def _baseline(directory: Path, run: Run, step: int) -> tuple[dict[str, Any], str
     sizes = ("train_tokens", "held_out_tokens")
     if run.starts and any(run.starts[-1].get(key) != start.get(key) for key in sizes):
         about.append("other text")
+    share = plain.config["inhibition.target_share"]
+    if share != run.config["inhibition.target_share"]:
+        about.append(f"MS not compared: it is that of its top {100 * share:g}%")
+        evaluation = {key: value for key, value in evaluation.items() if not key.endswith("/top_share_score")}
     return evaluation, f"{directory}, same seed ({', '.join(about)})"
 
 
 def _beside(plain: dict[str, Any], key: str, text: Callable[[float | None], str]) -> str:
-    return f"; {text(plain.get(key))} without inhibition" if plain else ""
+    return f"; {text(plain.get(key))} without inhibition" if key in plain else ""
 
 
 def _loss(value: float | None) -> str:

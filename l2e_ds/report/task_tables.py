@@ -89,7 +89,8 @@ def _published(variant: Variant, task: str, shots: int) -> float | None:
 def _about_tasks(collection: Collection, tasks: list[tuple[str, int]], points: set[Point], tokens: set[int]) -> str:
     parts = [
         "Accuracy (acc, not acc_norm; the paper does not say which it took), a mean at the last step that all seeds"
-        " have evaluated, a difference at the last that all pairs have, both of equally many documents. ±: standard"
+        " have evaluated, a difference at the last that all pairs have, both of equally many documents and in the same"
+        " precision. ±: standard"
         " error, over documents and, where there are several (n), over seeds; of a difference of two models it is"
         " sqrt(a² + b²), of several pairs (n) theirs.",
     ]
@@ -140,6 +141,7 @@ def evaluations(collection: Collection) -> Table:
             Column("value", ".4f"): Measured(result.value, result.stderr),
             Column("documents", ",d"): result.samples,
             Column("limit", ",d"): result.limit,
+            Column("precision"): result.precision,
         }
         for run in collection.runs
         for result in run.results

@@ -5,6 +5,7 @@ docs/evaluation.md describes the keys of a line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ class TaskResult:
     part_of: str | None
     limit: int | None
     cut: int
+    precision: str | None
 
 
 def read_results(run: Path) -> list[TaskResult]:
-    """Return every metric of every task, ordered by step; of a task that was evaluated twice the newest.
+    """Return every metric of every task, ordered by step: of those in the same way the newest, if that is finite.
 
     The list is empty without a file. A line that was cut off, or is still being written, does not count. Raises
     DataError for a line that is no evaluation.
@@ -51,37 +53,45 @@ def read_results(run: Path) -> list[TaskResult]:
         except (AttributeError, KeyError, TypeError, ValueError):
             raise DataError(f"{path}:{number}: is no evaluation; remove the line") from None
         for result in found:
-            newest[result.step, result.task, result.num_fewshot, result.metric, result.limit] = result
-    return sorted(newest.values(), key=lambda result: -1 if result.step is None else result.step)
+            way = (result.step, result.num_fewshot, result.limit, result.precision)
+            newest[way, result.task, result.metric] = result
+    known = [result for result in newest.values() if not math.isnan(result.value)]
+    return sorted(known, key=lambda result: -1 if result.step is None else result.step)
 
 
 def results_of(evaluation: dict[str, Any]) -> list[TaskResult]:
-    """Return the results of one line. Raises AttributeError, KeyError, TypeError or ValueError if it is no
-    evaluation."""
+    """Return the results of one line; NaN is one that is not finite. Raises AttributeError, KeyError, TypeError or
+    ValueError if it is no evaluation."""
     return [
         TaskResult(
             step=evaluation["step"],
             task=name,
             num_fewshot=task["num_fewshot"],
             metric=metric,
-            value=float(result["value"]),
+            value=math.nan if result["value"] is None else float(result["value"]),
             stderr=None if result["stderr"] is None else float(result["stderr"]),
             samples=task["samples"],
             part_of=task["part_of"],
             limit=evaluation["limit"],
             cut=task["cut"],
+            precision=evaluation.get("precision"),
         )
         for name, task in evaluation["tasks"].items()
         for metric, result in task["metrics"].items()
-        if result["value"] is not None
     ]
 
 
 def about(
-    step: int | None, tokens: int | None, precision: str, tasks: Sequence[str], num_fewshot: int | None
+    step: int | None,
+    tokens: int | None,
+    precision: str,
+    tasks: Sequence[str],
+    num_fewshot: int | None,
+    include_path: Sequence[str | Path] = (),
 ) -> dict[str, Any]:
-    """Return what a line says beside the results. tasks, num_fewshot: as they were asked for."""
-    asked = {"tasks": list(tasks), "num_fewshot": num_fewshot}
+    """Return what a line says beside the results. tasks, num_fewshot, include_path: as they were asked for."""
+    folders = [str(Path(folder).absolute()) for folder in include_path]
+    asked = {"tasks": list(tasks), "num_fewshot": num_fewshot, "include_path": folders}
     common = {"step": step, "tokens": tokens, "time": utc_now(), "precision": precision}
     return {**common, "asked": asked, "versions": versions("l2e_ds", "lm_eval", "transformers", "torch", "datasets")}
 

@@ -62,6 +62,8 @@ def collect(directory: Path) -> pd.DataFrame:
         )
         lines = [line for line in evaluation_lines(run) if line.get("step") == steps]
         own.append(_wanted_results(lines, steps, evaluations))
+        # The last one counts: that in the precision of training, which all runs have if they evaluate while they train.
+        lines.sort(key=lambda line: line.get("precision") == config.training.precision)
         others.append(_task_results(lines))
     asked = set().union(*own)  # of these no result from other evaluations, which may have used other documents
     for row, ours, theirs in zip(rows, own, others, strict=True):

@@ -69,11 +69,13 @@ def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> 
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:
     """Return whether this line of evaluations.jsonl holds what an evaluation of the study asks for.
 
-    It must hold all the tasks, with these shots and this limit, at this step, in the precision of `l2e-ds evaluate`.
+    It must hold all the tasks, from these folders, with these shots and this limit, at this step, in the precision of
+    `l2e-ds evaluate`.
     """
     asked = line.get("asked") or {}
-    found = (line.get("step"), line.get("precision"), line.get("limit"), asked.get("num_fewshot"))
-    wanted = (step, PRECISION, evaluation.limit, evaluation.num_fewshot)
+    how = (line.get("step"), line.get("precision"), line.get("limit"))
+    found = (*how, asked.get("num_fewshot"), asked.get("include_path", []))
+    wanted = (step, PRECISION, evaluation.limit, evaluation.num_fewshot, evaluation.include_path)
     return found == wanted and set(evaluation.tasks) <= set(asked.get("tasks", ()))
 
 

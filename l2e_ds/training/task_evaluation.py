@@ -41,7 +41,8 @@ class TaskEvaluation:
         section, values = self.config.evaluation, dict[str, float]()
         path = Path(self.config.training.run_directory) / results.FILE
         for shots in section.shots:
-            evaluation = results.about(state.step, state.tokens, self.config.training.precision, section.tasks, shots)
+            asked = (section.tasks, shots, section.include_path)
+            evaluation = results.about(state.step, state.tokens, self.config.training.precision, *asked)
             evaluation |= harness.evaluate(
                 engine, self.tokenizer, self.tasks, shots, self.batch_size, section.limit, preemption.stop_if_asked
             )

@@ -49,9 +49,11 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 def evaluations_due(config: RunConfig, state: TrainState) -> tuple[bool, bool]:
     """Return whether a held-out evaluation, if there is held-out text, and one on tasks are due at this step."""
 
+    last = config.training.steps
+
     def due(every: int, newest: int) -> bool:
-        is_regular = bool(every) and (state.step % every == 0 or state.step == config.training.steps)
-        return is_regular and newest != state.step
+        is_first = newest < 0  # a run that begins from another run's checkpoint does so at any step
+        return bool(every) and newest != state.step and (is_first or state.step % every == 0 or state.step == last)
 
     return (
         due(config.training.evaluate_every, state.evaluated),
@@ -124,6 +126,7 @@ class Trainer(AbstractContextManager):
         self._stop_asked = self._is_checkpoint_busy = False  # on any rank, as of the newest step
         self.checkpoints = checkpoints or open_checkpoints(config)
         resume_from = self.checkpoints.resume_from
+        self.is_new = resume_from is None or not self.checkpoints.is_own(resume_from)  # without a checkpoint of its own
 
         seed_everything(config.training.seed, collectives.rank())
         stack = TrainingStack(config, run.ds, hf_config, device)
@@ -147,7 +150,6 @@ class Trainer(AbstractContextManager):
             self._resume(resume_from)
         self._skipped = SkippedSteps(self.engine, config.training, self.state)
         self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
-        self.is_new = resume_from is None or not self.checkpoints.is_own(resume_from)  # without a checkpoint of its own
         self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), self.is_new)
         if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
@@ -167,7 +169,9 @@ class Trainer(AbstractContextManager):
     def _resume(self, path: Path) -> None:
         """Load a checkpoint, and note what has changed in the run file since. Collective. Raises CheckpointError."""
         self.state = self.checkpoints.load(path, self.engine, self.inhibitor, self.identity)
-        if self.checkpoints.is_own(path):
+        if self.is_new:  # it has evaluated nothing yet
+            self.state.evaluated = self.state.evaluated_on_tasks = -1
+        else:
             self.saved_step = self.state.step
         self.sequences.restore_streams(self.state.streams)
         changes = changes_since(path, self.config)

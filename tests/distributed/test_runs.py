@@ -93,6 +93,7 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
         if not name.endswith("fp16"):
             sections = sections | {"logging": {"layer_gradients": True}}
             found[f"nan{name}"] = TrainingCase(sections, non_finite_loss=(1, [3, 4]))
+    found["branch"] = TrainingCase({"training": {"steps": 12, "evaluate_every": 4}}, begins_from="straight1")
     found["hopeless-spikes"] = TrainingCase(
         zero(1, training={"max_skipped_steps": 3, **spiked("1")["training"]}),
         loss_spikes=list(range(3, 10)),
@@ -334,6 +335,14 @@ def test_resumed_is_bit_identical(runs, metric_lines, name):
     straight, resumed = runs / f"straight{name}", runs / f"resumed{name}"
     assert timeless(metric_lines(resumed)) == timeless(metric_lines(straight))
     _same_checkpoint(straight, resumed)
+
+
+def test_a_run_that_begins_from_another_is_its_own(runs, metric_lines):
+    """It evaluates at its start, to what the other had there, and nothing is left of an attempt that saved nothing."""
+    evaluations = metric_lines(runs / "branch", "evaluation")
+    assert [line["step"] for line in evaluations] == [10, 12]
+    assert evaluations[0] == metric_lines(runs / "straight1", "evaluation")[-1]
+    assert [line["step"] for line in metric_lines(runs / "branch")] == [11, 12]
 
 
 def test_a_stream_is_trained_on_as_if_it_were_stored(runs, metric_lines):

@@ -65,6 +65,8 @@ class TrainingCase:
     """The earlier case whose run directory this one trains in."""
     copy_of: str | None = None
     """The run directory of which this one begins as a copy."""
+    begins_from: str | None = None
+    """The earlier case from whose checkpoint this one begins, where an attempt that saved nothing has left metrics."""
     stop_after: int | None = None
     """Train so many steps, close everything, and go on in a second trainer."""
     before_stopping: dict[str, dict[str, Any]] = field(default_factory=dict)

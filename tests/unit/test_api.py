@@ -86,6 +86,12 @@ def test_settings_that_cannot_be(changes, words):
         Settings(**changes)
 
 
+def test_a_share_of_zero_is_no_step():
+    """As in run files, where a duration may be 0.0."""
+    settings = Settings(start=0.0, warmup=0.0, decay=0.0).in_steps(100)
+    assert (settings.start, settings.warmup, settings.decay) == (0, 0, 0)
+
+
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -189,6 +189,11 @@ REFUSED = {
         ["[]", "prefix"],
     ),
     "hub key": (changed(data={"subset": "x"}), "data.subset", ["data.source: hub", "remove"]),
+    "split of files": (
+        changed(data={"source": "jsonl", "path": "x", "split": "test"}),
+        "data.split",
+        ["data.source: hub", "remove"],
+    ),
     "stream with an own tokenizer": (changed(data={"streaming": True}), "data.train_tokenizer", ["l2e-ds tokenizer"]),
     "stream with an end": (
         changed(data={"streaming": True, "max_tokens": 9, "train_tokenizer": ..., "tokenizer": "x"}),
@@ -474,7 +479,7 @@ data:
   sets:
     - &common {name: a, weight: 1, source: jsonl, path: a, text_key: content}
     - {<<: *common, name: b, path: [b]}
-    - {<<: [*common, {split: none}], name: c}
+    - {<<: [*common, {max_documents: 5}], name: c}
 training: {steps: 10}
 """
     sets = load_run_config(write(tmp_path, content)).data.sets
@@ -482,7 +487,7 @@ training: {steps: 10}
     assert [(part.name, part.path, part.text_key) for part in sets] == [
         *(("a", one, "content"), ("b", [other], "content"), ("c", one, "content"))
     ]
-    assert sets[2].split == "none"
+    assert sets[2].max_documents == 5
 
 
 FULL = changed(

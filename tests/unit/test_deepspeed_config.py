@@ -303,6 +303,8 @@ def test_both_precisions(tmp_path):
         ({"fp16": {"loss_scal": 0}}, ["loss_scal"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "remove it", "optimizer.schedule"]),
         ({"tensor_parallel": {}}, ["tensor_parallel", "not supported"]),
+        ({"activation_checkpointing": {"number_checkpoints": 2}}, ["remove it; set model.activation_checkpointing"]),
+        ({"pipeline": {"stages": 2}}, ["pipeline", "not supported"]),
         ({"elasticity": {"enabled": True}}, ["lasticity"]),
     ],
 )
@@ -422,6 +424,17 @@ def test_bf16_accumulation(stage, kind, tmp_path):
         assert "data_types.grad_accum_dtype: got fp32" in message and "stage 0" in message
     else:
         resolve(config, 1)
+
+
+@pytest.mark.parametrize("key, value", [("betas", [0.8, 0.9]), ("eps", 1e-3), ("weight_decay", 0.2)])
+def test_what_another_optimizer_does_not_get_is_refused(key, value, tmp_path):
+    """Of the run file, only the learning rate is passed on to it; the JSON's own values are."""
+    path = write(tmp_path, {"optimizer": {"type": "Lamb", "params": {"lr": "auto", key: "auto"}}})
+    message = message_of(run(path, optimizer={key: value}))
+    assert message.startswith(f"optimizer.{key}: got {value}, which optimizer.type Lamb of deepspeed.config: ds.json")
+    path = write(tmp_path, {"optimizer": {"type": "Lamb", "params": {"lr": "auto", key: value}}})
+    _, ds, _ = resolve(run(path, optimizer={key: value}), 1)
+    assert ds["optimizer"]["params"][key] == value
 
 
 @pytest.mark.parametrize("kind", ["Lamb", "Lion", "Adam", None])

@@ -1,13 +1,14 @@
 """`l2e-ds plan` against DeepSpeed's estimators, real networks and what autograd really keeps."""
 
 import copy
+import json
 import shutil
 
 import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoXConfig
 
 from l2e_ds.checkpoint.disk import checkpoint_bytes, disk_space
 from l2e_ds.cli import main
@@ -253,6 +254,19 @@ def test_traffic_follows_stage_accumulation_and_reduce(run_file):
     deactivated = inhibition_payload(replace(work, deactivation=True), 8)
     assert deactivated == 2 * (3 * n + 3) * 8
     assert inhibition_payload(replace(work, collectives="none"), 8) == 0
+
+
+def test_operations_with_a_tied_output_matrix(run_file, tmp_path):
+    """The same products are computed, with activation checkpointing, too."""
+    flops = []
+    for tied in (False, True):
+        config = GPTNeoXConfig(hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512)
+        (tmp_path / f"{tied}.json").write_text(json.dumps(config.to_dict() | {"tie_word_embeddings": tied}))
+        own = ["model.name=null", f"model.config={tmp_path}/{tied}.json", "optimizer.peak_learning_rate=1e-3"]
+        flops.append(
+            [step_flops(work_of(run_file, *own, f"model.activation_checkpointing={a}"), 8) for a in ("false", "true")]
+        )
+    assert flops[0] == flops[1]
 
 
 def test_operations_of_a_step(run_file):

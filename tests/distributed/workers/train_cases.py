@@ -128,6 +128,8 @@ def make_trainer(
     raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // collectives.size())
     if steps is not None:
         raw["training"]["steps"] = steps
+    if case.begins_from is not None:
+        raw["training"]["resume"] = str(directory.parent / case.begins_from)
     if "evaluation" in given:
         raw["evaluation"] = given["evaluation"]
     run = resolve_config(checked(RunConfig, raw, "case"), collectives.size())
@@ -235,7 +237,11 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
     raised = None
     if case.copy_of is not None and collectives.is_main():
         shutil.copytree(case.copy_of, directory)
-    collectives.raise_on_all(None)  # the copy is there
+    if case.begins_from is not None and collectives.is_main():
+        directory.mkdir()
+        left = {"kind": "evaluation", "step": 0, "tokens": 0, "held_out_loss": 9.9}
+        (directory / "metrics.jsonl").write_text(json.dumps(left) + "\n")
+    collectives.raise_on_all(None)  # the files are there
     try:
         if case.stop_after is not None:
             with make_trainer(case, directory, device, case.before_stopping, case.stop_after) as first:

@@ -280,6 +280,19 @@ def test_show_of_a_run_is_what_its_trainer_samples(tmp_path, capsys, order):
     assert not Path(tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("key", ["train_batch_size", "gradient_accumulation_steps"])
+def test_a_batch_of_the_json_is_not_guessed(tmp_path, capsys, key):
+    path = run_file(tmp_path, source="indexed", path=preshuffled(tmp_path), sequence_length=4)
+    content = yaml.safe_load(path.read_text())
+    del content["training"]["global_batch"]
+    path.write_text(yaml.safe_dump(content | {"deepspeed": {"config": "ds.json"}}))
+    (tmp_path / "ds.json").write_text(json.dumps({key: 2}))
+    code, out, err = run(capsys, "show", path, "--step", 0)
+    assert (code, out) == (2, "") and f"training.global_batch: ds.json decides it by {key}; write it into" in err
+    (tmp_path / "ds.json").write_text(json.dumps({key: "auto"}))
+    assert run(capsys, "show", path, "--step", 0)[1].startswith("step 0: 1,024 sequences")
+
+
 def test_a_step_beyond_the_run_is_said(tmp_path, capsys):
     """The step is not refused, as the run may be prolonged."""
     path = run_file(tmp_path, source="indexed", path=preshuffled(tmp_path), sequence_length=4)

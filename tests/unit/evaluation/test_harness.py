@@ -377,10 +377,10 @@ def test_a_disk_that_is_full_costs_the_file_not_the_table(exported, folder, docu
 
 
 def test_results_take_the_newest_and_no_half_line(tmp_path):
-    def line(step: int, value: float) -> dict:
+    def line(step: int, value: float | None, precision: str = "fp32") -> dict:
         metric = {"acc": {"value": value, "stderr": 0.1, "higher_is_better": True}}
         task = {"samples": 9, "cut": 0, "num_fewshot": 0, "version": 1.0, "part_of": None, "metrics": metric}
-        return results.about(step, 10 * step, "fp32", ["choices"], 0) | {"limit": None, "tasks": {"choices": task}}
+        return results.about(step, 10 * step, precision, ["choices"], 0) | {"limit": None, "tasks": {"choices": task}}
 
     assert results.read_results(tmp_path) == []
     for step, value in ((20, 0.5), (10, 0.25), (20, 0.75)):
@@ -390,6 +390,11 @@ def test_results_take_the_newest_and_no_half_line(tmp_path):
     assert [(found.step, found.value) for found in results.read_results(tmp_path)] == [(10, 0.25), (20, 0.75)]
     append_line(tmp_path / results.FILE, line(40, 0.5))  # after the kill that cut the line off
     assert [found.step for found in results.read_results(tmp_path)] == [10, 20, 40]
+    append_line(tmp_path / results.FILE, line(40, 0.6, "bf16"))
+    both = {found.precision: found.value for found in results.read_results(tmp_path) if found.step == 40}
+    assert both == {"fp32": 0.5, "bf16": 0.6}
+    append_line(tmp_path / results.FILE, line(40, None))  # the newest is not finite
+    assert [found.precision for found in results.read_results(tmp_path) if found.step == 40] == ["bf16"]
     wrong = json.dumps(line(20, "much"))  # type: ignore[arg-type]
     for content in ("3", "null", '{"step": 6}', wrong):
         (tmp_path / results.FILE).write_text(f"{json.dumps(line(10, 0.5))}\n{content}\n")

@@ -63,13 +63,14 @@ def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (S
         {"kind": "start", "step": 0, **start},
         {"kind": "train", "step": 15, "observed_share": 0.0213, **figures},
         {"kind": "evaluation", "step": 20, "held_out_loss": 5.1234},
+        {"kind": "start", "step": 20, "git": {"commit": "4567def", "changed": False}},  # of what follows
         {"kind": "train", "step": 25, "observed_share": 0.9},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for step, value in ((10, 0.1), (STEP, 0.4321)):
+    for step, value, precision in ((10, 0.1, "fp32"), (STEP, 0.4321, "fp32"), (STEP, 0.5, "bf16")):
         metric = {"value": value, "stderr": 0.01, "higher_is_better": True}
         task = {"samples": 100, "cut": 0, "num_fewshot": 5, "version": 1.0, "part_of": None, "metrics": {"acc": metric}}
-        append_line(run / FILE, {"step": step, "limit": 100, "tasks": {"arc_easy": task}})
+        append_line(run / FILE, {"step": step, "limit": 100, "precision": precision, "tasks": {"arc_easy": task}})
     return run
 
 

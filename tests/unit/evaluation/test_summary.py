@@ -101,6 +101,21 @@ def test_baseline(tmp_path, capsys):
     assert f"{none}, same seed (2026-11-25, bf16, other text)" in summary(run, capsys, "--baseline", str(none))
 
 
+def test_a_longer_baseline_with_the_same_schedule(tmp_path, capsys):
+    run = write_run(tmp_path / "l2e", optimizer__schedule_steps=200)
+    none = write_run(tmp_path / "none", "none", loss=4.9, optimizer__schedule_steps=200, training__steps=150)
+    assert "5.0000 (step 100); 4.9000 without inhibition\n" in summary(run, capsys, "--baseline", str(none))
+
+
+def test_ms_of_another_share_is_not_compared(tmp_path, capsys):
+    run = write_run(tmp_path / "l2e", inhibition__target_share=0.005)
+    none = write_run(tmp_path / "none", "none", loss=4.9, inhibition__target_share=0.025)
+    text = summary(run, capsys, "--baseline", str(none))
+    assert re.search(r"^layer 2: MS of the top 0\.5% +16\.000 -> 16\.000$", text, re.M)
+    assert re.search(r"^layer 2: mean S +0\.300 -> 0\.300; 0\.300 without inhibition$", text, re.M)
+    assert "MS not compared: it is that of its top 2.5%" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -108,6 +123,7 @@ def test_baseline(tmp_path, capsys):
         ({"seed": 1}, "has another training.seed"),
         ({"data__sequence_length": 128}, "has another data.sequence_length"),
         ({"until": 60}, "has no evaluation at step 100"),
+        ({"training__steps": 200}, "has another training.steps, on which the learning rate depends"),
     ],
 )
 def test_run_that_is_no_baseline(tmp_path, capsys, changes, words):

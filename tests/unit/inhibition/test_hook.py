@@ -602,6 +602,21 @@ def test_state_round_trip_continues_bit_identically(method):
     assert_same_state(inhibitor, resumed)
 
 
+@pytest.mark.parametrize("start", [0, 1, 3, 4])
+def test_an_earlier_start_begins_where_the_state_is_loaded(start):
+    """A run that would begin at step 6 is saved after 4 and goes on with an earlier start: S_start is its S there."""
+    network = Network()
+    saved = Inhibitor(sites(network), settings("strength", start=6))
+    with saved:
+        train(network, saved, range(4))
+    assert not any(bool(hook.variance_at_start.any()) for hook in saved.hooks)
+    resumed = Inhibitor(sites(Network()), settings("strength", start=start))
+    resumed.load_state_dict(saved.state_dict())
+    for hook in resumed.hooks:
+        assert bool((hook.variance_at_start > 0).all())
+        torch.testing.assert_close(hook.variance_at_start, hook.running.moments.variance, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("layers", [(0, 1), (0,), (0, 1, 2)])
 def test_state_of_other_layers_is_refused(layers):
     """Loading a state of other hooked layers names what does not fit, and changes nothing."""

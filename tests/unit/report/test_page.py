@@ -85,7 +85,7 @@ def test_whatever_a_file_says_is_text(tmp_path):
         .replace('"held_out_loss"', f'"held_out_loss/{nasty}": 1.0, "held_out_loss"')
     )
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(re.sub(r"split: \w+", 'split: "' + NASTY.replace('"', '\\"') + '"', config))
+    (run / "config.yaml").write_text(re.sub(r"text_key: \w+", 'text_key: "' + NASTY.replace('"', '\\"') + '"', config))
     tags = Tags(report(tmp_path, study))
     assert not {"script", "img"} & {tag for tag, _ in tags.found}
     assert not [at for _, at in tags.found if any(name.startswith("on") for name in at)]

@@ -111,6 +111,18 @@ def test_seeds_of_one_variant(tmp_path):
     assert page.baseline_variant(page.variants[1]) is page.variants[0]
 
 
+def test_variants_of_one_model_have_names_of_their_own(tmp_path):
+    """Two revisions of pretrained weights, of two seeds each; neither is set against the paper's runs from scratch."""
+    folders = []
+    for revision in ("step1000", "step143000"):
+        for seed in (1, 2):
+            origin = {"model__name": None, "model__pretrained": "EleutherAI/pythia-70m", "model__revision": revision}
+            folders.append(write_run(tmp_path / f"{revision}-{seed}", "none", seed, **origin))
+    page = runs.read(folders)
+    assert [variant.name for variant in page.variants] == ["none, revision step1000", "none, revision step143000"]
+    assert page.runs[0].size == "70m" and not page.runs[0].is_published_method
+
+
 @pytest.mark.parametrize(
     "keys, paired",
     [

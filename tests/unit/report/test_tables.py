@@ -119,6 +119,21 @@ def test_benchmarks_of_two_seeds(tmp_path):
     assert row["70m l2e − none: ours"] == Measured(pytest.approx(0.02), pytest.approx(0.01), 2)
 
 
+def test_results_in_another_precision_are_not_compared(tmp_path):
+    """Both were evaluated in bf16 while training, and one again in fp32."""
+    study = paired_study(tmp_path / "study", seeds=(1,))
+    for name, accuracy in {"none": 0.26, "l2e": 0.25}.items():
+        add_results(study / f"runs/70m-{name}-seed1", 100, {("arc_easy", 0): (accuracy, 0.03)}, precision="bf16")
+    add_results(study / "runs/70m-l2e-seed1", 100, {("arc_easy", 0): (0.27, 0.03)}, precision="fp32")
+    page = runs.read([study])
+    row = cells(table(page, "benchmarks"))["ARC-Easy"]
+    assert row["70m l2e: ours"].value == pytest.approx(0.27)
+    assert row["70m l2e − none: ours"].value == pytest.approx(-0.01)
+    found = table(page, "evaluations")
+    (place,) = [place for place, column in enumerate(found.columns) if column.full_head == "precision"]
+    assert sorted(row[place] for row in found.rows) == ["bf16"] * 4 + ["fp32"] * 2  # acc and acc_norm of each
+
+
 def test_rows_are_those_of_the_paper_first(tmp_path):
     run = write_run(tmp_path / "none", "none")
     wanted = [("zebra", 0), ("arc_easy", 5), ("mmlu", 5), ("mmlu_anatomy", 5), ("mmlu", 0), ("bigbench_lite", 0)]

@@ -46,6 +46,11 @@ def test_which_figures_an_evaluation_stands_for(tmp_path):
     group = evaluation(20, 5, {"mmlu_law": 0.5}, asked=["mmlu"], mmlu_law="mmlu")
     assert done({"tasks": ["mmlu"], "num_fewshot": 5}, group)
     assert not done({"tasks": ["mmlu_law"], "num_fewshot": 5}, group)
+    # tasks of other files may have the same name
+    here = {"tasks": ["piqa"], "num_fewshot": 5, "include_path": ["/here"]}
+    of = {where: two | {"asked": two["asked"] | {"include_path": [where]}} for where in ("/here", "/there")}
+    assert done(here, of["/here"]) and not done(here, of["/there"]) and not done(here, two)
+    assert not done({"tasks": ["piqa"], "num_fewshot": 5}, of["/here"])
     # what was evaluated while training, in the precision of that
     half = evaluation(20, 5, {"piqa": 0.5}, precision="bf16")
     assert not done({"tasks": ["piqa"], "num_fewshot": 5}, half)
