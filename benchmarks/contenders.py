@@ -307,7 +307,7 @@ def measure(spec: dict) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "peak_tflops": gpus.peak_tflops(device, config.logging.peak_tflops),
         "flops_per_token": counts.flops_per_token(
-            matrices, hf_config.num_hidden_layers, hf_config.hidden_size, config.data.sequence_length
+            matrices, hf_config.num_hidden_layers, counts.attention_width(hf_config), config.data.sequence_length
         ),
     }
 

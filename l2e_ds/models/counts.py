@@ -55,10 +55,16 @@ def matrix_parameters(model: Any) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if id(p) not in looked_up)
 
 
-def flops_per_token(parameters: int, layers: int, hidden: int, sequence_length: int) -> float:
+def attention_width(hf_config: PretrainedConfig) -> int:
+    """Return the size of all heads of a layer together, which need not be the hidden size (Qwen3)."""
+    heads = hf_config.num_attention_heads
+    return heads * (getattr(hf_config, "head_dim", None) or hf_config.hidden_size // heads)
+
+
+def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:
     """Return the operations of forward and backward pass without recomputation: 6 P + 6 L h T.
 
-    P are all parameters but the input embedding. PaLM (Chowdhery et al. 2022, appendix B) has 12 L h T for full
-    attention, of which a causal mask needs half.
+    P are all parameters but the input embedding; h, the width, is that of the attention. PaLM (Chowdhery et al. 2022,
+    appendix B) has 12 L h T for full attention, of which a causal mask needs half.
     """
-    return 6 * parameters + 6 * layers * hidden * sequence_length
+    return 6 * parameters + 6 * layers * width * sequence_length

@@ -29,7 +29,7 @@ from l2e_ds.engine.configuration import zero_stage
 from l2e_ds.engine.engine import group_rates, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
-from l2e_ds.models.counts import flops_per_token, matrix_parameters
+from l2e_ds.models.counts import attention_width, flops_per_token, matrix_parameters
 from l2e_ds.models.sites import comparison_layers, neuron_sites
 from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
@@ -158,7 +158,7 @@ class Trainer(AbstractContextManager):
         self._flops_per_token = flops_per_token(
             matrix_parameters(stack.model),
             hf_config.num_hidden_layers,
-            hf_config.hidden_size,
+            attention_width(hf_config),
             config.data.sequence_length,
         )
         self._interval = Interval(batch, device)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, Qwen3Config
 
 from l2e_ds.checkpoint.state import reseed, rng_state, seed_everything, set_rng_state
-from l2e_ds.models.counts import flops_per_token
+from l2e_ds.models.counts import attention_width, flops_per_token
 from l2e_ds.run_directory.metrics import drop_lines_after, read_metrics
 
 CPU = torch.device("cpu")
@@ -115,6 +116,12 @@ def test_drop_lines_of_an_empty_file(tmp_path):
     path.touch()
     drop_lines_after(path, 3)
     assert path.read_text(encoding="utf-8") == ""
+
+
+def test_width_of_the_attention():
+    """Where the heads do not add up to the hidden size, theirs."""
+    assert attention_width(GPTNeoXConfig(hidden_size=96, num_attention_heads=4)) == 96
+    assert attention_width(Qwen3Config(hidden_size=96, num_attention_heads=4, head_dim=64)) == 256
 
 
 def test_flops_per_token_counts_the_matrix_products():
