@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +193,28 @@ def find_file(name: str, beside: str | Path | None = None) -> Path | None:
         candidates += [Path(beside).parent / name] if beside else []
         candidates += [REPOSITORY / name, PACKAGE / name]
     return next((path.resolve() for path in candidates if path.is_file()), None)
+
+
+def read_deepspeed_json(path: Path) -> dict[str, Any]:
+    """Return the content of the file of `deepspeed.config`. Raises ConfigError."""
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
+        content = dict[str, Any]()
+        for key, value in pairs:
+            if key in content:
+                raise ConfigError(f"deepspeed.config: {path}: key {key!r} is given twice")
+            content[key] = value
+        return content
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed.config: {path}: must hold a JSON object")
+    return content
 
 
 def find_model_config(name: str, beside: str | Path | None = None) -> Path | None:

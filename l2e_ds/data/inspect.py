@@ -9,7 +9,6 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from tqdm import tqdm
 
-from l2e_ds.config.reading import find_file, load_run_config
+from l2e_ds.config.reading import find_file, load_run_config, read_deepspeed_json
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import at_least, say, warn
 from l2e_ds.data.dataset import TokenDataset, token_dataset
@@ -211,13 +210,12 @@ def _check_batch(config: RunConfig, run_file: str) -> None:
     path = find_file(config.deepspeed.config, run_file)
     if path is None or "global_batch" in config.training.model_fields_set:
         return
-    with suppress(OSError, ValueError):
-        given = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("train_batch_size", "gradient_accumulation_steps"):
-            if given.get(key, "auto") != "auto":
-                raise ConfigError(
-                    f"training.global_batch: {path.name} decides it by {key}; write it into {run_file} to see batches"
-                )
+    given = read_deepspeed_json(path)
+    for key in ("train_batch_size", "gradient_accumulation_steps"):
+        if given.get(key, "auto") != "auto":
+            raise ConfigError(
+                f"training.global_batch: {path.name} decides it by {key}; write it into {run_file} to see batches"
+            )
 
 
 def view_of_set(

@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from l2e_ds.config.batch import BatchArithmetic, batch_arithmetic
-from l2e_ds.config.reading import find_file
+from l2e_ds.config.reading import find_file, read_deepspeed_json
 from l2e_ds.config.sections import OptimizerConfig, RunConfig
 from l2e_ds.console import did_you_mean
 from l2e_ds.distributed import collectives
@@ -135,7 +135,7 @@ def resolve(
     path = find_file(config.deepspeed.config, run_file)
     if path is None:
         raise ConfigError(f"deepspeed.config: no such file: {config.deepspeed.config}")
-    ds = _read_json(path)
+    ds = read_deepspeed_json(path)
     where = f"deepspeed.config: {path.name}"
     _check_keys(ds, where)
     _check_json_optimizer(config, ds, where)
@@ -269,26 +269,6 @@ def memory_remedies(config: RunConfig, ds: dict) -> str:
 
 def _is_offloaded(ds: dict, part: str) -> bool:
     return _lookup(ds, ("zero_optimization", part, "device")) not in (None, "none")
-
-
-def _read_json(path: Path) -> dict:
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict:
-        content = dict[str, Any]()
-        for key, value in pairs:
-            if key in content:
-                raise ConfigError(f"deepspeed.config: {path}: key {key!r} is given twice")
-            content[key] = value
-        return content
-
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"deepspeed.config: {path}:{error.lineno}: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"deepspeed.config: {path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed.config: {path}: must hold a JSON object")
-    return content
 
 
 def _lookup(ds: dict, path: tuple[str, ...]) -> Any:

@@ -29,9 +29,12 @@ SHOWN = {"held_out_loss": "{:.4f}", "top_share_score": "{:.3f}", "mean_s": "{:.4
 """The metrics of evaluations that the summary shows, with the form of their numbers."""
 TEXTS = ("text_loss/", "text_bits_per_byte/")
 """Beginnings of the metrics of `evaluation.texts`."""
-MEASURED_ON = {name: ["measured_layers"] for name in LAYER_MEANS}
+MEASURED_ON = {
+    "top_share_score": ("measured_layers", "measured_share"),
+    "mean_s": ("measured_layers",),
+    "kurtosis": ("measured_layers",),
+}
 """The columns that must be the same in two runs for a column of them to be compared."""
-MEASURED_ON["top_share_score"].append("measured_share")
 
 
 def collect(directory: Path) -> pd.DataFrame:
@@ -85,11 +88,11 @@ def paired_differences(table: pd.DataFrame, column: str) -> pd.DataFrame:
     single pair; relative, relative_stderr: the same of (run - baseline) / baseline. NaN without a pair, as for the
     baseline itself.
     """
-    value_of = table.set_index("run")[column].astype(float)
-    base = table["baseline"].map(value_of).astype(float)
+    of_run = table.set_index("run")
+    base = table["baseline"].map(of_run[column].astype(float)).astype(float)
     for decisive in MEASURED_ON.get(column, ()):
         if decisive in table:
-            base = base.where(table[decisive] == table["baseline"].map(table.set_index("run")[decisive]))
+            base = base.where(table[decisive] == table["baseline"].map(of_run[decisive]))
     difference = table[column].astype(float) - base
     found = pd.DataFrame(
         {

@@ -291,6 +291,9 @@ def test_a_batch_of_the_json_is_not_guessed(tmp_path, capsys, key):
     assert (code, out) == (2, "") and f"training.global_batch: ds.json decides it by {key}; write it into" in err
     (tmp_path / "ds.json").write_text(json.dumps({key: "auto"}))
     assert run(capsys, "show", path, "--step", 0)[1].startswith("step 0: 1,024 sequences")
+    (tmp_path / "ds.json").write_text("[]")
+    code, out, err = run(capsys, "show", path, "--step", 0)
+    assert (code, out) == (2, "") and "ds.json: must hold a JSON object" in err
 
 
 def test_a_step_beyond_the_run_is_said(tmp_path, capsys):
