@@ -303,8 +303,8 @@ def _write(
     about = {
         "name": options.name_of_set(report["source"]),
         "features": len(report["features"]),
-        "texts": report["total"]["kept"],
-        "tokens": report["total"]["tokens"],
+        "texts": [result.report["total"]["kept"] for result in results],  # they differ where tokenizers do
+        "tokens": [result.report["total"]["tokens"] for result in results],
         "sample": sample_of(arguments),
     }
     if changes:

@@ -304,8 +304,8 @@ _PERCENT_AXIS = FuncFormatter(lambda value, _: f"{value * 100:.4g} %")
 
 def _set_of(about: Mapping[str, Any]) -> str:
     return (
-        f"Feature set: {about['name']}, {about['features']} features, n = {about['texts']:,} texts,"
-        f" {about['tokens']:,} tokens"
+        f"Feature set: {about['name']}, {about['features']} features, n = {_range(about['texts'])} texts,"
+        f" {_range(about['tokens'])} tokens"
         + (f", a {about['sample']} as one sample" if about.get("sample", "token") != "token" else "")
     )
 

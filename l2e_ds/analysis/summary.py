@@ -86,6 +86,7 @@ def _model_row(result: Result) -> dict[str, str]:
         "model": result.source.label,
         "step": "" if result.source.step is None else f"{result.source.step:,}",
         "parameters": f"{result.parameters:,}",
+        "texts": f"{result.report['total']['kept']:,}",
         "neurons": f"{neurons:,}",
         "K-S": _with_interval(scale, "ks"),
         "own MS": _with_interval(scale, "own_score"),
