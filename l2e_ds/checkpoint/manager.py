@@ -283,7 +283,10 @@ class CheckpointManager:
         state = TrainState(**content["train"])
         for key, value in identity.items():
             if key not in ELASTIC and saved.get(key) != value:
-                raise CheckpointError(f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}")
+                raise CheckpointError(
+                    f"{path}: was written with {key} {saved.get(key)}, this run has {key} {value}, which no resume may"
+                    " change; model.pretrained starts from exported weights"
+                )
         elastic = content.get("layout") != layout(engine)
         # stage 0 keeps everything in one file
         if elastic and (saved["zero_stage"], identity["zero_stage"]) != (0, 0):

@@ -98,7 +98,7 @@ def _about_tasks(collection: Collection, tasks: list[tuple[str, int]], points: s
         parts.append('"First": of this many documents of each task only.')
     if any(task == "bigbench_lite" for task, _ in tasks):
         parts.append(
-            "The acc of BIG-bench lite is here that of 19 of its 24 tasks; the other five are scored by exact_match"
+            "The acc of BIG-bench lite is here that of 18 of its 24 tasks; the other six are scored by exact_match"
             " (docs/evaluation.md)."
         )
     if tokens:

@@ -25,7 +25,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.system.provenance import commit_and_changes, difference, versions
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,@=+:-]*")
-SECRET_VARIABLE = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
 SHORTEST_SECRET = 8  # characters; shorter values would be found in any text
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "numpy", "safetensors", "mpi4py")
 

@@ -367,9 +367,9 @@ class Trainer(AbstractContextManager):
         """Write a checkpoint of this step, which counts once `_advance_checkpoint` has seen it published. Collective.
         must_succeed: raise SaveError also with `checkpoint.on_error: continue`, as for the last step."""
         must_succeed = must_succeed or self.state.step >= self.config.training.steps
-        self._advance_checkpoint(wait=True)
-        heartbeat.progress(f"the checkpoint of step {self.state.step}")
         with self._interval.paused():
+            self._advance_checkpoint(wait=True)
+            heartbeat.progress(f"the checkpoint of step {self.state.step}")
             self.state.streams = self.sequences.stream_states(self.state.step)
             with self._allowing_failure(must_succeed):
                 self.checkpoints.save(

@@ -37,7 +37,7 @@ class Site:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}",
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
-            "TEST_API_KEY": "a-secret-of-the-submitting-shell",
+            "TESTAPIKEY": "a-secret-of-the-submitting-shell",
         }
         content = {
             "model": {"name": "pythia-14m", "vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
@@ -203,7 +203,7 @@ def test_stopped_requeued_and_preempted_is_the_run_that_never_stopped(site):
     assert re.fullmatch(r"[0-9a-f]{40}", code["git"]["commit"])
     assert not list(site.folder.rglob("pwned"))
     for path in site.folder.rglob("*"):
-        assert not path.is_file() or site.environment["TEST_API_KEY"].encode() not in path.read_bytes(), path
+        assert not path.is_file() or site.environment["TESTAPIKEY"].encode() not in path.read_bytes(), path
 
     # one run, two interruptions, each in its own way
     job = site.submit("run", "--time", "30:00", "--restarts", 1)
