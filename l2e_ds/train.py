@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import socket
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
         # an evaluation's tensors are not those of a step: without it a GPU's memory is cut into pieces between them
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from l2e_ds.distributed import collectives
-    from l2e_ds.distributed.launch import find_launch
+    from l2e_ds.distributed.launch import find_launch, is_reported_here
 
-    rank = 0
+    rank, launch = 0, None
     try:
         quiet_libraries()
         # only now: Ctrl-C during this slow import is one line, too
@@ -83,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"l2e-ds: stopped: {stopped}; start again to resume")
         return stopped.exit_code
     except L2EError as error:
-        if rank == 0 or not error.on_every_rank:
-            where = f" rank {rank}:" if collectives.size() > 1 and not error.on_every_rank else ""
+        if launch is None or is_reported_here(error, launch, have_met=collectives.size() == launch.size):
+            is_known_here_only = rank > 0 if error.on_every_rank else collectives.size() > 1
+            where = f" rank {rank} on {socket.gethostname()}:" if is_known_here_only else ""
             say(f"l2e-ds: error:{where} {error}")
         _note_exit_code(error.exit_code)
         if collectives.size() > 1 and not error.on_every_rank:

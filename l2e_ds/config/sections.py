@@ -373,7 +373,7 @@ class TrainingConfig(Section):
     """End the run after this many skipped steps in a row."""
     time_limit: float | None = Field(None, gt=0)
     """Minutes, or a time of SLURM's form (H:M:S, D-H:M:S, ...), after which the run saves and stops with exit code 75.
-    The same command resumes it."""
+    The same command resumes it. Each start, also a restart after a failure, has this time anew."""
     timeout: float = Field(30, gt=0)
     """Minutes, or such a time, without progress after which a run ends with an error. Must be longer than a step and
     than reading or writing a checkpoint."""

@@ -70,16 +70,34 @@ def free_port() -> int:
 
 def reported_once(action: Callable[[Launch], None]) -> int:
     """Run `action` on every rank and return the exit code; an error that all ranks raise alike is raised on rank 0
-    only."""
+    only (`is_reported_here`)."""
     launch = find_launch()
     try:
         action(launch)
     except L2EError as error:
-        if launch.rank == 0 or not error.on_every_rank:
+        from l2e_ds.distributed import collectives  # with torch, which SLURM's batch script, too, need not wait for
+
+        if is_reported_here(error, launch, have_met=collectives.size() == launch.size):
             raise
         time.sleep(1.0)  # a launcher ends all ranks when one has ended: rank 0 must print its error before
         return error.exit_code
     return 0
+
+
+def is_reported_here(error: L2EError, launch: Launch, have_met: bool) -> bool:
+    """Return whether this rank is to print an error: rank 0, and any rank that has one of its own.
+
+    Before the ranks have met in a process group, an error that all should raise alike may be this host's alone (a file
+    system that is not mounted there): one rank of each host prints it.
+    """
+    return launch.rank == 0 or not error.on_every_rank or (not have_met and launch.local_rank == 0)
+
+
+def this_job() -> str | None:
+    """Return this job's id as SLURM's commands take it, or None outside of a job."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # one task of an array has the array's own id, which would mean all tasks
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def scontrol(*words: str) -> str:
@@ -87,8 +105,11 @@ def scontrol(*words: str) -> str:
     return subprocess.run(["scontrol", *words], capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def first_host() -> str:
-    """Return the address by which SLURM reaches the first node of this step, or of this job. Raises ConfigError."""
+def set_first_host() -> None:
+    """Set MASTER_ADDR, unless it is set, to the address by which SLURM reaches the first node of this step, or of this
+    job. Raises ConfigError."""
+    if "MASTER_ADDR" in os.environ:
+        return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     try:
         listed = scontrol("show", "hostnames", nodes).split()
@@ -96,7 +117,8 @@ def first_host() -> str:
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise ConfigError(f"srun: cannot find the first node of {nodes!r} ({error}); set MASTER_ADDR") from None
     # NodeAddr is what SLURM itself connects to; a node's name need not resolve
-    return next((word[9:] for word in address.split() if word.startswith("NodeAddr=")), listed[0])
+    found = next((word[9:] for word in address.split() if word.startswith("NodeAddr=")), listed[0])
+    os.environ["MASTER_ADDR"] = found
 
 
 def rendezvous_port(environment: Mapping[str, str]) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from l2e_ds.distributed import collectives
-from l2e_ds.distributed.launch import Launch, first_host, free_port, rendezvous_port
+from l2e_ds.distributed.launch import Launch, free_port, rendezvous_port, set_first_host
 from l2e_ds.errors import ConfigError, L2EError, RendezvousError
 
 
@@ -36,7 +36,7 @@ def join(launch: Launch, timeout_minutes: float) -> torch.device:
     variables = {"RANK": str(launch.rank), "WORLD_SIZE": str(launch.size), "LOCAL_RANK": str(launch.local_rank)}
     if launch.launcher == "srun":
         os.environ.update(variables)
-        os.environ.setdefault("MASTER_ADDR", first_host())
+        set_first_host()
         os.environ.setdefault("MASTER_PORT", str(rendezvous_port(os.environ)))
     elif launch.launcher == "alone":
         os.environ.update(variables, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
@@ -98,7 +98,9 @@ def _local_gpu() -> torch.device:
         os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= torch.cuda.device_count():
-        raise ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
+        error = ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
+        error.on_every_rank = False
+        raise error
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

@@ -252,6 +252,23 @@ def is_adam(ds: dict) -> bool:
     return optimizer_type(ds).lower() in ("adam", "adamw")
 
 
+def update_rule(config: RunConfig, ds: dict) -> str:
+    """Return what decides the update beside the keys of `optimizer`: its name or, with an optimizer of the resolved
+    JSON, the type and the parameters that only the JSON sets. Adam with decoupled weight decay is adamw."""
+    if "optimizer" not in ds:
+        return config.optimizer.name
+    parameters = ds["optimizer"].get("params", {})
+    if is_adam(ds):
+        name, defaults = "adamw", {"bias_correction": True, "amsgrad": False}
+        if optimizer_type(ds).lower() == "adam":
+            defaults["adam_w_mode"] = True
+        own = {key: parameters[key] for key, value in defaults.items() if parameters.get(key, value) != value}
+    else:
+        shared = {path[2] for path in SHARED_VALUES if path[:2] == ("optimizer", "params")}
+        name, own = optimizer_type(ds), {key: value for key, value in parameters.items() if key not in shared}
+    return f"{name} {json.dumps(own, sort_keys=True)}" if own else name
+
+
 def memory_remedies(config: RunConfig, ds: dict) -> str:
     """Return what would leave a device more memory and is not done yet, for the user to choose from."""
     stage, remedies = zero_stage(ds), ["more ranks"]

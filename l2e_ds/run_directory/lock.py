@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
@@ -32,6 +33,7 @@ class RunLock:
     def __init__(self, directory: Path, where: str = "training.run_directory", what: str = "run") -> None:
         self.path, self.where, self.what = directory / NAME, where, what
         self._descriptor: int | None = None
+        self._content: dict[str, str | int] = {}
 
     def acquire(self) -> None:
         """Take the lock. Raises ConfigError if another run, here or on another host, is alive, or the file cannot be
@@ -78,9 +80,10 @@ class RunLock:
                 os.close(descriptor)
                 raise self._refusal(holder)
             self._descriptor = descriptor
-        content = {"host": socket.gethostname(), "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        self._content = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(content).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps(self._content).encode(), 0)
 
     def renew(self) -> None:
         """Touch the file, as a sign of life. Any thread may call it."""
@@ -88,11 +91,25 @@ class RunLock:
         if descriptor is not None:
             os.utime(descriptor)
 
+    def is_taken(self) -> bool:
+        """Return whether another run has taken the lock that this one held: where hosts do not see each other's locks,
+        a run that was frozen for longer than WATCHED_FOR is considered dead. Any thread may call it. Raises OSError."""
+        descriptor = self._descriptor
+        if descriptor is None:
+            return False
+        if not still_named(descriptor, self.path):
+            return self.path.exists()
+        holder = self._holder(descriptor)  # not by the path: closing the file would give back the lock
+        return bool(holder) and holder != self._content
+
     def release(self) -> None:
-        """Give the lock back and remove the file, if it was taken."""
+        """Give the lock back, if it was taken, and remove the file, unless it is another run's. One that cannot be
+        removed is of no consequence, as nobody holds it."""
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                if still_named(descriptor, self.path) and self._holder(descriptor) == self._content:
+                    self.path.unlink()
             os.close(descriptor)
 
     def _is_renewed(self, descriptor: int) -> bool:

@@ -172,14 +172,25 @@ def first_and_last(lines: Sequence[dict], key: str) -> tuple[float | None, float
     return (number(lines[0], key), number(lines[-1], key)) if lines else (None, None)
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove what a run wrote after the checkpoint that it resumes from, and a line cut off by a kill. Raises
-    OSError."""
+def keep_lines(path: Path, is_kept: Callable[[str, int], bool]) -> None:
+    """Remove the lines for whose kind ("" if they have none) and step is_kept is False, and a line cut off by a kill.
+    Raises OSError."""
     if not path.exists():
         return
     kept = []
     for _, raw, line in json_lines(path):
-        with suppress(KeyError, TypeError):
-            if line["step"] <= step:
+        with suppress(KeyError, TypeError, AttributeError):
+            if is_kept(line.get("kind", ""), line["step"]):
                 kept.append(raw.decode() + "\n")
     write_whole(path, "".join(kept))
+
+
+def evaluated_steps(directory: Path) -> dict[str, set[int]]:
+    """Return the steps at which a run has lines of the kinds evaluation and tasks, by kind. Raises OSError."""
+    path = directory / FILE
+    found: dict[str, set[int]] = {"evaluation": set(), "tasks": set()}
+    for _, _, line in json_lines(path) if path.is_file() else ():
+        with suppress(KeyError, TypeError):  # a line that no run writes
+            if line["kind"] in found:
+                found[line["kind"]].add(line["step"])
+    return found

@@ -37,7 +37,11 @@ def published_checkpoints(run_directory: Path) -> list[Path]:
     return sorted(path for path in (run_directory / "checkpoints").glob("step*") if is_checkpoint(path))
 
 
+def finished_checkpoints(run_directory: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, oldest first, damaged or not."""
+    return [path for path in published_checkpoints(run_directory) if (path / MANIFEST).exists()]
+
+
 def newest_step(run_directory: Path) -> int:
     """Return the step of the newest checkpoint that has a manifest, or 0 if there is none."""
-    finished = (path for path in published_checkpoints(run_directory) if (path / MANIFEST).exists())
-    return max(map(step_of, finished), default=0)
+    return max(map(step_of, finished_checkpoints(run_directory)), default=0)

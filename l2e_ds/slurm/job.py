@@ -21,7 +21,7 @@ from pathlib import Path
 
 from l2e_ds import console
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.distributed.launch import first_host, scontrol
+from l2e_ds.distributed.launch import scontrol, set_first_host, this_job
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 from l2e_ds.run_directory import names
 from l2e_ds.supervise import supervisor
@@ -97,7 +97,7 @@ def prepare_environment() -> None:
     if "SLURM_CPUS_PER_TASK" in os.environ:
         os.environ.setdefault("SRUN_CPUS_PER_TASK", os.environ["SLURM_CPUS_PER_TASK"])  # not inherited since 22.05
     # once here instead of once a rank: a thousand ranks that ask slurmctld at the same moment overload it
-    os.environ.setdefault("MASTER_ADDR", first_host())
+    set_first_host()
 
 
 # --- lists of runs (array jobs) ----------------------------------------------------------------------------------
@@ -155,9 +155,8 @@ def requeue_if_due(code: int, broke_stopping: bool) -> None:
     The job is not requeued if the user cancelled it (that would bring it back to life), or if SLURM has requeued it
     already. One line on stderr says what was done and why.
     """
-    job = os.environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # one task of an array has the array's own id, which would mean all tasks
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    job = this_job()
+    assert job is not None
     if code == Interrupted.exit_code:
         reason = "the run stopped on request"
     elif code == 0 or code in supervisor.FINAL:

@@ -251,7 +251,9 @@ def without_secrets(text: str, where: str) -> str:
 def queue(path: Path, text: str) -> str:
     """Write a batch script, queue it and return the job's id. Raises ConfigError if sbatch refuses it."""
     path.write_text(without_secrets(text, path.name), encoding="utf-8")
-    command = ["sbatch", "--parsable", str(path)]
+    # once more on the command line: variables such as SBATCH_TIMELIMIT, which profiles set, outrank `#SBATCH` lines
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    command = ["sbatch", "--parsable", *(word for line in lines for word in shlex.split(line)), str(path)]
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")

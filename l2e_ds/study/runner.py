@@ -172,9 +172,11 @@ class Runner:
             doing = " ".join(["l2e-ds", *words])
             command = [*job.place.launcher(), "l2e_ds.cli", *words]
         if doing in job.begun:
-            what = "finished, but its last checkpoint is not complete" if doing == "train" else "left no such results"
+            what = f"{doing} left no such results"
+            if doing == "train":
+                what = "training finished, but its last checkpoint or evaluation is missing"
             self._free_place(job)
-            self._fail(job, 1, f"{'training' if doing == 'train' else doing} {what}; see {self._log(job)}")
+            self._fail(job, 1, f"{what}; see {self._log(job)}")
             return
         job.begun.append(doing)
         log = self._log(job)

@@ -14,6 +14,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import json_lines
 from l2e_ds.run_directory.manifest import check_files
+from l2e_ds.run_directory.metrics import evaluated_steps
 from l2e_ds.run_directory.names import checkpoint_name, newest_step
 from l2e_ds.study.definition import INDEX, Evaluation, Index
 
@@ -24,7 +25,8 @@ PRECISION = "fp32"  # of a study's evaluations: the default of `l2e-ds evaluate`
 class State:
     """Holds how far a run is.
 
-    step: of the newest checkpoint; trained: whether the last checkpoint is complete; missing: evaluations still to do.
+    step: of the newest checkpoint; trained: whether the last checkpoint is complete, and what the run itself evaluates
+    is evaluated there; missing: evaluations of the study still to do.
     """
 
     begun: bool
@@ -59,11 +61,24 @@ def config_file(study: Path, name: str) -> Path:
 
 def state_of(directory: Path, steps: int, evaluations: Sequence[Evaluation]) -> State:
     """Return how far a run is. directory: the run's; steps: of the whole run; evaluations: those of the study."""
-    trained = check_files(directory / "checkpoints" / checkpoint_name(steps)) is None
+    is_complete = check_files(directory / "checkpoints" / checkpoint_name(steps)) is None
+    trained = is_complete and _is_evaluated(directory, steps)
     lines = evaluation_lines(directory)
     missing = tuple(wanted for wanted in evaluations if not any(answers(line, steps, wanted) for line in lines))
     begun = (directory / "config.yaml").is_file()
     return State(begun, newest_step(directory), steps, trained, missing)
+
+
+def _is_evaluated(directory: Path, steps: int) -> bool:
+    """Return whether a run that evaluates while it trains has done so at its last step. One that is asked to stop there
+    saves first, and leaves the evaluation to its next start."""
+    missing = [kind for kind, made in evaluated_steps(directory).items() if made and steps not in made]
+    if not missing:
+        return True
+    config = config_of(directory.parent.parent, directory.name)  # by which the next start would go
+    return not (
+        ("evaluation" in missing and config.training.evaluate_every) or ("tasks" in missing and config.evaluation.every)
+    )
 
 
 def answers(line: dict[str, Any], step: int, evaluation: Evaluation) -> bool:

@@ -7,10 +7,12 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
+from l2e_ds.distributed.launch import this_job
 from l2e_ds.run_directory.lock import NAME
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -80,21 +82,23 @@ def leftovers(session: int, run_file: str) -> list[psutil.Process]:
     return found
 
 
-def kill_all() -> None:
-    """Kill the job's steps of SLURM, if there are any, and all descendants of this process."""
-    if "SLURM_JOB_ID" in os.environ and shutil.which("squeue"):
-        kill_steps(os.environ["SLURM_JOB_ID"])
+def kill_all(command: Sequence[str]) -> None:
+    """Kill all descendants of this process and, if the launch's command has srun start the ranks, this job's steps."""
+    job = this_job()
+    if job is not None and any(Path(word).name == "srun" for word in command) and shutil.which("squeue"):
+        kill_steps(job)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             process.kill()
 
 
 def kill_steps(job: str) -> None:
-    """Kill the steps of a job of SLURM. Tasks are not children of srun: without it they would stay, and hold
-    resources."""
+    """Kill the steps of a job of SLURM, but not the one that this process may be in (a shell by `srun --pty`). Tasks
+    are not children of srun: without it they would stay, and hold resources."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         listing = ["squeue", "--steps", f"--jobs={job}", "--noheader", "--format=%i"]
         steps = subprocess.run(listing, capture_output=True, text=True, timeout=60).stdout.split()
-        steps = [step for step in steps if step.rpartition(".")[2].isdigit()]  # not the batch script's own
+        own = os.environ.get("SLURM_STEP_ID")
+        steps = [step for step in steps if (number := step.rpartition(".")[2]).isdigit() and number != own]
         if steps:
             subprocess.run(["scancel", "--signal=KILL", *steps], capture_output=True, timeout=60)

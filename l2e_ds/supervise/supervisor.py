@@ -29,7 +29,7 @@ from l2e_ds.console import split_at_dashes
 from l2e_ds.errors import ConfigError, Interrupted, TrainingError
 from l2e_ds.run_directory import stop_file
 from l2e_ds.run_directory.lock import RunLock
-from l2e_ds.run_directory.names import EXIT_FILE, newest_step
+from l2e_ds.run_directory.names import EXIT_FILE, finished_checkpoints, newest_step
 from l2e_ds.supervise.launcher import check_hosts, launch_command
 from l2e_ds.supervise.processes import PR_SET_CHILD_SUBREAPER, SignsOfLife, kill_all, leftovers
 from l2e_ds.system import signals
@@ -106,11 +106,14 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
 
     for attempt in range(1 + restarts):
         if attempt:
-            wait_until_free(directory, timeout)
+            is_asked_to_stop = wait_until_free(directory, timeout)
             if signals.received:
                 break
+            if is_asked_to_stop:
+                say(f"start {attempt + 1}: {FINAL[STOPPED]}, before it began")
+                return STOPPED
         # whatever checkpoint this run was to start from, by now it has some of its own
-        command = again if (attempt or requeued) and newest_step(directory) else first
+        command = again if (attempt or requeued) and finished_checkpoints(directory) else first
         say(f"start {attempt + 1} of at most {1 + restarts}: {shlex.join(command)}")
         end = run_once(command, run_file, directory, patience=2 * timeout)
         code, why = judge(end, newest_step(directory), training.steps)
@@ -156,7 +159,7 @@ def run_once(command: Sequence[str], run_file: str, directory: Path, patience: f
                 if frozen or late or signals.are_impatient():
                     silence = f": no sign of life for {patience / 60:g} minutes" if frozen else ""
                     say(f"killing all processes of the run{silence}")
-                    kill_all()
+                    kill_all(command)
                     killed = True
             time.sleep(POLL)
         if asked_at is not None and not signals.are_impatient():  # else other hosts must still see the file
@@ -204,8 +207,9 @@ def killed_by(code: int) -> signal.Signals | None:
     return signal.Signals(number)
 
 
-def wait_until_free(directory: Path, patience: float) -> None:
-    """Wait until no run holds the directory, asking one that does to stop.
+def wait_until_free(directory: Path, patience: float) -> bool:
+    """Wait until no run holds the directory, asking one that does to stop. Return whether somebody has asked the run to
+    stop for good meanwhile.
 
     Ranks on other hosts, which are not seen from here, may outlive their launcher while they save.
     """
@@ -215,7 +219,9 @@ def wait_until_free(directory: Path, patience: float) -> None:
             say(f"asking the run that is still there to stop: {refusal}")
             stop_file.ask_to_stop(directory, to_restart=True)
             time.sleep(5)
+    is_asked_to_stop = stop_file.is_asked_to_stop(directory)
     stop_file.honour(directory)
+    return is_asked_to_stop
 
 
 def be_alone(directory: Path) -> None:

@@ -17,10 +17,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import duration, say
 from l2e_ds.run_directory import results
-from l2e_ds.run_directory.metrics import FILE, drop_lines_after
+from l2e_ds.run_directory.metrics import FILE, keep_lines
 from l2e_ds.run_directory.names import SAMPLES
 from l2e_ds.training.monitors import Monitors
 
@@ -38,8 +39,8 @@ _SHOWN = {
 class MetricsWriter:
     """Writes metrics on rank 0: JSON lines, the monitors of `logging`, and a progress bar or plain lines."""
 
-    def __init__(self, config: RunConfig, first_step: int, main: bool, is_new: bool = False) -> None:
-        """Open the files, and remove the lines after first_step, from which a run resumes, or all lines if it is new:
+    def __init__(self, config: RunConfig, state: TrainState, main: bool, is_new: bool = False) -> None:
+        """Open the files, and remove the lines after the state from which a run resumes, or all lines if it is new:
         those are of an attempt that saved nothing.
 
         main: whether this is rank 0; on other ranks every method does nothing. is_new: whether the run has no
@@ -53,16 +54,23 @@ class MetricsWriter:
         if not main:
             return
         run_directory.mkdir(parents=True, exist_ok=True)
-        last_kept = -1 if is_new else first_step
-        for path in (self.path, run_directory / results.FILE, run_directory / SAMPLES):
-            drop_lines_after(path, last_kept)
+        newest = {"evaluation": state.evaluated, "guard": state.evaluated, "tasks": state.evaluated_on_tasks}
+
+        def is_kept(kind: str, step: int) -> bool:
+            # A run that was asked to stop saves its step without the evaluation that is due, and the next start makes
+            # it: of a start that was killed before it saved again, this evaluation is removed, too.
+            return not is_new and (step < state.step or (step == state.step and newest.get(kind, step) == step))
+
+        keep_lines(self.path, is_kept)
+        keep_lines(run_directory / results.FILE, is_kept)  # of no kind: `l2e-ds evaluate` may have appended some
+        keep_lines(run_directory / SAMPLES, lambda _, step: is_kept("evaluation", step))
         self._file = self.path.open("ab", buffering=0)
         self._size = self.path.stat().st_size
         self._writable = True
         self._is_shown = config.logging.progress
         if self._is_shown and sys.stderr.isatty():
-            self.bar = tqdm(total=config.training.steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._monitors = Monitors(config, last_kept, self.say)
+            self.bar = tqdm(total=config.training.steps, initial=state.step, unit="step", dynamic_ncols=True)
+        self._monitors = Monitors(config, is_kept, -1 if is_new else state.step, self.say)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line, and its numbers to the monitors under `kind/key`, except for `kind: start`.

@@ -10,6 +10,7 @@ import csv
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from l2e_ds.config.sections import RunConfig
@@ -17,19 +18,21 @@ from l2e_ds.system.files import one_line, write_whole
 
 WANDB_ID = "wandb-id"
 Write = Callable[[int, Mapping[str, float]], None]
+IsKept = Callable[[str, int], bool]  # of a kind of line and its step
 
 
 class Monitors:
     """Writes to all monitors of a run, on rank 0. One that fails or cannot be reached loses metrics, never the run."""
 
-    def __init__(self, config: RunConfig, last_kept: int, say: Callable[[str], None]) -> None:
-        """Open the monitors, and remove from their files what was written after the step last_kept."""
+    def __init__(self, config: RunConfig, is_kept: IsKept, last_kept: int, say: Callable[[str], None]) -> None:
+        """Open the monitors, and remove from CSV files what is not kept, and from TensorBoard's, which know no kinds,
+        what is after the step last_kept."""
         self._say = say
         self._writes: dict[str, Write] = {}
         self._opened = {name: ExitStack() for name, open_it in _OPENED_BY.items() if getattr(config.logging, name)}
         for name, stack in self._opened.items():
             with self._allowing_failure(name):
-                self._writes[name] = stack.enter_context(_OPENED_BY[name](config, last_kept, say))
+                self._writes[name] = stack.enter_context(_OPENED_BY[name](config, is_kept, last_kept, say))
 
     def write(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Write those values that are numbers."""
@@ -55,12 +58,12 @@ class Monitors:
 
 
 @contextmanager
-def _csv(config: RunConfig, last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
+def _csv(config: RunConfig, is_kept: IsKept, _last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
     """Write a file for each metric: a heading, then rows of step and value."""
     folder = Path(config.training.run_directory) / "csv"
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.csv"):
-        _drop_rows_after(path, last_kept)
+        _keep_rows(path, partial(is_kept, path.name.partition("_")[0]))
 
     def write(step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -73,19 +76,19 @@ def _csv(config: RunConfig, last_kept: int, _say: Callable[[str], None]) -> Iter
     yield write
 
 
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Keep the heading and the rows up to a step, but no row cut off by a kill and no second heading."""
+def _keep_rows(path: Path, is_kept: Callable[[int], bool]) -> None:
+    """Keep the heading and the rows of some steps, but no row cut off by a kill and no second heading."""
     heading, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
     kept = [
         row
         for row in rows
-        if row.endswith("\n") and (found := row.partition(",")[0]).isdecimal() and int(found) <= step
+        if row.endswith("\n") and (found := row.partition(",")[0]).isdecimal() and is_kept(int(found))
     ]
     write_whole(path, "".join([heading, *kept]) if heading.endswith("\n") else "")
 
 
 @contextmanager
-def _tensorboard(config: RunConfig, last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
+def _tensorboard(config: RunConfig, _is_kept: IsKept, last_kept: int, _say: Callable[[str], None]) -> Iterator[Write]:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(Path(config.training.run_directory) / "tensorboard", purge_step=last_kept + 1) as writer:
@@ -99,7 +102,7 @@ def _tensorboard(config: RunConfig, last_kept: int, _say: Callable[[str], None])
 
 
 @contextmanager
-def _wandb(config: RunConfig, _last_kept: int, say: Callable[[str], None]) -> Iterator[Write]:
+def _wandb(config: RunConfig, _is_kept: IsKept, _last_kept: int, say: Callable[[str], None]) -> Iterator[Write]:
     """Write to one run of Weights & Biases per run directory, which holds its files, however often that is started."""
     import wandb
 

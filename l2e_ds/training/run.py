@@ -9,6 +9,7 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from l2e_ds.distributed import collectives, heartbeat, process_group
 from l2e_ds.distributed.launch import Launch
 from l2e_ds.distributed.watchdog import Watchdog
 from l2e_ds.engine.configuration import memory_remedies, with_micro_batch
-from l2e_ds.errors import DataError, OutOfMemory
+from l2e_ds.errors import ConfigError, DataError, OutOfMemory
 from l2e_ds.models.counts import parameter_counts
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.system.files import one_line, write_whole
@@ -45,7 +46,7 @@ def train(run: ResolvedRun, launch: Launch) -> None:
         preemption.watch(directory, config.training.time_limit)
         lock = RunLock(directory)  # no other run may write there
         collectives.run_on_all(lambda: lock.acquire() if collectives.is_main() else None)
-        watchdog.also = lock.renew
+        watchdog.also = partial(_keep, lock)
         try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.broadcast_object(is_finished(config, checkpoints)):
@@ -55,6 +56,14 @@ def train(run: ResolvedRun, launch: Launch) -> None:
         finally:
             lock.release()
     process_group.leave()
+
+
+def _keep(lock: RunLock) -> None:
+    """Renew the lock, as a sign of life, but end this process if another run holds it by now: both would write."""
+    if lock.is_taken():
+        say(f"l2e-ds: error: another run has taken {lock.path}, as this one gave no sign of life: it was frozen")
+        os._exit(ConfigError.exit_code)
+    lock.renew()
 
 
 def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:

@@ -25,12 +25,13 @@ from l2e_ds.config.reading import find_file
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TrainingSequences
 from l2e_ds.distributed import collectives, heartbeat
-from l2e_ds.engine.configuration import zero_stage
+from l2e_ds.engine.configuration import update_rule, zero_stage
 from l2e_ds.engine.engine import group_rates, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
 from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.models.counts import attention_width, flops_per_token, matrix_parameters
 from l2e_ds.models.sites import comparison_layers, neuron_sites
+from l2e_ds.run_directory.metrics import evaluated_steps
 from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
@@ -68,9 +69,14 @@ def is_finished(config: RunConfig, checkpoints: CheckpointManager) -> bool:
     if path is None or not checkpoints.is_own(path):
         return False
     state = TrainState(**read_state(path)["train"])
+    if state.step < config.training.steps:
+        return False
     on_held_out, on_tasks = evaluations_due(config, state)
-    on_held_out = on_held_out and any(part.held_out for _, _, part in config.data.all_sets())
-    return state.step >= config.training.steps and not on_held_out and not on_tasks
+    # a run that was stopped at its last step was evaluated by a later start, of which the checkpoint knows nothing
+    made = evaluated_steps(Path(config.training.run_directory))
+    on_held_out &= any(part.held_out for _, _, part in config.data.all_sets()) and state.step not in made["evaluation"]
+    on_tasks &= state.step not in made["tasks"]
+    return not on_held_out and not on_tasks
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def run_identity(run: ResolvedRun, data: str) -> Identity:
         "ranks": collectives.size(),
         "zero_stage": zero_stage(run.ds),
         "precision": config.training.precision,
-        "optimizer": config.optimizer.name,
+        "optimizer": update_rule(config, run.ds),
         "data": data,
         "sequence_length": config.data.sequence_length,
         "global_batch": run.batch.global_batch,
@@ -150,7 +156,7 @@ class Trainer(AbstractContextManager):
             self._resume(resume_from)
         self._skipped = SkippedSteps(self.engine, config.training, self.state)
         self._layer_gradients = LayerGradients(self.engine, stack.model) if config.logging.layer_gradients else None
-        self.metrics = metrics.MetricsWriter(config, self.state.step, collectives.is_main(), self.is_new)
+        self.metrics = metrics.MetricsWriter(config, self.state, collectives.is_main(), self.is_new)
         if resume_from is not None:
             self.metrics.say(f"resumed from {resume_from}")
         for change in self.changes:

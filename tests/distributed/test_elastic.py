@@ -177,6 +177,7 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
         "other-order": other_order,
         "two0-bf16": case("zero0", "bf16", steps=STOP),
         "two2-robin": case("round_robin", "fp32", steps=STOP),
+        "two2-sgd": case("sgd", "fp32", steps=STOP),
         "from-hub": case("zero2", "fp32", "pretrained", steps=1, save_engine_state=True),
     }
     launch(2, undisturbed | first)
@@ -188,7 +189,8 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
             "zero0-bf16": case("zero0", "bf16", copy_of=str(found["two0-bf16"])),
             "from-0": refused("two0-bf16", "zero1", "bf16"),
             "to-0": refused("two1-bf16", "zero0", "bf16"),
-            "sgd": refused("two2", "sgd", "fp32"),
+            "sgd": refused("two2-sgd", "sgd", "fp32"),
+            "other-optimizer": refused("two2", "sgd", "fp32"),
             "robin": refused("two2", "round_robin", "fp32"),
         },
     )
@@ -375,6 +377,7 @@ def test_starts_from_a_revision_of_the_hub(runs, hub):
     [
         ("from-0", "was written with ZeRO stage 0, this run has 1; allowed in bf16"),
         ("to-0", "was written with ZeRO stage 1, this run has 0; allowed in bf16"),
+        ("other-optimizer", "was written with optimizer adamw, this run has optimizer SGD, which no resume may change"),
         ("sgd", "only with optimizers that keep exp_avg and exp_avg_sq (Adam, AdamW), or Muon; got SGD"),
         ("robin", "only without round_robin_gradients"),
     ],

@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from l2e_ds.checkpoint.manager import CheckpointManager, read_state
+from l2e_ds.checkpoint.changes import saved_config
+from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints, read_state
 from l2e_ds.checkpoint.weights import checkpoint_weights
 from l2e_ds.cli import main
 from l2e_ds.export.export import export
 from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.metrics import keep_lines
 from l2e_ds.run_directory.results import FILE, read_results
 from l2e_ds.training.monitors import WANDB_ID
+from l2e_ds.training.trainer import is_finished
 from tests.distributed.training_case import LENGTH, STRENGTH, Interruption, TrainingCase, zero
 from tests.distributed.workers.train_cases import texts
 from tests.task_files import TASKS, write_tasks
@@ -42,6 +46,7 @@ INTERRUPTIONS = [
     Interruption(1, "SIGUSR1", "step", 1),
     Interruption(0, "stop file", "step", 3),
     Interruption(0, "SIGTERM", "evaluation", 5),
+    Interruption(0, "kill", "step", 5),  # after that evaluation, of which no checkpoint knows
     Interruption(1, "SIGUSR1", "step", 6),
     Interruption(0, "SIGUSR1", "saving", 8),
 ]
@@ -73,6 +78,8 @@ def cases(tasks: str, is_full: bool) -> dict[str, TrainingCase]:
             found[f"tasks{stage}"] = TrainingCase(zero(stage, evaluation=evaluation, **profiled))
             every_8 = zero(stage, checkpoint={"every": 8}, logging={"profile": [4, 9]})
             found[f"interrupted{stage}"] = TrainingCase(every_8, interruptions=INTERRUPTIONS)
+    at_the_end = [Interruption(0, "SIGTERM", "evaluation", 10)]
+    found["stopped-at-the-end"] = TrainingCase(zero(1), interruptions=at_the_end)
     for precision in ("bf16", "fp16") if is_full else ("fp16",):
         training = {"precision": precision}
         found[f"straight-{precision}"] = TrainingCase(zero(1, training=training), save_logits=True)
@@ -200,6 +207,20 @@ def test_interrupted_is_bit_identical(runs, metric_lines, stage):
     for kind in ("train", "evaluation"):
         assert timeless(metric_lines(interrupted, kind)) == timeless(metric_lines(straight, kind))
     _same_checkpoint(straight, interrupted)
+
+
+def test_a_run_that_was_stopped_at_its_last_step_is_finished_once_it_is_evaluated(runs, metric_lines, tmp_path):
+    """Its checkpoint does not know of that evaluation: the next start makes it, and those after it do nothing."""
+    straight, stopped = runs / "straight1", tmp_path / "run"
+    shutil.copytree(runs / "stopped-at-the-end", stopped)
+    assert "step 10 is saved" in (stopped / "interrupted-rank0.txt").read_text()
+    assert timeless(metric_lines(stopped, "evaluation")) == timeless(metric_lines(straight, "evaluation"))
+    last = stopped / "checkpoints/step00000010"
+    assert read_state(last)["train"]["evaluated"] == 5
+    config = saved_config(read_state(last)["config"], last).replace("training", run_directory=str(stopped))
+    assert is_finished(config, open_checkpoints(config))
+    keep_lines(stopped / "metrics.jsonl", lambda kind, step: kind != "evaluation" or step < 10)
+    assert not is_finished(config, open_checkpoints(config))
 
 
 @pytest.mark.parametrize("stage", SHORT_STAGES)

@@ -37,11 +37,12 @@ STRENGTH = {
 
 
 class Interruption(NamedTuple):
-    """Rank `rank` is asked to stop at a place of a step, by a real signal to its process or by the stop file."""
+    """Rank `rank` is asked to stop at a place of a step, by a real signal to its process or by the stop file; or all
+    ranks end there without saving, as if they were killed."""
 
     rank: int
     how: str
-    """"SIGTERM", "SIGUSR1", or "stop file"."""
+    """"SIGTERM", "SIGUSR1", "stop file", or "kill"."""
     where: str
     """"step", "evaluation", "tasks" or "saving"."""
     step: int

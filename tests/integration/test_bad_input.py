@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one line, exit code 2, and nothing written: the real main(), in this process."""
 
 import json
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +225,18 @@ def test_contradicting_launcher(run_file, capsys, monkeypatch, environment, word
     assert main([str(run_file)]) == 2
     error = capsys.readouterr().err
     assert words in error
+
+
+def test_what_only_one_host_lacks_is_said_by_that_host(run_file, tmp_path, capsys, monkeypatch):
+    """Before the ranks meet nobody knows whether the others, too, are without a file: one rank of each host says so."""
+    rank = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        for key, value in (rank | {"LOCAL_RANK": local_rank}).items():
+            monkeypatch.setenv(key, value)
+        assert main([str(run_file), f"data.path={tmp_path / 'nowhere'}"]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == lines
+        assert all(line.startswith(f"l2e-ds: error: rank 2 on {socket.gethostname()}: data.path: ") for line in said)
 
 
 def test_dry_run_writes_nothing(run_file, tmp_path, capsys):

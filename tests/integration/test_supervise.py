@@ -95,8 +95,8 @@ def test_exit_codes_decide_about_restarts(launch, run_file, tmp_path):
 
     # a run that must begin afresh goes on from its own checkpoints when it is started again
     words = [run_file, "training.resume=never"]
-    (run / "checkpoints/step00000003").mkdir(parents=True)
-    (run / "checkpoints/step00000003/manifest.json").touch()
+    (run / "checkpoints/step00000000").mkdir(parents=True)
+    (run / "checkpoints/step00000000/manifest.json").touch()
     one = supervise(launch, words, ["sh", "-c", 'echo "words: $*"; exit 1', "sh"], "--restarts", "1")
     assert one.end() == 1
     said = [line for line in one.said().splitlines() if line.startswith("words: ")]

@@ -38,6 +38,7 @@ class Site:
             "OMP_NUM_THREADS": "1",
             "DS_ACCELERATOR": "cpu",
             "TESTAPIKEY": "a-secret-of-the-submitting-shell",
+            "SBATCH_TIMELIMIT": "2:00:00",  # as a profile may set it; what a job asks for counts
         }
         content = {
             "model": {"name": "pythia-14m", "vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
@@ -166,6 +167,24 @@ def test_array_tasks_are_runs_of_their_own(site):
     assert site.show(f"{bad}_0")["ExitCode"] == "2:0"
     assert "bad:1: override ';': write section.key=value" in (site.folder / f"slurm-{bad}_0.log").read_text()
     assert not list(site.folder.rglob("pwned"))
+
+
+@pytest.mark.full
+def test_killing_the_ranks_of_an_array_task_leaves_the_other_tasks_alone(site):
+    """The task with the array's own job id kills its steps, beside a step that it runs in itself."""
+    kill = "from l2e_ds.supervise.processes import kill_all; kill_all(['srun', 'python'])"
+    (site.folder / "steps.sbatch").write_text(
+        "#!/bin/bash\n"
+        "srun --overlap --ntasks=1 bash -c 'touch begun$SLURM_ARRAY_TASK_ID; sleep 12' & step=$!\n"
+        "until [ -e begun0 -a -e begun1 ]; do sleep 0.2; done\n"
+        f"[ $SLURM_JOB_ID = $SLURM_ARRAY_JOB_ID ] && srun --overlap --ntasks=1 python -c \"{kill}; print('alive')\"\n"
+        "wait $step; echo $SLURM_JOB_ID $? > end$SLURM_ARRAY_TASK_ID\n"
+    )
+    job = site.call("sbatch", "--parsable", "--nodes=1", "--array=0-1", "--output=slurm-%a.log", "steps.sbatch").strip()
+    site.wait(lambda: all((site.folder / f"end{task}").exists() for task in (0, 1)), "both tasks have ended")
+    ends = dict((site.folder / f"end{task}").read_text().split() for task in (0, 1))
+    assert ends.pop(job) != "0" and list(ends.values()) == ["0"]
+    assert any("alive" in (site.folder / f"slurm-{task}.log").read_text() for task in (0, 1))
 
 
 @pytest.mark.full

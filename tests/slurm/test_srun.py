@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from l2e_ds.distributed.launch import find_launch
+from l2e_ds.distributed.launch import find_launch, set_first_host
+from l2e_ds.errors import ConfigError
 from tests.processes import REPOSITORY
 from tests.tolerances import rounding
 
@@ -43,6 +44,18 @@ logging: {every: 1}
         assert (start["ranks"], start["launcher"]) == {"alone": (1, "alone"), "srun": (4, "srun")}[name]
     assert len(losses["srun"]) == 4
     assert losses["srun"] == pytest.approx(losses["alone"], rel=rounding(4, layers=4, tokens=8 * 16))
+
+
+def test_a_given_address_needs_no_slurm(monkeypatch):
+    """In a container there is no scontrol; the batch script, outside of it, has set the address for all ranks."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    set_first_host()
+    assert os.environ["MASTER_ADDR"] == "10.0.0.1"
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+        set_first_host()
 
 
 def test_a_batch_script_without_srun_is_one_process():

@@ -22,6 +22,7 @@ from l2e_ds.engine.configuration import (
     check_device,
     memory_remedies,
     resolve,
+    update_rule,
     with_micro_batch,
     zero_stage,
 )
@@ -435,6 +436,26 @@ def test_what_another_optimizer_does_not_get_is_refused(key, value, tmp_path):
     path = write(tmp_path, {"optimizer": {"type": "Lamb", "params": {"lr": "auto", key: value}}})
     _, ds, _ = resolve(run(path, optimizer={key: value}), 1)
     assert ds["optimizer"]["params"][key] == value
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "rule"),
+    [
+        (None, "adamw"),
+        ({"type": "AdamW"}, "adamw"),
+        ({"type": "AdamW", "params": {"lr": "auto", "eps": 1e-6, "adam_w_mode": False, "torch_adam": True}}, "adamw"),
+        ({"type": "Adam", "params": {"adam_w_mode": True, "amsgrad": False}}, "adamw"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, 'adamw {"adam_w_mode": false}'),
+        ({"type": "AdamW", "params": {"bias_correction": False}}, 'adamw {"bias_correction": false}'),
+        ({"type": "SGD", "params": {"lr": "auto", "weight_decay": 0.1}}, "SGD"),
+        ({"type": "SGD", "params": {"momentum": 0.9, "weight_decay": 0.1}}, 'SGD {"momentum": 0.9}'),
+    ],
+)
+def test_the_rule_of_an_update(optimizer, rule, tmp_path):
+    """What a checkpoint must not be resumed without, as the keys of `optimizer` do not say it."""
+    path = write(tmp_path, {} if optimizer is None else {"optimizer": optimizer, "zero_allow_untested_optimizer": True})
+    config, ds, _ = resolve(run(path), 1)
+    assert update_rule(config, ds) == rule
 
 
 @pytest.mark.parametrize("kind", ["Lamb", "Lion", "Adam", None])

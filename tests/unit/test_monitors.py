@@ -11,6 +11,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
+from l2e_ds.checkpoint.state import TrainState
 from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.training.metrics import MetricsWriter
@@ -28,10 +29,14 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def writer(directory: Path, first_step: int, **logging) -> MetricsWriter:
+def config_of(directory: Path, **logging) -> RunConfig:
     training = RUN["training"] | {"run_directory": str(directory)}
-    config = checked(RunConfig, RUN | {"training": training, "logging": {"progress": False, **logging}}, "here")
-    return MetricsWriter(config, first_step, main=True, is_new=first_step == 0)
+    return checked(RunConfig, RUN | {"training": training, "logging": {"progress": False, **logging}}, "here")
+
+
+def writer(directory: Path, first_step: int, **logging) -> MetricsWriter:
+    state = TrainState(first_step, evaluated=first_step, evaluated_on_tasks=first_step)
+    return MetricsWriter(config_of(directory, **logging), state, main=True, is_new=first_step == 0)
 
 
 def train(directory: Path, first_step: int, last_step: int, factor: float, **logging) -> None:
@@ -105,6 +110,23 @@ def sent(records: list[Record]) -> dict[str, list[tuple[int, float]]]:
                 if "/" in key:
                     found.setdefault(key, []).append((items["step"], value))
     return found
+
+
+def test_an_evaluation_of_which_the_checkpoint_does_not_know_is_made_anew(tmp_path):
+    """At the step from which a run goes on, other lines stay; of tasks and of held-out text each by itself."""
+    train(tmp_path, 0, 10, 1.0, csv=True)
+    first = writer(tmp_path, 10, csv=True)
+    for kind in ("guard", "tasks"):
+        first.write(kind, 10, {"value": 1.0})
+    first.close()
+    state = TrainState(10, evaluated=0, evaluated_on_tasks=10)
+    MetricsWriter(config_of(tmp_path, csv=True), state, main=True).close()
+    points = expected(tmp_path)
+    assert points["evaluation/tokens"] == [(0, 0), (5, 50)]
+    assert [points[name][-1] for name in ("train/lm_loss", "tasks/value")] == [(10, 10.0), (10, 1.0)]
+    assert "guard/value" not in points
+    left = {name.replace("/", "_"): found for name, found in points.items()}
+    assert {name: found for name, found in read_csv(tmp_path).items() if found} == left
 
 
 @pytest.mark.parametrize("killed", [False, True])

@@ -13,7 +13,7 @@ from transformers import GPTNeoXConfig, Qwen3Config
 
 from l2e_ds.checkpoint.state import reseed, rng_state, seed_everything, set_rng_state
 from l2e_ds.models.counts import attention_width, flops_per_token
-from l2e_ds.run_directory.metrics import drop_lines_after, read_metrics
+from l2e_ds.run_directory.metrics import keep_lines, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -93,28 +93,28 @@ LINES = [
 
 @pytest.mark.parametrize("step", [0, 9, 10, 20, 25, 30, 1000])
 @pytest.mark.parametrize("end", ["\n", "", '\n{"kind": "train", "st', '\n{"kind": "train"}\n', "\n\n"])
-def test_drop_lines_after(step, end, tmp_path):
+def test_keep_lines(step, end, tmp_path):
     """Lines up to the step stay as they were; later ones and a last line cut off by a kill are removed."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in LINES) + end, encoding="utf-8")
-    drop_lines_after(path, step)
+    keep_lines(path, lambda _, own: own <= step)
     expected = [line for line in LINES if line["step"] <= step]
     assert path.read_text(encoding="utf-8") == "".join(json.dumps(line) + "\n" for line in expected)
     assert read_metrics(path, "train") == [line for line in expected if line["kind"] == "train"]
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_drop_lines_without_a_file(tmp_path):
+def test_keep_lines_without_a_file(tmp_path):
     """A fresh run has no metrics yet, and no file is made."""
-    drop_lines_after(tmp_path / "metrics.jsonl", 3)
+    keep_lines(tmp_path / "metrics.jsonl", lambda *_: True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drop_lines_of_an_empty_file(tmp_path):
+def test_keep_lines_of_an_empty_file(tmp_path):
     """An empty file stays empty."""
     path = tmp_path / "metrics.jsonl"
     path.touch()
-    drop_lines_after(path, 3)
+    keep_lines(path, lambda *_: True)
     assert path.read_text(encoding="utf-8") == ""
 
 

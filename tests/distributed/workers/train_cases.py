@@ -158,6 +158,10 @@ def multiply_loss(trainer: Trainer, factor: float, steps: Sequence[int]) -> None
     trainer.head.loss = loss
 
 
+class Killed(Exception):
+    """Ends a trainer at a place where its process would be killed."""
+
+
 def train_until_interrupted(
     case: TrainingCase, directory: Path, device: torch.device, interruption: Interruption
 ) -> None:
@@ -167,6 +171,8 @@ def train_until_interrupted(
     with make_trainer(case, directory, device) as trainer:
 
         def ask() -> None:
+            if how == "kill" and trainer.state.step == step:
+                raise Killed
             if collectives.rank() == rank and trainer.state.step == step:
                 if how == "stop file":
                     stop_file(directory).touch()
@@ -194,6 +200,8 @@ def train_until_interrupted(
             raise ValueError(interruption)
         try:
             trainer.train()
+        except Killed:
+            pass
         except Interrupted as stopped:
             (directory / f"interrupted-rank{collectives.rank()}.txt").open("a").write(f"{stopped}\n")
         else:

@@ -31,6 +31,22 @@ def test_states(tmp_path):
     assert not state_of(run, 20, tasks).trained
 
 
+def test_a_run_is_not_trained_before_its_last_evaluation(tmp_path, monkeypatch):
+    """Stopped in its last step, a run saves first, and leaves what it evaluates there to its next start."""
+    monkeypatch.chdir(tmp_path)
+    study, runs = begun_study(tmp_path)
+    run = begin_run(study, runs, "l2e-seed1")
+    checkpoint(run, 20)
+    assert state_of(run, 20, []).is_done  # it evaluates nothing
+    evaluated = [{"kind": "evaluation", "step": step, "held_out_loss": 5.0} for step in (0, 10, 20)]
+    write_lines(run / "metrics.jsonl", evaluated[:2])
+    assert str(state_of(run, 20, [])) == "at step 20"
+    write_lines(run / "metrics.jsonl", evaluated)
+    assert state_of(run, 20, []).is_done
+    write_lines(run / "metrics.jsonl", [*evaluated, {"kind": "tasks", "step": 0}])
+    assert state_of(run, 20, []).is_done  # the configuration, in the meantime, asks for no tasks
+
+
 def test_which_figures_an_evaluation_stands_for(tmp_path):
     def done(asked: dict, *lines: dict) -> bool:
         write_lines(tmp_path / "evaluations.jsonl", list(lines))
