@@ -68,14 +68,14 @@ class ElasticLoad:
             raise CheckpointError(
                 f"{self.checkpoint}: has {found.get(name, 0)} elements of {name}, the model {sizes.get(name, 0)}"
             )
+        flats = _master_weights(self.engine)
+        if self.applied_steps:
+            _make_moments(self.checkpoint, self.engine, flats, self.applied_steps)
         for name, keys in self.keys.items():
             if not self.shards.has(name, keys):
                 raise CheckpointError(
                     f"{self.checkpoint}: lacks {' or '.join(keys[1:])} of {name} after {self.applied_steps} steps"
                 )
-        flats = _master_weights(self.engine)
-        if self.applied_steps:
-            _make_moments(self.checkpoint, self.engine, flats, self.applied_steps)
         adam = _adam(self.engine.optimizer)
         for name, piece in _own_pieces(self.engine, self.parameters):
             heartbeat.beat()
