@@ -7,10 +7,12 @@ command. The launchers (deepspeed, torchrun, mpirun, srun) start processes in th
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -137,9 +139,12 @@ def finish(*words: object, ranks: int = 1, timeout: float = 600, **variables: st
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the system gives to outgoing connections: nobody takes it until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(11_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:

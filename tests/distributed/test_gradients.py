@@ -11,6 +11,7 @@ WORKER = Path(__file__).parent / "workers/gradient_matrix.py"
 # back. Half precisions: activations near the threshold fall on the other side of it, so the bound is wide; it still
 # lies far below what the inhibition loss contributes, which is what would be missing.
 LARGEST_ERROR = {"fp32": 2e-6, "fp16": 0.03, "bf16": 0.1}
+COMBINATIONS = (4 * 3 - 1) * 2 + 4 * 2 + 4 * 2 * 2
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def test_matrix_is_whole(matrix, is_full):
     """The full one: stages 0-3, three precisions (not fp16 under stage 0), accumulation 1 and 2, checkpointing off and
     on: every three of these values together, which is half of all; the scale-invariant loss for every stage with and
     without checkpointing, and the projected one for every stage in two precisions."""
-    assert len(matrix) == ((4 * 3 - 1) * 2 + 4 * 2 + 4 * 2 * 2 if is_full else 9)
+    assert len(matrix) == (COMBINATIONS if is_full else 9)
 
 
 def test_gradients_equal_float64_autograd(matrix):

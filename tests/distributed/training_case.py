@@ -53,7 +53,8 @@ class TrainingCase:
     """What `train_cases` trains, in the order of the fields below."""
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of the run file, over those of TINY_RUN; a section `model` that names a pretrained model replaces its."""
+    """Of the run file, over those of TINY_RUN; a section `model` that names a pretrained model or a config.json
+    replaces its."""
     mixture: tuple[float, ...] | None = None
     """Train on three sets mixed with these weights, of which the last holds nothing out, instead of on one."""
     stream: str | None = None

@@ -85,7 +85,9 @@ def analyze(made: Path, output: Path, *options: object, ranks: int = 1, models: 
     words = ["analyze", *(made / model for model in models), "--features", made / "features.jsonl"]
     words += ["--output", output, "--sequence-length", LENGTH, "--resamples", 20, *options]
     said = said_by(*words, ranks=ranks)
-    assert output.stat().st_mode & 0o777 == 0o755
+    umask = os.umask(0)
+    os.umask(umask)
+    assert output.stat().st_mode & 0o777 == 0o777 & ~umask
     assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
     return said
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from benchmarks.reliability.virtual_slurm import bring_back_node, kill_node, ready_nodes
+from l2e_ds.run_directory.names import newest_step
 from tests.processes import REPOSITORY
 from tests.tolerances import rounding
 
@@ -139,6 +140,8 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.full
 def test_array_tasks_are_runs_of_their_own(site):
+    site.reached("limited", 1)
+    nodes = site.show(site.limited)["NodeList"]
     array = REPOSITORY / "launch/slurm/array.sbatch"
     (site.folder / "list").write_text(
         "# a comment and an empty line are no runs\n\n"
@@ -153,8 +156,7 @@ def test_array_tasks_are_runs_of_their_own(site):
     site.finished(f"{job}_0")
     assert [line["step"] for line in site.lines("array 0 $(touch pwned)")] == [1, 2, 3]
     # all at once on the same nodes, each with its own rendezvous
-    site.reached("limited", 1)
-    assert site.show(f"{job}_1")["NodeList"] in ("n1", "n2") and site.show(site.limited)["NodeList"] == "n[1-2]"
+    assert site.show(f"{job}_1")["NodeList"] in ("n1", "n2") and nodes == "n[1-2]"
     # the last task of an array has the array's own job id: requeueing that would requeue them all
     site.reached("array1", 1)
     assert site.show(f"{job}_1")["JobId"] == job
@@ -303,11 +305,13 @@ def test_a_run_outlives_its_node(site):
     assert len(kill_node(site.environment, "n2")) > 2, "no task was running there"
     site.wait(lambda: site.show(job)["Restarts"] == "1", "SLURM misses the node")
     site.wait(lambda: site.show(job)["JobState"] == "PENDING", "SLURM requeues the job")
+    saved = newest_step(site.folder / "robbed")
+    assert 25 <= saved < STEPS
     assert "n2" not in ready_nodes(site.environment)
     bring_back_node(site.environment, "n2")
     site.wait(lambda: "n2" in ready_nodes(site.environment), "the node is back")
     time.sleep(5)  # a job started in that very second is given a node too few
     site.start_now(job)
     site.finished(job)
-    assert site.started("robbed", 2) == [0, 25]
+    assert site.started("robbed", 2) == [0, saved]
     assert list(comparable(site.lines("robbed"))) == list(range(1, STEPS + 1))

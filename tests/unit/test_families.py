@@ -47,6 +47,7 @@ from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.training import loss
 from l2e_ds.training.loss import LossHead
+from tests.tolerances import rounding
 
 VOCABULARY, HIDDEN, LAYERS = 97, 32, 3
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
@@ -293,8 +294,11 @@ def test_loss_head(monkeypatch, name, in_one_piece):
     value.backward()
     each = functional.cross_entropy(logits.detach().flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(value.detach(), each.mean())
+    # the true gradient of some is zero (a bias of keys): what is left are roundings of the others
+    off = rounding(steps=1, layers=LAYERS, tokens=targets.numel())
+    largest = max(float(gradient.abs().max()) for gradient in expected)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=off, atol=off * largest)
     with torch.no_grad():
         torch.testing.assert_close(head.token_losses(model, inputs, targets), each)
         assert torch.equal(model(input_ids=inputs).logits, logits)

@@ -70,17 +70,21 @@ os.environ["TORCHELASTIC_RUN_ID"] = "x"
 import l2e_ds.distributed.collectives
 from l2e_ds.training import preemption
 preemption.listen()
+read, write = os.pipe()
+parent = os.getpid()
 child = os.fork()
 if child == 0:
     preemption.listen()
     print("before:", preemption.is_asked(), flush=True)
-    time.sleep(1)
+    os.write(write, b"x")
+    while os.getppid() == parent:
+        time.sleep(0.01)
     try:
         preemption.stop_if_asked()
     except preemption.Interrupted as stopped:
         print("after:", stopped, flush=True)
     os._exit(0)
-time.sleep(0.5)
+os.read(read, 1)
 os._exit(0)
 """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from l2e_ds.run_directory.lock import RunLock
 RunLock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

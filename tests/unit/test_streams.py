@@ -25,14 +25,14 @@ def run(how: str, *command: str) -> int:
     """Its exit code, with its streams like this."""
     words = [sys.executable, *command]
     if how == "closed":
-        return subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=60).returncode
+        return subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=600).returncode
     if how == "full":
         with open("/dev/full", "w") as full:
-            return subprocess.run(words, stdout=full, stderr=full, timeout=60).returncode
+            return subprocess.run(words, stdout=full, stderr=full, timeout=600).returncode
     read, write = os.pipe()
     os.close(read)
     try:
-        return subprocess.run(words, stdout=write, stderr=write, timeout=60).returncode
+        return subprocess.run(words, stdout=write, stderr=write, timeout=600).returncode
     finally:
         os.close(write)
 

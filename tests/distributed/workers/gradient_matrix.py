@@ -206,7 +206,8 @@ def main() -> None:
             _, precision, micro_batch, _, loss = combination
             key = (precision, loss, micro_batch if loss == "projected" else None)
             if key not in references:
-                references[key] = reference(precision, loss, tau, micro_batches=4 // micro_batch)
+                micro_batches = 8 // (micro_batch * collectives.size())  # of all ranks together
+                references[key] = reference(precision, loss, tau, micro_batches)
             whole, plain = references[key]
             assert gradients.keys() == whole.keys()
             results[name] = {

@@ -13,8 +13,9 @@ from tests.unit.test_hf_trainer import sequences, train
 
 folder = Path(sys.argv[1])
 ranks = int(os.environ["WORLD_SIZE"])
-for name, changes in {"mean": {}, "own": {"average_tokens_across_devices": False}}.items():
-    notes, callback, _ = train(folder / name, sequences(32), accumulation=2, batch=8 // ranks, **changes)
+for name, changes in {"mean": {}, "own": {"average_tokens_across_devices": False}, "padded": {}}.items():
+    rows = sequences(32, padded=name == "padded")
+    notes, callback, _ = train(folder / name, rows, accumulation=2, batch=8 // ranks, **changes)
     if os.environ["RANK"] == "0":
         torch.save((notes.gradients, callback.inhibitor.state_dict()), folder / f"{name}.pt")
 torch.distributed.destroy_process_group()

@@ -122,7 +122,7 @@ def make_trainer(
         raw["data"] = mixture(case.mixture)
     if case.stream is not None:
         raw["data"] = streamed(directory.parent)
-    if "pretrained" in raw["model"]:
+    if {"pretrained", "config"} & raw["model"].keys():
         raw["model"] = given["model"]
     raw["training"]["run_directory"] = str(directory)
     raw["training"].setdefault("micro_batch", raw["training"]["global_batch"] // collectives.size())
