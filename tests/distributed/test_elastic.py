@@ -162,8 +162,8 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
     def link(previous: str, zero: str, steps: int) -> TrainingCase:
         return case(zero, "fp32", steps=steps, copy_of=str(found[previous]), save_engine_state=True)
 
-    def refused(previous: str, zero: str, precision: str) -> TrainingCase:
-        return case(zero, precision, copy_of=str(found[previous]), fails_with="CheckpointError")
+    def refused(previous: str, zero: str, precision: str, **changes) -> TrainingCase:
+        return case(zero, precision, copy_of=str(found[previous]), fails_with="CheckpointError", **changes)
 
     undisturbed = {name: case(zero, precision, name) for name, (zero, precision) in STRAIGHT.items()}
     if not is_full:
@@ -189,6 +189,7 @@ def runs(train_cases, hub, is_full) -> dict[str, Path]:
             "zero0-bf16": case("zero0", "bf16", copy_of=str(found["two0-bf16"])),
             "from-0": refused("two0-bf16", "zero1", "bf16"),
             "to-0": refused("two1-bf16", "zero0", "bf16"),
+            "wrong": refused("two1", "zero2", "fp32", loads_wrongly=True),
             "sgd": refused("two2-sgd", "sgd", "fp32"),
             "other-optimizer": refused("two2", "sgd", "fp32"),
             "robin": refused("two2", "round_robin", "fp32"),
@@ -377,6 +378,7 @@ def test_starts_from_a_revision_of_the_hub(runs, hub):
     [
         ("from-0", "was written with ZeRO stage 0, this run has 1; allowed in bf16"),
         ("to-0", "was written with ZeRO stage 1, this run has 0; allowed in bf16"),
+        ("wrong", "after loading, the engine's fp32 of gpt_neox.embed_in.weight differs (2 such)"),
         ("other-optimizer", "was written with optimizer adamw, this run has optimizer SGD, which no resume may change"),
         ("sgd", "only with optimizers that keep exp_avg and exp_avg_sq (Adam, AdamW), or Muon; got SGD"),
         ("robin", "only without round_robin_gradients"),

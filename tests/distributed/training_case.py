@@ -84,6 +84,8 @@ class TrainingCase:
     """The step whose batch holds a token id that the network has no row for."""
     fails_with: str | None = None
     """The name of the exception that training must raise; each rank's message is kept in NAME-rankR.txt."""
+    loads_wrongly: bool = False
+    """An elastic load gives the engine a master weight that the shards do not hold."""
     save_engine_state: bool = False
     """Keep what the engine holds before it trains, in engine_state.safetensors."""
     save_logits: bool = False

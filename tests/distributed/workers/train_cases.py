@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from l2e_ds.checkpoint.elastic import ElasticLoad, _master_weights
 from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import DataConfig, RunConfig
 from l2e_ds.data import PreparedData, PreparedText, TokenDataset
@@ -209,6 +211,21 @@ def train_until_interrupted(
     preemption.listen()
 
 
+@contextmanager
+def loading_wrongly() -> Iterator[None]:
+    real = ElasticLoad.copy_own_part
+
+    def copy(load: ElasticLoad) -> None:
+        real(load)
+        _master_weights(load.engine)[0].data.view(-1)[0] += 1
+
+    ElasticLoad.copy_own_part = copy
+    try:
+        yield
+    finally:
+        ElasticLoad.copy_own_part = real
+
+
 def save_logits(trainer: Trainer, file: Path) -> None:
     trainer.engine.eval()
     inputs = torch.arange(2 * LENGTH, device=trainer.device).reshape(2, LENGTH) % VOCABULARY
@@ -257,7 +274,10 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
                 first.train()
         for interruption in case.interruptions:
             train_until_interrupted(case, directory, device, interruption)
-        with make_trainer(case, directory, device) as trainer:
+        with (
+            loading_wrongly() if case.loads_wrongly else nullcontext(),
+            make_trainer(case, directory, device) as trainer,
+        ):
             if case.non_finite_loss is not None and case.non_finite_loss[0] == collectives.rank():
                 multiply_loss(trainer, float("nan"), case.non_finite_loss[1])
             multiply_loss(trainer, SPIKE, case.loss_spikes)
