@@ -48,7 +48,12 @@ BY_SIZE = {"held_out_loss": "held-out loss", "top_share_score": "MS"} | {
 BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
 SMALLER = ["none", "published", "l2=0.1", "small-start"]
-CONTROLS = {"without-mlp-seed103": "none-seed103", "without-mlp-4800-seed103": "none-4800-seed103"}
+CONTROLS = {
+    "without-mlp-seed103": ("curves", "none-seed103"),
+    "without-mlp-4800-seed103": ("curves", "none-4800-seed103"),
+    "without-mlp-4800-seed104": ("long_curves", "none-seed104"),
+}
+"""The file of curves of each control, and its baseline there."""
 
 
 def interval(row: pd.Series, form: str) -> str:
@@ -108,10 +113,10 @@ def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
 
-def controls(curves: pd.DataFrame) -> str:
-    """Return how much each control of CONTROLS loses against its baseline, in nats, by step."""
-    loss = curves.set_index(["run", "step"])["held_out_loss"]
-    there = {control: loss[control] - loss[base] for control, base in CONTROLS.items() if control in loss.index}
+def controls(curves: dict[str, pd.DataFrame]) -> str:
+    """Return how much each control of CONTROLS loses against its baseline, in nats, by step. curves: by file."""
+    losses = {name: one.set_index(["run", "step"])["held_out_loss"] for name, one in curves.items()}
+    there = {control: losses[name][control] - losses[name][base] for control, (name, base) in CONTROLS.items()}
     table = pd.DataFrame(there).drop(index=0).dropna(how="all")
     rows = [[f"{step:,}", *("" if math.isnan(d) else f"{d:+.3f}" for d in row)] for step, row in table.iterrows()]
     return markdown(["step", *table.columns], rows)
@@ -158,16 +163,16 @@ def main() -> None:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
     results, long, transfer = (read(folder, name) for name in ("results", "long", "transfer"))
-    curves = read_curves(folder, "curves")
+    curves, long_curves = (read_curves(folder, name) for name in ("curves", "long_curves"))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, read(folder, "layers"), BY_LAYER, is_relative=True),
-        controls(curves),
+        controls({"curves": curves, "long_curves": long_curves}),
         smaller(curves),
         main_table(long),
-        by_step(long, read_curves(folder, "long_curves"), 1800),
+        by_step(long, long_curves, 1800),
         by_measure(long, read(folder, "long_layers"), BY_LAYER, is_relative=True),
         by_measure(long, read(folder, "long_measures"), WORTH),
         by_measure(results, read(folder, "features"), FEATURES),
