@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -136,6 +136,20 @@ def finish(*words: object, ranks: int = 1, timeout: float = 600, **variables: st
             for process in processes:
                 process.kill()
         return codes, log.read_text()
+
+
+@contextlib.contextmanager
+def lock_held(directory: Path) -> Iterator[subprocess.Popen]:
+    """A process that holds the lock of a directory until it is killed, at the latest at the end of the block."""
+    hold = "import sys, time; from pathlib import Path; from l2e_ds.run_directory.lock import RunLock;"
+    hold += " RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
+    words, variables = [sys.executable, "-c", hold, str(directory)], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=variables) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
 
 
 def free_port() -> int:

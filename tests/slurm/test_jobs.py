@@ -177,10 +177,11 @@ def test_killing_the_ranks_of_an_array_task_leaves_the_other_tasks_alone(site):
     kill = "from l2e_ds.supervise.processes import kill_all; kill_all(['srun', 'python'])"
     (site.folder / "steps.sbatch").write_text(
         "#!/bin/bash\n"
-        "srun --overlap --ntasks=1 bash -c 'touch begun$SLURM_ARRAY_TASK_ID; sleep 12' & step=$!\n"
+        "begun='touch begun$SLURM_ARRAY_TASK_ID; until [ -e over ]; do sleep 0.2; done'\n"
+        'srun --overlap --ntasks=1 bash -c "$begun" & step=$!\n'
         "until [ -e begun0 -a -e begun1 ]; do sleep 0.2; done\n"
         f"[ $SLURM_JOB_ID = $SLURM_ARRAY_JOB_ID ] && srun --overlap --ntasks=1 python -c \"{kill}; print('alive')\"\n"
-        "wait $step; echo $SLURM_JOB_ID $? > end$SLURM_ARRAY_TASK_ID\n"
+        "wait $step; code=$?; touch over; echo $SLURM_JOB_ID $code > end$SLURM_ARRAY_TASK_ID\n"
     )
     job = site.call("sbatch", "--parsable", "--nodes=1", "--array=0-1", "--output=slurm-%a.log", "steps.sbatch").strip()
     site.wait(lambda: all((site.folder / f"end{task}").exists() for task in (0, 1)), "both tasks have ended")

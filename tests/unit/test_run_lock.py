@@ -3,8 +3,8 @@
 import errno
 import json
 import os
+import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,26 +12,13 @@ import pytest
 from l2e_ds.errors import ConfigError, SaveError
 from l2e_ds.run_directory import lock as run_directory_lock
 from l2e_ds.run_directory.lock import RunLock
-
-HOLD = """
-import sys, time
-from pathlib import Path
-from l2e_ds.run_directory.lock import RunLock
-RunLock(Path(sys.argv[1])).acquire()
-print("held", flush=True)
-time.sleep(600)
-"""
+from tests.processes import lock_held
 
 
 def test_the_second_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"another run is writing to .* process {holder.pid}"):
-            RunLock(tmp_path).acquire()
-    finally:
-        holder.kill()
-        holder.wait()
+    with lock_held(tmp_path) as holder, pytest.raises(ConfigError) as refused:
+        RunLock(tmp_path).acquire()
+    assert re.search(f"another run is writing to .* process {holder.pid}", str(refused.value))
     lock = RunLock(tmp_path)  # the killed run left its file behind
     monkeypatch.setattr(
         run_directory_lock.time, "sleep", lambda _: pytest.fail("waits for a process that is known to be dead")

@@ -13,6 +13,7 @@ import pytest
 from l2e_ds.run_directory.stop_file import ask_to_stop, is_asked_to_restart, is_asked_to_stop, stop_file
 from l2e_ds.supervise.processes import SignsOfLife
 from l2e_ds.supervise.supervisor import End, judge, killed_by, wait_until_free
+from tests.processes import lock_held
 
 
 @pytest.mark.parametrize(
@@ -77,19 +78,15 @@ def test_a_wish_to_restart_never_replaces_a_wish_to_stop(tmp_path):
 
 def test_a_wish_to_stop_counts_also_while_a_restart_waits(tmp_path, monkeypatch):
     """Ranks on other hosts may hold the directory after a failure, and the user may think better of the run."""
-    hold = "import sys, pathlib, time; from l2e_ds.run_directory.lock import RunLock\n"
-    hold += "RunLock(pathlib.Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
     for is_asked in (True, False):
-        holder = subprocess.Popen([sys.executable, "-c", hold, tmp_path], stdout=subprocess.PIPE, text=True)
-        assert holder.stdout.readline() == "held\n"
+        with lock_held(tmp_path) as holder, monkeypatch.context() as patch:
 
-        def ends_meanwhile(_, holder=holder, is_asked=is_asked):
-            if is_asked:
-                ask_to_stop(tmp_path)
-            holder.kill()
-            holder.wait()
+            def ends_meanwhile(_, holder=holder, is_asked=is_asked):
+                if is_asked:
+                    ask_to_stop(tmp_path)
+                holder.kill()
+                holder.wait()
 
-        with monkeypatch.context() as patch:
             patch.setattr("l2e_ds.supervise.supervisor.time.sleep", ends_meanwhile)
             assert wait_until_free(tmp_path, patience=60) is is_asked
         assert not stop_file(tmp_path).exists()

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from l2e_ds import cli
 from l2e_ds.distributed.launch import without_launcher
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.processes import places
-from tests.processes import REPOSITORY
+from tests.processes import lock_held
 from tests.unit.study.folders import BASE, begin_run, begun_study, checkpoint, study_file
 
 SLURM = ["--slurm", "--gpus-per-node", "0", "--tasks-per-node", "2", "--time", "1:00:00"]
@@ -141,15 +140,8 @@ def test_dry_run_says_how_far_runs_are_and_writes_nothing(here, capsys):
 
 
 def test_one_study_at_a_time(here, capsys):
-    hold = (
-        "import sys, time; from pathlib import Path; from l2e_ds.run_directory.lock import RunLock;"
-        " RunLock(Path('out')).acquire(); print('locked', flush=True); time.sleep(60)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, env=environment) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"locked\n"
+    with lock_held(Path("out")) as other:
         said = refused(capsys)
-        other.kill()
     assert f"directory: another study is writing to out (host {os.uname().nodename}, process {other.pid}" in said
     assert os.listdir("out") == ["lock"]
 
