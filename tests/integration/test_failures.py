@@ -181,7 +181,7 @@ def catches(process: psutil.Process, number: int) -> bool:
 
 
 @pytest.mark.full
-def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_path):
+def test_asked_to_stop_while_starting_and_after_a_time(launch, launch_ranks, run_file, tmp_path):
     """The first case uses the deepspeed launcher, whose ranks import torch after they have begun to listen."""
     deepspeed = ["deepspeed", "--num_accelerators", "2", "--master_port", free_port(), "--log_level", "error"]
     one = launch(*deepspeed, "--module", "l2e_ds.train", run_file, *LONG)
@@ -195,7 +195,7 @@ def test_asked_to_stop_while_starting_and_after_a_time(launch, run_file, tmp_pat
     assert one.end() == 75
     assert "l2e-ds: stopped: SIGUSR1 at rank 1; " in one.said()
 
-    one = launch(*ALONE, run_file, *LONG, "training.time_limit=0.25")
-    assert one.end() == 75
-    assert f"training.time_limit is over; step {newest(tmp_path / 'run')} is saved" in one.said()
+    both = launch_ranks(2, *TRAIN, run_file, *LONG, "training.time_limit=0.25")
+    assert both.end() == [75, 75]
+    assert f"training.time_limit is over; step {newest(tmp_path / 'run')} is saved" in both.said()
     assert 0 < saved(tmp_path / "run") == newest(tmp_path / "run") < 3000

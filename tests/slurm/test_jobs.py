@@ -20,7 +20,8 @@ from l2e_ds.run_directory.names import newest_step
 from tests.processes import REPOSITORY
 from tests.tolerances import rounding
 
-STEPS = 150
+STEPS = 300
+"""Enough that a run is not finished when it is stopped, also where steps are fast and the scheduler is slow."""
 NOT_REPRODUCIBLE = ("tokens_per_second", "step_seconds", "data_wait_seconds", "peak_memory_gib", "time", "mfu")
 
 
