@@ -24,10 +24,18 @@ SIGNS = {Gt: ">", Ge: ">=", Lt: "<", Le: "<="}
 def run_files() -> str:
     parts = [
         "# Run files\n",
+        "A run file describes one run; `l2e-ds init` writes one. Keys that it does not give have the defaults below:\n",
+        "```yaml",
+        "model: {name: pythia-70m}",
+        "data: {source: indexed, path: PREFIX, tokenizer: tokenizer.json}",
+        "training: {steps: 14300, micro_batch: auto}",
+        "inhibition: {start: 0.3, warmup: 0.2}",
+        "```\n",
         "A run file is YAML 1.2 (`0100` is 100; `no`, `24:00:00` and dates are text), with merge keys (`<<: *common`)",
         "and `_` between digits. Unknown keys, wrong types and values out of range are refused.\n",
-        "`section.key=value` on the command line overrides one value. Where the type below is text, the value is taken",
-        "as it stands, but for `null`, nothing, and `[a, b]` where these are allowed. All else is read as YAML.\n",
+        "`section.key=value` on the command line overrides one value. A value for a key of type text is taken literally;",
+        "where the key allows it, `null` or an empty value unsets it, and `[a, b]` is a list. Values of all other keys are",
+        "read as YAML.\n",
         "Paths may begin with `~` and hold `$VARIABLES`; relative ones count from the working directory.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}

@@ -416,13 +416,14 @@ class InhibitionConfig(Section):
     coefficient: float | None = Field(None, ge=0)
     """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0
-    """Step, or share of `training.steps`, at which inhibition begins."""
+    """Step, or share of `training.steps`, at which inhibition begins. The default is the paper's; the recipes and `l2e-ds
+    init` set 0.3."""
     warmup: Duration = 0
-    """Steps, or share, of its linear rise after `start`."""
+    """Steps, or share, over which inhibition rises linearly after `start`. The recipes and `l2e-ds init` set 0.2."""
     decay: Duration = 0
-    """Steps, or share, of its linear fall before `end`."""
+    """Steps, or share, over which inhibition falls linearly before `end`."""
     end: Duration | None = None
-    """Step, or share, at which it ends. Default: the end of the run."""
+    """Step, or share, at which inhibition ends. Default: the end of the run."""
     statistics_window: Annotated[int, Field(ge=1)] | Literal["cumulative"] = 50
     """Steps after which an old sample weighs 1/e in mean and variance; `cumulative`: it never fades."""
     reduce: Literal["step", "forward"] = "step"
