@@ -305,7 +305,7 @@ def measure(spec: dict) -> dict[str, Any]:
         "precision": config.training.precision,
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "peak_tflops": gpus.peak_tflops(device, config.logging.peak_tflops),
+        "peak_tflops": gpus.peak_tflops(device, config.training.precision, config.logging.peak_tflops),
         "flops_per_token": counts.flops_per_token(
             matrices, hf_config.num_hidden_layers, counts.attention_width(hf_config), config.data.sequence_length
         ),

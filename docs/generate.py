@@ -33,9 +33,9 @@ def run_files() -> str:
         "```\n",
         "A run file is YAML 1.2 (`0100` is 100; `no`, `24:00:00` and dates are text), with merge keys (`<<: *common`)",
         "and `_` between digits. Unknown keys, wrong types and values out of range are refused.\n",
-        "`section.key=value` on the command line overrides one value. A value for a key of type text is taken literally;",
-        "where the key allows it, `null` or an empty value unsets it, and `[a, b]` is a list. Values of all other keys are",
-        "read as YAML.\n",
+        "`section.key=value` on the command line overrides one value. Where the type below is text, the value is taken",
+        "literally; where the key allows it, `null` or an empty value unsets it, and `[a, b]` is a list. The values of",
+        "all other keys are read as YAML.\n",
         "Paths may begin with `~` and hold `$VARIABLES`; relative ones count from the working directory.\n",
     ]
     models = {section: field.annotation for section, field in RunConfig.model_fields.items()}

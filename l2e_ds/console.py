@@ -136,7 +136,7 @@ def exit_code_of(action: Callable[[], int]) -> int:
     try:
         return action()
     except L2EError as error:
-        print(f"l2e-ds: error: {error}", file=sys.stderr)
+        say(f"l2e-ds: error: {error}")
         return error.exit_code
     except BrokenPipeError:
         if not reader_is_gone():

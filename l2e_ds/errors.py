@@ -46,7 +46,8 @@ class DataError(L2EError):
 
 
 class WorkerError(L2EError):
-    """A worker process was killed, perhaps because memory ran out. No input is wrong: the same command resumes."""
+    """A helper process was killed (perhaps because memory ran out), failed or did not answer. No input is wrong: the
+    same command resumes."""
 
     exit_code = 1
 
@@ -70,10 +71,11 @@ class AnalysisError(L2EError):
 
 
 class SaveError(L2EError):
-    """A checkpoint could not be written (a full disk). Ranks agree before they raise it."""
+    """A checkpoint could not be written (a full disk). Ranks agree before they raise it. step: the checkpoint's."""
 
     exit_code = 3
     on_every_rank = True
+    step = 0
 
 
 class SelfTestError(L2EError):

@@ -42,7 +42,7 @@ class InhibitionCallback(TrainerCallback, ExportableState):
     def __init__(self, layers: str | list[int] = "mid-2", **settings: Any) -> None:
         """Check the settings. layers: as for `neuron_sites`; settings: the fields of `Settings`. Raises ValueError."""
         self.layers, self.settings = layers, Settings(**settings)
-        self.inhibitor: Inhibitor | None = None  # while the Trainer trains
+        self.inhibitor: Inhibitor | None = None  # that of the newest training
         self._handles: list[Any] = []
         self._run_steps: int | None = None
 

@@ -28,7 +28,7 @@ def ceilings(scale: Scale) -> Outcome:
     left, right = (torch.randn(size, size, device=scale.device).bfloat16() for _ in range(2))
     reached = 2 * size**3 / scale.seconds(lambda: left @ right) / 1e12
     results: Results = {"copy GB/s": _copying_speed(scale) / 1e9, "bf16 product TFLOP/s": reached}
-    peak = peak_tflops(scale.device, None)
+    peak = peak_tflops(scale.device, "bf16", None)
     if peak is None:
         return Outcome(None, results)
     results["share of peak"] = reached / peak

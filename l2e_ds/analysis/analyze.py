@@ -145,7 +145,7 @@ def _texts_of_each(arguments: argparse.Namespace, sources: Sequence[ModelSource]
     by_tokenizer: dict[str, FeatureSet] = {}
     texts = []
     for source in sources:
-        hf_config = check_model(source, arguments.layers)
+        hf_config = check_model(source, arguments.layers, "--layers")
         tokenizer = load_tokenizer_of(source, arguments.tokenizer)
         digest = tokenizer_digest(tokenizer)
         if digest not in by_tokenizer:

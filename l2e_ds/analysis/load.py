@@ -48,14 +48,15 @@ class LoadedModel:
         self.network(input_ids=tokens.to(self.device), use_cache=False)
 
 
-def check_model(source: ModelSource, layers: list[int] | None) -> PretrainedConfig:
-    """Return the network's configuration. Raises ConfigError for a missing model, an unknown family or layer."""
+def check_model(source: ModelSource, layers: list[int] | None, option: str) -> PretrainedConfig:
+    """Return the network's configuration. option: by which the layers were given. Raises ConfigError for a missing
+    model, an unknown family or layer."""
     network = network_config(source)
     family_of(network, source.given)
     count = network.num_hidden_layers
     wrong = next((layer for layer in layers or [] if not 0 <= layer < count), None)
     if wrong is not None:
-        raise ConfigError(f"layer: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
+        raise ConfigError(f"{option}: got {wrong}, allowed: 0 to {count - 1} ({source.given} has {count})")
     return network
 
 

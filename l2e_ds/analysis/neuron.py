@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--output: {output} exists, or its folder does not; allowed: a new file")
     at_least("--batch", arguments.batch, 1)
     quiet_libraries()
-    hf_config = check_model(source, [arguments.layer])
+    hf_config = check_model(source, [arguments.layer], "--layer")
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
     neurons = neurons_of(hf_config)
     if not 0 <= arguments.index < neurons:

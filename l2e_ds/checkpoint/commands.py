@@ -83,7 +83,7 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
     published = _published(run)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []
-    for path in reversed(good):  # every byte of what is kept is verified: it must be worth keeping
+    for path in reversed(good):  # every byte of the newest ones is verified: they must be worth keeping
         if len(kept) == arguments.keep_last:
             break
         problem = verify(path)

@@ -29,7 +29,7 @@ def layout(engine: Any) -> dict[str, Any]:
     return {
         "ranks": collectives.size(),
         "zero_stage": engine.zero_optimization_stage(),
-        "optimizer": f"{type(wrapper).__name__} of {type(_adam(wrapper)).__name__}",
+        "optimizer": f"{type(wrapper).__name__} of {type(_inner_optimizer(wrapper)).__name__}",
     }
 
 
@@ -48,7 +48,7 @@ class ElasticLoad:
         self.checkpoint, self.engine, self.zero_stage = checkpoint, engine, state["identity"]["zero_stage"]
         self.applied_steps, self.loss_scaler = state["train"]["applied"], state["loss_scaler"]
         self.parameters: dict[str, Any] = dict(engine.module.named_parameters())
-        has_muon = any(group.get("use_muon") for group in _adam(engine.optimizer).param_groups)
+        has_muon = any(group.get("use_muon") for group in _inner_optimizer(engine.optimizer).param_groups)
         groups = parameter_groups(engine.module, 0.0, has_muon)
         names = {parameter: name for name, parameter in self.parameters.items()}
         self.keys = {
@@ -76,12 +76,12 @@ class ElasticLoad:
                 raise CheckpointError(
                     f"{self.checkpoint}: lacks {' or '.join(keys[1:])} of {name} after {self.applied_steps} steps"
                 )
-        adam = _adam(self.engine.optimizer)
+        optimizer = _inner_optimizer(self.engine.optimizer)
         for name, piece in _own_pieces(self.engine, self.parameters):
             heartbeat.beat()
             flat = flats[piece.flat]
             for key in self.keys[name]:
-                held = (flat if key == "fp32" else adam.state[flat][key]).data.view(-1)
+                held = (flat if key == "fp32" else optimizer.state[flat][key]).data.view(-1)
                 part = self.shards.read(name, key, piece.start, piece.count)
                 held.narrow(0, piece.offset, piece.count).copy_(part)
         for attribute, value in self.loss_scaler.items():
@@ -112,7 +112,7 @@ class ElasticLoad:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if self.engine.zero_optimization_stage() == 0:
-            return parameter if key == "fp32" else _adam(self.engine.optimizer).state[parameter][key]
+            return parameter if key == "fp32" else _inner_optimizer(self.engine.optimizer).state[parameter][key]
         if key == "fp32":
             return safe_get_full_fp32_param(parameter)
         return safe_get_full_optimizer_state(parameter, key)
@@ -125,7 +125,7 @@ def _refuse_unsupported(checkpoint: Path, engine: Any, zero_stage: int) -> None:
             f"{checkpoint}: was written with ZeRO stage {stages[0]}, this run has {stages[1]}; allowed in bf16: from 0"
             " to 0, and between 1, 2 and 3"
         )
-    if type(_adam(engine.optimizer)).__name__ == "AdamW8bit":
+    if type(_inner_optimizer(engine.optimizer)).__name__ == "AdamW8bit":
         raise CheckpointError(
             f"{checkpoint}: was written with optimizer.name: adamw-8bit, whose states resume only on the same number of"
             " ranks and ZeRO stage"
@@ -144,7 +144,7 @@ def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def _adam(wrapper: Any) -> Any:
+def _inner_optimizer(wrapper: Any) -> Any:
     """Return the optimizer that DeepSpeed's wraps; without ZeRO in float32 there is no wrapper."""
     return getattr(wrapper, "optimizer", wrapper)
 
@@ -179,34 +179,34 @@ def _own_pieces(engine: Any, parameters: dict[str, Any]) -> Iterator[tuple[str, 
 def _make_moments(checkpoint: Path, engine: Any, flats: list[Tensor], steps: int) -> None:
     """Have the optimizer make its moments, by a step with gradients and a rate of zero, and set its count of steps.
     Raises CheckpointError if it is neither Adam nor Muon."""
-    wrapper, adam = engine.optimizer, _adam(engine.optimizer)
+    wrapper, optimizer = engine.optimizer, _inner_optimizer(engine.optimizer)
     stage_3 = engine.zero_optimization_stage() == 3
     lent = [flat for flat in flats if flat.grad is None]  # with offload there are gradients already
-    rates = [group["lr"] for group in adam.param_groups]
+    rates = [group["lr"] for group in optimizer.param_groups]
     for flat in lent:
         flat.grad = torch.zeros_like(flat)
-    for group in adam.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
     if stage_3:
         wrapper._set_fp32_optimizer_param_groups()
-    muon = {flat for group in adam.param_groups if group.get("use_muon") for flat in group["params"]}
+    muon = {flat for group in optimizer.param_groups if group.get("use_muon") for flat in group["params"]}
     for flat in muon:  # DeepSpeed makes it before the step
-        adam.state[flat][MOMENTUM] = torch.zeros_like(flat)
-    adam.step()
+        optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+    optimizer.step()
     if stage_3:
         wrapper._clear_fp32_optimizer_param_groups()
     for flat in lent:
         flat.grad = None
-    for group, rate in zip(adam.param_groups, rates, strict=True):
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
         if "step" in group:
             group["step"] = steps
     for flat in flats:
-        state = adam.state[flat]
+        state = optimizer.state[flat]
         if set(state) - {"step"} != set(_moments(flat in muon)):
             raise CheckpointError(
                 f"{checkpoint}: resumes on another number of ranks or ZeRO stage only with optimizers that keep"
-                f" {' and '.join(MOMENTS)} (Adam, AdamW), or Muon; got {type(adam).__name__}"
+                f" {' and '.join(MOMENTS)} (Adam, AdamW), or Muon; got {type(optimizer).__name__}"
             )
         if isinstance(state.get("step"), Tensor):
             state["step"].fill_(steps)

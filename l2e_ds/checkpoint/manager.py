@@ -265,7 +265,9 @@ class CheckpointManager:
             shutil.rmtree(final.with_suffix(".tmp"), ignore_errors=True)
             good = [path.name for path in self.published() if manifest.check_files(path) is None]
             kept = f"the newest good checkpoint is {good[-1]}" if good else "there is no good checkpoint yet"
-        raise SaveError(f"{final}: was not saved: {reasons[0]}; {collectives.broadcast_object(kept)}")
+        error = SaveError(f"{final}: was not saved: {reasons[0]}; {collectives.broadcast_object(kept)}")
+        error.step = step_of(final)
+        raise error
 
     # --- loading -------------------------------------------------------------------------------------------------
 

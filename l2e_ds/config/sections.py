@@ -416,8 +416,8 @@ class InhibitionConfig(Section):
     coefficient: float | None = Field(None, ge=0)
     """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0
-    """Step, or share of `training.steps`, at which inhibition begins. The default is the paper's; the recipes and `l2e-ds
-    init` set 0.3."""
+    """Step, or share of `training.steps`, at which inhibition begins. The default is the paper's; the recipes and
+    `l2e-ds init` set 0.3."""
     warmup: Duration = 0
     """Steps, or share, over which inhibition rises linearly after `start`. The recipes and `l2e-ds init` set 0.2."""
     decay: Duration = 0
@@ -612,10 +612,13 @@ class RunConfig(Section):
         if profile is not None and profile[1] > steps:
             raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
         key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
-        if key is not None and not self.training.evaluate_every:
-            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
-        if key is not None and not any(part.held_out for _, _, part in self.data.all_sets()):
-            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
+        evaluated = f"evaluation.{key}" if key is not None else None
+        if self.inhibition.guard == "stop" and self.inhibition.method != "none":
+            evaluated = "inhibition.guard: stop"  # which judges after held-out evaluations
+        if evaluated is not None and not self.training.evaluate_every:
+            raise ValueError(f"training.evaluate_every: got 0 with {evaluated}, allowed: an integer > 0")
+        if evaluated is not None and not any(part.held_out for _, _, part in self.data.all_sets()):
+            raise ValueError(f"data.held_out: got 0 with {evaluated}, allowed: a number > 0")
         key = "every" if self.evaluation.every else key
         if key is not None and self.data.tokenizer is None and self.data.train_tokenizer is None:
             raise ValueError(f"data.tokenizer is required with evaluation.{key}")

@@ -93,7 +93,8 @@ class TokenDataset:
             row, column = np.argwhere((rows >= self.vocab_size) | (rows < 0))[0]
             raise DataError(
                 f"{self.name}: token id {rows[row, column]} at position {positions[row] + column},"
-                f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1})"
+                f" but model.vocab_size is {self.vocab_size} (ids 0 to {self.vocab_size - 1});"
+                " raise that, or give files of another tokenizer"
             )
         return rows
 

@@ -319,7 +319,8 @@ def _tokenizer_texts(config: DataConfig, split: Split) -> Iterator[str]:
 def _check_trained_size(config: DataConfig, vocab_size: int) -> None:
     if config.train_tokenizer is not None and config.train_tokenizer > vocab_size:
         raise DataError(
-            f"got {config.train_tokenizer}, more than model.vocab_size {vocab_size}", where="data.train_tokenizer"
+            f"got {config.train_tokenizer}, allowed: up to model.vocab_size, which is {vocab_size}",
+            where="data.train_tokenizer",
         )
 
 
@@ -328,7 +329,10 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: DataConfig, vo
     if size > vocab_size:
         key = "tokenizer" if config.tokenizer is not None else "train_tokenizer"
         name = f"{config.tokenizer} " if config.tokenizer is not None else ""
-        raise DataError(f"{name}has {size} entries, more than model.vocab_size {vocab_size}", where=f"data.{key}")
+        raise DataError(
+            f"{name}has {size} entries, more than model.vocab_size {vocab_size}; raise that, or take a smaller one",
+            where=f"data.{key}",
+        )
 
 
 def _own_sequences(config: DataConfig, prefix: Path, vocab_size: int) -> TokenDataset:

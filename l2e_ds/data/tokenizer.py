@@ -147,7 +147,11 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     found = find_end_of_text(tokenizer)
     if found is not None:
         return found
-    raise DataError(f"has neither an eos_token nor {END_OF_TEXT} to end a document with", where="data.tokenizer")
+    raise DataError(
+        f"has neither an eos_token nor one of {', '.join(_ENDS)} to end a document with; name an eos_token in its"
+        " tokenizer_config.json, or take another tokenizer",
+        where=("data.tokenizer", tokenizer.name_or_path),
+    )
 
 
 def take_special_tokens(hf_config: PretrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -90,7 +90,8 @@ def run_on_main(action: Callable[[], Any], tick: Callable[[], None] = lambda: No
 
     It may take any time: the ranks meet in a small collective every second, so that no timeout ends a long action.
     tick: called each second on every rank; it may raise, on all ranks alike, which abandons the action.
-    Raises what the action raised: on rank 0 itself, on the others as L2EError.
+    An L2EError of the action is raised on every rank. Any other exception is raised on rank 0 alone, and the launcher
+    has to end the others.
     """
     outcome: dict[str, Any] = {}
 

@@ -30,7 +30,9 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
         try:
             return [int(env[name]) for name in names]
         except KeyError as error:
-            raise ConfigError(f"launcher: {names[0]} is set but {error.args[0]} is not") from None
+            raise ConfigError(
+                f"launcher: {names[0]} is set but {error.args[0]} is not; start through a launcher, or unset {names[0]}"
+            ) from None
         except ValueError:
             given = {name: env[name] for name in names}
             raise ConfigError(f"launcher: expected numbers, got {given}") from None
@@ -57,7 +59,7 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
     if "RANK" in env:
         read("RANK", "MASTER_PORT")
         if not env.get("MASTER_ADDR"):
-            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not")
+            raise ConfigError("launcher: RANK is set but MASTER_ADDR is not; start through a launcher, or unset RANK")
     return launch
 
 

@@ -98,7 +98,11 @@ def _local_gpu() -> torch.device:
         os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank >= torch.cuda.device_count():
-        error = ConfigError(f"launcher: local rank {local_rank}, but this node has {torch.cuda.device_count()} GPUs")
+        count = torch.cuda.device_count()
+        error = ConfigError(
+            f"launcher: local rank {local_rank}, but node {socket.gethostname()} has {count} GPUs; start at most"
+            f" {count} ranks on it"
+        )
         error.on_every_rank = False
         raise error
     torch.cuda.set_device(local_rank)

@@ -228,7 +228,7 @@ def _check_fixed(ds: dict, where: str) -> None:
     """Refuse what would break a promise of this project without a word."""
     fixed = FIXED_VALUES
     # with `reduce_scatter` DeepSpeed fails; without, stage 3 scales by the number of ranks
-    if (_lookup(ds, ("zero_optimization", "stage")) or 0) >= 2:
+    if zero_stage(ds) >= 2:
         why = "DeepSpeed's stages 2 and 3 do not support it"
         fixed = fixed | {("gradient_predivide_factor",): (1.0, why), ("prescale_gradients",): (False, why)}
     for path, (allowed, why) in fixed.items():
@@ -239,7 +239,8 @@ def _check_fixed(ds: dict, where: str) -> None:
 
 
 def zero_stage(ds: dict) -> int:
-    return int(ds.get("zero_optimization", {}).get("stage", 0))
+    """Return the ZeRO stage of a DeepSpeed configuration, resolved or not; 0 where it names none."""
+    return int(_lookup(ds, ("zero_optimization", "stage")) or 0)
 
 
 def optimizer_type(ds: dict) -> str:
@@ -277,14 +278,14 @@ def memory_remedies(config: RunConfig, ds: dict) -> str:
     if stage < highest:
         remedies.append("a higher ZeRO stage")
     parts = ("offload_optimizer", "offload_param") if stage == 3 else ("offload_optimizer",)
-    if name == "adamw" and not all(_is_offloaded(ds, part) for part in parts):
+    if name == "adamw" and not all(is_offloaded(ds, part) for part in parts):
         remedies.append("offload")
     if not config.model.activation_checkpointing:
         remedies.append("model.activation_checkpointing=true")
     return " or ".join(filter(None, [", ".join(remedies[:-1]), remedies[-1]]))
 
 
-def _is_offloaded(ds: dict, part: str) -> bool:
+def is_offloaded(ds: dict, part: str) -> bool:
     return _lookup(ds, ("zero_optimization", part, "device")) not in (None, "none")
 
 
@@ -349,7 +350,7 @@ def _gpu_has_bf16() -> bool | None:
 
 
 def check_device(config: RunConfig) -> None:
-    """Raises ConfigError where the resolved precision is not to be had on this machine's device."""
+    """Raise ConfigError if this machine's device does not support the resolved precision."""
     from deepspeed.accelerator import get_accelerator
 
     has_fp16 = bool(get_accelerator().is_fp16_supported())
@@ -381,7 +382,7 @@ def _take_batch(config: RunConfig, ds: dict, where: str, ranks: int) -> tuple[Ru
 
 
 def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
-    stage = _lookup(ds, ("zero_optimization", "stage")) or 0
+    stage = zero_stage(ds)
     if config.training.precision == "fp16" and stage == 0:
         raise ConfigError(
             f"training.precision: got fp16, but {where} has ZeRO stage 0, where DeepSpeed divides by a loss scale"
@@ -439,16 +440,16 @@ def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
             f"training.spike_deviations: got {spikes:g}, but {given}, whose state may move before its step is skipped;"
             f" allowed: null, or {allowed}"
         )
-    stage, precision = _lookup(ds, ("zero_optimization", "stage")) or 0, config.training.precision
-    is_offloaded = stage > 0 and any(_is_offloaded(ds, part) for part in ("offload_optimizer", "offload_param"))
+    stage, precision = zero_stage(ds), config.training.precision
+    offloads = stage > 0 and any(is_offloaded(ds, part) for part in ("offload_optimizer", "offload_param"))
     is_bf16_optimizer = precision == "bf16" and _lookup(ds, ("data_types", "grad_accum_dtype")) == "fp32"
-    if name == "muon" and stage > 0 and (stage > 1 or is_offloaded or not is_bf16_optimizer):
+    if name == "muon" and stage > 0 and (stage > 1 or offloads or not is_bf16_optimizer):
         raise ConfigError(
             f"optimizer.name: got muon in {precision} with ZeRO stage {stage}"
-            f"{' and offloading' if is_offloaded else ''} ({where}), where DeepSpeed clips Muon's updates instead of"
+            f"{' and offloading' if offloads else ''} ({where}), where DeepSpeed clips Muon's updates instead of"
             " the gradients; allowed: stage 0, or bf16 with stage 1, data_types.grad_accum_dtype fp32 and no offloading"
         )
-    if name == "adamw-8bit" and is_offloaded:
+    if name == "adamw-8bit" and offloads:
         raise ConfigError(f"optimizer.name: got adamw-8bit, but {where} offloads; remove the offloading, or use adamw")
 
 

@@ -1,1 +1,1 @@
-"""Evaluate finished runs and models on the tasks of lm-evaluation-harness."""
+"""Evaluate runs and models on the tasks of lm-evaluation-harness, and let them continue texts."""

@@ -108,7 +108,7 @@ def _check_output(path: Path) -> None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"--output: cannot write {path}; give a file in a folder that is there")
     if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ConfigError(f"--output: {path} must not be written to; give a file that may")
+        raise ConfigError(f"--output: {path} cannot be written by this user; give another file")
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         if file.read(1) not in (b"", b"{") or not path.is_file():
             raise ConfigError(f"--output: {path} exists and is no file of evaluations; give another, or a new one")
@@ -130,7 +130,7 @@ def _load_tasks(arguments: argparse.Namespace) -> Tasks:
 
     try:
         return load_tasks(arguments.tasks, arguments.include_path, arguments.num_fewshot)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
         raise
 
@@ -177,7 +177,7 @@ def _tokenizer(arguments: argparse.Namespace, source: ModelSource) -> PreTrained
         name_end_of_text(tokenizer)
     except DataError as error:
         which = f"--tokenizer: {arguments.tokenizer}" if arguments.tokenizer else f"{source.given}: its tokenizer"
-        raise ConfigError(f"{which} {error.problem}; name another with --tokenizer") from None
+        raise ConfigError(f"{which} {error.problem} (--tokenizer)") from None
     return tokenizer
 
 

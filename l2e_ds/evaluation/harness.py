@@ -156,8 +156,9 @@ def _leave_out_own_question(task: Any) -> None:
         others = [example for example in pool if not is_own(example)]
         if n > len(others):
             raise DataError(
-                f"num_fewshot: got {n}, the task {task.config.task} has {len(others)} examples that ask something else"
-                " than one of its documents"
+                f"got {n}, the task {task.config.task} has {len(others)} examples that ask something else than one of"
+                " its documents",
+                where="num_fewshot",
             )
         sampler.replace_df(others)
         try:
@@ -200,9 +201,9 @@ def _load(manager: TaskManager, name: str, is_own: bool) -> list[Any]:
         loaded = manager._load_spec(name)
     except Exception as error:  # `datasets`, the hub or a task's own code may raise anything
         cause = error.__cause__ or error
-        hint = "" if is_own else "; without a hub, give local task files as include_path"
+        hint = () if is_own else ("; without a hub, give local task files as ", "include_path")
         reason = f"{type(cause).__name__}: {one_line(cause)}"
-        raise DataError(f"task {name}: cannot be loaded: {reason}{hint}") from None
+        raise DataError(f"task {name}: cannot be loaded: {reason}", *hint) from None
     return loaded if isinstance(loaded, list) else [loaded]
 
 

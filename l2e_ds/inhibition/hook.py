@@ -81,11 +81,13 @@ class NeuronHook:
 
     # --- forward -------------------------------------------------------------------------------------------------
 
-    def computes(self, x: Tensor) -> bool:
-        """Return whether `gelu` is to compute the activation function of x, [B, T, N].
+    def begins_with_gelu(self, x: Tensor) -> bool:
+        """Choose how a new micro-batch is computed, and return whether `gelu` is to compute the activation function of
+        x, [B, T, N].
 
         It is not if nothing is inhibited, as the run is then bit-identical to one without inhibition, nor without
-        history, as the moments then need a second pass. Recomputation computes what its forward did.
+        history, as the moments then need a second pass. Recomputation computes what its forward did. Raises ValueError
+        for an x of another size or on another device.
         """
         if not self.owner.in_backward:
             if self.site.function != "gelu" or not self.owner.is_inhibiting:
@@ -245,7 +247,7 @@ class InhibitedActivation(nn.Module):
     # the graph would not see the changes. torch.compiler.disable would import the compiler here, for everybody.
     @_disable_dynamo
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and self._hook.computes(x):
+        if self.training and self._hook.begins_with_gelu(x):
             return self._hook.gelu(x)
         z = self.activation(x)
         return self._hook(z) if self.training else z

@@ -282,8 +282,8 @@ class Inhibitor:
         (after an overflow or a non-finite gradient), the sums are dropped. If the sums themselves are not finite,
         moments and tau stay, but the step counts in the schedule.
 
-        Raises SelfTestError if in the first step a hook missed a call, or if in the first steps with inhibition the
-        gradient that a hook injected was zero.
+        Raises SelfTestError if a hook missed a call in a step before the self-test has passed, which a regulariser does
+        once every layer has injected a gradient, or if in the first steps with inhibition that gradient was zero.
         """
         if self.self_test_pending:
             self._check_calls()

@@ -284,6 +284,6 @@ def _explained() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "C compiler" not in str(error):
             raise
         raise CompileError(
-            f"inhibition.fused: Triton failed ({one_line(error)[:200]}); it needs a C compiler;"
-            " inhibition.fused: false works without"
+            f"inhibition.fused: Triton failed ({one_line(error)[:200]}); it needs a C compiler,"
+            " and is not needed with inhibition.fused: false, or Settings(fused=False)"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from l2e_ds.config.sections import METHODS
-from l2e_ds.engine.configuration import is_adam, optimizer_type, zero_stage
+from l2e_ds.engine.configuration import is_adam, is_offloaded, optimizer_type, zero_stage
 from l2e_ds.errors import ConfigError
 from l2e_ds.inhibition.hook import NeuronHook
 from l2e_ds.models.counts import flops_per_token, parameter_counts
@@ -60,9 +60,6 @@ class Work:
         def size_of(given: str | None) -> int:
             return DtypeEnum(given).value.itemsize if given else self.element
 
-        def is_offloaded(part: str) -> bool:
-            return (zero.get(part) or {}).get("device", "none") != "none"
-
         self.precision, self.stage = config.training.precision, zero_stage(ds)
         self.element = 4 if self.precision == "fp32" else 2  # of a weight in the network
         self.accumulator = size_of(ds.get("data_types", {}).get("grad_accum_dtype"))  # of an accumulated gradient
@@ -71,8 +68,8 @@ class Work:
         self.bucket = int(float(zero.get("reduce_bucket_size", BUCKET))) if self.stage else BUCKET
         self.contiguous = bool(zero.get("contiguous_gradients", True))
         self.overlap = bool(zero["overlap_comm"]) if zero.get("overlap_comm") is not None else self.stage == 3
-        self.offload_optimizer = is_offloaded("offload_optimizer")
-        self.offload_parameters = is_offloaded("offload_param")
+        self.offload_optimizer = is_offloaded(ds, "offload_optimizer")
+        self.offload_parameters = is_offloaded(ds, "offload_param")
 
         section = config.inhibition
         self.hooked = run.inhibited_layers

@@ -38,10 +38,9 @@ class RunLock:
     def acquire(self) -> None:
         """Take the lock. Raises ConfigError if another run, here or on another host, is alive, or the file cannot be
         made."""
-        try:
-            self._acquire()
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
+        refusal = self._acquire()
+        if refusal is not None:
+            raise refusal
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -50,16 +49,21 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def refusal(self) -> ConfigError | None:
-        """Return why the lock cannot be taken now, or None: then it was taken, and given back."""
-        try:
-            self.acquire()
-        except ConfigError as error:
-            return error
-        self.release()
-        return None
+    def why_not_free(self) -> ConfigError | None:
+        """Take the lock and give it back, and return None; or return the refusal, if another run holds it. This takes
+        WATCHED_FOR seconds where the holder is on another host. Raises ConfigError if the file cannot be made."""
+        refusal = self._acquire()
+        if refusal is None:
+            self.release()
+        return refusal
 
-    def _acquire(self) -> None:
+    def _acquire(self) -> ConfigError | None:
+        try:
+            return self._acquire_or_refuse()
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
+
+    def _acquire_or_refuse(self) -> ConfigError | None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -69,7 +73,7 @@ class RunLock:
             except (BlockingIOError, PermissionError):
                 holder = self._holder(descriptor)
                 os.close(descriptor)
-                raise self._refusal(holder) from None
+                return self._refusal(holder)
             except OSError:
                 trusted = [None]  # a file system without locks (Lustre without -o flock): only signs of life remain
             if not still_named(descriptor, self.path):  # removed by its holder between our open and our lock
@@ -78,12 +82,13 @@ class RunLock:
             holder = self._holder(descriptor)
             if holder.get("host") not in trusted and self._is_renewed(descriptor):
                 os.close(descriptor)
-                raise self._refusal(holder)
+                return self._refusal(holder)
             self._descriptor = descriptor
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         self._content = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(self._content).encode(), 0)
+        return None
 
     def renew(self) -> None:
         """Touch the file, as a sign of life. Any thread may call it."""

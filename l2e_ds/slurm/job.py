@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = arguments.run if arguments.list is None else entry_of_this_task(arguments.list)
         return train(run, arguments.restarts, launcher)
     except L2EError as error:
-        print(f"l2e-ds: error: {error}", file=sys.stderr, flush=True)
+        console.say(f"l2e-ds: error: {error}")
         return error.exit_code
 
 

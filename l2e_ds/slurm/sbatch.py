@@ -165,9 +165,9 @@ def resources_of(arguments: argparse.Namespace) -> Resources:
         )
     extra, srun = tuple(arguments.for_sbatch), tuple(arguments.srun_option or ())
     for word in extra:
-        refuse_control_characters("submit", word)
+        refuse_control_characters("--", word)
     if extra and not extra[0].startswith("-"):
-        raise ConfigError(f"submit: after `--` stand options of sbatch, got {extra[0]!r}")
+        raise ConfigError(f"--: got {extra[0]!r}, allowed: options of sbatch, which begin with -")
     for word in srun:
         if not word.startswith("-"):  # srun would take it for the program
             raise ConfigError(f"--srun-option: got {word!r}, allowed: an option of srun such as --mpi=pmix")
@@ -199,7 +199,7 @@ def submission(directory: Path, name: str) -> Iterator[Path]:
         except FileExistsError:
             continue
         except OSError as error:
-            raise ConfigError(f"training.run_directory: cannot make {folder}: {error.strerror}") from None
+            raise ConfigError(f"{folder}: cannot be made: {error.strerror}") from None
     try:
         yield folder
     except BaseException:
@@ -244,7 +244,7 @@ def without_secrets(text: str, where: str) -> str:
     """
     for name, value in _secrets(os.environ):
         if value in text:
-            raise ConfigError(f"submit: {where} contains the value of {name}; leave it to the environment alone")
+            raise ConfigError(f"{where} contains the value of {name}; leave it to the environment alone")
     return text
 
 
@@ -257,5 +257,5 @@ def queue(path: Path, text: str) -> str:
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
-        raise ConfigError(f"submit: {reason}")
+        raise ConfigError(f"sbatch: {reason}")
     return done.stdout.strip().split(";")[0]

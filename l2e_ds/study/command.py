@@ -133,7 +133,9 @@ def describe(study: Study, resolved: dict[str, ResolvedRun]) -> str:
     said = [f"study       {study.file.title}", f"folder      {study.directory}", f"base        {bases}"]
     said += [f"all runs    {' '.join(sorted(common))}"] if common else []
     said += [f"batch       {batch}" for batch in batches if len(batches) == 1]
-    said += [f"evaluation  {' '.join(part.tasks)}, {part.num_fewshot}-shot" for part in study.file.evaluate]
+    for part in study.file.evaluate:
+        shots = "each task's own number of examples" if part.num_fewshot is None else f"{part.num_fewshot}-shot"
+        said.append(f"evaluation  {' '.join(part.tasks)}, {shots}")
     said += [f"runs        {len(rows)}: {', '.join(f'{count} {state}' for state, count in counts.items())}"]
     said += [f"to go       {steps_left:,} steps, {tokens_left:,} tokens"]
     return "\n".join([markdown(heads, rows), *said])

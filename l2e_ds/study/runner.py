@@ -141,7 +141,13 @@ class Runner:
         lock = RunLock(run_directory(self.directory, job.name))
         if not lock.path.exists():
             return False
-        refusal = lock.refusal()
+        try:
+            refusal = lock.why_not_free()
+        except ConfigError as error:
+            self.waiting.remove(job)
+            self._fail(job, error.exit_code, str(error))
+            return True
+        self._renew()  # of the study, as looking may have taken as long as another host would watch it
         if refusal is None:
             return False
         patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout

@@ -36,7 +36,7 @@ from l2e_ds.system import signals
 
 STOPPED = Interrupted.exit_code
 FINAL = {
-    ConfigError.exit_code: "something must be changed first",
+    ConfigError.exit_code: "refused: change what the error names, and start again",
     TrainingError.exit_code: "the run cannot continue",
     STOPPED: "stopped as asked",
 }
@@ -209,14 +209,16 @@ def killed_by(code: int) -> signal.Signals | None:
 
 def wait_until_free(directory: Path, patience: float) -> bool:
     """Wait until no run holds the directory, asking one that does to stop. Return whether somebody has asked the run to
-    stop for good meanwhile.
+    stop for good meanwhile. Raises ConfigError if the lock cannot be looked at.
 
     Ranks on other hosts, which are not seen from here, may outlive their launcher while they save.
     """
-    lock, deadline = RunLock(directory), time.monotonic() + patience
+    lock, deadline, is_asked = RunLock(directory), time.monotonic() + patience, False
     while lock.path.exists() and time.monotonic() < deadline and not signals.received:
-        if (refusal := lock.refusal()) is not None:
-            say(f"asking the run that is still there to stop: {refusal}")
+        if (refusal := lock.why_not_free()) is not None:
+            if not is_asked:
+                say(f"asking the run that is still there to stop: {refusal}")
+            is_asked = True
             stop_file.ask_to_stop(directory, to_restart=True)
             time.sleep(5)
     is_asked_to_stop = stop_file.is_asked_to_stop(directory)

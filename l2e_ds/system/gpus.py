@@ -46,12 +46,16 @@ GPUS = {
 }
 
 
-def peak_tflops(device: torch.device, given: float | None) -> float | None:
-    """Return the peak of one device: as given in `logging.peak_tflops`, else from the table, else None."""
+def peak_tflops(device: torch.device, precision: str, given: float | None) -> float | None:
+    """Return the peak of one device in TFLOP/s: as given in `logging.peak_tflops`, else that of the table in a
+    precision (`fp32`, `bf16` or `fp16`), else None."""
     if given is not None or device.type != "cuda":
         return given
     import torch  # only now: `l2e-ds plan --help` reads the table alone
 
     name = torch.cuda.get_device_name(device)
     known = [gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.cuda_name}\b", name)]
-    return max(known, key=lambda gpu: len(gpu.cuda_name)).peak if known else None  # "H100 PCIe" before "H100"
+    if not known:
+        return None
+    gpu = max(known, key=lambda gpu: len(gpu.cuda_name))  # "H100 PCIe" before "H100"
+    return gpu.peak_fp32 if precision == "fp32" else gpu.peak

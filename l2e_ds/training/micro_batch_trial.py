@@ -125,7 +125,10 @@ def _ask(process: BaseProcess, connection: Connection, size: int, patience: floa
         meetings_after_failure += bool(failed)
         if meetings_after_failure > 3:
             rank, said = failed[0]
-            error = WorkerError(f"training.micro_batch: auto: measuring {size} failed on rank {rank}: {said}")
+            error = WorkerError(
+                f"training.micro_batch: auto: measuring {size} failed on rank {rank}: {said}; start again to measure"
+                " anew, or give a number"
+            )
             error.on_every_rank = True
             raise error
         if all(isinstance(said, Measured) for said in answers):

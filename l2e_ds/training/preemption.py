@@ -79,7 +79,9 @@ def stop() -> NoReturn:
     from l2e_ds.distributed import collectives
 
     reasons = collectives.all_gather_objects(_reason_here())
-    reason = next((found for found in reasons if found is not None), "the stop file came and went")
+    reason = next(
+        (found for found in reasons if found is not None), "asked to by a stop file that has since been removed"
+    )
     raise Interrupted(reason)
 
 

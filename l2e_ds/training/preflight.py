@@ -25,6 +25,7 @@ from l2e_ds.models.counts import layer_matrix_parameters, parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.models.pythia import network_config
 from l2e_ds.models.sites import chosen_layers
+from l2e_ds.run_directory.names import published_checkpoints
 from l2e_ds.system.installed import check_extra, is_installed
 from l2e_ds.training import micro_batch
 
@@ -104,7 +105,8 @@ def _check_machine(run: ResolvedRun) -> None:
             raise ConfigError(f"training.run_directory: cannot write below {place}")
     _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
     resume = Path(config.training.resume)
-    if config.training.resume not in ("auto", "never") and not resume.is_dir():
+    is_elsewhere = config.training.resume not in ("auto", "never") and not published_checkpoints(directory)
+    if is_elsewhere and not resume.is_dir():
         raise ConfigError(f"training.resume: no such folder: {resume}; allowed: auto, never, a run or a checkpoint")
     if config.model.attention == "flash_attention_2" and not is_installed("flash_attn"):
         raise ConfigError("model.attention: got flash_attention_2, but the package flash-attn is not installed")
@@ -155,8 +157,9 @@ def summary_rows(run: ResolvedRun) -> list[tuple[str, str]]:
     if section.method != "none":
         what = f"{section.method} ({' + '.join(section.retrieval_and_mechanism)}) from step"
         what += f" {section.in_steps('start', config.training.steps):,}"
-    if section.strength is not None:
-        what += f", {section.loss} loss at strength {section.strength:g}"
+    for name, value in (("strength", section.strength), ("coefficient", section.coefficient)):
+        if section.method != "none" and value is not None:
+            what += f", {section.loss} loss at {name} {value:g}"
     return [
         ("model", f"{config.model.origin}: {hf_config.num_hidden_layers} layers x {hf_config.hidden_size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),

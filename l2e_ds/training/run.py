@@ -152,7 +152,10 @@ def _check_same_on_all(sets: Sequence[PreparedData], texts: Sequence[PreparedTex
 def _say_what_begins(run: ResolvedRun, about: dict[str, Any], trainer: Trainer) -> None:
     """Print what a log is looked at for: the run, where it runs, and what is left of it. about: of its start line."""
     held_out = f", {about['held_out_tokens']:,} held out" if about["held_out_tokens"] else ", none held out"
-    data = f"{about['train_tokens']:,} tokens{held_out}" if about["train_tokens"] else f"a stream{held_out}"
+    stored = [f"{about['train_tokens']:,} tokens"] if about["train_tokens"] else []
+    streams = sum(part.stream is not None for part in trainer.data.sets)
+    streamed = [f"{streams} stream{'s' if streams > 1 else ''}"] if streams else []
+    data = f"{' and '.join([*stored, *streamed])}{held_out}"
     left = run.config.training.steps - trainer.state.step
     rows = [
         *summary_rows(run),

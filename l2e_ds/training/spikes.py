@@ -79,17 +79,19 @@ class SkippedSteps:
         self._in_row = 0 if applied else self._in_row + 1
         if self._in_row < self._section.max_skipped_steps:
             return
-        skipped, limit = f"training: {self._in_row} steps in a row", "the limit is training.max_skipped_steps"
+        skipped = f"training: {self._in_row} steps in a row changed no weight; the last one, step {self._state.step},"
+        limit = "the limit is training.max_skipped_steps"
         if self.spike is not None:
             raise TrainingError(
-                f"{skipped} were skipped, the last one, step {self._state.step}, for its gradient norm ({self.spike});"
-                f" {limit}; if the norm has risen for good, resume with another training.spike_deviations, or with"
-                " null, and name that key in training.allow_changes"
+                f"{skipped} was skipped for its gradient norm ({self.spike}); {limit}; if the norm has risen for"
+                " good, resume with another training.spike_deviations, or with null, and name that key in"
+                " training.allow_changes"
             )
         all_finite = collectives.all_gather_objects(is_loss_finite())
         bad = [rank for rank, finite in enumerate(all_finite) if not finite]
         where = f"loss not finite on rank {', '.join(map(str, bad))}" if bad else "every rank's loss is finite"
         raise TrainingError(
-            f"{skipped} had non-finite gradients (step {self._state.step}, loss scale {loss_scale(self._engine):g};"
-            f" {where}); {limit}"
+            f"{skipped} had non-finite gradients (loss scale {loss_scale(self._engine):g}; {where}); {limit}; start"
+            " from an earlier checkpoint in a new run directory (training.resume=CHECKPOINT) with a lower"
+            " optimizer.peak_learning_rate"
         )

@@ -48,7 +48,7 @@ class StreamedSequences:
         """
         taken: np.ndarray | L2EError | None = None
         if self._stream is not None:
-            if first not in self._states:
+            if first != max(self._states):
                 raise ValueError(f"stream: got sequence {first}, allowed: {max(self._states)}, the next one")
             try:
                 taken = self._stream.take(count).astype(np.int32)

@@ -13,7 +13,7 @@ from l2e_ds.console import warn
 from l2e_ds.data import PreparedData, tokenizer_of
 from l2e_ds.data.tokenizer import end_of_text_id
 from l2e_ds.distributed import collectives
-from l2e_ds.errors import ConfigError
+from l2e_ds.errors import L2EError
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.training import preemption
@@ -71,8 +71,9 @@ def load_tasks_of(config: RunConfig) -> Tasks | None:
 
         try:
             return load_tasks(section.tasks, section.include_path, section.shots)
-        except ConfigError as error:
-            raise ConfigError(f"evaluation.{error}") from None
+        except L2EError as error:
+            error.rename({key: f"evaluation.{key}" for key in ("tasks", "include_path", "num_fewshot")})
+            raise
 
     return collectives.run_on_main(load, preemption.stop_if_asked)
 

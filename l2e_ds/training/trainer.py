@@ -121,8 +121,8 @@ class Trainer(AbstractContextManager):
     ) -> None:
         """Build everything, and load the checkpoint to resume from, if there is one. Collective.
 
-        checkpoints: the manager that `open_checkpoints` returned (default: it is called). Raises CheckpointError, and
-        what `TrainingStack` raises.
+        checkpoints: the manager that `open_checkpoints` returned (default: it is called). Raises ConfigError,
+        DataError, CheckpointError, and what `TrainingStack` raises.
         """
         config, batch, hf_config = run.config, run.batch, run.hf_config
         self.config, self.batch, self.data, self.device = config, batch, data, device
@@ -141,7 +141,8 @@ class Trainer(AbstractContextManager):
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
         settings = self.inhibitor.settings if self.inhibitor is not None else None
         is_inhibited = settings is not None and (settings.mechanism != "regulariser" or settings.is_regularising)
-        self.is_guarded = is_inhibited and config.inhibition.guard != "off" and bool(self.held_out)
+        is_evaluated = bool(self.held_out) and config.training.evaluate_every > 0
+        self.is_guarded = is_inhibited and config.inhibition.guard != "off" and is_evaluated
         # in every run: with the baseline's, those of an inhibited run tell whether MS moves to other layers
         nearest = comparison_layers([site.layer for site in self.sites], hf_config.num_hidden_layers)
         self.comparison = neuron_sites(stack.model, nearest) if nearest and self.held_out else []
@@ -399,7 +400,7 @@ class Trainer(AbstractContextManager):
             if must_succeed or self.config.checkpoint.on_error == "stop":
                 raise
             self.saved_step = None
-            self.metrics.write("checkpoint", self.state.step, {"error": str(error)})
+            self.metrics.write("checkpoint", error.step, {"error": str(error)})
             self.metrics.warn(f"{error}; training continues (checkpoint.on_error)")
 
     # --- metrics -------------------------------------------------------------------------------------------------
@@ -420,7 +421,7 @@ class Trainer(AbstractContextManager):
             values["spikes"] = self._interval.spikes
         if self._layer_gradients is not None:
             values |= self._layer_gradients.norms()
-        peak = gpus.peak_tflops(self.device, self.config.logging.peak_tflops)
+        peak = gpus.peak_tflops(self.device, self.config.training.precision, self.config.logging.peak_tflops)
         if peak is not None:
             speed = self._flops_per_token * values["tokens_per_second"]
             values["mfu"] = speed / (peak * 1e12 * collectives.size())

@@ -286,7 +286,7 @@ BAD = {
     "unknown family": (unknown_family, ["mpt", "l2e_ds/models/families.py"]),
     "not finite": (not_finite, ["broken", "layer 2, neuron 3", "not finite"]),
     "no such model": (lambda folder: [str(folder / "nowhere")], ["nowhere: no such folder"]),
-    "no such layer": (lambda folder: ["--layers", "1", "3"], ["layer: got 3", "0 to 2"]),
+    "no such layer": (lambda folder: ["--layers", "1", "3"], ["--layers: got 3", "0 to 2"]),
     "too long": (lambda folder: ["--sequence-length", "4096"], ["animals", "4096"]),
     "no such features": (lambda folder: ["--features", str(folder / "nothing.jsonl")], ["nothing.jsonl"]),
     "revision of a folder": (lambda folder: [f"{folder / 'planted'}@step1"], ["planted@step1", "hub name"]),

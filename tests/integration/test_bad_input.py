@@ -132,6 +132,14 @@ CASES = {
         lambda t: ["evaluation.texts=[{name: own, source: stdlib}]", "training.evaluate_every=0"],
         ["training.evaluate_every", "got 0 with evaluation.texts"],
     ),
+    "guard that never judges": (
+        lambda t: ["inhibition.guard=stop", "training.evaluate_every=0"],
+        ["training.evaluate_every", "got 0 with inhibition.guard: stop"],
+    ),
+    "guard without held-out text": (
+        lambda t: ["inhibition.guard=stop", "data.held_out=0"],
+        ["data.held_out", "got 0 with inhibition.guard: stop"],
+    ),
     "samples that no prompt can begin": (
         lambda t: ["evaluation.samples=[a]", "evaluation.sample_tokens=5000"],
         ["evaluation.sample_tokens", "got 5000, allowed: below 2048"],
@@ -252,3 +260,9 @@ def test_dry_run_writes_nothing(run_file, tmp_path, capsys):
         assert words in printed
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_with_checkpoints_needs_no_longer_what_it_began_from(run_file, tmp_path, capsys):
+    (tmp_path / "run/checkpoints/step00000010").mkdir(parents=True)
+    assert main([str(run_file), f"training.resume={tmp_path / 'nowhere'}", "--dry-run"]) == 0
+    assert "nowhere" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import sys
 
 from tests.integration.running import newest, saved
@@ -16,3 +17,9 @@ def test_it_trains_and_stops_as_any_other(launch, run_file, tmp_path):
     assert saved(tmp_path / "run") == newest(tmp_path / "run")
     for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines():
         json.loads(line)  # and nothing that was printed
+
+
+def test_an_error_line_that_nobody_can_read_keeps_its_exit_code():
+    refused = [sys.executable, "-m", "l2e_ds.cli", "summary", "nowhere"]
+    for stderr in (">&-", "> /dev/full"):
+        assert subprocess.run(["sh", "-c", f'exec "$@" 2{stderr}', "sh", *refused]).returncode == 2

@@ -20,7 +20,7 @@ from l2e_ds.models.pythia import PYTHIA, network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.planning import memory, plan
 from l2e_ds.planning.work import Work, inhibition_payload, mfu_range, ring_all_reduce, step_flops, traffic
-from l2e_ds.system.gpus import GPUS
+from l2e_ds.system.gpus import GPUS, peak_tflops
 from l2e_ds.training import preflight
 from l2e_ds.training.loss import LossHead
 from l2e_ds.training.preflight import resolve_run
@@ -325,6 +325,15 @@ def test_share_of_the_peak_is_lower_for_small_models_and_on_fast_gpus(parameters
         larger = mfu_range(2.5 * parameters, GPUS[gpu].peak)
         assert low <= larger[0] and high <= larger[1]
     assert mfu_range(parameters, GPUS["H200"].peak) < mfu_range(parameters, GPUS["L40S"].peak)
+
+
+def test_the_peak_of_a_device_is_that_of_its_precision(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    peaks = [peak_tflops(device, precision, None) for precision in ("fp32", "bf16", "fp16")]
+    assert peaks == [GPUS["H100"].peak_fp32, GPUS["H100"].peak, GPUS["H100"].peak]
+    assert peak_tflops(device, "fp32", 500.0) == 500.0
+    assert peak_tflops(torch.device("cpu"), "fp32", None) is None
 
 
 def test_time_is_a_range_without_a_given_share(run_file, capsys):

@@ -29,6 +29,15 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_whether_it_is_free(tmp_path):
+    with lock_held(tmp_path) as holder:
+        assert f"process {holder.pid}" in str(RunLock(tmp_path).why_not_free())
+    assert RunLock(tmp_path).why_not_free() is None
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write"):
+        RunLock(tmp_path / "file").why_not_free()
+
+
 def test_another_host_s_lock_counts_as_long_as_it_is_renewed(tmp_path, monkeypatch):
     """Act as on a file system where hosts do not see each other's locks."""
     monkeypatch.setattr(run_directory_lock, "WATCHED_FOR", 3)

@@ -91,8 +91,8 @@ def test_dry_run_prints_the_script_and_writes_nothing(here, capsys):
         (["training.steps=0"], "training.steps"),
         (["training.global_batch=6"], "training.global_batch: 6 is not a multiple"),
         (["training.run_directory=runs/hf_abcdefghij", "--time", "30:00"], "the value of HF_TOKEN"),
-        (["--", "words"], "after `--` stand options of sbatch"),
-        (["--", "--comment=a\nb"], "submit: got"),
+        (["--", "words"], "--: got 'words', allowed: options of sbatch, which begin with -"),
+        (["--", "--comment=a\nb"], "--: got"),
     ],
 )
 def test_refused_in_one_line(here, capsys, monkeypatch, words, said):
