@@ -10,7 +10,7 @@ from types import ModuleType
 import benchmarks
 from benchmarks.about import check_output, circumstances, publish
 from l2e_ds.console import CommandParser, exit_code_of, open_streams
-from l2e_ds.distributed.launch import Launch, reported_once
+from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
 from l2e_ds.system.process import leave_process
 
 
@@ -54,7 +54,7 @@ def run(benchmark: ModuleType, arguments: argparse.Namespace) -> int:
         if launch.rank == 0:
             publish(arguments.output, arguments.name, results, benchmark.page(results))
 
-    return reported_once(action) or int(not passed)
+    return run_on_launched_ranks(action) or int(not passed)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,12 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **settings})
 
 
+def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments `run_file`, a path or the name of a recipe, and `overrides`, a list of section.key=value."""
+    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+
+
 def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words before the first `--`, and those after it."""
     words = list(words)

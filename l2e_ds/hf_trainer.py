@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.inhibition import Inhibitor, Settings
-from l2e_ds.inhibition.settings import in_steps
+from l2e_ds.inhibition.settings import steps_of_duration
 from l2e_ds.models.sites import neuron_sites
 
 _SCHEDULE = ("start", "warmup", "decay", "end")
@@ -121,8 +121,10 @@ class InhibitionCallback(TrainerCallback, ExportableState):
         """Warn where the checkpoint was trained in another way. of_checkpoint: what `state` returned then."""
 
         def in_its_steps(settings: dict[str, Any], run_steps: int | None) -> dict[str, Any]:
+            if not run_steps:
+                return settings
             given = {key: settings[key] for key in _SCHEDULE if settings.get(key) is not None}
-            return settings | ({key: in_steps(value, run_steps) for key, value in given.items()} if run_steps else {})
+            return settings | {key: steps_of_duration(value, run_steps) for key, value in given.items()}
 
         before = in_its_steps(of_checkpoint.get("args", {}), of_checkpoint.get("run_steps"))
         now = in_its_steps({"layers": self.layers, **asdict(self.settings)}, self._run_steps)

@@ -19,7 +19,15 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2e_ds.console import READER_IS_GONE, CommandParser, open_streams, parse, reader_is_gone, say
+from l2e_ds.console import (
+    READER_IS_GONE,
+    CommandParser,
+    add_run_file_arguments,
+    open_streams,
+    parse,
+    reader_is_gone,
+    say,
+)
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.run_directory import names
 from l2e_ds.system.process import leave_process, quiet_libraries
@@ -34,8 +42,7 @@ _SYSTEM_ERRORS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    add_run_file_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--ranks", type=int, help="with --dry-run: for so many ranks instead of this launch's")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it

@@ -21,6 +21,7 @@ import pandas as pd
 import torch
 
 from l2e_ds.analysis import PACKAGES, collect, options, tables
+from l2e_ds.analysis.bootstrap import RESAMPLES
 from l2e_ds.analysis.features import FeatureSet, format_report
 from l2e_ds.analysis.load import LoadedModel, check_model, load_model
 from l2e_ds.analysis.summary import Result, sample_of, summary
@@ -28,7 +29,7 @@ from l2e_ds.analysis.tables import Tables
 from l2e_ds.console import at_least, say
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.distributed import collectives, process_group
-from l2e_ds.distributed.launch import Launch, reported_once
+from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
 from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
 from l2e_ds.system.files import is_free, whole_folder
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what counts as one sample: every token, or a text by its neurons' mean or largest activation"
         " (default: %(default)s)",
     )
-    add("--resamples", type=int, default=200, metavar="B", help="bootstrap resamples (default: %(default)s)")
+    add("--resamples", type=int, default=RESAMPLES, metavar="B", help="bootstrap resamples (default: %(default)s)")
     add("--suggest-share", action="store_true", help="print the share k with the lowest FKR, with its interval")
     add("--all-checkpoints", action="store_true", help="MODEL is one run: show how it changed")
     add("--zero3", action="store_true", help="shard the weights over the ranks (ZeRO-3)")
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Return the exit code. Raises ConfigError, CheckpointError, DataError, AnalysisError."""
-    return reported_once(lambda launch: _run(arguments, launch))
+    return run_on_launched_ranks(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:

@@ -100,14 +100,19 @@ class ShownNeuron(NamedTuple):
     highest: float
 
 
-def trim_distribution(neuron: ShownNeuron, counts: np.ndarray, most: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """Return a neuron's distribution without the empty bins at both ends, in at most `most` bins.
+MOST_BINS = 64
+"""The most bins of a distribution that is shown."""
+
+
+def trim_distribution(neuron: ShownNeuron, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a neuron's distribution without the empty bins at both ends, in at most MOST_BINS
+    bins.
 
     counts: activations by feature and bin, int64 [F, VALUE_BINS]. Returns edges [bins + 1] and counts [F, bins].
     """
     used = np.flatnonzero(counts.sum(0))
     first, last = int(used[0]), int(used[-1]) + 1
-    width = math.ceil((last - first) / most)
+    width = math.ceil((last - first) / MOST_BINS)
     last = min(first + width * math.ceil((last - first) / width), VALUE_BINS)
     starts = np.arange(first, last, width)
     edges = np.linspace(neuron.lowest, neuron.highest, VALUE_BINS + 1)

@@ -118,7 +118,7 @@ def _inhibition_steps(config: RunConfig) -> dict[str, int | None]:
     section, steps = config.inhibition, config.training.steps
     if section.method == "none":
         return {}
-    found = {key: section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end")}
+    found = {key: section.steps_of(key, steps) for key in ("start", "warmup", "decay", "end")}
     return found | ({"end": steps} if found["decay"] and found["end"] is None else {})
 
 

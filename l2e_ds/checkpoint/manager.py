@@ -73,16 +73,6 @@ class CheckpointManager:
         """Return the checkpoints under their final names, oldest first, damaged or not."""
         return published_checkpoints(self.directory.parent)
 
-    def complete(self) -> list[Path]:
-        """Return the published checkpoints that have every file of their manifest, oldest first; print the others."""
-        found = []
-        for path in self.published():
-            if problem := manifest.check_files(path):
-                say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
-            else:
-                found.append(path)
-        return found
-
     def find(self, resume: str) -> Path | None:
         """Return the newest undamaged checkpoint that `training.resume` allows, or None for a fresh start. Collective;
         the ranks share the reading. Raises CheckpointError on every rank."""
@@ -175,7 +165,11 @@ class CheckpointManager:
         for part in (prepare, write):
             self._agree_or_remove(_error_of(part), final)
         rank = collectives.rank()
-        task = self._background.submit(lambda: manifest.secure(temporary, manifest.files_of_rank(temporary, rank)))
+
+        def secure() -> manifest.Entries:
+            return manifest.flush_and_describe(temporary, manifest.files_of_rank(temporary, rank))
+
+        task = self._background.submit(secure)
         self._pending = _Pending(final, began, time.perf_counter() - began, task)
 
     def advance(self, until_done: bool = False) -> tuple[int, dict[str, float]] | None:
@@ -307,7 +301,7 @@ class CheckpointManager:
         _together(load_ours, path)
         if elastic and collectives.is_main():
             before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, identity))
-            say(f"resumed elastically: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
+            say(f"resumed on other ranks or another ZeRO stage: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
         return state
 
 

@@ -17,7 +17,7 @@ class TrainState:
 
     step: global batches consumed (= optimizer steps tried); applied: those that changed the weights;
     tokens: consumed in training; evaluated, evaluated_on_tasks: steps of the newest finished evaluations; streams:
-    the position of each set that is a stream, by name (on rank 0); guard: what `guard.judged` remembers;
+    the position of each set that is a stream, by name (on rank 0); guard: what `guard.judge_evaluation` remembers;
     gradient_norms: of the last `training.spike_window` applied steps, where `training.spike_deviations` is given.
     """
 

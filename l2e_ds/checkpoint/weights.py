@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from l2e_ds.checkpoint.manager import CheckpointManager, read_state
+from l2e_ds.checkpoint.manager import read_state
 from l2e_ds.checkpoint.shards import Shards, read_shard
 from l2e_ds.errors import CheckpointError
-from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.manifest import complete_checkpoints, verify
 from l2e_ds.run_directory.names import is_checkpoint, step_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def find_checkpoint(path: Path, step: int | None) -> Path:
     CheckpointError."""
     instead = ""
     if (path / "checkpoints").is_dir():
-        complete = {step_of(checkpoint): checkpoint for checkpoint in CheckpointManager(path).complete()}
+        complete = {step_of(checkpoint): checkpoint for checkpoint in complete_checkpoints(path)}
         wanted = max(complete, default=-1) if step is None else step
         if wanted not in complete:
             present = ", ".join(map(str, complete)) or "none"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -323,7 +324,7 @@ class OptimizerConfig(Section):
                 )
         return self
 
-    def in_steps(self, run_steps: int) -> tuple[int, float, float]:
+    def schedule_lengths(self, run_steps: int) -> tuple[int, float, float]:
         """Return length, warm-up and decay (0 without one) of the schedule, in steps, which as in Megatron are not
         rounded."""
         steps = self.schedule_steps or run_steps
@@ -468,7 +469,7 @@ class InhibitionConfig(Section):
             )
         return self
 
-    def in_steps(self, key: str, steps: int) -> int | None:
+    def steps_of(self, key: str, steps: int) -> int | None:
         """Return the value of `start`, `warmup`, `decay` or `end` in steps, in a run of this many steps; None: not
         given."""
         value: float | None = getattr(self, key)
@@ -627,7 +628,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _schedule_within_the_run(self) -> RunConfig:
         section = self.optimizer
-        steps, warmup, decay = section.in_steps(self.training.steps)
+        steps, warmup, decay = section.schedule_lengths(self.training.steps)
         has_end = section.schedule not in ("inverse-square-root", "constant")
         if has_end and warmup + decay > steps * (1 + 1e-6):
             keys = ["warmup", "decay"] if section.schedule == "warmup-stable-decay" else ["warmup"]
@@ -643,7 +644,7 @@ class RunConfig(Section):
         section, steps = self.inhibition, self.training.steps
         if section.method == "none":
             return self
-        start, warmup, decay, end = (section.in_steps(key, steps) for key in ("start", "warmup", "decay", "end"))
+        start, warmup, decay, end = (section.steps_of(key, steps) for key in ("start", "warmup", "decay", "end"))
         assert start is not None and warmup is not None and decay is not None
         if end is not None and not 0 < end <= steps:
             raise ValueError(f"inhibition.end: got step {end}, allowed: 1 to training.steps, which is {steps}")
@@ -660,6 +661,11 @@ class RunConfig(Section):
     def dump(self) -> str:
         """Return the resolved configuration as YAML; `load_run_config` reads it back to an equal object."""
         return dump_yaml(self.model_dump(mode="json"))
+
+    @property
+    def data_cache(self) -> Path:
+        """The folder of tokenized text: `data.cache`, or `data` in the run directory."""
+        return Path(self.data.cache) if self.data.cache else Path(self.training.run_directory) / "data"
 
     def replace(self, section: str, **values: Any) -> RunConfig:
         """Return a copy with some keys of one section changed."""

@@ -28,7 +28,7 @@ from l2e_ds.data.tokenize import OPTIONS, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError, Interrupted
-from l2e_ds.system.files import fsync_path, identity, write_whole
+from l2e_ds.system.files import file_stamp, fsync_path, write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -254,7 +254,7 @@ def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrai
     """
     options = ("append_eod", "deduplicate", "held_out", "max_documents", "max_tokens", "text_key")
     return {
-        "INPUT": [identity(path) for path in source_files(config)] or config.path,
+        "INPUT": [file_stamp(path) for path in source_files(config)] or config.path,
         "--format": config.source,
         "--tokenizer": tokenizer_digest(tokenizer),
         **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in options},

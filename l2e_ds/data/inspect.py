@@ -194,7 +194,7 @@ def view_of_run(run_file: str) -> View:
     config = load_run_config(run_file)
     _check_batch(config, run_file)
     hf_config = network_config(config.model, config.data.sequence_length)
-    cache = Path(config.data.cache) if config.data.cache else Path(config.training.run_directory) / "data"
+    cache = config.data_cache
     if any(part.streaming for _, _, part in config.data.all_sets()):
         raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
     sets = prepare_sets(config.data, cache, hf_config.vocab_size, config.training.evaluation_sequences)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import platform
 import shutil
@@ -31,13 +30,11 @@ from l2e_ds.data.tokenize import Split, find_split, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
-from l2e_ds.system.files import fsync_path, identity, write_whole
+from l2e_ds.system.files import file_stamp, fsync_path, write_whole
 from l2e_ds.system.provenance import versions
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
-
-logger = logging.getLogger(__name__)
 
 META = "meta.json"
 FORMAT = 2  # increase it when the same configuration must give other files
@@ -211,7 +208,6 @@ def _build_exclusively(config: DataConfig, folder: Path, vocab_size: int) -> Non
             if path.name in (JOURNAL, LOCK, "digests") or path.suffix == ".lengths":
                 path.unlink()
         fsync_path(folder.parent)
-    logger.info("tokenized %s into %s", config.source, folder)
 
 
 def prepare_stream(config: DataConfig, cache: Path, vocab_size: int, evaluated: int) -> PreparedData:
@@ -244,13 +240,13 @@ def _fingerprint(config: DataConfig) -> str:
         files = source_files(config)
         stored["stdlib"] = [platform.python_version(), len(files), sum(path.stat().st_size for path in files)]
     else:
-        stored["files"] = [identity(path) for path in source_files(config)]
+        stored["files"] = [file_stamp(path) for path in source_files(config)]
     if config.source == "hub":
         stored["path"] = config.path
     if config.tokenizer is not None:
         path = Path(config.tokenizer).expanduser()
         local = sorted(path.rglob("*")) if path.is_dir() else [path]
-        stored["tokenizer_files"] = [identity(file) for file in local if file.is_file()]
+        stored["tokenizer_files"] = [file_stamp(file) for file in local if file.is_file()]
     stored["format"] = FORMAT
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -70,7 +70,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def reported_once(action: Callable[[Launch], None]) -> int:
+def run_on_launched_ranks(action: Callable[[Launch], None]) -> int:
     """Run `action` on every rank and return the exit code; an error that all ranks raise alike is raised on rank 0
     only (`is_reported_here`)."""
     launch = find_launch()

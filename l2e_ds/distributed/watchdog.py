@@ -40,7 +40,7 @@ class Watchdog:
 
     def __init__(self, timeout_minutes: float) -> None:
         self.timeout = 60 * timeout_minutes
-        self.also: Callable[[], None] = lambda: None
+        self.at_every_interval: Callable[[], None] = lambda: None
         """Called at every interval, e.g. to give others a sign of life."""
         self._reports: dict[int, dict[str, Any]] = {}  # the newest report of every rank
         self._changed: dict[int, float] = {}  # when each report last changed, by this rank's clock
@@ -89,7 +89,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._is_over():
-            for part in (self.also, self._report, self._look):
+            for part in (self.at_every_interval, self._report, self._look):
                 with contextlib.suppress(Exception):  # no failure of one may prevent the others or the check below
                     part()
             if heartbeat.idle_seconds() > self.timeout:

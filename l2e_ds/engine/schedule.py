@@ -63,4 +63,4 @@ class Schedule:
 
 def schedule_of(config: RunConfig) -> Schedule:
     """Return the schedule of a run whose configuration `engine.configuration.resolve` has completed."""
-    return Schedule(config.optimizer, *config.optimizer.in_steps(config.training.steps))
+    return Schedule(config.optimizer, *config.optimizer.schedule_lengths(config.training.steps))

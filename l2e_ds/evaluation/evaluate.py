@@ -21,7 +21,7 @@ from l2e_ds.checkpoint.weights import DTYPES, PROVENANCE
 from l2e_ds.console import at_least, markdown, say, warn
 from l2e_ds.data.tokenizer import name_end_of_text
 from l2e_ds.distributed import collectives, process_group
-from l2e_ds.distributed.launch import Launch, reported_once
+from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.evaluation.model_source import (
     MODEL,
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Return the exit code. Raises ConfigError, CheckpointError, DataError."""
-    return reported_once(lambda launch: _run(arguments, launch))
+    return run_on_launched_ranks(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:

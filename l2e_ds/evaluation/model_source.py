@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from l2e_ds.checkpoint.manager import CheckpointManager
 from l2e_ds.checkpoint.weights import DTYPES, find_checkpoint, load_network
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.errors import CheckpointError, ConfigError, DataError
 from l2e_ds.models.network import loading_sharded
+from l2e_ds.run_directory.manifest import complete_checkpoints
 from l2e_ds.run_directory.names import is_checkpoint, step_of
 from l2e_ds.system.files import one_line
 
@@ -58,7 +58,7 @@ def all_checkpoints(run: str) -> list[ModelSource]:
     """Return every complete checkpoint of a run, oldest first. Raises CheckpointError if there is none."""
     if not (Path(run) / "checkpoints").is_dir():
         raise CheckpointError(f"--all-checkpoints: {run} is not a run directory")
-    found = CheckpointManager(Path(run)).complete()
+    found = complete_checkpoints(Path(run))
     if not found:
         raise CheckpointError(f"{run}: has no complete checkpoint")
     return [find_model(str(path)) for path in found]

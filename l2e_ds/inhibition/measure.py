@@ -95,9 +95,8 @@ def measure_scores(
     passes: Callable[[Callable[[Tensor | None], None]], None],
     share: float,
     device: torch.device | str,
-    group: Any = None,
 ) -> list[LayerScores]:
-    """Return the scores of each site's layer, the same on every rank. Collective over `group` (default: all ranks).
+    """Return the scores of each site's layer, the same on every rank. Collective.
 
     passes(set_weight): called twice, runs the model over the same batches of this rank each time. Before a forward pass
     it may call set_weight with how many tokens each token counts as, [M, 1] (0: it is left out), or None (1 each).
@@ -125,7 +124,7 @@ def measure_scores(
 
     with observed(sites, add_moments):
         passes(set_weight)
-    moments = [_merge_over_ranks(part, group) for part in moments]
+    moments = [_merge_over_ranks(part) for part in moments]
 
     alive = [is_alive(m.mean, m.variance) for m in moments]
     inverse = [
@@ -144,11 +143,11 @@ def measure_scores(
 
     with observed(sites, add_scores):
         passes(set_weight)
-    all_reduce_sum(tables, group)
+    all_reduce_sum(tables)
     results = []
     for index, site in enumerate(sites):
         live = alive[index]
-        fourth = all_reduce_sum(squares[index], group) / moments[index].count
+        fourth = all_reduce_sum(squares[index]) / moments[index].count
         results.append(
             LayerScores(
                 site.layer,
@@ -161,9 +160,9 @@ def measure_scores(
     return results
 
 
-def _merge_over_ranks(moments: Moments, group: Any) -> Moments:
+def _merge_over_ranks(moments: Moments) -> Moments:
     """Return the moments over all ranks, by sums around their common mean. Collective."""
-    count = all_reduce_sum(moments.count.clone(), group)
-    mean = all_reduce_sum(moments.mean * moments.count, group) / count.clamp(min=1)
-    m2 = all_reduce_sum(moments.m2 + moments.count * (moments.mean - mean).square(), group)
+    count = all_reduce_sum(moments.count.clone())
+    mean = all_reduce_sum(moments.mean * moments.count) / count.clamp(min=1)
+    m2 = all_reduce_sum(moments.m2 + moments.count * (moments.mean - mean).square())
     return Moments(count, mean, m2)

@@ -117,7 +117,7 @@ class Settings:
                     f"Settings.{name}: got {value}, a share of the run, whose length is not known; give whole steps, or"
                     " Inhibitor(..., run_steps=...)"
                 )
-            return in_steps(value, run_steps)
+            return steps_of_duration(value, run_steps)
 
         start, warmup, decay = steps("start"), steps("warmup"), steps("decay")
         end = run_steps if self.end is None else steps("end")
@@ -150,7 +150,7 @@ class Settings:
 _CHOICES = {name: get_args(kind) for name, kind in get_type_hints(Settings).items() if get_origin(kind) is Literal}
 
 
-def in_steps(value: float, run_steps: int) -> int:
+def steps_of_duration(value: float, run_steps: int) -> int:
     """Return a number of steps: an int as it is, a float as a share of the run, rounded down.
 
     Shares that add up to 1 therefore fit into the run.

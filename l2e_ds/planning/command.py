@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 
+from l2e_ds.console import add_run_file_arguments
 from l2e_ds.system.gpus import GPUS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    add_run_file_arguments(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="number of GPUs, one rank each")
     parser.add_argument("--gpu", required=True, metavar="TYPE", help=", ".join(GPUS))
     share = "of the peak, in a whole step (default: a range, by the model's size)"

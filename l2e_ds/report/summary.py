@@ -62,7 +62,7 @@ def summarise(directory: Path, baseline: Path | None = None) -> str:
                 rows.append((f"layer {layer}: {label}", f"{then}{when} -> {now}{_beside(plain, key, _number)}"))
         if baseline is not None:
             rows.append(("without inhibition", about))
-    harmed = guard.seen_in(run.starts, run.evaluations, run.findings)
+    harmed = guard.findings_of_run(run.starts, run.evaluations, run.findings)
     rows += [("warning", f"{seen} (docs/looking-inside.md)") for _, seen, _ in harmed]
     speed = steady_median(run, "tokens_per_second")
     rows.append(("tokens/s", "-" if speed is None else f"{speed:,.0f} (median)"))
@@ -73,7 +73,7 @@ def summarise(directory: Path, baseline: Path | None = None) -> str:
 
 def _before_inhibition(config: RunConfig, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the last evaluation before inhibition began, or the first one if it has not begun."""
-    begins = config.inhibition.in_steps("start", config.training.steps) or 0
+    begins = config.inhibition.steps_of("start", config.training.steps) or 0
     before = [line for line in evaluations if line["step"] <= begins]
     is_inhibited = config.inhibition.method != "none" and evaluations[-1]["step"] > begins
     return before[-1] if is_inhibited and before else evaluations[0]

@@ -85,7 +85,7 @@ def _of_run(run: Run) -> Iterator[Notice]:
         if lost:
             text = f"{run.name}: {name} loss, in {len(lost):,} of {len(lines):,} lines, first at step {lost[0]:,}"
             yield Notice("loss that is not finite", text)
-    for name, seen, advice in guard.seen_in(run.starts, run.evaluations, run.findings):
+    for name, seen, advice in guard.findings_of_run(run.starts, run.evaluations, run.findings):
         yield Notice(_HARM[name], f"{run.name}: {seen}{advice and f'; {advice}'}")
     target = run.config["inhibition.target_share"]
     for layer in run.layers:

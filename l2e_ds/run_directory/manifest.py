@@ -15,8 +15,9 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from l2e_ds.console import say
 from l2e_ds.distributed import heartbeat
-from l2e_ds.run_directory.names import MANIFEST, is_checkpoint, step_of
+from l2e_ds.run_directory.names import MANIFEST, is_checkpoint, published_checkpoints, step_of
 from l2e_ds.system.files import fsync_path
 
 STATE = "state.json"
@@ -47,7 +48,18 @@ def files_of_rank(folder: Path, rank: int) -> list[Path]:
     return sorted(owned)
 
 
-def secure(folder: Path, paths: Iterable[Path]) -> Entries:
+def complete_checkpoints(run_directory: Path) -> list[Path]:
+    """Return the checkpoints that have every file of their manifest, oldest first; print the others."""
+    found = []
+    for path in published_checkpoints(run_directory):
+        if problem := check_files(path):
+            say(f"l2e-ds: checkpoint {path}: {problem}; it is not used")
+        else:
+            found.append(path)
+    return found
+
+
+def flush_and_describe(folder: Path, paths: Iterable[Path]) -> Entries:
     """Flush files to the disk and return their entries in the manifest. Raises OSError."""
     entries: Entries = {}
     for path in paths:

@@ -34,6 +34,11 @@ class TaskResult:
     cut: int
     precision: str | None
 
+    @property
+    def key(self) -> str:
+        """The name of the metric in metrics.jsonl and results.csv: TASK/N-shot/METRIC."""
+        return f"{self.task}/{self.num_fewshot}-shot/{self.metric}"
+
 
 def read_results(run: Path) -> list[TaskResult]:
     """Return every metric of every task, ordered by step: of those in the same way the newest, if that is finite.

@@ -13,15 +13,14 @@ from pathlib import Path
 
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.console import at_least
+from l2e_ds.console import add_run_file_arguments, at_least
 from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import Resources
 from l2e_ds.system.process import quiet_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    add_run_file_arguments(parser)
     sbatch.add_resource_arguments(parser, required=True)
     parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
 

@@ -230,7 +230,7 @@ def _task_results(lines: Iterable[dict[str, Any]], without: Collection[str] = ()
     for line in sorted(lines, key=lambda line: _documents(line.get("limit"))):
         for result in results_of(line):
             if result.part_of is None and result.task not in without:
-                name = f"{result.task}/{result.num_fewshot}-shot/{result.metric}"
+                name = result.key
                 values |= {name: result.value, f"{name}_stderr": result.stderr}
     return values
 

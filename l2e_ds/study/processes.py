@@ -44,7 +44,11 @@ class Place:
 
 
 def places(devices: int | None, ranks: int | None, environment: Mapping[str, str]) -> list[Place]:
-    """Return a place for each run at a time. Raises ConfigError for more devices than there are."""
+    """Return where runs are computed: one place for each run that is computed at the same time.
+
+    devices: how many runs at a time, each on one device. ranks: of one run at a time (default: all GPUs, on CPUs 1).
+    environment: this process's variables. Raises ConfigError for more devices than there are, and for both numbers.
+    """
     import torch
 
     if devices is not None and ranks is not None:

@@ -29,7 +29,7 @@ STOPPED = Interrupted.exit_code
 
 
 @dataclass
-class Job:
+class RunAtWork:
     """Holds a run and the process that works for it.
 
     begun: "train" and the commands of evaluations, of which the last is under way; log_begins: the size of its log in
@@ -60,13 +60,13 @@ class Runner:
         renew: Callable[[], None] = lambda: None,
     ) -> None:
         self.directory, self.evaluations, self.restarts = directory, evaluations, restarts
-        self.waiting = [Job(name) for name in names]
-        self.running: list[Job] = []
+        self.waiting = [RunAtWork(name) for name in names]
+        self.running: list[RunAtWork] = []
         self.free = list(where)
         self.failed: dict[str, tuple[int, str]] = {}
         """Exit code and reason, by name."""
         self.stopped: list[str] = []
-        self.total, self.places = len(names), len(where)
+        self.total, self.place_count = len(names), len(where)
         self.seconds: list[float] = []  # durations of the runs that this call began and finished
         self._renew, self._renewed = renew, 0.0
         self._signals_passed = 0
@@ -111,11 +111,11 @@ class Runner:
             else:
                 job.child.kill()
 
-    def _state(self, job: Job) -> State:
+    def _state(self, job: RunAtWork) -> State:
         steps = config_of(self.directory, job.name).training.steps
         return state_of(run_directory(self.directory, job.name), steps, self.evaluations)
 
-    def _log(self, job: Job) -> Path:
+    def _log(self, job: RunAtWork) -> Path:
         return self.directory / "logs" / f"{job.name}.log"
 
     def _start_waiting(self) -> None:
@@ -133,7 +133,7 @@ class Runner:
             say(f"{job.name}: begins ({state}); log: {self._log(job)}")
             self._continue(job)
 
-    def _is_busy(self, job: Job) -> bool:
+    def _is_busy(self, job: RunAtWork) -> bool:
         """Return whether another process writes there. After `training.timeout` the run counts as failed."""
         now = time.monotonic()
         if now < job.look_at:
@@ -160,7 +160,7 @@ class Runner:
         job.look_at = now + LOOK_AGAIN
         return True
 
-    def _continue(self, job: Job) -> None:
+    def _continue(self, job: RunAtWork) -> None:
         """Start the next process for a run, or finish the run."""
         assert job.place is not None
         state = self._state(job)
@@ -189,7 +189,7 @@ class Runner:
         job.log_begins = log.stat().st_size if log.is_file() else 0
         job.child = Child(command, {**without_launcher(os.environ), **job.place.environment}, log)
 
-    def _handle_end(self, job: Job) -> None:
+    def _handle_end(self, job: RunAtWork) -> None:
         """Deal with a process that has ended."""
         assert job.child is not None
         code = job.child.process.returncode
@@ -205,7 +205,7 @@ class Runner:
         else:
             self._fail(job, code, self._reason(job, code))
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: RunAtWork) -> None:
         seconds = time.monotonic() - job.began
         self._free_place(job)
         if job.began_at_step == 0:
@@ -214,19 +214,19 @@ class Runner:
         done = self.total - left - len(self.failed) - len(self.stopped)
         text = f"{job.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
         if left and self.seconds:
-            text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.places)} left"
+            text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.place_count)} left"
         say(text)
 
-    def _free_place(self, job: Job) -> None:
+    def _free_place(self, job: RunAtWork) -> None:
         assert job.place is not None
         self.running.remove(job)
         self.free.append(job.place)
 
-    def _fail(self, job: Job, code: int, why: str) -> None:
+    def _fail(self, job: RunAtWork, code: int, why: str) -> None:
         self.failed[job.name] = (code, why)
         say(f"{job.name}: failed: {why}")
 
-    def _reason(self, job: Job, code: int) -> str:
+    def _reason(self, job: RunAtWork, code: int) -> str:
         """Return the last error in the log of a run."""
         with self._log(job).open("rb") as file:
             file.seek(job.log_begins)

@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         usage="python -m l2e_ds.supervise [--restarts N] RUN.yaml [section.key=value ...] -- LAUNCHER ..."
     )
     parser.add_argument("--restarts", metavar="N", default=os.environ.get("L2E_DS_RESTARTS") or "3")
-    parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    console.add_run_file_arguments(parser)
     arguments = parser.parse_args(words)
     try:
         if not launcher:

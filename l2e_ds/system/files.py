@@ -74,7 +74,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def identity(path: Path) -> list[str | int]:
+def file_stamp(path: Path) -> list[str | int]:
     """Return what a file of the input is recognised by, as JSON: name, bytes, time of its last change in ns."""
     status = path.stat()
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]

@@ -48,7 +48,7 @@ class Finding:
         return {**ratio, **compared, "reference_step": self.reference_step, "text": self.seen}
 
 
-def judged(
+def judge_evaluation(
     memory: Mapping[str, Any],
     step: int,
     values: Mapping[str, float],
@@ -95,7 +95,7 @@ def judged(
             if in_a_row[place] < needed or place in memory["found"]:
                 continue
             key = "top_share_score" if name == "rose" else "mean_s"
-            seen = change(name, int(layer), memory["step"], reference[layer][key], step, now[layer][key])
+            seen = describe_change(name, int(layer), memory["step"], reference[layer][key], step, now[layer][key])
             seen += f", {_named(comparison)} without inhibition to {common[key]:.0%}" if comparison else ""
             seen += f", {LONG} evaluations in a row" if needed > 1 else ""
             seen += "" if comparison else "; there is no layer without inhibition to compare with"
@@ -111,7 +111,7 @@ _WORDS = {
 }
 
 
-def change(name: str, layer: int, first_step: int, first: float, step: int, last: float) -> str:
+def describe_change(name: str, layer: int, first_step: int, first: float, step: int, last: float) -> str:
     """Return a change in words, for the progress line, the report and the summary. name: as in `Finding`.
 
     first, last: mean S, or for `rose` the MS of the top share, at first_step and at step.
@@ -120,7 +120,7 @@ def change(name: str, layer: int, first_step: int, first: float, step: int, last
     return f"layer {layer} {what} at step {first_step:,} ({first:.3g} to {last:.3g} at step {step:,})"
 
 
-def seen_in(
+def findings_of_run(
     starts: Sequence[Mapping[str, Any]], evaluations: Sequence[dict], findings: Sequence[Mapping[str, Any]]
 ) -> list[tuple[str, str, str]]:
     """Return what was found in a run: name, what was seen, and advice, for each finding.
@@ -141,7 +141,7 @@ def seen_in(
         first, last = first_and_last(evaluations, layer_key(layer, "mean_s"))
         said = any(layer_key(layer, "shrank") in line for line in findings)
         if first and last is not None and last / first < SHRUNK and not said:
-            found.append(("shrank", change("shrank", layer, steps[0], first, steps[1], last), ""))
+            found.append(("shrank", describe_change("shrank", layer, steps[0], first, steps[1], last), ""))
     return found
 
 

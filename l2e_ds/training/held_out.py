@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_held_out(
     engine: Any,
     head: LossHead,
     config: RunConfig,

@@ -103,7 +103,7 @@ def _check_machine(run: ResolvedRun) -> None:
         place = _nearest("training.run_directory", folder)
         if not place.is_dir() or not os.access(place, os.W_OK):
             raise ConfigError(f"training.run_directory: cannot write below {place}")
-    _nearest("data.cache", Path(config.data.cache) if config.data.cache else directory / "data")
+    _nearest("data.cache", config.data_cache)
     resume = Path(config.training.resume)
     is_elsewhere = config.training.resume not in ("auto", "never") and not published_checkpoints(directory)
     if is_elsewhere and not resume.is_dir():
@@ -156,7 +156,7 @@ def summary_rows(run: ResolvedRun) -> list[tuple[str, str]]:
     what = "none (no inhibition; observed at evaluation)"
     if section.method != "none":
         what = f"{section.method} ({' + '.join(section.retrieval_and_mechanism)}) from step"
-        what += f" {section.in_steps('start', config.training.steps):,}"
+        what += f" {section.steps_of('start', config.training.steps):,}"
     for name, value in (("strength", section.strength), ("coefficient", section.coefficient)):
         if section.method != "none" and value is not None:
             what += f", {section.loss} loss at {name} {value:g}"

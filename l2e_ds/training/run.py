@@ -46,7 +46,7 @@ def train(run: ResolvedRun, launch: Launch) -> None:
         preemption.watch(directory, config.training.time_limit)
         lock = RunLock(directory)  # no other run may write there
         collectives.run_on_all(lambda: lock.acquire() if collectives.is_main() else None)
-        watchdog.also = partial(_keep, lock)
+        watchdog.at_every_interval = partial(_renew_or_end, lock)
         try:
             checkpoints = open_checkpoints(config)  # first, as a refused or finished run must stay as it is
             if not collectives.broadcast_object(is_finished(config, checkpoints)):
@@ -58,7 +58,7 @@ def train(run: ResolvedRun, launch: Launch) -> None:
     process_group.leave()
 
 
-def _keep(lock: RunLock) -> None:
+def _renew_or_end(lock: RunLock) -> None:
     """Renew the lock, as a sign of life, but end this process if another run holds it by now: both would write."""
     if lock.is_taken():
         say(f"l2e-ds: error: another run has taken {lock.path}, as this one gave no sign of life: it was frozen")
@@ -72,7 +72,7 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
     directory = Path(config.training.run_directory)
 
     def prepare() -> tuple[list[PreparedData], list[PreparedText]]:
-        cache = Path(config.data.cache) if config.data.cache else directory / "data"
+        cache = config.data_cache
         evaluated = config.training.evaluation_sequences
         sets = prepare_sets(config.data, cache, run.hf_config.vocab_size, evaluated)
         tokenizer = config.data.tokenizer or f"{sets[0].directory}/tokenizer"  # the latter was trained on the data

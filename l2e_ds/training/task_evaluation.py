@@ -51,11 +51,7 @@ class TaskEvaluation:
                     append_line(path, evaluation)
             except OSError as error:  # as in metrics.jsonl, a full disk costs lines, but not the run
                 warn(f"{path}: {error.strerror}; the results are lost")
-            values |= {
-                f"{result.task}/{result.num_fewshot}-shot/{result.metric}": result.value
-                for result in results.results_of(evaluation)
-                if result.part_of is None
-            }
+            values |= {result.key: result.value for result in results.results_of(evaluation) if result.part_of is None}
         return values
 
 

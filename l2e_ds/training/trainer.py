@@ -36,7 +36,7 @@ from l2e_ds.system import gpus
 from l2e_ds.system.determinism import deterministic_algorithms
 from l2e_ds.training import guard, metrics, preemption
 from l2e_ds.training.building import TrainingStack, forward_and_backward
-from l2e_ds.training.held_out import Samples, evaluate, evaluate_texts
+from l2e_ds.training.held_out import Samples, evaluate_held_out, evaluate_texts
 from l2e_ds.training.interval import Interval
 from l2e_ds.training.layer_gradients import LayerGradients
 from l2e_ds.training.loader import Loader
@@ -211,7 +211,7 @@ class Trainer(AbstractContextManager):
             on_held_out = on_held_out and bool(self.held_out)
             save_is_due = self._checkpoint_is_due(self.state.step)
             if on_held_out:
-                self.evaluate()
+                self.evaluate_on_held_out()
             if on_tasks:
                 self.evaluate_on_tasks()
             if save_is_due:
@@ -313,11 +313,11 @@ class Trainer(AbstractContextManager):
         """Return this rank's sequences of a global batch, [accumulation, B, T+1] int64. Runs in the loader's thread."""
         return self.sequences.read(step, collectives.rank(), collectives.size(), self.batch.micro_batch)
 
-    def evaluate(self) -> None:
+    def evaluate_on_held_out(self) -> None:
         """Evaluate on held-out text and write the metrics of `kind: evaluation`. Collective. Raises Interrupted."""
         heartbeat.progress(f"the evaluation of step {self.state.step}")
         with self._interval.paused():
-            values = evaluate(self.engine, self.head, self.config, self.held_out, self.sites, self.comparison)
+            values = evaluate_held_out(self.engine, self.head, self.config, self.held_out, self.sites, self.comparison)
             texts, samples = self.data.texts, self.data.samples
             if texts:
                 values |= evaluate_texts(self.engine, self.head, texts)
@@ -339,7 +339,7 @@ class Trainer(AbstractContextManager):
         if settings.end is not None and steps > settings.end:
             return
         inhibited, comparison = ([site.layer for site in sites] for sites in (self.sites, self.comparison))
-        found = guard.judged(
+        found = guard.judge_evaluation(
             self.state.guard, self.state.step, values, inhibited, comparison, has_begun=steps > settings.start
         )
         # Rank 0 decides, as sums on GPUs differ between ranks in their last digits.

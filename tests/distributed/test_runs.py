@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from l2e_ds.checkpoint.changes import saved_config
-from l2e_ds.checkpoint.manager import CheckpointManager, open_checkpoints, read_state
+from l2e_ds.checkpoint.manager import open_checkpoints, read_state
 from l2e_ds.checkpoint.weights import checkpoint_weights
 from l2e_ds.cli import main
 from l2e_ds.export.export import export
-from l2e_ds.run_directory.manifest import verify
+from l2e_ds.run_directory.manifest import complete_checkpoints, verify
 from l2e_ds.run_directory.metrics import keep_lines
 from l2e_ds.run_directory.results import FILE, read_results
 from l2e_ds.training.monitors import WANDB_ID
@@ -545,7 +545,7 @@ def test_exported_master_weights_round_to_the_engine_s(runs, name):
 
 @pytest.mark.full
 def test_checkpoints_at_pythias_steps(runs):
-    kept = [path.name for path in CheckpointManager(runs / "pythia-checkpoints").complete()]
+    kept = [path.name for path in complete_checkpoints(runs / "pythia-checkpoints")]
     assert kept == ["step00000004", "step00000005", "step00000008", "step00000010"]
     assert (runs / "pythia-checkpoints/checkpoints/latest").read_text().strip() == kept[-1]
 

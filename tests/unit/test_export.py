@@ -10,7 +10,7 @@ def checkpoint(run, step, complete=True):
     folder = run / "checkpoints" / f"step{step:08d}"
     folder.mkdir(parents=True)
     (folder / "shard.pt").write_bytes(b"12345")
-    manifest.write_manifest(folder, manifest.secure(folder, [folder / "shard.pt"]))
+    manifest.write_manifest(folder, manifest.flush_and_describe(folder, [folder / "shard.pt"]))
     if not complete:
         (folder / "shard.pt").write_bytes(b"1234")
     return folder

@@ -6,7 +6,7 @@ import pytest
 
 from l2e_ds.config.sections import InhibitionConfig
 from l2e_ds.models.sites import comparison_layers
-from l2e_ds.training.guard import advice, judged, seen_in
+from l2e_ds.training.guard import advice, findings_of_run, judge_evaluation
 
 
 def evaluation(own=(1.0, 1.0), others=(1.0, 1.0)) -> dict[str, float]:
@@ -26,7 +26,7 @@ def found(*table, comparison=(1, 4), began=1, memory=None):
     through JSON. began: the first evaluation after inhibition began."""
     said, memory = [], memory or {}
     for place, line in enumerate(table):
-        memory, findings = judged(memory, 10 * place, line, (2, 3), comparison, place >= began)
+        memory, findings = judge_evaluation(memory, 10 * place, line, (2, 3), comparison, place >= began)
         memory = json.loads(json.dumps(memory))
         said += [(10 * place, finding.layer, finding.name) for finding in findings]
     return said
@@ -91,7 +91,12 @@ def test_reference_is_the_newest_evaluation_before_inhibition():
 
 
 @pytest.mark.parametrize(
-    "memory", [{}, judged({}, 0, START, (2,), (1,), False)[0], judged({}, 0, START, (2, 3), (), False)[0]]
+    "memory",
+    [
+        {},
+        judge_evaluation({}, 0, START, (2,), (1,), False)[0],
+        judge_evaluation({}, 0, START, (2, 3), (), False)[0],
+    ],
 )
 def test_without_a_reference_the_first_evaluation_is_it(memory):
     """A checkpoint from before there was a guard, or of another choice of layers."""
@@ -114,9 +119,9 @@ def test_layers_that_are_dead_or_not_finite_say_nothing():
 
 
 def test_what_is_said():
-    memory, _ = judged({}, 1000, START, (2, 3), (1, 4), False)
+    memory, _ = judge_evaluation({}, 1000, START, (2, 3), (1, 4), False)
     line = evaluation((0.4, 1.0), (0.95, 1.0)) | {"layer3/mean_s": 0.3}
-    memory, (finding,) = judged(memory, 2000, line, (2, 3), (1, 4), True)
+    memory, (finding,) = judge_evaluation(memory, 2000, line, (2, 3), (1, 4), True)
     assert finding.seen == (
         "layer 2 shrank to 40% of its mean S at step 1,000 (0.3 to 0.12 at step 2,000), layers 1 and 4 without"
         " inhibition to 95%"
@@ -130,7 +135,7 @@ def test_what_is_said():
 def test_what_is_said_without_comparison():
     memory, small = {}, evaluation((0.4, 1.0)) | {"layer3/mean_s": 0.3}
     for step, line in enumerate([START, small, small, small]):
-        memory, findings = judged(memory, step, line, (2, 3), (), step > 0)
+        memory, findings = judge_evaluation(memory, step, line, (2, 3), (), step > 0)
     assert [finding.seen for finding in findings] == [
         "layer 2 shrank to 40% of its mean S at step 0 (0.3 to 0.12 at step 3), 3 evaluations in a row; there is no"
         " layer without inhibition to compare with"
@@ -141,7 +146,7 @@ def test_what_is_said_without_comparison():
 def test_what_is_said_of_ms():
     memory, high = {}, evaluation((1.0, 1.5)) | {"layer3/top_share_score": 14.0}
     for step, line in enumerate([START, high, high, high]):
-        memory, findings = judged(memory, step, line, (2, 3), (1, 4), step > 0)
+        memory, findings = judge_evaluation(memory, step, line, (2, 3), (1, 4), step > 0)
     assert [finding.seen for finding in findings] == [
         "layer 2 is more monosemantic than without inhibition: the MS of its top share went to 150% of that at step 0"
         " (14 to 21 at step 3), layers 1 and 4 without inhibition to 100%, 3 evaluations in a row"
@@ -187,9 +192,9 @@ def test_comparison_layers(inhibited, layers, expected):
 def test_a_run_without_a_guard_is_judged_by_its_first_and_last_evaluation():
     evaluations = [{"step": step, "layer2/mean_s": scale} for step, scale in ((0, 0.3), (50, 0.1), (100, 0.12))]
     shrank = ("shrank", "layer 2 shrank to 40% of its mean S at step 0 (0.3 to 0.12 at step 100)", "")
-    assert seen_in([{}], evaluations, []) == [shrank]
-    assert seen_in([{"guard": "warn"}], evaluations, []) == []
+    assert findings_of_run([{}], evaluations, []) == [shrank]
+    assert findings_of_run([{"guard": "warn"}], evaluations, []) == []
     line = {"layer2/shrank": 0.33, "text": "seen", "advice": "do"}
     for starts in ([{"guard": "warn"}], [{"guard": "warn"}, {}]):
-        assert seen_in(starts, evaluations, [line]) == [("shrank", "seen", "do")]
-    assert seen_in([{}], [], []) == []
+        assert findings_of_run(starts, evaluations, [line]) == [("shrank", "seen", "do")]
+    assert findings_of_run([{}], [], []) == []

@@ -21,7 +21,7 @@ def make(folder, step=7):
     (path / "state.json").write_text(json.dumps({"train": {"step": step}, "identity": {"ranks": 12, "zero_stage": 1}}))
     entries = {}
     for rank in (0, 11):
-        entries |= manifest.secure(path, manifest.files_of_rank(path, rank))
+        entries |= manifest.flush_and_describe(path, manifest.files_of_rank(path, rank))
     manifest.write_manifest(path, entries)
     return path
 

@@ -140,7 +140,7 @@ def test_rotary_settings_stand_under_their_older_names_too(tmp_path, kind, rotar
     checkpoint = next((run / "checkpoints").iterdir())
     files = [checkpoint / "mp_rank_00_model_states.pt", checkpoint / "state.json"]
     torch.save({"module": model.state_dict()}, files[0])
-    manifest.write_manifest(checkpoint, manifest.secure(checkpoint, files))
+    manifest.write_manifest(checkpoint, manifest.flush_and_describe(checkpoint, files))
     folder = export(run, tmp_path / "exported")
     config = json.loads((folder / "config.json").read_text())
     theta, part = ("rotary_emb_base", "rotary_pct") if hf_config.model_type == "gpt_neox" else ("rope_theta", "")

@@ -140,7 +140,7 @@ def test_a_model_that_is_not_finite_is_refused(run, tmp_path, capsys):
     weights = torch.load(files[0])
     weights["module"]["gpt_neox.final_layer_norm.bias"][0] = float("nan")
     torch.save(weights, files[0])
-    manifest.write_manifest(checkpoint, manifest.secure(checkpoint, files))
+    manifest.write_manifest(checkpoint, manifest.flush_and_describe(checkpoint, files))
     for temperature in ("0", "1"):
         assert main(["generate", str(bad), "--prompt", "a", "--temperature", temperature]) == 2
         assert "its logits are not finite" in capsys.readouterr().err

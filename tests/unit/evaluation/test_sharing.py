@@ -56,7 +56,7 @@ def make_run(run: Path, changes: dict | None = None, steps: tuple[int, ...] = (S
         identity = {"zero_stage": 0, "precision": "fp32", "ranks": 2, "layers": [1, 2]}
         state = {"train": {"step": step, "tokens": 256 * step}, "identity": identity, "config": config}
         (folder / "state.json").write_text(json.dumps(state))
-        manifest.write_manifest(folder, manifest.secure(folder, [weights, folder / "state.json"]))
+        manifest.write_manifest(folder, manifest.flush_and_describe(folder, [weights, folder / "state.json"]))
     start = {"train_tokens": 2560, "versions": {"torch": HOSTILE}, "git": {"commit": "0123abc", "changed": False}}
     figures = {"layer1/mean_s": 0.5, "layer1/selected_score": 11.0, "layer1/tau": 6.0}
     lines = [
