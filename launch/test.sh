@@ -2,7 +2,7 @@
 # Installs what the tests need (pinned), then checks the code, builds the docs and runs the tests.
 #
 # usage: launch/test.sh             lint, types, imports, unit tests, and each promise of the README once on real ranks
-#        launch/test.sh --full      all tests, as CI does
+#        launch/test.sh --full      all tests but those marked `short`, as CI does
 #        launch/test.sh WORDS ...   pytest WORDS, without lint and types    e.g. launch/test.sh tests/unit -k threshold
 #
 # REPORT: a JUnit file to write; WORKERS: tests at a time

@@ -301,7 +301,7 @@ class CheckpointManager:
         _together(load_ours, path)
         if elastic and collectives.is_main():
             before, after = (f"{one['ranks']} ranks, ZeRO {one['zero_stage']}" for one in (saved, identity))
-            say(f"resumed on other ranks or another ZeRO stage: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
+            say(f"resumed in another layout: {before} -> {after}".replace(" 1 ranks", " 1 rank"))
         return state
 
 

@@ -417,10 +417,10 @@ class InhibitionConfig(Section):
     coefficient: float | None = Field(None, ge=0)
     """Instead of `strength`: lambda, the weight of the inhibition loss."""
     start: Duration = 0
-    """Step, or share of `training.steps`, at which inhibition begins. The default is the paper's; the recipes and
-    `l2e-ds init` set 0.3."""
+    """Step, or share of `training.steps`, at which inhibition begins. The default is the paper's; the recipes of
+    Pythia's sizes and `l2e-ds init` set 0.3."""
     warmup: Duration = 0
-    """Steps, or share, over which inhibition rises linearly after `start`. The recipes and `l2e-ds init` set 0.2."""
+    """Steps, or share, over which inhibition rises linearly after `start`. The same recipes set 0.2."""
     decay: Duration = 0
     """Steps, or share, over which inhibition falls linearly before `end`."""
     end: Duration | None = None
@@ -433,8 +433,8 @@ class InhibitionConfig(Section):
     """One compiled pass over the activations (docs/speed.md), for `threshold`, `regulariser` and `reduce: step`.
     `auto`: on GPUs, and on CPUs from a million activations per layer and micro-batch."""
     guard: Literal["warn", "stop", "off"] = "warn"
-    """What to do when inhibition harms a layer (docs/looking-inside.md): warn, or also save and end with exit code
-    3."""
+    """What to do when inhibition harms a layer (docs/looking-inside.md): warn, or also save and end with exit code 3
+    (`stop`, which needs held-out evaluations)."""
 
     @model_validator(mode="after")
     def _method_parts(self) -> InhibitionConfig:
@@ -518,7 +518,7 @@ class LoggingConfig(Section):
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak of one device in TFLOP/s, for MFU. Default: from a table of known accelerators."""
+    """Peak of one device in TFLOP/s, for MFU. Default: the run's precision in a table of known accelerators."""
     layer_gradients: bool = False
     """On each line also the norm of the gradient of each layer's weights (docs/looking-inside.md)."""
     profile: list[int] | None = Field(None, min_length=2, max_length=2)
@@ -613,13 +613,10 @@ class RunConfig(Section):
         if profile is not None and profile[1] > steps:
             raise ValueError(f"logging.profile: got {profile}, allowed: up to training.steps, which is {steps}")
         key = next((key for key in ("texts", "samples") if getattr(self.evaluation, key)), None)
-        evaluated = f"evaluation.{key}" if key is not None else None
-        if self.inhibition.guard == "stop" and self.inhibition.method != "none":
-            evaluated = "inhibition.guard: stop"  # which judges after held-out evaluations
-        if evaluated is not None and not self.training.evaluate_every:
-            raise ValueError(f"training.evaluate_every: got 0 with {evaluated}, allowed: an integer > 0")
-        if evaluated is not None and not any(part.held_out for _, _, part in self.data.all_sets()):
-            raise ValueError(f"data.held_out: got 0 with {evaluated}, allowed: a number > 0")
+        if key is not None and not self.training.evaluate_every:
+            raise ValueError(f"training.evaluate_every: got 0 with evaluation.{key}, allowed: an integer > 0")
+        if key is not None and not any(part.held_out for _, _, part in self.data.all_sets()):
+            raise ValueError(f"data.held_out: got 0 with evaluation.{key}, allowed: a number > 0")
         key = "every" if self.evaluation.every else key
         if key is not None and self.data.tokenizer is None and self.data.train_tokenizer is None:
             raise ValueError(f"data.tokenizer is required with evaluation.{key}")

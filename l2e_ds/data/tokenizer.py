@@ -148,8 +148,8 @@ def end_of_text_id(tokenizer: PreTrainedTokenizerFast) -> int:
     if found is not None:
         return found
     raise DataError(
-        f"has neither an eos_token nor one of {', '.join(_ENDS)} to end a document with; name an eos_token in its"
-        " tokenizer_config.json, or take another tokenizer",
+        f"has neither an eos_token nor one of {', '.join(_ENDS)} to end a document with; give a folder whose"
+        " tokenizer_config.json names an eos_token, or another tokenizer",
         where=("data.tokenizer", tokenizer.name_or_path),
     )
 

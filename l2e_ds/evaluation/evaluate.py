@@ -22,7 +22,7 @@ from l2e_ds.console import at_least, markdown, say, warn
 from l2e_ds.data.tokenizer import name_end_of_text
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
-from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.errors import ConfigError, DataError, L2EError
 from l2e_ds.evaluation.model_source import (
     MODEL,
     ModelSource,
@@ -81,6 +81,9 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         tasks = collectives.run_on_main(lambda: _load_tasks(arguments))
         for source in sources:
             _evaluate(arguments, source, tasks, device)
+    except L2EError as error:
+        error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
+        raise
     finally:
         process_group.leave()
 
@@ -128,11 +131,7 @@ def _output(arguments: argparse.Namespace, source: ModelSource) -> Path:
 def _load_tasks(arguments: argparse.Namespace) -> Tasks:
     from l2e_ds.evaluation.harness import load_tasks  # imports lm-eval, an optional dependency
 
-    try:
-        return load_tasks(arguments.tasks, arguments.include_path, arguments.num_fewshot)
-    except (ConfigError, DataError) as error:
-        error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
-        raise
+    return load_tasks(arguments.tasks, arguments.include_path, arguments.num_fewshot)
 
 
 def _evaluate(arguments: argparse.Namespace, source: ModelSource, tasks: Tasks | None, device: torch.device) -> None:

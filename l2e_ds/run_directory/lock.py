@@ -11,7 +11,8 @@ import json
 import os
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
@@ -27,20 +28,28 @@ WATCHED_FOR = 3 * RENEWED_EVERY
 class RunLock:
     """The lock of one run directory, or of a study's folder; hold it (`with`) before anything is written there.
 
-    where: what gave the folder, to begin an error. what: what works there.
+    where: what gave the folder, to begin an error. what: what works there. tick: called every second while the lock of
+    another host is watched.
     """
 
-    def __init__(self, directory: Path, where: str = "training.run_directory", what: str = "run") -> None:
-        self.path, self.where, self.what = directory / NAME, where, what
+    def __init__(
+        self,
+        directory: Path,
+        where: str = "training.run_directory",
+        what: str = "run",
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.path, self.where, self.what, self.tick = directory / NAME, where, what, tick
         self._descriptor: int | None = None
         self._content: dict[str, str | int] = {}
 
     def acquire(self) -> None:
         """Take the lock. Raises ConfigError if another run, here or on another host, is alive, or the file cannot be
         made."""
-        refusal = self._acquire()
-        if refusal is not None:
-            raise refusal
+        try:
+            self._acquire()
+        except OSError as error:
+            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
 
     def __enter__(self) -> RunLock:
         self.acquire()
@@ -50,45 +59,39 @@ class RunLock:
         self.release()
 
     def why_not_free(self) -> ConfigError | None:
-        """Take the lock and give it back, and return None; or return the refusal, if another run holds it. This takes
-        WATCHED_FOR seconds where the holder is on another host. Raises ConfigError if the file cannot be made."""
-        refusal = self._acquire()
-        if refusal is None:
-            self.release()
-        return refusal
-
-    def _acquire(self) -> ConfigError | None:
+        """Take the lock and give it back, and return None; or return why it cannot be taken now. This takes up to
+        WATCHED_FOR seconds where the lock is of another host."""
         try:
-            return self._acquire_or_refuse()
-        except OSError as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror or error}", where=self.where) from None
+            self.acquire()
+        except ConfigError as error:
+            return error
+        self.release()
+        return None
 
-    def _acquire_or_refuse(self) -> ConfigError | None:
+    def _acquire(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            trusted = [None, socket.gethostname()]  # hosts whose locks this one would have seen
-            try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
+            with ExitStack() as otherwise:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                otherwise.callback(os.close, descriptor)
+                trusted = [None, socket.gethostname()]  # hosts whose locks this one would have seen
+                try:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (BlockingIOError, PermissionError):
+                    raise self._refusal(self._holder(descriptor)) from None
+                except OSError:
+                    trusted = [None]  # a file system without locks (Lustre without -o flock): only signs of life remain
+                if not still_named(descriptor, self.path):  # removed by its holder between our open and our lock
+                    continue
                 holder = self._holder(descriptor)
-                os.close(descriptor)
-                return self._refusal(holder)
-            except OSError:
-                trusted = [None]  # a file system without locks (Lustre without -o flock): only signs of life remain
-            if not still_named(descriptor, self.path):  # removed by its holder between our open and our lock
-                os.close(descriptor)
-                continue
-            holder = self._holder(descriptor)
-            if holder.get("host") not in trusted and self._is_renewed(descriptor):
-                os.close(descriptor)
-                return self._refusal(holder)
-            self._descriptor = descriptor
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        self._content = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(self._content).encode(), 0)
-        return None
+                if holder.get("host") not in trusted and self._is_renewed(descriptor):
+                    raise self._refusal(holder)
+                since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+                self._content = {"host": socket.gethostname(), "process": os.getpid(), "since": since}
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(self._content).encode(), 0)
+                self._descriptor = descriptor
+                otherwise.pop_all()
 
     def renew(self) -> None:
         """Touch the file, as a sign of life. Any thread may call it."""
@@ -122,6 +125,7 @@ class RunLock:
         before, deadline = os.fstat(descriptor).st_mtime_ns, time.monotonic() + WATCHED_FOR
         while time.monotonic() < deadline:
             time.sleep(1)
+            self.tick()
             if not still_named(descriptor, self.path) or os.stat(self.path).st_mtime_ns != before:
                 return True
         return False

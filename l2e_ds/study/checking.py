@@ -11,7 +11,7 @@ from l2e_ds.checkpoint.changes import Changes
 from l2e_ds.config.reading import find_file, load_run_config
 from l2e_ds.config.sections import RunConfig, flat
 from l2e_ds.errors import ConfigError, DataError
-from l2e_ds.run_directory.names import newest_step
+from l2e_ds.run_directory.names import newest_step, published_checkpoints
 from l2e_ds.study.definition import FILE, INDEX, Study, StudyRun
 from l2e_ds.study.state import config_file, run_directory
 from l2e_ds.system.files import write_whole
@@ -36,6 +36,7 @@ def resolve_runs(study: Study, ranks: int, this_machine: bool) -> dict[str, Reso
             # data and machine are checked once for all runs that differ only in how they train
             needs = json.dumps([asked.model_dump(mode="json", exclude={"inhibition", "optimizer", "training"})])
             needs += f"{asked.training.precision} {asked.training.resume}"
+            needs += f" {bool(published_checkpoints(Path(asked.training.run_directory)))}"
             checked = resolve_run(*words) if needs in looked_at else preflight(*words, this_machine)
             looked_at.add(needs)
         except (ConfigError, DataError) as error:

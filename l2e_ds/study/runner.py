@@ -138,16 +138,10 @@ class Runner:
         now = time.monotonic()
         if now < job.look_at:
             return True
-        lock = RunLock(run_directory(self.directory, job.name))
+        lock = RunLock(run_directory(self.directory, job.name), tick=self._renew)
         if not lock.path.exists():
             return False
-        try:
-            refusal = lock.why_not_free()
-        except ConfigError as error:
-            self.waiting.remove(job)
-            self._fail(job, error.exit_code, str(error))
-            return True
-        self._renew()  # of the study, as looking may have taken as long as another host would watch it
+        refusal = lock.why_not_free()
         if refusal is None:
             return False
         patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout

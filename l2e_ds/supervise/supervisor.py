@@ -208,7 +208,7 @@ def killed_by(code: int) -> signal.Signals | None:
 
 def wait_until_free(directory: Path, patience: float) -> bool:
     """Wait until no run holds the directory, asking one that does to stop. Return whether somebody has asked the run to
-    stop for good meanwhile. Raises ConfigError if the lock cannot be looked at.
+    stop for good meanwhile.
 
     Ranks on other hosts, which are not seen from here, may outlive their launcher while they save.
     """
@@ -216,7 +216,7 @@ def wait_until_free(directory: Path, patience: float) -> bool:
     while lock.path.exists() and time.monotonic() < deadline and not signals.received:
         if (refusal := lock.why_not_free()) is not None:
             if not is_asked:
-                say(f"asking the run that is still there to stop: {refusal}")
+                say(f"the run directory is not free yet; asking a run that may be there to stop: {refusal}")
             is_asked = True
             stop_file.ask_to_stop(directory, to_restart=True)
             time.sleep(5)

@@ -82,6 +82,16 @@ def resolve_config(
     hf_config = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, hf_config.num_hidden_layers)
+    section = config.inhibition
+    if section.guard == "stop" and section.method != "none" and 0 not in (section.strength, section.coefficient):
+        # here, so that a run from before this check can still be read
+        if not config.training.evaluate_every:
+            raise ConfigError(
+                "training.evaluate_every: got 0 with inhibition.guard: stop, which judges by held-out evaluations;"
+                " allowed: an integer > 0"
+            )
+        if not any(part.held_out for _, _, part in config.data.all_sets()):
+            raise ConfigError("data.held_out: got 0 with inhibition.guard: stop, allowed: a number > 0")
     longest = getattr(hf_config, "max_position_embeddings", None)  # None: any length (ALiBi)
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(

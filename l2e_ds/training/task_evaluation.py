@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,10 @@ class TaskEvaluation:
         for shots in section.shots:
             asked = (section.tasks, shots, section.include_path)
             evaluation = results.about(state.step, state.tokens, self.config.training.precision, *asked)
-            evaluation |= harness.evaluate(
-                engine, self.tokenizer, self.tasks, shots, self.batch_size, section.limit, preemption.stop_if_asked
-            )
+            with _naming_keys():
+                evaluation |= harness.evaluate(
+                    engine, self.tokenizer, self.tasks, shots, self.batch_size, section.limit, preemption.stop_if_asked
+                )
             try:
                 if collectives.is_main():
                     append_line(path, evaluation)
@@ -65,13 +67,20 @@ def load_tasks_of(config: RunConfig) -> Tasks | None:
     def load() -> Tasks:
         from l2e_ds.evaluation.harness import load_tasks  # needs the package lm-eval, an extra
 
-        try:
-            return load_tasks(section.tasks, section.include_path, section.shots)
-        except L2EError as error:
-            error.rename({key: f"evaluation.{key}" for key in ("tasks", "include_path", "num_fewshot")})
-            raise
+        return load_tasks(section.tasks, section.include_path, section.shots)
 
-    return collectives.run_on_main(load, preemption.stop_if_asked)
+    with _naming_keys():
+        return collectives.run_on_main(load, preemption.stop_if_asked)
+
+
+@contextmanager
+def _naming_keys() -> Iterator[None]:
+    """Name the keys of the run file in errors that name what the harness was given."""
+    try:
+        yield
+    except L2EError as error:
+        error.rename({key: f"evaluation.{key}" for key in ("tasks", "include_path", "num_fewshot")})
+        raise
 
 
 def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[PreparedData]) -> TaskEvaluation | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l2e_ds.errors import ConfigError
 from l2e_ds.train import main
+from l2e_ds.training.preflight import preflight
 
 
 def broken_pair(folder: Path) -> None:
@@ -262,7 +264,9 @@ def test_dry_run_writes_nothing(run_file, tmp_path, capsys):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_run_with_checkpoints_needs_no_longer_what_it_began_from(run_file, tmp_path, capsys):
+def test_a_run_with_checkpoints_needs_no_longer_what_it_began_from(run_file, tmp_path):
+    overrides = [f"training.resume={tmp_path / 'nowhere'}"]
+    with pytest.raises(ConfigError, match="training.resume: no such folder: .*nowhere"):
+        preflight(run_file, overrides, 1, this_machine=True)
     (tmp_path / "run/checkpoints/step00000010").mkdir(parents=True)
-    assert main([str(run_file), f"training.resume={tmp_path / 'nowhere'}", "--dry-run"]) == 0
-    assert "nowhere" in capsys.readouterr().out
+    assert preflight(run_file, overrides, 1, this_machine=True).config.training.resume.endswith("nowhere")

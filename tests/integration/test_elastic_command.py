@@ -19,7 +19,7 @@ def test_other_ranks_and_stage_by_resume_alone(run_file, tmp_path, metric_lines)
     # alone with the micro-batches of two ranks: the projected loss depends on that cut (docs/method.md 5.2)
     train(1, run_file, stage_3, "training.steps=3", "training.micro_batch=4")
     said = train(2, run_file, stage_1)
-    assert "resumed on other ranks or another ZeRO stage: 1 rank, ZeRO 3 -> 2 ranks, ZeRO 1\n" in said
+    assert "resumed in another layout: 1 rank, ZeRO 3 -> 2 ranks, ZeRO 1\n" in said
     train(2, run_file, stage_1, straight)
     resumed, uninterrupted = (
         [[line[key] for key in ("step", "lm_loss", "learning_rate", "layer1/tau")] for line in metric_lines(path)]

@@ -34,8 +34,19 @@ def test_whether_it_is_free(tmp_path):
         assert f"process {holder.pid}" in str(RunLock(tmp_path).why_not_free())
     assert RunLock(tmp_path).why_not_free() is None
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="cannot write"):
-        RunLock(tmp_path / "file").why_not_free()
+    assert "cannot write" in str(RunLock(tmp_path / "file").why_not_free())
+
+
+def test_a_lock_that_cannot_be_written_is_not_held(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lock = RunLock(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_directory_lock.os, "pwrite", full)
+        assert "No space left" in str(lock.why_not_free())
+    with lock_held(tmp_path):  # another process can take it
+        pass
 
 
 def test_another_host_s_lock_counts_as_long_as_it_is_renewed(tmp_path, monkeypatch):
