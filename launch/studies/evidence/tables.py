@@ -50,8 +50,11 @@ ARMS = ("none", "projected-0.05", "projected-0.1", "published")
 SMALLER = ["none", "published", "l2=0.1", "small-start"]
 CONTROLS = {
     "without-mlp-seed103": ("curves", "none-seed103"),
+    "without-mlp-seed104": ("curves", "none-seed104"),
     "without-mlp-4800-seed103": ("curves", "none-4800-seed103"),
     "without-mlp-4800-seed104": ("long_curves", "none-seed104"),
+    "without-mlp-4800-seed105": ("long_curves", "none-seed105"),
+    "without-mlp-4800-seed106": ("long_curves", "none-4800-seed106"),
 }
 """The file of curves of each control, and its baseline there."""
 
@@ -113,13 +116,28 @@ def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
 
-def controls(curves: dict[str, pd.DataFrame]) -> str:
+def control_losses(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Return how much each control of CONTROLS loses against its baseline, in nats, by step. curves: by file."""
     losses = {name: one.set_index(["run", "step"])["held_out_loss"] for name, one in curves.items()}
     there = {control: losses[name][control] - losses[name][base] for control, (name, base) in CONTROLS.items()}
-    table = pd.DataFrame(there).drop(index=0).dropna(how="all")
-    rows = [[f"{step:,}", *("" if math.isnan(d) else f"{d:+.3f}" for d in row)] for step, row in table.iterrows()]
-    return markdown(["step", *table.columns], rows)
+    return pd.DataFrame(there).drop(index=0).dropna(how="all")
+
+
+def controls(losses: pd.DataFrame) -> str:
+    """Return the losses of `control_losses`, with a row for each step."""
+    rows = [[f"{step:,}", *("" if math.isnan(d) else f"{d:+.3f}" for d in row)] for step, row in losses.iterrows()]
+    return markdown(["step", *losses.columns], rows)
+
+
+def control_means(losses: pd.DataFrame) -> str:
+    """Return the mean of the losses of `control_losses` at the ends of runs of each length."""
+    ends = [(column.last_valid_index(), column.dropna().iloc[-1]) for _, column in losses.items()]
+    rows = []
+    for steps, loss in pd.DataFrame(ends, columns=["steps", "loss"]).groupby("steps")["loss"]:
+        n, mean = len(loss), loss.mean()
+        half = float(t.ppf(0.975, n - 1)) * loss.std() / math.sqrt(n)
+        rows.append([f"{steps:,}", str(n), f"{mean:+.3f}, {mean - half:+.3f} to {mean + half:+.3f}"])
+    return markdown(["steps", "n", "loss of the control - that of none"], rows)
 
 
 def changes(results: pd.DataFrame) -> str:
@@ -165,11 +183,13 @@ def main() -> None:
     results, long, transfer = (read(folder, name) for name in ("results", "long", "transfer"))
     curves, long_curves = (read_curves(folder, name) for name in ("curves", "long_curves"))
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
+    losses = control_losses({"curves": curves, "long_curves": long_curves})
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, read(folder, "layers"), BY_LAYER, is_relative=True),
-        controls({"curves": curves, "long_curves": long_curves}),
+        controls(losses),
+        control_means(losses),
         smaller(curves),
         main_table(long),
         by_step(long, long_curves, 1800),
