@@ -15,13 +15,13 @@ from tests.processes import REPOSITORY
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
 # these need text that is made for them: tests/integration/test_evidence.py
 FILES = [path for path in FILES if path.parent.name != "evidence"]
-RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 27}
+RUNS = {"main": 9, "ablation": 15, "level": 18, "layers": 15, "time": 27, "claim": 9}
 SMALL_RUNS = {"main": 12, "ablation": 15, "level": 18, "layers": 15, "time": 18}
 
 
-def test_there_is_one_for_every_table():
+def test_there_is_one_for_every_table_and_for_the_claim():
     names = [str(path.relative_to(REPOSITORY / "launch/studies")) for path in FILES]
-    assert sorted(names) == sorted([f"{name}.yaml" for name in RUNS] + [f"small/{name}.yaml" for name in RUNS])
+    assert sorted(names) == sorted([f"{name}.yaml" for name in RUNS] + [f"small/{name}.yaml" for name in SMALL_RUNS])
 
 
 @pytest.fixture(scope="module")
