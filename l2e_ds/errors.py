@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 
 class L2EError(Exception):
@@ -10,7 +11,7 @@ class L2EError(Exception):
 
     problem: what was given and what is allowed, in one or more parts; a run file's key in the middle of it is a part of
     its own. where: the place at fault, or several from the outer one to the inner one: a file, file:line, a dotted key
-    or an option. A command that has an option in place of a key calls `rename`.
+    or an option. What has an option in place of a key uses `renaming`.
     """
 
     exit_code = 2
@@ -33,6 +34,16 @@ class L2EError(Exception):
 
     def __str__(self) -> str:
         return ": ".join([*filter(None, self.where), self.problem])
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Give these keys other names, as `L2EError.rename` does, in errors that are raised inside."""
+    try:
+        yield
+    except L2EError as error:
+        error.rename(names)
+        raise
 
 
 class ConfigError(L2EError):

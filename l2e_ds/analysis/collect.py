@@ -105,8 +105,7 @@ MOST_BINS = 64
 
 
 def trim_distribution(neuron: ShownNeuron, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a neuron's distribution without the empty bins at both ends, in at most MOST_BINS
-    bins.
+    """Return a neuron's distribution without the empty bins at both ends, in at most MOST_BINS bins.
 
     counts: activations by feature and bin, int64 [F, VALUE_BINS]. Returns edges [bins + 1] and counts [F, bins].
     """

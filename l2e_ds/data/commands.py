@@ -27,7 +27,7 @@ from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
 from l2e_ds.data.tokenize import OPTIONS, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
 from l2e_ds.data.workers import default_workers
-from l2e_ds.errors import DataError, Interrupted
+from l2e_ds.errors import DataError, Interrupted, renaming
 from l2e_ds.system.files import file_stamp, fsync_path, write_whole
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -96,10 +96,8 @@ def _prefix_of_files(word: str) -> str:
 def run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a scheduler asks to stop, as Ctrl-C does
     try:
-        _tokenize(arguments)
-    except DataError as error:
-        error.rename(OPTIONS)
-        raise
+        with renaming(OPTIONS):
+            _tokenize(arguments)
     except KeyboardInterrupt:
         raise Interrupted("stopped; the same command resumes from here") from None
     except OSError as error:

@@ -24,7 +24,7 @@ from l2e_ds.data.indexed import IndexedTokens, pair, read_sidecar
 from l2e_ds.data.mixture import TrainingSequences, prepare_sets
 from l2e_ds.data.prepare import PreparedData, tokenizer_of
 from l2e_ds.data.tokenizer import find_end_of_text, load_tokenizer, vocabulary_size
-from l2e_ds.errors import ConfigError, DataError
+from l2e_ds.errors import ConfigError, DataError, renaming
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerFast
@@ -71,11 +71,8 @@ def read_known(
 
 
 def _load(tokenizer: str) -> PreTrainedTokenizerFast:
-    try:
+    with renaming({"data.tokenizer": "--tokenizer"}):
         return load_tokenizer(tokenizer)
-    except DataError as error:
-        error.rename({"data.tokenizer": "--tokenizer"})
-        raise
 
 
 # --- check ------------------------------------------------------------------------------------------------------
@@ -194,10 +191,9 @@ def view_of_run(run_file: str) -> View:
     config = load_run_config(run_file)
     _check_batch(config, run_file)
     hf_config = network_config(config.model, config.data.sequence_length)
-    cache = config.data_cache
     if any(part.streaming for _, _, part in config.data.all_sets()):
         raise ConfigError(f"{run_file}: data.streaming: a stream can only be read in order; no step of it can be shown")
-    sets = prepare_sets(config.data, cache, hf_config.vocab_size, config.training.evaluation_sequences)
+    sets = prepare_sets(config.data, config.data_cache, hf_config.vocab_size, config.training.evaluation_sequences)
     tokenizer = tokenizer_of(sets)
     end = None if tokenizer is None else find_end_of_text(tokenizer)
     training = config.training

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -43,7 +43,7 @@ from l2e_ds.data.prepare import (
 from l2e_ds.data.sampler import SequenceOrder, rank_rows
 from l2e_ds.data.sources import check_source, unread_files
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer
-from l2e_ds.errors import DataError
+from l2e_ds.errors import renaming
 
 if TYPE_CHECKING:  # a part above this one, which hands in its streams (`open_stream`)
     from l2e_ds.training.streams import StreamedSequences
@@ -289,11 +289,6 @@ def _key_of(config: DataConfig, index: int) -> str:
     return "data" if config.sets is None else f"data.sets.{index}"
 
 
-@contextmanager
-def _naming(where: str) -> Iterator[None]:
+def _naming(where: str) -> AbstractContextManager[None]:
     """Make errors name the key of a set or text: `data.sets.1.path` for `data.path`."""
-    try:
-        yield
-    except DataError as error:
-        error.rename({f"data.{key}": f"{where}.{key}" for key in _KEYS})
-        raise
+    return renaming({f"data.{key}": f"{where}.{key}" for key in _KEYS})

@@ -10,7 +10,7 @@ from l2e_ds.data.commands import add_input_arguments, source_of
 from l2e_ds.data.sources import documents, unread_files
 from l2e_ds.data.tokenize import OPTIONS
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
-from l2e_ds.errors import DataError
+from l2e_ds.errors import DataError, renaming
 from l2e_ds.system.files import write_whole
 
 
@@ -27,14 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     if output.exists():
         raise DataError(f"{output} exists already; give another --output, or remove it")
     try:
-        source = source_of(arguments)
-        if unread := unread_files(source):
-            say(unread)
-        tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
+        with renaming(OPTIONS):
+            source = source_of(arguments)
+            if unread := unread_files(source):
+                say(unread)
+            tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
-    except DataError as error:
-        error.rename(OPTIONS)
-        raise
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from None
     print(f"{vocabulary_size(tokenizer):,} entries -> {output}")

@@ -94,11 +94,11 @@ def _allow_open_files() -> None:
 
 def _local_gpu() -> torch.device:
     """Make this rank's GPU the current one and return it. Raises ConfigError where the node has too few."""
-    if torch.cuda.device_count() == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
+    count = torch.cuda.device_count()
+    if count == 1:  # a launcher or a script shows each rank its own, which is number 0 to it
         os.environ["LOCAL_RANK"] = "0"
     local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if local_rank >= count:
         error = ConfigError(
             f"launcher: local rank {local_rank}, but node {socket.gethostname()} has {count} GPUs; start at most"
             f" {count} ranks on it"

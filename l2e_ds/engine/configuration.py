@@ -286,6 +286,7 @@ def memory_remedies(config: RunConfig, ds: dict) -> str:
 
 
 def is_offloaded(ds: dict, part: str) -> bool:
+    """Return whether a DeepSpeed configuration offloads `offload_optimizer` or `offload_param` to the host."""
     return _lookup(ds, ("zero_optimization", part, "device")) not in (None, "none")
 
 

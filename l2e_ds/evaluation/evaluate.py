@@ -22,7 +22,7 @@ from l2e_ds.console import at_least, markdown, say, warn
 from l2e_ds.data.tokenizer import name_end_of_text
 from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
-from l2e_ds.errors import ConfigError, DataError, L2EError
+from l2e_ds.errors import ConfigError, DataError, renaming
 from l2e_ds.evaluation.model_source import (
     MODEL,
     ModelSource,
@@ -69,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Return the exit code. Raises ConfigError, CheckpointError, DataError."""
-    return run_on_launched_ranks(lambda launch: _run(arguments, launch))
+    with renaming({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"}):
+        return run_on_launched_ranks(lambda launch: _run(arguments, launch))
 
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
@@ -81,9 +82,6 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
         tasks = collectives.run_on_main(lambda: _load_tasks(arguments))
         for source in sources:
             _evaluate(arguments, source, tasks, device)
-    except L2EError as error:
-        error.rename({"tasks": "--tasks", "include_path": "--include-path", "num_fewshot": "--num-fewshot"})
-        raise
     finally:
         process_group.leave()
 

@@ -18,7 +18,7 @@ from l2e_ds.checkpoint.weights import DTYPES
 from l2e_ds.console import at_least
 from l2e_ds.data.tokenizer import find_end_of_text, take_special_tokens
 from l2e_ds.distributed.launch import find_launch
-from l2e_ds.errors import AnalysisError, ConfigError
+from l2e_ds.errors import AnalysisError, ConfigError, renaming
 from l2e_ds.evaluation.model_source import MODEL, find_model, load_causal_model, load_tokenizer_of, network_config
 from l2e_ds.system.process import quiet_libraries
 
@@ -102,12 +102,9 @@ def encode_samples(
 ) -> list[list[int]]:
     """Return the tokens of each prompt of `evaluation.samples`. Raises ConfigError for one that the model of a run
     cannot continue."""
-    try:
-        tokens = section.sample_tokens
+    tokens = section.sample_tokens
+    with renaming({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"}):
         return [encode_prompt(prompt, tokenizer, hf_config, tokens, "the model") for prompt in section.samples]
-    except ConfigError as error:
-        error.rename({"--prompt": "evaluation.samples", "--tokens": "evaluation.sample_tokens"})
-        raise
 
 
 def decode_continuation(ids: list[int], new: list[int], tokenizer: PreTrainedTokenizerFast) -> str:

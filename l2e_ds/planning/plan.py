@@ -53,7 +53,7 @@ def describe(run_file: str, overrides: Sequence[str], gpus: int, gpu_name: str, 
     model = run.config.model.origin
     checkpointing = ", activation checkpointing" if work.checkpointing else ""
     largest = largest_micro_batch(work, gpus, run.batch.global_batch, gpu.memory * GIB * USABLE_MEMORY)
-    peak = gpu.peak_fp32 if work.precision == "fp32" else gpu.peak
+    peak = gpu.peak_in(work.precision)
     low, high = mfu_range(work.parameters, gpu.peak) if mfu is None else (mfu, mfu)
     source = "published of other programs, not measured by this project; --mfu" if mfu is None else "--mfu"
     speeds = [share * peak * 1e12 * gpus for share in (low, high)]

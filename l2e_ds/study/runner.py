@@ -79,16 +79,16 @@ class Runner:
                 self._pass_signals_on()
                 if not signals.received:
                     self._start_waiting()
-                for job in [job for job in self.running if job.child and job.child.process.poll() is not None]:
-                    self._handle_end(job)
+                for run in [run for run in self.running if run.child and run.child.process.poll() is not None]:
+                    self._handle_end(run)
                 if time.monotonic() > self._renewed + RENEWED_EVERY:
                     self._renewed = time.monotonic()
                     self._renew()
                 time.sleep(POLL)
         finally:
-            for job in self.running:  # after an exception in this process
-                if job.child is not None:
-                    job.child.process.terminate()
+            for run in self.running:  # after an exception in this process
+                if run.child is not None:
+                    run.child.process.terminate()
             signals.stop_listening()
         if signals.received:
             return STOPPED
@@ -104,130 +104,130 @@ class Runner:
         if not self._signals_passed:
             say("asked to stop: the runs under way save and stop; the same command resumes them")
         self._signals_passed = len(signals.received)
-        for job in self.running:
-            assert job.child is not None
-            if job.begun[-1] == "train":
-                job.child.process.terminate()
+        for run in self.running:
+            assert run.child is not None
+            if run.begun[-1] == "train":
+                run.child.process.terminate()
             else:
-                job.child.kill()
+                run.child.kill()
 
-    def _state(self, job: RunAtWork) -> State:
-        steps = config_of(self.directory, job.name).training.steps
-        return state_of(run_directory(self.directory, job.name), steps, self.evaluations)
+    def _state(self, run: RunAtWork) -> State:
+        steps = config_of(self.directory, run.name).training.steps
+        return state_of(run_directory(self.directory, run.name), steps, self.evaluations)
 
-    def _log(self, job: RunAtWork) -> Path:
-        return self.directory / "logs" / f"{job.name}.log"
+    def _log(self, run: RunAtWork) -> Path:
+        return self.directory / "logs" / f"{run.name}.log"
 
     def _start_waiting(self) -> None:
-        for job in list(self.waiting):
+        for run in list(self.waiting):
             if not self.free:
                 return
-            if self._is_busy(job):
+            if self._is_busy(run):
                 continue
-            self.waiting.remove(job)
-            state = self._state(job)
+            self.waiting.remove(run)
+            state = self._state(run)
             if state.is_done:
                 continue
-            job.place, job.began, job.began_at_step = self.free.pop(0), time.monotonic(), state.step
-            self.running.append(job)
-            say(f"{job.name}: begins ({state}); log: {self._log(job)}")
-            self._continue(job)
+            run.place, run.began, run.began_at_step = self.free.pop(0), time.monotonic(), state.step
+            self.running.append(run)
+            say(f"{run.name}: begins ({state}); log: {self._log(run)}")
+            self._continue(run)
 
-    def _is_busy(self, job: RunAtWork) -> bool:
+    def _is_busy(self, run: RunAtWork) -> bool:
         """Return whether another process writes there. After `training.timeout` the run counts as failed."""
         now = time.monotonic()
-        if now < job.look_at:
+        if now < run.look_at:
             return True
-        lock = RunLock(run_directory(self.directory, job.name), tick=self._renew)
+        lock = RunLock(run_directory(self.directory, run.name), tick=self._renew)
         if not lock.path.exists():
             return False
         refusal = lock.why_not_free()
         if refusal is None:
             return False
-        patience = 60 * load_run_config(config_file(self.directory, job.name)).training.timeout
-        if job.waits_since is None:
-            job.waits_since = now
-            say(f"{job.name}: has to wait: {refusal}")
-        if now > job.waits_since + patience:
-            self.waiting.remove(job)
-            self._fail(job, refusal.exit_code, str(refusal))
-        job.look_at = now + LOOK_AGAIN
+        patience = 60 * load_run_config(config_file(self.directory, run.name)).training.timeout
+        if run.waits_since is None:
+            run.waits_since = now
+            say(f"{run.name}: has to wait: {refusal}")
+        if now > run.waits_since + patience:
+            self.waiting.remove(run)
+            self._fail(run, refusal.exit_code, str(refusal))
+        run.look_at = now + LOOK_AGAIN
         return True
 
-    def _continue(self, job: RunAtWork) -> None:
+    def _continue(self, run: RunAtWork) -> None:
         """Start the next process for a run, or finish the run."""
-        assert job.place is not None
-        state = self._state(job)
-        directory = run_directory(self.directory, job.name)
+        assert run.place is not None
+        state = self._state(run)
+        directory = run_directory(self.directory, run.name)
         if state.is_done:
-            self._finish(job)
+            self._finish(run)
             return
         if not state.trained:
             doing = "train"
             supervisor = [sys.executable, "-m", "l2e_ds.supervise", "--restarts", str(self.restarts)]
-            run_file = str(config_file(self.directory, job.name))
-            command = [*supervisor, run_file, "--", *job.place.launcher(), "l2e_ds.train"]
+            run_file = str(config_file(self.directory, run.name))
+            command = [*supervisor, run_file, "--", *run.place.launcher(), "l2e_ds.train"]
         else:
             words = evaluation_words(directory, state.missing[0])
             doing = " ".join(["l2e-ds", *words])
-            command = [*job.place.launcher(), "l2e_ds.cli", *words]
-        if doing in job.begun:
+            command = [*run.place.launcher(), "l2e_ds.cli", *words]
+        if doing in run.begun:
             what = f"{doing} left no such results"
             if doing == "train":
                 what = "training finished, but its last checkpoint or evaluation is missing"
-            self._free_place(job)
-            self._fail(job, 1, f"{what}; see {self._log(job)}")
+            self._free_place(run)
+            self._fail(run, 1, f"{what}; see {self._log(run)}")
             return
-        job.begun.append(doing)
-        log = self._log(job)
-        job.log_begins = log.stat().st_size if log.is_file() else 0
-        job.child = Child(command, {**without_launcher(os.environ), **job.place.environment}, log)
+        run.begun.append(doing)
+        log = self._log(run)
+        run.log_begins = log.stat().st_size if log.is_file() else 0
+        run.child = Child(command, {**without_launcher(os.environ), **run.place.environment}, log)
 
-    def _handle_end(self, job: RunAtWork) -> None:
+    def _handle_end(self, run: RunAtWork) -> None:
         """Deal with a process that has ended."""
-        assert job.child is not None
-        code = job.child.process.returncode
+        assert run.child is not None
+        code = run.child.process.returncode
         if code == 0 and not signals.received:
-            self._continue(job)
+            self._continue(run)
             return
-        self._free_place(job)
+        self._free_place(run)
         if signals.received:
             return
         if code == STOPPED:
-            self.stopped.append(job.name)
-            say(f"{job.name}: was stopped at step {self._state(job).step}")
+            self.stopped.append(run.name)
+            say(f"{run.name}: was stopped at step {self._state(run).step}")
         else:
-            self._fail(job, code, self._reason(job, code))
+            self._fail(run, code, self._reason(run, code))
 
-    def _finish(self, job: RunAtWork) -> None:
-        seconds = time.monotonic() - job.began
-        self._free_place(job)
-        if job.began_at_step == 0:
+    def _finish(self, run: RunAtWork) -> None:
+        seconds = time.monotonic() - run.began
+        self._free_place(run)
+        if run.began_at_step == 0:
             self.seconds.append(seconds)
         left = len(self.waiting) + len(self.running)
         done = self.total - left - len(self.failed) - len(self.stopped)
-        text = f"{job.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
+        text = f"{run.name}: done in {console.duration(seconds)}; {done} of {self.total} runs"
         if left and self.seconds:
             text += f", about {console.duration(left * sum(self.seconds) / len(self.seconds) / self.place_count)} left"
         say(text)
 
-    def _free_place(self, job: RunAtWork) -> None:
-        assert job.place is not None
-        self.running.remove(job)
-        self.free.append(job.place)
+    def _free_place(self, run: RunAtWork) -> None:
+        assert run.place is not None
+        self.running.remove(run)
+        self.free.append(run.place)
 
-    def _fail(self, job: RunAtWork, code: int, why: str) -> None:
-        self.failed[job.name] = (code, why)
-        say(f"{job.name}: failed: {why}")
+    def _fail(self, run: RunAtWork, code: int, why: str) -> None:
+        self.failed[run.name] = (code, why)
+        say(f"{run.name}: failed: {why}")
 
-    def _reason(self, job: RunAtWork, code: int) -> str:
+    def _reason(self, run: RunAtWork, code: int) -> str:
         """Return the last error in the log of a run."""
-        with self._log(job).open("rb") as file:
-            file.seek(job.log_begins)
+        with self._log(run).open("rb") as file:
+            file.seek(run.log_begins)
             lines = file.read().decode("utf-8", errors="replace").splitlines()
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("l2e-ds: error: ")]
         said = errors[-1] if errors else f"exit code {code}"
-        return f"{said} (log: {self._log(job)})"
+        return f"{said} (log: {self._log(run)})"
 
 
 def say(line: str) -> None:

@@ -26,6 +26,10 @@ class Gpu:
     peak_fp32: float
     bf16: bool = True
 
+    def peak_in(self, precision: str) -> float:
+        """Return the peak in TFLOP/s of a precision: `fp32`, `bf16` or `fp16`."""
+        return self.peak_fp32 if precision == "fp32" else self.peak
+
 
 GPUS = {
     "B200": Gpu(r"b200(sxm6?)?(180gb|192gb)?", "B200", 178, 2250.0, 75),
@@ -57,5 +61,4 @@ def peak_tflops(device: torch.device, precision: str, given: float | None) -> fl
     known = [gpu for gpu in GPUS.values() if re.search(rf"\b{gpu.cuda_name}\b", name)]
     if not known:
         return None
-    gpu = max(known, key=lambda gpu: len(gpu.cuda_name))  # "H100 PCIe" before "H100"
-    return gpu.peak_fp32 if precision == "fp32" else gpu.peak
+    return max(known, key=lambda gpu: len(gpu.cuda_name)).peak_in(precision)  # "H100 PCIe" before "H100"

@@ -182,8 +182,8 @@ class Samples:
 
 
 def load_samples(config: RunConfig, hf_config: Any, data: Sequence[PreparedData]) -> Samples | None:
-    """Return the prompts of a run, or None if it has none. Raises ConfigError for a prompt that the
-    network of hf_config cannot continue."""
+    """Return the prompts of a run, or None if it has none. Raises ConfigError for a prompt that the network
+    of hf_config cannot continue."""
     if not config.evaluation.samples:
         return None
     tokenizer = tokenizer_of(data)

@@ -82,16 +82,7 @@ def resolve_config(
     hf_config = network_config(config.model, config.data.sequence_length)
     config, ds, batch = resolve(config, ranks, run_file, has_bf16)
     layers = chosen_layers(config.inhibition.layers, hf_config.num_hidden_layers)
-    section = config.inhibition
-    if section.guard == "stop" and section.method != "none" and 0 not in (section.strength, section.coefficient):
-        # here, so that a run from before this check can still be read
-        if not config.training.evaluate_every:
-            raise ConfigError(
-                "training.evaluate_every: got 0 with inhibition.guard: stop, which judges by held-out evaluations;"
-                " allowed: an integer > 0"
-            )
-        if not any(part.held_out for _, _, part in config.data.all_sets()):
-            raise ConfigError("data.held_out: got 0 with inhibition.guard: stop, allowed: a number > 0")
+    _check_guard(config)
     longest = getattr(hf_config, "max_position_embeddings", None)  # None: any length (ALiBi)
     if longest is not None and config.data.sequence_length > longest:
         raise ConfigError(
@@ -103,6 +94,23 @@ def resolve_config(
             f" {config.model.origin} takes with the prompt"
         )
     return ResolvedRun(config, ds, batch, hf_config, layers)
+
+
+def _check_guard(config: RunConfig) -> None:
+    """Check that a guard that stops the run has what it judges by. Raises ConfigError.
+
+    It is not among the checks of the sections, so that a run from before this check can still be read.
+    """
+    section = config.inhibition
+    if section.guard != "stop" or section.method == "none" or 0 in (section.strength, section.coefficient):
+        return
+    if not config.training.evaluate_every:
+        raise ConfigError(
+            "training.evaluate_every: got 0 with inhibition.guard: stop, which judges by held-out evaluations;"
+            " allowed: an integer > 0"
+        )
+    if not any(part.held_out for _, _, part in config.data.all_sets()):
+        raise ConfigError("data.held_out: got 0 with inhibition.guard: stop, allowed: a number > 0")
 
 
 def _check_machine(run: ResolvedRun) -> None:
@@ -167,9 +175,8 @@ def summary_rows(run: ResolvedRun) -> list[tuple[str, str]]:
     if section.method != "none":
         what = f"{section.method} ({' + '.join(section.retrieval_and_mechanism)}) from step"
         what += f" {section.steps_of('start', config.training.steps):,}"
-    for name, value in (("strength", section.strength), ("coefficient", section.coefficient)):
-        if section.method != "none" and value is not None:
-            what += f", {section.loss} loss at {name} {value:g}"
+        for name, value in (("strength", section.strength), ("coefficient", section.coefficient)):
+            what += f", {section.loss} loss at {name} {value:g}" if value is not None else ""
     return [
         ("model", f"{config.model.origin}: {hf_config.num_hidden_layers} layers x {hf_config.hidden_size}"),
         ("parameters", f"{total:,} ({rest:,} without embeddings)"),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from l2e_ds.console import warn
 from l2e_ds.data import PreparedData, tokenizer_of
 from l2e_ds.data.tokenizer import end_of_text_id
 from l2e_ds.distributed import collectives
-from l2e_ds.errors import L2EError
+from l2e_ds.errors import renaming
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.training import preemption
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from l2e_ds.evaluation.harness import Tasks
+
+
+_KEYS = {key: f"evaluation.{key}" for key in ("tasks", "include_path", "num_fewshot")}
+"""The run file's keys for what errors of the harness name."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class TaskEvaluation:
         for shots in section.shots:
             asked = (section.tasks, shots, section.include_path)
             evaluation = results.about(state.step, state.tokens, self.config.training.precision, *asked)
-            with _naming_keys():
+            with renaming(_KEYS):
                 evaluation |= harness.evaluate(
                     engine, self.tokenizer, self.tasks, shots, self.batch_size, section.limit, preemption.stop_if_asked
                 )
@@ -69,18 +72,8 @@ def load_tasks_of(config: RunConfig) -> Tasks | None:
 
         return load_tasks(section.tasks, section.include_path, section.shots)
 
-    with _naming_keys():
+    with renaming(_KEYS):
         return collectives.run_on_main(load, preemption.stop_if_asked)
-
-
-@contextmanager
-def _naming_keys() -> Iterator[None]:
-    """Name the keys of the run file in errors that name what the harness was given."""
-    try:
-        yield
-    except L2EError as error:
-        error.rename({key: f"evaluation.{key}" for key in ("tasks", "include_path", "num_fewshot")})
-        raise
 
 
 def task_evaluation(config: RunConfig, tasks: Tasks | None, data: Sequence[PreparedData]) -> TaskEvaluation | None:

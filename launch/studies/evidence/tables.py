@@ -134,9 +134,8 @@ def control_means(losses: pd.DataFrame) -> str:
     ends = [(column.last_valid_index(), column.dropna().iloc[-1]) for _, column in losses.items()]
     rows = []
     for steps, loss in pd.DataFrame(ends, columns=["steps", "loss"]).groupby("steps")["loss"]:
-        n, mean = len(loss), loss.mean()
-        half = float(t.ppf(0.975, n - 1)) * loss.std() / math.sqrt(n)
-        rows.append([f"{steps:,}", str(n), f"{mean:+.3f}, {mean - half:+.3f} to {mean + half:+.3f}"])
+        row = pd.Series({"pairs": len(loss), "difference": loss.mean(), "stderr": loss.sem()})
+        rows.append([f"{steps:,}", str(len(loss)), interval(row, "{:+.3f}")])
     return markdown(["steps", "n", "loss of the control - that of none"], rows)
 
 
