@@ -194,7 +194,7 @@ def test_killing_the_ranks_of_an_array_task_leaves_the_other_tasks_alone(site):
 @pytest.mark.full
 def test_what_sbatch_refuses_leaves_nothing_behind(site):
     said = site.submit("refused", "--time", "30:00", "--partition", "no-such", code=2)
-    assert "l2e-ds: error: submit:" in said and "partition" in said
+    assert "l2e-ds: error: sbatch: Batch job submission failed" in said and "partition" in said
     assert not (site.folder / "refused/submit-1").exists()
 
 
