@@ -21,7 +21,7 @@ from tests.integration.running import lines
 from tests.processes import REPOSITORY, finish
 
 EVIDENCE = REPOSITORY / "launch/studies/evidence"
-STUDIES = {"main": 50, "long": 12, "strength": 32, "transfer": 42, "start": 18, "choices": 24}
+STUDIES = {"main": 50, "long": 12, "strength": 32, "transfer": 42, "start": 18, "choices": 24, "all-layers": 12}
 SOURCES = [part["name"] for part in yaml.safe_load((EVIDENCE / "base.yaml").read_text())["data"]["sets"]]
 
 
@@ -136,7 +136,8 @@ def script(name: str) -> Any:
     return module
 
 
-def test_controls_change_the_inhibited_layers():
+@pytest.mark.parametrize(("layers", "numbers"), [("mid-2", [1, 2]), ([3], [3])])
+def test_controls_change_the_inhibited_layers(layers, numbers):
     controls = script("controls")
     hf_config = GPTNeoXConfig(
         vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64
@@ -147,9 +148,9 @@ def test_controls_change_the_inhibited_layers():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(hf_config)
         if control != "none":
-            controls.changed(control, model)
+            controls.changed(control, layers, model)
         penalty = []
-        for layer in (1, 2):
+        for layer in numbers:
             act = model.gpt_neox.layers[layer].mlp.act
             act.register_forward_hook(lambda module, inputs, z: penalty.append(0.5 * z.square().mean()))
         loss = model(input_ids=tokens, labels=tokens).loss
@@ -161,7 +162,7 @@ def test_controls_change_the_inhibited_layers():
     nothing = gradients("without-mlp")
     names = [name for name, _ in AutoModelForCausalLM.from_config(hf_config).named_parameters()]
     still = {name.split(".")[2] for name, g in zip(names, nothing, strict=True) if "mlp" in name and not g.any()}
-    assert still == {"1", "2"}
+    assert still == set(map(str, numbers))
     with pytest.raises(SystemExit, match="allowed: without-mlp, small-start, l2=COEFFICIENT"):
         gradients("else")
     assert sys.modules.get("controls") is None

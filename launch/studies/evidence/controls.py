@@ -2,7 +2,7 @@
 
     python launch/studies/evidence/controls.py CONTROL RUN.yaml [section.key=value ...]
 
-The controls change the two middle layers, which the main study inhibits:
+The controls change the layers that the run file would inhibit (`inhibition.layers`), in base.yaml the two middle ones:
 
 `without-mlp`: their MLPs give nothing. If that is worse by less than 0.05 nats, a run is too short to judge a loss by:
 what makes these layers small costs next to nothing, or even gains.
@@ -30,8 +30,6 @@ from l2e_ds.models.network import build_network
 from l2e_ds.models.sites import chosen_layers
 from l2e_ds.training import building
 
-LAYERS = "mid-2"
-
 
 class _Penalty(torch.autograd.Function):
     """The same activations; their gradient becomes that of the loss + coefficient * mean(z^2)."""
@@ -48,9 +46,12 @@ class _Penalty(torch.autograd.Function):
         return gradients[0] + 2 * ctx.coefficient / z.numel() * z, None
 
 
-def changed(control: str, model: Any) -> Any:
-    """Return the model with the control in it. Raises SystemExit for a control that there is not, and under ZeRO-3."""
-    blocks = [blocks_of(model)[layer] for layer in chosen_layers(LAYERS, model.config.num_hidden_layers)]
+def changed(control: str, layers: str | list[int], model: Any) -> Any:
+    """Return the model with the control in these layers, those of a value of `inhibition.layers`.
+
+    Raises SystemExit for a control that there is not, and under ZeRO-3.
+    """
+    blocks = [blocks_of(model)[layer] for layer in chosen_layers(layers, model.config.num_hidden_layers)]
     if any(parameter.numel() == 0 for block in blocks for parameter in block.parameters()):
         sys.exit("control: got deepspeed.config of ZeRO 3, which holds no whole weights, allowed: ZeRO 0 to 2")
     for block in blocks:
@@ -76,7 +77,7 @@ def main() -> int:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     control, run_file, *overrides = sys.argv[1:]
-    overrides += ["inhibition.method=none", f"inhibition.layers={LAYERS}"]
+    overrides.append("inhibition.method=none")
     try:
         config = load_run_config(run_file, overrides)
     except ConfigError as error:
@@ -93,7 +94,7 @@ def main() -> int:
         overrides.append(f"training.run_directory={directory}")
 
     def build(*arguments: Any) -> Any:
-        return changed(control, build_network(*arguments))
+        return changed(control, config.inhibition.layers, build_network(*arguments))
 
     building.build_network = build
     return train.main([run_file, *overrides])
