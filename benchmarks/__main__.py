@@ -9,7 +9,7 @@ from types import ModuleType
 
 import benchmarks
 from benchmarks.about import check_output, circumstances, publish
-from l2e_ds.console import CommandParser, exit_code_of, open_streams
+from l2e_ds.console import CommandParser, exit_code_of, open_streams, words_of_command
 from l2e_ds.distributed.launch import Launch, run_on_launched_ranks
 from l2e_ds.system.process import leave_process
 
@@ -29,9 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         default = getattr(benchmark, "OUTPUT", None)
         files = f"new or empty, for {name}.json and {name}.md"
         one.add_argument("--output", type=Path, default=default, metavar="DIR", help=f"{files} (default: {default})")
-        one.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
         one.set_defaults(benchmark=benchmark)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words_of_command(argv))
     if hasattr(arguments, "overrides"):  # may also follow the names of --models
         arguments.overrides += [word for word in arguments.models if "=" in word]
         arguments.models = [word for word in arguments.models if "=" not in word]

@@ -37,7 +37,7 @@ from l2e_ds.models.pythia import check_sizes, network_config
 from l2e_ds.models.sites import neuron_sites
 from l2e_ds.system.installed import check_extra
 from l2e_ds.system.memory import process_memory
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "pandas")
 FEATURES = 12
@@ -61,7 +61,7 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
         return {}
     check_extra("analysis", "analysis", analysis.PACKAGES)
     check_sizes("--model", [arguments.model])
-    quiet_libraries()
+    prepare_libraries()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = ModelConfig(name=arguments.model)
     network = build_network(config, network_config(config, arguments.sequence_length), 1234, None)

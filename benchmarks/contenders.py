@@ -38,7 +38,7 @@ from l2e_ds.models.counts import matrix_parameters, unbuilt
 from l2e_ds.models.network import build_network
 from l2e_ds.run_directory.metrics import read_metrics
 from l2e_ds.system import gpus, memory
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training.preflight import ResolvedRun, resolve_config
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def measure(spec: dict) -> dict[str, Any]:
 def main() -> int:
     """Measure one contender on one rank, and return the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_libraries()
+    prepare_libraries()
     spec, result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     try:
         result.write_text(json.dumps(measure(spec)), encoding="utf-8")

@@ -26,7 +26,7 @@ from l2e_ds.inhibition import Inhibitor
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import check_sizes, network_config
 from l2e_ds.models.sites import neuron_sites
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training.loss import LossHead
 
 PACKAGES = ("torch", "transformers")
@@ -51,7 +51,7 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     if len(set(arguments.micro_batches)) < 2:
         given = " ".join(map(str, arguments.micro_batches))
         raise ConfigError(f"--micro-batches: got {given}, allowed: at least two different integers")
-    quiet_libraries()
+    prepare_libraries()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     model = ModelConfig(name=arguments.model, vocab_size=arguments.vocabulary)
     found = {

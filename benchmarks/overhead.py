@@ -36,7 +36,7 @@ from l2e_ds.distributed.launch import Launch
 from l2e_ds.engine.configuration import check_device
 from l2e_ds.inhibition import Inhibitor, Settings
 from l2e_ds.models.families import neurons_of
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training.preflight import ResolvedRun, resolve_config
 
 VARIANTS: dict[str, Settings] = {
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     """Return the times of every model, and of the wide layer. Raises ConfigError."""
-    quiet_libraries()
+    prepare_libraries()
     arguments.accumulation, arguments.steps, arguments.method = 1, 1, "none"
     contents = {name: throughput.run_file(arguments, name, launch.size) for name in arguments.models}
     throughput.check(arguments, contents, launch.size)

@@ -30,7 +30,7 @@ from l2e_ds.models.counts import parameter_counts
 from l2e_ds.models.families import neurons_of
 from l2e_ds.models.pythia import check_sizes, network_config
 from l2e_ds.models.sites import chosen_layers
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 PACKAGES = ("torch",)
 # on a GPU fewer tokens would measure how fast Python launches kernels
@@ -52,7 +52,7 @@ SHOWN = ("L2E", "L2E, plain operations", "MEmeL")
 def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     """Return the milliseconds at every shape, and of the all-reduces. Raises ConfigError; L2EError if a rank fails."""
     check_sizes("--models", arguments.models)
-    quiet_libraries()
+    prepare_libraries()
     sizes = {name: sizes_of(name) for name in arguments.models}
     timed = [size for size in sizes.values() if size["gradients"] <= LARGEST]
     device = torch.device("cpu")

@@ -32,7 +32,7 @@ from l2e_ds.engine.configuration import resolve
 from l2e_ds.errors import ConfigError, L2EError
 from l2e_ds.models.pythia import PYTHIA, check_sizes, network_config
 from l2e_ds.system.installed import is_installed
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "numpy")
 OPTIONS = {
@@ -69,7 +69,7 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
     """
     given = os.environ.get("DS_ACCELERATOR")
     os.environ["DS_ACCELERATOR"] = "cpu"  # for this process: the GPU's memory is for those that are measured
-    quiet_libraries()
+    prepare_libraries()
     contents = {name: run_file(arguments, name, launch.size) for name in arguments.models}
     check(arguments, contents, launch.size)
     if not is_installed("accelerate"):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
 import l2e_ds
-from l2e_ds.console import CommandParser, exit_code_of, open_streams, parse, split_at_dashes
+from l2e_ds.console import CommandParser, exit_code_of, open_streams, parse, split_at_dashes, words_of_command
 from l2e_ds.system.process import leave_process
 
 # The module that has a command's `add_arguments` and `run`, and one line of help.
@@ -24,7 +23,7 @@ VERBS = {
     "neuron": ("l2e_ds.analysis.neuron", "what one neuron responds to: a page"),
     "report": ("l2e_ds.report.command", "one page of runs and studies: curves, tables, warnings"),
     "summary": ("l2e_ds.report.summary", "print a run's first and last metrics"),
-    "tokenize": ("l2e_ds.data.commands", "text to token files (.bin/.idx)"),
+    "tokenize": ("l2e_ds.data.tokenize_command", "text to token files (.bin/.idx)"),
     "tokenizer": ("l2e_ds.data.tokenizer_command", "train a tokenizer"),
     "checkpoint": ("l2e_ds.checkpoint.commands", "list, verify or remove a run's checkpoints"),
     "data": ("l2e_ds.data.inspect", "verify token files, show what a model sees at a step"),
@@ -40,9 +39,7 @@ TAKE_SBATCH_OPTIONS = ("submit", "study")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     open_streams()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0].startswith("--local_rank="):
-        del words[0]  # the deepspeed launcher puts it before the verb
+    words = words_of_command(argv)
     parser = CommandParser(prog="l2e-ds", description=l2e_ds.__doc__)
     parser.add_argument("--version", action="version", version=l2e_ds.__version__)
     parsers = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

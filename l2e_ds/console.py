@@ -120,6 +120,13 @@ def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
 
 
+def words_of_command(argv: Sequence[str] | None) -> list[str]:
+    """Return a command's words (None: this process's), without the `--local_rank=N` with which the deepspeed launcher
+    begins them."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return words[1:] if words and words[0].startswith("--local_rank=") else words
+
+
 def split_at_dashes(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the words before the first `--`, and those after it."""
     words = list(words)

@@ -27,10 +27,11 @@ from l2e_ds.console import (
     parse,
     reader_is_gone,
     say,
+    words_of_command,
 )
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.run_directory import names
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 from l2e_ds.training import preemption
 
 # Exit codes for errors of the system that the user can fix, or that end a run for good.
@@ -45,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_file_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
     parser.add_argument("--ranks", type=int, help="with --dry-run: for so many ranks instead of this launch's")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     open_streams()
     parser = CommandParser(prog="python -m l2e_ds.train", description=__doc__)
     add_arguments(parser)
-    return run(parse(parser, argv))
+    return run(parse(parser, words_of_command(argv)))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     rank, launch = 0, None
     try:
-        quiet_libraries()
+        prepare_libraries()
         # only now: Ctrl-C during this slow import is one line, too
         from l2e_ds.training.preflight import describe, preflight
 

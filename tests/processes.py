@@ -12,16 +12,16 @@ import faulthandler
 import gc
 import multiprocessing
 import os
-import random
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+
+from l2e_ds.distributed.launch import free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IMPORTED_ONCE = [
@@ -53,8 +53,8 @@ _context.set_forkserver_preload(IMPORTED_ONCE)
 
 
 def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
-    """For child processes: this repository importable, one thread a rank, no launcher's variables, and no device but
-    the one asked for."""
+    """Return the environment of child processes: they can import this repository, use one thread each, and see no
+    launcher's variables and only the device that is asked for."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
     return {
         **{name: value for name, value in os.environ.items() if name not in launcher},
@@ -73,9 +73,9 @@ def environment(accelerator: str = "cpu", **more: str) -> dict[str, str]:
 
 
 class Forked:
-    """`python WORDS`, in a process forked from the server; with the methods of subprocess.Popen that tests use.
+    """Runs `python WORDS` in a process forked from the server, with the methods of subprocess.Popen that tests use.
 
-    words: `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`. What it says goes to `log`, appended.
+    words: `-m MODULE ...`, `-c CODE ...` or `SCRIPT ...`. What it prints is appended to `log`.
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
@@ -106,7 +106,8 @@ class Forked:
 
 
 def begin(words: Sequence[object], environment: Mapping[str, str], log: Path) -> Forked | subprocess.Popen:
-    """`python WORDS`, forked where no GPU is asked for: CUDA does not outlive a fork."""
+    """Start `python WORDS` and return the process, forked from the server unless a GPU is asked for: CUDA does not
+    survive a fork. What it prints is appended to `log`."""
     said = [*map(str, words)]
     if environment["DS_ACCELERATOR"] == "cpu":
         return Forked(said, environment, log)
@@ -117,14 +118,18 @@ def begin(words: Sequence[object], environment: Mapping[str, str], log: Path) ->
 def begin_ranks(
     count: int, words: Sequence[object], environment: Mapping[str, str], log: Path
 ) -> list[Forked | subprocess.Popen]:
-    """So many processes with the variables that a launcher sets, in the order of ranks."""
+    """Start `python WORDS` once for each rank, with the variables that a launcher sets, and return the processes in the
+    order of ranks."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     return [begin(words, {**environment, **common, **variables}, log) for variables in own]
 
 
 def finish(*words: object, ranks: int = 1, timeout: float = 600, **variables: str) -> tuple[list[int], str]:
-    """`python WORDS` on so many ranks, to its end; returns the exit codes in the order of ranks, and what was said."""
+    """Run `python WORDS` on so many ranks to its end. Return all exit codes, and what was printed.
+
+    The codes are in the order of ranks. timeout: seconds for each rank. Raises subprocess.TimeoutExpired.
+    """
     with tempfile.TemporaryDirectory(prefix="l2e-ds-said-") as folder:
         log = Path(folder) / "log"
         log.touch()
@@ -140,7 +145,8 @@ def finish(*words: object, ranks: int = 1, timeout: float = 600, **variables: st
 
 @contextlib.contextmanager
 def lock_held(directory: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds the lock of a directory until it is killed, at the latest at the end of the block."""
+    """Yield a process that holds the lock of a run directory until it is killed, at the latest at the end of the
+    block."""
     hold = "import sys, time; from pathlib import Path; from l2e_ds.run_directory.lock import RunLock;"
     hold += " RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(600)"
     words, variables = [sys.executable, "-c", hold, str(directory)], {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -150,15 +156,6 @@ def lock_held(directory: Path) -> Iterator[subprocess.Popen]:
             yield holder
         finally:
             holder.kill()
-
-
-def free_port() -> int:
-    """A port below those that the system gives to outgoing connections: nobody takes it until it is used."""
-    while True:
-        port = random.SystemRandom().randrange(11_000, 32_768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def _start(words: Sequence[str], environment: Mapping[str, str], log: Path) -> ForkServerProcess:

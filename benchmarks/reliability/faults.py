@@ -39,7 +39,7 @@ from l2e_ds.errors import L2EError, SaveError
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.metrics import read_metrics
 from l2e_ds.run_directory.names import checkpoint_name
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 OUTPUT = Path("runs/faults")
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace, launch: Launch) -> dict[str, Any]:
 
     They `passed` if every fault that this machine allows was injected, no run was lost and no resume was wrong.
     """
-    quiet_libraries()
+    prepare_libraries()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the runs, too

@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from l2e_ds.errors import ConfigError
-from l2e_ds.system.files import one_line, write_whole
+from l2e_ds.system.files import error_line, write_whole
 
 # In order of value: --minutes leaves out the last ones.
 PARTS = {
@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output.absolute().parent
     if arguments.output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(f"--output: got {arguments.output}, allowed: a file in a folder that can be written to")
-    from l2e_ds.system.process import quiet_libraries  # with torch: a mistake above need not wait for it
+    from l2e_ds.system.process import prepare_libraries  # with torch: a mistake above need not wait for it
 
-    quiet_libraries()
+    prepare_libraries()
     import torch
 
     from l2e_ds.acceptance import operations, runs
@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
                 else:
                     outcome = operations.PARTS[part](scale)
             except Exception as error:  # whatever a machine does wrong, the other parts are to be done
-                outcome = Outcome(False, reason=f"{type(error).__name__}: {one_line(error)}")
+                outcome = Outcome(False, reason=error_line(error))
             outcome.part, outcome.seconds = part, time.monotonic() - started
             if scale.on_gpu:
                 torch.cuda.empty_cache()  # for the runs of the next parts, which are other processes

@@ -50,11 +50,11 @@ def count_a_step(run_file: Path, overrides: list[str]) -> dict[str, int]:
 
     from l2e_ds.distributed import process_group
     from l2e_ds.distributed.launch import find_launch
-    from l2e_ds.system.process import quiet_libraries
+    from l2e_ds.system.process import prepare_libraries
     from l2e_ds.training.building import TrainingStack, forward_and_backward
     from l2e_ds.training.preflight import resolve_run
 
-    quiet_libraries()
+    prepare_libraries()
     run = resolve_run(run_file, overrides, 1)
     device = process_group.join(find_launch(), 5)
     stack = TrainingStack(run.config, run.ds, run.hf_config, device)

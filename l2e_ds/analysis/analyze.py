@@ -34,7 +34,7 @@ from l2e_ds.errors import ConfigError
 from l2e_ds.evaluation.model_source import MODEL, ModelSource, all_checkpoints, find_model, load_tokenizer_of
 from l2e_ds.system.files import is_free, whole_folder
 from l2e_ds.system.installed import check_extra
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.system.provenance import versions
 
 SAMPLES = ("token", "mean", "max")
@@ -72,7 +72,7 @@ def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, _: sys.exit(128 + received))  # removes the scratch folder
-    quiet_libraries()
+    prepare_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
         sources = collectives.run_on_all(lambda: _sources(arguments))
@@ -319,7 +319,7 @@ def _write(
 
 def _about(arguments: argparse.Namespace, results: Sequence[Result]) -> dict[str, Any]:
     """Return the content of analysis.json."""
-    no_options = ("action", "verb", "local_rank", "for_sbatch", "models")
+    no_options = ("action", "verb", "for_sbatch", "models")
     given = {name: value for name, value in vars(arguments).items() if name not in no_options}
     return {
         "models": [

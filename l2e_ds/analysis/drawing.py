@@ -23,7 +23,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation, Transform
 
-Tables = Mapping[str, pd.DataFrame]
+from l2e_ds.analysis.tables import Tables
+
 Results = Mapping[str, Tables]
 # Paul Tol's "muted" colours, in an order that makes neighbours differ, and black. Most colour-blind readers can tell
 # them apart. In a black-and-white print, marker and dash do.

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer
 from l2e_ds.config.sections import SourceConfig
 from l2e_ds.console import aligned, at_least
 from l2e_ds.data import sources
+from l2e_ds.data.compressed import COMPRESSED, open_decompressed
 from l2e_ds.data.tokenizer import tokenizer_digest
 from l2e_ds.errors import ConfigError, DataError
 from l2e_ds.system.files import one_line
@@ -205,7 +206,7 @@ def _rows(source: str, text_column: str, feature_column: str, split: str) -> Ite
     columns = {"--text-column": text_column, "--feature-column": feature_column}
     path = Path(source).expanduser()
     try:
-        uncompressed = path.with_suffix("") if path.suffix in sources.COMPRESSED else path
+        uncompressed = path.with_suffix("") if path.suffix in COMPRESSED else path
         if path.is_dir():
             yield from _data_set_rows(SourceConfig(source="hub", path=source, split=split), columns)
         elif uncompressed.suffix == ".jsonl":
@@ -216,7 +217,7 @@ def _rows(source: str, text_column: str, feature_column: str, split: str) -> Ite
                 yield from _parquet_rows(file, columns)
         elif path.exists():
             raise DataError(
-                f"{source} must be .jsonl (also {', '.join(sources.COMPRESSED)}), .parquet or a folder",
+                f"{source} must be .jsonl (also {', '.join(COMPRESSED)}), .parquet or a folder",
                 where="data.path",
             )
         elif sources.looks_local(source):
@@ -245,7 +246,7 @@ def _on_hub(source: str, split: str) -> SourceConfig:
 
 
 def _jsonl_rows(path: Path, columns: dict[str, str]) -> Iterator[Row]:
-    with sources.open_decompressed(path) as (stream, _):
+    with open_decompressed(path) as (stream, _):
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue

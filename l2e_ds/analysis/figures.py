@@ -20,9 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from l2e_ds.analysis import drawing
-from l2e_ds.analysis.drawing import STYLE, Results, Tables
+from l2e_ds.analysis.drawing import STYLE, Results
 from l2e_ds.analysis.measures import is_edge
-from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES
+from l2e_ds.analysis.tables import REPORTED_SHARE, REPORTED_SHARES, Tables
 
 _MOST_PANELS = 12
 _INTERVALS = "are 95 % bootstrap intervals over texts"

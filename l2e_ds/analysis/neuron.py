@@ -33,7 +33,7 @@ from l2e_ds.inhibition.losses import is_alive
 from l2e_ds.models.families import neurons_of
 from l2e_ds.system.files import write_whole
 from l2e_ds.system.installed import check_extra
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.system.templates import template
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     if output.exists() or not output.absolute().parent.is_dir():
         raise ConfigError(f"--output: {output} exists, or its folder does not; allowed: a new file")
     at_least("--batch", arguments.batch, 1)
-    quiet_libraries()
+    prepare_libraries()
     hf_config = check_model(source, [arguments.layer], "--layer")
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
     neurons = neurons_of(hf_config)

@@ -50,7 +50,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
     add("--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)")
     add("--batch", type=int, default=8, metavar="B", help="texts at a time (default: %(default)s)")
-    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def load_features(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> FeatureSet:

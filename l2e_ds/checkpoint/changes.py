@@ -20,7 +20,7 @@ MAY_CHANGE = (
 )
 SCHEDULE = ("schedule", "warmup", "decay", "schedule_steps", "final_ratio")
 """Keys of `optimizer` that may change where the steps before the checkpoint keep their learning rates."""
-MAY_MOVE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
+MAY_BE_GONE = ("data.path", "data.tokenizer", "model.config", "model.pretrained")
 
 
 def saved_config(saved: dict[str, dict[str, Any]], where: Path) -> RunConfig:
@@ -44,24 +44,24 @@ class Changes:
         self._texts = {key: f"{key}: {_difference(before[key], now[key])}" for key in changed}
         steps, new_steps = _inhibition_steps(self.old), _inhibition_steps(self.new)
         self._has_other_steps = steps != new_steps
-        # inhibition's schedule: the keys that stand for the steps they stood for, in whatever form, and what the others
-        # were and are in steps, where the run file says the same
+        # The schedule of inhibition is compared in steps. `_same`: keys that mean the same step in both run files,
+        # however they are written. `_shifted`: keys that are written alike but mean another step now, with both steps.
         self._same = {f"inhibition.{key}" for key, step in steps.items() if step == new_steps.get(key)}
-        moved = [key for key in steps if f"inhibition.{key}" not in self._same | self._texts.keys()]
-        self._moved = {f"inhibition.{key}": (steps[key], new_steps.get(key)) for key in moved}
+        shifted = [key for key in steps if f"inhibition.{key}" not in self._same | self._texts.keys()]
+        self._shifted = {f"inhibition.{key}": (steps[key], new_steps.get(key)) for key in shifted}
 
     def lines(self) -> list[str]:
-        """Return each changed key as `section.key: old -> new`, what moves with the run's length, and other rates."""
+        """Return each changed key as `section.key: old -> new`, what shifts with the run's length, and other rates."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
         if key in texts and section.loss == "projected" and section.method != "none":
             texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2)"
-        moved = [f"{key}: {old} -> {new} steps" for key, (old, new) in self._moved.items()]
-        return [*texts.values(), *moved, *self._rates()]
+        shifted = [f"{key}: {old} -> {new} steps" for key, (old, new) in self._shifted.items()]
+        return [*texts.values(), *shifted, *self._rates()]
 
     def refused(self) -> list[str]:
         """Return the changes of keys that decide the results and are not in `training.allow_changes`, with advice."""
-        may_change = self._same | {key for key in self._texts if key in MAY_MOVE and self._has_moved(key)}
+        may_change = self._same | {key for key in self._texts if key in MAY_BE_GONE and self._is_gone(key)}
         found = {
             key: text for key, text in self._texts.items() if not key.startswith(MAY_CHANGE) and key not in may_change
         }
@@ -74,8 +74,8 @@ class Changes:
         else:
             for key in SCHEDULE:
                 found.pop(f"optimizer.{key}", None)
-        if self._moved and "training.steps" in self._texts:
-            kept = " ".join(f"{key}={old}" for key, (old, _) in self._moved.items())
+        if self._shifted and "training.steps" in self._texts:
+            kept = " ".join(f"{key}={old}" for key, (old, _) in self._shifted.items())
             note = f"inhibition's schedule moves with it; {kept} keeps it"
             found["training.steps"] = f"{found.get('training.steps', self._texts['training.steps'])} ({note})"
         return [text for key, text in found.items() if key not in self.new.training.allow_changes]
@@ -97,7 +97,7 @@ class Changes:
             key.startswith("inhibition.") and not key.startswith(MAY_CHANGE) for key in changed
         )
 
-    def _has_moved(self, key: str) -> bool:
+    def _is_gone(self, key: str) -> bool:
         """Return whether nothing is left where the checkpoint's run read this; the data's fingerprint is checked."""
         old = flat(self.old)[key]
         paths = [old] if isinstance(old, str) else old or []

@@ -35,7 +35,7 @@ from l2e_ds.inhibition import Inhibitor
 from l2e_ds.run_directory import manifest
 from l2e_ds.run_directory.manifest import STATE
 from l2e_ds.run_directory.names import checkpoint_name, published_checkpoints, step_of
-from l2e_ds.system.files import fsync_path
+from l2e_ds.system.files import error_line, fsync_path
 from l2e_ds.system.provenance import versions
 
 ELASTIC = ("ranks", "zero_stage")
@@ -395,7 +395,7 @@ def _in_one_line(error: BaseException) -> str:
         return str(error)
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return error_line(error)
 
 
 def read_state(path: Path) -> dict:

@@ -7,30 +7,24 @@ but the configuration and the files.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import glob
-import gzip
-import io
 import json
-import lzma
 import os
 import sysconfig
 import traceback
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from l2e_ds.config.sections import SourceConfig
+from l2e_ds.data.compressed import COMPRESSED, open_decompressed
 from l2e_ds.data.indexed import IndexedTokens, pair
 from l2e_ds.errors import DataError
 from l2e_ds.system.files import one_line
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # The files that are read where data.path names a folder.
 PATTERNS = {
     "text": ("*.txt", *(f"*.txt{suffix}" for suffix in COMPRESSED)),
@@ -169,6 +163,15 @@ def unread_files(config: SourceConfig) -> str | None:
     subfolders = f"{len(in_subfolders):,} in subfolders" if in_subfolders else ""
     counted = ", ".join(filter(None, [kinds, subfolders]))
     return f"{name_of(config)}: {len(read):,} read; files passed over: {counted}" if counted else None
+
+
+def kinds_of(path: Path, patterns: Mapping[str, Sequence[str]] = PATTERNS) -> list[str]:
+    """Return the keys of `patterns` that the name of a file matches, or one of the files directly in a folder does."""
+
+    def matches(pattern: str) -> bool:
+        return any(path.glob(pattern)) if path.is_dir() else path.match(pattern)
+
+    return [kind for kind, of_kind in patterns.items() if any(map(matches, of_kind))]
 
 
 def _files_of_entry(entry: str, patterns: tuple[str, ...]) -> list[Path]:
@@ -456,70 +459,6 @@ _READERS: dict[str, Callable[[SourceConfig, Position], Iterator[tuple[Chunk, Pos
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,
     "hub": _read_hub,
-}
-
-
-# --- compressed files --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def open_decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Yield the decompressed stream of a file and the file itself, whose `tell` says how much of it has been read.
-
-    Raises DataError for whatever is wrong with the file while the block runs: no permission, a truncated file, another
-    format than the suffix says.
-    """
-    decompress = _DECOMPRESS.get(path.suffix, nullcontext)
-    try:
-        with open(path, "rb") as raw, decompress(raw) as stream:
-            yield stream, raw
-    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: {getattr(error, 'strerror', None) or one_line(error)}") from None
-
-
-class _Zstandard(io.RawIOBase):
-    """Reads a Zstandard file of several frames one after the other, as parallel compressors write them.
-
-    The library's own reader ends after the first frame and takes a truncated file for a complete one.
-    """
-
-    def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
-        self._raw, self._error = raw, zstandard.ZstdError
-        self._new_frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None
-        self._compressed = b""
-        self._decompressed = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._decompressed:
-            self._compressed = self._compressed or self._raw.read(1 << 16)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
-                return 0
-            self._frame = self._frame or self._new_frame()
-            try:
-                self._decompressed = memoryview(self._frame.decompress(self._compressed))
-            except self._error as error:
-                raise OSError(f"Not a zstd file ({one_line(error)})") from None
-            self._compressed = self._frame.unused_data
-            if self._frame.eof:
-                self._frame = None
-        count = min(len(buffer), len(self._decompressed))
-        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
-        return count
-
-
-_DECOMPRESS: dict[str, Callable[[BinaryIO], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": lambda raw: io.BufferedReader(_Zstandard(raw), CHUNK_BYTES),
 }
 
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from l2e_ds.console import say
-from l2e_ds.data.commands import add_input_arguments, source_of
 from l2e_ds.data.sources import documents, unread_files
 from l2e_ds.data.tokenize import OPTIONS
+from l2e_ds.data.tokenize_command import add_input_arguments, source_of
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
 from l2e_ds.errors import DataError, renaming
 from l2e_ds.system.files import write_whole

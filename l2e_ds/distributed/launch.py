@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import time
@@ -64,10 +66,16 @@ def find_launch(environment: dict[str, str] | None = None) -> Launch:
 
 
 def free_port() -> int:
-    """Return a TCP port of this host that nobody listens on, for a rendezvous."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port of this host on which nobody listens, for a rendezvous.
+
+    It lies below 32768, where Linux begins to take the ports of outgoing connections: one of these will hardly take it
+    before it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(11_000, 32_768)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def run_on_launched_ranks(action: Callable[[Launch], None]) -> int:

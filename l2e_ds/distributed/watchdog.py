@@ -138,7 +138,8 @@ class Watchdog:
             found = self._store.multi_get([str(rank) for rank in self._reports])
         except Exception:
             return  # then rank 0's report does not change either, which shows below
-        self._changed[0] = now if collectives.rank() else self._changed[0]  # rank 0 holds the store, which answered
+        if collectives.rank() > 0:
+            self._changed[0] = now  # rank 0 holds the store, which has answered
         for rank, raw in zip(self._reports, found, strict=True):
             report = json.loads(raw)
             if report != self._reports[rank]:

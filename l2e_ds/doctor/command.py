@@ -12,13 +12,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from l2e_ds.console import CommandParser
+from l2e_ds.console import CommandParser, words_of_command
 from l2e_ds.distributed.launch import find_launch
 from l2e_ds.doctor.finding import Finding, Report
 from l2e_ds.doctor.host import check_host, check_imports
 from l2e_ds.doctor.ranks import meet_to_compare, why_no_all_reduce
 from l2e_ds.errors import ConfigError
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--directory", type=Path, default=Path(), help="where a run would write (default: the current folder)"
     )
     parser.add_argument("--seconds", type=_seconds, default=10.0, help="how long to all-reduce (default: 10)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def _seconds(text: str) -> float:
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the doctor of a launcher's command line, and return the exit code."""
     parser = CommandParser(prog="l2e-ds doctor", description=str(__doc__).splitlines()[0])
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(parser.parse_args(words_of_command(argv)))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         report.add(check_host(arguments.directory, imports))
         return report.conclude()
     if not imports:
-        quiet_libraries()
+        prepare_libraries()
     try:
         launch = find_launch()
     except ConfigError as error:  # then it is not known which process is rank 0

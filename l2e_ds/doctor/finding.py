@@ -8,8 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from l2e_ds.system.files import one_line
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -58,8 +56,3 @@ def few(items: Sequence[Any], what: str = "") -> str:
     """Return the first of some items as words: `rank 3`, `ranks 0, 1`, `n2, n3, n4, n5 and 12 more`."""
     listed = ", ".join(map(str, items[:4])) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
     return f"{what}{'s' if len(items) > 1 else ''} {listed}" if what else listed
-
-
-def described(error: BaseException) -> str:
-    """Return the type of an error and the first line of its message."""
-    return f"{type(error).__name__}: {one_line(error)[:200]}"

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import l2e_ds
-from l2e_ds.doctor.finding import Finding, described
-from l2e_ds.system.files import PACKAGE
+from l2e_ds.doctor.finding import Finding
+from l2e_ds.system.files import PACKAGE, error_line
 from l2e_ds.system.provenance import cpu_name, installed_version
 
 MODULES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "pydantic", "yaml")
@@ -37,7 +37,7 @@ def check_host(directory: Path, imports: list[Finding]) -> Iterator[Finding]:
         try:
             yield from findings
         except Exception as error:
-            yield Finding("note", name, f"could not be checked: {described(error)}")
+            yield Finding("note", name, f"could not be checked: {error_line(error)}")
 
 
 def own_version() -> str:
@@ -74,7 +74,7 @@ def check_imports() -> Iterator[Finding]:
             if module == "torch":
                 os.environ.setdefault("DS_ACCELERATOR", "cuda" if imported.cuda.is_available() else "cpu")
         except Exception as error:
-            text, fix = f"cannot be imported: {described(error)}", f"pip install --force-reinstall {module}"
+            text, fix = f"cannot be imported: {error_line(error)}", f"pip install --force-reinstall {module}"
             if isinstance(error, ModuleNotFoundError) and error.name == module:
                 text, fix = "not installed", "launch/install.sh installs everything"
             yield Finding("missing", module, text, fix)

@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2e_ds.doctor.finding import Finding, Report, described, few, host
+from l2e_ds.doctor.finding import Finding, Report, few, host
 from l2e_ds.doctor.host import own_version
 from l2e_ds.errors import RendezvousError
+from l2e_ds.system.files import error_line
 from l2e_ds.system.provenance import installed_version
 
 if TYPE_CHECKING:
@@ -186,4 +187,4 @@ def why_no_all_reduce(error: Exception, launch: Launch, shown: Sequence[Finding]
         if address.startswith("127.") or address == "localhost":
             fix = f"export MASTER_ADDR=HOST   (rank 0's; {address} is only right where all ranks are on one host)"
     where = f"rank {launch.rank} ({host()}): " if launch.size > 1 else ""
-    return Finding("missing", "all-reduce", f"{where}{described(error)}", fix)
+    return Finding("missing", "all-reduce", f"{where}{error_line(error)}", fix)

@@ -144,8 +144,8 @@ def resolve(
         config = config.replace("optimizer", peak_learning_rate=published_learning_rate(config.model))
     config = _take_precision(config, ds, where, has_bf16)
     config, batch = _take_batch(config, ds, where, ranks)
-    _check_stage(config, ds, where)
-    _check_optimizer(config, ds, where)
+    _check_combinations(config, ds, where)
+    _check_optimizer_with_stage(config, ds, where)
     _check_fixed(ds, where)
     ds = _without_auto(ds)
     _complete(ds, config, batch)
@@ -322,7 +322,7 @@ def _take_shared_values(config: RunConfig, ds: dict, where: str) -> RunConfig:
     return config
 
 
-def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | None = None) -> RunConfig:
+def _take_precision(config: RunConfig, ds: dict, where: str, has_bf16: bool | None) -> RunConfig:
     enabled = {name: _lookup(ds, (name, "enabled")) for name in ("bf16", "fp16")}
     if all(enabled.values()):
         raise ConfigError(f"{where}: bf16 and fp16 are both enabled")
@@ -382,7 +382,7 @@ def _take_batch(config: RunConfig, ds: dict, where: str, ranks: int) -> tuple[Ru
     return config, batch
 
 
-def _check_stage(config: RunConfig, ds: dict, where: str) -> None:
+def _check_combinations(config: RunConfig, ds: dict, where: str) -> None:
     stage = zero_stage(ds)
     if config.training.precision == "fp16" and stage == 0:
         raise ConfigError(
@@ -431,7 +431,7 @@ def _check_json_optimizer(config: RunConfig, ds: dict, where: str) -> None:
             )
 
 
-def _check_optimizer(config: RunConfig, ds: dict, where: str) -> None:
+def _check_optimizer_with_stage(config: RunConfig, ds: dict, where: str) -> None:
     """Refuse an optimizer in a set-up in which DeepSpeed would silently do something else."""
     name, spikes = config.optimizer.name, config.training.spike_deviations
     if spikes is not None and (name != "adamw" or not is_adam(ds)):

@@ -36,7 +36,7 @@ from l2e_ds.export.card import longer_than_trained
 from l2e_ds.run_directory import results
 from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.system.installed import check_extra
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=tuple(DTYPES), default="fp32", help="precision of the model (default: %(default)s)")
     add("--tokenizer", metavar="NAME|FILE", help="tokenizer (default: the model's own)")
     add("--output", type=Path, metavar="FILE.jsonl", help="append the results to this file instead")
-    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, launch: Launch) -> None:
     check_extra("evaluate", "eval", ["lm_eval"])
-    quiet_libraries()
+    prepare_libraries()
     device = process_group.join(launch, TIMEOUT_MINUTES)
     try:
         sources = collectives.run_on_all(lambda: _sources(arguments))

@@ -20,7 +20,7 @@ from l2e_ds.data.tokenizer import find_end_of_text, take_special_tokens
 from l2e_ds.distributed.launch import find_launch
 from l2e_ds.errors import AnalysisError, ConfigError, renaming
 from l2e_ds.evaluation.model_source import MODEL, find_model, load_causal_model, load_tokenizer_of, network_config
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.top_p <= 1:
         raise ConfigError(f"--top-p: got {arguments.top_p:g}, allowed: a number > 0 and <= 1")
     source = find_model(arguments.model, arguments.step)
-    quiet_libraries()
+    prepare_libraries()
     hf_config = network_config(source)
     tokenizer = load_tokenizer_of(source, arguments.tokenizer)
     prompts = [encode_prompt(text, tokenizer, hf_config, arguments.tokens, source.given) for text in arguments.prompt]

@@ -29,7 +29,7 @@ from l2e_ds.console import did_you_mean, warn
 from l2e_ds.data.tokenizer import name_end_of_text, take_special_tokens
 from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.errors import ConfigError, DataError, L2EError
-from l2e_ds.system.files import one_line
+from l2e_ds.system.files import error_line, one_line
 
 os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork this process, with its GPU and threads
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -309,7 +309,7 @@ class SharedModel(HFLM):
         try:
             answer = getattr(HFLM, kind)(self, dealt[own], disable_tqdm=True)
         except Exception as error:
-            problem = f"rank {collectives.rank()}: {type(error).__name__}: {one_line(error)}"
+            problem = f"rank {collectives.rank()}: {error_line(error)}"
             answer = DataError(problem, where="tasks")
         answers = collectives.all_gather_objects(answer)
         failed = next((answer for answer in answers if isinstance(answer, DataError)), None)
@@ -398,7 +398,7 @@ def _run_tasks(lm: SharedModel, tasks: Tasks, num_fewshot: int | None, limit: in
             raise
         except Exception as error:  # a task's own code may raise anything
             names = ", ".join(tasks.shots)
-            raise DataError(f"{names}: {type(error).__name__}: {one_line(error)}", where="tasks") from error
+            raise DataError(f"{names}: {error_line(error)}", where="tasks") from error
     values = _results_by_task(evaluated, {name: len(documents) for name, documents in lm.cut.items()})
     for name, task in values.items():
         if task["cut"] and task["part_of"] is None:

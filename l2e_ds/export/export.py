@@ -29,7 +29,7 @@ from l2e_ds.export.push import check_push, open_repository, push, push_branch
 from l2e_ds.run_directory.manifest import verify
 from l2e_ds.run_directory.names import published_checkpoints, step_of
 from l2e_ds.system.files import is_free, one_line, whole_folder, write_whole
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -234,7 +234,7 @@ def run(arguments: argparse.Namespace) -> int:
     license = arguments.license
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ConfigError(f"--license: got {license!r}, give an id of the hub such as apache-2.0, mit or cc-by-4.0")
-    quiet_libraries()
+    prepare_libraries()
     if repository is not None:
         check_push(repository)  # so that an error comes before the work
     if arguments.all_checkpoints:

@@ -21,8 +21,8 @@ def chosen_layers(choice: str | list[int], layers: int) -> list[int]:
     Raises ConfigError.
     """
     named = get_args(LayerChoice)
-    numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
-    if not (numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
+    are_numbers = isinstance(choice, list) and all(isinstance(i, Integral) for i in choice)
+    if not (are_numbers and 0 < len(choice) == len(set(choice))) and choice not in named:
         raise ConfigError(
             f"inhibition.layers: got {choice!r}, allowed: {', '.join(named)}, or a list of distinct numbers from 0 to"
             f" {layers - 1}"

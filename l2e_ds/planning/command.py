@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan. Raises ConfigError."""
     from l2e_ds.planning.plan import describe  # only now: it imports torch, which `--help` must not wait for
-    from l2e_ds.system.process import quiet_libraries
+    from l2e_ds.system.process import prepare_libraries
 
-    quiet_libraries()
+    prepare_libraries()
     print(describe(arguments.run_file, arguments.overrides, arguments.gpus, arguments.gpu, arguments.mfu))
     return 0

@@ -5,7 +5,6 @@ Only numbers in it come from files. It is small, so that its text stays readable
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
-from l2e_ds.analysis.drawing import STYLE, magnitude, set_ticks
+from l2e_ds.analysis.drawing import STYLE, magnitude, set_ticks, svg_of
 
 _MOST_POINTS = 500  # points of a line; of longer lines, means of neighbouring points are drawn
 _ALL_POINTS = 8000  # points of a chart, at most
@@ -160,9 +159,7 @@ def draw(
         late = np.concatenate([line.y[line.x >= 0.05 * axis.end] for line in lines])
         space = 0.05 * np.ptp(late)
         axes.set_ylim(late.min() - space, late.max() + space)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return _inline(text.getvalue(), name)
+    return _inline(svg_of(figure), name)
 
 
 def _limits(axis: Axis) -> tuple[float, float]:

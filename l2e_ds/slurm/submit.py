@@ -16,7 +16,7 @@ from l2e_ds.config.sections import RunConfig
 from l2e_ds.console import add_run_file_arguments, at_least
 from l2e_ds.slurm import sbatch
 from l2e_ds.slurm.sbatch import Resources
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         sbatch.check_sbatch("submit")
     for word in (arguments.run_file, *arguments.overrides, os.getcwd(), sys.executable):
         sbatch.refuse_control_characters("submit", word)
-    quiet_libraries()
+    prepare_libraries()
     config = preflight(arguments.run_file, arguments.overrides, resources.ranks).config
     # `auto` is for the node that runs it to decide, not for this one
     asked = load_run_config(arguments.run_file, arguments.overrides).training.precision

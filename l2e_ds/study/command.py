@@ -20,7 +20,7 @@ from l2e_ds.study.processes import places
 from l2e_ds.study.runner import Runner, say
 from l2e_ds.study.state import State, run_directory, state_of
 from l2e_ds.system.installed import check_extra
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training.preflight import ResolvedRun
 
 SLURM_ONLY = (
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         own = arguments.study.name == FILE and (arguments.study.parent / INDEX).is_file()
         beside = arguments.study.parent if own else None
         return _collect(arguments.directory or beside or read_study(arguments.study).directory)
-    quiet_libraries()
+    prepare_libraries()
     study = read_study(arguments.study, arguments.overrides, arguments.directory)
     if study.file.evaluate:
         check_extra("evaluate", "eval", ["lm_eval"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,9 +17,8 @@ from l2e_ds.console import at_least
 from l2e_ds.distributed.launch import free_port
 from l2e_ds.errors import ConfigError
 from l2e_ds.study.definition import Evaluation
+from l2e_ds.system.process import end_with_parent
 
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
 LEAVE_SECONDS = 10.0  # for an evaluation to end after SIGTERM
 
 
@@ -86,7 +83,7 @@ class Child:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=lambda: LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0),
+                preexec_fn=end_with_parent,
             )
 
     def kill(self) -> None:

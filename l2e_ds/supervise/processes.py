@@ -15,7 +15,6 @@ import psutil
 from l2e_ds.distributed.launch import this_job
 from l2e_ds.run_directory.lock import NAME
 
-PR_SET_CHILD_SUBREAPER = 36
 SUSPENDED = 5.0
 """Seconds between two looks at a run, beyond which the supervisor itself must have been suspended."""
 

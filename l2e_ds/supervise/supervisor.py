@@ -10,7 +10,6 @@ every step, asks the run to stop. Exit codes are those of `l2e-ds train` (docs/r
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import shutil
@@ -31,8 +30,9 @@ from l2e_ds.run_directory import stop_file
 from l2e_ds.run_directory.lock import RunLock
 from l2e_ds.run_directory.names import EXIT_FILE, finished_checkpoints, newest_step
 from l2e_ds.supervise.launcher import check_hosts, launch_command
-from l2e_ds.supervise.processes import PR_SET_CHILD_SUBREAPER, SignsOfLife, kill_all, leftovers
+from l2e_ds.supervise.processes import SignsOfLife, kill_all, leftovers
 from l2e_ds.system import signals
+from l2e_ds.system.process import adopt_orphans
 
 STOPPED = Interrupted.exit_code
 FINAL = {
@@ -96,7 +96,7 @@ def supervise(launcher: Sequence[str], run_file: str, overrides: Sequence[str], 
     again = launch_command(launcher, [run_file, *overrides, "training.resume=auto"])
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # ranks that lose their launcher become our children
+    adopt_orphans()  # ranks that lose their launcher
     signals.listen()
     if requeued:  # ranks of this very job may be left on a node that SLURM lost contact with
         wait_until_free(directory, timeout)

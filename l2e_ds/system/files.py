@@ -84,3 +84,8 @@ def one_line(error: BaseException) -> str:
     """Return the first line of a library's error message, to be the end of an error's line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def error_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {one_line(error)[:200]}"

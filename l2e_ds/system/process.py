@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,22 +17,35 @@ from l2e_ds.console import flush_streams
 from l2e_ds.errors import Interrupted
 from l2e_ds.system.signals import ASK_TO_STOP
 
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
 
-def quiet_libraries() -> None:
-    """Silence what libraries print, except warnings and errors."""
+
+def prepare_libraries() -> None:
+    """Choose DeepSpeed's accelerator (a GPU if torch sees one), let tokenizers use threads, and silence what libraries
+    print, except warnings and errors. Imports torch, DeepSpeed and transformers."""
+    import logging
+    import warnings
+
     import torch
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    import logging
-    import warnings
-
-    from deepspeed.utils import logger
+    from deepspeed.utils import logger  # only now: it reads the accelerator
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def adopt_orphans() -> None:
+    """Have the kernel make processes that lose their parent, and were started from this one, children of this one."""
+    _LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_with_parent() -> None:
+    """Have the kernel send SIGTERM to this process when its parent dies; for the `preexec_fn` of a new process."""
+    _LIBC.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def leave_process(code: int) -> NoReturn:
@@ -68,10 +82,10 @@ def serve_parent() -> None:
     for number in ASK_TO_STOP:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASK_TO_STOP)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _wait_for_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

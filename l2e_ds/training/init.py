@@ -12,7 +12,7 @@ from pathlib import Path
 
 from l2e_ds.config.reading import checked, find_recipe, load_run_config, parse_yaml
 from l2e_ds.config.sections import RunConfig
-from l2e_ds.data.sources import PATTERNS
+from l2e_ds.data.sources import PATTERNS, kinds_of
 from l2e_ds.errors import ConfigError
 from l2e_ds.models.pythia import PYTHIA, check_sizes
 
@@ -93,13 +93,10 @@ def _source_of(data: Sequence[str]) -> str:
         path = Path(name)
         if not path.exists():
             raise ConfigError(f"--data: no such file or folder: {name}")
-        if path.is_dir():
-            kinds = [kind for kind, patterns in PATTERNS.items() if any(any(path.rglob(one)) for one in patterns)]
-        else:
-            kinds = [kind for kind, patterns in KINDS.items() if any(path.match(one) for one in patterns)]
+        kinds = kinds_of(path, PATTERNS if path.is_dir() else KINDS)
         if not kinds:
             allowed = ", ".join(pattern for patterns in KINDS.values() for pattern in patterns)
-            raise ConfigError(f"--data: got {name}, allowed: {allowed}, or a folder of text")
+            raise ConfigError(f"--data: got {name}, allowed: {allowed}, or a folder with text files directly in it")
         found |= dict.fromkeys(kinds, name)
     if len(found) > 1:
         kinds = [f"{kind} in {name}" for kind, name in found.items()]

@@ -162,8 +162,11 @@ def next_size(candidates: list[int], known: dict[int, Measured], limit: float, b
 
 
 def estimate(known: dict[int, Measured], size: int) -> float:
-    """Return the estimated peak of a size, in bytes: on the line through the two largest known sizes, or with one as if
-    all that forward and backward added grew with the size."""
+    """Return the estimated peak of a size, in bytes.
+
+    It lies on the line through the two largest known sizes. With one known size, all that forward and backward added is
+    taken to grow with the size.
+    """
     last = max(known)
     one = known[last]
     slope = (one.working - one.base) / last

@@ -24,9 +24,9 @@ from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import Launch, free_port
 from l2e_ds.errors import WorkerError
 from l2e_ds.system.determinism import deterministic_algorithms
-from l2e_ds.system.files import one_line
+from l2e_ds.system.files import error_line
 from l2e_ds.system.memory import is_out_of_memory, process_memory
-from l2e_ds.system.process import quiet_libraries, serve_parent, without_stop_signals
+from l2e_ds.system.process import prepare_libraries, serve_parent, without_stop_signals
 from l2e_ds.training import preemption
 
 _OUT_OF_MEMORY = "out of memory"
@@ -155,7 +155,7 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
     # because this process is killed.
     tqdm.set_lock(threading.RLock())
     try:
-        quiet_libraries()
+        prepare_libraries()
         rank, ranks, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         device = process_group.join(Launch("parent", rank, ranks, local_rank), config.training.timeout)
         take = _build(config, ds, hf_config, device)
@@ -165,7 +165,7 @@ def _serve(connection: Connection, variables: dict[str, Any], config: RunConfig,
     except EOFError:
         return
     except Exception as error:
-        connection.send(_OUT_OF_MEMORY if is_out_of_memory(error) else f"{type(error).__name__}: {one_line(error)}")
+        connection.send(_OUT_OF_MEMORY if is_out_of_memory(error) else error_line(error))
         threading.Event().wait()  # so that the others report this error, and not that they lost contact
 
 

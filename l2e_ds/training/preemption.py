@@ -29,8 +29,10 @@ class _Heard:
 
 
 def listen() -> None:
-    """Begin to note SIGNALS instead of being killed by them, and to count the time limit. Of processes forked from this
-    one, such as data workers, SIGTERM ends them, and the other SIGNALS are ignored."""
+    """Note SIGNALS from now on instead of being killed by them, and begin to count the time limit.
+
+    A process that a library forks from this one is ended by SIGTERM, as usual, and ignores the other SIGNALS.
+    """
     _Heard.began = time.monotonic()
     _Heard.run_directory = _Heard.time_limit = None
     # DeepSpeed's launch.py and torchrun collect their ranks; a rank without them is an orphan (docs/deepspeed.md, 8).

@@ -48,8 +48,10 @@ from l2e_ds.training.task_evaluation import TaskEvaluation
 
 
 def evaluations_due(config: RunConfig, state: TrainState) -> tuple[bool, bool]:
-    """Return whether a held-out evaluation, if there is held-out text, and one on tasks are due at this step."""
+    """Return two flags for the step of `state`: whether an evaluation on held-out text is due, and one on tasks.
 
+    Whether the run has any held-out text is not looked at.
+    """
     last = config.training.steps
 
     def due(every: int, newest: int) -> bool:

@@ -8,8 +8,9 @@ import yaml
 from safetensors.torch import load_file
 
 from l2e_ds.checkpoint.weights import checkpoint_weights
+from l2e_ds.distributed.launch import free_port
 from tests.distributed.test_runs import timeless
-from tests.processes import REPOSITORY, free_port
+from tests.processes import REPOSITORY
 
 
 @pytest.fixture(scope="module")

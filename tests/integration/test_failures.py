@@ -9,15 +9,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from l2e_ds.cli import main
+from l2e_ds.distributed.launch import free_port
 from tests.integration.running import PATIENCE, lines, newest, saved
-from tests.processes import REPOSITORY, free_port
+from tests.processes import REPOSITORY
 
 TRAIN = ["-m", "l2e_ds.train"]
 ALONE = [sys.executable, *TRAIN]
@@ -44,9 +44,7 @@ def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch_ranks, run_file
     both.wait_for(lambda: newest(tmp_path / "run") >= 5)
     other, hanging = both.processes
     hanging.send_signal(signal.SIGSTOP)
-    begin = time.monotonic()
     both.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in both.said())
-    assert time.monotonic() - begin > 20  # it is given its 30 s, of which some may be over by now
     assert other.wait(PATIENCE) == 1
     line = next(line for line in both.said().splitlines() if "no progress" in line)
     assert line.startswith("l2e-ds: error: rank 0: ")

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from l2e_ds.distributed.launch import free_port
 from tests.integration.running import lines
-from tests.processes import environment, finish, free_port
+from tests.processes import environment, finish
 from tests.tolerances import rounding, selection
 
 ROUNDING = rounding(steps=6, layers=4, tokens=8 * 16)

@@ -12,8 +12,9 @@ import time
 
 import pytest
 
+from l2e_ds.distributed.launch import free_port
 from tests.integration.running import Launch, lines, newest, saved
-from tests.processes import REPOSITORY, finish, free_port
+from tests.processes import REPOSITORY, finish
 
 DEEPSPEED = [str(REPOSITORY / "launch/deepspeed.sh"), "--num_accelerators", "2"]
 

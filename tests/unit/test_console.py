@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.__main__ import main as benchmarks_main
 from l2e_ds import cli, train
+from l2e_ds.doctor.command import main as doctor_main
 from l2e_ds.slurm import job
 from l2e_ds.supervise import supervisor
 
@@ -27,6 +28,16 @@ def test_options_are_not_abbreviated(command, words, mistyped, capsys):
         command(words)
     assert ended.value.code == 2
     assert f"unrecognized arguments: {mistyped}" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "words"), [(benchmarks_main, ["overhead"]), (cli.main, ["doctor"]), (doctor_main, []), (train.main, [])]
+)
+def test_the_deepspeed_launcher_s_option_comes_first(command, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command(["--local_rank=0", *words, "--help"])
+    assert ended.value.code == 0
+    assert "local_rank" not in capsys.readouterr().out
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import runpy
+from pathlib import Path
 
 import pytest
 import transformers
@@ -23,13 +24,22 @@ def test_generated_page(name):
     assert (REPOSITORY / "docs" / name).read_text() == pages[name](), "run: python docs/generate.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_linked_files_exist(page):
+def files_named(page: Path) -> list[Path]:
+    """Return the files that a page links to, and those of the repository whose paths it mentions."""
     text = page.read_text()
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (page.parent / target).exists(), target
-    for target in re.findall(r"(?<![\w./-])(?:launch|ds_configs|docs|tests)/[\w./-]*\w(?!\w*\*)", text):
-        assert (REPOSITORY / target).exists(), target
+    linked = re.findall(r"\]\(([^)#:]+)\)", text)
+    mentioned = re.findall(r"(?<![\w./-])(?:launch|ds_configs|docs|tests)/[\w./-]*\w(?!\w*\*)", text)
+    return [page.parent / target for target in linked] + [REPOSITORY / target for target in mentioned]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_pages_name_exist(page):
+    assert not [path for path in files_named(page) if not path.exists()]
+
+
+def test_pages_name_files():
+    counts = [len(files_named(page)) for page in PAGES]
+    assert counts[0] > 10 and sum(counts) > 100
 
 
 def test_table_of_recipes():

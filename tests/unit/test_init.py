@@ -19,8 +19,9 @@ def folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.jsonl.zst", "c.txt", "d.parquet", "e.bin", "e.idx", "f.csv", "it's: a #1.jsonl"):
         (tmp_path / name).touch()
-    (tmp_path / "folder/below").mkdir(parents=True)
-    (tmp_path / "folder/below/g.txt.gz").touch()
+    for name in ("folder/g.txt.gz", "deep/below/h.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
     (tmp_path / "empty").mkdir()
 
 
@@ -63,6 +64,7 @@ def test_files_of_every_kind(capsys, tmp_path, files, source, path):
         (["--data", "a.jsonl", "c.txt"], "--data: got jsonl in a.jsonl and text in c.txt, allowed: one kind"),
         (["--data", "."], "--data: got text in . and jsonl in . and "),
         (["--data", "empty"], "--data: got empty, allowed: *.txt, "),
+        (["--data", "deep"], "--data: got deep, allowed: *.txt, "),
         (["--data", "e.bin"], "--tokenizer: is required with token files"),
     ],
 )

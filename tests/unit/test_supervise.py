@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from l2e_ds.run_directory.stop_file import ask_to_stop, is_asked_to_restart, is_asked_to_stop, stop_file
-from l2e_ds.supervise.processes import SignsOfLife
+from l2e_ds.supervise.processes import SignsOfLife, processor_seconds
 from l2e_ds.supervise.supervisor import End, judge, killed_by, wait_until_free
 from tests.processes import lock_held
 
@@ -110,35 +111,37 @@ def test_a_suspended_supervisor_has_seen_no_silence(tmp_path, monkeypatch):
     assert life.are_missing_for(10)
 
 
-def test_signs_of_life(tmp_path):
+def test_signs_of_life(tmp_path, monkeypatch):
+    """The clock stands still but for `look`, so that nothing depends on how much a machine gets done in a second."""
+    now, patience = 1000.0, 10
+    monkeypatch.setattr("l2e_ds.supervise.processes.time.monotonic", lambda: now)
     lock = tmp_path / "lock"
-    patience = 1.0
-
-    def are_missing(life: SignsOfLife, seconds: float) -> bool:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if life.are_missing_for(patience):
-                return True
-            time.sleep(0.05)
-        return False
-
-    def renew(life: SignsOfLife, times: int) -> None:
-        for moment in range(times):
-            lock.touch()
-            os.utime(lock, (moment, moment + time.time()))
-            assert not life.are_missing_for(patience)
-
     lock.touch()
-    never_renewed = SignsOfLife(tmp_path)
-    assert not are_missing(never_renewed, 2 * patience)
 
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    def look(life: SignsOfLife) -> bool:
+        nonlocal now
+        now += 1
+        return life.are_missing_for(patience)
+
+    never_renewed = SignsOfLife(tmp_path)
+    assert not any(look(never_renewed) for _ in range(2 * patience))
+
+    busy = psutil.Popen([sys.executable, "-c", "while True: pass"])
     try:
         life = SignsOfLife(tmp_path)
-        renew(life, 4)
-        assert not are_missing(life, 3 * patience)
-        busy.send_signal(19)  # SIGSTOP: nothing renews, nothing works
-        assert are_missing(life, 5 * patience)
+        for moment in range(4):
+            os.utime(lock, (moment, moment))
+            assert not look(life)
+        for _ in range(2 * patience):
+            used = processor_seconds()
+            while processor_seconds() < used + 0.02:
+                time.sleep(0.01)
+            assert not look(life)
+        busy.send_signal(signal.SIGSTOP)  # nothing renews the lock, nothing works
+        while busy.status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        missing = [look(life) for _ in range(patience + 2)]
+        assert not any(missing[:patience]) and missing[-1]
     finally:
         busy.kill()
         busy.wait()

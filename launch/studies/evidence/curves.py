@@ -1,30 +1,40 @@
 """Collect the held-out evaluations of runs: step, held-out loss, and of each inhibited layer MS of the top share and S.
 
-python launch/studies/evidence/curves.py OUTPUT.csv RUN [RUN ...]
+    python launch/studies/evidence/curves.py OUTPUT.csv RUN [RUN ...]
+
+The layers are those of the first run.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
-LAYERS = (2, 3)
-KEYS = ["held_out_loss", *(f"layer{layer}/{name}" for name in ("top_share_score", "mean_s") for layer in LAYERS)]
+MEASURE = re.compile(r"layer\d+/(top_share_score|mean_s)")
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl that are evaluations."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "evaluation"]
 
 
 def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
+    runs = [Path(word) for word in sys.argv[2:]]
+    keys = ["held_out_loss", *(key for key in evaluations(runs[0])[0] if MEASURE.fullmatch(key))]
     with open(sys.argv[1], "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "step", *KEYS])
-        for run in map(Path, sys.argv[2:]):
-            for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-                if line["kind"] == "evaluation":
-                    values = (f"{line[key]:.6f}" if key in line else "" for key in KEYS)
-                    writer.writerow([run.name, line["step"], *values])
+        writer.writerow(["run", "step", *keys])
+        for run in runs:
+            for line in evaluations(run):
+                values = (f"{line[key]:.6f}" if key in line else "" for key in keys)
+                writer.writerow([run.name, line["step"], *values])
 
 
 if __name__ == "__main__":

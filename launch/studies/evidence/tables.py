@@ -2,11 +2,12 @@
 
     python launch/studies/evidence/tables.py FOLDER
 
-FOLDER has results.csv of the main study; long.csv, start.csv, strength.csv, choices.csv and transfer.csv, the results
-of these studies; and curves.csv, layers.csv, measures.csv and features.csv of the scripts of these names, of the main
-study. Of other studies these begin with the study's name, as long_curves.csv does. Only finished runs count. A
-difference is to the baseline run of the same seed, relative where the table has %. Its interval is Student's t over the
-n pairs, and is not given for one pair. MS, mean S and kurtosis are means over the inhibited layers.
+FOLDER has results.csv of the main study; all-layers.csv, long.csv, start.csv, strength.csv, choices.csv and
+transfer.csv, the results of these studies; and curves.csv, layers.csv, measures.csv and features.csv of the scripts of
+these names, of the main study. Of other studies these begin with the study's name, as long_curves.csv does. Only
+finished runs count. A difference is to the baseline run of the same seed, relative where the table has %. Its interval
+is Student's t over the n pairs, and is not given for one pair. MS, mean S and kurtosis are means over the inhibited
+layers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ CONTROLS = {
     "without-mlp-4800-seed106": ("long_curves", "none-4800-seed106"),
 }
 """The file of curves of each control, and its baseline there."""
+CONTROLS_OF_ALL_LAYERS = {
+    f"without-mlp-all-seed{seed}": ("all-layers_curves", f"none-seed{seed}") for seed in (601, 602, 603, 604)
+}
 
 
 def interval(row: pd.Series, form: str) -> str:
@@ -116,10 +120,10 @@ def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
 
-def control_losses(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Return how much each control of CONTROLS loses against its baseline, in nats, by step. curves: by file."""
+def control_losses(curves: dict[str, pd.DataFrame], controls: dict[str, tuple[str, str]]) -> pd.DataFrame:
+    """Return how much each control loses against its baseline, in nats, by step. curves: by file."""
     losses = {name: one.set_index(["run", "step"])["held_out_loss"] for name, one in curves.items()}
-    there = {control: losses[name][control] - losses[name][base] for control, (name, base) in CONTROLS.items()}
+    there = {control: losses[name][control] - losses[name][base] for control, (name, base) in controls.items()}
     return pd.DataFrame(there).drop(index=0).dropna(how="all")
 
 
@@ -167,28 +171,30 @@ def read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def read_curves(folder: Path, name: str) -> pd.DataFrame:
-    """Return the lines of a file of curves.py, with the means over the two layers."""
+    """Return the lines of a file of curves.py, with the means over its layers."""
     curves = read(folder, name)
-    means = {
-        score: curves[[f"layer2/{score}", f"layer3/{score}"]].mean(axis=1) for score in ("top_share_score", "mean_s")
-    }
-    return curves.assign(**means)
+    return curves.assign(**{key: curves.filter(like=f"/{key}").mean(axis=1) for key in ("top_share_score", "mean_s")})
 
 
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    results, long, transfer = (read(folder, name) for name in ("results", "long", "transfer"))
-    curves, long_curves = (read_curves(folder, name) for name in ("curves", "long_curves"))
+    results, long, transfer, all_layers = (read(folder, name) for name in ("results", "long", "transfer", "all-layers"))
+    by_file = {name: read_curves(folder, name) for name in ("curves", "long_curves", "all-layers_curves")}
+    curves, long_curves, all_curves = by_file.values()
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
-    losses = control_losses({"curves": curves, "long_curves": long_curves})
+    losses, losses_of_all = (control_losses(by_file, which) for which in (CONTROLS, CONTROLS_OF_ALL_LAYERS))
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, read(folder, "layers"), BY_LAYER, is_relative=True),
         controls(losses),
         control_means(losses),
+        controls(losses_of_all),
+        control_means(losses_of_all),
+        main_table(all_layers),
+        by_step(all_layers, all_curves, 300),
         smaller(curves),
         main_table(long),
         by_step(long, long_curves, 1800),

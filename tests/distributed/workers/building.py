@@ -19,7 +19,7 @@ from l2e_ds.errors import DataError, L2EError
 from l2e_ds.inhibition import Inhibitor, NeuronSite, Settings
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 
 ZERO3 = {
     "train_batch_size": 2,
@@ -145,7 +145,7 @@ def error_of_one_rank() -> str:
 
 
 def main() -> None:
-    quiet_libraries()
+    prepare_libraries()
     output = Path(sys.argv[1])
     process_group.join(launch.find_launch(), timeout_minutes=5)
     small = ModelConfig(name="pythia-14m", vocab_size=64, num_layers=2, hidden_size=32, num_heads=2)

@@ -10,11 +10,11 @@ from l2e_ds.cli import main
 from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.errors import L2EError
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 
 
 def run_bad(output: Path) -> None:
-    quiet_libraries()
+    prepare_libraries()
     process_group.join(launch.find_launch(), 2)
     from transformers import AutoModelForCausalLM
 

@@ -25,7 +25,7 @@ from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.engine.engine import loss_scale
 from l2e_ds.models.network import build_network
 from l2e_ds.models.pythia import network_config
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 from l2e_ds.training import loss as lm_loss
 from tests.distributed.training_case import LENGTH, TrainingCase
 from tests.distributed.workers.train_cases import data, make_trainer
@@ -191,7 +191,7 @@ def in_part(gradients, key):
 
 
 def main() -> None:
-    quiet_libraries()
+    prepare_libraries()
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().device_name() == "cpu":

@@ -21,7 +21,7 @@ from l2e_ds.distributed import collectives, process_group
 from l2e_ds.distributed.launch import find_launch
 from l2e_ds.planning import memory
 from l2e_ds.planning.work import Work
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 from l2e_ds.training.loss import CHUNK
 from l2e_ds.training.preflight import checkpoint_size, resolve_config
 from l2e_ds.training.trainer import RunData, Trainer
@@ -64,7 +64,7 @@ def measure(case: dict, directory: Path, device: object, ranks: int) -> dict:
 
 
 def main() -> None:
-    quiet_libraries()
+    prepare_libraries()
     output, name = Path(sys.argv[1]), sys.argv[2]
     launch = find_launch()
     device = process_group.join(launch, 5)

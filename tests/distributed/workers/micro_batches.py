@@ -24,7 +24,7 @@ from l2e_ds.distributed.launch import find_launch
 from l2e_ds.engine.configuration import resolve
 from l2e_ds.models.pythia import network_config
 from l2e_ds.system.files import write_whole
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training import micro_batch
 from l2e_ds.training.preflight import preflight
 from l2e_ds.training.run import train
@@ -96,7 +96,7 @@ def case(name: str, output: Path, port: str) -> None:
 
 
 def main() -> None:
-    quiet_libraries()
+    prepare_libraries()
     output, ports = Path(sys.argv[1]), sys.argv[2:]
     for used in USED:
         importlib.import_module(used)

@@ -29,7 +29,7 @@ from l2e_ds.data.tokenizer import load_tokenizer
 from l2e_ds.distributed import collectives, launch, process_group
 from l2e_ds.errors import Interrupted
 from l2e_ds.run_directory.stop_file import stop_file
-from l2e_ds.system.process import leave_process, quiet_libraries
+from l2e_ds.system.process import leave_process, prepare_libraries
 from l2e_ds.training import preemption
 from l2e_ds.training.held_out import load_samples
 from l2e_ds.training.preflight import resolve_config
@@ -300,7 +300,7 @@ def train_case(name: str, case: TrainingCase, output: Path, device: torch.device
 
 
 def main() -> None:
-    quiet_libraries()
+    prepare_libraries()
     from deepspeed.accelerator import get_accelerator
 
     # torch computes fp16 on CPUs; DeepSpeed only doubts it

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import check_data, encode, prepare, prepare_data, sources
 from l2e_ds.data.indexed import IndexedTokens, write_pair
-from l2e_ds.data.token_files import TokenFiles
+from l2e_ds.data.token_files import Exclusive, TokenFiles
 from l2e_ds.data.tokenizer import train_tokenizer
 from l2e_ds.errors import DataError
 from tests.unit.data.reading import documents_in
@@ -266,15 +265,23 @@ def test_a_folder_without_meta_is_replaced(tmp_path, cache):
 
 def test_of_two_at_once_one_waits_for_the_other(tmp_path, cache, monkeypatch):
     data = config(corpus(tmp_path, [text(i) for i in range(50)]))
-    build, built, has_begun = prepare._build, [], threading.Event()
+    build, built, has_begun, other_waits = prepare._build, [], threading.Event(), threading.Event()
+    is_locked = Exclusive._is_locked
 
-    def slow(*arguments):
+    def built_while_the_other_waits(*arguments):
         built.append(arguments)
         has_begun.set()
-        time.sleep(0.5)
+        assert other_waits.wait(600)
         build(*arguments)
 
-    monkeypatch.setattr(prepare, "_build", slow)
+    def noted(exclusive):
+        got_it = is_locked(exclusive)
+        if not got_it:
+            other_waits.set()
+        return got_it
+
+    monkeypatch.setattr(prepare, "_build", built_while_the_other_waits)
+    monkeypatch.setattr(Exclusive, "_is_locked", noted)
     with ThreadPoolExecutor() as threads:
         first = threads.submit(prepare_data, data, cache, 300)
         assert has_begun.wait(600)

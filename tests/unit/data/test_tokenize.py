@@ -182,7 +182,7 @@ def test_killed_at_random_moments_it_gives_the_same_bytes(tmp_path, corpus, toke
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     for workers, commits in (("2", 2), ("0", 6)):
         process = subprocess.Popen([*command, workers], env=environment, stderr=subprocess.PIPE, text=True)
-        changes, before, until = 0, journal.read_bytes() if journal.exists() else b"", time.monotonic() + 60
+        changes, before, until = 0, journal.read_bytes() if journal.exists() else b"", time.monotonic() + 600
         while changes < commits and process.poll() is None and time.monotonic() < until:
             now = journal.read_bytes() if journal.exists() else b""
             changes, before = changes + (now != before), now

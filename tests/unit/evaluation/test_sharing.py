@@ -22,10 +22,10 @@ from l2e_ds.cli import main
 from l2e_ds.config.reading import checked
 from l2e_ds.config.sections import RunConfig
 from l2e_ds.data.tokenizer import train_tokenizer
+from l2e_ds.distributed.launch import free_port
 from l2e_ds.run_directory import manifest
 from l2e_ds.run_directory.json_lines import append_line
 from l2e_ds.run_directory.results import FILE
-from tests.processes import free_port
 
 STEP, ROWS = 20, 300
 NETWORK = {"vocab_size": ROWS, "num_layers": 3, "hidden_size": 16, "num_heads": 2}

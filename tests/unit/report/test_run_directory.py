@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 from l2e_ds.cli import main
+from l2e_ds.config.sections import CheckpointConfig
 from l2e_ds.errors import DataError
 from l2e_ds.report import runs
 from l2e_ds.report.summary import summarise
+from l2e_ds.run_directory.configuration import read_config
 from l2e_ds.run_directory.metrics import of_kind, read_lines
 from tests.unit.report.making import paired_study, write_run
 
@@ -97,6 +99,7 @@ def test_sections_that_an_older_run_does_not_have(tmp_path, reader):
     config = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({key: config[key] for key in ("model", "data", "training", "inhibition")}))
     reader(tmp_path / "l2e")
+    assert read_config(tmp_path / "l2e").checkpoint == CheckpointConfig()
 
 
 # --- metrics.jsonl -----------------------------------------------------------------------------------------------

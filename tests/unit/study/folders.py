@@ -10,7 +10,7 @@ import yaml
 
 from l2e_ds.study.checking import resolve_runs, write_study
 from l2e_ds.study.definition import Study, read_study
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from l2e_ds.training.preflight import ResolvedRun
 
 CORPUS = "The river froze early that year. Rain came in from the west before noon. " * 40
@@ -39,7 +39,7 @@ def study_file(folder: Path, **changes: object) -> Path:
 
 def begun_study(folder: Path, **changes: object) -> tuple[Study, dict[str, ResolvedRun]]:
     """Write all that is written before a run starts, and return it; `folder` is the current one."""
-    quiet_libraries()
+    prepare_libraries()
     study = read_study(study_file(folder, **changes))
     runs = resolve_runs(study, 1, this_machine=False)
     write_study(study, runs)

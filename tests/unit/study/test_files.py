@@ -9,7 +9,7 @@ from l2e_ds.config.reading import find_file
 from l2e_ds.data.indexed import write_pair
 from l2e_ds.study.checking import resolve_runs
 from l2e_ds.study.definition import read_study
-from l2e_ds.system.process import quiet_libraries
+from l2e_ds.system.process import prepare_libraries
 from tests.processes import REPOSITORY
 
 FILES = sorted((REPOSITORY / "launch/studies").rglob("*.yaml"))
@@ -35,7 +35,7 @@ def tokens(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_every_run_could_start(path, tokens, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    quiet_libraries()
+    prepare_libraries()
     is_small = path.parent.name == "small"
     pile = [] if is_small else [f"data.path={tokens}", "data.tokenizer=null", "data.held_out=0.1"]
     study = read_study(path, pile)
@@ -80,7 +80,7 @@ def test_what_the_paper_crosses(tokens):
             (size, part.method, part.retrieval_and_mechanism, part.layers, part.target_share) for size, part in sections
         }
 
-    quiet_libraries()
+    prepare_libraries()
     best = {"pythia-70m": 0.01, "pythia-410m": 0.02, "pythia-2.8b": 0.03}
     plain = {(size, "none", ("threshold", "regulariser"), "mid-2", share) for size, share in best.items()}
     pairs = [(way, what) for way in ("top-k", "threshold") for what in ("reverse-deactivation", "regulariser")]

@@ -22,7 +22,7 @@ import l2e_ds
 from l2e_ds.config.sections import DataConfig, SourceConfig
 from l2e_ds.console import at_least, say
 from l2e_ds.data.indexed import best_dtype, pair
-from l2e_ds.data.sources import PATTERNS, looks_local, source_files, unread_files
+from l2e_ds.data.sources import PATTERNS, kinds_of, looks_local, source_files, unread_files
 from l2e_ds.data.token_files import JOURNAL, Exclusive, TokenFiles, read_journal
 from l2e_ds.data.tokenize import OPTIONS, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, find_end_of_text, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -238,11 +238,10 @@ def _format_of(name: str) -> str | None:
     if path.is_dir():
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             return "hub"
-        kinds = [kind for kind, patterns in PATTERNS.items() if any(next(path.glob(p), None) for p in patterns)]
+        kinds = kinds_of(path)
         return kinds[0] if len(kinds) == 1 else None
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not path.exists() and not looks_local(name)
-    by_name = (kind for kind, patterns in PATTERNS.items() if any(map(path.match, patterns)))
-    return next(by_name, "hub" if is_hub_name else None)
+    return next(iter(kinds_of(path)), "hub" if is_hub_name else None)
 
 
 def _asked(arguments: argparse.Namespace, config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
