@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import os
 import select
 import sys
@@ -19,6 +20,11 @@ from l2e_ds.errors import ConfigError, L2EError
 
 Given = TypeVar("Given", bound=int | None)
 
+OF_THE_USER = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR),
+}
+"""Errors of the system that the user can mend: permissions, full disks, names."""
 READER_IS_GONE = 141
 """The exit code when nobody reads standard output any more: what a shell reports of a process that SIGPIPE ended."""
 
@@ -35,13 +41,16 @@ def reader_is_gone() -> bool:
 
 def open_streams() -> None:
     """Open standard streams that cron or a daemon has closed, so that what is printed there goes nowhere. Else files of
-    the run would get their numbers. Commands begin with this."""
+    the run would get their numbers. What the encoding of standard output lacks is written as an escape. Commands begin
+    with this."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:  # Python's sign of a closed stream
             stream = open(os.devnull, "r+" if number else "r", encoding="utf-8")  # noqa: SIM115 (stays open)
             os.dup2(stream.fileno(), number)
             os.set_inheritable(number, True)
             setattr(sys, name, stream)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a name that it cannot write ends no command
 
 
 def flush_streams() -> None:
@@ -117,7 +126,8 @@ class CommandParser(argparse.ArgumentParser):
 def add_run_file_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments `run_file`, a path or the name of a recipe, and `overrides`, a list of section.key=value."""
     parser.add_argument("run_file", metavar="RUN.yaml", help="a run file, or the name of a recipe: pythia-70m")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change one value of the run file")
+    help_of_overrides = "change one value of the run file"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=help_of_overrides)
 
 
 def words_of_command(argv: Sequence[str] | None) -> list[str]:
@@ -156,9 +166,10 @@ def exit_code_of(action: Callable[[], int]) -> int:
             raise
         return READER_IS_GONE
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if error.errno not in OF_THE_USER:
             raise
-        say(f"l2e-ds: error: {error.filename}: {error.strerror}")
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"l2e-ds: error: {where}{error.strerror}")
         return ConfigError.exit_code
     except KeyboardInterrupt:  # `train` handles it itself, with a longer message
         say("l2e-ds: interrupted")

@@ -38,7 +38,7 @@ from l2e_ds.training import preemption
 _SYSTEM_ERRORS = {
     errno.ENOSPC: SaveError.exit_code,
     errno.EDQUOT: SaveError.exit_code,
-    errno.ENAMETOOLONG: ConfigError.exit_code,
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.EACCES, errno.EROFS), ConfigError.exit_code),
 }
 
 

@@ -54,8 +54,9 @@ class Changes:
         """Return each changed key as `section.key: old -> new`, what shifts with the run's length, and other rates."""
         section, key = self.new.inhibition, "training.micro_batch"
         texts = dict(self._texts)
-        if key in texts and section.loss == "projected" and section.method != "none":
-            texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2)"
+        is_projected = section.loss == "projected" and section.retrieval_and_mechanism[1] == "regulariser"
+        if key in texts and section.method != "none" and (is_projected or section.reduce == "forward"):
+            texts[key] += " (results change a little with ranks x micro-batch: docs/method.md, 5.2 and 8)"
         shifted = [f"{key}: {old} -> {new} steps" for key, (old, new) in self._shifted.items()]
         return [*texts.values(), *shifted, *self._rates()]
 

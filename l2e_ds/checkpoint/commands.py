@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from l2e_ds.checkpoint.manager import read_state, remove_checkpoint
 from l2e_ds.console import at_least
 from l2e_ds.errors import CheckpointError, ConfigError
 from l2e_ds.run_directory.lock import RunLock
-from l2e_ds.run_directory.manifest import check_files, read_manifest, verify
-from l2e_ds.run_directory.names import is_checkpoint, published_checkpoints, step_of
+from l2e_ds.run_directory.manifest import CANNOT_BE_READ, check_files, read_manifest, verify
+from l2e_ds.run_directory.names import MANIFEST, is_checkpoint, published_checkpoints, step_of
 
 
 def _published(run: Path) -> list[Path]:
@@ -75,12 +75,17 @@ def verify_checkpoints(arguments: argparse.Namespace) -> int:
 
 
 def prune_checkpoints(arguments: argparse.Namespace) -> int:
-    """Remove all but the newest undamaged checkpoints and those of every so many steps. Raises, before anything is
-    removed, ConfigError or CheckpointError."""
+    """Remove all but the newest undamaged checkpoints and those of every so many steps.
+
+    Raises, before anything is removed, ConfigError, and CheckpointError where none is undamaged or one cannot be read,
+    as that may be for now only; and CheckpointError where one cannot be removed.
+    """
     run, keep_every = arguments.run, arguments.keep_every
     at_least("--keep-last", arguments.keep_last, 1)
     at_least("--keep-every", keep_every, 1)
     published = _published(run)
+    for path in published:
+        _refuse_unreadable(path)
     good = [path for path in published if check_files(path) is None]
     kept: list[Path] = []
     for path in reversed(good):  # every byte of the newest ones is verified: they must be worth keeping
@@ -90,6 +95,8 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
         if problem is None:
             kept.append(path)
         else:
+            if CANNOT_BE_READ in problem:
+                raise CheckpointError(f"{path}: {problem}; nothing is removed")
             print(f"{path.name}  {problem}", file=sys.stderr)
     if published and not kept:
         raise CheckpointError(f"{run}: has no undamaged checkpoint; nothing is removed")
@@ -98,15 +105,29 @@ def prune_checkpoints(arguments: argparse.Namespace) -> int:
 
     def remove(doomed: list[Path]) -> None:
         for path in doomed:
-            print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
             if not arguments.dry_run:
-                remove_checkpoint(path)
+                try:
+                    remove_checkpoint(path)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: cannot be removed ({error.strerror})") from None
+            print(f"{'would remove' if arguments.dry_run else 'removed'} {path.name}")
 
-    with suppress(ConfigError), RunLock(run):  # else a run has it, and may be writing such a folder
+    with contextlib.suppress(ConfigError), RunLock(run):  # else a run has it, and may be writing such a folder
         remove(_folders(run, ".tmp"))
     remove([path for path in published if path not in kept] + _folders(run, ".damaged"))
     print(f"kept {', '.join(str(step_of(path)) for path in sorted(set(kept))) or 'nothing'}")
     return 0
+
+
+def _refuse_unreadable(checkpoint: Path) -> None:
+    """Raise CheckpointError if it cannot be known whether a checkpoint has all its files."""
+    files = read_manifest(checkpoint)
+    try:
+        for name in [MANIFEST] if isinstance(files, str) else [MANIFEST, *files]:
+            with contextlib.suppress(FileNotFoundError), open(checkpoint / name, "rb"):
+                pass
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {CANNOT_BE_READ} ({error.strerror}); nothing is removed") from None
 
 
 def _folders(run: Path, suffix: str) -> list[Path]:

@@ -8,13 +8,19 @@ from pathlib import Path
 from l2e_ds.config.sections import RunConfig
 
 MASTER = 4  # bytes of a float32 master weight
+EARLY = frozenset({0, *(2**i for i in range(10))})  # steps of the early checkpoints
 
 
 def is_due(step: int, last: int, every: int, early: bool) -> bool:
     """Return whether a checkpoint is due: at the end, every N steps, and early as Pythia (0, 1, 2, 4 ... 512)."""
-    if step == last or (every and step % every == 0 and step > 0):
-        return True
-    return early and (step == 0 or (step <= 512 and step & (step - 1) == 0))
+    return step == last or bool(every and step > 0 and step % every == 0) or (early and step in EARLY)
+
+
+def count_due(last: int, every: int, early: bool) -> int:
+    """Return at how many steps from 0 to `last` a checkpoint is due."""
+    others = {last, *(step for step in EARLY if early and step <= last)}
+    multiples = last // every if every else 0
+    return multiples + sum(not (every and step > 0 and step % every == 0) for step in others)
 
 
 def moment_bytes(optimizer: str, parameters: int, matrices: int) -> int:
@@ -40,7 +46,7 @@ def checkpoint_bytes(parameters: int, moments: int, stage: int, element: int, ho
 def disk_space(config: RunConfig, size: int) -> tuple[str, str | None]:
     """Return what checkpoints of `size` bytes take of the disk, and a warning if it has less, or None; a line each."""
     steps, section = config.training.steps, config.checkpoint
-    written = sum(is_due(done, steps, section.every, section.early) for done in range(steps + 1))
+    written = count_due(steps, section.every, section.early)
     kept = min(written, section.keep_last or written)
     most = min(written, kept + 1) * size  # one is removed only when the next is published
     line = f"{kept:,} kept, {_readable(size)} each: {_readable(kept * size)} on disk"

@@ -270,9 +270,9 @@ class CheckpointManager:
         """Load a checkpoint into engine, inhibitor and this rank's random states. Collective.
 
         With the same ranks and ZeRO stage the run is bit-identical to one that never stopped (for others see
-        docs/checkpoints.md). On another number of ranks random states start anew from (seed, step, rank); nothing draws
-        from them in training. Raises CheckpointError where the checkpoint belongs to another set-up or a part does not
-        load.
+        docs/checkpoints.md). On another number of ranks random states start anew from (seed, step, rank); only dropout
+        draws from them in training. Raises CheckpointError where the checkpoint belongs to another set-up or a part
+        does not load.
         """
         content = read_state(path)
         saved = content["identity"]

@@ -37,8 +37,9 @@ METHODS: dict[str, tuple[Retrieval, Mechanism]] = {
 }
 
 # Beginnings of the dotted keys that say where, how safely and how visibly a run is computed, not what. They change its
-# times, and its results by rounding only (with the projected loss, whose projection is that of a micro-batch, by a
-# little more: docs/method.md, 5.2). Whatever else a DeepSpeed JSON can set has a key in `optimizer` or `training`.
+# times, and its results by rounding only (with the projected loss and with `reduce: forward`, which are those of a
+# micro-batch, by a little more: docs/method.md, 5.2 and 8). Whatever else a DeepSpeed JSON can set has a key in
+# `optimizer` or `training`.
 DECIDES_NO_RESULT = (
     *("checkpoint.", "deepspeed.", "evaluation.", "logging.", "data.cache", "data.workers"),
     *("training.allow_changes", "training.evaluate_every", "training.max_skipped_steps", "training.micro_batch"),
@@ -339,7 +340,7 @@ class TrainingConfig(Section):
     run_directory: LocalPath = ""
     """Folder of all files of the run. Default: `runs/` and the run file's name; for the `config.yaml` in a run
     directory, that directory."""
-    steps: int = Field(gt=0)
+    steps: int = Field(gt=0, le=10**10)
     """Optimizer steps, one global batch each."""
     global_batch: int = Field(1024, gt=0)
     """Sequences a step, over all ranks."""
@@ -559,6 +560,8 @@ class EvaluationConfig(Section):
     def _tasks_and_texts(self) -> EvaluationConfig:
         if self.every and not self.tasks:
             raise ValueError("evaluation.tasks is required with evaluation.every")
+        if self.tasks and "every" not in self.model_fields_set:
+            raise ValueError("evaluation.every is required with evaluation.tasks; 0: never")
         for shots in self.shots:
             if shots is not None and shots < 0:
                 raise ValueError(f"evaluation.num_fewshot: got {shots}, allowed: an integer >= 0 or a list of them")

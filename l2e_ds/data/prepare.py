@@ -26,7 +26,7 @@ from l2e_ds.data.indexed import IndexedTokens, best_dtype, pair, read_sidecar, w
 from l2e_ds.data.sources import check_source, documents, input_bytes, name_of, path_entries, source_files
 from l2e_ds.data.stream import TokenStream
 from l2e_ds.data.token_files import JOURNAL, LOCK, Exclusive, TokenFiles
-from l2e_ds.data.tokenize import Split, find_split, tokenize
+from l2e_ds.data.tokenize import Split, check_split, find_split, tokenize
 from l2e_ds.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_size
 from l2e_ds.data.workers import default_workers
 from l2e_ds.errors import DataError
@@ -105,6 +105,7 @@ class PreparedText:
 def check_data(config: DataConfig, vocab_size: int) -> None:
     """Raise DataError if source or tokenizer are missing, unreadable or do not fit the model. Writes nothing."""
     check_source(config)
+    check_split(config)
     if config.source == "indexed":
         prepared = _open_indexed(config, vocab_size)
         for part in (prepared.train, prepared.held_out):

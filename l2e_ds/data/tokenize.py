@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data.encode import Encoded, Encoder, digest
-from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes, name_of
+from l2e_ds.data.sources import Chunk, chunks, documents, input_bytes, name_of, source_files
 from l2e_ds.data.token_files import TokenFiles
 from l2e_ds.data.workers import WorkerPool
 from l2e_ds.errors import DataError
@@ -68,9 +68,19 @@ def find_split(config: DataConfig, skip_bad: bool = False) -> Split:
         before, last = last, digest(text)
         is_other = is_other or before not in (None, last)
     if not is_other:
-        problem = f"{name_of(config)} holds fewer than 2 different documents, one to train on and one to hold out;"
-        raise DataError(f"{problem} give more, or set ", "data.held_out", " to 0", where="data.held_out")
+        raise _too_few(config)
     return Split(config.held_out, also=last)
+
+
+def _too_few(config: DataConfig) -> DataError:
+    problem = f"{name_of(config)} holds fewer than 2 different documents, one to train on and one to hold out;"
+    return DataError(f"{problem} give more, or set ", "data.held_out", " to 0", where="data.held_out")
+
+
+def check_split(config: DataConfig) -> None:
+    """Raise DataError for a single file that is one document, where some are to be held out."""
+    if config.source == "text" and config.held_out and len(source_files(config)) == 1:
+        raise _too_few(config)
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from itertools import chain
 from pathlib import Path
 
 from l2e_ds.console import say
-from l2e_ds.data.sources import documents, unread_files
+from l2e_ds.data.sources import documents, name_of, unread_files
 from l2e_ds.data.tokenize import OPTIONS
 from l2e_ds.data.tokenize_command import add_input_arguments, source_of
 from l2e_ds.data.tokenizer import train_tokenizer, vocabulary_size
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Train the tokenizer and return the exit code. Raises ConfigError and DataError."""
     output: Path = arguments.output
     if output.exists():
         raise DataError(f"{output} exists already; give another --output, or remove it")
@@ -31,7 +33,10 @@ def run(arguments: argparse.Namespace) -> int:
             source = source_of(arguments)
             if unread := unread_files(source):
                 say(unread)
-            tokenizer = train_tokenizer(documents(source, arguments.skip_bad), arguments.vocab_size)
+            texts = documents(source, arguments.skip_bad)
+            if (first := next(texts, None)) is None:
+                raise DataError(f"{name_of(source)} holds no text", where="data.path")
+            tokenizer = train_tokenizer(chain([first], texts), arguments.vocab_size)
         write_whole(output, tokenizer.backend_tokenizer.to_str(pretty=True))
     except OSError as error:
         raise DataError(f"{error.filename or output}: {error.strerror or error}") from None

@@ -72,6 +72,7 @@ ADAM_PARAMETERS = _types(
     bool="torch_adam adam_w_mode bias_correction amsgrad", float="lr eps weight_decay", list="betas"
 )
 
+_FLOAT32 = "master weights and the optimizer's moments are kept in float32"
 # Values that DeepSpeed would take: JSON path -> (the only one allowed; why). None: none at all.
 FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
     ("gradient_allreduce_op",): ("mean", "with anything else gradients grow with the number of ranks"),
@@ -87,9 +88,17 @@ FIXED_VALUES: dict[tuple[str, ...], tuple[Any, str]] = {
     ("zero_optimization", "compute_grad_norm"): (True, "the metric gradient_norm and clipping need it"),
     ("zero_optimization", "legacy_stage1"): (False, "this version of DeepSpeed has it no more"),
     ("zero_optimization", "zenflow"): (None, "its steps use gradients of other steps"),
+    ("zero_optimization", "offload_optimizer", "ratio"): (
+        1.0,
+        "a second optimizer would keep the first learning rate, and no checkpoint would hold its moments",
+    ),
+    ("zero_optimization", "offload_optimizer", "super_offload"): (False, "no checkpoint would hold Adam's moments"),
     ("zero_optimization", "cpu_offload"): (False, 'write "offload_optimizer": {"device": "cpu"}'),
     ("zero_optimization", "cpu_offload_param"): (False, 'write "offload_param": {"device": "cpu"}'),
     ("bf16", "check_grad_overflow"): (True, "steps with non-finite gradients would not be skipped"),
+    ("bf16", "bf16_master_weights_and_grads"): (False, _FLOAT32),
+    ("bf16", "bf16_optimizer_states"): (False, _FLOAT32),
+    ("fp16", "fp16_master_weights_and_grads"): (False, _FLOAT32),
     ("data_types", "buffer_dtype"): ("fp32", "rotary frequencies and moments are kept in float32"),
     ("autotuning", "enabled"): (False, "it ends a run after a few steps"),
     ("hybrid_engine", "enabled"): (False, "it is for reinforcement learning"),

@@ -281,10 +281,17 @@ class WithInhibition(torch.autograd.Function):
 
 
 def moved(
-    statistics: RunningStatistics, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
+    statistics: RunningStatistics,
+    sums: StepSums,
+    finite: Tensor,
+    fade: float,
+    target_share: float,
+    seen_before: bool,
+    selects_by_threshold: bool,
 ) -> tuple[RunningStatistics, Tensor]:
     """Return what `RunningStatistics.moved` does, in a few kernels instead of fifty. Raises CompileError."""
-    return _run(RunningStatistics.moved, statistics, sums, finite, fade, target_share, seen_before)
+    given = sums, finite, fade, target_share, seen_before, selects_by_threshold
+    return _run(RunningStatistics.moved, statistics, *given)
 
 
 def _plain_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:

@@ -228,9 +228,10 @@ def update(hooks: Sequence[NeuronHook], finite: Tensor) -> Tensor:
     header, d, d2, selected = torch.stack([hook.sums for hook in hooks]).split(sizes, dim=1)
     sums = StepSums(header, d, d2, selected, shift=torch.stack([hook.step_statistics.mean for hook in hooks]))
     running = stacked([hook.running for hook in hooks])
-    seen_before = settings.reduce == "forward"
-    moved = first.implementation.moved
-    running, statistics = moved(running, sums, finite, first.owner.fade, settings.target_share, seen_before)
+    seen_before, selects_by_threshold = settings.reduce == "forward", settings.retrieval == "threshold"
+    running, statistics = first.implementation.moved(
+        running, sums, finite, first.owner.fade, settings.target_share, seen_before, selects_by_threshold
+    )
     freeze(hooks, running)
     return statistics
 
@@ -241,6 +242,7 @@ class InhibitedActivation(nn.Module):
     def __init__(self, activation: nn.Module, hook: NeuronHook) -> None:
         super().__init__()
         self.activation = activation
+        self.train(activation.training)
         self._hook = hook
 
     # What a hook does depends on the step's state and changes it: traced, it would be compiled anew for each state, and

@@ -125,9 +125,10 @@ class Plain(Implementation):
         packed = all_reduce_sum(torch.cat([tokens.reshape(1), sum_d, sum_d2, selected]), self.owner.group)
         count, sum_d, sum_d2, selected = packed.split([1, n, n, n])
         offset = hook.step_statistics.mean.double() - hook.selection_statistics.mean.double()
-        spread = (sum_d2 + 2 * offset * sum_d) / count + offset * offset
+        tokens = count.clamp(min=1)  # none count where the token mask leaves none on any rank
+        spread = (sum_d2 + 2 * offset * sum_d) / tokens + offset * offset
         now = hook.selection_statistics
-        hook.loss_statistics = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / count).float())
+        hook.loss_statistics = FrozenStatistics.of(now.mean, spread.float(), now.tau, (selected / tokens).float())
 
     def select(self, scores: Tensor) -> Tensor:
         """Return what is selected, [M, N] bool. scores: [M, N] float32."""

@@ -360,9 +360,10 @@ class Inhibitor:
         columns = dict(zip(self.STATISTICS, self.last.T, strict=True))
         values = {name: float(columns[name].mean()) for name in ("observed_share", "coefficient", "strength")}
         values["inhibition_loss"] = float(columns["inhibition_loss"].sum())
+        left_out = {"inhibition_loss"} if self.settings.retrieval == "threshold" else {"inhibition_loss", "tau"}
         for hook, row in zip(self.hooks, self.last.tolist(), strict=True):
             named = zip(self.STATISTICS, row, strict=True)
-            values |= {f"layer{hook.site.layer}/{name}": value for name, value in named if name != "inhibition_loss"}
+            values |= {f"layer{hook.site.layer}/{name}": value for name, value in named if name not in left_out}
         return values
 
     # --- state ---------------------------------------------------------------------------------------------------

@@ -78,13 +78,19 @@ class RunningStatistics:
         return FrozenStatistics.of(moments.mean.float(), moments.variance.float(), self.tau.float(), rate.float())
 
     def moved(
-        self, sums: StepSums, finite: Tensor, fade: float, target_share: float, seen_before: bool
+        self,
+        sums: StepSums,
+        finite: Tensor,
+        fade: float,
+        target_share: float,
+        seen_before: bool,
+        selects_by_threshold: bool,
     ) -> tuple[RunningStatistics, Tensor]:
         """Return the statistics after a step, and the first five of `Inhibitor.STATISTICS` in it, [5].
 
         finite: [] bool; if False, nothing moves. fade: from `fade_factor`, the weight that earlier samples keep.
         target_share: the share of pairs to select. seen_before: whether the moments that the step selected by included
-        its own samples (`reduce: forward`). Source: docs/method.md, 3 and 4.
+        its own samples (`reduce: forward`). selects_by_threshold: if False, tau stays. Source: docs/method.md, 3 and 4.
         """
         tokens, loss, score = sums.header.split(1, dim=-1)
         pairs = tokens * sums.d.shape[-1]
@@ -109,9 +115,10 @@ class RunningStatistics:
             torch.where(finite, merged.m2, self.moments.m2),
         )
         newly_selectable = torch.where(possible, tokens, 0.0)
+        moves_tau = possible & finite & (tokens > 0)
         moved = RunningStatistics(
             kept,
-            moved_threshold(self.tau, total, pairs, target_share, possible & finite),
+            moved_threshold(self.tau, total, pairs, target_share, moves_tau) if selects_by_threshold else self.tau,
             torch.where(finite, self.selected * fade + sums.selected, self.selected),
             torch.where(finite, self.selectable * fade + newly_selectable, self.selectable),
         )

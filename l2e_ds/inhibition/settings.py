@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -107,6 +108,8 @@ class Settings:
         run_steps: optimizer steps of the run, or None if its length is not known. Raises ValueError for a schedule that
         does not fit into the run, or that needs its length where it is not known.
         """
+        is_length = run_steps is None or (isinstance(run_steps, Integral) and run_steps > 0)
+        require("Inhibitor: run_steps", run_steps, lambda _: is_length, "1 step or more, or None")
 
         def steps(name: str) -> int:
             value = getattr(self, name)

@@ -27,10 +27,11 @@ def moved_threshold(tau: Tensor, selected: Tensor, pairs: Tensor, target_share: 
     """Return the threshold for the next step, float64, elementwise over layers (docs/method.md, 4).
 
     tau: float64. selected, pairs: float64, over all ranks: how many (token, neuron) pairs were at or above tau, and how
-    many there were. possible: bool, whether anything could be selected at all; if not (no history yet, or every neuron
-    is dead) the share says nothing about tau, which stays.
+    many there were. possible: bool, whether anything could be selected at all; if not (no history yet, no token that
+    counts, or every neuron is dead) the share says nothing about tau, which stays.
     """
-    smallest = 0.5 / pairs.clamp(min=1)
+    # a share that is too small to be seen counts as half of the smallest that can be, and never as more than the target
+    smallest = (0.5 / pairs.clamp(min=1)).clamp(max=0.5 * target_share)
     share = (selected / pairs.clamp(min=1)).clamp(min=smallest, max=1 - smallest)
     factor = (math.log(target_share) / share.log()).sqrt().clamp(1 / LARGEST_FACTOR, LARGEST_FACTOR)
     return torch.where(possible, (tau * factor).clamp(*TAU_RANGE), tau)

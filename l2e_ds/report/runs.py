@@ -23,6 +23,7 @@ from l2e_ds.run_directory.results import TaskResult, read_results
 from l2e_ds.study.definition import INDEX
 from l2e_ds.study.state import read_index
 
+_SHARE = "inhibition.target_share:"  # how a change of it begins
 _SHAPE = ("vocab_size", "num_layers", "hidden_size", "num_heads")
 _IN_NAME = {f"model.{key}" for key in ("name", "config", "pretrained", *_SHAPE)}  # which `Run.model` says
 
@@ -234,6 +235,24 @@ def read(paths: Sequence[Path]) -> Collection:
     return Collection(runs, _variants(runs), titles, waiting)
 
 
+def _with_one_share(lines: Sequence[dict], evaluations: list[dict]) -> list[dict]:
+    """Return the evaluations, without MS of the top share where it is of another share than at the end of the run.
+
+    lines: all of the run's, in order. A start says what a resume has changed (`training.allow_changes`).
+    """
+    changed = [
+        index
+        for index, line in enumerate(lines)
+        if line["kind"] == "start" and any(text.startswith(_SHARE) for text in line.get("changes") or ())
+    ]
+    earlier = len(metrics.of_kind(lines[: changed[-1]], "evaluation")) if changed else 0
+    stripped = (
+        {key: value for key, value in line.items() if not key.endswith("/top_share_score")}
+        for line in evaluations[:earlier]
+    )
+    return [*stripped, *evaluations[earlier:]]
+
+
 def read_run(directory: Path) -> Run | None:
     """Return the run in a directory, or None if it has no metrics yet. Raises DataError."""
     check_folder(directory)
@@ -241,6 +260,8 @@ def read_run(directory: Path) -> Run | None:
         lines = metrics.read_lines(directory)
         written = datetime.fromtimestamp((directory / metrics.FILE).stat().st_mtime, timezone.utc)
         results = read_results(directory)
+    except PermissionError as error:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
     except OSError as error:
         raise DataError(f"{directory}: is no run directory, or has no metrics yet: {error.filename}") from None
     starts, training, evaluations, findings = (
@@ -248,6 +269,7 @@ def read_run(directory: Path) -> Run | None:
     )
     if not training and not evaluations:
         return None
+    evaluations = _with_one_share(lines, evaluations)
     config = flat(read_config(directory))  # which a run writes after it has opened its metrics
     steady = metrics.after_first_intervals(lines)
     name = directory.resolve().name

@@ -58,8 +58,12 @@ def summarise(directory: Path, baseline: Path | None = None) -> str:
         for layer in run.layers:
             for name, label in (("top_share_score", f"MS of the top {100 * target:g}%"), ("mean_s", "mean S")):
                 key = layer_key(layer, name)
-                then, now = _number(start.get(key)), _number(final.get(key))
-                rows.append((f"layer {layer}: {label}", f"{then}{when} -> {now}{_beside(plain, key, _number)}"))
+                since, at = start, when
+                if key not in start:  # a resume has changed the share
+                    since = next(line for line in run.evaluations if key in line)
+                    at = f" (step {since['step']}; of another share before)"
+                values = f"{_number(since[key])}{at} -> {_number(final.get(key))}"
+                rows.append((f"layer {layer}: {label}", f"{values}{_beside(plain, key, _number)}"))
         if baseline is not None:
             rows.append(("without inhibition", about))
     harmed = guard.findings_of_run(run.starts, run.evaluations, run.findings)

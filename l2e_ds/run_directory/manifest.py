@@ -21,6 +21,7 @@ from l2e_ds.run_directory.names import MANIFEST, is_checkpoint, published_checkp
 from l2e_ds.system.files import fsync_path
 
 STATE = "state.json"
+CANNOT_BE_READ = "cannot be read"  # perhaps for now only, while all else that is found wrong stays wrong
 # the rank in the names of DeepSpeed's shards (zero_pp_rank_3_mp_rank_00_optim_states.pt) and of our random states
 _OWNER = re.compile(r"(?:pp_rank_|rng-rank)(\d+)")
 
@@ -138,7 +139,7 @@ def check_contents(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             if sha256(folder / name) != files[name]["sha256"]:
                 return f"{name} is not what was written (its checksum differs)"
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} {CANNOT_BE_READ} ({error.strerror})"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def published_checkpoints(run_directory: Path) -> list[Path]:
-    """Return the checkpoints under their final names, oldest first, damaged or not."""
-    return sorted(path for path in (run_directory / "checkpoints").glob("step*") if is_checkpoint(path))
+    """Return the checkpoints under their final names, oldest first, damaged or not.
+
+    Raises OSError for a folder that cannot be read, as none in it would be no answer.
+    """
+    folder = run_directory / "checkpoints"
+    try:
+        found = [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(filter(is_checkpoint, found))
 
 
 def finished_checkpoints(run_directory: Path) -> list[Path]:

@@ -257,5 +257,5 @@ def queue(path: Path, text: str) -> str:
     done = subprocess.run(command, env=without_launcher(os.environ), capture_output=True, text=True)
     if done.returncode != 0:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
-        raise ConfigError(f"sbatch: {reason.removeprefix('sbatch: error: ')}")
+        raise ConfigError("sbatch: " + re.sub("^sbatch: (error|fatal): ", "", reason))
     return done.stdout.strip().split(";")[0]

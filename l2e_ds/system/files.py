@@ -32,12 +32,24 @@ def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a kill or a full disk leaves the one before it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
+    with _errors_naming(path, temporary):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            fsync_path(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors_naming(path: Path, temporary: Path) -> Iterator[None]:
+    """Have errors of the system name the path that was asked for, in place of the temporary one beside it."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        fsync_path(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.filename == str(temporary):
+            error.filename = str(path)
+        raise
 
 
 def still_named(descriptor: int, path: Path) -> bool:
@@ -63,7 +75,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
-    temporary.mkdir()
+    with _errors_naming(path, temporary):
+        temporary.mkdir()
     try:
         yield temporary
         if path.exists():

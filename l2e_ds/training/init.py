@@ -19,6 +19,8 @@ from l2e_ds.models.pythia import PYTHIA, check_sizes
 KINDS = PATTERNS | {"indexed": ("*.bin", "*.idx")}
 """`data.source` by the names of files."""
 VOCABULARY = 16384
+SOME_HELD_OUT = "0.01  # share of the documents that are evaluated, and not trained on"
+NONE_HELD_OUT = "0  # a text file is one document; give several, or jsonl, and a share of them is evaluated"
 TEMPLATE = """\
 # {name} with L2E. All keys: docs/run-files.md; any of them can be given on the command line as section.key=value.
 #
@@ -31,7 +33,7 @@ data:
   source: {source}  # stdlib, text, jsonl, parquet, hub or indexed (Megatron's .bin/.idx)
 {path}{tokenizer}
   sequence_length: 512  # Pythia: 2048
-  held_out: 0.01  # share of the documents that are evaluated, and not trained on
+  held_out: {held_out}
 training:
   steps: 1000
   global_batch: 64  # sequences a step, over all ranks; Pythia: 1024
@@ -73,12 +75,14 @@ def run_file(name: str, data: Sequence[str], tokenizer: str | None) -> str:
         raise ConfigError("--tokenizer: is required with token files: the one that made them")
     paths = sorted({str(Path(file).with_suffix("")) for file in data}) if source == "indexed" else list(data)
     path = f"  path: {json.dumps(paths[0] if len(paths) == 1 else paths)}\n" if paths else ""
+    is_one_document = source == "text" and len(data) == 1 and Path(data[0]).is_file()
     trained = f"  train_tokenizer: {VOCABULARY}  # trained on this text; or tokenizer: NAME or tokenizer.json"
     return TEMPLATE.format(
         name=name,
         rows="" if tokenizer else f"\n  vocab_size: {VOCABULARY}  # that of the tokenizer below",
         source=source,
         path=path,
+        held_out=NONE_HELD_OUT if is_one_document else SOME_HELD_OUT,
         tokenizer=f"  tokenizer: {json.dumps(tokenizer)}" if tokenizer else trained,
         deepspeed=load_run_config(find_recipe(name)).deepspeed.config,
     )

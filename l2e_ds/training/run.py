@@ -66,10 +66,9 @@ def _renew_or_end(lock: RunLock) -> None:
     lock.renew()
 
 
-def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
-    """Find the micro-batch, prepare the data, build everything, and train. Collective."""
+def _prepare(run: ResolvedRun) -> tuple[list[PreparedData], list[PreparedText]]:
+    """Prepare the sets and texts of a run, and say how much of each text is evaluated. Collective."""
     config = run.config
-    directory = Path(config.training.run_directory)
 
     def prepare() -> tuple[list[PreparedData], list[PreparedText]]:
         cache = config.data_cache
@@ -79,15 +78,6 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
         texts = config.evaluation.texts or []
         return sets, prepare_texts(texts, config.data, tokenizer, cache, run.hf_config.vocab_size)
 
-    heartbeat.progress("loading evaluation tasks")
-    tasks = load_tasks_of(config)  # first, as a wrong name should end the run at once
-    record = None
-    if config.training.micro_batch == "auto":
-        number, record = micro_batch.find(config, run.ds, run.hf_config, device)
-        config, ds, batch = with_micro_batch(config, run.ds, number, launch.size)
-        run = replace(run, config=config, ds=ds, batch=batch)
-    if device.type == "cpu":
-        keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
     heartbeat.progress("data preparation")
     found = collectives.run_on_main(prepare, preemption.stop_if_asked)
     sets, texts = collectives.run_on_all(lambda: found or prepare())  # the other ranks find the files on disk
@@ -98,6 +88,30 @@ def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: Checkp
             f"text {text.name}: {text.dataset.num_tokens:,} tokens of {text.num_bytes:,} bytes, of which"
             f" {text.evaluated_tokens:,} are evaluated; {rest:,} at the end are too few for one more sequence"
         )
+    return sets, texts
+
+
+def _with_found_micro_batch(run: ResolvedRun, launch: Launch, device: Any) -> tuple[ResolvedRun, str | None]:
+    """Return the run with a number in place of `micro_batch: auto`, and what is to be remembered of it. Collective."""
+    if run.config.training.micro_batch != "auto":
+        return run, None
+    number, record = micro_batch.find(run.config, run.ds, run.hf_config, device)
+    config, ds, batch = with_micro_batch(run.config, run.ds, number, launch.size)
+    return replace(run, config=config, ds=ds, batch=batch), record
+
+
+def _train_on(run: ResolvedRun, launch: Launch, device: Any, checkpoints: CheckpointManager) -> None:
+    """Find the micro-batch, prepare the data, build everything, and train. Collective.
+
+    In the order of what can fail soon: a wrong name, a network that does not fit, the data, which may take hours.
+    """
+    heartbeat.progress("loading evaluation tasks")
+    tasks = load_tasks_of(run.config)
+    run, record = _with_found_micro_batch(run, launch, device)
+    config, directory = run.config, Path(run.config.training.run_directory)
+    if device.type == "cpu":
+        keep_freed_memory()  # after the search for a micro-batch, which measures what each size takes
+    sets, texts = _prepare(run)
     for part in sets:
         if part.tokenizer is not None:
             take_special_tokens(run.hf_config, part.tokenizer)

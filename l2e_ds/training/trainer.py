@@ -28,7 +28,7 @@ from l2e_ds.distributed import collectives, heartbeat
 from l2e_ds.engine.configuration import update_rule, zero_stage
 from l2e_ds.engine.engine import group_rates, loss_scale, set_learning_rate
 from l2e_ds.engine.schedule import schedule_of
-from l2e_ds.errors import DataError, Interrupted, SaveError, TrainingError
+from l2e_ds.errors import CheckpointError, DataError, Interrupted, SaveError, TrainingError
 from l2e_ds.models.counts import attention_width, flops_per_token, matrix_parameters
 from l2e_ds.models.sites import comparison_layers, neuron_sites
 from l2e_ds.run_directory.metrics import evaluated_steps
@@ -178,6 +178,9 @@ class Trainer(AbstractContextManager):
     def _resume(self, path: Path) -> None:
         """Load a checkpoint, and note what has changed in the run file since. Collective. Raises CheckpointError."""
         self.state = self.checkpoints.load(path, self.engine, self.inhibitor, self.identity)
+        steps = self.config.training.steps
+        if self.state.step > steps:
+            raise CheckpointError(f"training.steps: got {steps}, but {path} is of step {self.state.step}")
         if self.is_new:  # it has evaluated nothing yet
             self.state.evaluated = self.state.evaluated_on_tasks = -1
         else:

@@ -7,6 +7,7 @@ from l2e_ds import cli, train
 from l2e_ds.doctor.command import main as doctor_main
 from l2e_ds.slurm import job
 from l2e_ds.supervise import supervisor
+from l2e_ds.system.files import whole_folder, write_whole
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,23 @@ def test_the_deepspeed_launcher_s_option_comes_first(command, words, capsys):
         command(["--local_rank=0", *words, "--help"])
     assert ended.value.code == 0
     assert "local_rank" not in capsys.readouterr().out
+
+
+def test_what_the_user_can_mend_of_the_system_is_one_line(tmp_path, capsys, monkeypatch):
+    def refused(*_words):
+        raise PermissionError(13, "Permission denied", "runs/x")
+
+    monkeypatch.setattr("l2e_ds.report.summary.summarise", refused)
+    assert cli.main(["summary", "runs/x"]) == 2
+    assert capsys.readouterr().err == "l2e-ds: error: runs/x: Permission denied\n"
+
+
+@pytest.mark.parametrize("write", [lambda path: write_whole(path, ""), lambda path: whole_folder(path).__enter__()])
+def test_errors_name_the_new_file_and_not_its_temporary_one(tmp_path, write):
+    path = tmp_path / ("x" * 250)  # which is short enough, and the temporary name is not
+    with pytest.raises(OSError, match="File name too long") as raised:
+        write(path)
+    assert raised.value.filename == str(path)
 
 
 def test_an_interrupt_is_one_line(capsys, monkeypatch):

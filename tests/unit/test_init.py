@@ -53,6 +53,7 @@ def test_files_of_every_kind(capsys, tmp_path, files, source, path):
     found = [config.data.path] if isinstance(config.data.path, str) else config.data.path
     assert config.data.source == source and found == [str(tmp_path / name) for name in given]
     assert config.data.tokenizer == "EleutherAI/gpt-neox-20b" and config.model.vocab_size is None
+    assert config.data.held_out == (0 if path == "c.txt" else 0.01)  # one text file is one document
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from l2e_ds.checkpoint.manager import CheckpointManager
 from l2e_ds.errors import CheckpointError
 from l2e_ds.run_directory import manifest
+from l2e_ds.run_directory.names import published_checkpoints
 
 
 def make(folder, step=7):
@@ -140,6 +141,42 @@ def test_prune_removes_unfinished_checkpoints_only_while_no_run_can_start(tmp_pa
     monkeypatch.setattr(commands, "remove_checkpoint", remove)
     assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 0
     assert removed == {"step00000009.tmp": True, "step00000003": False}
+
+
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
+def test_prune_removes_nothing_beside_a_checkpoint_that_cannot_be_read(tmp_path, capsys, name):
+    """It may be whole, as after an error of a network's file system. Here a link leads to itself."""
+    from l2e_ds.cli import main
+
+    paths = [make(tmp_path, step) for step in (3, 7)]
+    (paths[1] / name).unlink()
+    (paths[1] / name).symlink_to(name)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 2
+    said = capsys.readouterr()
+    reason = "cannot be read (Too many levels of symbolic links); nothing is removed"
+    assert (said.out, said.err) == ("", f"l2e-ds: error: {paths[1] / name}: {reason}\n")
+    assert sorted((tmp_path / "checkpoints").iterdir()) == paths
+
+
+def test_prune_says_removed_of_what_it_has_removed(tmp_path, capsys, monkeypatch):
+    from l2e_ds.checkpoint import commands
+    from l2e_ds.cli import main
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    paths = [make(tmp_path, step) for step in (3, 7)]
+    monkeypatch.setattr(commands, "remove_checkpoint", refused)
+    assert main(["checkpoint", "prune", str(tmp_path), "--keep-last", "1"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"l2e-ds: error: {paths[0]}: cannot be removed (Permission denied)\n")
+
+
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path):
+    (tmp_path / "checkpoints").symlink_to("checkpoints")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        published_checkpoints(tmp_path)
+    assert published_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_shares_of_the_ranks_cover_every_file(tmp_path):

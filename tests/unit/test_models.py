@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from l2e_ds.checkpoint.disk import is_due
+from l2e_ds.checkpoint.disk import count_due, is_due
 from l2e_ds.config.sections import ModelConfig
 from l2e_ds.engine.engine import group_rates, parameter_groups, set_learning_rate
 from l2e_ds.errors import ConfigError
@@ -296,13 +296,20 @@ def test_early_checkpoints_are_pythia_s():
     """0, 1, 2, 4 ... 512, then every 1,000 steps and the last: the 154 published checkpoints."""
     due = [step for step in range(143_001) if is_due(step, 143_000, 1000, True)]
     assert due == [0, *(2**i for i in range(10)), *range(1000, 143_001, 1000)]
-    assert len(due) == 154
+    assert len(due) == count_due(143_000, 1000, True) == 154
 
 
 @pytest.mark.parametrize(
     ("every", "early", "expected"),
-    [(0, False, [25]), (10, False, [10, 20, 25]), (25, False, [25]), (0, True, [0, 1, 2, 4, 8, 16, 25])],
+    [
+        (0, False, [25]),
+        (10, False, [10, 20, 25]),
+        (25, False, [25]),
+        (0, True, [0, 1, 2, 4, 8, 16, 25]),
+        (4, True, [0, 1, 2, 4, 8, 12, 16, 20, 24, 25]),
+    ],
 )
 def test_due(every, early, expected):
     """Every N steps, never at 0 unless early, and always at the end."""
     assert [step for step in range(26) if is_due(step, 25, every, early)] == expected
+    assert count_due(25, every, early) == len(expected)

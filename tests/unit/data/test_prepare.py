@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from l2e_ds.cli import main
 from l2e_ds.config.sections import DataConfig
 from l2e_ds.data import check_data, encode, prepare, prepare_data, sources
 from l2e_ds.data.indexed import IndexedTokens, write_pair
@@ -126,6 +127,25 @@ def test_the_last_document_is_held_out_if_the_hash_chose_none(tmp_path, cache):
     prepared = prepare_data(config(corpus(tmp_path, texts), held_out=1e-9), cache, 300)
     assert texts_of(prepared, "train") == [text(1), text(2)]
     assert texts_of(prepared, "held_out") == [text(0), text(0)]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    """Found before anything is prepared, so that a dry run says it, too."""
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(text(i) for i in range(50)))
+    data = DataConfig(source="text", path=str(path), train_tokenizer=300, held_out=0.01)
+    with pytest.raises(DataError, match=r"data\.held_out: .*a\.txt holds fewer than 2 different documents"):
+        check_data(data, 300)
+    check_data(data.model_copy(update={"held_out": 0.0}), 300)
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_no_tokenizer_of_nothing(tmp_path, capsys, content):
+    (tmp_path / "a.txt").write_text(content)
+    words = ["tokenizer", "train", str(tmp_path / "a.txt"), "--output", str(tmp_path / "t.json"), "--vocab-size", "300"]
+    assert main(words) == 2
+    assert "a.txt holds no text" in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
 
 
 @pytest.mark.parametrize("texts", [[text(0)], [text(0)] * 3])

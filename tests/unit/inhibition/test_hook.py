@@ -218,6 +218,19 @@ def test_evaluation_is_untouched(method, kind):
 
 
 @pytest.mark.parametrize("kind", ["activation", "projection"])
+def test_a_network_in_eval_mode_stays_in_it(kind):
+    """As `from_pretrained` leaves one: evaluated after the hooks are put on, it counts nothing."""
+    network = Network().eval()
+    inhibitor = Inhibitor(sites(network, kind), settings())
+    with inhibitor:
+        assert not any(module.training for module in network.modules())
+        with torch.no_grad():
+            network(text(9))
+        assert inhibitor._packed.count_nonzero() == 0
+        train(network.train(), inhibitor, range(2))
+
+
+@pytest.mark.parametrize("kind", ["activation", "projection"])
 def test_hooks_are_put_on_once(kind):
     """Twice, or another Inhibitor's on the same layer, is refused, with nothing half put on; not again after detach."""
     network = Network()

@@ -75,6 +75,12 @@ def test_where_nothing_could_be_selected_tau_stays():
     assert float(empty) == 3.0
 
 
+def test_a_share_that_is_smaller_than_one_pair_lowers_tau_where_nothing_is_selected():
+    """Of 512 pairs a share of 1e-5 is none in most steps: none must never count as more than that."""
+    moved = moved_threshold(number(3.0), number(0.0), number(512.0), 1e-5, torch.tensor(True))
+    assert float(moved) < 3.0
+
+
 # --- on a real network -------------------------------------------------------------------------------------------
 
 
@@ -170,6 +176,41 @@ def test_dead_neuron_among_live_ones(retrieval, reduce, loss):
             assert bool(inhibitor.last.isfinite().all())
         assert float(inhibitor.last[0, 0]) > 0.1
         assert extra.flatten(0, 1).count_nonzero(0).ne(0).tolist() == [j != 3 for j in range(8)]
+
+
+@pytest.mark.parametrize("retrieval", ["threshold", "top-k"])
+@pytest.mark.parametrize("reduce", ["step", "forward"])
+@pytest.mark.parametrize("loss", ["published", "scale-invariant", "projected"])
+def test_a_step_without_a_token_that_counts(retrieval, reduce, loss):
+    """Only padding: the gradient is the LM loss's own, and everything stays but the fading sums."""
+    layer = Identity()
+    settings = Settings(retrieval=retrieval, reduce=reduce, loss=loss, coefficient=1.0)
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], settings)
+    z = torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(0))
+    with inhibitor:
+        for _ in range(3):
+            run(inhibitor, layer, z)
+        before = inhibitor.hooks[0].running
+        inhibitor.set_token_mask(torch.zeros(2, 50))
+        assert torch.equal(run(inhibitor, layer, z), torch.ones(2, 50, 8))
+        after = inhibitor.hooks[0].running
+    assert torch.equal(after.tau, before.tau)
+    assert torch.equal(after.moments.mean, before.moments.mean)
+    of_before, of_after = (running.moments.m2 / running.moments.count for running in (before, after))
+    torch.testing.assert_close(of_after, of_before)
+    assert bool(inhibitor.last.isfinite().all())
+
+
+def test_top_k_leaves_tau():
+    """It selects ceil(k * N) of N neurons whatever tau is: 1 of 8 at a target of 2 %."""
+    layer = Identity()
+    inhibitor = Inhibitor([NeuronSite(0, layer, "act", "activation", 8)], Settings(retrieval="top-k", coefficient=1.0))
+    with inhibitor:
+        for seed in range(4):
+            run(inhibitor, layer, torch.randn(2, 50, 8, generator=torch.Generator().manual_seed(seed)))
+    assert float(inhibitor.last[0, 0]) == 1 / 8
+    assert float(inhibitor.hooks[0].running.tau) == initial_threshold(0.02)
+    assert "layer0/tau" not in inhibitor.metrics() and "layer0/observed_share" in inhibitor.metrics()
 
 
 def test_first_step_has_no_history():

@@ -102,6 +102,26 @@ def test_sections_that_an_older_run_does_not_have(tmp_path, reader):
     assert read_config(tmp_path / "l2e").checkpoint == CheckpointConfig()
 
 
+def test_scores_of_another_share_are_not_compared(tmp_path):
+    """A resume changed the share: MS of the top share from then on is that of other activations."""
+    run = write_run(tmp_path / "l2e", points=2)
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    places = [place for place, line in enumerate(lines) if line["kind"] == "evaluation"]
+    begins = places[-2]
+    start = lines[0] | {"step": lines[begins]["step"], "changes": ["inhibition.target_share: 0.01 -> 0.02"]}
+    lines.insert(begins, start)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = report(run).runs[0].evaluations
+    has_score = [any(key.endswith("/top_share_score") for key in line) for line in found]
+    assert len(found) == len(places) > 2 and has_score == [False] * (len(places) - 2) + [True] * 2
+    assert all("held_out_loss" in line and "layer2/mean_s" in line for line in found)
+    layer = report(run).runs[0].layers[0]
+    (said,) = (line for line in summarise(run).splitlines() if line.startswith(f"layer {layer}: MS"))
+    assert f"(step {start['step']}; of another share before)" in said
+    assert f"{found[-2][f'layer{layer}/top_share_score']:.3f} (step" in said
+
+
 # --- metrics.jsonl -----------------------------------------------------------------------------------------------
 
 
