@@ -29,6 +29,7 @@ from l2e_ds.console import (
     say,
     words_of_command,
 )
+from l2e_ds.distributed.launch import Launch, find_launch, is_reported_here
 from l2e_ds.errors import ConfigError, Interrupted, L2EError, SaveError
 from l2e_ds.run_directory import names
 from l2e_ds.system.process import leave_process, prepare_libraries
@@ -63,17 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the same
         # an evaluation's tensors are not those of a step: without it a GPU's memory is cut into pieces between them
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    from l2e_ds.distributed import collectives
-    from l2e_ds.distributed.launch import find_launch, is_reported_here
 
-    rank, launch = 0, None
+    launch = None
     try:
         prepare_libraries()
         # only now: Ctrl-C during this slow import is one line, too
         from l2e_ds.training.preflight import describe, preflight
 
         launch = find_launch()
-        rank = launch.rank
         if arguments.ranks is not None and not arguments.dry_run:
             raise ConfigError("--ranks goes with --dry-run; a run's ranks are the launcher's")
         ranks = launch.size if arguments.ranks is None else arguments.ranks
@@ -84,42 +82,55 @@ def run(arguments: argparse.Namespace) -> int:
             train(resolved, launch)
         elif launch.rank == 0:
             print(describe(resolved), flush=True)
-    except Interrupted as stopped:
+    except KeyboardInterrupt:
+        say("l2e-ds: interrupted: steps since the last checkpoint are lost (SIGTERM or SIGUSR1 would have saved first)")
+        return 130
+    except Exception as error:
+        return _report(error, launch)
+    return 0
+
+
+def _report(error: Exception, launch: Launch | None) -> int:
+    """Print an error where this rank is to print it, note its exit code for the supervisor, and return the code.
+
+    Where the other ranks may wait for this one, end this process: the launcher then ends them. launch: None if the
+    error came before it was found out.
+    """
+    from l2e_ds.distributed import collectives  # with torch
+
+    rank = 0 if launch is None else launch.rank
+    if isinstance(error, Interrupted):
         preemption.honoured()
-        _note_exit_code(stopped.exit_code)
+        _note_exit_code(error.exit_code)
         if rank == 0:
-            say(f"l2e-ds: stopped: {stopped}; start again to resume")
-        return stopped.exit_code
-    except L2EError as error:
+            say(f"l2e-ds: stopped: {error}; start again to resume")
+        return error.exit_code
+    if isinstance(error, L2EError):
         if launch is None or is_reported_here(error, launch, have_met=collectives.size() == launch.size):
             is_known_here_only = rank > 0 if error.on_every_rank else collectives.size() > 1
             where = f" rank {rank} on {socket.gethostname()}:" if is_known_here_only else ""
             say(f"l2e-ds: error:{where} {error}")
         _note_exit_code(error.exit_code)
         if collectives.size() > 1 and not error.on_every_rank:
-            os._exit(error.exit_code)  # the others wait for this rank: the launcher must end them
+            os._exit(error.exit_code)
         return error.exit_code
-    except KeyboardInterrupt:
-        say("l2e-ds: interrupted: steps since the last checkpoint are lost (SIGTERM or SIGUSR1 would have saved first)")
-        return 130
-    except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_is_gone():
-            return READER_IS_GONE
-        if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
-            where, code = error.filename or "a file of the run", _SYSTEM_ERRORS[error.errno]
-            _note_exit_code(code)
-            say(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}")
-            if code == ConfigError.exit_code and collectives.size() == 1:
-                return code
-            os._exit(code)
-        from l2e_ds.distributed.watchdog import is_lost_contact  # with torch, which a mistake need not wait for
+    if isinstance(error, BrokenPipeError) and reader_is_gone():
+        return READER_IS_GONE
+    if isinstance(error, OSError) and error.errno in _SYSTEM_ERRORS:
+        where, code = error.filename or "a file of the run", _SYSTEM_ERRORS[error.errno]
+        _note_exit_code(code)
+        say(f"l2e-ds: error: rank {rank}: {where}: {error.strerror}")
+        if code == ConfigError.exit_code and collectives.size() == 1:
+            return code
+        os._exit(code)
+    from l2e_ds.distributed.watchdog import is_lost_contact  # with torch, which a mistake need not wait for
 
-        if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
-            say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason_of(error)}")
-        else:
-            say(f"l2e-ds: error: rank {rank} failed\n{traceback.format_exc()}")
-        os._exit(1)  # waiting for the other ranks at exit could hang; the launcher ends them
-    return 0
+    if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
+        say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason_of(error)}")
+    else:
+        trace = "".join(traceback.format_exception(error))
+        say(f"l2e-ds: error: rank {rank} failed\n{trace}")
+    os._exit(1)  # waiting for the other ranks at exit could hang
 
 
 def reason_of(error: BaseException) -> str:

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from l2e_ds.distributed import collectives
-from l2e_ds.distributed.launch import Launch, free_port, rendezvous_port, set_first_host
+from l2e_ds.distributed.launch import Launch, free_port
+from l2e_ds.distributed.slurm_step import rendezvous_port, set_first_host
 from l2e_ds.errors import ConfigError, L2EError, RendezvousError
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from l2e_ds.inhibition import fused
 from l2e_ds.inhibition.implementations import Implementation
-from l2e_ds.inhibition.losses import Inhibition
+from l2e_ds.inhibition.losses import BackwardTerms
 from l2e_ds.inhibition.moments import sample_count
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _HAS_TRITON = getattr(find_spec("triton"), "origin", None) is not None  # None f
 _IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # in tests: Triton then runs on a CPU, too
 
 
-def chosen(hook: NeuronHook, z: Tensor, before_gelu: bool) -> Implementation:
+def choose_implementation(hook: NeuronHook, z: Tensor, before_gelu: bool) -> Implementation:
     """Return the fastest implementation. z: [M, N], the activations, or if before_gelu, the input of their GELU."""
     if before_gelu and _has_kernel(z):
         return GeluInKernel(hook)
@@ -48,8 +48,8 @@ class OnePass(Implementation):
         observe = fused.observe if self.owner.has_history else fused.observe_without_history
         self.hook.add_sums(*observe(z, self.hook.step_statistics, self.hook.regulariser))
 
-    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        return fused.add_gradient(incoming, x, inhibition)
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
+        return fused.add_gradient(incoming, x, terms)
 
 
 class Gelu(OnePass):
@@ -68,9 +68,9 @@ class Gelu(OnePass):
             self.observe(z)
         return z
 
-    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
         assert z is not None
-        return fused.gelu_backward(incoming, x, z, inhibition)
+        return fused.gelu_backward(incoming, x, z, terms)
 
 
 class GeluInKernel(Gelu):
@@ -85,10 +85,10 @@ class GeluInKernel(Gelu):
         is_first = hook.count_forward()
         z, sums = triton_gelu.forward(x, hook.step_statistics, hook.regulariser)
         if is_first:
-            hook.add_sums(*fused.totals(sums, hook.step_statistics, hook.regulariser, sample_count(x)))
+            hook.add_sums(*fused.compiled_totals(sums, hook.step_statistics, hook.regulariser, sample_count(x)))
         return z
 
-    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
         from l2e_ds.inhibition import triton_gelu
 
-        return triton_gelu.backward(incoming, x, inhibition)
+        return triton_gelu.backward(incoming, x, terms)

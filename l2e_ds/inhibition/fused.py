@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from l2e_ds.inhibition.losses import VARIANCE_FLOOR, FrozenStatistics, Inhibition, Power, Regulariser
+from l2e_ds.inhibition.losses import VARIANCE_FLOOR, BackwardTerms, FrozenStatistics, Power, Regulariser
 from l2e_ds.inhibition.moments import sample_count
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
 from l2e_ds.system.compiling import compiling
@@ -97,7 +97,7 @@ def _force(
 
 
 def _grouped_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> Tensor:
-    """Return the sums that `scaled` takes, [5 or 6, N] float64. z: [M, N], where M is a multiple of ROWS."""
+    """Return the sums that `column_sums_of` takes, [5 or 6, N] float64. z: [M, N], where M is a multiple of ROWS."""
     power = regulariser.force_power
     z = z.view(-1, ROWS // FACTORS, FACTORS, z.shape[1])
     parts = [[], [], [], [], [], []]  # type: list[list[Tensor]]
@@ -125,42 +125,42 @@ def _observe(
 ) -> tuple[Tensor, Tensor | None]:
     """Return `ColumnSums.totals` of z, [M, N], and of a few other samples. rest: the `_plain_sums` of these."""
     sums = _grouped_sums(z, statistics, regulariser)
-    return _totals(sums if rest is None else sums + rest, statistics, regulariser, samples)
+    return _totals_of_sums(sums if rest is None else sums + rest, statistics, regulariser, samples)
 
 
-def _totals(
+def _totals_of_sums(
     sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    return scaled(sums, statistics, regulariser).totals(statistics, regulariser, samples)
+    return column_sums_of(sums, statistics, regulariser).totals(statistics, regulariser, samples)
 
 
-def _sum_of_gradients(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+def _sum_of_gradients(incoming: Tensor, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
     """Return what `add_gradient` does, but with a float32 gradient.
 
     In fp16, what is added would be among the subnormal numbers and lose most of its digits before it is added.
     """
-    s, correction, regulariser = inhibition.statistics, inhibition.correction, inhibition.regulariser
+    s, correction, regulariser = terms.statistics, terms.correction, terms.regulariser
     d = z.float() - s.mean
     selected = d * d * s.inverse_variance >= s.tau
     kept = torch.where(selected, d, 1.0)
     force = _force(kept, s.inverse_s, s.inverse_variance, regulariser.force_power, regulariser.factor)
     gradient = torch.where(selected, force, 0.0) - correction.shift - correction.pull * d
     squares = [torch.where(selected, g * g, 0.0).sum(1).sum(dtype=torch.float64) for g in (incoming.float(), gradient)]
-    return incoming.float() + gradient * inhibition.gradient_scale, inhibition.measured(torch.stack(squares))
+    return incoming.float() + gradient * terms.gradient_scale, terms.per_token_squares(torch.stack(squares))
 
 
-def _add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+def _add_gradient(incoming: Tensor, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
     """Compute `add_gradient`."""
-    outgoing, squares = _sum_of_gradients(incoming, z, inhibition)
+    outgoing, squares = _sum_of_gradients(incoming, z, terms)
     return outgoing.to(incoming.dtype), squares
 
 
-def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
     """Compute `gelu_backward`."""
-    of_z, squares = _sum_of_gradients(incoming, z, inhibition)
+    of_z, squares = _sum_of_gradients(incoming, z, terms)
     # Half-precision z is too coarse for the formula below. The other losses keep the operation that they always had, so
     # that their numbers stay the same to the bit.
-    if x.dtype != torch.float32 or not inhibition.regulariser.is_projected:
+    if x.dtype != torch.float32 or not terms.regulariser.is_projected:
         return torch.ops.aten.gelu_backward(of_z, x.float()).to(x.dtype), squares
     # As d GELU / dx = cdf(x) + x pdf(x) and z = x cdf(x), z saves the error function, which takes half of the time.
     cdf = torch.where(x.abs() < SMALLEST_DIVISOR, 0.5, z / x)
@@ -168,7 +168,7 @@ def _gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibitio
     return of_z * (cdf + x * pdf), squares
 
 
-_FUNCTIONS = (_grouped_sums, _observe, _totals, _add_gradient, _gelu_backward, RunningStatistics.moved)
+_FUNCTIONS = (_grouped_sums, _observe, _totals_of_sums, _add_gradient, _gelu_backward, RunningStatistics.moved)
 _COMPILED = {function: torch.compile(function, dynamic=False) for function in _FUNCTIONS}
 
 
@@ -190,7 +190,7 @@ def observe(z: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
     whole = z.shape[0] - z.shape[0] % ROWS
     samples = sample_count(z)
     if not whole:
-        return _totals(_plain_sums(z, statistics, regulariser), statistics, regulariser, samples)
+        return _totals_of_sums(_plain_sums(z, statistics, regulariser), statistics, regulariser, samples)
     rest = _plain_sums(z[whole:], statistics, regulariser) if whole < z.shape[0] else None
     return _run(_observe, z[:whole], rest, statistics, regulariser, samples)
 
@@ -219,10 +219,10 @@ def column_sums(z: Tensor, statistics: FrozenStatistics, regulariser: Regularise
     sums = _plain_sums(z[whole:], statistics, regulariser)
     if whole:
         sums += _run(_grouped_sums, z[:whole], statistics, regulariser)
-    return scaled(sums, statistics, regulariser)
+    return column_sums_of(sums, statistics, regulariser)
 
 
-def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
+def column_sums_of(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> ColumnSums:
     """Return the sums as `ColumnSums`, with the factors that are the same for all samples.
 
     sums: [5 or 6, N] float64, in the order of the fields. For the powers 1 and 2, `measure` and `force` come without
@@ -235,25 +235,25 @@ def scaled(sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser)
     return ColumnSums(*parts)
 
 
-def totals(
+def compiled_totals(
     sums: Tensor, statistics: FrozenStatistics, regulariser: Regulariser, samples: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return `ColumnSums.totals` of the sums that `scaled` takes, computed in few kernels. Raises CompileError."""
-    return _run(_totals, sums, statistics, regulariser, samples)
+    """Return `ColumnSums.totals` of the sums that `column_sums_of` takes, in a few kernels. Raises CompileError."""
+    return _run(_totals_of_sums, sums, statistics, regulariser, samples)
 
 
-def add_gradient(incoming: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-    """Return incoming + gradient_scale * `losses.inhibition_gradient`, and `Inhibition.measured`.
+def add_gradient(incoming: Tensor, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
+    """Return incoming + gradient_scale * `losses.inhibition_gradient`, and `BackwardTerms.per_token_squares`.
 
     The first is [M, N] in the dtype of incoming, the gradient of the activations z. What is measured is the gradient
     that comes in and that of the inhibition loss, before its scale. Raises CompileError.
     """
-    return _run(_add_gradient, incoming, z, inhibition)
+    return _run(_add_gradient, incoming, z, terms)
 
 
-def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+def gelu_backward(incoming: Tensor, x: Tensor, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
     """Return what `add_gradient` does, but the gradient of x, where z = GELU(x). Raises CompileError."""
-    return _run(_gelu_backward, incoming, x, z, inhibition)
+    return _run(_gelu_backward, incoming, x, z, terms)
 
 
 class WithInhibition(torch.autograd.Function):

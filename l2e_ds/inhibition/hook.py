@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 
 from l2e_ds.inhibition import losses
 from l2e_ds.inhibition.implementations import Deactivation, Implementation, Plain
-from l2e_ds.inhibition.losses import Correction, FrozenStatistics, Inhibition
+from l2e_ds.inhibition.losses import BackwardTerms, Correction, FrozenStatistics
 from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums, row_of, stacked
 from l2e_ds.inhibition.settings import NeuronSite
 
@@ -135,7 +135,7 @@ class NeuronHook:
         # here, as it imports PyTorch's compiler, which takes seconds
         from l2e_ds.inhibition import compiled_implementations
 
-        self.implementation = compiled_implementations.chosen(self, z, before_gelu)
+        self.implementation = compiled_implementations.choose_implementation(self, z, before_gelu)
 
     def _is_fused(self, z: Tensor) -> bool:
         """Return whether this micro-batch is computed by one of `compiled_implementations.py`.
@@ -177,13 +177,13 @@ class NeuronHook:
         """Note for the self-test the largest absolute value that was added to a gradient, []."""
         self.largest_gradient = torch.maximum(self.largest_gradient, gradient.float())
 
-    def inhibition(self, z: Tensor) -> Inhibition:
+    def backward_terms(self, z: Tensor) -> BackwardTerms:
         """Return what the backward of this micro-batch needs. z: [M, N]. Raises SelfTestError."""
         tokens = z.shape[0] if self.weight is None else self.weight.sum().clamp(min=1)  # this rank's, without padding
         arrived = self.owner.loss_gradient_here().double()
         per_token = torch.where(arrived == 0, 0.0, tokens / arrived)
         scale = self.gradient_scale(tokens)
-        return Inhibition(self.loss_statistics, self.regulariser, self._correction(), scale, per_token)
+        return BackwardTerms(self.loss_statistics, self.regulariser, self._correction(), scale, per_token)
 
     def _correction(self) -> Correction:
         if self.regulariser.is_projected:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from l2e_ds.distributed.collectives import all_reduce_sum
 from l2e_ds.inhibition import losses, memel
-from l2e_ds.inhibition.losses import FrozenStatistics, Inhibition
+from l2e_ds.inhibition.losses import BackwardTerms, FrozenStatistics
 from l2e_ds.inhibition.moments import Moments, exact_sums, sample_count, shifted_sums
 from l2e_ds.inhibition.running_statistics import RunningStatistics
 
@@ -56,23 +56,23 @@ class Implementation(ABC):
         hook.count_backward()
         if not owner.is_measuring:
             return incoming
-        inhibition = hook.inhibition(x)
+        terms = hook.backward_terms(x)
         if owner.self_test_pending:
-            hook.note_largest(self.largest_added(incoming, x, z, inhibition))
-        outgoing, squares = self.backward(incoming, x, z, inhibition)
+            hook.note_largest(self.largest_added(incoming, x, z, terms))
+        outgoing, squares = self.backward(incoming, x, z, terms)
         owner.coefficients.squares[hook.index] += squares
         return outgoing if owner.is_inhibiting else incoming
 
     @abstractmethod
-    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        """Return the gradient of x including the inhibition loss's, and `Inhibition.measured` of both gradients.
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
+        """Return the gradient of x including the inhibition loss's, and `per_token_squares` of both gradients.
 
         The gradient is [M, N] in the dtype of incoming.
         """
 
-    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
+    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> Tensor:
         """Return the largest absolute value that `backward` adds, []."""
-        return self.backward(torch.zeros_like(incoming), x, z, inhibition)[0].abs().max()
+        return self.backward(torch.zeros_like(incoming), x, z, terms)[0].abs().max()
 
 
 class Plain(Implementation):
@@ -139,25 +139,25 @@ class Plain(Implementation):
             selected = losses.select_top_k(scores, hook.selection_statistics, hook.settings.target_share)
         return selected if hook.weight is None else selected & (hook.weight > 0)
 
-    def _raw(self, z: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+    def _raw(self, z: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
         """Return what is selected, [M, N] bool, and the inhibition loss's gradient before its scale, [M, N] float32."""
         selected = self.select(losses.score(z, self.hook.selection_statistics))
-        statistics, regulariser = inhibition.statistics, inhibition.regulariser
-        return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, inhibition.correction)
+        statistics, regulariser = terms.statistics, terms.regulariser
+        return selected, losses.inhibition_gradient(z, selected, statistics, regulariser, terms.correction)
 
-    def _weighted(self, raw: Tensor, inhibition: Inhibition) -> Tensor:
+    def _weighted(self, raw: Tensor, terms: BackwardTerms) -> Tensor:
         weight = self.hook.weight
-        return raw * inhibition.gradient_scale if weight is None else raw * inhibition.gradient_scale * weight
+        return raw * terms.gradient_scale if weight is None else raw * terms.gradient_scale * weight
 
-    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
-        selected, raw = self._raw(x, inhibition)
+    def backward(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
+        selected, raw = self._raw(x, terms)
         squares = [torch.where(selected, g * g, 0.0).sum(dtype=torch.float64) for g in (incoming.float(), raw)]
-        outgoing = (incoming.float() + self._weighted(raw, inhibition)).to(incoming.dtype)
-        return outgoing, inhibition.measured(torch.stack(squares))
+        outgoing = (incoming.float() + self._weighted(raw, terms)).to(incoming.dtype)
+        return outgoing, terms.per_token_squares(torch.stack(squares))
 
-    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, inhibition: Inhibition) -> Tensor:
+    def largest_added(self, incoming: Tensor, x: Tensor, z: Tensor | None, terms: BackwardTerms) -> Tensor:
         # before it is rounded to float16, which may round it to zero
-        return self._weighted(self._raw(x, inhibition)[1], inhibition).abs().max()
+        return self._weighted(self._raw(x, terms)[1], terms).abs().max()
 
 
 _GRADIENT_FACTORS = {"reverse-deactivation": -1.0, "naive-deactivation": 0.0}

@@ -124,7 +124,7 @@ class Correction:
 
 
 @dataclass(frozen=True)
-class Inhibition:
+class BackwardTerms:
     """Holds what a layer's backward needs to add the inhibition loss's gradient, and to measure both gradients.
 
     gradient_scale: [] float32, the factor of the inhibition loss's gradient, from `NeuronHook.gradient_scale`.
@@ -138,7 +138,7 @@ class Inhibition:
     gradient_scale: Tensor
     per_token: Tensor
 
-    def measured(self, squares: Tensor) -> Tensor:
+    def per_token_squares(self, squares: Tensor) -> Tensor:
         """Return what `Coefficients.squares` adds up, [2] float64.
 
         squares: [2] float64, sums over the selected activations of the squared gradient that arrived and of the squared

@@ -102,6 +102,11 @@ class Settings:
         """Whether an inhibition loss is added at any time."""
         return self.mechanism == "regulariser" and (self.relative_strength or self.coefficient or 0.0) > 0
 
+    @property
+    def has_effect(self) -> bool:
+        """Whether activations or gradients are changed at any time."""
+        return self.mechanism != "regulariser" or self.is_regularising
+
     def in_steps(self, run_steps: int | None) -> Settings:
         """Return the same settings with the schedule in steps.
 

@@ -25,7 +25,7 @@ from triton.errors import TritonError
 
 from l2e_ds.errors import CompileError
 from l2e_ds.inhibition.fused import FACTORS
-from l2e_ds.inhibition.losses import FrozenStatistics, Inhibition, Regulariser
+from l2e_ds.inhibition.losses import BackwardTerms, FrozenStatistics, Regulariser
 from l2e_ds.system.files import one_line
 
 # A program takes COLUMNS neurons. A warp reads 256 of them in one row, 8 per thread: 16 bytes in half precision.
@@ -97,7 +97,7 @@ def _forward_kernel(
     FACTORS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Write z = GELU(x) and, for each stretch, the sums that `fused.scaled` takes, [5 or 6, N], into `partial`."""
+    """Write z = GELU(x) and, for each stretch, the sums that `column_sums_of` takes, [5 or 6, N], into `partial`."""
     stretch, columns = _place(N, COLUMNS)
     in_row = columns < N
     mean = tl.load(mean_ptr + columns, mask=in_row, other=0.0)
@@ -132,7 +132,7 @@ def _forward_kernel(
                 product *= tl.where(selected, tl.abs(d) * inverse_limit[None, :], 1.0)
             if POWER == 1:
                 measure += tl.where(selected, tl.abs(d), 0.0)
-            if PROJECTED:  # without its power of S, by which `fused.scaled` multiplies
+            if PROJECTED:  # without its power of S, by which `fused.column_sums_of` multiplies
                 force = _force(tl.where(selected, d, 1.0), 1.0, 1.0, 1.0, POWER)
                 sum_force += tl.where(selected, force, 0.0)
         if POWER == 0:
@@ -204,7 +204,7 @@ def _backward_kernel(
 
 
 def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -> tuple[Tensor, Tensor]:
-    """Return GELU(x), [M, N] in the dtype of x, and its sums that `fused.scaled` takes, [5 or 6, N] float64.
+    """Return GELU(x), [M, N] in the dtype of x, and its sums that `fused.column_sums_of` takes, [5 or 6, N] float64.
 
     x: [M, N] on a GPU, or with TRITON_INTERPRET=1 on a CPU. Raises CompileError.
     """
@@ -238,7 +238,7 @@ def forward(x: Tensor, statistics: FrozenStatistics, regulariser: Regulariser) -
     return z, partial.sum(0, dtype=torch.float64)
 
 
-def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tensor, Tensor]:
+def backward(incoming: Tensor, x: Tensor, terms: BackwardTerms) -> tuple[Tensor, Tensor]:
     """Return what `fused.gelu_backward` does, without being given GELU(x).
 
     incoming, x: [M, N]. Raises CompileError.
@@ -248,7 +248,7 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
     outgoing = torch.empty_like(x)
     programs = triton.cdiv(samples, BACKWARD_STRETCH) * triton.cdiv(neurons, COLUMNS)
     squares = torch.empty(programs, 2, dtype=torch.float32, device=x.device)
-    s, correction = inhibition.statistics, inhibition.correction
+    s, correction = terms.statistics, terms.correction
     with _explained(), torch.cuda.device_of(x):
         _backward_kernel[(programs,)](
             x,
@@ -261,17 +261,17 @@ def backward(incoming: Tensor, x: Tensor, inhibition: Inhibition) -> tuple[Tenso
             correction.shift,
             correction.pull,
             s.tau,
-            inhibition.gradient_scale,
+            terms.gradient_scale,
             samples,
             neurons,
-            FACTOR=inhibition.regulariser.factor,
-            POWER=inhibition.regulariser.force_power,
+            FACTOR=terms.regulariser.factor,
+            POWER=terms.regulariser.force_power,
             COLUMNS=COLUMNS,
             ROWS=BACKWARD_ROWS,
             STRETCH=BACKWARD_STRETCH,
             **OPTIONS,
         )
-    return outgoing, inhibition.measured(squares.sum(0, dtype=torch.float64))
+    return outgoing, terms.per_token_squares(squares.sum(0, dtype=torch.float64))
 
 
 @contextmanager

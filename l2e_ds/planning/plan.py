@@ -112,13 +112,14 @@ def _run_lines(run: ResolvedRun, work: Work, micro_batch: int, speeds: Sequence[
     hours = [steps * step / 3600 for step in (fast, slow)]
     gradients = work.parameters * work.communication
     sent, payload = traffic(work, gpus, accumulation), inhibition_payload(work, accumulation)
+    reduced = f"inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)"
+    every_step = f"gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B, {reduced}"
     return [
         f"with micro-batch {micro_batch} and {accumulation} accumulation steps:",
         f"step          {_span(_seconds(fast), _seconds(slow))},"
         f" {_span(*(f'{tokens / step:,.0f}' for step in (slow, fast)))} tokens/s",
         f"run           {steps:,} steps, {steps * tokens:,} tokens: {_span(*(f'{h / 24:,.2f}' for h in hours))} days,"
         f" {_span(*(f'{h * gpus:,.0f}' for h in hours))} GPU-hours",
-        f"traffic       a GPU sends in a step: gradients {sent.gradients:,.0f} B, weights {sent.weights:,.0f} B,"
-        f" inhibition {sent.inhibition:,.0f} B ({payload / gradients:.3%} of the gradients' data)",
+        f"traffic       {'none, with one GPU' if gpus == 1 else f'a GPU sends in a step: {every_step}'}",
         *(f"{label:<14}{text}" for label, text in checkpoints_of(run)),
     ]

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from l2e_ds import console
 from l2e_ds.config.reading import load_run_config
-from l2e_ds.distributed.launch import scontrol, set_first_host, this_job
+from l2e_ds.distributed.slurm_step import scontrol, set_first_host, this_job
 from l2e_ds.errors import ConfigError, Interrupted, L2EError
 from l2e_ds.run_directory import names
 from l2e_ds.supervise import supervisor

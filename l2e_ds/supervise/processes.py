@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from l2e_ds.distributed.launch import this_job
+from l2e_ds.distributed.slurm_step import this_job
 from l2e_ds.run_directory.lock import NAME
 
 SUSPENDED = 5.0

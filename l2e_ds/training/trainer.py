@@ -141,8 +141,7 @@ class Trainer(AbstractContextManager):
         self.sites, self.inhibitor, self.head, self.engine = stack.sites, stack.inhibitor, stack.head, stack.engine
         self._schedule = schedule_of(config)
         self._rate_shares = [rate / self._schedule.peak for rate in group_rates(self.engine)]
-        settings = self.inhibitor.settings if self.inhibitor is not None else None
-        is_inhibited = settings is not None and (settings.mechanism != "regulariser" or settings.is_regularising)
+        is_inhibited = self.inhibitor is not None and self.inhibitor.settings.has_effect
         is_evaluated = bool(self.held_out) and config.training.evaluate_every > 0
         self.is_guarded = is_inhibited and config.inhibition.guard != "off" and is_evaluated
         # in every run: with the baseline's, those of an inhibited run tell whether MS moves to other layers

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from l2e_ds.inhibition import fused, losses
 from l2e_ds.inhibition.losses import (
+    BackwardTerms,
     Correction,
     FrozenStatistics,
-    Inhibition,
     Regulariser,
     score,
     select_by_threshold,
@@ -64,16 +64,16 @@ def test_a_large_micro_batch(dtype, loss):
     if not regulariser.is_projected:
         correction = losses.running_correction(statistics, regulariser)
     per_token = torch.ones((), dtype=torch.float64, device="cuda")
-    inhibition = Inhibition(statistics, regulariser, correction, gradient_scale, per_token)
+    terms = BackwardTerms(statistics, regulariser, correction, gradient_scale, per_token)
     runs = []
     for again in range(2):
         # the first time compiles; after that not even a synchronisation
         torch.cuda.set_sync_debug_mode("error" if again else "default")
         try:
             z, sums = triton_gelu.forward(x, statistics, regulariser)
-            sums = fused.scaled(sums, statistics, regulariser)
+            sums = fused.column_sums_of(sums, statistics, regulariser)
             value = sums.inhibition_loss(statistics, regulariser, sample_count(z))
-            found, squares = triton_gelu.backward(incoming, x, inhibition)
+            found, squares = triton_gelu.backward(incoming, x, terms)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         runs.append((z, *(part for part in vars(sums).values() if part is not None), value, found, squares))

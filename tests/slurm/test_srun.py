@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from l2e_ds.distributed.launch import find_launch, set_first_host
+from l2e_ds.distributed.launch import find_launch
+from l2e_ds.distributed.slurm_step import set_first_host
 from l2e_ds.errors import ConfigError
 from tests.processes import REPOSITORY
 from tests.tolerances import rounding

@@ -10,7 +10,7 @@ import pytest
 
 from l2e_ds import cli
 from l2e_ds.config.sections import slurm_seconds
-from l2e_ds.distributed import launch
+from l2e_ds.distributed.slurm_step import rendezvous_port
 from l2e_ds.errors import ConfigError
 from l2e_ds.slurm import job as slurm_job
 from l2e_ds.slurm import sbatch
@@ -140,8 +140,6 @@ def test_lists_of_runs(here):
 
 def test_ports_of_neighbouring_jobs_and_steps():
     jobs, steps = range(123456, 123456 + 64), range(16)
-    ports = {
-        launch.rendezvous_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in jobs for step in steps
-    }
+    ports = {rendezvous_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}) for job in jobs for step in steps}
     assert len(ports) == len(jobs) * len(steps)
     assert min(ports) >= 10_000 and max(ports) < 32_768

@@ -12,9 +12,9 @@ import torch
 
 from l2e_ds.inhibition import fused, losses
 from l2e_ds.inhibition.losses import (
+    BackwardTerms,
     Correction,
     FrozenStatistics,
-    Inhibition,
     Regulariser,
     score,
     select_by_threshold,
@@ -134,8 +134,8 @@ def test_gradient_is_the_plain_one(dtype, regulariser):
     selected = select_by_threshold(score(z, statistics), statistics)
     correction = correction_of(statistics, regulariser)
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
-    inhibition = Inhibition(statistics, regulariser, correction, SCALE, PER_TOKEN)
-    found, squares = fused.add_gradient(incoming, z, inhibition)
+    terms = BackwardTerms(statistics, regulariser, correction, SCALE, PER_TOKEN)
+    found, squares = fused.add_gradient(incoming, z, terms)
     assert found.dtype == dtype
     total = incoming.double() + plain.double() * float(SCALE)
     # one rounding of the sum, to half the distance of its neighbours, and a few in float32 before
@@ -161,8 +161,8 @@ def test_gradient_within_that_of_the_gelu(dtype, regulariser):
     assert int(selected.sum()) > 0
     plain = losses.inhibition_gradient(z, selected, statistics, regulariser, correction)
     exact = torch.ops.aten.gelu_backward(incoming.double() + 0.03 * plain.double(), x.double())
-    inhibition = Inhibition(statistics, regulariser, correction, SCALE, PER_TOKEN)
-    found, squares = fused.gelu_backward(incoming, x, z, inhibition)
+    terms = BackwardTerms(statistics, regulariser, correction, SCALE, PER_TOKEN)
+    found, squares = fused.gelu_backward(incoming, x, z, terms)
     assert found.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)

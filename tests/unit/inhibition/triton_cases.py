@@ -14,9 +14,9 @@ from torch.nn import functional
 from l2e_ds.inhibition import Inhibitor, fused, losses, triton_gelu
 from l2e_ds.inhibition.compiled_implementations import GeluInKernel
 from l2e_ds.inhibition.losses import (
+    BackwardTerms,
     Correction,
     FrozenStatistics,
-    Inhibition,
     Regulariser,
     score,
     select_by_threshold,
@@ -86,7 +86,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     x, _, statistics = example(tokens, neurons, dtype)
     z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
     torch.testing.assert_close(z, functional.gelu(x), rtol=PRECISION[dtype], atol=1e-6)
-    sums = fused.scaled(sums, statistics, PUBLISHED)
+    sums = fused.column_sums_of(sums, statistics, PUBLISHED)
     scores = score(z, statistics)
     selected = select_by_threshold(scores, statistics)
     assert 0 < int(selected.sum()) <= max(1, 0.2 * selected.numel())
@@ -101,7 +101,7 @@ def test_sums_are_those_of_float64(dtype, tokens, neurons):
     for power in (0, 1, 2) if not INTERPRETED or (tokens, neurons) == (7, 24) else (1,):
         regulariser = Regulariser("projected", power)
         _, sums = triton_gelu.forward(x, statistics, regulariser)
-        sums = fused.scaled(sums, statistics, regulariser)
+        sums = fused.column_sums_of(sums, statistics, regulariser)
         expected = losses.projection_sums(z, selected, statistics, regulariser)
         torch.testing.assert_close(sums.projection_sums(power, sample_count(z)), expected, rtol=1e-5, atol=1e-4)
 
@@ -111,7 +111,7 @@ def test_loss_is_that_of_plain_operations(regulariser):
     """From the sums alone."""
     x, _, statistics = example(*((7, 24) if INTERPRETED else (128, 256)), torch.float32)
     z, sums = triton_gelu.forward(x, statistics, regulariser)
-    sums = fused.scaled(sums, statistics, regulariser)
+    sums = fused.column_sums_of(sums, statistics, regulariser)
     selected = select_by_threshold(score(z, statistics), statistics)
     expected = losses.inhibition_loss(z, selected, statistics, regulariser)
     found = sums.inhibition_loss(statistics, regulariser, sample_count(z))
@@ -126,7 +126,7 @@ def test_a_neuron_that_wakes_up():
     statistics = FrozenStatistics.of(mean, variance, statistics.tau, statistics.rate)
     x[:, 0] = 3.0
     z, sums = triton_gelu.forward(x, statistics, PUBLISHED)
-    sums = fused.scaled(sums, statistics, PUBLISHED)
+    sums = fused.column_sums_of(sums, statistics, PUBLISHED)
     selected = select_by_threshold(score(z, statistics), statistics)
     assert selected[:, 0].all() and float(score(z, statistics)[0, 0]) > 1e12
     expected = losses.inhibition_loss(z, selected, statistics, PUBLISHED)
@@ -176,8 +176,8 @@ def test_gradient_is_autograd_of_float64(dtype, regulariser, tokens, neurons):
     gradient_scale = torch.tensor(0.5, device=DEVICE)
     z, _ = triton_gelu.forward(x, statistics, regulariser)
     correction = correction_of(statistics, regulariser)
-    inhibition = Inhibition(statistics, regulariser, correction, gradient_scale, per_token())
-    found, squares = triton_gelu.backward(incoming, x, inhibition)
+    terms = BackwardTerms(statistics, regulariser, correction, gradient_scale, per_token())
+    found, squares = triton_gelu.backward(incoming, x, terms)
     expected = expected_gradient(x, z, incoming, statistics, regulariser, gradient_scale)
     without = expected_gradient(x, z, incoming, statistics, regulariser, 0 * gradient_scale)
     selected = select_by_threshold(score(z, statistics), statistics)
@@ -193,10 +193,10 @@ def test_backward_may_walk_down_more_rows(monkeypatch):
     """Any number of them gives the same gradient, to the bit, and the same sums."""
     x, incoming, statistics = example(261, 24, torch.float32)
     correction = correction_of(statistics, SCALE_INVARIANT)
-    inhibition = Inhibition(statistics, SCALE_INVARIANT, correction, torch.tensor(0.5, device=DEVICE), per_token())
-    expected, sums = triton_gelu.backward(incoming, x, inhibition)
+    terms = BackwardTerms(statistics, SCALE_INVARIANT, correction, torch.tensor(0.5, device=DEVICE), per_token())
+    expected, sums = triton_gelu.backward(incoming, x, terms)
     monkeypatch.setattr(triton_gelu, "BACKWARD_STRETCH", 32)
-    found, found_sums = triton_gelu.backward(incoming, x, inhibition)
+    found, found_sums = triton_gelu.backward(incoming, x, terms)
     assert torch.equal(found, expected)
     torch.testing.assert_close(found_sums, sums, rtol=1e-5, atol=0)
 
@@ -207,9 +207,9 @@ def test_gradients_that_are_not_contiguous():
     gradient_scale = torch.tensor(0.5, device=DEVICE)
     for incoming in (torch.tensor(0.7, device=DEVICE).expand(7, 24), torch.randn(24, 7, device=DEVICE).t()):
         correction = correction_of(statistics, SCALE_INVARIANT)
-        inhibition = Inhibition(statistics, SCALE_INVARIANT, correction, gradient_scale, per_token())
-        found, _ = triton_gelu.backward(incoming, x, inhibition)
-        assert torch.equal(found, triton_gelu.backward(incoming.contiguous(), x, inhibition)[0])
+        terms = BackwardTerms(statistics, SCALE_INVARIANT, correction, gradient_scale, per_token())
+        found, _ = triton_gelu.backward(incoming, x, terms)
+        assert torch.equal(found, triton_gelu.backward(incoming.contiguous(), x, terms)[0])
 
 
 def test_only_the_pre_activation_is_kept():
