@@ -16,7 +16,7 @@ from l2e_ds.training.preflight import ResolvedRun
 CORPUS = "The river froze early that year. Rain came in from the west before noon. " * 40
 BASE = {
     "model": {"name": "pythia-14m", "vocab_size": 300, "num_layers": 4, "hidden_size": 32, "num_heads": 2},
-    "data": {"source": "text", "path": "corpus.txt", "train_tokenizer": 300, "sequence_length": 16},
+    "data": {"source": "text", "path": "corpus", "train_tokenizer": 300, "sequence_length": 16},
     "training": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
 }
 STUDY = {
@@ -30,7 +30,9 @@ STUDY = {
 
 
 def study_file(folder: Path, **changes: object) -> Path:
-    (folder / "corpus.txt").write_text(CORPUS)
+    (folder / "corpus").mkdir(exist_ok=True)
+    for name in ("one", "two"):
+        (folder / f"corpus/{name}.txt").write_text(f"{name} {CORPUS}")
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump({**STUDY, **changes}, sort_keys=False))
