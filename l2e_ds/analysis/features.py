@@ -12,8 +12,9 @@ import hashlib
 import json
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -87,9 +88,10 @@ def load_feature_set(
     truncating.no_padding()
     truncating.enable_truncation(sequence_length)
 
+    read = partial(_rows, source, text_column, feature_column, split)
     found: Counter[str] = Counter()
     long_enough: dict[str, array[int]] = defaultdict(lambda: array("q"))  # the numbers of the rows
-    for number, (feature, ids) in enumerate(_encoded(_rows(source, text_column, feature_column, split), truncating)):
+    for number, (feature, ids) in enumerate(_encoded(read(), truncating)):
         found[feature] += 1
         if len(ids) == sequence_length:
             long_enough[feature].append(number)
@@ -100,17 +102,8 @@ def load_feature_set(
     chosen = np.concatenate([_choice(long_enough[feature], count, seed, feature) for feature in features])
     order = np.random.default_rng(seed).permutation(len(chosen))
     rows, labels = chosen[order], np.repeat(np.arange(len(features)), count)[order]
-    tokens = np.empty((len(rows), sequence_length), np.int32)
-    wanted = set(rows.tolist())
-    again = islice(enumerate(_rows(source, text_column, feature_column, split)), int(rows.max()) + 1)
-    encoded = _encoded((row for number, row in again if number in wanted), truncating)
-    read = 0
-    for place, (feature, ids) in zip(np.argsort(rows), encoded, strict=False):
-        if feature != features[labels[place]] or len(ids) != sequence_length:
-            break
-        tokens[place] = ids
-        read += 1
-    if read < len(rows):
+    tokens = _tokens_of(rows, [features[label] for label in labels], read(), truncating, sequence_length)
+    if tokens is None:
         raise DataError(f"--features: {source} changed while it was read")
 
     digest = hashlib.sha256(json.dumps(features).encode())
@@ -138,6 +131,25 @@ def load_feature_set(
         "total": {key: sum(line[key] for line in table) for key in _COUNTS} | {"share": 1.0},
     }
     return FeatureSet(features, tokens, labels, report)
+
+
+def _tokens_of(
+    rows: np.ndarray, features: Sequence[str], texts: Iterable[Row], truncating: Tokenizer, sequence_length: int
+) -> np.ndarray | None:
+    """Return the tokens of chosen rows in their order, int32 [rows, T]; None if they are no longer what they were.
+
+    rows: int64 [rows], the numbers of texts among `texts`. features: of each.
+    """
+    tokens = np.empty((len(rows), sequence_length), np.int32)
+    wanted, last = set(rows.tolist()), int(rows.max())
+    chosen = (row for number, row in islice(enumerate(texts), last + 1) if number in wanted)
+    read = 0
+    for place, (feature, ids) in zip(np.argsort(rows), _encoded(chosen, truncating), strict=False):
+        if feature != features[place] or len(ids) != sequence_length:
+            return None
+        tokens[place] = ids
+        read += 1
+    return tokens if read == len(rows) else None
 
 
 def format_report(report: dict[str, Any]) -> str:

@@ -175,10 +175,16 @@ def _describe(kind: type[Section], key: str, problems: Sequence[Any]) -> str:
         return f"{key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{key}: is required"
+    if first["type"] == "model_type":
+        return f"{key}: got {first['input']!r}; must be a section of keys"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
     messages = [
-        problem["msg"].removeprefix("Input should be ").replace("List should", "it should") for problem in problems
+        problem["msg"]
+        .removeprefix("Input should be ")
+        .replace("List should", "it should")
+        .replace(" after validation", "")
+        for problem in problems
     ]
     be = "must be " if first["msg"].startswith("Input should be ") else ""
     # the input of a problem that does not lie deeper than the key

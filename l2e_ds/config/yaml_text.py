@@ -75,6 +75,8 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        if problem.startswith("but "):  # the second half of a sentence
+            problem = f"{getattr(error, 'context', None)}, {problem}"
         raise ConfigError(f"{where}{line}: {problem}") from None
     except (ValueError, KeyError, RecursionError) as error:  # `!!int x`, `!!bool x`, a thousand brackets
         raise ConfigError(f"{where}: cannot be read as YAML ({error})") from None

@@ -287,6 +287,7 @@ def test_missing_section(section, tmp_path):
         ("model: {<<: &a {name: a, name: b}}\n", 1, "key 'name' is given twice"),
         ("model: &a\n  b: *a\n", 1, "recursive"),
         ("? [a]\n: b\n", 1, "unhashable key"),
+        ("model: {}\n---\ndata: {}\n", 2, "expected a single document in the stream, but found another document"),
     ],
 )
 def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
@@ -294,6 +295,11 @@ def test_yaml_errors_name_file_and_line(text, line, part, tmp_path):
     path = write(tmp_path, text)
     message = message_of(path)
     assert message.startswith(f"{path}:{line}: ") and part in message
+
+
+def test_a_section_must_be_one(tmp_path):
+    path = write(tmp_path, VALID | {"optimizer": None})
+    assert message_of(path) == f"{path}: optimizer: got None; must be a section of keys"
 
 
 @pytest.mark.parametrize("text", ["a: \0\n", "a: !!int x\n", "a: !!bool x\n", "[" * 1000, "a: " + "9" * 5000])
