@@ -101,7 +101,7 @@ def test_table_and_figure_of_the_results(tmp_path):
     codes, said = finish(EVIDENCE / "tables.py", EVIDENCE)
     page = (REPOSITORY / "docs/results.md").read_text()
     tables = said.strip().split("\n\n")
-    assert codes == [0] and len(tables) == 21 and all(table in page for table in tables)
+    assert codes == [0] and len(tables) == 19 and all(table in page for table in tables)
     codes, said = finish(EVIDENCE / "figure.py", EVIDENCE / "results.csv", tmp_path / "figure.svg")
     assert codes == [0], said
     assert "projected-0.05 (n = " in (tmp_path / "figure.svg").read_text()

@@ -49,6 +49,7 @@ BY_SIZE = {"held_out_loss": "held-out loss", "top_share_score": "MS"} | {
 BY_LAYER = {f"layer{layer}/top_share_score": f"MS, layer {layer}" for layer in range(6)}
 ARMS = ("none", "projected-0.05", "projected-0.1", "published")
 SMALLER = ["none", "published", "l2=0.1", "small-start"]
+OF_ALL_LAYERS = ["none", "projected-0.05", "published", "without-mlp-all", "l2=0.1-all"]
 CONTROLS = {
     "without-mlp-seed103": ("curves", "none-seed103"),
     "without-mlp-seed104": ("curves", "none-seed104"),
@@ -58,9 +59,6 @@ CONTROLS = {
     "without-mlp-4800-seed106": ("long_curves", "none-4800-seed106"),
 }
 """The file of curves of each control, and its baseline there."""
-CONTROLS_OF_ALL_LAYERS = {
-    f"without-mlp-all-seed{seed}": ("all-layers_curves", f"none-seed{seed}") for seed in (601, 602, 603, 604)
-}
 
 
 def interval(row: pd.Series, form: str) -> str:
@@ -88,14 +86,14 @@ def main_table(results: pd.DataFrame) -> str:
     return markdown(["run", "n", "held-out loss", *(SCORES[column] for column in scores)], rows)
 
 
-def smaller(curves: pd.DataFrame) -> str:
-    """Return what makes the layers smaller, the published loss beside the controls, from the runs that have ended."""
+def with_controls(curves: pd.DataFrame, names: list[str]) -> str:
+    """Return the `main_table` of arms and controls, in this order, from the curves of runs that have ended."""
     last = curves.groupby("run").tail(1).copy()
     last[["combination", "seed"]] = last["run"].str.extract(r"(.*)-seed(\d+)")
-    last = last[last["combination"].isin(SMALLER)]
+    last = last[last["combination"].isin(names)]
     last = last[last["step"] == last["step"].max()]
     last["baseline"] = ("none-seed" + last["seed"]).where(last["combination"] != "none")
-    return main_table(last.sort_values("combination", key=lambda names: names.map(SMALLER.index)))
+    return main_table(last.sort_values("combination", key=lambda column: column.map(names.index)))
 
 
 def by_measure(results: pd.DataFrame, own: pd.DataFrame, titles: dict[str, str], is_relative: bool = False) -> str:
@@ -120,10 +118,10 @@ def by_step(results: pd.DataFrame, curves: pd.DataFrame, first: int) -> str:
     return markdown(["step", *(f"{arm}: loss, MS" for arm in arms)], rows)
 
 
-def control_losses(curves: dict[str, pd.DataFrame], controls: dict[str, tuple[str, str]]) -> pd.DataFrame:
-    """Return how much each control loses against its baseline, in nats, by step. curves: by file."""
+def control_losses(curves: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return how much each control of CONTROLS loses against its baseline, in nats, by step. curves: by file."""
     losses = {name: one.set_index(["run", "step"])["held_out_loss"] for name, one in curves.items()}
-    there = {control: losses[name][control] - losses[name][base] for control, (name, base) in controls.items()}
+    there = {control: losses[name][control] - losses[name][base] for control, (name, base) in CONTROLS.items()}
     return pd.DataFrame(there).drop(index=0).dropna(how="all")
 
 
@@ -180,22 +178,21 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     folder = Path(sys.argv[1])
-    results, long, transfer, all_layers = (read(folder, name) for name in ("results", "long", "transfer", "all-layers"))
-    by_file = {name: read_curves(folder, name) for name in ("curves", "long_curves", "all-layers_curves")}
-    curves, long_curves, all_curves = by_file.values()
+    results, long, transfer = (read(folder, name) for name in ("results", "long", "transfer"))
+    curves, long_curves, all_curves = (
+        read_curves(folder, name) for name in ("curves", "long_curves", "all-layers_curves")
+    )
     last = curves.groupby("run").tail(1).drop(columns=["held_out_loss"])
-    losses, losses_of_all = (control_losses(by_file, which) for which in (CONTROLS, CONTROLS_OF_ALL_LAYERS))
+    losses = control_losses({"curves": curves, "long_curves": long_curves})
     tables = [
         main_table(results),
         by_step(results, curves, 900),  # the first evaluation after the projected loss begins
         by_measure(results, read(folder, "layers"), BY_LAYER, is_relative=True),
         controls(losses),
         control_means(losses),
-        controls(losses_of_all),
-        control_means(losses_of_all),
-        main_table(all_layers),
-        by_step(all_layers, all_curves, 300),
-        smaller(curves),
+        with_controls(all_curves, OF_ALL_LAYERS),
+        by_step(read(folder, "all-layers"), all_curves, 300),
+        with_controls(curves, SMALLER),
         main_table(long),
         by_step(long, long_curves, 1800),
         by_measure(long, read(folder, "long_layers"), BY_LAYER, is_relative=True),
