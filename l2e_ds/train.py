@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _report(error: Exception, launch: Launch | None) -> int:
     """Print an error where this rank is to print it, note its exit code for the supervisor, and return the code.
 
-    Where the other ranks may wait for this one, end this process: the launcher then ends them. launch: None if the
-    error came before it was found out.
+    To be called while the error is handled. Where the other ranks may wait for this one, end this process: the launcher
+    then ends them. launch: None if the error came before it was found out.
     """
     from l2e_ds.distributed import collectives  # with torch
 
@@ -128,8 +128,7 @@ def _report(error: Exception, launch: Launch | None) -> int:
     if is_lost_contact(error):  # another rank failed; a traceback of this one would hide that one's
         say(f"l2e-ds: error: rank {rank}: lost contact with another rank: {reason_of(error)}")
     else:
-        trace = "".join(traceback.format_exception(error))
-        say(f"l2e-ds: error: rank {rank} failed\n{trace}")
+        say(f"l2e-ds: error: rank {rank} failed\n{traceback.format_exc()}")
     os._exit(1)  # waiting for the other ranks at exit could hang
 
 

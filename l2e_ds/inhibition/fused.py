@@ -21,7 +21,7 @@ from torch import Tensor
 
 from l2e_ds.inhibition.losses import VARIANCE_FLOOR, BackwardTerms, FrozenStatistics, Power, Regulariser
 from l2e_ds.inhibition.moments import sample_count
-from l2e_ds.inhibition.running_statistics import RunningStatistics, StepSums
+from l2e_ds.inhibition.running_statistics import RunningStatistics
 from l2e_ds.system.compiling import compiling
 
 # Samples that are summed together in float32, few enough to stay in a core's cache; such groups are added in float64.
@@ -280,17 +280,8 @@ class WithInhibition(torch.autograd.Function):
         return ctx.gradient(gradients[0], *ctx.saved_tensors), None, None, None
 
 
-def moved(
-    statistics: RunningStatistics,
-    sums: StepSums,
-    finite: Tensor,
-    fade: float,
-    target_share: float,
-    seen_before: bool,
-    selects_by_threshold: bool,
-) -> tuple[RunningStatistics, Tensor]:
-    """Return what `RunningStatistics.moved` does, in a few kernels instead of fifty. Raises CompileError."""
-    given = sums, finite, fade, target_share, seen_before, selects_by_threshold
+def moved(statistics: RunningStatistics, *given: Any) -> tuple[RunningStatistics, Tensor]:
+    """Return what `statistics.moved(*given)` does, in a few kernels instead of fifty. Raises CompileError."""
     return _run(RunningStatistics.moved, statistics, *given)
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -44,7 +45,9 @@ def test_a_hanging_rank_is_named_and_ends_the_run_in_time(launch_ranks, run_file
     both.wait_for(lambda: newest(tmp_path / "run") >= 5)
     other, hanging = both.processes
     hanging.send_signal(signal.SIGSTOP)
+    begin = time.monotonic()
     both.wait_for(lambda: "no progress for 0.5 minutes (training.timeout)" in both.said())
+    assert time.monotonic() - begin > 20  # it is given its 30 s, of which some may be over by now
     assert other.wait(PATIENCE) == 1
     line = next(line for line in both.said().splitlines() if "no progress" in line)
     assert line.startswith("l2e-ds: error: rank 0: ")

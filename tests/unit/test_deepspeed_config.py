@@ -356,8 +356,11 @@ def test_whole_numbers_in_any_notation(value, tmp_path):
     resolve(run(write(tmp_path, {"zero_optimization": {"stage": 1, "reduce_bucket_size": value}})), 1)
 
 
-WRONG = {("gradient_allreduce_op",): "SUM", ("data_types", "buffer_dtype"): "bf16"}
-WRONG |= {("zero_optimization", "offload_optimizer", "ratio"): 0.5}
+WRONG = {
+    ("gradient_allreduce_op",): "SUM",
+    ("data_types", "buffer_dtype"): "bf16",
+    ("zero_optimization", "offload_optimizer", "ratio"): 0.5,
+}
 
 
 @pytest.mark.parametrize("path", FIXED_VALUES, ids=".".join)

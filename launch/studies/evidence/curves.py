@@ -8,31 +8,26 @@ The layers are those of the first run.
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+
+from l2e_ds.run_directory.metrics import of_kind, read_lines
 
 MEASURE = re.compile(r"layer\d+/(top_share_score|mean_s)")
-
-
-def evaluations(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl that are evaluations."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == "evaluation"]
 
 
 def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     runs = [Path(word) for word in sys.argv[2:]]
-    keys = ["held_out_loss", *(key for key in evaluations(runs[0])[0] if MEASURE.fullmatch(key))]
+    evaluations = {run: of_kind(read_lines(run), "evaluation") for run in runs}
+    keys = ["held_out_loss", *(key for key in evaluations[runs[0]][0] if MEASURE.fullmatch(key))]
     with open(sys.argv[1], "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["run", "step", *keys])
-        for run in runs:
-            for line in evaluations(run):
+        for run, lines in evaluations.items():
+            for line in lines:
                 values = (f"{line[key]:.6f}" if key in line else "" for key in keys)
                 writer.writerow([run.name, line["step"], *values])
 
